@@ -1,0 +1,42 @@
+# The two that matter: `make demo` and `make test`. Everything installs itself into .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: setup demo test test-all check bench lock clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet -r requirements.lock
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python -m flows.demo --output demo-output
+
+test: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	for name in $$(ls tests/benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py//'); do \
+		$(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
+
+lock: setup
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-annotate --no-header \
+		pyproject.toml --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) demo-output

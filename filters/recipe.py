@@ -1,0 +1,135 @@
+"""Recipes: the named subsets of the model card as data, and users' own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from filters.rules import check_rules
+from sdtrain.data.config import DownloadConfig, EncodeConfig, PackConfig
+from sdtrain.errors import UserError
+from sdtrain.settings import Settings, load_settings, nearest, parse_settings
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+
+
+def _known_rules(rules: dict[str, float]) -> dict[str, float]:
+    try:
+        check_rules(rules)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return rules
+
+
+Rules = Annotated[dict[str, float], AfterValidator(_known_rules)]
+
+
+class SelectConfig(Settings):
+    """Which metadata rows are worth downloading."""
+
+    metadata: str = ""
+    """Parquet with LAION's columns: a file, a folder or a glob."""
+    rules: Rules = {}
+    """Rule name -> value, checked in this order; the first that fails is the reason."""
+    null_policy: Literal["drop", "score_later"] = "drop"
+    """A NULL score drops the row as SQL would, or leaves the decision to the picture's own score."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many rows, the first in shuffled order."""
+    seed: int = 42
+    samples_per_shard: int = Field(default=10_000, ge=1)
+
+
+class ScoreConfig(Settings):
+    """Which models look at the pictures. Weights are a known name, a file, `random:SEED` or null to skip."""
+
+    clip_model: str = "ViT-L-14-quickgelu"
+    clip_weights: str | None = "openai"
+    aesthetic_weights: str | None = "laion-aesthetic-v2-l14"
+    watermark_weights: str | None = "laion-watermark-v1"
+    safety_weights: str | None = "laion-nsfw-l14"
+    batch_size: int = Field(default=32, ge=1)
+
+
+class DuplicatesConfig(Settings):
+    """Which pictures count as copies of one another."""
+
+    level: Literal["off", "exact", "perceptual"] = "off"
+    radius: int = Field(default=4, ge=0, le=16)
+    """Largest Hamming distance between the 64-bit perceptual hashes of copies."""
+
+
+class KeepConfig(Settings):
+    """Which downloaded pictures stay."""
+
+    decide_by: Literal["metadata", "picture"] = "metadata"
+    """Whether score rules look at LAION's scores or at ours; sizes always come from the picture."""
+    rules: Rules = {}
+
+
+class Recipe(Settings):
+    """Everything that decides the bytes of a dataset."""
+
+    name: str
+    description: str = ""
+    expected_rows: str = ""
+    """The published size of the subset, shown beside ours."""
+    select: SelectConfig = SelectConfig()
+    download: DownloadConfig = DownloadConfig()
+    score: ScoreConfig = ScoreConfig()
+    duplicates: DuplicatesConfig = DuplicatesConfig()
+    keep: KeepConfig = KeepConfig()
+    pack: PackConfig = PackConfig()
+    encode: EncodeConfig = EncodeConfig()
+
+
+class Overrides(Settings):
+    """The flat settings that flows and command line offer on top of a recipe; None leaves the recipe's."""
+
+    metadata: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+    min_side: int | None = Field(default=None, ge=1)
+    min_aesthetic: float | None = Field(default=None, ge=0, le=10)
+    max_watermark: float | None = Field(default=None, gt=0, le=1)
+    samples_per_shard: int | None = Field(default=None, ge=1)
+    allow_private_hosts: bool | None = None
+
+
+def known_recipes() -> list[str]:
+    """Names of the recipes that come with sdtrain."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_recipe(name_or_file: str, overrides: Overrides | None = None) -> Recipe:
+    """A recipe by its name or from a YAML file, with overrides applied.
+
+    Raises:
+        UserError: unknown name (with the nearest known one), unknown key, bad value.
+    """
+    path = Path(name_or_file)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES_DIR / f"{name_or_file}.yaml"
+        if not path.exists():
+            raise UserError(f"There is no recipe '{name_or_file}'.{nearest(name_or_file, known_recipes())}")
+    recipe = load_settings(Recipe, path)
+    return apply_overrides(recipe, overrides) if overrides else recipe
+
+
+def apply_overrides(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """The recipe with every override that is not None put in its place."""
+    content: dict[str, Any] = recipe.model_dump()
+    given = overrides.model_dump(exclude_none=True)
+    for name in ("metadata", "limit"):
+        if name in given:
+            content["select"][name] = given[name]
+    for name in ("min_side", "min_aesthetic", "max_watermark"):
+        if name in given:
+            content["select"]["rules"][name] = given[name]
+    if "min_side" in given and "min_side" in content["keep"]["rules"]:
+        content["keep"]["rules"]["min_side"] = given["min_side"]
+    if "allow_private_hosts" in given:
+        content["download"]["allow_private_hosts"] = given["allow_private_hosts"]
+    if "samples_per_shard" in given:
+        content["select"]["samples_per_shard"] = content["pack"]["samples_per_shard"] = given["samples_per_shard"]
+    return parse_settings(Recipe, content, f"recipe '{recipe.name}' with overrides")

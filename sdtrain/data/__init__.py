@@ -1,0 +1,1 @@
+"""Shards, manifests and the stages that turn pictures into latents."""

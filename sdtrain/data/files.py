@@ -1,0 +1,71 @@
+"""Files appear whole under their final name, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from sdtrain.errors import UserError
+
+_TEMPORARY = ".partial"
+
+
+@contextmanager
+def publish(target: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `target` and renames it to `target` when the block ends well.
+
+    The data is on disk before the rename, so a crash never leaves a short file under a
+    final name. A block that raises leaves nothing.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise_if_disk_full(error, target)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def raise_if_disk_full(error: OSError, target: Path) -> None:
+    """Turns "no space left" into a sentence; any other error is left to the caller."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise UserError(
+            f"The disk is full: {target} could not be written. Free some space and run the same command "
+            "again; everything finished before is kept."
+        ) from error
+
+
+def sweep(directory: Path) -> None:
+    """Deletes temporary files in `directory` whose writer is no longer alive."""
+    for leftover in directory.glob(f".*{_TEMPORARY}"):
+        writer = leftover.name.removesuffix(_TEMPORARY).rsplit(".", 1)[-1]
+        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+            leftover.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

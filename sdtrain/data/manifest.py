@@ -1,0 +1,129 @@
+"""The record of what is finished: one JSON entry a stage and shard, written last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish, sha256_of
+from sdtrain.errors import UserError
+
+SCHEMA_VERSION = 1
+
+
+class Output(BaseModel):
+    """One file that a stage wrote."""
+
+    model_config = ConfigDict(extra="forbid")
+    sha256: str
+    bytes: int
+
+
+class ShardReport(BaseModel):
+    """What one stage did with one shard. No sample disappears: in = out + dropped by reason."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    shard: int
+    fingerprint: str = ""
+    num_in: int
+    num_out: int
+    dropped: dict[str, int] = {}
+    outputs: dict[str, Output] = {}
+    seconds: float = 0.0
+
+    @model_validator(mode="after")
+    def _counts_add_up(self) -> ShardReport:
+        if self.num_in != self.num_out + sum(self.dropped.values()):
+            raise ValueError(
+                f"{self.stage} shard {self.shard}: {self.num_in} samples came in, but {self.num_out} went out and "
+                f"{sum(self.dropped.values())} were dropped for a reason: samples were lost"
+            )
+        return self
+
+
+def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
+    """Hex digest of everything that decides a shard's bytes.
+
+    Args:
+        stage: the stage's name and version, such as "score/1".
+        config: the part of the configuration that matters, as JSON-like data.
+        inputs: entries of the shards that are read.
+        weights: digests of the model weights used.
+    """
+    described = {
+        "stage": stage,
+        "config": config,
+        "inputs": [{name: output.sha256 for name, output in entry.outputs.items()} for entry in inputs],
+        "weights": list(weights),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Output]:
+    """Digests and sizes of finished files, by their name inside the dataset."""
+    return {dataset.relative(p): Output(sha256=sha256_of(p), bytes=p.stat().st_size) for p in paths}
+
+
+def write_entry(dataset: DatasetDir, entry: ShardReport) -> None:
+    """Makes the shard count as finished. Call it after every output has its final name."""
+    path = dataset.manifest_entry(entry.stage, entry.shard)
+    with publish(path) as temporary:
+        temporary.write_text(entry.model_dump_json(indent=1) + "\n")
+
+
+def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
+    """The entry of a finished shard, or None.
+
+    Raises:
+        UserError: the entry exists but was written by another version, or is damaged.
+    """
+    path = dataset.manifest_entry(stage, shard)
+    if not path.exists():
+        return None
+    try:
+        entry = ShardReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is not a manifest entry that this version can read; delete it to redo the shard."
+        ) from error
+    if entry.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {entry.schema_version}, this sdtrain reads {SCHEMA_VERSION}. "
+            "Use the sdtrain that wrote it, or build into another --output."
+        )
+    return entry
+
+
+def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
+    """The entry of an upstream shard whose output is about to be read.
+
+    Raises:
+        UserError: the upstream stage has not finished that shard.
+    """
+    entry = read_entry(dataset, stage, shard)
+    if entry is None:
+        raise UserError(
+            f"Shard {shard:05d} of stage '{stage}' is not finished in {dataset.root}. Run `sdtrain build` (or the "
+            "build flow) again: it continues where it stopped."
+        )
+    return entry
+
+
+def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+    """All finished shards of a stage, in order."""
+    found = sorted(dataset.manifest_entry(stage, 0).parent.glob("[0-9]*.json"))
+    return [require_entry(dataset, stage, int(path.stem)) for path in found]
+
+
+def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
+    """Whether every output of the entry still lies there with its recorded size."""
+    paths = ((dataset.root / name, output) for name, output in entry.outputs.items())
+    return all(path.exists() and path.stat().st_size == output.bytes for path, output in paths)

@@ -1,0 +1,71 @@
+"""A stage is one small function over one shard; this runs it over the shards that are not finished."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import sweep
+from sdtrain.data.manifest import ShardReport, is_whole, read_entry, write_entry
+
+RecipeT = TypeVar("RecipeT")
+
+
+@dataclass(frozen=True)
+class Stage(Generic[RecipeT]):
+    """One step of the road.
+
+    Attributes:
+        name: its name in manifests, logs and on the command line.
+        shards: which shards there are to do, once the stage before has finished.
+        fingerprint: digest of all that decides a shard's bytes (`manifest.fingerprint`).
+        run: does some shards, yielding a report for each once its outputs have their final names.
+    """
+
+    name: str
+    shards: Callable[[DatasetDir, RecipeT], list[int]]
+    fingerprint: Callable[[DatasetDir, RecipeT, int], str]
+    run: Callable[[DatasetDir, RecipeT, Sequence[int]], Iterator[ShardReport]]
+
+
+def pending(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> list[int]:
+    """Shards that have no finished output of this very configuration."""
+    return [shard for shard in stage.shards(dataset, recipe) if not is_finished(stage, dataset, recipe, shard)]
+
+
+def is_finished(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT, shard: int) -> bool:
+    """Whether the shard was made from the same input and configuration and is still whole."""
+    entry = read_entry(dataset, stage.name, shard)
+    if entry is None or not is_whole(dataset, entry):
+        return False
+    return entry.fingerprint == stage.fingerprint(dataset, recipe, shard)
+
+
+def run_batch(
+    stage: Stage[RecipeT],
+    dataset: DatasetDir,
+    recipe: RecipeT,
+    shards: Sequence[int],
+    on_report: Callable[[ShardReport], None] = lambda report: None,
+) -> list[ShardReport]:
+    """Runs the stage over `shards` and records each as finished, the entry written last."""
+    reports, started = [], time.monotonic()
+    for report in stage.run(dataset, recipe, shards):
+        now = time.monotonic()
+        digest = stage.fingerprint(dataset, recipe, report.shard)
+        report = report.model_copy(update={"fingerprint": digest, "seconds": round(now - started, 3)})
+        write_entry(dataset, report)
+        on_report(report)
+        reports.append(report)
+        started = now
+    return reports
+
+
+def clear_leftovers(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
+    """Deletes what killed runs of this stage left under temporary names."""
+    for directory in (dataset.root, *(p for p in dataset.root.glob("*") if p.is_dir())):
+        sweep(directory)
+    sweep(dataset.manifest_entry(stage.name, 0).parent)

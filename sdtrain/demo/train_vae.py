@@ -1,0 +1,102 @@
+"""Trains the demo's tiny VAE; `sdtrain/demo/weights/vae` was made by this command:
+
+    python -m sdtrain.demo.train_vae --out sdtrain/demo/weights/vae
+
+The architecture is SD v1's (AutoencoderKL, four levels, 8x smaller latents of 4
+channels), only narrower; bf16 autocast, about 20 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
+
+RESOLUTION_PX = 64
+KL_WEIGHT = 2e-4
+EDGE_WEIGHT = 0.5
+
+
+def build_vae() -> AutoencoderKL:
+    """An untrained AutoencoderKL of about 0.9 M parameters."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=RESOLUTION_PX,
+    )
+
+
+def draw_pool(num_pictures: int, resolution_px: int, seed: int) -> torch.Tensor:
+    """(num_pictures, 3, resolution_px, resolution_px) uint8 pictures of random scenes, all pairs alike."""
+    rng = np.random.default_rng(seed)
+    pool = np.empty((num_pictures, resolution_px, resolution_px, 3), np.uint8)
+    for i in range(num_pictures):
+        scene = random_scene(rng, str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
+        picture = draw(scene, 4 * resolution_px, 4 * resolution_px)
+        pool[i] = np.asarray(picture.resize((resolution_px, resolution_px), Image.Resampling.BICUBIC))
+    return torch.from_numpy(pool).permute(0, 3, 1, 2).contiguous()
+
+
+def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+    """L1 on pixels plus L1 on their differences to the next pixel, which keeps edges sharp."""
+    edges = sum(F.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3))
+    return F.l1_loss(decoded, pixels) + EDGE_WEIGHT * edges
+
+
+def train(vae: AutoencoderKL, pool: torch.Tensor, steps: int, batch_size: int, lr: float) -> None:
+    """Trains in place with AdamW and a one-cycle schedule on (N, 3, H, W) uint8 pictures."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
+    generator, started = torch.Generator().manual_seed(0), time.monotonic()
+    for step in range(steps):
+        picked = pool[torch.randint(len(pool), (batch_size,), generator=generator)]
+        pixels = picked.float() / 127.5 - 1
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            posterior = vae.encode(pixels).latent_dist
+            decoded = vae.decode(posterior.sample(generator)).sample.float()
+        loss = reconstruction_loss(pixels, decoded) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step}  loss {loss.item():.4f}  {time.monotonic() - started:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def latents_std(vae: AutoencoderKL, pool: torch.Tensor) -> float:
+    """Standard deviation of the sampled latents; its inverse is the scaling factor (SD v1: 1 / 0.18215)."""
+    return float(vae.encode(pool[:256].float() / 127.5 - 1).latent_dist.sample().std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    vae = build_vae()
+    pool = draw_pool(args.pictures, RESOLUTION_PX, seed=1)
+    train(vae, pool, args.steps, args.batch_size, args.lr)
+    vae.register_to_config(scaling_factor=round(1 / latents_std(vae, pool), 5))
+    vae.half().save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

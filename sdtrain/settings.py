@@ -1,0 +1,82 @@
+"""Typed settings from YAML: unknown keys and wrong values become sentences."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdtrain.errors import UserError
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, and no key is ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
+    """Reads a YAML file into `model`.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (with the nearest known one) or a bad value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings as `key: value` lines.")
+    return parse_settings(model, content, str(path))
+
+
+def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) -> SettingsT:
+    """Validates `content` against `model`; `where` names its origin in the sentence.
+
+    Raises:
+        UserError: an unknown key or a bad value.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_sentence(model, detail) for detail in error.errors())) from error
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as YAML, defaults included, in the order in which they are declared."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """ ", did you mean 'x'?" for a misspelt name, else the list of known names."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(sorted(known))}."
+
+
+def _sentence(model: type[BaseModel], detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    name = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key '{name}'.{nearest(location[-1], _known_keys(model, location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"'{name}' is missing"
+    return f"'{name}' is {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not inner:
+            break
+        model = inner[0]
+    return list(model.model_fields)
