@@ -4,7 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test test-all check bench lock clean
+TESTS := -p xdist -n 2
+
+.PHONY: setup demo test test-slow test-all check bench lock clean
 
 setup: $(STAMP)
 
@@ -19,10 +21,12 @@ demo: setup
 	$(BIN)/python -m flows.demo --output demo-output
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow" $(ARGS)
 
-test-all: setup
-	$(BIN)/python -m pytest $(ARGS)
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all: test test-slow
 
 check: setup
 	$(BIN)/ruff check .

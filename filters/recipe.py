@@ -31,7 +31,7 @@ class SelectConfig(Settings):
 
     metadata: str = ""
     """Parquet with LAION's columns: a file, a folder or a glob."""
-    rules: Rules = {}
+    rules: Rules = Field(default={})
     """Rule name -> value, checked in this order; the first that fails is the reason."""
     null_policy: Literal["drop", "score_later"] = "drop"
     """A NULL score drops the row as SQL would, or leaves the decision to the picture's own score."""
@@ -65,7 +65,7 @@ class KeepConfig(Settings):
 
     decide_by: Literal["metadata", "picture"] = "metadata"
     """Whether score rules look at LAION's scores or at ours; sizes always come from the picture."""
-    rules: Rules = {}
+    rules: Rules = Field(default={})
 
 
 class Recipe(Settings):

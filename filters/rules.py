@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from sdtrain.errors import UserError
@@ -45,17 +46,21 @@ def check_rules(rules: dict[str, float]) -> None:
             raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
 
 
-def reason_case(rules: dict[str, float], first: list[tuple[str, str]] | None = None) -> tuple[str, list[float]]:
+def reason_case(
+    rules: dict[str, float], first: list[tuple[str, str]] | None = None, null_passes: Collection[str] = ()
+) -> tuple[str, list[float]]:
     """SQL for the first reason that drops a row (NULL when it stays), and the values to bind.
 
     Reasons are the rules' names, or `<column>_missing` where the column is NULL. `first`
-    holds (reason, condition to stay) pairs that are checked before the rules.
+    holds (reason, condition to stay) pairs that are checked before the rules. NULL in one of
+    the columns `null_passes` meets the rule.
     """
     branches = [f"WHEN NOT coalesce({stays}, false) THEN '{reason}'" for reason, stays in first or []]
     values: list[float] = []
     for name, value in rules.items():
         rule = RULES[name]
-        branches.append(f"WHEN {rule.column} IS NULL THEN '{rule.column}_missing'")
+        if rule.column not in null_passes:
+            branches.append(f"WHEN {rule.column} IS NULL THEN '{rule.column}_missing'")
         branches.append(f"WHEN NOT ({rule.sql}) THEN '{name}'")
         values.append(value)
     return (f"CASE {' '.join(branches)} END" if branches else "NULL::VARCHAR"), values

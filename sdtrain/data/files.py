@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,13 +32,28 @@ def publish(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
         _sync(target.parent)
     except OSError as error:
         raise_if_disk_full(error, target)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def scratch(directory: Path, name: str) -> Iterator[Path]:
+    """Yields a new hidden folder in `directory` for one piece of work and deletes it afterwards.
+
+    `name` tells apart what one process does at the same time; `sweep` clears what a killed process left.
+    """
+    folder = directory / f".{name}.{os.getpid()}{_TEMPORARY}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def raise_if_disk_full(error: OSError, target: Path) -> None:
@@ -50,10 +66,14 @@ def raise_if_disk_full(error: OSError, target: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Deletes temporary files in `directory` whose writer is no longer alive."""
+    """Deletes temporary files and folders in `directory` whose writer is no longer alive."""
     for leftover in directory.glob(f".*{_TEMPORARY}"):
         writer = leftover.name.removesuffix(_TEMPORARY).rsplit(".", 1)[-1]
-        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+        if writer.isdigit() and psutil.pid_exists(int(writer)):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
             leftover.unlink(missing_ok=True)
 
 

@@ -11,7 +11,8 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import sweep
 from sdtrain.data.manifest import ShardReport, is_whole, read_entry, write_entry
 
-RecipeT = TypeVar("RecipeT")
+# Contravariant: a stage that reads a part of the recipe also takes the whole one.
+RecipeT = TypeVar("RecipeT", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ def run_batch(
 ) -> list[ShardReport]:
     """Runs the stage over `shards` and records each as finished, the entry written last."""
     reports, started = [], time.monotonic()
+    for shard in shards:
+        # What is about to be overwritten must not look finished if this run is killed.
+        dataset.manifest_entry(stage.name, shard).unlink(missing_ok=True)
     for report in stage.run(dataset, recipe, shards):
         now = time.monotonic()
         digest = stage.fingerprint(dataset, recipe, report.shard)

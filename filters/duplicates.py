@@ -1,0 +1,148 @@
+"""DEDUP: which pictures are copies of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from filters.recipe import Recipe
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.data.stage import Stage
+
+# Largest difference (0 to 255) between the 4x4 colour thumbnails of copies. The perceptual hash sees brightness only,
+# so a red and a blue disc look alike to it; recompressed and resized copies differ by 3 or less.
+MAX_COLOR_DIFFERENCE = 16
+_HASH_BITS = 64
+_CHUNK_PAIRS = 1 << 20
+_TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa.string())])
+
+Pairs = NDArray[np.int64]
+
+
+def exact_pairs(digests: Sequence[str]) -> Pairs:
+    """(P, 2) index pairs that link all pictures of the same digest, each to the first of them."""
+    _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
+    linked = np.stack([first[group], np.arange(len(digests))], axis=1).astype(np.int64)
+    return linked[linked[:, 0] != linked[:, 1]]
+
+
+def perceptual_pairs(hashes: NDArray[np.uint64], radius: int) -> Pairs:
+    """(P, 2) index pairs whose 64-bit hashes differ in at most `radius` bits; none is missed.
+
+    Two such hashes agree in at least one of radius + 1 bands of bits (pigeonhole principle), so only pictures that
+    share a band are compared: Manku et al., "Detecting Near-Duplicates for Web Crawling", WWW 2007.
+    """
+    edges = np.linspace(0, _HASH_BITS, radius + 2).astype(int)
+    found = [np.empty((0, 2), np.int64)]
+    for low, high in pairwise(edges.tolist()):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        for pairs in _pairs_within_groups(band):
+            distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
+            found.append(pairs[distance <= radius])
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _pairs_within_groups(band: NDArray[np.uint64]) -> Iterator[Pairs]:
+    """All pairs of positions with equal values, in pieces of bounded size."""
+    order = np.argsort(band, kind="stable")
+    ordered = band[order]
+    # The n-th neighbour to the right, for growing n, until no group is that large.
+    for distance in range(1, len(band)):
+        same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
+        if not len(same):
+            return
+        for start in range(0, len(same), _CHUNK_PAIRS):
+            part = same[start : start + _CHUNK_PAIRS]
+            yield np.sort(np.stack([order[part], order[part + distance]], axis=1), axis=1)
+
+
+def group_pictures(pictures: pa.Table, level: str, radius: int) -> pa.Table:
+    """The groups of copies among pictures.
+
+    Args:
+        pictures: uid, pixel_sha256, phash, thumbnail (48 bytes), sorted by uid.
+        level: `off`, `exact` or `perceptual` (which includes exact copies).
+        radius: largest distance of perceptual hashes.
+
+    Returns:
+        uid, group_id (the smallest uid of the group), kind (`exact` or `perceptual`), for groups of two and more.
+    """
+    uids = np.asarray(pictures["uid"].to_pylist(), dtype=object)
+    if level == "off" or len(uids) < 2:
+        return _TABLE.empty_table()
+    exact = exact_pairs(pictures["pixel_sha256"].to_pylist())
+    near = np.empty((0, 2), np.int64)
+    if level == "perceptual":
+        near = perceptual_pairs(pictures["phash"].to_numpy().view(np.uint64), radius)
+        near = near[_colors_agree(pictures["thumbnail"], near)]
+    labels = _components(len(uids), np.concatenate([exact, near]))
+    sizes, copies = np.bincount(labels), np.zeros(len(uids), bool)
+    copies[exact.ravel()] = True
+    # Sorted by uid, so the first of a component has its smallest uid.
+    first_of = np.unique(labels, return_index=True)[1]
+    members = np.flatnonzero(sizes[labels] > 1)
+    kinds = np.where(copies[members], "exact", "perceptual")
+    return pa.table([uids[members].tolist(), uids[first_of[labels[members]]].tolist(), kinds.tolist()], schema=_TABLE)
+
+
+def _colors_agree(thumbnails: pa.ChunkedArray, pairs: Pairs) -> NDArray[np.bool_]:
+    colors = np.frombuffer(b"".join(thumbnails.to_pylist()), np.uint8).reshape(len(thumbnails), -1).astype(np.int16)
+    agree: NDArray[np.bool_] = (
+        np.abs(colors[pairs[:, 0]] - colors[pairs[:, 1]]).max(axis=1, initial=0) <= MAX_COLOR_DIFFERENCE
+    )
+    return agree
+
+
+def _components(num_nodes: int, pairs: Pairs) -> NDArray[np.int64]:
+    edges = coo_array((np.ones(len(pairs), bool), (pairs[:, 0], pairs[:, 1])), shape=(num_nodes, num_nodes))
+    labels: NDArray[np.int64] = connected_components(edges, directed=False)[1]
+    return labels
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return [0]
+
+
+def _score_shards(dataset: DatasetDir) -> range:
+    return range(len(require_entry(dataset, "select", 0).outputs))
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    inputs = [require_entry(dataset, "score", shard) for shard in _score_shards(dataset)]
+    return fingerprint("dedup/1", recipe.duplicates.model_dump(mode="json"), inputs)
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    columns = ["uid", "pixel_sha256", "phash", "thumbnail", "reason"]
+    tables = [pq.read_table(dataset.scores(shard), columns=columns) for shard in _score_shards(dataset)]
+    pictures = pa.concat_tables(tables)
+    pictures = pictures.filter(pc.is_null(pictures["reason"])).sort_by("uid")
+    groups = group_pictures(pictures, recipe.duplicates.level, recipe.duplicates.radius)
+    with publish(dataset.duplicates) as temporary:
+        pq.write_table(groups, temporary, compression="zstd")
+    dropped = _dropped(groups)
+    outputs = describe_outputs(dataset, [dataset.duplicates])
+    num_out = len(pictures) - sum(dropped.values())
+    yield ShardReport(stage="dedup", shard=0, num_in=len(pictures), num_out=num_out, dropped=dropped, outputs=outputs)
+
+
+def _dropped(groups: pa.Table) -> dict[str, int]:
+    """How many pictures of each kind go if one of every group stays."""
+    counts: dict[str, int] = {}
+    for kinds in groups.group_by("group_id").aggregate([("kind", "list")])["kind_list"].to_pylist():
+        for kind in sorted(kinds)[1:]:
+            counts[kind] = counts.get(kind, 0) + 1
+    return dict(sorted(counts.items()))
+
+
+DEDUP: Stage[Recipe] = Stage("dedup", _shards, _fingerprint, _run)

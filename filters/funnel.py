@@ -1,0 +1,101 @@
+"""The funnel: from metadata rows to kept samples, what dropped how many, and that the sum is right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypedDict
+
+from filters.recipe import Recipe
+from filters.rules import explain
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.failures import meaning_of
+from sdtrain.data.manifest import ShardReport, require_entry
+from sdtrain.errors import UserError
+
+# Reasons in the order in which they are looked for; a recipe's rules stand between the two lists.
+_BEFORE_RULES = ("url_missing", "url_not_allowed")
+_AFTER_RULES = ("duplicate_row", "over_limit", "duplicate_exact", "duplicate_perceptual")
+_MEANINGS = {
+    "url_missing": "no URL",
+    "url_not_allowed": "not a plain http or https URL of a public host",
+    "duplicate_row": "the same URL and caption again",
+    "over_limit": "over the recipe's limit",
+    "undecodable": "the stored picture cannot be decoded",
+    "duplicate_exact": "the same pixels as a kept picture",
+    "duplicate_perceptual": "looks like a kept picture",
+}
+
+
+class FunnelRow(TypedDict):
+    """What one reason dropped. The first row has no reason: it holds the rows of the metadata."""
+
+    stage: str
+    reason: str
+    meaning: str
+    dropped: int
+    remaining: int
+
+
+def funnel(dataset: DatasetDir, recipe: Recipe) -> list[FunnelRow]:
+    """Drops by stage and reason, from all metadata rows to the kept samples.
+
+    Raises:
+        UserError: a stage up to `keep` is not finished, or the counts of two stages do not fit.
+    """
+    select, keep = require_entry(dataset, "select", 0), require_entry(dataset, "keep", 0)
+    shards = [int(Path(name).stem) for name in sorted(select.outputs)]
+    download = _total([require_entry(dataset, "download", shard) for shard in shards])
+    score = _total([require_entry(dataset, "score", shard) for shard in shards])
+    rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=select.num_in)]
+    _append(rows, "select", select.dropped, recipe.select.rules, select.num_out)
+    _append(rows, "download", download.dropped, {}, download.num_out)
+    _append(rows, "score", score.dropped, {}, score.num_out)
+    _append(rows, "keep", _own(keep, download, score), recipe.keep.rules, keep.num_out)
+    return rows
+
+
+def _total(reports: Iterable[ShardReport]) -> ShardReport:
+    done = list(reports)
+    dropped: Counter[str] = Counter()
+    for report in done:
+        dropped.update(report.dropped)
+    num_in, num_out = sum(r.num_in for r in done), sum(r.num_out for r in done)
+    return ShardReport(stage=done[0].stage, shard=0, num_in=num_in, num_out=num_out, dropped=dict(dropped))
+
+
+def _own(keep: ShardReport, download: ShardReport, score: ShardReport) -> dict[str, int]:
+    """What `keep` itself dropped: its report repeats what the stages before had dropped already."""
+    own = Counter(keep.dropped)
+    own.subtract(download.dropped)
+    own.subtract(score.dropped)
+    return {reason: count for reason, count in own.items() if count}
+
+
+def _append(rows: list[FunnelRow], stage: str, dropped: dict[str, int], rules: dict[str, float], num_out: int) -> None:
+    for reason in sorted(dropped, key=lambda reason: _place(reason, rules)):
+        remaining = rows[-1]["remaining"] - dropped[reason]
+        meaning = _meaning(stage, reason, rules)
+        rows.append(
+            FunnelRow(stage=stage, reason=reason, meaning=meaning, dropped=dropped[reason], remaining=remaining)
+        )
+    if rows[-1]["remaining"] != num_out or any(count < 0 for count in dropped.values()):
+        raise UserError(
+            f"The counts do not add up: after stage '{stage}' {rows[-1]['remaining']:,} samples should be left, but it "
+            f"reports {num_out:,}. Its input was made anew since; run the build again to bring it up to date."
+        )
+
+
+def _place(reason: str, rules: dict[str, float]) -> tuple[int, int, str]:
+    if reason in _BEFORE_RULES:
+        return 0, _BEFORE_RULES.index(reason), reason
+    if reason in _AFTER_RULES:
+        return 3, _AFTER_RULES.index(reason), reason
+    return (1, list(rules).index(reason), reason) if reason in rules else (2, 0, reason)
+
+
+def _meaning(stage: str, reason: str, rules: dict[str, float]) -> str:
+    if stage == "download":
+        return meaning_of(reason)
+    return _MEANINGS.get(reason) or explain(reason, rules)

@@ -1,0 +1,64 @@
+"""The recipe that a dataset directory was built with, kept beside the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from filters.recipe import Recipe
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.errors import UserError
+from sdtrain.settings import dump_settings, load_settings
+
+
+def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
+    """Writes `recipe` into the dataset; returns what differs from the recipe of the run before.
+
+    Finished work that the differences touch is redone, because its fingerprint no longer fits.
+
+    Raises:
+        UserError: no metadata was named, or the directory cannot be written.
+    """
+    if not recipe.select.metadata:
+        raise UserError(
+            f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
+            "FOLDER or GLOB (in Prefect: -p metadata=...)."
+        )
+    try:
+        before = read_recipe(dataset) if dataset.recipe.exists() else recipe
+        with publish(dataset.recipe) as temporary:
+            temporary.write_text(dump_settings(recipe))
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
+    return differences(before, recipe)
+
+
+def read_recipe(dataset: DatasetDir) -> Recipe:
+    """The recipe that the dataset was built with last.
+
+    Raises:
+        UserError: there is no dataset, or its recipe is damaged.
+    """
+    if not dataset.recipe.exists():
+        raise UserError(f"{dataset.root} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
+    return load_settings(Recipe, dataset.recipe)
+
+
+def dataset_path(output: str, recipe: Recipe) -> Path:
+    """The directory that `output` means: `{recipe}` in it stands for the recipe's name."""
+    return Path(output.replace("{recipe}", recipe.name)).expanduser().absolute()
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Settings in which two recipes differ, as "select.limit: 100 -> 200"; names and descriptions aside."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    names = [n for n in dict.fromkeys([*old, *new]) if n not in ("name", "description", "expected_rows")]
+    return [f"{n}: {old.get(n, '-')} -> {new.get(n, '-')}" for n in names if old.get(n, "-") != new.get(n, "-")]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

@@ -1,0 +1,137 @@
+"""metadata.duckdb: views over all that a dataset holds, for anyone with a DuckDB shell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+
+from filters.funnel import funnel
+from filters.metadata import normalised_sql
+from filters.recipe import Recipe
+from filters.schema import ALIASES, find_metadata
+from filters.tables import COMMENTS, DERIVED, EMPTY
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.data.manifest import ShardReport, entries, read_entry
+from sdtrain.errors import UserError
+
+# Oldest DuckDB whose shell shall read the file.
+_STORAGE_VERSION = "v1.2.0"
+# Columns that follow from a file's name: the number of its shard, and the tar beside it.
+_FROM_FILE = {
+    "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
+    "tar": "regexp_replace(filename, '[.]parquet$', '.tar') AS tar",
+}
+
+
+def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
+    """Writes metadata.duckdb anew and puts it in place of the old one, whose readers are not disturbed.
+
+    The views name files by absolute paths, because DuckDB looks for relative ones where its
+    user happens to stand. After a dataset was moved, call this again. Stages that are not
+    finished give empty views.
+
+    Returns:
+        The path of the database.
+    """
+    root = DatasetDir(dataset.root.absolute())
+    with (
+        publish(root.database) as temporary,
+        closing(duckdb.connect(temporary, config={"storage_compatibility_version": _STORAGE_VERSION})) as connection,
+    ):
+        for name, statement in _views(root, recipe):
+            connection.execute(f'CREATE VIEW "{name}" AS {statement}')
+        _write_funnel(connection, root, recipe)
+        _write_stages(connection, root)
+        for name, comment in COMMENTS.items():
+            kind = "TABLE" if name in ("funnel", "stages") else "VIEW"
+            connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
+    return root.database
+
+
+def _views(dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "metadata", _metadata(recipe)
+    tables = _tables(dataset)
+    for name, columns in EMPTY.items():
+        yield name, _over(tables.get(name, []), columns)
+    yield from DERIVED.items()
+
+
+def _tables(dataset: DatasetDir) -> dict[str, list[Path]]:
+    """The Parquet files of each view that are finished and belong to the present selection."""
+    select = read_entry(dataset, "select", 0)
+    selected = sorted(dataset.root / name for name in select.outputs) if select else []
+    shards = {int(path.stem) for path in selected}
+    found = {"selection": selected}
+    for view, stage in (("images", "download"), ("scores", "score")):
+        found[view] = _parquet(dataset, [entry for entry in entries(dataset, stage) if entry.shard in shards])
+    stages = (("duplicates", "dedup"), ("decisions", "keep"), ("packed", "pack"), ("latents", "encode"))
+    for view, stage in stages:
+        found[view] = _parquet(dataset, entries(dataset, stage))
+    return {view: [path for path in paths if path.exists()] for view, paths in found.items()}
+
+
+def _parquet(dataset: DatasetDir, reports: list[ShardReport]) -> list[Path]:
+    return sorted({dataset.root / name for entry in reports for name in entry.outputs if name.endswith(".parquet")})
+
+
+def _over(paths: list[Path], columns: dict[str, str]) -> str:
+    if not paths:
+        nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
+        return f"SELECT {nothing} WHERE false"
+    files = ", ".join(_literal(str(path)) for path in paths)
+    known = {*pq.read_schema(paths[0]).names}
+    extra = "".join(f", {sql}" for name, sql in _FROM_FILE.items() if name in columns and name not in known)
+    return f"SELECT * EXCLUDE (filename){extra} FROM read_parquet([{files}], filename = true)"  # noqa: S608
+
+
+def _metadata(recipe: Recipe) -> str:
+    try:
+        files = find_metadata(recipe.select.metadata)
+    except UserError:  # the dataset is of use without what it was made from
+        return _over([], {name: EMPTY["selection"][name] for name in ALIASES})
+    statement, groups = normalised_sql(files)
+    for paths in groups:
+        absolute = ", ".join(_literal(str(Path(path).absolute())) for path in paths)
+        statement = statement.replace("read_parquet(?", f"read_parquet([{absolute}]", 1)
+    return statement
+
+
+def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
+    connection.execute(
+        "CREATE TABLE funnel (stage VARCHAR, reason VARCHAR, meaning VARCHAR, dropped BIGINT, remaining BIGINT)"
+    )
+    try:
+        rows = funnel(dataset, recipe)
+    except UserError:  # the build is under way
+        return
+    connection.executemany("INSERT INTO funnel VALUES (?, ?, ?, ?, ?)", [list(row.values()) for row in rows])
+
+
+def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
+    connection.execute(
+        "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
+        "bytes BIGINT, dropped JSON)"
+    )
+    folders = sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
+    rows = [
+        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
+        for stage in folders
+        for e in entries(dataset, stage)
+    ]
+    if rows:
+        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def _num_bytes(entry: ShardReport) -> int:
+    return sum(output.bytes for output in entry.outputs.values())
+
+
+def _literal(text: str) -> str:
+    """Text as a SQL literal: views cannot hold bound values."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,132 @@
+"""Where the weights of the scoring models come from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtrain.data.files import publish, sha256_of
+from sdtrain.errors import UserError
+from sdtrain.settings import nearest
+
+RANDOM = "random:"
+_TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that others have published.
+
+    Attributes:
+        url: where they are.
+        file: their name in the cache.
+        sha256: of the file; None where the publisher names none and we have not seen the file.
+    """
+
+    url: str
+    file: str
+    sha256: str | None = None
+
+
+_LAION = "https://github.com/LAION-AI"
+PUBLISHED = {
+    "laion-aesthetic-v2-l14": Published(
+        "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
+        "sac+logos+ava1-l14-linearMSE.pth",
+        "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    ),
+    "laion-watermark-v1": Published(
+        f"{_LAION}/LAION-5B-WatermarkDetection/raw/main/models/watermark_model_v1.pt", "watermark_model_v1.pt"
+    ),
+    "laion-nsfw-l14": Published(
+        f"{_LAION}/CLIP-based-NSFW-Detector/raw/main/models/clip_ViT-L-14_openai_binary_nsfw_head.pth",
+        "clip_ViT-L-14_openai_binary_nsfw_head.pth",
+    ),
+}
+
+
+def find_weights(name: str) -> Path:
+    """The file of weights named by a recipe: a known name (fetched into the cache if need be) or a path.
+
+    Raises:
+        UserError: no such file or name, the download failed, or the file is not the published one.
+    """
+    if name not in PUBLISHED:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"There are no weights '{name}': neither a file nor a known name.{nearest(name, list(PUBLISHED))}"
+            )
+        return path
+    published = PUBLISHED[name]
+    path = cache_dir() / published.file
+    if not path.exists():
+        _download(published, path)
+    if published.sha256 and sha256_of(path) != published.sha256:
+        raise UserError(f"{path} is not the published '{name}' (its sha256 differs). Delete it to fetch it again.")
+    return path
+
+
+def cache_dir() -> Path:
+    """Where fetched weights are kept: $SDTRAIN_CACHE, or ~/.cache/sdtrain."""
+    return Path(os.environ.get("SDTRAIN_CACHE") or Path.home() / ".cache" / "sdtrain")
+
+
+def digest_of(name: str | None) -> str:
+    """What identifies the weights in a fingerprint; random ones by their seed, none as "none"."""
+    if name is None:
+        return "none"
+    return name if name.startswith(RANDOM) else sha256_of(find_weights(name))
+
+
+def random_seed(name: str) -> int | None:
+    """The seed of `random:SEED`, or None for other names.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if not name.startswith(RANDOM):
+        return None
+    try:
+        return int(name.removeprefix(RANDOM))
+    except ValueError as error:
+        raise UserError(f"Weights '{name}': after 'random:' comes a whole number, the seed.") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Tensors by name from .safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: the file is neither, or holds more than tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a file of weights that is safe to load: {error}") from error
+    return dict(state.get("weights", state))
+
+
+def _download(published: Published, path: Path) -> None:
+    try:
+        with urllib.request.urlopen(published.url, timeout=_TIMEOUT_S) as response:  # noqa: S310  # a fixed https URL
+            content = response.read()
+    except OSError as error:
+        raise UserError(
+            f"The weights {published.file} are not in {path.parent} and could not be fetched ({error}). Download "
+            f"{published.url} elsewhere and put it there, or name another file, or null to skip, in the recipe's score."
+        ) from error
+    if published.sha256 and hashlib.sha256(content).hexdigest() != published.sha256:
+        raise UserError(f"{published.url} gave other bytes than the published {published.file}; nothing was kept.")
+    with publish(path) as temporary:
+        temporary.write_bytes(content)

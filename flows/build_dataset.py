@@ -1,0 +1,95 @@
+"""From metadata to latents, stage after stage."""
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+from pydantic import Field
+
+from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
+from filters.record import dataset_path, record_recipe
+from flows.failure import fails_with_a_sentence
+from flows.stages import StageOptions, run_stage
+from sdtrain.data.dataset import DatasetDir
+
+RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
+Count = Annotated[int, Field(ge=1)]
+Workers = Annotated[int, Field(ge=1, le=256)]
+AestheticScore = Annotated[float, Field(ge=0, le=10)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+@flow(name="build-dataset", flow_run_name="{recipe}")
+@fails_with_a_sentence
+def build_dataset(
+    recipe: RecipeName = "laion-aesthetics",
+    metadata: str | None = None,
+    output: str = "data/{recipe}",
+    limit: Count | None = None,
+    min_side: Count | None = None,
+    min_aesthetic: AestheticScore | None = None,
+    max_watermark: Probability | None = None,
+    samples_per_shard: Count | None = None,
+    allow_private_hosts: bool | None = None,
+    workers: Workers = 2,
+    shards_per_task: Count = 1,
+) -> str:
+    """Select, download, score, dedup, keep, pack, encode; what an earlier run finished is not done again.
+
+    Args:
+        recipe: A recipe's name, or a YAML file.
+        metadata: Parquet with LAION's columns: a file, a folder or a glob.
+        output: The dataset's directory; {recipe} stands for the recipe's name.
+        limit: At most this many rows, the first in shuffled order.
+        min_side: Shorter side in pixels, at least.
+        min_aesthetic: Aesthetic score (V2), more than.
+        max_watermark: Watermark probability, less than.
+        samples_per_shard: Samples in one shard.
+        allow_private_hosts: Fetch from loopback and private networks too.
+        workers: Batches of shards at once.
+        shards_per_task: Shards in one batch.
+
+    Returns:
+        The dataset's directory.
+    """
+    overrides = Overrides(
+        metadata=metadata,
+        limit=limit,
+        min_side=min_side,
+        min_aesthetic=min_aesthetic,
+        max_watermark=max_watermark,
+        samples_per_shard=samples_per_shard,
+        allow_private_hosts=allow_private_hosts,
+    )
+    return build(load_recipe(recipe, overrides), output, StageOptions(workers, shards_per_task))
+
+
+def build(recipe: Recipe, output: str, options: StageOptions) -> str:
+    """The road, in a flow. Returns the dataset's directory."""
+    from filters.road import road
+
+    dataset = DatasetDir(dataset_path(output, recipe))
+    _begin(dataset, recipe)
+    for stage in road():
+        run_stage(stage, dataset, recipe, options)
+    _finish(dataset, recipe)
+    return str(dataset.root)
+
+
+def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
+    logger = get_run_logger()
+    changes = record_recipe(dataset, recipe)
+    logger.info("Building %s into %s", recipe.name, dataset.root)
+    if changes:
+        logger.warning("Not the recipe of the run before; what this touches is redone: %s", "; ".join(changes))
+
+
+def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
+    from filters.funnel import funnel
+    from filters.views import write_views
+
+    write_views(dataset, recipe)
+    rows = [dict(row) for row in funnel(dataset, recipe)]
+    create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
+    create_link_artifact(dataset.root.as_uri(), link_text=str(dataset.root), key="dataset")

@@ -1,0 +1,184 @@
+"""The whole road on a little world: metadata, pictures, latents, training, samples, report.
+
+`make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefect import flow
+from prefect.settings import PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+
+from filters.recipe import Overrides, Recipe, load_recipe
+from flows.build_dataset import build
+from flows.failure import fails_with_a_sentence
+from flows.stages import StageOptions
+from flows.train_unet import train
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.demo.checker import Agreement
+from sdtrain.demo.server import serve_world
+from sdtrain.demo.world import make_world
+from sdtrain.errors import UserError
+from sdtrain.run_dir import RunDir
+
+CONFIG = "tiny"
+
+
+@dataclass(frozen=True)
+class DemoDir:
+    """Where the demo leaves what it makes."""
+
+    root: Path
+
+    @property
+    def world(self) -> Path:
+        """Pictures, metadata and web server."""
+        return self.root / "world"
+
+    @property
+    def data(self) -> DatasetDir:
+        """The dataset."""
+        return DatasetDir(self.root / "data")
+
+    @property
+    def training(self) -> RunDir:
+        """The training run."""
+        return RunDir(self.root / "training")
+
+    @property
+    def samples(self) -> Path:
+        """Exports, sheets of samples, and what the checker says of them."""
+        return self.root / "samples"
+
+    @property
+    def report(self) -> Path:
+        """The page to look at."""
+        return self.root / "report.html"
+
+
+@flow(name="build-demo")
+@fails_with_a_sentence
+def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
+    """Makes a little world of captioned pictures, serves it, and builds a dataset from it.
+
+    Args:
+        output: The demo's directory.
+        num_rows: Rows of metadata.
+
+    Returns:
+        The dataset's directory.
+    """
+    demo = DemoDir(Path(output).absolute())
+    world = make_world(demo.world, num_rows)
+    with serve_world(world):
+        return build(demo_recipe(demo), str(demo.data.root), StageOptions())
+
+
+@flow(name="train-demo")
+@fails_with_a_sentence
+def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
+    """Trains the tiny UNet on the demo's latents."""
+    demo = DemoDir(Path(output).absolute())
+    return train(CONFIG, str(demo.data.root), str(demo.training.path), steps)
+
+
+def demo_recipe(demo: DemoDir) -> Recipe:
+    """The demo's recipe, pointed at its world."""
+    return load_recipe("demo", Overrides(metadata=str(demo.world / "metadata")))
+
+
+def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
+    """Samples all prompts from the trained and the untrained model and judges them, unless that was done before."""
+    from sdtrain.checkpoint import find_checkpoint
+    from sdtrain.demo.agreement import draw_sheet, export_untrained, read_results, try_model, write_results
+    from sdtrain.export import export_diffusers
+
+    checkpoint = find_checkpoint(demo.training.path).path.name
+    results = demo.samples / "agreement.json"
+    known = read_results(results, checkpoint)
+    if known:
+        return known
+    print("Sampling: 36 prompts, 50 PLMS steps ...", flush=True)
+    trained = try_model(export_diffusers(demo.training.path, demo.samples / "model"))
+    draw_sheet(trained).save(demo.samples / "samples.png")
+    untrained = try_model(export_untrained(CONFIG, demo.samples / "untrained"), guidance_scales=(3.0,))
+    draw_sheet(untrained).save(demo.samples / "untrained.png")
+    found = {"seen": trained.seen, "unseen": trained.unseen, "untrained": untrained.seen}
+    write_results(results, checkpoint, found)
+    return found
+
+
+def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
+    """The page that the demo ends with."""
+    from sdtrain.report.page import Report, SampleSection, write_report
+
+    names = {
+        "seen": ("trained", "pairs seen in training"),
+        "unseen": ("trained", "pairs never seen together (red frames)"),
+        "untrained": ("untrained", "pairs seen in training"),
+    }
+    samples = SampleSection(
+        demo.samples / "samples.png",
+        "Prompts are “a COLOUR SHAPE”; every picture has its own seed. A checker that looks at pixels only says which "
+        "colour and shape it sees, over guidance scales 3 to 8.",
+        [(*names[name], v.num_pictures, v.color, v.shape) for name, v in verdicts.items()],
+    )
+    report = Report(
+        title="sdtrain demo: from metadata to pictures",
+        lead="A little world of coloured shapes, selected, downloaded, scored, deduplicated, packed, encoded and "
+        "trained on, all on this machine.",
+        dataset=demo.data,
+        limits=demo_recipe(demo).select.rules,
+        training_log=demo.training.path / "log.csv",
+        samples=samples,
+    )
+    return write_report(report, demo.report)
+
+
+def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float | str]:
+    """Everything, in order; returns the demo's figures."""
+    demo, started = DemoDir(output.absolute()), time.monotonic()
+    with _own_prefect(demo):
+        build_demo(str(demo.root), num_rows)
+        train_demo(str(demo.root), steps)
+    verdicts = sample_demo(demo)
+    report = write_demo_report(demo, verdicts)
+    figures: dict[str, float | str] = {"seconds": round(time.monotonic() - started, 1)}
+    for name, verdict in verdicts.items():
+        figures |= {f"color_{name}": round(verdict.color, 3), f"shape_{name}": round(verdict.shape, 3)}
+    return figures | {"report": str(report)}
+
+
+@contextmanager
+def _own_prefect(demo: DemoDir) -> Iterator[None]:
+    """A Prefect server of the demo's own, so that it neither needs nor touches yours."""
+    settings = {PREFECT_HOME: demo.root / "prefect", PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    with temporary_settings(settings):
+        yield
+
+
+def main() -> int:
+    """Exit code 0, and the figures as JSON on the last line."""
+    parser = argparse.ArgumentParser(description="Runs the demo.")
+    parser.add_argument("--output", type=Path, default=Path("demo-output"))
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: the tiny config's)")
+    arguments = parser.parse_args()
+    try:
+        figures = run_demo(arguments.output, arguments.rows, arguments.steps)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Look at {figures['report']}")
+    print(json.dumps(figures))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

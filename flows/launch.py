@@ -1,0 +1,150 @@
+"""Runs a child process with all that it starts, and leaves none of them behind."""
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from sdtrain.errors import UserError
+
+GRACE_S = 20.0
+"""Time to end after SIGTERM. With the wait after SIGKILL: under the 30 s that Prefect leaves a cancelled run."""
+
+_MARK = "SDTRAIN_LAUNCH"
+
+
+def run_tree(
+    command: Sequence[str | Path],
+    log_file: Path,
+    on_line: Callable[[str], None] = lambda line: None,
+    environment: Mapping[str, str] | None = None,
+    grace_s: float = GRACE_S,
+) -> int:
+    """Runs `command` to its end and returns its exit code; call it in the main thread.
+
+    Output goes to `log_file`, appended, and line by line to `on_line`. When this returns or raises (as
+    Prefect does in the main thread when a run is cancelled) no process of the tree is left, orphans included.
+    The child stays in our process group, so that a signal to the group reaches it even if we are killed.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    mark = uuid.uuid4().hex
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    process = _start(command, {**os.environ, **(environment or {}), _MARK: mark})
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    reader = threading.Thread(target=_read_lines, args=(process, log_file, lines), daemon=True)
+    reader.start()
+    try:
+        _forward_until_exit(process, lines, on_line)
+    finally:
+        with _signals_wait():
+            end_processes(_family(process, mark), grace_s)
+            reader.join(timeout=5)
+    lines.put(None)
+    while (line := lines.get()) is not None:
+        on_line(line)
+    return process.wait()
+
+
+@contextmanager
+def ends_new_children() -> Iterator[None]:
+    """Ends the children that this process started meanwhile, if the block is left by a cancellation.
+
+    Threads in the block that wait for such a child then come back, instead of holding up the cancelled run.
+    """
+    before = set(psutil.Process().children(recursive=True))
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            with _signals_wait():
+                end_processes(set(psutil.Process().children(recursive=True)) - before, GRACE_S / 2)
+        raise
+
+
+def end_processes(processes: set[psutil.Process], grace_s: float) -> None:
+    """Asks the processes to end, waits, and kills those that did not."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    for process in alive:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def _start(command: Sequence[str | Path], environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    try:
+        return subprocess.Popen(  # noqa: S603 (no shell, and the arguments are ours)
+            [str(part) for part in command],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            bufsize=1,
+            env=environment,
+        )
+    except OSError as error:
+        raise UserError(f"{command[0]} could not be started: {error.strerror}. Is it installed?") from error
+
+
+def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.SimpleQueue[str | None]") -> None:
+    with suppress(OSError), log_file.open("a", buffering=1) as log:
+        for line in process.stdout or ():
+            lines.put(line.rstrip("\n"))
+            with suppress(OSError):  # a full disk must not stop the child at its next print
+                log.write(line)
+    lines.put(None)
+
+
+def _forward_until_exit(
+    process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]", on_line: Callable[[str], None]
+) -> None:
+    """Returns when the child has ended; its own children may still hold the pipe open."""
+    while process.poll() is None:
+        with suppress(queue.Empty):
+            line = lines.get(timeout=0.2)
+            if line is None:
+                process.wait()
+                lines.put(None)
+                return
+            on_line(line)
+
+
+def _family(process: "subprocess.Popen[str]", mark: str) -> set[psutil.Process]:
+    """The child, its descendants, and those whose parent died: they still carry the mark in their environment."""
+    family: set[psutil.Process] = set()
+    if process.returncode is None:
+        with suppress(psutil.NoSuchProcess):
+            child = psutil.Process(process.pid)
+            family |= {child, *child.children(recursive=True)}
+    for other in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if other.environ().get(_MARK) == mark:
+                family.add(other)
+    return family
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Holds back a second Ctrl-C or SIGTERM while the tree is being ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, signal.SIG_IGN) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler or signal.SIG_DFL)

@@ -1,0 +1,192 @@
+"""`sdtrain …`: what the flows do, without Prefect."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from filters.recipe import Recipe
+
+# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+
+app = typer.Typer(
+    help="Rebuilds Stable Diffusion v1 from public data.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
+DatasetArgument = Annotated[Path, typer.Argument(help="The directory of a dataset.")]
+
+
+def main() -> None:
+    """The console script: a mistake that the user can put right is one sentence and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def build(
+    recipe: RecipeArgument,
+    metadata: Annotated[str | None, typer.Option(help="Parquet with LAION's columns: file, folder, glob.")] = None,
+    output: Annotated[str, typer.Option(help="The dataset's directory.")] = "data/{recipe}",
+    limit: Annotated[int | None, typer.Option(help="At most this many rows, first in shuffled order.")] = None,
+    min_side: Annotated[int | None, typer.Option(help="Shorter side in pixels, at least.")] = None,
+    min_aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score (V2), more than.")] = None,
+    max_watermark: Annotated[float | None, typer.Option(help="Watermark probability, less than.")] = None,
+    samples_per_shard: Annotated[int | None, typer.Option(help="Samples in one shard.")] = None,
+    allow_private_hosts: Annotated[
+        bool | None, typer.Option(help="Fetch from loopback and private networks too.")
+    ] = None,
+) -> None:
+    """Build a dataset, from metadata to latents; what is finished is not done again."""
+    from filters.recipe import Overrides, load_recipe
+    from sdtrain.settings import parse_settings
+
+    given = {
+        "metadata": metadata,
+        "limit": limit,
+        "min_side": min_side,
+        "min_aesthetic": min_aesthetic,
+        "max_watermark": max_watermark,
+        "samples_per_shard": samples_per_shard,
+        "allow_private_hosts": allow_private_hosts,
+    }
+    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with sdtrain."""
+    from filters.recipe import known_recipes, load_recipe
+
+    for name in known_recipes():
+        print(f"{name:24} {load_recipe(name).description}")
+
+
+@app.command()
+def recipe(name: RecipeArgument) -> None:
+    """Show a recipe whole, defaults included; saved to a file it is a recipe of your own to edit."""
+    from filters.recipe import load_recipe
+    from sdtrain.settings import dump_settings
+
+    print(dump_settings(load_recipe(name)), end="")
+
+
+@app.command()
+def funnel(dataset: DatasetArgument) -> None:
+    """Show what each rule dropped."""
+    from filters import funnel as numbers
+    from filters.record import read_recipe
+    from sdtrain.data.dataset import DatasetDir
+
+    directory = DatasetDir(dataset)
+    _print_table([dict(row) for row in numbers.funnel(directory, read_recipe(directory))])
+
+
+@app.command()
+def views(dataset: DatasetArgument) -> None:
+    """Write metadata.duckdb anew, for instance after the dataset was moved."""
+    from filters.views import write_views
+
+    from filters.record import read_recipe
+    from sdtrain.data.dataset import DatasetDir
+
+    directory = DatasetDir(dataset.absolute())
+    write_views(directory, read_recipe(directory))
+    print(directory.database)
+
+
+@app.command()
+def status(dataset: DatasetArgument) -> None:
+    """Show what is finished, stage by stage."""
+    from filters.record import read_recipe
+    from filters.road import STAGE_NAMES
+    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.manifest import entries
+
+    directory = DatasetDir(dataset)
+    print(f"recipe: {read_recipe(directory).name}")
+    rows = []
+    for name in STAGE_NAMES:
+        done = entries(directory, name)
+        columns = {"shards": len(done), "in": sum(e.num_in for e in done), "out": sum(e.num_out for e in done)}
+        rows.append({"stage": name, **columns, "seconds": round(sum(e.seconds for e in done), 1)})
+    _print_table(rows)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's directory (its newest checkpoint), or a checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="The diffusers folder to write.")],
+    ema: Annotated[bool, typer.Option(help="Averaged weights, or the raw ones.")] = True,
+) -> None:
+    """Write a checkpoint as a folder for diffusers' StableDiffusionPipeline."""
+    from sdtrain.export import export_diffusers
+
+    print(export_diffusers(run, output, ema))
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(help="A diffusers folder, as `sdtrain export` writes.")],
+    prompts: Annotated[list[str], typer.Argument(help="One picture for each.")],
+    output: Annotated[Path, typer.Option(help="Where the PNGs go.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; each next one has the next.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="PLMS steps.", min=1)] = 50,
+) -> None:
+    """Draw pictures for prompts."""
+    from sdtrain.sample import Sampler
+
+    seeds = range(seed, seed + len(prompts))
+    pictures = Sampler(folder).sample(prompts, seeds, guidance_scale=guidance, num_steps=steps)
+    output.mkdir(parents=True, exist_ok=True)
+    for number, picture in zip(seeds, pictures, strict=True):
+        path = output / f"{number:05d}.png"
+        picture.save(path)
+        print(path)
+
+
+def _build(recipe: Recipe, output: str) -> None:
+    from filters.views import write_views
+
+    from filters.record import dataset_path, record_recipe
+    from filters.road import road
+    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.stage_progress import run_with_bar
+
+    dataset = DatasetDir(dataset_path(output, recipe))
+    changes = record_recipe(dataset, recipe)
+    if changes:
+        print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
+    for stage in road():
+        print(run_with_bar(stage, dataset, recipe), flush=True)
+    write_views(dataset, recipe)
+    print(f"{recipe.name}: {dataset.root}")
+
+
+def _print_table(rows: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Do the samples show what was asked for? Samples all colour-shape prompts and lets the checker judge them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from sdtrain.config import load_config
+from sdtrain.data.files import publish
+from sdtrain.demo.checker import Agreement, agreement
+from sdtrain.demo.pictures import COLORS, SHAPES, UNSEEN_PAIRS
+from sdtrain.export import write_pipeline
+from sdtrain.model import build_unet
+from sdtrain.sample import Sampler
+
+PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+# One a seed, so that the figures cover the scales at which people sample.
+GUIDANCE_SCALES = (3.0, 4.5, 6.0, 8.0)
+_TILE_PX, _MARGIN_PX, _SEEDS_IN_SHEET = 96, 64, 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One model's samples and verdicts.
+
+    Attributes:
+        rounds: one list of pictures a guidance scale, each in the order of `PAIRS`.
+        seen: agreement over the pairs that training has shown.
+        unseen: agreement over the pairs that it never has.
+    """
+
+    rounds: list[list[Image.Image]]
+    seen: Agreement
+    unseen: Agreement
+
+
+def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES) -> Trial:
+    """Samples every pair once for each guidance scale (50 PLMS steps) and judges the pictures.
+
+    Args:
+        folder: a diffusers folder.
+        guidance_scales: one round of all pairs for each, with seeds of its own.
+    """
+    sampler = Sampler(folder)
+    prompts = [f"a {color} {shape}" for color, shape in PAIRS]
+    rounds = [
+        sampler.sample(prompts, [1000 * i + n for n in range(len(PAIRS))], scale, batch_size=len(PAIRS))
+        for i, scale in enumerate(guidance_scales)
+    ]
+    return Trial(rounds, _agreement(rounds, unseen=False), _agreement(rounds, unseen=True))
+
+
+def export_untrained(config_name: str, output: Path) -> Path:
+    """A pipeline with the config's UNet as it is before the first step."""
+    config = load_config(config_name)
+    return write_pipeline(build_unet(config.unet, config.latent_size), config, output)
+
+
+def draw_sheet(trial: Trial) -> Image.Image:
+    """A sheet with one row a colour and one column a shape; unseen pairs have a red frame."""
+    seeds = min(_SEEDS_IN_SHEET, len(trial.rounds))
+    column_px, row_px = seeds * _TILE_PX + 8, _TILE_PX + 8
+    sheet = Image.new("RGB", (_MARGIN_PX + len(SHAPES) * column_px, 28 + len(COLORS) * row_px), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for column, shape in enumerate(SHAPES):
+        pen.text((_MARGIN_PX + column * column_px + 4, 6), shape, fill="black", font=font)
+    for row, color in enumerate(COLORS):
+        pen.text((4, 28 + row * row_px + _TILE_PX // 2), color, fill="black", font=font)
+    for place, pair in enumerate(PAIRS):
+        row, column = divmod(place, len(SHAPES))
+        left, top = _MARGIN_PX + column * column_px, 28 + row * row_px
+        for i in range(seeds):
+            tile = trial.rounds[i][place].resize((_TILE_PX, _TILE_PX), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (left + i * _TILE_PX, top))
+        if pair in UNSEEN_PAIRS:
+            pen.rectangle((left - 3, top - 3, left + seeds * _TILE_PX + 2, top + _TILE_PX + 2), outline="red", width=3)
+    return sheet
+
+
+def read_results(path: Path, checkpoint: str) -> dict[str, Agreement] | None:
+    """Verdicts of an earlier call for the same checkpoint, by name; None if there are none."""
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    if content.pop("checkpoint") != checkpoint:
+        return None
+    return {name: Agreement(**values) for name, values in content.items()}
+
+
+def write_results(path: Path, checkpoint: str, results: dict[str, Agreement]) -> None:
+    """Keeps the verdicts, with the checkpoint they belong to."""
+    content = {"checkpoint": checkpoint} | {name: vars(result) for name, result in results.items()}
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _agreement(rounds: list[list[Image.Image]], unseen: bool) -> Agreement:
+    judged = [(p, pair) for pictures in rounds for p, pair in zip(pictures, PAIRS, strict=True)]
+    chosen = [(p, pair) for p, pair in judged if (pair in UNSEEN_PAIRS) == unseen]
+    return agreement([p for p, _ in chosen], [pair for _, pair in chosen])

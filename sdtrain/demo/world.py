@@ -1,0 +1,221 @@
+"""Makes the demo's little world: pictures, their metadata in LAION's columns, and where they are served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mmh3
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdtrain.data.files import publish, raise_if_disk_full
+from sdtrain.demo.picture_files import draw_files
+from sdtrain.demo.rows import HOSTS, REFUSING_HOST, Row, plan_rows
+from sdtrain.errors import UserError
+
+# Raise it when other pictures or rows come out of the same arguments.
+VERSION = 1
+HTTP_PORT, HTTPS_PORT = 18080, 18443
+NUM_METADATA_FILES = 2
+# As in laion2B-en-joined, with the aesthetic score of V2.
+SCHEMA = pa.schema(
+    [
+        ("URL", pa.string()),
+        ("TEXT", pa.string()),
+        ("WIDTH", pa.int32()),
+        ("HEIGHT", pa.int32()),
+        ("similarity", pa.float64()),
+        ("hash", pa.int64()),
+        ("pwatermark", pa.float32()),
+        ("punsafe", pa.float32()),
+        ("AESTHETIC_SCORE", pa.float32()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class World:
+    """A finished world on disk; `serve_world` of `sdtrain.demo.server` puts it on line."""
+
+    directory: Path
+    num_rows: int
+    seed: int
+    http_port: int
+    https_port: int
+
+    @property
+    def metadata(self) -> Path:
+        """Folder of Parquet files with LAION's columns."""
+        return self.directory / "metadata"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the picture files that the server sends."""
+        return self.directory / "pictures"
+
+    @property
+    def pages(self) -> Path:
+        """JSON: what the server does at each path."""
+        return self.directory / "pages.json"
+
+    @property
+    def ca(self) -> Path:
+        """Certificate that clients must trust; made anew whenever the server starts."""
+        return self.directory / "ca.pem"
+
+    @property
+    def marker(self) -> Path:
+        """JSON with the world's settings, written last."""
+        return self.directory / "world.json"
+
+
+def open_world(directory: Path) -> World:
+    """The world that `make_world` finished in `directory`.
+
+    Raises:
+        UserError: there is none, or it was made by another version.
+    """
+    content = _read_marker(directory)
+    if content is None:
+        raise UserError(f"There is no finished world in {directory}; `make demo` or `make_world` makes one.")
+    return _world(directory, content)
+
+
+def make_world(
+    directory: Path,
+    num_rows: int = 2000,
+    seed: int = 0,
+    http_port: int = HTTP_PORT,
+    https_port: int = HTTPS_PORT,
+    num_processes: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> World:
+    """Makes the world, or returns at once where it is already there with the same `num_rows` and `seed`.
+
+    A call that was killed is continued by the next one. The same arguments give the same
+    bytes, as long as the ports are free.
+
+    Args:
+        directory: gets `pictures/`, `metadata/`, `pages.json` and, last, `world.json`.
+        num_rows: rows of metadata.
+        seed: decides every row and pixel.
+        http_port: taken when free on all hosts, else another; 0 means any free one.
+        https_port: likewise.
+        num_processes: processes that draw; 1 means this one.
+        on_progress: called with (rows drawn, rows in all).
+
+    Raises:
+        UserError: too few rows, or the disk is full.
+    """
+    directory = directory.absolute()
+    settings = {"version": VERSION, "num_rows": num_rows, "seed": seed}
+    content = _read_marker(directory)
+    if content is not None and settings.items() <= content.items():
+        return _world(directory, content)
+    rows = plan_rows(num_rows, seed)
+    chosen_http = _free_port(http_port)
+    ports = {"http_port": chosen_http, "https_port": _free_port(https_port, other_than=chosen_http)}
+    world = _world(directory, settings | ports)
+    try:
+        world.marker.unlink(missing_ok=True)
+        _keep_only_pictures_of(world, settings)
+        draw_files(rows, world.pictures, num_processes, on_progress)
+        _write_metadata(rows, world)
+        _write_json(world.pages, {row.path: _page(row) for row in rows if _is_served(row)})
+        _write_json(world.marker, settings | ports | {"rows": dict(Counter(row.kind for row in rows).most_common())})
+    except OSError as error:
+        raise_if_disk_full(error, directory)
+        raise
+    return world
+
+
+def _world(directory: Path, content: dict[str, int]) -> World:
+    return World(
+        directory.absolute(), content["num_rows"], content["seed"], content["http_port"], content["https_port"]
+    )
+
+
+def _read_marker(directory: Path) -> dict[str, int] | None:
+    try:
+        content = json.loads((directory / "world.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("version") == VERSION else None
+
+
+def _keep_only_pictures_of(world: World, settings: dict[str, int]) -> None:
+    """Empties the folder of pictures unless they were drawn for the same settings."""
+    made_for = world.pictures / "made_for.json"
+    if made_for.exists() and made_for.read_text() == json.dumps(settings):
+        return
+    shutil.rmtree(world.pictures, ignore_errors=True)
+    world.pictures.mkdir(parents=True)
+    made_for.write_text(json.dumps(settings))
+
+
+def _write_metadata(rows: list[Row], world: World) -> None:
+    world.metadata.mkdir(exist_ok=True)
+    for stale in world.metadata.glob("*.parquet"):
+        stale.unlink()
+    per_file = -(-len(rows) // NUM_METADATA_FILES)
+    for i in range(NUM_METADATA_FILES):
+        records = [_record(row, world) for row in rows[i * per_file : (i + 1) * per_file]]
+        with publish(world.metadata / f"part-{i:05d}.parquet") as temporary:
+            pq.write_table(pa.Table.from_pylist(records, SCHEMA), temporary)
+
+
+def _record(row: Row, world: World) -> dict[str, str | int | float | None]:
+    port = world.http_port if row.scheme == "http" else world.https_port
+    url = row.url or f"{row.scheme}://{row.host}:{port}{row.path}"
+    return {
+        "URL": url,
+        "TEXT": row.text,
+        "WIDTH": row.listed_px[0],
+        "HEIGHT": row.listed_px[1],
+        "similarity": row.similarity,
+        "hash": mmh3.hash64(url + (row.text or ""))[0],
+        "pwatermark": row.pwatermark,
+        "punsafe": row.punsafe,
+        "AESTHETIC_SCORE": row.aesthetic,
+    }
+
+
+def _is_served(row: Row) -> bool:
+    return row.url is None and row.host != REFUSING_HOST
+
+
+def _page(row: Row) -> dict[str, str | None]:
+    return {"does": row.does, "file": row.file}
+
+
+def _write_json(target: Path, content: object) -> None:
+    with publish(target) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _free_port(wanted: int, other_than: int = 0) -> int:
+    """`wanted` where it is free on all hosts, else some port that is."""
+    for candidate in (wanted, *[0] * 20):
+        port = _bindable(candidate)
+        if port and port != other_than:
+            return port
+    raise UserError(f"No port is free on {', '.join(HOSTS)}; the demo needs these loopback addresses.")
+
+
+def _bindable(port: int) -> int:
+    """`port` (any, for 0) if it can be listened at on all hosts, else 0."""
+    for host in HOSTS:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return 0
+            port = probe.getsockname()[1]
+    return port

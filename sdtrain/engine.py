@@ -1,0 +1,76 @@
+"""DeepSpeed's configuration and engine for the UNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
+_BUCKET_NUMEL = 200_000_000
+
+
+def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int, extra: Path | None) -> dict[str, Any]:
+    """DeepSpeed's settings for a run.
+
+    ZeRO-1 by default: it reduces gradients once per optimizer step, where stages 2 and 3 do on every micro-step. The
+    loop stops on a loss that is not finite, so DeepSpeed's own check, which silently skips a step, is off.
+
+    Args:
+        config: the run.
+        accumulation: micro-steps of one optimizer step.
+        num_parameters: size of the network; gradient buckets need be no larger.
+        extra: a DeepSpeed JSON file whose settings are laid over these (`--deepspeed_config`).
+
+    Raises:
+        UserError: the file is not JSON, or sets what the training config decides.
+    """
+    bucket = min(_BUCKET_NUMEL, num_parameters)
+    settings = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "steps_per_print": 2**31,
+    }
+    return _overlay(settings, _read_extra(extra)) if extra else settings
+
+
+def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The UNet under DeepSpeed with AdamW; weight decay on every parameter, as in the original runs."""
+    chosen = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [p for p in unet.parameters() if p.requires_grad],
+        lr=chosen.lr,
+        betas=chosen.betas,
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        fused=True,
+    )
+    engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _read_extra(path: Path) -> dict[str, Any]:
+    try:
+        extra = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a DeepSpeed JSON file: {error}") from error
+    if taken := [name for name in _OURS if name in extra]:
+        raise UserError(f"{path} sets {', '.join(taken)}, which the training config decides. Remove it there.")
+    return dict(extra)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

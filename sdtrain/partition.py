@@ -1,0 +1,76 @@
+"""The piece of fp32 weights and optimizer state that DeepSpeed's ZeRO gives to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from sdtrain.checkpoint import slots_of
+
+
+class ZeroPartition:
+    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, cut into equal parts, one a rank.
+
+    It reads attributes of DeepSpeed that are not public, so pyproject pins DeepSpeed, and a test checks that a
+    checkpoint read by name equals the engine's own full parameters.
+
+    Attributes:
+        master: this rank's part of the fp32 weights.
+        slots: where each parameter lies in the whole vector.
+        start: position of the part's first element in the whole vector.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, rank: int):
+        zero = engine.optimizer
+        if not isinstance(zero, DeepSpeedZeroOptimizer) or len(zero.bit16_groups) != 1:
+            raise RuntimeError(f"expected one parameter group under ZeRO-1 or 2, not {type(zero).__name__}")
+        self._zero = zero
+        self.master: torch.Tensor = zero.single_partition_of_fp32_groups[0]
+        self.slots = slots_of((name, p.shape) for name, p in engine.module.named_parameters() if p.requires_grad)
+        if [slot.offset for slot in self.slots] != zero.round_robin_bit16_offsets[0]:
+            raise RuntimeError("this DeepSpeed flattens parameters in another order; use the pinned version")
+        self.start = rank * self.master.numel()
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The rate of the next optimizer step."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Adam's moments of this part; zeros before the first step."""
+        state = self._state()
+        zeros = torch.zeros_like(self.master, requires_grad=False)
+        return {name: state.get(name, zeros) for name in ("exp_avg", "exp_avg_sq")}
+
+    @torch.no_grad()
+    def restore(self, master: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int) -> None:
+        """Puts back weights and Adam's state as they were after optimizer step `step`. All ranks take part."""
+        self._state().update(
+            {name: value.to(self.master.device, copy=True) for name, value in moments.items()},
+            step=torch.tensor(float(step), device=self.master.device),
+        )
+        self.load_master(master)
+
+    @torch.no_grad()
+    def load_master(self, master: torch.Tensor) -> None:
+        """Sets this part of the fp32 weights and refreshes the network's own copies. All ranks take part."""
+        self.master.copy_(master)
+        self._zero.update_lp_params()
+
+    def cut(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """This rank's part of whole weights given by name, fp32, padded with zeros at the end."""
+        part = torch.zeros(self.master.numel(), dtype=torch.float32)
+        for slot in self.slots:
+            first, last = max(slot.offset, self.start), min(slot.offset + slot.numel, self.start + len(part))
+            if first < last:
+                flat = named[slot.name].detach().reshape(-1)[first - slot.offset : last - slot.offset]
+                part[first - self.start : last - self.start] = flat.to("cpu", torch.float32)
+        return part
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._zero.optimizer.state[self.master]
+        return state

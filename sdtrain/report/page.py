@@ -1,0 +1,126 @@
+"""Renders report.html from a dataset's DuckDB views, a training log and a grid of samples."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import jinja2
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.report.examples import Gallery, galleries
+from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+
+
+@dataclass(frozen=True)
+class SampleSection:
+    """The grid of samples and what a checker says of it."""
+
+    picture: Path
+    text: str
+    table: list[tuple[str, str, int, float, float]] = field(default_factory=list)
+    """(model, prompts, number of pictures, share of right colours, share of right shapes)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What goes into one report; sections without a source are left out."""
+
+    title: str
+    lead: str
+    dataset: DatasetDir
+    limits: dict[str, float]
+    """The recipe's rules, for the lines in the histograms."""
+    training_log: Path | None = None
+    samples: SampleSection | None = None
+
+
+def write_report(report: Report, path: Path) -> Path:
+    """Writes `path` and, beside it, a folder `pictures` with the diagrams and examples it shows."""
+    pictures = path.parent / "pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir(parents=True)
+    with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
+        funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+        context: dict[str, Any] = {
+            "title": report.title,
+            "lead": report.lead,
+            "facts": _facts(funnel, connection),
+            "funnel": funnel,
+            "funnel_picture": _draw_funnel(funnel, pictures),
+            "histograms": _draw_histograms(connection, report.limits, pictures),
+            "galleries": _relative(galleries(connection, report.dataset, pictures), path.parent),
+            "database": report.dataset.database.name,
+        }
+    context["loss"] = _draw_loss(report.training_log, pictures) if report.training_log else None
+    context["samples"] = _place_samples(report.samples, pictures) if report.samples else None
+    page = _template().render(context)
+    with publish(path) as temporary:
+        temporary.write_text(page)
+    return path
+
+
+def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str]]:
+    rows_in = funnel[0][3] + funnel[0][4]
+    selected = connection.execute("SELECT count(*) FROM selection").fetchone()
+    fetched = connection.execute("SELECT count(*) FROM images WHERE status = 'success'").fetchone()
+    counts = [("rows of metadata", rows_in), ("selected", selected[0] if selected else 0)]
+    counts += [("downloaded", fetched[0] if fetched else 0), ("kept", funnel[-1][4])]
+    return [(name, f"{count:,}") for name, count in counts]
+
+
+def _draw_funnel(funnel: list[tuple[Any, ...]], pictures: Path) -> str:
+    plot_funnel([(f"{row[0]}: {row[1] or row[2]}", row[3], row[4]) for row in funnel], pictures / "funnel.png")
+    return "pictures/funnel.png"
+
+
+def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[str]:
+    """One histogram a metadata score: all rows of the metadata behind, the kept ones in front."""
+    drawn = []
+    scores = (("aesthetic", "min_aesthetic", "aesthetic score (V2)"), ("pwatermark", "max_watermark", "P(watermark)"))
+    for column, rule, label in scores:
+        groups = {view: _column(connection, view, column) for view in ("metadata", "kept")}
+        plot_histogram(groups, limits.get(rule), label, pictures / f"{column}.png")
+        drawn.append(f"pictures/{column}.png")
+    return drawn
+
+
+def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
+    values = connection.view(view).filter(duckdb.ColumnExpression(column).isnotnull()).select(column)
+    return [row[0] for row in values.fetchall()]
+
+
+def _draw_loss(log: Path, pictures: Path) -> dict[str, str]:
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    plot_loss([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], pictures / "loss.png")
+    rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
+    text = f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}; {rate:.0f} images/s."
+    return {"picture": "pictures/loss.png", "text": text}
+
+
+def _place_samples(samples: SampleSection, pictures: Path) -> dict[str, Any]:
+    shutil.copyfile(samples.picture, pictures / "samples.png")
+    return {"picture": "pictures/samples.png", "text": samples.text, "table": samples.table}
+
+
+def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:
+    return [
+        {
+            "title": gallery.title,
+            "kept": gallery.kept,
+            "lines": gallery.lines,
+            "pictures": [(path.relative_to(root).as_posix(), text) for path, text in gallery.pictures],
+        }
+        for gallery in found
+    ]
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, autoescape=True).get_template("template.html")

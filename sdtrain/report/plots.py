@@ -1,0 +1,93 @@
+"""The report's diagrams, drawn with matplotlib into PNG files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+KEPT, DROPPED, MUTED, INK = "#1f7a5c", "#d1495b", "#c9d1d9", "#24292f"
+
+
+def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
+    """Bars of what remains after each rule.
+
+    Args:
+        rows: (label, dropped, remaining), from the first rule to the last.
+        path: the PNG to write.
+    """
+    figure, axes = _canvas(9.0, 0.32 * len(rows) + 0.9)
+    positions = np.arange(len(rows))
+    dropped = np.array([row[1] for row in rows])
+    remaining = np.array([row[2] for row in rows])
+    axes.barh(positions, remaining, color=KEPT, height=0.72)
+    axes.barh(positions, dropped, left=remaining, color=DROPPED, height=0.72)
+    for y, lost, left in zip(positions, dropped, remaining, strict=True):
+        axes.text(left + lost, y, f"  -{lost:,}" if lost else "", va="center", color=DROPPED, fontsize=8)
+        axes.text(remaining.max() * 0.01, y, f"{left:,}", va="center", color="white", fontsize=8)
+    axes.set_yticks(positions, [row[0] for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, (remaining + dropped).max() * 1.1)
+    axes.set_xlabel("rows that remain (green) and rows that the rule removes (red)")
+    _save(figure, path)
+
+
+def plot_histogram(groups: dict[str, Sequence[float]], threshold: float | None, label: str, path: Path) -> None:
+    """Overlaid histograms of one score.
+
+    Args:
+        groups: name -> values; the first is drawn behind the others.
+        threshold: the recipe's limit, drawn as a line; None for no line.
+        label: the score's name, with its unit or range.
+        path: the PNG to write.
+    """
+    figure, axes = _canvas(4.6, 2.8)
+    values = np.concatenate([np.asarray(v, dtype=float) for v in groups.values()] or [np.zeros(1)])
+    edges = np.histogram_bin_edges(values, bins=40)
+    for (name, group), color in zip(groups.items(), (MUTED, KEPT, DROPPED), strict=False):
+        axes.hist(np.asarray(group, dtype=float), bins=edges, color=color, alpha=0.9, label=f"{name} ({len(group):,})")
+    if threshold is not None:
+        axes.axvline(threshold, color=DROPPED, linewidth=1.5, linestyle="--", label=f"limit {threshold:g}")
+    axes.set_xlabel(label)
+    axes.set_ylabel("pictures")
+    axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
+    """Training loss against the optimizer step, with its running mean over 5 % of the run."""
+    figure, axes = _canvas(9.0, 3.0)
+    axes.plot(steps, losses, color=MUTED, linewidth=0.8, label="loss")
+    width = max(1, len(losses) // 20)
+    if len(losses) > width:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=2, label=f"mean of {width} points")
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("mean squared error of the noise")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), dpi=130)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+    axes.xaxis.label.set_fontsize(8)
+    axes.yaxis.label.set_fontsize(8)
+    return figure, axes
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.tight_layout()
+    # Without the software tag the same data gives the same bytes.
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)

@@ -1,0 +1,34 @@
+"""Runs a stage in the terminal, with a bar."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.stage import Stage, clear_leftovers, pending, run_batch
+from sdtrain.data.totals import StageTotals, add_up
+
+
+def run_with_bar(stage: Stage[Any], dataset: DatasetDir, recipe: Any) -> StageTotals:
+    """Does the shards of `stage` that are not finished; the bar counts shards, on standard error."""
+    started = time.monotonic()
+    clear_leftovers(stage, dataset)
+    all_shards = stage.shards(dataset, recipe)
+    shards = pending(stage, dataset, recipe)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        line = bar.add_task(stage.name, total=len(shards))
+        reports = run_batch(stage, dataset, recipe, shards, lambda report: bar.advance(line)) if shards else []
+    return add_up(stage.name, reports, len(all_shards) - len(shards), time.monotonic() - started)

@@ -1,0 +1,164 @@
+"""Trains the UNet on latents.
+
+    deepspeed sdtrain/train.py [--config NAME|FILE] [--data DIR] [--output DIR] [--steps N]
+
+Also runs under torchrun and plain Python, on GPUs or CPU cores. Started again it goes on from its newest checkpoint,
+on any number of ranks, with the samples and the noise of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    # Launchers put this file's folder first on the path, where our modules would hide others of the same name.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from sdtrain.config import TrainConfig, load_config
+from sdtrain.data.latent_store import require_latents
+from sdtrain.errors import UserError
+from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
+from sdtrain.run_dir import RunDir
+from sdtrain.settings import parse_settings
+
+
+def train(
+    config: TrainConfig,
+    run_dir: RunDir,
+    ranks: Ranks,
+    deepspeed_json: Path | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> int:
+    """Trains until `config.steps`, from the newest checkpoint on; returns the step reached.
+
+    Args:
+        config: the run.
+        run_dir: where it leaves its output.
+        ranks: this process among all that train.
+        deepspeed_json: DeepSpeed settings laid over ours.
+        stop_requested: asked between steps; true on any rank ends training with a checkpoint.
+
+    Raises:
+        UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
+    """
+    # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
+    from sdtrain.diffusion import learning_rate, noise_loss, sample_posterior
+    from sdtrain.progress import Progress
+    from sdtrain.training_state import TrainingState
+
+    state = TrainingState(config, run_dir, ranks, deepspeed_json)
+    first_step = state.restore()
+    progress = Progress(run_dir, config, ranks, state.begin(first_step))
+    batches = progress.timed(state.batches(first_step))
+    step = first_step
+
+    while step < config.steps and not ranks.any(stop_requested()):
+        lr = learning_rate(step, config.optimizer.lr, config.schedule.warmup_steps)
+        state.partition.set_learning_rate(lr)
+        for _ in range(state.accumulation):
+            batch = next(batches).to(ranks.device)
+            latents = sample_posterior(batch.moments, batch.posterior, state.scaling_factor)
+            noisy = state.noise_schedule.add_noise(latents, batch.noise, batch.timesteps)
+            predicted = state.predict_noise(noisy, batch.timesteps, batch.token_ids)
+            loss = noise_loss(predicted, batch.noise)
+            state.engine.backward(loss)
+            state.engine.step()
+            progress.add(loss)
+        state.ema.update(step)
+        step += 1
+        if step % config.log_every == 0 or step == config.steps:
+            progress.line(step, lr, state.grad_norm())
+        if step % config.checkpoint.every == 0 and step < config.steps:
+            with progress.paused():
+                progress.check(step)
+                state.save(step)
+    progress.check(step)
+    state.finish(step, first_step)
+    return step
+
+
+class StopRequest:
+    """Remembers SIGTERM and SIGINT, so that training stops between two steps, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self._requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def __call__(self) -> bool:
+        """Whether one came."""
+        return self._requested
+
+    def _request(self, number: int, frame: Any) -> None:
+        self._requested = True
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; launchers add --local_rank."""
+    parser = argparse.ArgumentParser(prog="sdtrain/train.py", description="Trains the UNet on latents.")
+    parser.add_argument("--config", default="tiny", help="name of a config (default: tiny) or a YAML file")
+    parser.add_argument("--data", help="dataset directory with latents/ (default: the config's data.root)")
+    parser.add_argument("--output", help="run directory (default: runs/NAME)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the whole run")
+    parser.add_argument("--deepspeed", action="store_true", help="accepted for launchers; always on")
+    parser.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON laid over our settings")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def configure(name: str, data: str | None = None, steps: int | None = None) -> TrainConfig:
+    """A config with the command line's overrides.
+
+    Raises:
+        UserError: an unknown config or a bad value.
+    """
+    content = load_config(name).model_dump()
+    if data is not None:
+        content["data"]["root"] = data
+    if steps is not None:
+        content["steps"] = steps
+    return parse_settings(TrainConfig, content, f"config '{name}' with overrides")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Everything between the command line and the exit code.
+
+    Raises:
+        UserError: something that the user can put right.
+    """
+    config = configure(arguments.config, arguments.data, arguments.steps)
+    config.accumulation(world_size_from_environment())
+    run_dir = RunDir(Path(arguments.output or Path("runs") / config.name))
+    run_dir.check_config(config)
+    done = run_dir.finished_step()
+    if done is not None and done >= config.steps:
+        if rank_from_environment() == 0:
+            print(f"{run_dir.path} is finished: {done} steps. Give a larger --steps to go on, or another --output.")
+        return
+    require_latents(Path(config.data.root))
+    stop_requested = StopRequest()
+    ranks = join(arguments.local_rank)
+    try:
+        train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
+    finally:
+        ranks.close()
+
+
+def main() -> int:
+    """The exit code: 0 when finished or stopped with a checkpoint, 2 for a mistake that a sentence explains."""
+    try:
+        run(parse_arguments())
+    except UserError as error:
+        if rank_from_environment() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

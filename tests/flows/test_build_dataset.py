@@ -1,0 +1,66 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.logging import disable_run_logger
+from prefect.states import State
+
+from filters.recipe import Overrides, known_recipes
+from flows.build_dataset import build_dataset
+from flows.train_unet import train_unet
+
+ROOT = Path(__file__).parents[2]
+DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+PARAMETERS = build_dataset.parameters.model_dump()["properties"]
+
+
+def bounds(schema: dict[str, Any]) -> dict[str, Any]:
+    options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
+    return {key: value for key, value in options[0].items() if key not in ("title", "description", "default")}
+
+
+@pytest.mark.parametrize("name", list(Overrides.model_fields))
+def test_parameter_has_the_type_and_bounds_of_the_override(name: str) -> None:
+    assert bounds(PARAMETERS[name]) == bounds(Overrides.model_json_schema()["properties"][name])
+
+
+def test_every_parameter_is_explained() -> None:
+    assert [name for name, schema in PARAMETERS.items() if not schema.get("description")] == []
+
+
+@pytest.mark.parametrize("name", [*known_recipes(), "mine.yaml", "deep/er/mine.yml"])
+def test_recipe_names_and_files_are_accepted(name: str) -> None:
+    assert re.search(PARAMETERS["recipe"]["pattern"], name)
+
+
+@pytest.mark.parametrize("name", ["laion", "laion-aesthetics2", "", ".yaml", "recipe.json"])
+def test_unknown_recipe_is_refused_by_the_pattern(name: str) -> None:
+    assert not re.search(PARAMETERS["recipe"]["pattern"], name)
+
+
+def test_mistake_ends_the_flow_as_failed_with_the_sentence() -> None:
+    with disable_run_logger():
+        ended = build_dataset.fn(recipe="laion-aesthetics")
+    assert isinstance(ended, State)
+    assert ended.is_failed()
+    assert "names no metadata" in str(ended.message)
+
+
+def test_deployments_that_the_readme_names_exist() -> None:
+    assert {deployment["name"] for deployment in DEPLOYMENTS} == {
+        "build-laion-aesthetics",
+        "build-laion-high-resolution",
+        "build-laion2b-en",
+        "build-demo",
+        "train-sd-v1",
+    }
+    assert all((ROOT / deployment["entrypoint"].split(":")[0]).exists() for deployment in DEPLOYMENTS)
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
+def test_parameters_of_the_deployment_are_valid(deployment: dict[str, Any]) -> None:
+    flow = {"build_dataset": build_dataset, "train_unet": train_unet}.get(deployment["entrypoint"].split(":")[1])
+    if flow is not None:
+        flow.validate_parameters(deployment["parameters"])

@@ -1,0 +1,86 @@
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from training_fixtures import write_config, write_latents, write_models
+
+from sdtrain.checkpoint import STATE, CheckpointStore, slots_of
+from sdtrain.config import DiffusionConfig, load_config
+from sdtrain.errors import UserError
+from sdtrain.export import export_diffusers, load_weights, plms_scheduler, write_pipeline
+from sdtrain.model import build_unet
+from sdtrain.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run whose raw weights are a fresh UNet's and whose average is those plus one."""
+    folder = tmp_path_factory.mktemp("world")
+    models = write_models(folder / "models")
+    config = load_config(str(write_config(folder / "c.yaml", models, write_latents(folder / "data", models, 4))))
+    unet = build_unet(config.unet, config.latent_size)
+    flat = torch.cat([p.detach().reshape(-1) for p in unet.parameters()])
+    state = {name: flat + (name == "ema") for name in STATE}
+    slots = slots_of((n, p.shape) for n, p in unet.named_parameters())
+    RunDir(folder / "run").begin(config, 5)
+    store = CheckpointStore(folder / "run", 2, 0, 1)
+    store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
+    return folder / "run"
+
+
+def test_weights_come_by_name_raw_and_averaged(run_dir):
+    raw, ema = load_weights(run_dir, "raw"), load_weights(run_dir / "checkpoints" / "step-00000005")
+    assert raw["conv_in.weight"].shape == (16, 4, 3, 3)
+    assert all(torch.equal(raw[name] + 1, ema[name]) for name in raw)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_exported_folder_is_a_pipeline_that_generates(run_dir, tmp_path, ema):
+    folder = export_diffusers(run_dir, tmp_path / "out", ema=ema)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    exported = pipeline.unet.state_dict()
+    weights = load_weights(run_dir, "ema" if ema else "raw")
+    assert exported.keys() == weights.keys()
+    assert all(torch.equal(exported[name], weights[name]) for name in weights)
+    assert isinstance(pipeline.scheduler, PNDMScheduler)
+    assert pipeline.safety_checker is None
+    pipeline.set_progress_bar_config(disable=True)
+    if not ema:
+        picture = pipeline("a red circle", num_inference_steps=2).images[0]
+        assert picture.size == (64, 64)
+
+
+def test_scheduler_is_the_one_of_published_sd_v1():
+    config = plms_scheduler(DiffusionConfig()).config
+    assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
+    assert (config.skip_prk_steps, config.set_alpha_to_one, config.steps_offset) == (True, False, 1)
+    assert (config.num_train_timesteps, config.prediction_type) == (1000, "epsilon")
+
+
+def test_an_export_replaces_an_export_and_nothing_else(run_dir, tmp_path):
+    output = export_diffusers(run_dir, tmp_path / "out")
+    (output / "stale").touch()
+    export_diffusers(run_dir, output)
+    assert not (output / "stale").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    with pytest.raises(UserError, match="not an earlier export"):
+        export_diffusers(run_dir, precious)
+
+
+def test_a_failed_export_leaves_the_old_one(run_dir, tmp_path, monkeypatch):
+    output = export_diffusers(run_dir, tmp_path / "out")
+    before = sorted(p.name for p in output.iterdir())
+    config = load_config(str(run_dir / "config.yaml"))
+
+    def fail(self, folder):
+        Path(folder).mkdir()
+        raise OSError("gone")
+
+    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", fail)
+    with pytest.raises(OSError, match="gone"):
+        write_pipeline(build_unet(config.unet, 8), config, output)
+    assert sorted(p.name for p in output.iterdir()) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]

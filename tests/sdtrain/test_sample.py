@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from training_fixtures import write_config, write_models
+
+from sdtrain.config import load_config
+from sdtrain.errors import UserError
+from sdtrain.export import write_pipeline
+from sdtrain.model import build_unet
+from sdtrain.sample import Sampler, make_grid
+
+PROMPTS = ["a red circle", "a blue square", "a green circle"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline with random weights whose prediction does depend on latents and caption."""
+    root = tmp_path_factory.mktemp("pipeline")
+    config = load_config(str(write_config(root / "c.yaml", write_models(root / "models"), root / "data")))
+    torch.manual_seed(0)
+    unet = build_unet(config.unet, config.latent_size)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            if (parameter == 0).all():
+                parameter.normal_(0, 0.05)
+    return write_pipeline(unet, config, root / "out")
+
+
+@pytest.fixture(scope="module")
+def sampler(folder):
+    return Sampler(folder, "cpu", torch.float32)
+
+
+def calls_of(sampler, **settings):
+    sizes = []
+    hook = sampler._unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    sampler.sample(PROMPTS, [1, 2, 3], **settings)
+    hook.remove()
+    return sizes
+
+
+def test_fifty_plms_steps_are_51_calls_on_both_halves_at_once(sampler):
+    assert calls_of(sampler) == [6] * 51
+
+
+def test_guidance_one_skips_the_unconditional_half(sampler):
+    assert calls_of(sampler, guidance_scale=1.0, num_steps=4) == [3] * 5
+
+
+def test_pictures_are_those_of_the_diffusers_pipeline(sampler, folder):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6, 7)])
+    theirs = pipeline(PROMPTS, latents=latents, guidance_scale=3.0, num_inference_steps=20).images
+    ours = sampler.sample(PROMPTS, [5, 6, 7], guidance_scale=3.0, num_steps=20)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 2
+    assert not np.array_equal(np.asarray(ours[0]), np.asarray(ours[1]))
+
+
+def test_a_picture_does_not_depend_on_its_batch(sampler):
+    together = sampler.sample(PROMPTS, [1, 2, 3], num_steps=5)
+    apart = sampler.sample(PROMPTS, [1, 2, 3], num_steps=5, batch_size=1)
+    for a, b in zip(together, apart, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def test_seeds_and_prompts_must_pair_up(sampler):
+    with pytest.raises(UserError, match="3 prompts and 1 seeds"):
+        sampler.sample(PROMPTS, [1])
+
+
+def test_a_broken_model_is_a_sentence(folder):
+    broken = Sampler(folder, "cpu", torch.float32)
+    with torch.no_grad():
+        broken._unet.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        broken.sample(["a"], [1], num_steps=2)
+
+
+def test_a_folder_without_a_pipeline_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="not a diffusers folder"):
+        Sampler(tmp_path)
+
+
+def test_grid_places_pictures_row_by_row():
+    pictures = [Image.new("RGB", (10, 8), color) for color in ("red", "lime", "blue")]
+    grid = make_grid(pictures, columns=2, gap_px=1)
+    assert grid.size == (23, 19)
+    corners = [grid.getpixel(place) for place in ((1, 1), (12, 1), (1, 10), (12, 10))]
+    assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]

@@ -1,0 +1,206 @@
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from training_fixtures import write_config, write_latents, write_models
+
+from sdtrain.checkpoint import find_checkpoint
+from sdtrain.config import load_config
+from sdtrain.data.loader import BatchMaker
+from sdtrain.diffusion import NoiseSchedule, learning_rate, noise_loss, sample_posterior
+from sdtrain.ema import ema_decay
+from sdtrain.errors import UserError
+from sdtrain.model import build_unet, load_text_encoder
+from sdtrain.ranks import join
+from sdtrain.run_dir import RunDir
+from sdtrain.train import parse_arguments, run, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    models = write_models(folder / "models")
+    return models, write_latents(folder / "data", models)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    before = dict(os.environ)
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    joined = join(None)
+    yield joined
+    joined.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def config_of(tmp_path, world, **changes):
+    return load_config(str(write_config(tmp_path / "config.yaml", *world, **changes)))
+
+
+def losses(run_dir):
+    with (run_dir / "log.csv").open() as file:
+        return [(int(row["step"]), row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+
+
+def after(num_steps):
+    """Asks to stop when it was asked `num_steps` times."""
+    asked = iter(range(num_steps))
+    return lambda: next(asked, None) is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"zero_stage": 2, "steps": 6}], ids=["zero1", "zero2"])
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, world, ranks, changes):
+    config = config_of(tmp_path, world, **changes)
+    assert train(config, RunDir(tmp_path / "straight"), ranks) == config.steps
+    stopped = tmp_path / "stopped"
+    assert train(config, RunDir(stopped), ranks, stop_requested=after(4)) == 4
+    assert not (stopped / "DONE").exists()
+    assert train(config, RunDir(stopped), ranks) == config.steps
+    assert losses(stopped) == losses(tmp_path / "straight")
+    assert [step for step, *_ in losses(stopped)] == list(range(1, config.steps + 1))
+    files = [find_checkpoint(tmp_path / name).layout.files for name in ("straight", "stopped")]
+    assert files[0] == files[1]
+    done = json.loads((stopped / "DONE").read_text())
+    assert done == {"step": config.steps, "checkpoint": f"checkpoints/step-{config.steps:08d}"}
+
+
+def test_training_in_fp32_equals_plain_pytorch(tmp_path, world, ranks):
+    config = config_of(tmp_path, world, precision="fp32", optimizer={"lr": 1e-3, "max_grad_norm": 0.5})
+    train(config, RunDir(tmp_path / "run"), ranks)
+    expected, average = plain_pytorch(config)
+    ours = [float(loss) for _, loss, _ in losses(tmp_path / "run")]
+    assert ours == pytest.approx(expected, rel=2e-5)
+    weights = dict(find_checkpoint(tmp_path / "run").weights("ema"))
+    for name, value in average.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def plain_pytorch(config):
+    """The same training without DeepSpeed, partitions or threads; returns losses and averaged weights."""
+    from sdtrain.training_state import open_latents
+
+    torch.manual_seed(config.seed)
+    unet = build_unet(config.unet, config.latent_size)
+    tokenizer, encoder = load_text_encoder(config.text_encoder)
+    maker = BatchMaker(open_latents(config, 0.35), tokenizer, config, 0, 1)
+    optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=config.optimizer.weight_decay)
+    schedule, average = NoiseSchedule(config.diffusion), {n: p.detach().clone() for n, p in unet.named_parameters()}
+    means = []
+    for step in range(config.steps):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, config.optimizer.lr, config.schedule.warmup_steps)
+        total = 0.0
+        for batch in (maker.make(step, k) for k in range(maker.accumulation)):
+            latents = sample_posterior(batch.moments, batch.posterior, 0.35)
+            noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
+            context = encoder(batch.token_ids).last_hidden_state
+            loss = noise_loss(unet(noisy, batch.timesteps, context).sample, batch.noise) / maker.accumulation
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.optimizer.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        decay = ema_decay(step, config.ema)
+        for name, parameter in unet.named_parameters():
+            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
+        means.append(total)
+    return means, average
+
+
+def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_path, world, ranks):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    from sdtrain.training_state import TrainingState
+
+    config = config_of(tmp_path, world)
+    run_dir = RunDir(tmp_path / "run")
+    train(config, run_dir, ranks)
+    state = TrainingState(config, run_dir, ranks)
+    assert state.restore() == 8
+    master = dict(find_checkpoint(run_dir.path).weights("master"))
+    for name, parameter in state.engine.module.named_parameters():
+        assert torch.equal(safe_get_full_fp32_param(parameter), master[name])
+        assert torch.equal(parameter, master[name].bfloat16())
+
+
+def test_fresh_master_weights_are_not_rounded_to_bf16(tmp_path, world, ranks):
+    from sdtrain.training_state import TrainingState
+
+    config = config_of(tmp_path, world)
+    state = TrainingState(config, RunDir(tmp_path / "run"), ranks)
+    torch.manual_seed(config.seed)
+    fresh = build_unet(config.unet, config.latent_size).state_dict()
+    assert torch.equal(state.partition.master, state.partition.cut(fresh))
+    assert not torch.equal(state.partition.master, state.partition.master.bfloat16().float())
+
+
+def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, ranks):
+    from sdtrain.training_state import TrainingState
+
+    first = config_of(tmp_path, world)
+    train(first, RunDir(tmp_path / "first"), ranks)
+    second = config_of(tmp_path, world, name="second", init_from=str(tmp_path / "first"))
+    state = TrainingState(second, RunDir(tmp_path / "second"), ranks)
+    assert state.restore() == 0
+    weights = {which: dict(find_checkpoint(tmp_path / "first").weights(which)) for which in ("master", "ema")}
+    assert torch.equal(state.partition.master, state.partition.cut(weights["master"]))
+    assert torch.equal(state.ema.average, state.partition.cut(weights["ema"]))
+    assert (state.partition.moments()["exp_avg"] == 0).all()
+
+
+def test_a_finished_run_says_so_and_goes_on_only_for_more_steps(tmp_path, world, ranks, capsys):
+    config_of(tmp_path, world)
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--output", str(tmp_path / "run"), "--steps"]
+    train(config_of(tmp_path, world, steps=4), RunDir(tmp_path / "run"), ranks)
+    before = losses(tmp_path / "run")
+    capsys.readouterr()
+    run(parse_arguments([*arguments, "4"]))
+    assert "is finished: 4 steps" in capsys.readouterr().out
+    assert train(config_of(tmp_path, world, steps=6), RunDir(tmp_path / "run"), ranks) == 6
+    assert losses(tmp_path / "run")[:4] == before
+
+
+def test_going_on_with_other_settings_or_latents_is_refused(tmp_path, world, ranks):
+    models, _ = world
+    train(config_of(tmp_path, world, steps=2), RunDir(tmp_path / "run"), ranks)
+    other = write_config(tmp_path / "other.yaml", *world, seed=7)
+    with pytest.raises(UserError, match=r"run with other settings \(seed: 42 -> 7\)"):
+        run(parse_arguments(["--config", str(other), "--output", str(tmp_path / "run")]))
+    data = write_latents(tmp_path / "data", models, num_samples=30)
+    with pytest.raises(UserError, match="trained on other latents"):
+        train(config_of(tmp_path, (models, data)), RunDir(tmp_path / "run"), ranks)
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path, world, ranks):
+    config = config_of(tmp_path, world, optimizer={"lr": 1e30}, schedule={"warmup_steps": 0})
+    with pytest.raises(UserError, match=r"The loss is (nan|inf) before step \d+. Training stopped"):
+        train(config, RunDir(tmp_path / "run"), ranks)
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(tmp_path, world, ranks):
+    config = config_of(tmp_path, world)
+    wide = config.model_copy(update={"unet": config.unet.model_copy(update={"cross_attention_dim": 32})})
+    with pytest.raises(UserError, match=r"gives 64 features, but unet\.cross_attention_dim is 32"):
+        train(wide, RunDir(tmp_path / "run"), ranks)
+
+
+def test_deepspeed_json_is_laid_over_but_cannot_change_the_batch(tmp_path, world, ranks):
+    from sdtrain.engine import deepspeed_config
+
+    config, extra = config_of(tmp_path, world), tmp_path / "extra.json"
+    extra.write_text('{"zero_optimization": {"overlap_comm": true}}')
+    settings = deepspeed_config(config, 2, 1000, extra)
+    assert settings["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000, "overlap_comm": True}
+    extra.write_text('{"train_batch_size": 3}')
+    with pytest.raises(UserError, match="sets train_batch_size, which the training config decides"):
+        deepspeed_config(config, 2, 1000, extra)
+
+
+def test_output_defaults_to_the_name_of_the_run():
+    arguments = parse_arguments(["--local_rank=1"])
+    assert (arguments.config, arguments.output, arguments.local_rank) == ("tiny", None, 1)
+    assert load_config("tiny").data.root == str(Path("demo-output/data"))
