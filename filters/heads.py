@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,10 @@ class WatermarkClassifier(nn.Module):
 
     def __init__(self, backbone: str = "efficientnet_b3"):
         super().__init__()
-        self.backbone: Any = timm.create_model(backbone, pretrained=False, num_classes=0)
-        layers = [nn.Linear(self.backbone.num_features, 625), nn.ReLU(), nn.Dropout(0.3), nn.Linear(625, 256)]
-        self.backbone.classifier = nn.Sequential(*layers, nn.ReLU(), nn.Linear(256, 2))
+        network: Any = timm.create_model(backbone, pretrained=False, num_classes=0)
+        layers = [nn.Linear(network.num_features, 625), nn.ReLU(), nn.Dropout(0.3), nn.Linear(625, 256)]
+        network.classifier = nn.Sequential(*layers, nn.ReLU(), nn.Linear(256, 2))
+        self.backbone: nn.Module = network
 
     def forward(self, pixels: Tensor) -> Tensor:
         """P(watermark), (B,), of (B, 3, 256, 256) pictures squashed to a square and normalised by MEAN and STD."""

@@ -1,10 +1,12 @@
 """From metadata to latents, stage after stage."""
 
+from pathlib import Path
 from typing import Annotated
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
@@ -20,7 +22,11 @@ AestheticScore = Annotated[float, Field(ge=0, le=10)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 
 
-@flow(name="build-dataset", flow_run_name="{recipe}")
+def _run_name() -> str:
+    return Path(flow_run.parameters["recipe"]).stem
+
+
+@flow(name="build-dataset", flow_run_name=_run_name)
 @fails_with_a_sentence
 def build_dataset(
     recipe: RecipeName = "laion-aesthetics",

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from prefect import flow
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from pydantic import Field
 
 from flows.failure import fails_with_a_sentence
@@ -27,7 +28,11 @@ _STEP = re.compile(r"step (\d+)/\d+")
 Count = Annotated[int, Field(ge=1)]
 
 
-@flow(name="train-unet", flow_run_name="{config}")
+def _run_name() -> str:
+    return Path(flow_run.parameters["config"]).stem
+
+
+@flow(name="train-unet", flow_run_name=_run_name)
 @fails_with_a_sentence
 def train_unet(
     config: str = "tiny",

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,8 @@ def publish(target: Path) -> Iterator[Path]:
         UserError: the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{_TEMPORARY}")
+    # Threads that do different shards may write one shared file, such as latents/info.json, at the same time.
+    temporary = target.with_name(f".{target.name}.{threading.get_ident()}.{os.getpid()}{_TEMPORARY}")
     try:
         yield temporary
         _sync(temporary)

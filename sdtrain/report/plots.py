@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +29,7 @@ def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     remaining = np.array([row[2] for row in rows])
     axes.barh(positions, remaining, color=KEPT, height=0.72)
     axes.barh(positions, dropped, left=remaining, color=DROPPED, height=0.72)
-    for y, lost, left in zip(positions, dropped, remaining, strict=True):
+    for y, (_, lost, left) in enumerate(rows):
         axes.text(left + lost, y, f"  -{lost:,}" if lost else "", va="center", color=DROPPED, fontsize=8)
         axes.text(remaining.max() * 0.01, y, f"{left:,}", va="center", color="white", fontsize=8)
     axes.set_yticks(positions, [row[0] for row in rows], fontsize=8)
@@ -39,7 +39,7 @@ def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_histogram(groups: dict[str, Sequence[float]], threshold: float | None, label: str, path: Path) -> None:
+def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | None, label: str, path: Path) -> None:
     """Overlaid histograms of one score.
 
     Args:
@@ -50,7 +50,7 @@ def plot_histogram(groups: dict[str, Sequence[float]], threshold: float | None, 
     """
     figure, axes = _canvas(4.6, 2.8)
     values = np.concatenate([np.asarray(v, dtype=float) for v in groups.values()] or [np.zeros(1)])
-    edges = np.histogram_bin_edges(values, bins=40)
+    edges = np.histogram_bin_edges(values, bins=40).tolist()
     for (name, group), color in zip(groups.items(), (MUTED, KEPT, DROPPED), strict=False):
         axes.hist(np.asarray(group, dtype=float), bins=edges, color=color, alpha=0.9, label=f"{name} ({len(group):,})")
     if threshold is not None:

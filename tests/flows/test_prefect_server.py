@@ -33,7 +33,7 @@ def note(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo"):
         address = arguments[1] if event == "socket.connect" else arguments
         host = address[0] if isinstance(address, tuple) else None
-        if isinstance(host, str) and host not in ("127.0.0.1", "localhost", "::1", "0.0.0.0", ""):
+        if isinstance(host, str) and not host.startswith("127.") and host not in ("localhost", "::1", "0.0.0.0", ""):
             with open(os.environ["SPY_LOG"], "a") as log:
                 log.write(f"{event} {host} {sys.argv}\\n")
 sys.addaudithook(note)
@@ -320,6 +320,7 @@ def test_build_laion_aesthetics_runs_every_stage_once(deployed: Environment, tmp
         again = run_deployment(deployed, "build-laion-aesthetics", *command, "--watch")
     artifacts = artifacts_of(deployed, first)
     assert {f"progress-{name}" for name in STAGE_NAMES} | {"funnel", "dataset"} == set(artifacts)
+    assert api(deployed, f"/flow_runs/{first}")["name"] == "little"
     assert (tmp_path / "little" / "latents" / "00000.tar").stat().st_size > 0
     assert (tmp_path / "little" / "metadata.duckdb").exists()
     log = logs_of(deployed, again)
