@@ -15,7 +15,7 @@ from filters.rules import reason_case
 from filters.schema import ALIASES, SCORES, TYPES, MetadataFile, check_columns, find_metadata
 from filters.urls import allowed_sql, register_url_check
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish, scratch
+from sdtrain.data.files import publish, raise_if_disk_full, scratch
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
@@ -54,6 +54,7 @@ def select_rows(
             _judge(connection, files, select)
             dropped, num_chosen = _choose(connection, select)
         except duckdb.Error as error:
+            raise_if_disk_full(error, dataset.selection(0).parent)
             raise UserError(f"The metadata in {select.metadata} cannot be read: {error}") from error
         if not num_chosen:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())

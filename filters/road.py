@@ -13,13 +13,12 @@ def road() -> tuple[Stage[Recipe], ...]:
 
     A function, because the stages bring torch, open_clip and diffusers, for which a help text should not wait.
     """
-    from sdtrain.data.download import DOWNLOAD
-    from sdtrain.data.latents import ENCODE
-    from sdtrain.data.pack import PACK
-
     from filters.duplicates import DEDUP
     from filters.keep import KEEP
     from filters.metadata import SELECT
     from filters.scores import SCORE
+    from sdtrain.data.download import DOWNLOAD
+    from sdtrain.data.latents import ENCODE
+    from sdtrain.data.pack import PACK
 
     return (SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)

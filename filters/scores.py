@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from threading import Lock
 from typing import Any
 
 import imagehash
@@ -31,6 +32,8 @@ from sdtrain.data.tars import read_samples
 
 THUMBNAIL_SIDE = 4
 _DECODERS = 2
+# Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
+_ONE_AT_A_TIME = Lock()
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SCORES = ("aesthetic", "pwatermark", "punsafe", "similarity")
 _TABLE = pa.schema(
@@ -120,9 +123,13 @@ def perceptual_hash(picture: Image.Image) -> int:
     return int(np.packbits(bits).view(">i8")[0])
 
 
-@torch.inference_mode()
 def score_batch(looked: Sequence[Looked], models: Models) -> list[dict[str, Any]]:
     """The rows of one batch with the networks' scores filled in, float32."""
+    with _ONE_AT_A_TIME, torch.inference_mode():
+        return _score_batch(looked, models)
+
+
+def _score_batch(looked: Sequence[Looked], models: Models) -> list[dict[str, Any]]:
     rows = [dict(item.row) for item in looked]
     alive = [i for i, item in enumerate(looked) if item.row["reason"] is None]
     if not alive:
@@ -195,13 +202,18 @@ def _looked(
         yield [future.result() for future in current]
 
 
-@lru_cache(maxsize=1)
 def load_models(config: ScoreConfig) -> Models:
     """The recipe's networks, once a process.
 
     Raises:
         UserError: weights that are missing or of another network.
     """
+    with _ONE_AT_A_TIME:
+        return _load_models(config)
+
+
+@lru_cache(maxsize=1)
+def _load_models(config: ScoreConfig) -> Models:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights) if config.clip_weights else (None, None)
     heads = [

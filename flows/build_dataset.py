@@ -92,10 +92,10 @@ def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
 
 
 def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
+    from filters.finish import finish_dataset
     from filters.funnel import funnel
-    from filters.views import write_views
 
-    write_views(dataset, recipe)
+    finish_dataset(dataset, recipe)
     rows = [dict(row) for row in funnel(dataset, recipe)]
     create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
     create_link_artifact(dataset.root.as_uri(), link_text=str(dataset.root), key="dataset")

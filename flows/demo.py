@@ -4,6 +4,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions
 from flows.train_unet import train
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.manifest import entries
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world
@@ -48,8 +50,9 @@ class DemoDir:
 
     @property
     def training(self) -> RunDir:
-        """The training run."""
-        return RunDir(self.root / "training")
+        """The training run; another set of latents gets another one."""
+        made = "".join(entry.fingerprint for entry in entries(self.data, "encode"))
+        return RunDir(self.root / "training" / hashlib.sha256(made.encode()).hexdigest()[:8])
 
     @property
     def samples(self) -> Path:

@@ -97,9 +97,8 @@ def funnel(dataset: DatasetArgument) -> None:
 @app.command()
 def views(dataset: DatasetArgument) -> None:
     """Write metadata.duckdb anew, for instance after the dataset was moved."""
-    from filters.views import write_views
-
     from filters.record import read_recipe
+    from filters.views import write_views
     from sdtrain.data.dataset import DatasetDir
 
     directory = DatasetDir(dataset.absolute())
@@ -159,8 +158,7 @@ def sample(
 
 
 def _build(recipe: Recipe, output: str) -> None:
-    from filters.views import write_views
-
+    from filters.finish import finish_dataset
     from filters.record import dataset_path, record_recipe
     from filters.road import road
     from sdtrain.data.dataset import DatasetDir
@@ -172,7 +170,7 @@ def _build(recipe: Recipe, output: str) -> None:
         print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
     for stage in road():
         print(run_with_bar(stage, dataset, recipe), flush=True)
-    write_views(dataset, recipe)
+    finish_dataset(dataset, recipe)
     print(f"{recipe.name}: {dataset.root}")
 
 

@@ -36,7 +36,7 @@ def publish(target: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(target)
         _sync(target.parent)
-    except OSError as error:
+    except Exception as error:
         raise_if_disk_full(error, target)
         raise
     finally:
@@ -58,9 +58,11 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def raise_if_disk_full(error: OSError, target: Path) -> None:
+def raise_if_disk_full(error: Exception, target: Path) -> None:
     """Turns "no space left" into a sentence; any other error is left to the caller."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno if isinstance(error, OSError) else None
+    # DuckDB's exceptions carry the system's message only.
+    if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         raise UserError(
             f"The disk is full: {target} could not be written. Free some space and run the same command "
             "again; everything finished before is kept."

