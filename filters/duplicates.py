@@ -29,8 +29,8 @@ _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa
 Pairs = NDArray[np.int64]
 
 
-def exact_pairs(digests: Sequence[str]) -> Pairs:
-    """(P, 2) index pairs that link all pictures of the same digest, each to the first of them."""
+def exact_pairs(digests: Sequence[str] | NDArray[np.void]) -> Pairs:
+    """(P, 2) index pairs (first, other) that link each picture to the first of the same digest."""
     _, first, group = np.unique(np.asarray(digests), return_index=True, return_inverse=True)
     linked = np.stack([first[group], np.arange(len(digests))], axis=1).astype(np.int64)
     return linked[linked[:, 0] != linked[:, 1]]
@@ -50,6 +50,25 @@ def perceptual_pairs(hashes: NDArray[np.uint64], radius: int) -> Pairs:
             distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
             found.append(pairs[distance <= radius])
     return np.unique(np.concatenate(found), axis=0)
+
+
+def alike_pairs(hashes: NDArray[np.uint64], colors: NDArray[np.uint8], radius: int) -> Pairs:
+    """(P, 2) index pairs that link pictures which look alike: hashes within `radius`, and colours agree.
+
+    Pictures with equal hash and colours are linked to the first of them, which alone is compared with others. So blank
+    pictures, which all hash alike and come by the thousand, cost no square of their number.
+
+    Args:
+        hashes: (N,) perceptual hashes.
+        colors: (N, C) thumbnails' channel values.
+        radius: largest number of differing bits.
+    """
+    seen = np.concatenate([hashes.view(np.uint8).reshape(len(hashes), -1), colors], axis=1)
+    equal = exact_pairs(np.ascontiguousarray(seen).view(f"V{seen.shape[1]}").ravel())
+    alone = np.setdiff1d(np.arange(len(hashes)), equal[:, 1])
+    near = alone[perceptual_pairs(hashes[alone], radius)]
+    difference = np.abs(colors[near[:, 0]].astype(np.int16) - colors[near[:, 1]]).max(axis=1, initial=0)
+    return np.concatenate([equal, near[difference <= MAX_COLOR_DIFFERENCE]])
 
 
 def _pairs_within_groups(band: NDArray[np.uint64]) -> Iterator[Pairs]:
@@ -83,8 +102,8 @@ def group_pictures(pictures: pa.Table, level: str, radius: int) -> pa.Table:
     exact = exact_pairs(pictures["pixel_sha256"].to_pylist())
     near = np.empty((0, 2), np.int64)
     if level == "perceptual":
-        near = perceptual_pairs(pictures["phash"].to_numpy().view(np.uint64), radius)
-        near = near[_colors_agree(pictures["thumbnail"], near)]
+        hashes = pictures["phash"].to_numpy().view(np.uint64)
+        near = alike_pairs(hashes, _colors(pictures["thumbnail"]), radius)
     labels = _components(len(uids), np.concatenate([exact, near]))
     sizes, copies = np.bincount(labels), np.zeros(len(uids), bool)
     copies[exact.ravel()] = True
@@ -95,12 +114,8 @@ def group_pictures(pictures: pa.Table, level: str, radius: int) -> pa.Table:
     return pa.table([uids[members].tolist(), uids[first_of[labels[members]]].tolist(), kinds.tolist()], schema=_TABLE)
 
 
-def _colors_agree(thumbnails: pa.ChunkedArray, pairs: Pairs) -> NDArray[np.bool_]:
-    colors = np.frombuffer(b"".join(thumbnails.to_pylist()), np.uint8).reshape(len(thumbnails), -1).astype(np.int16)
-    agree: NDArray[np.bool_] = (
-        np.abs(colors[pairs[:, 0]] - colors[pairs[:, 1]]).max(axis=1, initial=0) <= MAX_COLOR_DIFFERENCE
-    )
-    return agree
+def _colors(thumbnails: pa.ChunkedArray) -> NDArray[np.uint8]:
+    return np.frombuffer(b"".join(thumbnails.to_pylist()), np.uint8).reshape(len(thumbnails), -1)
 
 
 def _components(num_nodes: int, pairs: Pairs) -> NDArray[np.int64]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from filters.weights import find_weights, random_seed, read_state
+from filters.weights import RANDOM_FULL, digest_of, find_weights, random_seed, read_state
 from sdtrain.errors import UserError
 
 EMBEDDING_SIZE = 768
@@ -67,9 +69,6 @@ class WatermarkClassifier(nn.Module):
         backbone: a timm name; the published weights are for `efficientnet_b3`.
     """
 
-    INPUT_PX = 256
-    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
     def __init__(self, backbone: str = "efficientnet_b3"):
         super().__init__()
         network: Any = timm.create_model(backbone, pretrained=False, num_classes=0)
@@ -78,7 +77,7 @@ class WatermarkClassifier(nn.Module):
         self.backbone: nn.Module = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """P(watermark), (B,), of (B, 3, 256, 256) pictures squashed to a square and normalised by MEAN and STD."""
+        """P(watermark), (B,), of (B, 3, 256, 256) pictures as `filters.inputs.watermark_pixels` prepares them."""
         return torch.softmax(self.backbone(pixels), dim=-1)[:, 0]
 
 
@@ -126,12 +125,14 @@ def load_safety(name: str) -> SafetyHead:
 
 
 def load_watermark(name: str) -> WatermarkClassifier:
-    """The watermark detector with the weights named; `random:SEED`, for trials, makes a tiny one.
+    """The watermark detector with the weights named.
+
+    For trials, `random:SEED` makes one of the same form with a tiny backbone, `random-full:SEED` the published one.
 
     Raises:
         UserError: the weights are of another network.
     """
-    tiny = random_seed(name) is not None
+    tiny = random_seed(name) is not None and not name.startswith(RANDOM_FULL)
     return _with_weights(lambda: WatermarkClassifier("test_efficientnet" if tiny else "efficientnet_b3"), name)
 
 
@@ -139,20 +140,20 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     """An open_clip model in eval mode, and its tokenizer.
 
     Raises:
-        UserError: unknown model or weights, or OpenAI's weights in a model without QuickGELU.
+        UserError: unknown model or weights, or weights trained with QuickGELU (OpenAI's) in a model without it.
     """
     open_clip.add_model_config(_CLIP_MODELS)
     config = open_clip.get_model_config(model)
     if config is None:
         raise UserError(f"score.clip_model: open_clip knows no model '{model}'. Try ViT-L-14-quickgelu.")
-    if weights == "openai" and not config.get("quick_gelu"):
-        raise UserError(f"OpenAI's weights need QuickGELU: set score.clip_model to {model}-quickgelu.")
+    known = open_clip.get_pretrained_cfg(model, weights)
+    if known.get("quick_gelu") and not config.get("quick_gelu"):
+        raise UserError(f"The weights '{weights}' need QuickGELU: set score.clip_model to {model}-quickgelu.")
     seed = random_seed(weights)
-    torch.manual_seed(seed or 0)
-    known = weights in open_clip.list_pretrained_tags_by_model(model)
     source = None if seed is not None else weights if known else str(find_weights(weights))
     try:
-        network = open_clip.create_model(model, pretrained=source)
+        with _seeded(seed):
+            network = open_clip.create_model(model, pretrained=source)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"CLIP {model} with weights '{weights}' cannot be loaded ({error}). Without a connection, set "
@@ -161,10 +162,24 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     return network.eval(), open_clip.get_tokenizer(model)
 
 
+def clip_digest(model: str, weights: str | None) -> str:
+    """What identifies CLIP's weights in a fingerprint: open_clip's tag, a seed, or a file's digest."""
+    is_tag = weights is not None and bool(open_clip.get_pretrained_cfg(model, weights))
+    return str(weights) if is_tag else digest_of(weights)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Networks built inside have the same random weights each time; the caller's random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        yield
+
+
 def _with_weights(build: Any, name: str) -> Any:
     seed = random_seed(name)
-    torch.manual_seed(seed or 0)
-    network = build()
+    with _seeded(seed):
+        network = build()
     if seed is None:
         path = find_weights(name)
         try:

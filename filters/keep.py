@@ -11,8 +11,9 @@ from filters.recipe import Recipe
 from filters.rules import reason_case
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
-from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
+from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.stage import Stage
+from sdtrain.errors import UserError
 
 # One row for every selected row, with the columns that rules name. Sizes are those of the picture as it was fetched.
 _JOINED = """
@@ -78,16 +79,23 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    shards = range(len(require_entry(dataset, "select", 0).outputs))
+    # The selection too: LAION's scores, which may decide, are nowhere else.
+    select = require_entry(dataset, "select", 0)
+    shards = range(len(select.outputs))
     inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
-    return fingerprint("keep/1", recipe.keep.model_dump(mode="json"), [*inputs, *entries(dataset, "dedup")])
+    # As pairs, because the order of the rules decides the reasons.
+    config = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     with publish(dataset.decisions) as temporary:
         counts = decide(dataset, recipe, temporary)
-    kept = counts.pop(None, 0)
-    dropped = {str(reason): count for reason, count in counts.items()}
+        kept = counts.pop(None, 0)
+        dropped = {str(reason): count for reason, count in counts.items()}
+        if not kept:
+            listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+            raise UserError(f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.")
     num_in = require_entry(dataset, "select", 0).num_out
     outputs = describe_outputs(dataset, [dataset.decisions])
     yield ShardReport(stage="keep", shard=0, num_in=num_in, num_out=kept, dropped=dropped, outputs=outputs)

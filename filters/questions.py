@@ -36,9 +36,8 @@ QUESTIONS = (
         "SELECT quantile_disc(least(original_width, original_height), [0, 0.1, 0.5, 0.9, 1]) AS side_px FROM kept",
     ),
     Question(
-        "Does the metadata tell the truth about sizes?",
-        "SELECT count(*) FROM images JOIN selection USING (uid) WHERE status = 'success' AND "
-        "(original_width, original_height) <> (selection.width, selection.height)",
+        "Which samples speak of red circles?",
+        "SELECT key, caption, url FROM kept WHERE caption ILIKE '%red circle%' ORDER BY key LIMIT 10",
     ),
     Question(
         "Which pictures are copies of one another?",
@@ -46,7 +45,7 @@ QUESTIONS = (
     ),
     Question(
         "Where is the latent of this URL, so that I can take it out?",
-        "SELECT tar, key, \"offset\", num_bytes FROM latents WHERE url LIKE '%-00042.%'",
+        "SELECT url, key, tar, \"offset\", num_bytes FROM latents WHERE url LIKE '%-00042.%'",
     ),
     Question(
         "Which stage takes how long?",

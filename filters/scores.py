@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,16 +10,15 @@ from itertools import islice
 from threading import Lock
 from typing import Any
 
-import imagehash
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from filters.heads import WatermarkClassifier, load_aesthetic, load_clip, load_safety, load_watermark
+from filters.heads import clip_digest, load_aesthetic, load_clip, load_safety, load_watermark
+from filters.inputs import clip_pixels, perceptual_hash, pixel_sha256, thumbnail, watermark_pixels
 from filters.recipe import Recipe, ScoreConfig
 from filters.weights import digest_of
 from sdtrain.data.dataset import DatasetDir
@@ -30,11 +28,9 @@ from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import read_samples
 
-THUMBNAIL_SIDE = 4
 _DECODERS = 2
 # Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
 _ONE_AT_A_TIME = Lock()
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SCORES = ("aesthetic", "pwatermark", "punsafe", "similarity")
 _TABLE = pa.schema(
     [
@@ -76,27 +72,6 @@ class Models:
         return None if self.clip is None else int(self.clip.visual.image_size[0])
 
 
-def clip_pixels(picture: Image.Image, size_px: int) -> NDArray[np.float32]:
-    """CLIP's preprocessing of an RGB picture: (3, size_px, size_px), normalised.
-
-    Shorter side to `size_px` by Pillow's bicubic filter, long side rounded down, centre crop: openai/CLIP,
-    clip/clip.py.
-    """
-    short = min(picture.size)
-    width, height = (size_px if side == short else int(size_px * side / short) for side in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size_px) / 2.0), round((height - size_px) / 2.0)
-    cut = resized.crop((left, top, left + size_px, top + size_px))
-    return _normalised(cut, CLIP_MEAN, CLIP_STD)
-
-
-def watermark_pixels(picture: Image.Image) -> NDArray[np.float32]:
-    """The watermark detector's input: (3, 256, 256), squashed to a square and normalised."""
-    side = WatermarkClassifier.INPUT_PX
-    squashed = picture.resize((side, side), Image.Resampling.BILINEAR)
-    return _normalised(squashed, WatermarkClassifier.MEAN, WatermarkClassifier.STD)
-
-
 def look(key: str, members: dict[str, bytes], uid: str, models: Models) -> Looked:
     """Decodes one picture, once, and takes from it everything that later stages need."""
     caption = members.get("txt", b"").decode("utf-8", "replace")
@@ -105,22 +80,15 @@ def look(key: str, members: dict[str, bytes], uid: str, models: Models) -> Looke
         picture = decode_rgb(members[picture_extension(members)])
     except OSError:
         return Looked(row | {"reason": "undecodable"}, caption)
-    small = picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX)
     row |= {
-        "pixel_sha256": hashlib.sha256(b"%d %d " % picture.size + picture.tobytes()).hexdigest(),
+        "pixel_sha256": pixel_sha256(picture),
         "phash": perceptual_hash(picture),
-        "thumbnail": small.tobytes(),
+        "thumbnail": thumbnail(picture),
         "image_width": picture.width,
         "image_height": picture.height,
     }
     clip = clip_pixels(picture, models.clip_px) if models.clip_px else None
     return Looked(row, caption, clip, watermark_pixels(picture) if models.watermark else None)
-
-
-def perceptual_hash(picture: Image.Image) -> int:
-    """The 64-bit DCT hash of a picture's brightness (imagehash.phash), as a signed integer."""
-    bits = imagehash.phash(picture).hash.ravel()
-    return int(np.packbits(bits).view(">i8")[0])
 
 
 def score_batch(looked: Sequence[Looked], models: Models) -> list[dict[str, Any]]:
@@ -171,8 +139,7 @@ def score_shard(dataset: DatasetDir, config: ScoreConfig, shard: int) -> ShardRe
     with ThreadPoolExecutor(_DECODERS) as pool:
         for batch in _looked(dataset, shard, uids, config.batch_size, models, pool):
             rows += score_batch(batch, models)
-    described = {f"sdtrain.{name}": str(value) for name, value in config.model_dump().items()}
-    table = pa.Table.from_pylist(rows, _TABLE.with_metadata(described))
+    table = pa.Table.from_pylist(rows, _TABLE.with_metadata(_described(config)))
     with publish(dataset.scores(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     damaged = sum(row["reason"] is not None for row in rows)
@@ -218,13 +185,16 @@ def _load_models(config: ScoreConfig) -> Models:
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights) if config.clip_weights else (None, None)
     heads = [
         load(name).to(device) if name else None
-        for load, name in (
-            (load_aesthetic, config.aesthetic_weights),
-            (load_safety, config.safety_weights),
-            (load_watermark, config.watermark_weights),
-        )
+        for load, name in zip((load_aesthetic, load_safety, load_watermark), _head_weights(config), strict=True)
     ]
     return Models(device, clip.to(device) if clip is not None else None, tokenizer, *heads)
+
+
+def _head_weights(config: ScoreConfig) -> tuple[str | None, str | None, str | None]:
+    """Weights of the aesthetic, safety and watermark networks; the first two judge CLIP's embedding."""
+    if config.clip_weights is None:
+        return None, None, config.watermark_weights
+    return config.aesthetic_weights, config.safety_weights, config.watermark_weights
 
 
 def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
@@ -233,19 +203,17 @@ def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
 
 
-def _normalised(picture: Image.Image, mean: Iterable[float], std: Iterable[float]) -> NDArray[np.float32]:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
-    mean_, std_ = (torch.tensor(tuple(values)).view(3, 1, 1) for values in (mean, std))
-    normalised: NDArray[np.float32] = pixels.sub(mean_).div(std_).numpy()
-    return normalised
+def _described(config: ScoreConfig) -> dict[str, str]:
+    """Which models gave the scores, for the file's own metadata."""
+    settings = {f"sdtrain.{name}": str(value) for name, value in config.model_dump().items()}
+    names = ("clip", "aesthetic", "safety", "watermark")
+    return settings | {f"sdtrain.{n}_digest": d for n, d in zip(names, _digests(config), strict=True)}
 
 
 @lru_cache(maxsize=1)
 def _digests(config: ScoreConfig) -> tuple[str, ...]:
-    weights = (config.clip_weights, config.aesthetic_weights, config.watermark_weights, config.safety_weights)
-    # open_clip checks what it downloads by a tag; a file is told apart by its digest.
-    tags = weights[0] if weights[0] in ("openai", None) else digest_of(weights[0])
-    return (str(tags), *(digest_of(name) for name in weights[1:]))
+    """What identifies the weights of CLIP and of the three heads."""
+    return (clip_digest(config.clip_model, config.clip_weights), *map(digest_of, _head_weights(config)))
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:

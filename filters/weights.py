@@ -14,7 +14,9 @@ from sdtrain.data.files import publish, sha256_of
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
+# Weights for trials. Where the published network is large, the first means a small one of the same form.
 RANDOM = "random:"
+RANDOM_FULL = "random-full:"
 _TIMEOUT_S = 60
 
 
@@ -81,21 +83,22 @@ def digest_of(name: str | None) -> str:
     """What identifies the weights in a fingerprint; random ones by their seed, none as "none"."""
     if name is None:
         return "none"
-    return name if name.startswith(RANDOM) else sha256_of(find_weights(name))
+    return name if random_seed(name) is not None else sha256_of(find_weights(name))
 
 
 def random_seed(name: str) -> int | None:
-    """The seed of `random:SEED`, or None for other names.
+    """The seed of `random:SEED` and `random-full:SEED`, or None for other names.
 
     Raises:
         UserError: it is no number.
     """
-    if not name.startswith(RANDOM):
+    if not name.startswith((RANDOM, RANDOM_FULL)):
         return None
+    kind, _, seed = name.partition(":")
     try:
-        return int(name.removeprefix(RANDOM))
+        return int(seed)
     except ValueError as error:
-        raise UserError(f"Weights '{name}': after 'random:' comes a whole number, the seed.") from error
+        raise UserError(f"Weights '{name}': after '{kind}:' comes a whole number, the seed.") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -112,9 +115,12 @@ def read_state(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a file of weights that is safe to load: {error}") from error
-    return dict(state.get("weights", state))
+    state = state.get("weights", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} does not hold tensors by name, as a state dict does.")
+    return dict(state)
 
 
 def _download(published: Published, path: Path) -> None:

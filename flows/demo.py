@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
-from prefect.settings import PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
 
 from filters.recipe import Overrides, Recipe, load_recipe
 from flows.build_dataset import build
@@ -25,7 +31,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import entries
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
-from sdtrain.demo.world import make_world
+from sdtrain.demo.world import make_world, open_world
 from sdtrain.errors import UserError
 from sdtrain.run_dir import RunDir
 
@@ -140,6 +146,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         limits=demo_recipe(demo).select.rules,
         training_log=demo.training.path / "log.csv",
         samples=samples,
+        find_picture=open_world(demo.world).picture_of,
     )
     return write_report(report, demo.report)
 
@@ -161,7 +168,14 @@ def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float 
 @contextmanager
 def _own_prefect(demo: DemoDir) -> Iterator[None]:
     """A Prefect server of the demo's own, so that it neither needs nor touches yours."""
-    settings = {PREFECT_HOME: demo.root / "prefect", PREFECT_SERVER_ANALYTICS_ENABLED: False}
+    home = demo.root / "prefect"
+    home.mkdir(parents=True, exist_ok=True)
+    settings = {
+        PREFECT_API_URL: None,
+        PREFECT_HOME: home,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120,
+    }
     with temporary_settings(settings):
         yield
 

@@ -148,12 +148,26 @@ def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
-    return fingerprint("pack/1", recipe.pack.model_dump(mode="json"), [require_entry(dataset, "keep", 0)])
+    keep = require_entry(dataset, "keep", 0)
+    # keep's own fingerprint holds the digests of the image shards: the same decisions may be about other bytes.
+    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
 
 
 def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    _delete_beyond(dataset, len(_shards(dataset, recipe)))
     for shard in shards:
         yield pack_shard(dataset, recipe.pack, shard)
+
+
+def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
+    """Deletes packed shards of an earlier, larger packing, and what was encoded from them: readers list the folders."""
+    for entry in dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json"):
+        shard = int(entry.stem)
+        if shard >= num_shards:
+            files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
+            for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):
+                path.unlink(missing_ok=True)
+            entry.unlink(missing_ok=True)
 
 
 PACK: Stage[PictureRecipe] = Stage("pack", _shards, _fingerprint, _run)

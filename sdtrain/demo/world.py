@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import mmh3
 import pyarrow as pa
@@ -63,6 +64,12 @@ class World:
     def pages(self) -> Path:
         """JSON: what the server does at each path."""
         return self.directory / "pages.json"
+
+    def picture_of(self, url: str) -> Path | None:
+        """The file that the server sends for a URL; None if it sends none."""
+        page = json.loads(self.pages.read_text()).get(urlsplit(url).path)
+        path = self.pictures / page["file"] if page and page["file"] else None
+        return path if path and path.suffix != ".html" and path.exists() else None
 
     @property
     def ca(self) -> Path:

@@ -13,7 +13,7 @@ import jinja2
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
-from sdtrain.report.examples import Gallery, galleries
+from sdtrain.report.examples import FindPicture, Gallery, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
 
 
@@ -38,6 +38,8 @@ class Report:
     """The recipe's rules, for the lines in the histograms."""
     training_log: Path | None = None
     samples: SampleSection | None = None
+    find_picture: FindPicture | None = None
+    """A local file for a URL that was never fetched, where there is one."""
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -54,7 +56,7 @@ def write_report(report: Report, path: Path) -> Path:
             "funnel": funnel,
             "funnel_picture": _draw_funnel(funnel, pictures),
             "histograms": _draw_histograms(connection, report.limits, pictures),
-            "galleries": _relative(galleries(connection, report.dataset, pictures), path.parent),
+            "galleries": _relative(galleries(connection, report.dataset, pictures, report.find_picture), path.parent),
             "database": report.dataset.database.name,
         }
     context["loss"] = _draw_loss(report.training_log, pictures) if report.training_log else None

@@ -1,0 +1,21 @@
+"""Fixtures for tests of more than one package; that it lies here also lets them import `picture_fixtures`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import pytest
+
+from sdtrain.data.dataset import DatasetDir
+
+
+@pytest.fixture
+def digests() -> Callable[[DatasetDir], dict[str, str]]:
+    """A function that gives the sha256 of every file of a dataset by name, manifests (which hold times) aside."""
+
+    def of(dataset: DatasetDir) -> dict[str, str]:
+        files = [p for p in dataset.root.rglob("*") if p.is_file() and "manifest" not in p.parts]
+        return {dataset.relative(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
+
+    return of

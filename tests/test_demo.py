@@ -1,0 +1,78 @@
+"""The demo as a newcomer runs it: samples follow their prompts, and a second run does nothing again."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import duckdb
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def run_demo(output: Path) -> tuple[dict, str]:
+    """The figures that the demo prints last, and all it printed."""
+    command = [sys.executable, "-m", "flows.demo", "--output", str(output)]
+    ended = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    return json.loads(ended.stdout.strip().splitlines()[-1]), ended.stdout
+
+
+def times_of(output: Path) -> dict[str, int]:
+    """When each result was written; the views, the report and Prefect's own files are made anew each time."""
+    folders = ("world/pictures", "data/selection", "data/images", "data/scores", "data/dataset", "data/latents")
+    files = [p for folder in (*folders, "data/manifest", "training", "samples") for p in (output / folder).rglob("*")]
+    kept = [p for p in files if p.is_file() and p.name not in ("index.json", "console.log")]
+    return {p.relative_to(output).as_posix(): p.stat().st_mtime_ns for p in kept}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[Path, dict]:
+    """A finished demo and its figures."""
+    output = tmp_path_factory.mktemp("demo")
+    figures, _ = run_demo(output)
+    print(figures)
+    return output, figures
+
+
+def test_samples_show_the_colours_and_shapes_of_their_prompts(demo):
+    _, figures = demo
+    assert figures["color_seen"] >= 0.8
+    assert figures["shape_seen"] >= 0.7
+    assert figures["color_untrained"] <= 0.4
+    assert figures["shape_untrained"] <= 0.4
+    assert {"seconds", "color_unseen", "shape_unseen", "report"} <= figures.keys()
+
+
+def test_the_funnel_adds_up_from_metadata_to_latents(demo):
+    output, _ = demo
+    with duckdb.connect(str(output / "data" / "metadata.duckdb"), read_only=True) as connection:
+        rows = connection.execute("SELECT dropped, remaining FROM funnel").fetchall()
+        latents = connection.execute("SELECT count(*) FROM latents").fetchone()
+    for (_, before), (dropped, after) in pairwise(rows):
+        assert before - dropped == after
+    assert rows[0][1] == 2000
+    assert rows[-1][1] == latents[0]
+
+
+def test_every_picture_of_the_report_exists(demo):
+    _, figures = demo
+    report = Path(figures["report"])
+    sources = re.findall(r'src="([^"]+)"', report.read_text())
+    assert len(sources) > 50
+    assert all((report.parent / source).stat().st_size > 0 for source in sources)
+
+
+def test_a_second_run_does_nothing_again(demo):
+    output, figures = demo
+    before = times_of(output)
+    again, log = run_demo(output)
+    print(f"second run: {again['seconds']} s")
+    assert times_of(output) == before
+    assert {**again, "seconds": 0} == {**figures, "seconds": 0}
+    assert log.count("finished before, nothing to do") == 7
