@@ -64,7 +64,7 @@ def write_index(dataset: DatasetDir) -> Path:
         tar = dataset.packed_tar(entry.shard)
         output = entry.outputs[dataset.relative(tar)]
         shards.append({"url": tar.name, "nsamples": entry.num_out, "filesize": output.bytes, "sha256": output.sha256})
-    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": dataset.root.name, "shardlist": shards}
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
     with publish(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path

@@ -156,6 +156,15 @@ def test_the_index_lists_every_shard_as_wids_wants_it(dataset, digests):
     assert digests(dataset) == before
 
 
+def test_the_index_does_not_depend_on_where_the_dataset_lies(tmp_path):
+    indexes = []
+    for name in ("here", "there"):
+        dataset = make_dataset(tmp_path / name)
+        pack(dataset, Recipe(10))
+        indexes.append(write_index(dataset).read_bytes())
+    assert indexes[0] == indexes[1]
+
+
 def test_wids_reads_the_index_and_gives_the_samples(dataset, tmp_path):
     wids = pytest.importorskip("wids")
     pack(dataset, Recipe(10))
