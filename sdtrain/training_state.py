@@ -167,6 +167,7 @@ def open_latents(config: TrainConfig, scaling_factor: float) -> LatentStore:
         "normalisation": NORMALISATION,
     }
     check_cache(store.info, expected, root / "latents")
+    store.check_shards()
     return store
 
 

@@ -21,6 +21,9 @@ from sdtrain.errors import UserError
 _COLUMNS = ["uid", "caption", "offset", "num_bytes"]
 _OPEN_SHARDS = 512
 
+VAE_KEY = "sdtrain.vae_sha256"
+"""In the tables' metadata: digest of the VAE that made the shard."""
+
 NORMALISATION = "x / 127.5 - 1"
 """What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 
@@ -39,11 +42,13 @@ class LatentStore:
         self.shape = (8, resolution // 8, resolution // 8)
         self.info = _read_info(dataset)
         tables, digest = [], hashlib.sha256()
+        self._made_by: list[str] = []
         self._shards = sorted(self._folder.glob("[0-9]*.parquet"))
         for number, path in enumerate(self._shards):
             content = path.read_bytes()
             digest.update(content)
             table = pq.read_table(pa.BufferReader(content), columns=_COLUMNS)
+            self._made_by.append((table.schema.metadata or {}).get(VAE_KEY.encode(), b"").decode())
             tables.append(table.append_column("shard", pa.array(np.full(len(table), number, np.int32))))
         if sum(map(len, tables)) == 0:
             raise _no_latents(root)
@@ -53,6 +58,19 @@ class LatentStore:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def check_shards(self) -> None:
+        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded anew.
+
+        Raises:
+            UserError: naming the shard.
+        """
+        for path, made_by in zip(self._shards, self._made_by, strict=True):
+            if made_by != self.info.get("vae_sha256"):
+                raise UserError(
+                    f"{path.with_suffix('.tar')} was made with another VAE than {self._folder / 'info.json'} says. Run "
+                    "the build again to its end: it redoes what is not of the present recipe."
+                )
 
     def uids(self, indices: NDArray[np.int64]) -> list[str]:
         """Identities of samples."""

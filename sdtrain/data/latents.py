@@ -22,6 +22,7 @@ from PIL import Image
 from sdtrain.data.config import EncodeConfig, PictureRecipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
+from sdtrain.data.latent_store import NORMALISATION, VAE_KEY
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.stage import Stage
@@ -104,7 +105,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     with publish(dataset.latents_tar(shard)) as temporary:
         index = write_samples(temporary, _encoded(read_samples(source), config, source, rows))
         placed = [row | _place(temporary, sample) for row, sample in zip(rows, index, strict=True)]
-    table = pa.Table.from_pylist(placed, _TABLE)
+    table = pa.Table.from_pylist(placed, _TABLE.with_metadata({VAE_KEY: _digest(config.vae)}))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     _write_info(dataset, config)
@@ -163,7 +164,7 @@ def latents_info(config: EncodeConfig) -> dict[str, Any]:
         "vae_sha256": vae_digest(config.vae),
         "scaling_factor": vae_scaling_factor(config.vae),
         "resolution": config.resolution,
-        "normalisation": "x / 127.5 - 1",
+        "normalisation": NORMALISATION,
         "resize": "shorter side, bicubic, centre crop",
         "content": "posterior mean and log-variance, unscaled",
         "dtype": "float16",

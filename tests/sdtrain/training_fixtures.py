@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from sdtrain.data.latent_store import NORMALISATION
+from sdtrain.data.latent_store import NORMALISATION, VAE_KEY
 from sdtrain.model import vae_digest, vae_scaling_factor
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "square")
@@ -68,7 +68,8 @@ def write_latents(root: Path, models: Path, num_samples: int = 50, samples_per_s
         with tarfile.open(folder / f"{shard:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
             for i in range(first, min(first + samples_per_shard, num_samples)):
                 rows.append(_add_sample(tar, i, rng, side))
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{shard:05d}.parquet", compression="zstd")
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({VAE_KEY: vae_digest(str(models))})
+        pq.write_table(table, folder / f"{shard:05d}.parquet", compression="zstd")
     info = {
         "schema_version": 1,
         "vae_sha256": vae_digest(str(models)),

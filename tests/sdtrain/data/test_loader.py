@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.config import load_config
-from sdtrain.data.latent_store import LatentStore
+from sdtrain.data.latent_store import VAE_KEY, LatentStore
 from sdtrain.data.loader import BatchMaker
 from sdtrain.errors import UserError
 from sdtrain.model import load_text_encoder, vae_scaling_factor
@@ -90,6 +91,16 @@ def test_errors_of_the_background_thread_reach_training(tmp_path, world):
 def test_no_latents_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"There are no latents in .*: run `make demo` first, or pass --data DIR"):
         LatentStore(tmp_path, 64)
+
+
+def test_a_shard_left_over_from_another_vae_is_named(tmp_path, world):
+    data = write_latents(tmp_path / "data", Path(world.vae), num_samples=50)
+    config = world.model_copy(update={"data": world.data.model_copy(update={"root": str(data)})})
+    open_latents(config, 0.35)
+    path = data / "latents" / "00001.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({VAE_KEY: "f00d"}), path)
+    with pytest.raises(UserError, match=r"00001\.tar was made with another VAE"):
+        open_latents(config, 0.35)
 
 
 def test_latents_of_another_vae_or_size_are_refused_with_both_values(tmp_path, world):
