@@ -6,6 +6,7 @@
 import argparse
 import hashlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -192,6 +193,8 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    # Prefect says goodbye when Python ends; the figures are to be the last line.
+    logging.getLogger("prefect").setLevel(logging.WARNING)
     print(f"Look at {figures['report']}")
     print(json.dumps(figures))
     return 0

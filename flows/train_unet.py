@@ -16,9 +16,10 @@ from pydantic import Field
 from flows.failure import fails_with_a_sentence
 from flows.launch import run_tree
 from flows.progress import ProgressArtifact, Throttle
-from sdtrain.config import load_config
+from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.run_dir import RunDir
+from sdtrain.train import configure
 
 TRAIN_SCRIPT = Path(__file__).parents[1] / "sdtrain" / "train.py"
 LOG_INTERVAL_S = 10.0
@@ -72,6 +73,9 @@ def train(
     settings = load_config(config)
     run_dir = RunDir(Path(output or Path("runs") / settings.name))
     last_step = steps or settings.steps
+    if _is_finished(run_dir, configure(config, data, steps)):
+        get_run_logger().info("train: finished before, nothing to do")
+        return str(run_dir.path.absolute())
     arguments = ["--config", config, "--data", data, "--output", str(run_dir.path), "--steps", str(last_step)]
     log_file = run_dir.path / "console.log"
     with ProgressArtifact("train", last_step, "steps") as progress:
@@ -85,6 +89,13 @@ def train(
             f"checkpoint. Last lines of {log_file}:\n" + "\n".join(lines.last)
         )
     return str(run_dir.path.absolute())
+
+
+def _is_finished(run_dir: RunDir, config: TrainConfig) -> bool:
+    """Whether nothing is to train; asked here too, because the launcher takes a quarter of a minute to say so."""
+    run_dir.check_config(config)
+    done = run_dir.finished_step()
+    return done is not None and done >= config.steps
 
 
 class _LogLines:

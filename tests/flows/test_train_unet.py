@@ -58,8 +58,13 @@ def test_marker_of_an_earlier_step_is_failure(train: Any) -> None:
 
 def test_marker_of_an_earlier_run_does_not_hide_a_failure(train: Any) -> None:
     train(DONE % "5")
-    with pytest.raises(UserError, match=r"exit code 2[\s\S]*error: another config"):
-        train("print('error: another config'); sys.exit(2)")
+    with pytest.raises(UserError, match=r"ended before step 6 \(exit code 2\)[\s\S]*error: no latents"):
+        train("print('error: no latents'); sys.exit(2)", steps=6)
+
+
+def test_a_finished_run_is_not_started_again(train: Any) -> None:
+    train(DONE % "5")
+    assert train("sys.exit('must not run')").shown == [3]
 
 
 def test_unknown_config_is_a_sentence(train: Any) -> None:
