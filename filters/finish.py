@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from filters.recipe import Recipe
 from filters.views import write_views
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pack import write_index
+from sdtrain.report.page import Report, write_report
 
 
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
-    """Writes the index of the packed shards and the DuckDB views, both anew."""
+    """Writes the index of the packed shards, the DuckDB views and, if anything was done since, the report."""
     write_index(dataset)
     write_views(dataset, recipe)
+    entries = (dataset.root / "manifest").rglob("*.json")
+    newest = max((path.stat().st_mtime_ns for path in entries), default=0)
+    if not dataset.report.exists() or dataset.report.stat().st_mtime_ns < newest:
+        report_on(dataset, recipe)
+
+
+def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
+    """Writes report.html, and its pictures beside it, from the dataset's views.
+
+    Raises:
+        UserError: the build has not come to its decisions yet.
+    """
+    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits=recipe.select.rules)
+    return write_report(report, dataset.report)

@@ -99,3 +99,4 @@ def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
     rows = [dict(row) for row in funnel(dataset, recipe)]
     create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
     create_link_artifact(dataset.root.as_uri(), link_text=str(dataset.root), key="dataset")
+    create_link_artifact(dataset.report.as_uri(), link_text=str(dataset.report), key="report")

@@ -107,6 +107,17 @@ def views(dataset: DatasetArgument) -> None:
 
 
 @app.command()
+def report(dataset: DatasetArgument) -> None:
+    """Write report.html anew: the funnel, score histograms, examples of what was kept and dropped."""
+    from filters.finish import report_on
+    from filters.record import read_recipe
+    from sdtrain.data.dataset import DatasetDir
+
+    directory = DatasetDir(dataset.absolute())
+    print(report_on(directory, read_recipe(directory)))
+
+
+@app.command()
 def status(dataset: DatasetArgument) -> None:
     """Show what is finished, stage by stage."""
     from filters.record import read_recipe

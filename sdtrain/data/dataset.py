@@ -77,6 +77,11 @@ class DatasetDir:
         """DuckDB views over everything above."""
         return self.root / "metadata.duckdb"
 
+    @property
+    def report(self) -> Path:
+        """The page with funnel, scores and examples."""
+        return self.root / "report.html"
+
     def relative(self, path: Path) -> str:
         """`path` as it is named in manifests: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()

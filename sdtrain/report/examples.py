@@ -17,6 +17,8 @@ from sdtrain.data.tars import SampleIndex, index_samples
 
 EXAMPLES_PER_GALLERY = 12
 THUMBNAIL_PX = 160
+# Of billions of rows, the first are enough to find examples among.
+ROWS_TO_CHOOSE_FROM = 100_000
 
 FindPicture = Callable[[str], Path | None]
 
@@ -72,9 +74,9 @@ def _dropped(
 def _never_fetched(connection: duckdb.DuckDBPyConnection, pictures: Path, find_picture: FindPicture | None) -> Gallery:
     """Rows that the selection left out, with the figures that it went by."""
     rows = connection.execute(
-        "SELECT url, caption, aesthetic, pwatermark, width, height FROM metadata m "
+        "SELECT url, caption, aesthetic, pwatermark, width, height FROM (FROM metadata LIMIT ?) m "
         "ANTI JOIN selection s ON m.url = s.url ORDER BY md5(m.url) LIMIT ?",
-        [2 * EXAMPLES_PER_GALLERY],
+        [ROWS_TO_CHOOSE_FROM, 2 * EXAMPLES_PER_GALLERY],
     ).fetchall()
     shown, lines = [], []
     for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(rows):

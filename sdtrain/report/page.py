@@ -13,8 +13,12 @@ import jinja2
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
+from sdtrain.errors import UserError
 from sdtrain.report.examples import FindPicture, Gallery, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+
+# More would not change a histogram.
+MAX_VALUES = 200_000
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,20 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Writes `path` and, beside it, a folder `pictures` with the diagrams and examples it shows."""
+    """Writes `path` and, beside it, a folder `pictures` with the diagrams and examples it shows.
+
+    Raises:
+        UserError: the dataset has no views or no decisions yet.
+    """
+    if not report.dataset.database.exists():
+        raise UserError(f"There is no {report.dataset.database}; run the build, or `sdtrain views`, first.")
     pictures = path.parent / "pictures"
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
     with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
         funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+        if not funnel:
+            raise UserError(f"{report.dataset.root} is not built to its decisions yet; run the build again.")
         context: dict[str, Any] = {
             "title": report.title,
             "lead": report.lead,
@@ -93,8 +105,10 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
+    """Values of one score, a sample of them where there are very many."""
     values = connection.view(view).filter(duckdb.ColumnExpression(column).isnotnull()).select(column)
-    return [row[0] for row in values.fetchall()]
+    sampled = values.query("scores", f"FROM scores USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
+    return [row[0] for row in sampled.fetchall()]
 
 
 def _draw_loss(log: Path, pictures: Path) -> dict[str, str]:

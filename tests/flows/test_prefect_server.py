@@ -319,7 +319,7 @@ def test_build_laion_aesthetics_runs_every_stage_once(deployed: Environment, tmp
         first = run_deployment(deployed, "build-laion-aesthetics", *command, "--watch")
         again = run_deployment(deployed, "build-laion-aesthetics", *command, "--watch")
     artifacts = artifacts_of(deployed, first)
-    assert {f"progress-{name}" for name in STAGE_NAMES} | {"funnel", "dataset"} == set(artifacts)
+    assert {f"progress-{name}" for name in STAGE_NAMES} | {"funnel", "dataset", "report"} == set(artifacts)
     assert api(deployed, f"/flow_runs/{first}")["name"] == "little"
     assert (tmp_path / "little" / "latents" / "00000.tar").stat().st_size > 0
     assert (tmp_path / "little" / "metadata.duckdb").exists()

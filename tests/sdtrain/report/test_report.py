@@ -1,0 +1,90 @@
+"""The report shows every reason with its count, and only pictures that exist."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+
+from filters.duplicates import DEDUP
+from filters.finish import finish_dataset, report_on
+from filters.keep import KEEP
+from filters.recipe import Recipe
+from filters.scores import SCORE
+from filters.views import write_views
+from sdtrain.data.stage import run_batch
+from sdtrain.errors import UserError
+from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+
+NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return Recipe(name="small", score=NO_MODELS, duplicates={"level": "exact"}, keep={"rules": {"min_side": 512}})
+
+
+@pytest.fixture(scope="module")
+def dataset(recipe, tmp_path_factory):
+    """Twelve rows: good ones, one too small, one copy, one damaged, two that failed."""
+    good = [Fetched(encoded(scene_picture(i)), original_px=(600, 600)) for i in range(7)]
+    odd = [
+        Fetched(encoded(scene_picture(20)), original_px=(600, 300)),
+        Fetched(encoded(scene_picture(3)), original_px=(600, 600)),
+        Fetched(b"\xff\xd8 damaged", original_px=(600, 600)),
+        Fetched(None, reason="http_404"),
+        Fetched(None, reason="timeout"),
+    ]
+    dataset = write_downloads(tmp_path_factory.mktemp("data"), good + odd)
+    for stage in (SCORE, DEDUP, KEEP):
+        run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
+    write_views(dataset, recipe)
+    return dataset
+
+
+def test_every_reason_is_shown_with_its_count(dataset, recipe):
+    page = report_on(dataset, recipe).read_text()
+    for reason in ("http_404", "timeout", "undecodable", "min_side", "duplicate_exact"):
+        assert f"Dropped: {reason} (1)" in page
+    assert re.search(r"<b>7</b>kept", page)
+
+
+def test_every_picture_it_names_exists(dataset, recipe):
+    report = report_on(dataset, recipe)
+    sources = re.findall(r'src="([^"]+)"', report.read_text())
+    assert len(sources) >= 3 + 7 + 2
+    assert all((report.parent / source).stat().st_size > 0 for source in sources)
+
+
+def test_the_same_dataset_gives_the_same_page_and_pictures(dataset, recipe, digests):
+    report_on(dataset, recipe)
+    first = digests(dataset)
+    report_on(dataset, recipe)
+    assert digests(dataset) == first
+
+
+def test_it_is_written_by_the_build_only_when_something_was_done(dataset, recipe):
+    finish_dataset(dataset, recipe)
+    written = dataset.report.stat().st_mtime_ns
+    finish_dataset(dataset, recipe)
+    assert dataset.report.stat().st_mtime_ns == written
+    run_batch(KEEP, dataset, recipe, [0])
+    finish_dataset(dataset, recipe)
+    assert dataset.report.stat().st_mtime_ns > written
+
+
+def test_a_dataset_without_decisions_is_a_sentence(tmp_path, recipe):
+    empty = write_downloads(tmp_path, [Fetched(encoded(scene_picture(1)), original_px=(600, 600))])
+    with pytest.raises(UserError, match=r"There is no .*metadata\.duckdb"):
+        report_on(empty, recipe)
+    write_views(empty, recipe)
+    with pytest.raises(UserError, match="not built to its decisions"):
+        report_on(empty, recipe)
+
+
+def test_plots_take_what_is_small_or_empty(tmp_path):
+    plot_funnel([("rows", 0, 1)], tmp_path / "funnel.png")
+    plot_histogram({"metadata": [], "kept": []}, None, "score", tmp_path / "histogram.png")
+    plot_loss([10], [0.5], tmp_path / "loss.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
