@@ -160,11 +160,22 @@ def test_the_child_ends_when_its_parent_is_killed(idle: World) -> None:
 
 def test_started_by_hand_it_prints_its_addresses(idle: World) -> None:
     command = [sys.executable, "-m", "sdtrain.demo.server", str(idle.directory)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as server:
+    server = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        # A shell that starts us in the background sets SIGINT to be ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
         assert server.stdout
         assert server.stdout.readline().strip() == f"http://127.0.0.1:{idle.http_port}"
         server.send_signal(signal.SIGINT)
         assert server.wait(5) == 0
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_the_server_starts_without_torch() -> None:
