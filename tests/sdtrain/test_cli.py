@@ -52,8 +52,8 @@ def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
     monkeypatch.setattr("filters.road.road", lambda: (Stage("select", shards, digest, do),))
-    views = SimpleNamespace(write_views=lambda dataset, recipe: dataset.database.write_text(""))
-    monkeypatch.setitem(sys.modules, "filters.views", views)
+    finish = SimpleNamespace(finish_dataset=lambda dataset, recipe: dataset.database.write_text(""))
+    monkeypatch.setitem(sys.modules, "filters.finish", finish)
 
 
 def test_help_starts_quickly() -> None:
