@@ -43,20 +43,23 @@ def perceptual_pairs(hashes: NDArray[np.uint64], radius: int) -> Pairs:
     share a band are compared: Manku et al., "Detecting Near-Duplicates for Web Crawling", WWW 2007.
     """
     edges = np.linspace(0, _HASH_BITS, radius + 2).astype(int)
-    found = [np.empty((0, 2), np.int64)]
+    num, found = np.int64(len(hashes)), [np.empty(0, np.int64)]
     for low, high in pairwise(edges.tolist()):
         band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         for pairs in _pairs_within_groups(band):
             distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
-            found.append(pairs[distance <= radius])
-    return np.unique(np.concatenate(found), axis=0)
+            close = pairs[distance <= radius]
+            found.append(close[:, 0] * num + close[:, 1])  # one number a pair: those sort faster than rows
+    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(num, 1)), axis=1)
 
 
 def alike_pairs(hashes: NDArray[np.uint64], colors: NDArray[np.uint8], radius: int) -> Pairs:
     """(P, 2) index pairs that link pictures which look alike: hashes within `radius`, and colours agree.
 
-    Pictures with equal hash and colours are linked to the first of them, which alone is compared with others. So blank
-    pictures, which all hash alike and come by the thousand, cost no square of their number.
+    Not all such pairs, but enough to connect what all of them connect. Blank pictures hash alike whatever their colour,
+    and come by the thousand: those with equal colours are linked to the first of them, which alone is compared with
+    others; pictures of one hash are linked as a tree; and only different hashes are compared bit by bit. So memory
+    grows with the number of pictures and not with its square.
 
     Args:
         hashes: (N,) perceptual hashes.
@@ -66,18 +69,62 @@ def alike_pairs(hashes: NDArray[np.uint64], colors: NDArray[np.uint8], radius: i
     seen = np.concatenate([hashes.view(np.uint8).reshape(len(hashes), -1), colors], axis=1)
     equal = exact_pairs(np.ascontiguousarray(seen).view(f"V{seen.shape[1]}").ravel())
     alone = np.setdiff1d(np.arange(len(hashes)), equal[:, 1])
-    near = alone[perceptual_pairs(hashes[alone], radius)]
-    difference = np.abs(colors[near[:, 0]].astype(np.int16) - colors[near[:, 1]]).max(axis=1, initial=0)
-    return np.concatenate([equal, near[difference <= MAX_COLOR_DIFFERENCE]])
+    order = alone[np.argsort(hashes[alone], kind="stable")]
+    distinct, starts, counts = np.unique(hashes[order], return_index=True, return_counts=True)
+    members = [order[s : s + c] for s, c in zip(starts[counts > 1], counts[counts > 1], strict=True)]
+    links = [equal, *(_tree(group, colors) for group in members)]
+    labels = _components(len(hashes), np.concatenate(links))
+
+    near = perceptual_pairs(distinct, radius)
+    single = (counts[near] == 1).all(axis=1)
+    pairs = order[starts[near[single]]]
+    links.append(pairs[_agree(colors[pairs[:, 0]], colors[pairs[:, 1]])])
+    for some, others in near[~single]:
+        few, many = sorted((order[starts[h] : starts[h] + counts[h]] for h in (some, others)), key=len)
+        links += [_bridges(picture, many, colors, labels) for picture in few]
+    return np.concatenate(links)
+
+
+def _agree(colors: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    difference = np.maximum(colors, others) - np.minimum(colors, others)
+    agree: NDArray[np.bool_] = difference.max(axis=-1, initial=0) <= MAX_COLOR_DIFFERENCE
+    return agree
+
+
+def _tree(members: NDArray[np.int64], colors: NDArray[np.uint8]) -> Pairs:
+    """Links between members whose colours agree, one less than there are members in each connected set."""
+    links, reached, waiting = [np.empty((0, 2), np.int64)], list[int](), members
+    while len(waiting):
+        if not reached:
+            reached, waiting = [int(waiting[0])], waiting[1:]
+        picture = reached.pop()
+        agree = _agree(colors[waiting], colors[picture])
+        if agree.any():
+            found, waiting = waiting[agree], waiting[~agree]
+            links.append(_star(picture, found))
+            reached += found.tolist()
+    return np.concatenate(links)
+
+
+def _bridges(picture: int, others: NDArray[np.int64], colors: NDArray[np.uint8], labels: NDArray[np.int64]) -> Pairs:
+    """Links from a picture to one other of each connected set in which one agrees with it."""
+    agreeing = others[_agree(colors[others], colors[picture])]
+    return _star(picture, agreeing[np.unique(labels[agreeing], return_index=True)[1]])
+
+
+def _star(center: int, others: NDArray[np.int64]) -> Pairs:
+    return np.stack([np.full_like(others, center), others], axis=1)
 
 
 def _pairs_within_groups(band: NDArray[np.uint64]) -> Iterator[Pairs]:
     """All pairs of positions with equal values, in pieces of bounded size."""
     order = np.argsort(band, kind="stable")
     ordered = band[order]
-    # The n-th neighbour to the right, for growing n, until no group is that large.
+    same = np.arange(len(band))
+    # The n-th neighbour to the right, for growing n: only where the one before was equal can this one be.
     for distance in range(1, len(band)):
-        same = np.flatnonzero(ordered[distance:] == ordered[:-distance])
+        same = same[same < len(band) - distance]
+        same = same[ordered[same + distance] == ordered[same]]
         if not len(same):
             return
         for start in range(0, len(same), _CHUNK_PAIRS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def _score_batch(looked: Sequence[Looked], models: Models) -> list[dict[str, Any
         scores["pwatermark"] = models.watermark(pixels)
     for name, values in scores.items():
         for i, value in zip(alive, values.float().cpu().tolist(), strict=True):
-            rows[i][name] = value
+            # NaN is above every limit to SQL, so it would pass rules; NULL is counted as missing.
+            rows[i][name] = value if math.isfinite(value) else None
     return rows
 
 

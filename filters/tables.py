@@ -24,6 +24,7 @@ EMPTY: dict[str, dict[str, str]] = {
     "scores": {
         **dict.fromkeys(("uid", "key", "pixel_sha256"), _TEXT),
         "phash": _LONG,
+        "thumbnail": "BLOB",
         **dict.fromkeys(("image_width", "image_height"), _INT),
         **dict.fromkeys(("aesthetic", "pwatermark", "punsafe", "similarity"), "FLOAT"),
         "reason": _TEXT,

@@ -186,8 +186,14 @@ def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
 
 
-@lru_cache(maxsize=1)
 def _vae(name: str) -> AutoencoderKL:
+    # Two loads at once leave accelerate's patch of nn.Module behind: every later network is then made without weights.
+    with _ONE_AT_A_TIME:
+        return _loaded_vae(name)
+
+
+@lru_cache(maxsize=1)
+def _loaded_vae(name: str) -> AutoencoderKL:
     import torch
 
     from sdtrain.model import load_vae

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterable
 
 from PIL import Image
 
 PICTURE_EXTENSIONS = ("jpg", "png", "webp")
+# What Pillow's readers raise for damaged bytes, beside OSError; found by damaging files of many formats.
+_DAMAGED = (
+    *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def picture_extension(members: Iterable[str]) -> str:
@@ -31,7 +37,7 @@ def decode_rgb(content: bytes) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(content))
         picture.load()
-    except (SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged headers
+    except _DAMAGED as error:
         raise OSError(str(error)) from error
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         opaque = Image.new("RGBA", picture.size, "white")

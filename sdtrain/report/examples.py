@@ -112,7 +112,7 @@ def _save(picture: Image.Image, path: Path) -> Path:
 
 def _read_picture(tar: Path, key: str) -> Image.Image | None:
     """The downloaded picture of a sample; None if it was never fetched or is damaged."""
-    sample = _index(tar).get(key)
+    sample = _index(tar, tar.stat().st_mtime_ns).get(key)
     if sample is None:
         return None
     member = sample.members[picture_extension(sample.members)]
@@ -126,5 +126,5 @@ def _read_picture(tar: Path, key: str) -> Image.Image | None:
 
 
 @lru_cache(maxsize=64)
-def _index(tar: Path) -> dict[str, SampleIndex]:
+def _index(tar: Path, mtime_ns: int) -> dict[str, SampleIndex]:
     return {sample.key: sample for sample in index_samples(tar)}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from picture_fixtures import encoded, scene_picture
 from PIL import Image
 
+from sdtrain.data import latents
 from sdtrain.data.config import EncodeConfig, PackConfig
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.latent_store import LatentStore
@@ -223,3 +225,11 @@ def test_a_vae_that_is_not_there_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"There is no folder .*nowhere"):
         encode(dataset, Recipe(tmp_path / "nowhere"))
     assert not list(dataset.root.glob("latents/*"))
+
+
+def test_threads_that_need_the_vae_load_it_once_and_leave_torch_as_it_was():
+    latents._loaded_vae.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(latents._vae, ["demo"] * 8))
+    assert all(vae is loaded[0] for vae in loaded)
+    assert not torch.nn.Linear(2, 2).weight.is_meta
