@@ -43,14 +43,15 @@ def perceptual_pairs(hashes: NDArray[np.uint64], radius: int) -> Pairs:
     share a band are compared: Manku et al., "Detecting Near-Duplicates for Web Crawling", WWW 2007.
     """
     edges = np.linspace(0, _HASH_BITS, radius + 2).astype(int)
-    num, found = np.int64(len(hashes)), [np.empty(0, np.int64)]
+    num, found = max(1, len(hashes)), [np.empty(0, np.int64)]
     for low, high in pairwise(edges.tolist()):
         band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         for pairs in _pairs_within_groups(band):
             distance = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
             close = pairs[distance <= radius]
             found.append(close[:, 0] * num + close[:, 1])  # one number a pair: those sort faster than rows
-    return np.stack(np.divmod(np.unique(np.concatenate(found)), max(num, 1)), axis=1)
+    codes = np.unique(np.concatenate(found))
+    return np.stack([codes // num, codes % num], axis=1)
 
 
 def alike_pairs(hashes: NDArray[np.uint64], colors: NDArray[np.uint8], radius: int) -> Pairs:

@@ -112,7 +112,7 @@ def _save(picture: Image.Image, path: Path) -> Path:
 
 def _read_picture(tar: Path, key: str) -> Image.Image | None:
     """The downloaded picture of a sample; None if it was never fetched or is damaged."""
-    sample = _index(tar, tar.stat().st_mtime_ns).get(key)
+    sample = _index(tar, tar.stat().st_mtime_ns if tar.exists() else 0).get(key)
     if sample is None:
         return None
     member = sample.members[picture_extension(sample.members)]

@@ -111,9 +111,12 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
     return [row[0] for row in sampled.fetchall()]
 
 
-def _draw_loss(log: Path, pictures: Path) -> dict[str, str]:
+def _draw_loss(log: Path, pictures: Path) -> dict[str, str] | None:
+    """The curve and its last figures; None for a training that has logged nothing yet."""
     with log.open() as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        return None
     plot_loss([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], pictures / "loss.png")
     rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
     text = f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}; {rate:.0f} images/s."

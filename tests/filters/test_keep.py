@@ -173,6 +173,9 @@ def test_any_rules_on_any_rows_decide_as_plain_python_does_and_lose_no_row(rows,
     with TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), rows)
         counts = decide(dataset, Recipe(name="test", keep=config), dataset.decisions)
+        first = dataset.decisions.read_bytes()
+        decide(dataset, Recipe(name="test", keep=config), dataset.decisions)
+        assert dataset.decisions.read_bytes() == first
         decisions = pq.read_table(dataset.decisions).to_pylist()
         selected = selection(dataset)
     assert sum(counts.values()) == len(rows)

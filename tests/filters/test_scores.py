@@ -1,6 +1,7 @@
 import io
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import open_clip
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ from PIL import Image
 from filters.heads import load_aesthetic, load_clip, load_safety, load_watermark
 from filters.inputs import clip_pixels, perceptual_hash, pixel_sha256, watermark_pixels
 from filters.recipe import Recipe, ScoreConfig
-from filters.scores import SCORE
+from filters.scores import SCORE, Looked, Models, score_batch
 from sdtrain.data.manifest import require_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
@@ -82,6 +83,12 @@ def test_the_perceptual_hash_is_a_known_number_and_close_for_copies():
     assert (perceptual_hash(copy) ^ perceptual_hash(picture)).bit_count() <= 4
 
 
+def test_the_perceptual_hash_is_that_of_imagehash():
+    for seed in range(20):
+        picture = scene_picture(seed)
+        assert f"{perceptual_hash(picture) % 2**64:016x}" == str(imagehash.phash(picture))
+
+
 def test_the_pixel_digest_tells_pictures_and_their_sizes_apart_and_not_how_they_are_encoded():
     picture = scene_picture(4)
     as_png, as_webp = (decode_rgb(encoded(picture, form, lossless=True)) for form in ("png", "webp"))
@@ -120,6 +127,23 @@ def test_scores_are_what_the_networks_say_of_the_picture_and_its_caption(tmp_pat
         assert row["punsafe"] == pytest.approx(load_safety("random:3")(image).item(), abs=1e-5)
         pixels = torch.from_numpy(watermark_pixels(picture))[None]
         assert row["pwatermark"] == pytest.approx(load_watermark("random:2")(pixels).item(), abs=1e-5)
+
+
+def test_scores_do_not_depend_on_the_size_of_the_batch(tmp_path):
+    one, seven = (
+        score(write_downloads(tmp_path / str(size), make_rows()), RANDOM.model_copy(update={"batch_size": size}))
+        for size in (1, 7)
+    )
+    for name in ("aesthetic", "pwatermark", "punsafe", "similarity"):
+        assert [row[name] for row in one] == pytest.approx([row[name] for row in seven], abs=1e-5)
+    assert [row["pixel_sha256"] for row in one] == [row["pixel_sha256"] for row in seven]
+
+
+def test_a_score_that_is_no_number_is_null_so_that_no_rule_takes_it_for_high():
+    looked = [Looked({"reason": None}, "a caption", watermark=watermark_pixels(scene_picture(i))) for i in range(3)]
+    given = torch.tensor([float("nan"), 0.5, float("inf")])
+    models = Models(torch.device("cpu"), None, None, None, None, watermark=lambda pixels: given)
+    assert [row["pwatermark"] for row in score_batch(looked, models)] == [None, 0.5, None]
 
 
 def test_skipped_models_leave_null_and_hashes_are_there_all_the_same(tmp_path):

@@ -220,6 +220,16 @@ def test_a_vae_whose_latents_are_not_finite_is_refused(vae):
         encode_pixels(network, np.zeros((1, RESOLUTION, RESOLUTION, 3), np.uint8))
 
 
+def test_the_demos_vae_gives_pictures_back_from_their_latents():
+    network = load_vae("demo")
+    pixels = np.stack([crop_center(scene_picture(i, 512, 600), RESOLUTION).pixels for i in range(8)])
+    means = torch.from_numpy(encode_pixels(network, pixels)[:, :4]).float()
+    with torch.inference_mode():
+        decoded = network.decode(means).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()
+    errors = np.square(127.5 * (decoded + 1) - pixels).mean(axis=(1, 2, 3))
+    assert (10 * np.log10(255**2 / errors)).mean() > 25
+
+
 def test_a_vae_that_is_not_there_is_a_sentence(tmp_path):
     dataset = write_packed(tmp_path)
     with pytest.raises(UserError, match=r"There is no folder .*nowhere"):

@@ -175,6 +175,15 @@ def test_wids_reads_the_index_and_gives_the_samples(dataset, tmp_path):
     assert packed[22]["__key__"] == list(read_samples(dataset.packed_tar(2)))[2][0]
 
 
+def test_webdataset_reads_the_shards_in_order(dataset):
+    webdataset = pytest.importorskip("webdataset")
+    pack(dataset, Recipe(10))
+    urls = [str(dataset.packed_tar(shard)) for shard in range(3)]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json"))
+    assert [key for key, *_ in samples] == [key for url in urls for key, _ in read_samples(Path(url))]
+    assert all(picture.size == (96, 80) and described["key"] == key for key, picture, described in samples)
+
+
 def test_a_damaged_image_shard_is_named(dataset):
     tar = dataset.images_tar(1)
     tar.write_bytes(tar.read_bytes()[:-20_000])

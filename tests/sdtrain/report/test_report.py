@@ -15,6 +15,7 @@ from filters.scores import SCORE
 from filters.views import write_views
 from sdtrain.data.stage import run_batch
 from sdtrain.errors import UserError
+from sdtrain.report.page import Report, write_report
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
@@ -48,6 +49,37 @@ def test_every_reason_is_shown_with_its_count(dataset, recipe):
     for reason in ("http_404", "timeout", "undecodable", "min_side", "duplicate_exact"):
         assert f"Dropped: {reason} (1)" in page
     assert re.search(r"<b>7</b>kept", page)
+
+
+def test_what_it_says_was_dropped_and_kept_adds_up_to_what_was_selected(dataset, recipe):
+    page = report_on(dataset, recipe).read_text()
+    facts = {name: int(count) for count, name in re.findall(r"<b>([0-9,]+)</b>([a-z ]+)", page)}
+    dropped = sum(int(count) for count in re.findall(r"Dropped: \w+ \(([0-9]+)\)", page))
+    assert facts["selected"] == 12
+    assert facts["kept"] + dropped == facts["selected"]
+
+
+def test_pictures_fetched_anew_are_shown_anew(recipe, tmp_path):
+    def shown(seed: int) -> bytes:
+        # Another length, so that the offsets of the first shard are wrong in the second.
+        pictures = [encoded(scene_picture(seed + i, 96 + seed, 80)) for i in range(3)]
+        dataset = write_downloads(tmp_path, [Fetched(picture, original_px=(600, 600)) for picture in pictures])
+        for stage in (SCORE, DEDUP, KEEP):
+            run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
+        write_views(dataset, recipe)
+        report_on(dataset, recipe)
+        found = sorted((tmp_path / "pictures").glob("0*.jpg"))
+        assert len(found) == 3
+        return found[2].read_bytes()
+
+    assert shown(0) != shown(40)
+
+
+def test_a_training_that_has_logged_nothing_has_no_curve(dataset, tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_text("step,loss,images_per_s\n")
+    page = write_report(Report("small", "", dataset, limits={}, training_log=log), tmp_path / "report.html").read_text()
+    assert "loss.png" not in page
 
 
 def test_every_picture_it_names_exists(dataset, recipe):
