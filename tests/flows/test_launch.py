@@ -66,6 +66,10 @@ def test_interrupt_ends_children_and_grandchildren(tmp_path: Path, mark: str) ->
     )
 
     def interrupt(line: str) -> None:
+        # For a moment after it has begun, a process has no command line yet.
+        deadline = time.monotonic() + 5
+        while len(processes_with(mark)) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert len(processes_with(mark)) == 2
         raise KeyboardInterrupt
 
