@@ -10,21 +10,45 @@ from sdtrain.settings import Settings
 
 
 class DownloadConfig(Settings):
-    """How pictures are fetched and stored; img2dataset's names."""
+    """How pictures are fetched and stored; img2dataset's names where it has the setting."""
 
     image_size: int = Field(default=512, ge=1)
     resize_mode: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = "keep_ratio"
     resize_only_if_bigger: bool = True
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = Field(default=95, ge=0, le=100)
-    timeout_s: int = Field(default=10, ge=1)
+    reencode: Literal["never", "if_changed", "always"] = "if_changed"
+    """Original bytes are kept always (resize_mode must be "no"), where nothing had to change, or never."""
+    max_pixels: int = Field(default=2**27, ge=1)
+    """Larger pictures are refused before decoding: a small file can hold a picture that fills the memory."""
+    verify_hashes: bool = True
+    """Drop pictures whose bytes do not have the md5 or sha256 that the metadata gives for them."""
+
+    contact: str = ""
+    """Web or mail address shown to servers in the User-Agent, so that their owners can reach you."""
+    timeout_s: float = Field(default=10, gt=0)
+    """Longest wait for a connection or for the next bytes."""
+    deadline_s: float = Field(default=60, gt=0)
+    """Longest time for one URL, redirects and body included."""
     retries: int = Field(default=2, ge=0)
-    threads: int = Field(default=64, ge=1)
-    """Connections at once in one child process."""
-    shards_per_process: int = Field(default=4, ge=1)
-    """Shards that one child process does one after the other."""
+    max_bytes: int = Field(default=64 * 2**20, ge=1)
+    max_redirects: int = Field(default=5, ge=0)
+    connections: int = Field(default=64, ge=1)
+    """Requests at once in one child process."""
+    connections_per_host: int = Field(default=8, ge=1)
+    requests_per_host_s: float = Field(default=20, gt=0)
+    """Requests that one child process begins at one host in a second, at most."""
+    robots_header: bool = True
+    """Honour X-Robots-Tag: noai, noimageai, noindex, noimageindex."""
+    robots_txt: bool = False
+    """Ask each host's robots.txt first."""
+    tdm_reservation: bool = False
+    """Honour TDMRep (tdm-reservation: 1 in a header or in /.well-known/tdmrep.json)."""
     allow_private_hosts: bool = False
     """Fetch from loopback and private networks too: for the demo and for mirrors of your own."""
+
+    shards_per_process: int = Field(default=4, ge=1)
+    """Shards that one child process does one after the other."""
 
 
 class PackConfig(Settings):
