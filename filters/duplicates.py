@@ -17,6 +17,7 @@ from filters.recipe import Recipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.data.selection import selected_shards
 from sdtrain.data.stage import Stage
 
 # Largest difference (0 to 255) between the 4x4 colour thumbnails of copies. The perceptual hash sees brightness only,
@@ -176,8 +177,8 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
     return [0]
 
 
-def _score_shards(dataset: DatasetDir) -> range:
-    return range(len(require_entry(dataset, "select", 0).outputs))
+def _score_shards(dataset: DatasetDir) -> list[int]:
+    return list(selected_shards(dataset))
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:

@@ -27,5 +27,10 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     Raises:
         UserError: the build has not come to its decisions yet.
     """
-    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits=recipe.select.rules)
+    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits_of(recipe))
     return write_report(report, dataset.report)
+
+
+def limits_of(recipe: Recipe) -> dict[str, float]:
+    """Those of the recipe's rules that a histogram can show as a line."""
+    return {name: value for name, value in recipe.select.rules.items() if isinstance(value, float)}

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TypedDict
 
 from filters.recipe import Recipe
-from filters.rules import explain
+from filters.rules import RuleValue, explain
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.failures import meaning_of
 from sdtrain.data.manifest import ShardReport, require_entry
+from sdtrain.data.selection import selected_shards, selection
 from sdtrain.errors import UserError
 
-# Reasons in the order in which they are looked for; a recipe's rules stand between the two lists.
-_BEFORE_RULES = ("url_missing", "url_not_allowed")
-_AFTER_RULES = ("duplicate_row", "over_limit", "duplicate_exact", "duplicate_perceptual")
+# Reasons in the order in which they are looked for, after the recipe's rules.
+_AFTER_RULES = (
+    *("url_missing", "url_not_allowed", "blocklisted", "not_allowlisted", "duplicate_row", "over_limit"),
+    *("duplicate_exact", "duplicate_perceptual"),
+)
 _MEANINGS = {
     "url_missing": "no URL",
     "url_not_allowed": "not a plain http or https URL of a public host",
+    "blocklisted": "on one of the recipe's blocklists",
+    "not_allowlisted": "not on one of the recipe's allowlists",
     "duplicate_row": "the same URL and caption again",
     "over_limit": "over the recipe's limit",
     "undecodable": "the stored picture cannot be decoded",
@@ -44,8 +48,8 @@ def funnel(dataset: DatasetDir, recipe: Recipe) -> list[FunnelRow]:
     Raises:
         UserError: a stage up to `keep` is not finished, or the counts of two stages do not fit.
     """
-    select, keep = require_entry(dataset, "select", 0), require_entry(dataset, "keep", 0)
-    shards = [int(Path(name).stem) for name in sorted(select.outputs)]
+    select, keep = selection(dataset), require_entry(dataset, "keep", 0)
+    shards = selected_shards(dataset)
     download = _total([require_entry(dataset, "download", shard) for shard in shards])
     score = _total([require_entry(dataset, "score", shard) for shard in shards])
     rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=select.num_in)]
@@ -54,6 +58,18 @@ def funnel(dataset: DatasetDir, recipe: Recipe) -> list[FunnelRow]:
     _append(rows, "score", score.dropped, {}, score.num_out)
     _append(rows, "keep", _own(keep, download, score), recipe.keep.rules, keep.num_out)
     return rows
+
+
+def remarks(dataset: DatasetDir, recipe: Recipe) -> list[str]:
+    """What one should know beside the numbers: the published size of the subset, and how odd input was handled.
+
+    Raises:
+        UserError: nothing has been selected yet.
+    """
+    selected = selection(dataset)
+    ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
+    published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
+    return [ours + published, *selected.notes]
 
 
 def _total(reports: Iterable[ShardReport]) -> ShardReport:
@@ -73,7 +89,9 @@ def _own(keep: ShardReport, download: ShardReport, score: ShardReport) -> dict[s
     return {reason: count for reason, count in own.items() if count}
 
 
-def _append(rows: list[FunnelRow], stage: str, dropped: dict[str, int], rules: dict[str, float], num_out: int) -> None:
+def _append(
+    rows: list[FunnelRow], stage: str, dropped: dict[str, int], rules: dict[str, RuleValue], num_out: int
+) -> None:
     for reason in sorted(dropped, key=lambda reason: _place(reason, rules)):
         remaining = rows[-1]["remaining"] - dropped[reason]
         meaning = _meaning(stage, reason, rules)
@@ -87,15 +105,13 @@ def _append(rows: list[FunnelRow], stage: str, dropped: dict[str, int], rules: d
         )
 
 
-def _place(reason: str, rules: dict[str, float]) -> tuple[int, int, str]:
-    if reason in _BEFORE_RULES:
-        return 0, _BEFORE_RULES.index(reason), reason
+def _place(reason: str, rules: dict[str, RuleValue]) -> tuple[int, int, str]:
     if reason in _AFTER_RULES:
         return 3, _AFTER_RULES.index(reason), reason
     return (1, list(rules).index(reason), reason) if reason in rules else (2, 0, reason)
 
 
-def _meaning(stage: str, reason: str, rules: dict[str, float]) -> str:
+def _meaning(stage: str, reason: str, rules: dict[str, RuleValue]) -> str:
     if stage == "download":
         return meaning_of(reason)
     return _MEANINGS.get(reason) or explain(reason, rules)

@@ -8,10 +8,11 @@ from pathlib import Path
 import duckdb
 
 from filters.recipe import Recipe
-from filters.rules import reason_case
+from filters.rules import derived_sql, reason_case
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.data.selection import selected_shards, selection
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
 
@@ -21,9 +22,9 @@ SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_rea
        least(i.original_width, i.original_height) AS side,
        i.original_width::BIGINT * i.original_height AS area,
        greatest(i.original_width, i.original_height) / least(i.original_width, i.original_height) AS aspect_ratio,
-       length(s.caption) AS caption_chars,
-       {scores}
-FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard FROM read_parquet($selection, filename = true)) s
+       {captions}, {scores}
+FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard
+      FROM read_parquet($selection, filename = true, union_by_name = true)) s
 LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
@@ -52,8 +53,11 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path) -> dict[str | None
     scores = ", ".join(
         f"{origin}.{name}::DOUBLE AS {name}" for name in ("aesthetic", "pwatermark", "punsafe", "similarity")
     )
+    captions = derived_sql(("caption_chars", "caption_words", "caption_is_name"), caption="s.caption")
     with duckdb.connect() as connection:
-        connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(scores=scores)}", _sources(dataset))
+        connection.execute(
+            f"CREATE TEMP TABLE joined AS {_JOINED.format(captions=captions, scores=scores)}", _sources(dataset)
+        )
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         connection.execute("COPY decided TO ? (FORMAT parquet, COMPRESSION zstd)", [str(target)])
@@ -64,8 +68,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path) -> dict[str | None
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
     """The Parquet files of each stage, as its manifest lists them."""
-    selection = require_entry(dataset, "select", 0).outputs
-    shards = range(len(selection))
+    shards = selected_shards(dataset)
     return {
         "selection": [str(dataset.selection(shard)) for shard in shards],
         "images": [str(dataset.images_table(shard)) for shard in shards],
@@ -80,8 +83,8 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     # The selection too: LAION's scores, which may decide, are nowhere else.
-    select = require_entry(dataset, "select", 0)
-    shards = range(len(select.outputs))
+    select = selection(dataset)
+    shards = selected_shards(dataset)
     inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
     # As pairs, because the order of the rules decides the reasons.
     config = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
@@ -96,7 +99,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
         if not kept:
             listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.")
-    num_in = require_entry(dataset, "select", 0).num_out
+    num_in = selection(dataset).num_out
     outputs = describe_outputs(dataset, [dataset.decisions])
     yield ShardReport(stage="keep", shard=0, num_in=num_in, num_out=kept, dropped=dropped, outputs=outputs)
 

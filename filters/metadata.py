@@ -3,207 +3,197 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import duckdb
-import psutil
-
+from filters.exact_shards import ExactShards
+from filters.extras import extra_inputs
+from filters.known import KnownUids
+from filters.notes import notes
 from filters.recipe import Recipe, SelectConfig
-from filters.rules import reason_case
-from filters.schema import ALIASES, SCORES, TYPES, MetadataFile, check_columns, find_metadata
-from filters.urls import allowed_sql, register_url_check
+from filters.schema import MetadataFile
+from filters.shuffle import Shuffle
+from filters.sources import find_metadata
+from filters.survivors import Source, open_survivors
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish, raise_if_disk_full, scratch
-from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.data.files import scratch
+from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
 
-_COLUMNS = ", ".join(ALIASES)
-_SHARD_DIGITS = 5  # as img2dataset's oom_shard_count
+_ROWS_PER_BUCKET = 2**16  # about 15 MB
+_EXTRAS = ("joins", "blocklists", "allowlists")  # known by their contents, wherever they lie
+_MAX_BUCKETS = 512  # each is an open file, of which a process may have 1,024
 
 
-def key_digits(samples_per_shard: int) -> int:
-    """How many digits of a key count samples within a shard, as in img2dataset."""
-    return math.ceil(math.log10(samples_per_shard))
+@dataclass(frozen=True)
+class Before:
+    """What has been selected from other files already: it stays as it is, and its rows do not come again.
+
+    Attributes:
+        number: how many selections there are.
+        files: the shards of each.
+        num_rows: their rows.
+    """
+
+    number: int = 0
+    files: Sequence[Sequence[Path]] = ()
+    num_rows: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        """The number that the next shard gets."""
+        return sum(len(files) for files in self.files)
 
 
-def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
-    """The key of the sample at `index` of `shard`."""
-    digits = key_digits(samples_per_shard)
-    return f"{10**digits * shard + index:0{digits + _SHARD_DIGITS}d}"
+@dataclass(frozen=True)
+class Selection:
+    """One run of the selection over some files."""
+
+    dataset: DatasetDir
+    select: SelectConfig
+    files: Sequence[MetadataFile]
+    allow_private_hosts: bool = False
+    before: Before = Before()
+    num_threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    def run(self) -> ShardReport:
+        """Writes the shards, the same bytes for any number of threads.
+
+        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
+
+        Raises:
+            UserError: the metadata cannot be read, lacks a column, or no row survives.
+        """
+        with scratch(self.dataset.root, "select") as folder:
+            source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads)
+            with open_survivors(source) as survivors:
+                num_passed, dropped = survivors.count()
+                num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
+                shuffle = Shuffle(folder, num_buckets, self.select.seed)
+                late = survivors.each(shuffle.add)
+                said = survivors.extras.notes if survivors.extras else ()
+            paths, num_out, repeated = self._write(shuffle)
+        _delete_from(self.dataset, self.before.num_shards + len(paths))
+        dropped += late + repeated
+        self._check_sum(num_out, dropped)
+        return ShardReport(
+            stage="select",
+            shard=self.before.number,
+            num_in=num_out + sum(dropped.values()),
+            num_out=num_out,
+            dropped=dict(sorted(dropped.items())),
+            outputs=describe_outputs(self.dataset, paths),
+            inputs=[_named(file) for file in self.files],
+            notes=[*notes(self.files, self.select), *said],
+        )
+
+    def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
+        """Writes the shards; returns them, how many rows they have, and what dropped the others."""
+        limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
+        known = KnownUids(self.before.files, self.select.seed)
+        num_out = num_repeated = num_over = 0
+        # Two more than there are processors, because the last thing that a thread does is to wait for the disk.
+        with ThreadPoolExecutor(self.num_threads + 2) as threads:
+            shards = ExactShards(self.dataset, self.select.samples_per_shard, self.before.num_shards, threads)
+            for bucket in shuffle.buckets(threads, self.num_threads, known.are_known):
+                left = int(min(len(bucket.rows), limit - num_out))
+                # Of the rows up to the last that is taken, some repeat; whatever comes after it is over the limit.
+                num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
+                num_repeated, num_over = num_repeated + num_seen - left, num_over + bucket.num_before - num_seen
+                num_out += left
+                shards.add(bucket.rows.slice(0, left))
+            paths = shards.finish()
+        return paths, num_out, +Counter({"duplicate_row": num_repeated, "over_limit": num_over})
+
+    def _check_sum(self, num_out: int, dropped: Counter[str]) -> None:
+        num_in = sum(file.num_rows for file in self.files)
+        if num_in != num_out + sum(dropped.values()):
+            raise UserError(
+                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows by its footers, "
+                f"{num_out + sum(dropped.values()):,} were seen. Run the same command again."
+            )
+        if not num_out and not self.before.number:
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+            raise UserError(
+                f"No row of {self.select.metadata} is left ({counts}). Loosen the rules, or check the metadata."
+            )
 
 
 def select_rows(
     dataset: DatasetDir, select: SelectConfig, allow_private_hosts: bool = False, num_threads: int | None = None
 ) -> ShardReport:
-    """Writes the selection of `select` into the dataset, the same bytes for any number of threads.
+    """Writes the selection of `select` into a dataset that has none; see `Selection.run`."""
+    files = find_metadata(select.metadata, select.swapped_sizes)
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    return Selection(dataset, select, files, allow_private_hosts, num_threads=num_threads).run()
 
-    A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
 
-    Raises:
-        UserError: the metadata cannot be read, lacks a column, or no row survives.
+def _named(file: MetadataFile) -> str:
+    return " ".join(map(str, file.identity))
+
+
+def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]]:
+    """Which files each selection is made from: those of finished ones as they were, the others in one more.
+
+    When a finished one no longer fits, because its recipe, one of its files or what it is to be was changed, there is
+    one selection, of everything.
     """
-    files = find_metadata(select.metadata)
-    score_later = SCORES if select.null_policy == "score_later" else ()
-    check_columns(files, select.rules, missing_passes=score_later)
-    with scratch(dataset.root, "select") as folder, closing(_connect(folder, num_threads)) as connection:
-        register_url_check(connection, allow_private_hosts)
-        try:
-            _judge(connection, files, select)
-            dropped, num_chosen = _choose(connection, select)
-        except duckdb.Error as error:
-            raise_if_disk_full(error, dataset.selection(0).parent)
-            raise UserError(f"The metadata in {select.metadata} cannot be read: {error}") from error
-        if not num_chosen:
-            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
-            raise UserError(f"No row of {select.metadata} is left ({counts}). Loosen the rules, or check the metadata.")
-        outputs = _write_shards(connection, dataset, num_chosen, select.samples_per_shard)
-    _delete_others(dataset, outputs)
-    return ShardReport(
-        stage="select",
-        shard=0,
-        num_in=num_chosen + sum(dropped.values()),
-        num_out=num_chosen,
-        dropped=dropped,
-        outputs=describe_outputs(dataset, outputs),
-    )
+    files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+    left = {_named(file): file for file in files}
+    if len(left) < len(files) or recipe.select.new_files == "reshuffle":
+        return [files]
+    generations = []
+    for number, entry in enumerate(entries(dataset, "select")):
+        fits = entry.shard == number and entry.fingerprint == _digest(recipe, entry.inputs)
+        if not fits or not left.keys() >= set(entry.inputs):
+            return [files]
+        generations.append([left.pop(name) for name in entry.inputs])
+    return [*generations, list(left.values())] if left else generations
 
 
-def normalised_sql(files: Sequence[MetadataFile]) -> tuple[str, list[list[str]]]:
-    """SQL for the rows of all files under our column names and types, and the file lists to bind.
-
-    Files of one schema are read together; what a file does not have is NULL.
-    """
-    groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}
-    for file in files:
-        groups.setdefault((*file.columns.items(), *(("", kind) for kind in file.types)), []).append(file)
-    parts, paths = [], []
-    for group in groups.values():
-        columns = [_column_sql(ours, group[0].columns.get(ours)) for ours in ALIASES]
-        parts.append(f"SELECT {', '.join(columns)} FROM read_parquet(?, hive_partitioning = false)")  # noqa: S608
-        paths.append([str(file.path) for file in group])
-    return " UNION ALL ".join(parts), paths
+def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
+    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_EXTRAS})
+    # As pairs, because the order of the rules decides the reasons.
+    config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
+    return fingerprint("select/2", config | {"files": sorted(inputs), "extras": extra_inputs(recipe.select)})
 
 
-def _column_sql(ours: str, theirs: str | None) -> str:
-    kind = TYPES[ours]
-    if theirs is None:
-        return f"NULL::{kind} AS {ours}"
-    quoted = '"' + theirs.replace('"', '""') + '"'
-    if kind == "DOUBLE":
-        value = f"TRY_CAST({quoted} AS DOUBLE)"
-        return f"CASE WHEN isfinite({value}) THEN {value} END AS {ours}"
-    # Sizes that pandas made floats come with NaN, which no integer can hold: NULL.
-    return f"TRY_CAST({quoted} AS {kind}) AS {ours}"
-
-
-def _connect(folder: Path, num_threads: int | None) -> duckdb.DuckDBPyConnection:
-    # A database on disk, not in memory, so that tables are compressed and may be larger than memory.
-    connection = duckdb.connect(folder / "select.duckdb")
-    connection.execute("SET temp_directory = ?", [str(folder / "spill")])
-    connection.execute("SET memory_limit = ?", [f"{max(256, psutil.virtual_memory().available // 2**21)}MiB"])
-    if num_threads:
-        connection.execute("SET threads = ?", [num_threads])
-    return connection
-
-
-def _judge(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile], select: SelectConfig) -> None:
-    """Makes table `judged`: a row for each metadata row with its first reason, emptied where there is one."""
-    rows, paths = normalised_sql(files)
-    first = [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))]
-    null_passes = SCORES if select.null_policy == "score_later" else ()
-    reason, values = reason_case(select.rules, first, null_passes)
-    kept = ", ".join(f"CASE WHEN reason IS NULL THEN {name} END AS {name}" for name in ALIASES)
-    statement = f"""
-        CREATE TABLE judged AS
-        WITH named AS ({rows}),
-        cleaned AS (
-            SELECT * REPLACE (trim(url) AS url, coalesce(caption, '') AS caption), length(coalesce(caption, ''))
-                AS caption_chars, CASE WHEN width > 0 AND height > 0 THEN least(width, height) END AS side,
-                greatest(width, height) / side AS aspect_ratio
-            FROM named
-        ),
-        reasoned AS (SELECT *, {reason} AS reason FROM cleaned)
-        SELECT reason, CASE WHEN reason IS NULL THEN md5(url || chr(10) || caption) END AS uid, {kept} FROM reasoned
-    """  # noqa: S608 - names are from ALIASES and RULES, values are bound
-    connection.execute(statement, [*paths, *values])
-
-
-def _choose(connection: duckdb.DuckDBPyConnection, select: SelectConfig) -> tuple[dict[str, int], int]:
-    """Makes table `chosen` with the surviving rows in shuffled order; returns drops by reason and the rows to use."""
-    # Rows with one uid are neighbours in this order, and the first of them is always the same one.
-    order = f"shuffle, {_COLUMNS}"
-    connection.execute(
-        f"""
-        CREATE TABLE chosen AS
-        WITH shuffled AS (SELECT * EXCLUDE (reason), md5(uid || ?) AS shuffle FROM judged WHERE reason IS NULL),
-        single AS (SELECT * FROM shuffled QUALIFY uid IS DISTINCT FROM lag(uid) OVER (ORDER BY {order}))
-        SELECT row_number() OVER (ORDER BY shuffle) - 1 AS position, * FROM single ORDER BY position
-        """,  # noqa: S608 - names are from ALIASES
-        [str(select.seed)],
-    )
-    counted = connection.execute("SELECT reason, count(*) FROM judged GROUP BY reason ORDER BY reason").fetchall()
-    dropped = {reason: count for reason, count in counted if reason is not None}
-    num_passed = sum(count for reason, count in counted if reason is None)
-    num_single = _one(connection, "SELECT count(*) FROM chosen")
-    num_chosen = min(num_single, select.limit or num_single)
-    late = {"duplicate_row": num_passed - num_single, "over_limit": num_single - num_chosen}
-    return dropped | {reason: count for reason, count in late.items() if count}, num_chosen
-
-
-def _write_shards(
-    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, num_rows: int, samples_per_shard: int
-) -> list[Path]:
-    digits = key_digits(samples_per_shard)
-    key_format = f"{{:0{digits + _SHARD_DIGITS}d}}"
-    written = []
-    for shard in range(math.ceil(num_rows / samples_per_shard)):
-        begin, end = shard * samples_per_shard, min(num_rows, (shard + 1) * samples_per_shard)
-        with publish(dataset.selection(shard)) as temporary:
-            connection.execute(
-                f"""
-                COPY (
-                    SELECT format($key_format, position - $begin + $first) AS key, uid, {_COLUMNS} FROM chosen
-                    WHERE position >= $begin AND position < $end ORDER BY position
-                ) TO $file (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {max(2048, samples_per_shard)})
-                """,  # noqa: S608 - names are from ALIASES
-                {
-                    "key_format": key_format,
-                    "first": 10**digits * shard,
-                    "begin": begin,
-                    "end": end,
-                    "file": str(temporary),
-                },
-            )
-        written.append(dataset.selection(shard))
-    return written
-
-
-def _delete_others(dataset: DatasetDir, written: Sequence[Path]) -> None:
-    """Deletes shards of an earlier, larger selection."""
-    for path in set(dataset.selection(0).parent.glob("*.parquet")) - set(written):
-        path.unlink()
-
-
-def _one(connection: duckdb.DuckDBPyConnection, query: str) -> int:
-    row = connection.execute(query).fetchone()
-    return int(row[0]) if row else 0
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return list(range(len(_generations(dataset, recipe))))
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules"})
-    # As pairs, because the order of the rules decides the reasons.
-    config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
-    files = sorted(file.identity for file in find_metadata(recipe.select.metadata))
-    return fingerprint("select/1", config | {"files": files})
+    return _digest(recipe, [_named(file) for file in _generations(dataset, recipe)[shard]])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
-    # A selection that is being replaced must not pass for finished if this is killed half way.
-    dataset.manifest_entry("select", 0).unlink(missing_ok=True)
-    yield select_rows(dataset, recipe.select, recipe.download.allow_private_hosts)
+    generations = _generations(dataset, recipe)
+    for number in shards:
+        # Selections that are being replaced must not pass for finished if this is killed half way.
+        for entry in entries(dataset, "select"):
+            if entry.shard >= number:
+                dataset.manifest_entry("select", entry.shard).unlink()
+        before = _before(dataset, number)
+        allow_private = recipe.download.allow_private_hosts
+        yield Selection(dataset, recipe.select, generations[number], allow_private, before).run()
 
 
-SELECT: Stage[Recipe] = Stage("select", lambda dataset, recipe: [0], _fingerprint, _run)
+def _before(dataset: DatasetDir, number: int) -> Before:
+    reports = entries(dataset, "select")[:number]
+    files = [[dataset.root / name for name in sorted(report.outputs)] for report in reports]
+    return Before(number, files, sum(report.num_out for report in reports))
+
+
+def _delete_from(dataset: DatasetDir, shard: int) -> None:
+    """Deletes shards of an earlier, larger selection."""
+    for path in dataset.selection(0).parent.glob("*.parquet"):
+        if int(path.stem) >= shard:
+            path.unlink()
+
+
+SELECT: Stage[Recipe] = Stage("select", _shards, _fingerprint, _run)

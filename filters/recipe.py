@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from filters.rules import check_rules
+from filters.rules import RuleValue, check_rules
+from filters.schema import ALIASES, SwappedSizes
 from sdtrain.data.config import DownloadConfig, EncodeConfig, PackConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
@@ -15,30 +16,79 @@ from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
-def _known_rules(rules: dict[str, float]) -> dict[str, float]:
+def _known_rules(rules: Any) -> Any:
+    return _checked_rules(rules, in_keep=False)
+
+
+def _rules_for_keep(rules: Any) -> Any:
+    return _checked_rules(rules, in_keep=True)
+
+
+def _checked_rules(rules: Any, in_keep: bool) -> Any:
+    if not isinstance(rules, dict):
+        raise ValueError("rules are `name: value` lines")
     try:
-        check_rules(rules)
+        return check_rules(rules, in_keep)
     except UserError as error:
         raise ValueError(str(error)) from error
-    return rules
 
 
-Rules = Annotated[dict[str, float], AfterValidator(_known_rules)]
+Rules = Annotated[dict[str, RuleValue], BeforeValidator(_known_rules)]
+KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(_rules_for_keep)]
+
+JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
+
+
+def _joinable(columns: list[str] | None) -> list[str] | None:
+    for name in columns or []:
+        if name not in JOINABLE:
+            raise ValueError(f"column '{name}' cannot be joined.{nearest(name, sorted(JOINABLE))}")
+    return columns
+
+
+class JoinConfig(Settings):
+    """Scores in files of their own, which fill what the metadata does not have."""
+
+    files: str
+    """Parquet: a file, a folder or a glob."""
+    by: Literal["hash", "url_caption"] = "hash"
+    """What tells which row of the metadata a score belongs to: LAION's `hash` of URL and TEXT, or these themselves."""
+    columns: Annotated[list[str] | None, AfterValidator(_joinable)] = None
+    """Which columns to take, by our names; all that the files have by default."""
+
+
+class ListConfig(Settings):
+    """Entries that drop rows (a blocklist) or that rows must be among (an allowlist)."""
+
+    files: str
+    """Parquet, or text with one entry a line and comments after #: a file, a folder or a glob."""
+    by: Literal["url", "host", "hash", "uid", "md5", "sha256", "url_caption"]
+    """What an entry is. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
 
 
 class SelectConfig(Settings):
     """Which metadata rows are worth downloading."""
 
     metadata: str = ""
-    """Parquet with LAION's columns: a file, a folder or a glob."""
+    """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://."""
+    swapped_sizes: SwappedSizes = "auto"
+    """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
+    joins: list[JoinConfig] = Field(default=[])
+    """Files with scores for the rows, joined before the rules are asked; the first that knows a score wins."""
     rules: Rules = Field(default={})
     """Rule name -> value, checked in this order; the first that fails is the reason."""
+    blocklists: list[ListConfig] = Field(default=[])
+    """Rows on any of these are dropped."""
+    allowlists: list[ListConfig] = Field(default=[])
+    """Rows must be on each of these."""
     null_policy: Literal["drop", "score_later"] = "drop"
     """A NULL score drops the row as SQL would, or leaves the decision to the picture's own score."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many rows, the first in shuffled order."""
     seed: int = 42
     samples_per_shard: int = Field(default=10_000, ge=1)
+    new_files: Literal["append", "reshuffle"] = "append"
+    """Metadata files that were added since give shards after the finished ones, or a new shuffle of everything."""
 
 
 class ScoreConfig(Settings):
@@ -65,7 +115,7 @@ class KeepConfig(Settings):
 
     decide_by: Literal["metadata", "picture"] = "metadata"
     """Whether score rules look at LAION's scores or at ours; sizes always come from the picture."""
-    rules: Rules = Field(default={})
+    rules: KeepRules = Field(default={})
 
 
 class Recipe(Settings):

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from filters.captions import IS_NAME, NUM_WORDS
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
+
+RuleValue = bool | float | list[str]
 
 
 @dataclass(frozen=True)
@@ -15,40 +20,124 @@ class Rule:
 
     Attributes:
         column: the column it needs; NULL there is counted as a reason of its own.
-        sql: the condition with one `?` for the recipe's value.
+        sql: the condition, with one `?` for the recipe's value unless that is true or false.
         meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
+        kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
+        bounds: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
+            columns as they are in the files, so that DuckDB can skip row groups by their statistics.
+        in_keep: whether it can be judged after the download too; else only the metadata knows.
     """
 
     column: str
     sql: str
     meaning: str
+    kind: type = float
+    bounds: tuple[tuple[str, str], ...] = ()
+    in_keep: bool = True
 
 
+def _limit(column: str, operator: str, meaning: str, in_keep: bool = True) -> Rule:
+    return Rule(column, f"{column} {operator} ?", meaning, bounds=((column, operator),), in_keep=in_keep)
+
+
+def _one_of(column: str, meaning: str) -> Rule:
+    sql = f"list_contains(?, lower({column}))"
+    return Rule(column, sql, meaning, kind=list, bounds=((column, "in"),), in_keep=False)
+
+
+_BOTH_SIDES = (("width", ">="), ("height", ">="))
 RULES: dict[str, Rule] = {
-    "min_side": Rule("side", "side >= ?", "shorter side under {value} px"),
-    "min_aesthetic": Rule("aesthetic", "aesthetic > ?", "aesthetic score not over {value}"),
-    "max_watermark": Rule("pwatermark", "pwatermark < ?", "watermark probability not under {value}"),
-    "max_unsafe": Rule("punsafe", "punsafe < ?", "unsafe probability not under {value}"),
-    "min_similarity": Rule("similarity", "similarity > ?", "caption similarity not over {value}"),
+    "min_side": Rule("side", "side >= ?", "shorter side under {value} px", bounds=_BOTH_SIDES),
     "max_aspect_ratio": Rule("aspect_ratio", "aspect_ratio <= ?", "sides differ by more than {value} times"),
+    "min_aesthetic": _limit("aesthetic", ">", "aesthetic score not over {value}"),
+    "min_aesthetic_v1": _limit(
+        "aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}", False
+    ),
+    "max_watermark": _limit("pwatermark", "<", "watermark probability not under {value}"),
+    "max_unsafe": _limit("punsafe", "<", "unsafe probability not under {value}"),
+    "min_similarity": _limit("similarity", ">", "caption similarity not over {value}"),
+    "max_similarity": _limit("similarity", "<", "caption similarity not under {value}"),
     "min_caption_chars": Rule("caption_chars", "caption_chars >= ?", "caption shorter than {value} characters"),
+    "max_caption_chars": Rule("caption_chars", "caption_chars <= ?", "caption longer than {value} characters"),
+    "min_caption_words": Rule("caption_words", "caption_words >= ?", "caption of fewer than {value} words"),
+    "no_filename_captions": Rule(
+        "caption_is_name", "NOT caption_is_name", "caption empty, without words, or the name of a file or camera", bool
+    ),
+    "languages": _one_of("language", "language not one of {value}"),
+    "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
+}
+
+_HAS_SIZE = "{width} > 0 AND {height} > 0"
+# Columns that rules look at and that follow from others.
+DERIVED: dict[str, str] = {
+    "side": f"CASE WHEN {_HAS_SIZE} THEN least({{width}}, {{height}}) END",
+    "aspect_ratio": f"CASE WHEN {_HAS_SIZE} THEN greatest({{width}}, {{height}}) / least({{width}}, {{height}}) END",
+    "caption_chars": "length({caption})",
+    "caption_words": NUM_WORDS,
+    "caption_is_name": IS_NAME,
+}
+DERIVED_FROM: dict[str, tuple[str, ...]] = {
+    name: tuple(column for column in ("width", "height", "caption") if f"{{{column}}}" in sql)
+    for name, sql in DERIVED.items()
 }
 
 
-def check_rules(rules: dict[str, float]) -> None:
-    """Refuses rules that do not exist.
+def derived_sql(
+    names: Iterable[str] = tuple(DERIVED), width: str = "width", height: str = "height", caption: str = "caption"
+) -> str:
+    """SELECT items for derived columns, from the given columns or expressions."""
+    columns = {"width": width, "height": height, "caption": caption}
+    return ", ".join(f"{_filled(DERIVED[name], columns)} AS {name}" for name in names)
+
+
+def _filled(template: str, columns: Mapping[str, str]) -> str:
+    # Not str.format: regular expressions have braces of their own.
+    for name, sql in columns.items():
+        template = template.replace(f"{{{name}}}", sql)
+    return template
+
+
+def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, RuleValue]:
+    """The rules with numbers as floats, or a sentence on what is wrong with them.
+
+    Args:
+        rules: name -> value, as read from a recipe.
+        in_keep: whether they are to be judged after the download.
 
     Raises:
-        UserError: names the unknown rule and the nearest known one.
+        UserError: a rule that does not exist (with the nearest one), a value of the wrong kind, or a rule that cannot
+            be judged after the download.
     """
-    for name in rules:
-        if name not in RULES:
-            raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
+    return {name: _checked(name, value, in_keep) for name, value in rules.items()}
+
+
+def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
+    if name not in RULES:
+        raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
+    rule = RULES[name]
+    if in_keep and not rule.in_keep:
+        raise UserError(
+            f"rule '{name}' looks at column '{rule.column}', which only the metadata has; move it to `select.rules`"
+        )
+    if rule.kind is bool and isinstance(value, bool):
+        return value
+    if rule.kind is list and isinstance(value, list) and value and all(isinstance(word, str) for word in value):
+        return list(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if rule.kind is float and is_number and math.isfinite(value):
+        return float(value)
+    wanted = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]"}[rule.kind]
+    raise UserError(f"rule '{name}' wants {wanted}, not {value!r}")
+
+
+def active_rules(rules: Mapping[str, RuleValue]) -> list[str]:
+    """Names of the rules that say anything: all but those that are set to false."""
+    return [name for name, value in rules.items() if value is not False]
 
 
 def reason_case(
-    rules: dict[str, float], first: list[tuple[str, str]] | None = None, null_passes: Collection[str] = ()
-) -> tuple[str, list[float]]:
+    rules: Mapping[str, RuleValue], first: list[tuple[str, str]] | None = None, null_passes: Collection[str] = ()
+) -> tuple[str, list[float | list[str]]]:
     """SQL for the first reason that drops a row (NULL when it stays), and the values to bind.
 
     Reasons are the rules' names, or `<column>_missing` where the column is NULL. `first`
@@ -56,18 +145,26 @@ def reason_case(
     the columns `null_passes` meets the rule.
     """
     branches = [f"WHEN NOT coalesce({stays}, false) THEN '{reason}'" for reason, stays in first or []]
-    values: list[float] = []
-    for name, value in rules.items():
-        rule = RULES[name]
+    values: list[float | list[str]] = []
+    for name in active_rules(rules):
+        rule, value = RULES[name], rules[name]
         if rule.column not in null_passes:
             branches.append(f"WHEN {rule.column} IS NULL THEN '{rule.column}_missing'")
         branches.append(f"WHEN NOT ({rule.sql}) THEN '{name}'")
-        values.append(value)
+        if not isinstance(value, bool):
+            values.append(lower_case(value) if isinstance(value, list) else value)
     return (f"CASE {' '.join(branches)} END" if branches else "NULL::VARCHAR"), values
 
 
-def explain(reason: str, rules: dict[str, float]) -> str:
+def lower_case(words: Iterable[str]) -> list[str]:
+    """Words as the rules compare them."""
+    return [word.lower() for word in words]
+
+
+def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
     """A reason in plain words, for the funnel."""
     if reason in RULES and reason in rules:
-        return RULES[reason].meaning.format(value=f"{rules[reason]:g}")
+        value = rules[reason]
+        shown = ", ".join(value) if isinstance(value, list) else f"{value:g}"
+        return RULES[reason].meaning.replace("{value}", shown)
     return reason.replace("_", " ")

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from filters.rules import RULES
+from filters.bounds import Prefilter, prefilter_sql
+from filters.keys import hash_sql
+from filters.rules import DERIVED_FROM, RULES
 from sdtrain.errors import UserError
 
-# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case.
+# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
+# a file has counts. img2dataset's `width` is that of the resized picture, so `original_width` comes first.
 ALIASES: dict[str, tuple[str, ...]] = {
     "url": ("url",),
     "caption": ("text", "caption"),
-    "width": ("width", "original_width"),
-    "height": ("height", "original_height"),
-    "similarity": ("similarity",),
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
+    "similarity": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
     "hash": ("hash",),
-    "pwatermark": ("pwatermark",),
+    "pwatermark": ("pwatermark", "watermark_score"),
     "punsafe": ("punsafe",),
     "aesthetic": ("aesthetic_score", "aesthetic_score_laion_v2"),
+    "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
+    "language": ("language",),
+    "nsfw": ("nsfw",),
+    "md5": ("md5",),  # of the picture's bytes; `hash` is of URL and caption
+    "sha256": ("sha256",),
 }
 TYPES: dict[str, str] = {
     **dict.fromkeys(("url", "caption"), "VARCHAR"),
     **dict.fromkeys(("width", "height"), "INTEGER"),
+    "similarity": "DOUBLE",
     "hash": "BIGINT",
-    **dict.fromkeys(("similarity", "pwatermark", "punsafe", "aesthetic"), "DOUBLE"),
+    **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
+    **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
 }
 SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
-_DERIVED = {"side": ("width", "height"), "aspect_ratio": ("width", "height"), "caption_chars": ("caption",)}
-_V1_SCORE = "aesthetic"  # lower case and without _SCORE: the scores of laion2B-en-aesthetic, on another scale
+_DIGEST_CHARS = {"md5": 32, "sha256": 64}
+_FLOATS = ("FLOAT", "DOUBLE")
+# Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
+_RAW_RELEASE = {"sample_id", "license"}
+
+SwappedSizes = Literal["auto", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -42,55 +51,66 @@ class MetadataFile:
     """One input file.
 
     Attributes:
+        path: absolute, or a URL.
         columns: our name -> its name in this file, for the columns that it has.
-        types: the types of those columns, in the same order.
+        types: our name -> its DuckDB type in this file.
+        all_columns: the names that the file has.
         num_rows: from the footer.
-        footer_sha256: digest of the Parquet footer, which holds schema, offsets and statistics.
+        identity: name, size and digest of the footer, which tell whether the file is still the same wherever it lies.
+        swapped: whether `columns` already turns back WIDTH and HEIGHT.
     """
 
-    path: Path
+    path: str
     columns: dict[str, str]
-    types: tuple[str, ...]
+    types: dict[str, str]
     all_columns: tuple[str, ...]
     num_rows: int
-    footer_sha256: str
-
-    @property
-    def identity(self) -> tuple[str, int, str]:
-        """What tells whether the file is still the same, wherever it lies."""
-        return self.path.name, self.path.stat().st_size, self.footer_sha256
+    identity: tuple[str, int, str]
+    swapped: bool = False
 
 
-def find_metadata(pattern: str) -> list[MetadataFile]:
-    """The Parquet files that a recipe's `select.metadata` means: a file, a folder (with subfolders) or a glob.
+def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: tuple[str, int, str]) -> MetadataFile:
+    """A file as its own column names and types say.
 
     Raises:
-        UserError: nothing matches, a file is not Parquet, or there are no rows.
+        UserError: two names differ in case only.
     """
-    if not pattern:
-        raise UserError("The recipe names no metadata. Give Parquet files with LAION's columns: --metadata PATH.")
-    if "://" in pattern:
-        raise UserError(
-            f"Metadata must lie on a local or mounted disk, and {pattern} does not. Copy the Parquet files here first."
-        )
-    path = Path(pattern).expanduser()
-    paths = _matching(path)
-    if not paths:
-        kind = "no .parquet file in the folder" if path.is_dir() else "no file or folder"
-        raise UserError(f"There is {kind} {pattern}, which the recipe names as metadata. Check --metadata.")
-    files = [_read_footer(p) for p in sorted(paths)]
-    if not sum(file.num_rows for file in files):
-        raise UserError(f"The metadata in {pattern} has no rows ({len(files)} Parquet file(s), all empty).")
-    return files
+    by_lower: dict[str, str] = {}
+    for name in types:
+        if name.lower() in by_lower:
+            raise UserError(f"{path} has two columns that differ in case only: {by_lower[name.lower()]} and {name}.")
+        by_lower[name.lower()] = name
+    columns = {}
+    for ours, aliases in _aliases_in(by_lower).items():
+        found = [by_lower[alias] for alias in aliases if alias in by_lower]
+        if found:
+            columns[ours] = found[0]
+    ours_types = {ours: types[name] for ours, name in columns.items()}
+    return MetadataFile(path, columns, ours_types, tuple(types), num_rows, identity)
 
 
-def _matching(path: Path) -> list[Path]:
-    if path.is_dir():
-        return [p for p in path.rglob("*.parquet") if not p.name.startswith((".", "_"))]
-    if path.is_file():
-        return [path]
-    # Not Path.glob, which refuses absolute patterns.
-    return [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]  # noqa: PTH207
+def _aliases_in(by_lower: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    # A selection of ours has both, and calls the V2 score plainly `aesthetic`.
+    return ALIASES | ({"aesthetic": ("aesthetic",)} if "aesthetic_v1" in by_lower else {})
+
+
+def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
+    """The files with WIDTH and HEIGHT exchanged where they are swapped: "auto" means in raw LAION releases."""
+    return [_turned(file) if _is_swapped(file, swapped_sizes) else file for file in files]
+
+
+def _is_swapped(file: MetadataFile, swapped_sizes: SwappedSizes) -> bool:
+    if swapped_sizes != "auto" or not {"width", "height"} <= set(file.columns):
+        return swapped_sizes == "yes"
+    # Sizes that img2dataset measured (original_width) are right whatever else the file has.
+    return set(map(str.lower, file.all_columns)) >= _RAW_RELEASE and file.columns["width"].lower() == "width"
+
+
+def _turned(file: MetadataFile) -> MetadataFile:
+    other = {"width": "height", "height": "width"}
+    columns = {other.get(ours, ours): name for ours, name in file.columns.items()}
+    types = {other.get(ours, ours): kind for ours, kind in file.types.items()}
+    return replace(file, columns=columns, types=types, swapped=True)
 
 
 def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_passes: Iterable[str] = ()) -> None:
@@ -107,15 +127,14 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
     needed = {"url": "", "caption": ""}
     for rule in rules:
         column = RULES[rule].column
-        for source in _DERIVED.get(column, (column,)):
+        for source in DERIVED_FROM.get(column, (column,)):
             needed.setdefault(source, f", which rule '{rule}' needs")
-    optional = set(missing_passes)
+    required = {column: purpose for column, purpose in needed.items() if column not in set(missing_passes)}
     for file in files:
-        for column, purpose in needed.items():
+        for column, purpose in required.items():
             if column not in file.columns:
                 _refuse_v1(file, column, purpose)
-                if column not in optional:
-                    raise UserError(_missing(file, column, purpose))
+                raise UserError(_missing(file, column, purpose))
 
 
 def _missing(file: MetadataFile, column: str, purpose: str) -> str:
@@ -132,37 +151,90 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
 
 
 def _refuse_v1(file: MetadataFile, column: str, purpose: str) -> None:
-    if column == "aesthetic" and _V1_SCORE in (name.lower() for name in file.all_columns):
+    if column == "aesthetic" and "aesthetic_v1" in file.columns:
         raise UserError(
-            f"{file.path} has the aesthetic scores of LAION's first predictor (column '{_V1_SCORE}'), not the V2 "
-            f"scores (AESTHETIC_SCORE){purpose}. The two scales differ and are never mixed: use metadata with "
-            "AESTHETIC_SCORE, or leave the rule out of `select`."
+            f"{file.path} has the aesthetic scores of LAION's first predictor (column "
+            f"'{file.columns['aesthetic_v1']}'), not the V2 scores (AESTHETIC_SCORE){purpose}. The two scales differ "
+            "and are never mixed: use metadata with AESTHETIC_SCORE, or rule 'min_aesthetic_v1'."
         )
 
 
-def _read_footer(path: Path) -> MetadataFile:
-    try:
-        metadata = pq.read_metadata(path)
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read as Parquet: {error}") from error
-    by_lower: dict[str, str] = {}
-    for name in schema.names:
-        if name.lower() in by_lower:
-            raise UserError(f"{path} has two columns that differ in case only: {by_lower[name.lower()]} and {name}.")
-        by_lower[name.lower()] = name
-    columns = {}
-    for ours, aliases in ALIASES.items():
-        found = [by_lower[alias] for alias in aliases if alias in by_lower]
-        if found:
-            columns[ours] = found[0]
-    types = tuple(str(schema.field(name).type) for name in columns.values())
-    return MetadataFile(path, columns, types, tuple(schema.names), metadata.num_rows, _footer_digest(path))
+def normalised_sql(
+    files: Sequence[MetadataFile],
+    prefilter: Prefilter | None = None,
+    compute_hash: bool = False,
+    rows: tuple[int, int] | None = None,
+) -> tuple[str, list[Any]]:
+    """SQL for the rows of all files under our column names and types, and the values to bind.
+
+    Files of one schema are read together; what a file does not have is NULL.
+
+    Args:
+        files: the input.
+        prefilter: rules whose bounds are checked while reading, see `prefilter_sql`; rows that pass must still be
+            judged. Without it every row comes.
+        compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
+            (`filters.keys.register_laion_hash`). Costs nothing for a query that does not ask for `hash`.
+        rows: of each file, the rows from the first number up to the second alone.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}
+    for file in files:
+        groups.setdefault((*file.columns.items(), *file.types.items()), []).append(file)
+    parts, values = [], list[Any]()
+    for group in groups.values():
+        part, bound = _part_sql(group, prefilter, compute_hash, rows)
+        parts.append(part)
+        values += bound
+    return " UNION ALL ".join(parts), values
 
 
-def _footer_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        file.seek(-8, 2)
-        length = int.from_bytes(file.read(4), "little")
-        file.seek(-8 - length, 2)
-        return hashlib.sha256(file.read(length)).hexdigest()
+def _part_sql(
+    group: Sequence[MetadataFile],
+    prefilter: Prefilter | None,
+    compute_hash: bool,
+    rows: tuple[int, int] | None,
+) -> tuple[str, list[Any]]:
+    names = {ours: quoted(name) for ours, name in group[0].columns.items()}
+    items = {ours: column_sql(ours, names.get(ours), group[0].types.get(ours, "")) for ours in ALIASES}
+    if compute_hash and "hash" not in names:
+        items["hash"] = hash_sql(items["url"], items["caption"])
+    select = ", ".join(f"{sql} AS {ours}" for ours, sql in items.items())
+    numbered = ", file_row_number = true" if rows else ""
+    part = f"SELECT {select} FROM read_parquet(?, hive_partitioning = false{numbered})"  # noqa: S608 - names are quoted
+    values: list[Any] = [[file.path for file in group]]
+    conditions = []
+    if rows:
+        conditions.append("file_row_number >= ? AND file_row_number < ?")
+        values += rows
+    if prefilter:
+        condition, bound = prefilter_sql(prefilter, names, group[0].types)
+        conditions.append(condition)
+        values += bound
+    return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
+
+
+def column_sql(ours: str, name: str | None, kind: str) -> str:
+    """SQL for one of our columns from a plain column, which it stays where type and meaning are the same."""
+    wanted = TYPES[ours]
+    if name is None:
+        return f"NULL::{wanted}"
+    if ours in _DIGEST_CHARS:
+        text, pattern = f"lower({name}::VARCHAR)", f"[0-9a-f]{{{_DIGEST_CHARS[ours]}}}"
+        return f"CASE WHEN regexp_full_match({text}, '{pattern}') THEN {text} END"
+    if wanted == "DOUBLE":
+        value = name if kind in _FLOATS else f"TRY_CAST({name} AS DOUBLE)"
+        # NaN and infinity are what pandas makes of missing scores.
+        return f"CASE WHEN isfinite({value}) THEN {value}::DOUBLE END"
+    if kind == wanted:
+        return name
+    if wanted == "VARCHAR" and kind == "BLOB":
+        return f"TRY(decode({name}))"
+    if wanted == "INTEGER" and kind not in ("TINYINT", "SMALLINT", "BIGINT"):
+        # Sizes that pandas made floats come with NaN, which no integer can hold: NULL. A cast alone would round up.
+        return f"TRY_CAST(trunc(TRY_CAST({name} AS DOUBLE)) AS INTEGER)"
+    return f"TRY_CAST({name} AS {wanted})"
+
+
+def quoted(name: str) -> str:
+    """A column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'

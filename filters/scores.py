@@ -26,6 +26,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.pictures import decode_rgb, picture_extension
+from sdtrain.data.selection import selected_shards
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import read_samples
 
@@ -219,7 +220,7 @@ def _digests(config: ScoreConfig) -> tuple[str, ...]:
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
-    return list(range(len(require_entry(dataset, "select", 0).outputs)))
+    return list(selected_shards(dataset))
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:

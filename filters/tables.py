@@ -17,7 +17,8 @@ EMPTY: dict[str, dict[str, str]] = {
     "images": {
         **dict.fromkeys(("url", "caption", "uid", "key", "status", "error_message"), _TEXT),
         **dict.fromkeys(("width", "height", "original_width", "original_height"), _INT),
-        **dict.fromkeys(("exif", "sha256", "reason"), _TEXT),
+        **dict.fromkeys(("exif", "sha256", "reason", "size_in_metadata"), _TEXT),
+        "phash": _LONG,
         "shard": _INT,
         "tar": _TEXT,
     },
@@ -77,6 +78,7 @@ COMMENTS: dict[str, str] = {
     "kept": "Kept samples with caption, LAION's scores and sizes",
     "drops": "Selected rows that were dropped: at which stage and why",
     "hosts": "Hosts, how many URLs of each were tried and how many failed",
+    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
     "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
     "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
 }

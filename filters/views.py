@@ -10,14 +10,15 @@ from pathlib import Path
 import duckdb
 import pyarrow.parquet as pq
 
-from filters.funnel import funnel
-from filters.metadata import normalised_sql
+from filters.funnel import funnel, remarks
 from filters.recipe import Recipe
-from filters.schema import ALIASES, find_metadata
+from filters.schema import TYPES, normalised_sql
+from filters.sources import find_metadata, prepare
 from filters.tables import COMMENTS, DERIVED, EMPTY
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, entries, read_entry
+from sdtrain.data.selection import selected_shards
 from sdtrain.errors import UserError
 
 # Oldest DuckDB whose shell shall read the file.
@@ -44,18 +45,19 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
         publish(root.database) as temporary,
         closing(duckdb.connect(temporary, config={"storage_compatibility_version": _STORAGE_VERSION})) as connection,
     ):
-        for name, statement in _views(root, recipe):
+        for name, statement in _views(connection, root, recipe):
             connection.execute(f'CREATE VIEW "{name}" AS {statement}')
         _write_funnel(connection, root, recipe)
+        _write_remarks(connection, root, recipe)
         _write_stages(connection, root)
         for name, comment in COMMENTS.items():
-            kind = "TABLE" if name in ("funnel", "stages") else "VIEW"
+            kind = "TABLE" if name in ("funnel", "remarks", "stages") else "VIEW"
             connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
     return root.database
 
 
-def _views(dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    yield "metadata", _metadata(recipe)
+def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "metadata", _metadata(connection, recipe)
     tables = _tables(dataset)
     for name, columns in EMPTY.items():
         yield name, _over(tables.get(name, []), columns)
@@ -64,9 +66,8 @@ def _views(dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _tables(dataset: DatasetDir) -> dict[str, list[Path]]:
     """The Parquet files of each view that are finished and belong to the present selection."""
-    select = read_entry(dataset, "select", 0)
-    selected = sorted(dataset.root / name for name in select.outputs) if select else []
-    shards = {int(path.stem) for path in selected}
+    shards = selected_shards(dataset) if read_entry(dataset, "select", 0) else {}
+    selected = [dataset.selection(shard) for shard in shards]
     found = {"selection": selected}
     for view, stage in (("images", "download"), ("scores", "score")):
         found[view] = _parquet(dataset, [entry for entry in entries(dataset, stage) if entry.shard in shards])
@@ -87,18 +88,19 @@ def _over(paths: list[Path], columns: dict[str, str]) -> str:
     files = ", ".join(_literal(str(path)) for path in paths)
     known = {*pq.read_schema(paths[0]).names}
     extra = "".join(f", {sql}" for name, sql in _FROM_FILE.items() if name in columns and name not in known)
-    return f"SELECT * EXCLUDE (filename){extra} FROM read_parquet([{files}], filename = true)"  # noqa: S608
+    return f"SELECT * EXCLUDE (filename){extra} FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
 
 
-def _metadata(recipe: Recipe) -> str:
+def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
     try:
-        files = find_metadata(recipe.select.metadata)
+        files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+        prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is of use without what it was made from
-        return _over([], {name: EMPTY["selection"][name] for name in ALIASES})
+        return _over([], TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
-        absolute = ", ".join(_literal(str(Path(path).absolute())) for path in paths)
-        statement = statement.replace("read_parquet(?", f"read_parquet([{absolute}]", 1)
+        listed = ", ".join(map(_literal, paths))
+        statement = statement.replace("read_parquet(?", f"read_parquet([{listed}]", 1)
     return statement
 
 
@@ -111,6 +113,12 @@ def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, re
     except UserError:  # the build is under way
         return
     connection.executemany("INSERT INTO funnel VALUES (?, ?, ?, ?, ?)", [list(row.values()) for row in rows])
+
+
+def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
+    connection.execute("CREATE TABLE remarks (remark VARCHAR)")
+    if read_entry(dataset, "select", 0):
+        connection.executemany("INSERT INTO remarks VALUES (?)", [[text] for text in remarks(dataset, recipe)])
 
 
 def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:

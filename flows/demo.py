@@ -126,6 +126,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
     """The page that the demo ends with."""
+    from filters.finish import limits_of
     from sdtrain.report.page import Report, SampleSection, write_report
 
     names = {
@@ -144,7 +145,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         lead="A little world of coloured shapes, selected, downloaded, scored, deduplicated, packed, encoded and "
         "trained on, all on this machine.",
         dataset=demo.data,
-        limits=demo_recipe(demo).select.rules,
+        limits=limits_of(demo_recipe(demo)),
         training_log=demo.training.path / "log.csv",
         samples=samples,
         find_picture=open_world(demo.world).picture_of,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +92,32 @@ def funnel(dataset: DatasetArgument) -> None:
     from sdtrain.data.dataset import DatasetDir
 
     directory = DatasetDir(dataset)
-    _print_table([dict(row) for row in numbers.funnel(directory, read_recipe(directory))])
+    recipe = read_recipe(directory)
+    print_table([dict(row) for row in numbers.funnel(directory, recipe)])
+    print(*numbers.remarks(directory, recipe), sep="\n")
+
+
+@app.command()
+def query(
+    dataset: DatasetArgument,
+    sql: Annotated[str, typer.Argument(help="One SELECT over the views; leave it out to see them.")] = "",
+    explain: Annotated[bool, typer.Option("--explain", help="Show the plan and what each step took.")] = False,
+    form: Annotated[Form | None, typer.Option("--format", help="Default: as the output file ends, or a table.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the answer to this file.")] = None,
+) -> None:
+    """Ask a dataset in SQL: it can be read, and nothing else can."""
+    from filters.query import VIEWS_SQL, ask
+    from sdtrain.answers import form_of, save, show
+    from sdtrain.data.dataset import DatasetDir
+
+    form = form or form_of(output)
+    with ask(DatasetDir(dataset.absolute()), sql or VIEWS_SQL, explain) as answer:
+        if explain:
+            print(answer.read_all().column(1)[0].as_py())
+        elif output:
+            print(f"{save(answer, output, form):,} rows: {output}")
+        else:
+            show(answer, form)
 
 
 @app.command()
@@ -132,7 +158,7 @@ def status(dataset: DatasetArgument) -> None:
         done = entries(directory, name)
         columns = {"shards": len(done), "in": sum(e.num_in for e in done), "out": sum(e.num_out for e in done)}
         rows.append({"stage": name, **columns, "seconds": round(sum(e.seconds for e in done), 1)})
-    _print_table(rows)
+    print_table(rows)
 
 
 @app.command()
@@ -183,18 +209,6 @@ def _build(recipe: Recipe, output: str) -> None:
         print(run_with_bar(stage, dataset, recipe), flush=True)
     finish_dataset(dataset, recipe)
     print(f"{recipe.name}: {dataset.root}")
-
-
-def _print_table(rows: list[dict[str, object]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None)
-    for name in rows[0] if rows else ():
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    Console().print(table)
 
 
 if __name__ == "__main__":

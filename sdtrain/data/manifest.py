@@ -37,6 +37,10 @@ class ShardReport(BaseModel):
     num_out: int
     dropped: dict[str, int] = {}
     outputs: dict[str, Output] = {}
+    inputs: list[str] = []
+    """Files from outside that were read, by name, size and digest."""
+    notes: list[str] = []
+    """What was done on purpose with odd input, as sentences."""
     seconds: float = 0.0
 
     @model_validator(mode="after")

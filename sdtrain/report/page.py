@@ -66,6 +66,7 @@ def write_report(report: Report, path: Path) -> Path:
             "lead": report.lead,
             "facts": _facts(funnel, connection),
             "funnel": funnel,
+            "remarks": [row[0] for row in connection.execute("FROM remarks").fetchall()],
             "funnel_picture": _draw_funnel(funnel, pictures),
             "histograms": _draw_histograms(connection, report.limits, pictures),
             "galleries": _relative(galleries(connection, report.dataset, pictures, report.find_picture), path.parent),

@@ -279,3 +279,11 @@ def test_decisions_open_in_duckdb_with_the_promised_columns(tmp_path):
         ("shard", "INTEGER"),
         ("reason", "VARCHAR"),
     ]
+
+
+def test_caption_rules_are_judged_after_the_download_too(tmp_path):
+    captions = ["IMG_1234.jpg", "two words", "one", "", "a very long caption"]
+    dataset = write_dataset(tmp_path, [row(caption=caption) for caption in captions])
+    rules = {"no_filename_captions": True, "min_caption_words": 2, "max_caption_chars": 12}
+    names = ["no_filename_captions", None, "min_caption_words", "no_filename_captions", "max_caption_chars"]
+    assert keep(dataset, rules=rules) == names

@@ -5,13 +5,16 @@ import shutil
 from pathlib import Path
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.metadata import SELECT, select_rows, shard_key
+from filters.exact_shards import shard_key
+from filters.metadata import SELECT, select_rows
 from filters.recipe import Recipe, SelectConfig
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.selection import selected_shards, selection
 from sdtrain.data.stage import pending, run_batch
 from sdtrain.errors import UserError
 
@@ -51,7 +54,8 @@ def test_every_row_that_is_dropped_has_the_first_reason_in_order(tmp_path):
     cases = [
         (None, 600.0, 6.0, 0.1, "url_missing"),
         ("", 600.0, 6.0, 0.1, "url_missing"),
-        ("ftp://example.com/a", 100.0, 6.0, 0.1, "url_not_allowed"),
+        ("ftp://example.com/a", 100.0, 6.0, 0.1, "min_side"),
+        ("ftp://example.com/a", 600.0, 6.0, 0.1, "url_not_allowed"),
         ("http://127.0.0.1/a", 600.0, 6.0, 0.1, "url_not_allowed"),
         (url(1), 511.0, 1.0, 0.9, "min_side"),
         (url(2), NAN, 6.0, 0.1, "side_missing"),
@@ -157,6 +161,126 @@ def test_the_stage_runs_once_and_again_when_recipe_or_metadata_change(tmp_path):
     assert pending(SELECT, dataset, recipe) == [0]
 
 
+def test_rows_with_equal_shuffle_keys_come_in_the_order_of_their_uids(tmp_path, monkeypatch):
+    monkeypatch.setattr("filters.shuffle.shuffle_keys", lambda uids, seed: np.zeros(len(uids), np.uint64))
+    numbers = [*range(50), *range(20)]
+    write(
+        tmp_path / "metadata" / "a.parquet", URL=list(map(url, numbers)), TEXT=["t"] * 70, WIDTH=list(range(70, 0, -1))
+    )
+    dataset, report = select(tmp_path)
+    rows = rows_of(dataset)
+    assert report.dropped == {"duplicate_row": 20}
+    assert [row["uid"] for row in rows] == sorted(row["uid"] for row in rows)
+    assert {row["url"]: row["width"] for row in rows} == {url(i): 70 - i - (50 if i < 20 else 0) for i in range(50)}
+
+
+@pytest.mark.parametrize("rows_per_bucket", [7, 100, 2**16])
+def test_the_order_does_not_depend_on_how_much_memory_it_takes(tmp_path, monkeypatch, rows_per_bucket):
+    numbers = [*range(1500), *range(300)]
+    write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, numbers)), TEXT=["t"] * 1800)
+    whole = select(tmp_path, "whole", samples_per_shard=64, limit=1000)[1]
+    monkeypatch.setattr("filters.metadata._ROWS_PER_BUCKET", rows_per_bucket)
+    monkeypatch.setattr("filters.survivors._ROWS_AT_ONCE", 500)
+    monkeypatch.setattr("filters.survivors._BATCH_ROWS", 100)
+    small = select(tmp_path, "small", samples_per_shard=64, limit=1000, num_threads=3)[1]
+    assert (small.outputs, small.dropped) == (whole.outputs, whole.dropped)
+    assert small.num_out == 1000
+    assert sum(small.dropped.values()) == 800
+
+
+def test_with_a_limit_only_repeats_that_come_before_it_count_as_repeats(tmp_path):
+    write(tmp_path / "metadata" / "a.parquet", URL=[url(i % 10) for i in range(20)], TEXT=["t"] * 20)
+    _, report = select(tmp_path, limit=4)
+    # The four first uids stand twice each; the fourth's second row comes after the limit was reached.
+    assert report.num_out == 4
+    assert report.dropped["duplicate_row"] + report.dropped["over_limit"] == 16
+    assert report.dropped["duplicate_row"] in (3, 4)
+
+
+class TestAddedFiles:
+    """Files that are added give new shards; finished ones stay as they are."""
+
+    @pytest.fixture
+    def build(self, tmp_path):
+        write(tmp_path / "metadata" / "b.parquet", URL=list(map(url, range(100))), TEXT=["t"] * 100)
+        settings = {"metadata": str(tmp_path / "metadata"), "samples_per_shard": 30}
+
+        def run(**changes):
+            recipe = Recipe(name="r", select=SelectConfig(**(settings | changes)))
+            dataset = DatasetDir(tmp_path / "data")
+            return dataset, run_batch(SELECT, dataset, recipe, pending(SELECT, dataset, recipe))
+
+        run()
+        return run
+
+    def test_their_rows_come_after_the_finished_shards_and_known_rows_do_not_come_again(self, build, tmp_path):
+        dataset, _ = build()
+        before = selection(dataset)
+        write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(50, 160))), TEXT=["t"] * 110)
+        _, (added,) = build()
+        assert (added.num_in, added.num_out, added.dropped) == (110, 60, {"duplicate_row": 50})
+        assert list(added.outputs) == ["selection/00004.parquet", "selection/00005.parquet"]
+        after = selection(dataset)
+        assert {name: after.outputs[name] for name in before.outputs} == before.outputs
+        assert (after.num_in, after.num_out) == (210, 160)
+        assert {row["url"] for row in rows_of(dataset)} == set(map(url, range(160)))
+        assert build()[1] == []
+        assert list(selected_shards(dataset)) == list(range(6))
+
+    def test_the_limit_holds_for_all_together(self, build, tmp_path):
+        dataset, _ = build(limit=110)
+        write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(100, 150))), TEXT=["t"] * 50)
+        _, (added,) = build(limit=110)
+        assert (added.num_out, added.dropped) == (10, {"over_limit": 40})
+        write(tmp_path / "metadata" / "c.parquet", URL=list(map(url, range(200, 210))), TEXT=["t"] * 10)
+        _, (nothing,) = build(limit=110)
+        assert (nothing.num_out, nothing.outputs) == (0, {})
+        assert selection(dataset).num_out == 110
+
+    def test_on_request_everything_is_shuffled_anew(self, build, tmp_path):
+        write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(100, 150))), TEXT=["t"] * 50)
+        dataset, (report,) = build(new_files="reshuffle")
+        assert (report.shard, report.num_out) == (0, 150)
+        assert build(new_files="reshuffle")[1] == []
+        assert [len(pq.read_table(dataset.selection(shard))) for shard in range(5)] == [30] * 5
+
+    def test_a_file_that_is_gone_or_a_changed_rule_makes_one_selection_of_all(self, build, tmp_path):
+        write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(100, 150))), TEXT=["t"] * 50)
+        dataset, _ = build()
+        assert len(list((dataset.root / "manifest" / "select").iterdir())) == 2
+        _, (report,) = build(rules={"max_caption_chars": 5})
+        assert (report.shard, report.num_out) == (0, 150)
+        (tmp_path / "metadata" / "b.parquet").unlink()
+        _, (report,) = build(rules={"max_caption_chars": 5})
+        assert (report.shard, report.num_out) == (0, 50)
+        assert list(selected_shards(dataset)) == [0, 1]
+        assert sorted(p.name for p in dataset.selection(0).parent.iterdir()) == ["00000.parquet", "00001.parquet"]
+
+
+def test_joins_and_lists_work_with_everything_else(tmp_path):
+    write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(40))), TEXT=["t"] * 40)
+    write(
+        tmp_path / "scores" / "s.parquet",
+        URL=list(map(url, range(30))),
+        TEXT=["t"] * 30,
+        AESTHETIC_SCORE=[i / 4 for i in range(30)],
+    )
+    (tmp_path / "block.txt").write_text(f"{url(25)}\n")
+    settings = {
+        "joins": [{"files": str(tmp_path / "scores"), "by": "url_caption"}],
+        "rules": {"min_aesthetic": 5.0},
+        "blocklists": [{"files": str(tmp_path / "block.txt"), "by": "url"}],
+    }
+    dataset, report = select(tmp_path, **settings)
+    assert report.dropped == {"aesthetic_missing": 10, "min_aesthetic": 21, "blocklisted": 1}
+    assert {row["url"]: row["aesthetic"] for row in rows_of(dataset)} == {
+        url(i): i / 4 for i in range(21, 30) if i != 25
+    }
+    assert any("blocklist" in note for note in report.notes)
+    _, again = select(tmp_path, "again", num_threads=1, **settings)
+    assert again.outputs == report.outputs
+
+
 @pytest.mark.skipif(not LAION.exists(), reason="the real LAION rows are not beside this checkout")
 def test_real_laion_rows_all_come_through(tmp_path):
     dataset, report = select(tmp_path, metadata=str(LAION), samples_per_shard=1000)
@@ -176,7 +300,6 @@ def test_mistakes_in_the_metadata_are_sentences(tmp_path):
     refused("no .parquet file in the folder")
     refused("no file or folder", metadata=str(tmp_path / "nowhere-*.parquet"))
     refused("names no metadata", metadata="")
-    refused("local or mounted", metadata="hf://datasets/x/*.parquet")
     (folder / "no.parquet").write_text("not Parquet at all")
     refused(r"no\.parquet cannot be read as Parquet")
     (folder / "no.parquet").unlink()
@@ -185,7 +308,7 @@ def test_mistakes_in_the_metadata_are_sentences(tmp_path):
     write(folder / "a.parquet", URL=[url(1)], TITLE=["t"])
     refused("a.parquet has no column TEXT or CAPTION. It has: URL, TITLE")
     write(folder / "a.parquet", URL=[url(1)], TEXT=["t"], aesthetic=[9.0])
-    refused("has no column WIDTH.*rule 'min_side' needs", rules={"min_side": 1})
+    refused("has no column ORIGINAL_WIDTH or WIDTH.*rule 'min_side' needs", rules={"min_side": 1})
     refused("first predictor.*never mixed", rules={"min_aesthetic": 5.0})
     write(folder / "a.parquet", URL=[url(1)], TEXT=["t"], WIDTH=[10], HEIGHT=[10])
     refused(r"No row of .* is left \(min_side 1\)", rules={"min_side": 512})

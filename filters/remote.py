@@ -1,0 +1,102 @@
+"""DuckDB's httpfs, so that metadata may lie on S3, Google Cloud Storage, the Hugging Face hub or any web server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import duckdb
+
+from sdtrain.errors import UserError
+
+SCHEMES = ("s3", "s3a", "gs", "gcs", "hf", "http", "https")
+_ADVICE = "pip install 'sdtrain[remote]'"
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL.
+
+    Raises:
+        UserError: it is one, of a kind that cannot be read.
+    """
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme.lower() not in SCHEMES:
+        raise UserError(f"{without_secrets(path)} cannot be read: use a local path or {'://, '.join(SCHEMES)}://.")
+    return bool(separator)
+
+
+def without_secrets(path: str) -> str:
+    """A path or URL as it may be shown: without user, password and query, which may hold a signature."""
+    if "://" not in path:
+        return path
+    parts = urlsplit(path)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def load_remote(connection: duckdb.DuckDBPyConnection) -> None:
+    """Lets `connection` read URLs, with the credentials that the environment holds, if any.
+
+    S3 (and what speaks like it): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION or
+    AWS_DEFAULT_REGION, AWS_ENDPOINT_URL. Google: GCS_ACCESS_KEY_ID, GCS_SECRET_ACCESS_KEY (HMAC keys). Hugging Face:
+    HF_TOKEN. They live as long as the connection and are never written.
+
+    Raises:
+        UserError: httpfs is not installed.
+    """
+    _load_httpfs(connection)
+    _add_secret(connection, "s3", _s3_options())
+    get = os.environ.get
+    _add_secret(connection, "gcs", {"KEY_ID": get("GCS_ACCESS_KEY_ID"), "SECRET": get("GCS_SECRET_ACCESS_KEY")})
+    _add_secret(connection, "huggingface", {"TOKEN": get("HF_TOKEN")})
+
+
+def _load_httpfs(connection: duckdb.DuckDBPyConnection) -> None:
+    version = str(connection.execute("SELECT version()").fetchall()[0][0])
+    wheel = _wheel()
+    file = wheel / "extensions" / version / "httpfs.duckdb_extension" if wheel else None
+    try:
+        # Its own file, if there is a wheel: no network, and nothing written to the user's home.
+        connection.load_extension(str(file) if file and file.is_file() else "httpfs")
+    except duckdb.Error as error:
+        why = "is not installed"
+        if wheel and file and not file.is_file():
+            found = ", ".join(sorted(folder.name for folder in (wheel / "extensions").glob("*"))) or "none"
+            why = f"is installed for DuckDB {found} only, and this is {version}"
+        raise UserError(
+            f"Reading s3://, gs://, hf:// and https:// needs DuckDB's extension httpfs, which {why}. "
+            f"Install it: {_ADVICE}."
+        ) from error
+
+
+def _wheel() -> Path | None:
+    """The folder of the PyPI package duckdb-extension-httpfs."""
+    found = importlib.util.find_spec("duckdb_extension_httpfs")
+    return Path(found.origin).parent if found and found.origin else None
+
+
+def _s3_options() -> dict[str, str | bool | None]:
+    get = os.environ.get
+    options: dict[str, str | bool | None] = {
+        "KEY_ID": get("AWS_ACCESS_KEY_ID"),
+        "SECRET": get("AWS_SECRET_ACCESS_KEY"),
+        "SESSION_TOKEN": get("AWS_SESSION_TOKEN"),
+        "REGION": get("AWS_REGION") or get("AWS_DEFAULT_REGION"),
+    }
+    endpoint = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL")
+    if endpoint:
+        parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
+        # Buckets as a part of the path: a store of one's own seldom has a host name for each bucket.
+        options |= {"ENDPOINT": parts.netloc, "USE_SSL": parts.scheme == "https", "URL_STYLE": "path"}
+    return options
+
+
+def _add_secret(connection: duckdb.DuckDBPyConnection, kind: str, options: Mapping[str, str | bool | None]) -> None:
+    given = {name: value for name, value in options.items() if value is not None and value != ""}
+    if given:
+        settings = ", ".join(f"{name} ?" for name in given)
+        connection.execute(
+            f"CREATE OR REPLACE TEMPORARY SECRET sdtrain_{kind} (TYPE {kind}, {settings})", [*given.values()]
+        )
