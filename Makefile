@@ -40,7 +40,7 @@ bench: setup
 		$(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
 
 lock: setup
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --extra dev --no-annotate --no-header \
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --all-extras --no-annotate --no-header \
 		pyproject.toml --output-file requirements.lock
 
 clean:

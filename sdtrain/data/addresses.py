@@ -64,6 +64,20 @@ def is_public(address: str) -> bool:
     return ip.is_global and not special
 
 
+def ipv4_of(host: str) -> str | None:
+    """The dotted address that C libraries and browsers take `host` for (`2130706433`, `0x7f.1`), None for a name.
+
+    Raises:
+        ValueError: made of numbers, but no address.
+    """
+    if not _NUMERIC.fullmatch(host):
+        return None
+    try:
+        return socket.inet_ntoa(socket.inet_aton(host))
+    except OSError as error:
+        raise ValueError("numbers that are no address") from error
+
+
 def _carried_ipv4(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
     if any(ip in network for network in _NAT64):
         return ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
@@ -76,18 +90,8 @@ def _carried_ipv4(ip: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
 
 def _is_private_host(parts: SplitResult) -> bool:
     host = (parts.hostname or "").rstrip(".")
-    if "[" in parts.netloc:
-        return not _is_public_literal(host)
-    if _NUMERIC.fullmatch(host):
-        try:
-            return not is_public(socket.inet_ntoa(socket.inet_aton(host)))
-        except OSError:
-            return True
-    return _LOCAL_NAMES.search(host) is not None
-
-
-def _is_public_literal(host: str) -> bool:
     try:
-        return is_public(host)
+        literal = host if "[" in parts.netloc else ipv4_of(host)
+        return not is_public(literal) if literal else _LOCAL_NAMES.search(host) is not None
     except ValueError:
-        return False
+        return True

@@ -2,34 +2,54 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
 import re
 import socket
 import ssl
-from http.client import HTTPException, IncompleteRead
-from urllib.error import HTTPError, URLError
+from http import HTTPStatus
+
+from aiohttp import ClientError, ClientPayloadError, ClientResponseError, InvalidURL, ServerDisconnectedError
+from aiohttp.client_exceptions import ClientConnectorCertificateError, ClientConnectorDNSError
+from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError, TransferEncodingError
+
+_log = logging.getLogger(__name__)
 
 MEANINGS: dict[str, str] = {
     "blocked_address": "the host's address is private or reserved",
     "connection_failed": "no connection to the host",
     "dns_failed": "the host's name is not known",
+    "empty_body": "the answer is empty",
+    "hash_mismatch": "the file is not the one whose md5 or sha256 the metadata gives",
     "http_403": "the server refuses (403)",
     "http_404": "the page does not exist (404)",
     "http_410": "the page is gone (410)",
     "http_429": "the server was asked too often (429)",
     "invalid_answer": "the server does not speak HTTP properly",
     "not_an_image": "what came is not a picture that can be decoded",
+    "other_format": "a picture of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
+    "resize_failed": "the picture's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
+    "robots_txt": "the site opts out by robots.txt",
+    "tdm_reserved": "the site reserves text and data mining (TDMRep)",
     "timeout": "the server was too slow",
     "tls_failed": "the server's certificate or TLS is not valid",
     "too_large": "the file is too large",
+    "too_many_pixels": "the picture is larger than max_pixels",
     "too_many_redirects": "redirected too often",
-    "truncated": "the connection ended before the file did",
+    "truncated": "the file ends early, on the way or at the server",
+    "unknown_encoding": "the answer is compressed in a way that was not asked for",
     "url_not_allowed": "not a plain http or https URL",
 }
+TOO_SLOW = "no answer in time"
+"""The detail of every timeout, because which of the limits is met first depends on the moment."""
+CUT_SHORT = "the connection ended within the body"
+NO_HTTP = "the answer is against the rules of HTTP"
+_CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
+_CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
 # Not "timeout": hosts that do not answer are many, each has had its full time, and a shard ends with its slowest row.
 _PASSING = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
-_ROBOTS = "Use of image disallowed by X-Robots-Tag directive"  # img2dataset's words
-_REASON = re.compile(r"([a-z0-9_]+): ")
 
 
 class FetchError(Exception):
@@ -37,53 +57,78 @@ class FetchError(Exception):
 
     Attributes:
         reason: one of `MEANINGS`, or `http_` and a status code.
+        passing: whether it may be gone a moment later; unless told, `is_worth_another_try` says so.
     """
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, passing: bool | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
+        self.passing = is_worth_another_try(reason) if passing is None else passing
+
+    def again(self) -> FetchError:
+        """The same failure for another URL: an exception that is raised twice collects the tracebacks of both."""
+        return FetchError(self.reason, self.detail, self.passing)
 
 
 def failure_of(error: Exception) -> FetchError:
-    """What urllib, http.client, ssl or the socket raised, as a `FetchError`."""
+    """What aiohttp, ssl or the socket raised, as a `FetchError`."""
     if isinstance(error, FetchError):
         return error
-    if isinstance(error, HTTPError):
-        return FetchError(f"http_{error.code}", error.msg)
-    if isinstance(error, URLError) and isinstance(error.reason, Exception):
-        return failure_of(error.reason)
-    if isinstance(error, TimeoutError):
-        return FetchError("timeout", "no answer in time")
-    if isinstance(error, IncompleteRead):
-        return FetchError("truncated", f"{error.expected} bytes more expected" if error.expected else "ended early")
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return FetchError("tls_failed", error.verify_message)
-    if isinstance(error, ssl.SSLError):
-        return FetchError("tls_failed", error.reason or "handshake failed")
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, TimeoutError):  # of aiohttp too, whose time-outs are OSErrors as well
+        return FetchError("timeout", TOO_SLOW)
+    if isinstance(error, (ssl.SSLError, ssl.CertificateError, ClientConnectorCertificateError)):
+        return _tls_failure(error)
+    if isinstance(error, (socket.gaierror, ClientConnectorDNSError)):
         return FetchError("dns_failed", "the name could not be resolved")
     if isinstance(error, OSError):
-        return FetchError("connection_failed", error.strerror or type(error).__name__)
-    if isinstance(error, HTTPException):
-        return FetchError("invalid_answer", type(error).__name__)
-    return FetchError("url_not_allowed", f"malformed ({type(error).__name__})")
+        inner = getattr(error, "os_error", error)
+        if error.errno in _CLOSED or isinstance(inner, _CLOSED_ERRORS):  # or no error at all: it depends on the moment
+            return FetchError("connection_failed", "closed before an answer")
+        # By its number: the texts of errors of several attempts name addresses in the order in which they failed.
+        return FetchError("connection_failed", os.strerror(error.errno) if error.errno else "no address answers")
+    if isinstance(error, (InvalidURL, UnicodeError)):
+        return FetchError("url_not_allowed", "malformed")
+    if isinstance(error, ClientError):
+        return _http_failure(error)
+    # What nobody foresaw is one lost picture and not a lost shard, but somebody should hear of it.
+    _log.error("Unexpected failure of a download", exc_info=error)
+    return FetchError("invalid_answer", f"unexpected {type(error).__name__}", passing=False)
+
+
+def _tls_failure(error: Exception) -> FetchError:
+    inner = error.certificate_error if isinstance(error, ClientConnectorCertificateError) else error
+    detail = getattr(inner, "verify_message", None) or getattr(inner, "reason", None) or "handshake failed"
+    return FetchError("tls_failed", str(detail))
+
+
+def _http_failure(error: ClientError) -> FetchError:
+    if isinstance(error, ClientPayloadError):
+        return _body_failure(error)
+    if isinstance(error, ServerDisconnectedError):
+        return FetchError("connection_failed", "closed before an answer")
+    if isinstance(error, ClientResponseError):
+        return FetchError("invalid_answer", NO_HTTP)
+    return FetchError("connection_failed", type(error).__name__)
+
+
+def _body_failure(error: ClientPayloadError) -> FetchError:
+    cause = error.__cause__
+    ended = isinstance(cause, (ContentLengthError, TransferEncodingError)) and "Not enough data" in str(cause)
+    if isinstance(cause, HttpProcessingError) and not ended:
+        return FetchError("invalid_answer", NO_HTTP)
+    return FetchError("truncated", CUT_SHORT)
+
+
+def failure_of_status(status: int) -> FetchError:
+    """An answer other than the file, as a `FetchError`; in our words, because servers make up their own."""
+    known = status in set(HTTPStatus)
+    return FetchError(f"http_{status}", HTTPStatus(status).phrase if known else "no standard status")
 
 
 def is_worth_another_try(reason: str) -> bool:
     """Whether a failure may be gone a moment later."""
     return reason in _PASSING or reason.startswith("http_5")
-
-
-def reason_of(status: str, error_message: str | None) -> tuple[str, str]:
-    """The reason of a row that img2dataset marks as failed, and its message without what changes from run to run."""
-    message = error_message or "no message"
-    if message == _ROBOTS:
-        return "robots_header", message
-    if status == "failed_to_resize":
-        # OpenCV names its version and its source file, which are no business of the dataset.
-        return "not_an_image", "the picture could not be decoded"
-    match = _REASON.match(message)
-    return (match.group(1), message) if match else ("connection_failed", message)
 
 
 def meaning_of(reason: str) -> str:
