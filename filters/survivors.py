@@ -58,7 +58,8 @@ def open_survivors(source: Source) -> Iterator[Survivors]:
         UserError: here and in the block: a file is missing, cannot be read, or lacks a column that a rule needs.
     """
     # On disk, because score files and lists may be larger than memory.
-    with _readable(source), closing(duckdb.connect(source.folder / "extras.duckdb")) as database:
+    place = source.folder / "extras.duckdb" if has_extras(source.select) else ":memory:"
+    with _readable(source), closing(duckdb.connect(place)) as database:
         survivors = Survivors(source, database)
         check_columns(source.files, source.select.rules, survivors.null_passes)
         yield survivors
@@ -213,6 +214,8 @@ def _set_up(connection: duckdb.DuckDBPyConnection, source: Source, num_threads: 
 def _readable(source: Source) -> Iterator[None]:
     try:
         yield
-    except duckdb.Error as error:
+    except (duckdb.Error, OSError) as error:
         raise_if_disk_full(error, source.folder)
+        if isinstance(error, OSError):
+            raise
         raise UserError(f"The metadata in {source.select.metadata} cannot be read: {first_line(error)}") from error

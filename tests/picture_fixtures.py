@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdtrain.data.canonical import SCHEMA
+from sdtrain.data.image_rows import SCHEMA
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.data.tars import write_samples

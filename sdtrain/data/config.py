@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sdtrain.settings import Settings
 
@@ -49,6 +49,17 @@ class DownloadConfig(Settings):
 
     shards_per_process: int = Field(default=4, ge=1)
     """Shards that one child process does one after the other."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> DownloadConfig:
+        if self.encode_format == "png" and self.encode_quality > 9:
+            raise ValueError(f"for PNG, encode_quality is a compression level from 0 to 9, not {self.encode_quality}")
+        if self.reencode == "never" and self.resize_mode != "no":
+            raise ValueError(
+                'pictures cannot be resized and keep their bytes: with reencode: never, set resize_mode: "no", or '
+                "choose reencode: if_changed"
+            )
+        return self
 
 
 class PackConfig(Settings):

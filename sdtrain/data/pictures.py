@@ -1,4 +1,19 @@
-"""Pictures out of tar members."""
+"""Pictures as later stages see them: upright, 8-bit RGB, opaque.
+
+What becomes of every kind of picture, here and in `download`:
+
+| picture | becomes |
+|---|---|
+| EXIF orientation 2 to 8 | turned or mirrored upright; a damaged EXIF block counts as none |
+| grayscale, 1 bit to 8 bits | the gray value for red, green and blue |
+| palette | its colours |
+| CMYK, YCCK | RGB, with ink values inverted as Adobe's programs store them (and browsers read them) |
+| 16 bits a channel | the upper 8 bits |
+| alpha channel or transparent colour | laid on white |
+| animated, or of several pages | its first frame |
+| ICC profile | not applied: the numbers are taken as they are, as img2dataset and the models' own pipelines do |
+| 32-bit integers or floats, CIELAB | refused: their range is anybody's guess |
+"""
 
 from __future__ import annotations
 
@@ -6,14 +21,58 @@ import io
 import struct
 from collections.abc import Iterable
 
-from PIL import Image
+import numpy as np
+from PIL import (  # the readers by name: else Pillow looks for, and imports, all that it has
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
 PICTURE_EXTENSIONS = ("jpg", "png", "webp")
-# What Pillow's readers raise for damaged bytes, beside OSError; found by damaging files of many formats.
-_DAMAGED = (
-    *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
-    Image.DecompressionBombError,
+_READERS = (
+    JpegImagePlugin.JpegImageFile,  # and MPO, which begins as a JPEG
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    GifImagePlugin.GifImageFile,
+    BmpImagePlugin.BmpImageFile,
+    TiffImagePlugin.TiffImageFile,
 )
+_FORMATS = tuple(reader.format for reader in _READERS)
+"""What is read. Others (SVG, PDF, EPS, ICO ...) are seldom photographs and often dangerous."""
+# What Pillow's readers raise for damaged bytes, beside OSError; found by damaging files of many formats.
+DAMAGED = (
+    *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
+    *(OverflowError, AttributeError, OSError),
+)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_GUESSED = ("I", "F", "LAB")
+
+
+class PictureError(OSError):
+    """Bytes that do not become a picture.
+
+    Attributes:
+        reason: "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed".
+        detail: more words, the same for the same bytes.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail
 
 
 def picture_extension(members: Iterable[str]) -> str:
@@ -29,17 +88,73 @@ def picture_extension(members: Iterable[str]) -> str:
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """The decoded picture in RGB; transparency is laid on white.
+    """The decoded picture by the rules above.
 
     Raises:
-        OSError: the bytes are not a whole picture.
+        PictureError: the bytes are not a whole picture of a format and kind that is read; an OSError.
+    """
+    return upright_rgb(open_picture(content))
+
+
+def open_picture(content: bytes) -> Image.Image:
+    """The picture with its header read, its pixels not yet.
+
+    Raises:
+        PictureError: "not_an_image", or "too_many_pixels" if Pillow's own limit is passed.
     """
     try:
-        picture = Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise PictureError("too_many_pixels", "more than can be decoded") from error
+    except DAMAGED as error:
+        raise PictureError("not_an_image", "no header of a picture") from error
+
+
+def upright_rgb(picture: Image.Image) -> Image.Image:
+    """The picture's pixels by the rules above.
+
+    Raises:
+        PictureError: "truncated", "not_an_image" or "other_format".
+    """
+    try:
         picture.load()
-    except _DAMAGED as error:
-        raise OSError(str(error)) from error
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        opaque = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(opaque, picture.convert("RGBA")).convert("RGB")
+        opaque = _opaque_rgb(picture)
+        turn = _UPRIGHT.get(orientation_of(picture))
+        return opaque if turn is None else opaque.transpose(turn)
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError("too_many_pixels", "more than can be decoded") from error
+    except DAMAGED as error:
+        cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
+        raise PictureError("truncated" if cut else "not_an_image", "the pixels cannot be decoded") from error
+
+
+def orientation_of(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where none or nonsense is given."""
+    try:
+        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except DAMAGED:
+        return 1
+    return value if isinstance(value, int) and value in _UPRIGHT else 1
+
+
+def _opaque_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in _GUESSED:
+        raise PictureError("other_format", f"pixels of Pillow's mode {picture.mode}")
+    if picture.mode.startswith("I;16"):
+        return _from_16_bits(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
+        see_through = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), see_through).convert("RGB")
     return picture.convert("RGB")
+
+
+def _from_16_bits(picture: Image.Image) -> Image.Image:
+    # By hand: Pillow's own conversion cuts at 255 and makes nearly all of it white.
+    gray = np.asarray(picture)
+    upper = (gray >> 8).astype(np.uint8)
+    clear = picture.info.get("transparency")
+    if isinstance(clear, int):
+        upper[gray == clear] = 255
+    return Image.fromarray(upper).convert("RGB")

@@ -111,7 +111,7 @@ NUM_ROWS = 60
 LITTLE_RECIPE = """
 name: little
 select: {{rules: {{min_side: 512, min_aesthetic: 5.0, max_watermark: 0.5}}, samples_per_shard: 20}}
-download: {{image_size: 64, allow_private_hosts: true, timeout_s: 2, retries: 1, threads: 8}}
+download: {{image_size: 64, allow_private_hosts: true, timeout_s: 2, retries: 1, connections: 8}}
 score:
   clip_model: ViT-demo
   clip_weights: "random:0"

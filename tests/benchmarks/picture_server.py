@@ -1,0 +1,106 @@
+"""Pictures like photographs, and a quick web server for them in a process of its own, over HTTP and HTTPS."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import trustme
+from PIL import Image
+
+SIDES_PX = (512, 1600)
+_OCTAVES = (2, 4, 8, 16, 32, 64, 128, 256)
+_COLOUR_OCTAVE, _CONTRAST = 8, 45
+_SHAPES = 12
+_QUALITY = 80
+
+
+def draw_photo(seed: int) -> bytes:
+    """A JPEG with a photograph's statistics: detail falling off with its fineness, soft colours, sharp edges."""
+    rng = np.random.default_rng(seed)
+    width, height = (int(side) for side in rng.integers(*SIDES_PX, size=2))
+    pixels = np.zeros((height, width, 3), np.float32)
+    for octave in _OCTAVES:
+        # Colour is coarser than brightness, as in photographs.
+        for channels in [slice(None), *range(3 if octave <= _COLOUR_OCTAVE else 0)]:
+            waves = rng.normal(0, _CONTRAST / octave**0.75, (octave, octave)).astype(np.float32)
+            wide = np.asarray(Image.fromarray(waves).resize((width, height), Image.Resampling.BICUBIC))
+            pixels[..., channels] += wide[..., None] if channels == slice(None) else wide
+    for _ in range(_SHAPES):
+        left, top = rng.integers(0, width), rng.integers(0, height)
+        right, bottom = left + rng.integers(20, width // 2), top + rng.integers(20, height // 2)
+        pixels[top:bottom, left:right] = 0.5 * pixels[top:bottom, left:right] + rng.normal(0, 30, 3)
+    pixels += rng.normal(0, 2.0, (height, width, 1)).astype(np.float32)  # the sensor
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels + 120, 0, 255).astype(np.uint8)).save(buffer, "jpeg", quality=_QUALITY)
+    return buffer.getvalue()
+
+
+def draw_photos(folder: Path, num_pictures: int) -> int:
+    """Writes pictures as `0.jpg` and so on; returns their mean size in bytes."""
+    folder.mkdir()
+    with ProcessPoolExecutor() as processes:
+        for number, content in enumerate(processes.map(draw_photo, range(num_pictures), chunksize=8)):
+            (folder / f"{number}.jpg").write_bytes(content)
+    return sum(path.stat().st_size for path in folder.iterdir()) // num_pictures
+
+
+@contextmanager
+def serve_photos(folder: Path, ca: Path) -> Iterator[dict[str, str]]:
+    """Yields the start of the URLs by scheme; clients trust the server if SSL_CERT_FILE names `ca`."""
+    command = [sys.executable, "-m", "tests.benchmarks.picture_server", str(folder), str(ca)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout
+            ports = json.loads(server.stdout.readline())
+            yield {scheme: f"{scheme}://127.0.0.1:{port}" for scheme, port in ports.items()}
+        finally:
+            server.kill()
+
+
+class _Connection(asyncio.Protocol):
+    answers: dict[bytes, bytes]
+
+    def __init__(self) -> None:
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        while (end := self._received.find(b"\r\n\r\n")) >= 0:
+            request, self._received = self._received[:end], self._received[end + 4 :]
+            picture = request.split(b" ", 2)[1].rpartition(b"/")[2]
+            self._transport.write(self.answers[picture])
+            if b"connection: close" in request.lower():
+                self._transport.close()
+
+
+async def _serve(folder: Path, ca: Path) -> None:
+    for path in folder.iterdir():
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {path.stat().st_size}\r\n\r\n"
+        _Connection.answers[path.name.encode()] = head.encode() + path.read_bytes()
+    authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.cert_pem.write_to_path(str(ca))
+    loop, ports = asyncio.get_running_loop(), {}
+    for scheme, context in (("http", None), ("https", tls)):
+        server = await loop.create_server(_Connection, "127.0.0.1", 0, ssl=context, backlog=1024)
+        ports[scheme] = server.sockets[0].getsockname()[1]
+    print(json.dumps(ports), flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+
+
+if __name__ == "__main__":
+    _Connection.answers = {}
+    asyncio.run(_serve(Path(sys.argv[1]), Path(sys.argv[2])))
