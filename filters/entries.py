@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
-from filters.hosts import plain_host
+from sdtrain.data.hosts import plain_host
 from sdtrain.errors import UserError
 
 Entry = str | int
@@ -81,6 +81,11 @@ def _read_url_caption(text: str) -> str:
     return f"{url.strip()}\n{caption}"
 
 
+def _read_phash(text: str) -> int:
+    number = int(text, 16) if text.lower().startswith("0x") else int(text)
+    return _read_hash(str(number))
+
+
 _READERS: dict[str, Callable[[str], Entry]] = {
     "url": _read_url,
     "host": read_host,
@@ -89,6 +94,7 @@ _READERS: dict[str, Callable[[str], Entry]] = {
     "md5": _read_hex(32),
     "sha256": _read_hex(64),
     "url_caption": _read_url_caption,
+    "phash": _read_phash,
 }
 _WHAT = {
     "url": "a URL with scheme",
@@ -98,4 +104,5 @@ _WHAT = {
     "md5": "an md5 (32 hexadecimal digits)",
     "sha256": "a sha256 (64 hexadecimal digits)",
     "url_caption": "a URL, a tab and a caption",
+    "phash": "a perceptual hash (a whole number of 64 bits, or 0x and 16 hexadecimal digits)",
 }

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
+from filters.blocked import METADATA_KEYS, Blocked
 from filters.hashes import check_hashes
 from filters.joins import Joins, join_files, load_joins
 from filters.keys import register_laion_hash
@@ -18,6 +20,7 @@ from filters.recipe import SelectConfig
 from filters.remote import is_remote, without_secrets
 from filters.schema import MetadataFile
 from filters.sources import PARQUET, prepare, read_footers
+from sdtrain.data.removed import LEDGER, REMOVED
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,15 @@ class Extras:
 
     joins: Joins
     lists: Lists
+    blocked: Blocked
     compute_hash: bool
     notes: tuple[str, ...]
+
+    def listed_sql(self, rows: str) -> str:
+        """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
+        known = self.blocked.sql(self.lists.sql(rows), METADATA_KEYS)
+        reason = f"CASE WHEN is_removed THEN '{REMOVED}' ELSE list_reason END AS list_reason"
+        return f"SELECT * EXCLUDE (is_removed) REPLACE ({reason}) FROM ({known})"  # noqa: S608
 
 
 def has_extras(select: SelectConfig) -> bool:
@@ -40,7 +50,12 @@ def has_extras(select: SelectConfig) -> bool:
     return bool(select.joins or select.blocklists or select.allowlists)
 
 
-def load_extras(connection: duckdb.DuckDBPyConnection, select: SelectConfig, files: Sequence[MetadataFile]) -> Extras:
+def load_extras(
+    connection: duckdb.DuckDBPyConnection,
+    select: SelectConfig,
+    files: Sequence[MetadataFile],
+    removed: pa.Table | None = None,
+) -> Extras:
     """Reads joins and lists into tables of the connection's database, once; its cursors see them too.
 
     Use them like this: `Joins.sql` around `normalised_sql(files, Prefilter(rules, null_passes | joins.columns),
@@ -50,6 +65,7 @@ def load_extras(connection: duckdb.DuckDBPyConnection, select: SelectConfig, fil
         connection: to a database that may grow as large as the score files and lists.
         select: names them.
         files: the metadata.
+        removed: ledger of what may not come back.
 
     Raises:
         UserError: a file is missing, unreadable or does not fit the metadata.
@@ -66,7 +82,8 @@ def load_extras(connection: duckdb.DuckDBPyConnection, select: SelectConfig, fil
         notes += [f"hash of URL and TEXT computed for {num} of {len(files)} files, which have none"] if num else []
     joins = load_joins(connection, select.joins)
     lists = load_lists(connection, select, files, joins.columns)
-    return Extras(joins, lists, by_hash, (*notes, *joins.notes, *lists.notes))
+    blocked = Blocked(connection, LEDGER.empty_table() if removed is None else removed)
+    return Extras(joins, lists, blocked, by_hash, (*notes, *joins.notes, *lists.notes))
 
 
 def extra_inputs(select: SelectConfig) -> list[list[object]]:

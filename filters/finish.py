@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from filters.borders import borders
 from filters.recipe import Recipe
 from filters.views import write_views
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pack import write_index
+from sdtrain.data.pack_plan import forget_plan
 from sdtrain.report.page import Report, write_report
 
 
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
     """Writes the index of the packed shards, the DuckDB views and, if anything was done since, the report."""
+    forget_plan(dataset)
     write_index(dataset)
     write_views(dataset, recipe)
     entries = (dataset.root / "manifest").rglob("*.json")
@@ -27,7 +30,8 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     Raises:
         UserError: the build has not come to its decisions yet.
     """
-    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits_of(recipe))
+    limits = limits_of(recipe)
+    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits, borders=list(borders(recipe)))
     return write_report(report, dataset.report)
 
 

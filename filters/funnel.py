@@ -10,25 +10,28 @@ from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.failures import meaning_of
-from sdtrain.data.manifest import ShardReport, require_entry
+from sdtrain.data.manifest import ShardReport, read_entry, require_entry
 from sdtrain.data.selection import selected_shards, selection
 from sdtrain.errors import UserError
 
 # Reasons in the order in which they are looked for, after the recipe's rules.
 _AFTER_RULES = (
-    *("url_missing", "url_not_allowed", "blocklisted", "not_allowlisted", "duplicate_row", "over_limit"),
-    *("duplicate_exact", "duplicate_perceptual"),
+    *("url_missing", "url_not_allowed", "blocklisted", "not_allowlisted", "removed"),
+    *("duplicate_row", "over_limit"),
+    *("duplicate_exact", "duplicate_perceptual", "duplicate_semantic"),
 )
 _MEANINGS = {
     "url_missing": "no URL",
     "url_not_allowed": "not a plain http or https URL of a public host",
     "blocklisted": "on one of the recipe's blocklists",
     "not_allowlisted": "not on one of the recipe's allowlists",
+    "removed": "taken out of this dataset for good",
     "duplicate_row": "the same URL and caption again",
     "over_limit": "over the recipe's limit",
     "undecodable": "the stored picture cannot be decoded",
     "duplicate_exact": "the same pixels as a kept picture",
     "duplicate_perceptual": "looks like a kept picture",
+    "duplicate_semantic": "shows the same as a kept picture",
 }
 
 
@@ -42,13 +45,18 @@ class FunnelRow(TypedDict):
     remaining: int
 
 
-def funnel(dataset: DatasetDir, recipe: Recipe) -> list[FunnelRow]:
+def funnel(dataset: DatasetDir, recipe: Recipe, keep: ShardReport | None = None) -> list[FunnelRow]:
     """Drops by stage and reason, from all metadata rows to the kept samples.
+
+    Args:
+        dataset: with finished stages.
+        recipe: whose rules the reasons are.
+        keep: decisions to show in place of the recorded ones.
 
     Raises:
         UserError: a stage up to `keep` is not finished, or the counts of two stages do not fit.
     """
-    select, keep = selection(dataset), require_entry(dataset, "keep", 0)
+    select, keep = selection(dataset), keep or require_entry(dataset, "keep", 0)
     shards = selected_shards(dataset)
     download = _total([require_entry(dataset, "download", shard) for shard in shards])
     score = _total([require_entry(dataset, "score", shard) for shard in shards])
@@ -69,7 +77,8 @@ def remarks(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     selected = selection(dataset)
     ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    return [ours + published, *selected.notes]
+    copies = read_entry(dataset, "dedup", 0)
+    return [ours + published, *selected.notes, *(copies.notes if copies else ())]
 
 
 def _total(reports: Iterable[ShardReport]) -> ShardReport:

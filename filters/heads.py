@@ -1,22 +1,17 @@
-"""The networks that judge pictures: aesthetic, watermark and safety heads, and CLIP itself."""
+"""The networks that judge pictures, or CLIP's embeddings of them: aesthetic, watermark and safety heads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 import torch
 from torch import Tensor, nn
 
-from filters.weights import RANDOM_FULL, digest_of, find_weights, random_seed, read_state
+from filters.weights import RANDOM_FULL, find_weights, random_seed, read_state, seeded
 from sdtrain.errors import UserError
 
 EMBEDDING_SIZE = 768
-_CLIP_MODELS = Path(__file__).parent / "clip_models"
 # Input, then outputs, of the five linear layers of LAION's aesthetic predictor V2.
 _AESTHETIC_SIZES = (EMBEDDING_SIZE, 1024, 128, 64, 16, 1)
 _AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
@@ -41,6 +36,19 @@ class AestheticHead(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Scores (B,) of CLIP ViT-L/14 image embeddings (B, 768), of any norm."""
         return nn.functional.normalize(embeddings, dim=-1) @ self.weight + self.bias
+
+
+class AestheticV1Head(nn.Module):
+    """LAION's first aesthetic predictor (LAION-AI/aesthetic-predictor), one linear layer; its scale is not V2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(EMBEDDING_SIZE, 1)
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Scores (B,) of CLIP ViT-L/14 image embeddings (B, 768), of any norm."""
+        scores: Tensor = self.linear(nn.functional.normalize(embeddings, dim=-1))[:, 0]
+        return scores
 
 
 class SafetyHead(nn.Module):
@@ -108,11 +116,22 @@ def load_aesthetic(name: str) -> AestheticHead:
     path = find_weights(name)
     state = read_state(path)
     if set(state) == {"weight", "bias"}:
-        raise UserError(f"{path} is the aesthetic predictor V1, whose scale is another; recipes speak of V2 scores.")
+        raise UserError(
+            f"{path} is the aesthetic predictor V1, whose scale is another; name it in score.aesthetic_v1_weights."
+        )
     try:
         return AestheticHead(state).eval()
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{path} does not hold the aesthetic predictor V2 for ViT-L/14: {error}") from error
+
+
+def load_aesthetic_v1(name: str) -> AestheticV1Head:
+    """The first aesthetic head (V1) with the weights named.
+
+    Raises:
+        UserError: other weights, for example those of V2, whose scale is another.
+    """
+    return _with_weights(AestheticV1Head, name)
 
 
 def load_safety(name: str) -> SafetyHead:
@@ -136,49 +155,9 @@ def load_watermark(name: str) -> WatermarkClassifier:
     return _with_weights(lambda: WatermarkClassifier("test_efficientnet" if tiny else "efficientnet_b3"), name)
 
 
-def load_clip(model: str, weights: str) -> tuple[Any, Any]:
-    """An open_clip model in eval mode, and its tokenizer.
-
-    Raises:
-        UserError: unknown model or weights, or weights trained with QuickGELU (OpenAI's) in a model without it.
-    """
-    open_clip.add_model_config(_CLIP_MODELS)
-    config = open_clip.get_model_config(model)
-    if config is None:
-        raise UserError(f"score.clip_model: open_clip knows no model '{model}'. Try ViT-L-14-quickgelu.")
-    known = open_clip.get_pretrained_cfg(model, weights)
-    if known.get("quick_gelu") and not config.get("quick_gelu"):
-        raise UserError(f"The weights '{weights}' need QuickGELU: set score.clip_model to {model}-quickgelu.")
-    seed = random_seed(weights)
-    source = None if seed is not None else weights if known else str(find_weights(weights))
-    try:
-        with _seeded(seed):
-            network = open_clip.create_model(model, pretrained=source)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"CLIP {model} with weights '{weights}' cannot be loaded ({error}). Without a connection, set "
-            "score.clip_weights to a file, or to null to skip the CLIP scores."
-        ) from error
-    return network.eval(), open_clip.get_tokenizer(model)
-
-
-def clip_digest(model: str, weights: str | None) -> str:
-    """What identifies CLIP's weights in a fingerprint: open_clip's tag, a seed, or a file's digest."""
-    is_tag = weights is not None and bool(open_clip.get_pretrained_cfg(model, weights))
-    return str(weights) if is_tag else digest_of(weights)
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Networks built inside have the same random weights each time; the caller's random numbers are left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed or 0)
-        yield
-
-
 def _with_weights(build: Any, name: str) -> Any:
     seed = random_seed(name)
-    with _seeded(seed):
+    with seeded(seed):
         network = build()
     if seed is None:
         path = find_weights(name)
@@ -190,7 +169,9 @@ def _with_weights(build: Any, name: str) -> Any:
 
 
 def _fitted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """The published watermark weights name the backbone's layers without a prefix."""
+    """Published weights name the layers of a bare backbone (watermark), or of a bare linear layer (aesthetic V1)."""
+    if isinstance(network, AestheticV1Head) and set(state) == {"weight", "bias"}:
+        return {f"linear.{key}": value for key, value in state.items()}
     if isinstance(network, WatermarkClassifier) and not any(key.startswith("backbone.") for key in state):
         return {f"backbone.{key}": value for key, value in state.items()}
     return state

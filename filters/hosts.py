@@ -1,33 +1,15 @@
-"""The host of a URL, as Python for one and as SQL for billions."""
+"""The host of a URL, as SQL for billions."""
 
 from __future__ import annotations
-
-from urllib.parse import urlsplit
 
 import duckdb
 from duckdb.func import PythonUDFType
 from duckdb.sqltypes import VARCHAR
 
+from sdtrain.data.hosts import host_of
+
 # A host of letters, digits, hyphens and underscores, followed by nothing that changes what the host is.
 _PLAIN = r"^(?i:https?)://([a-zA-Z0-9_-]+(?:[.][a-zA-Z0-9_-]+)*)(?:[/?#]|$)"
-
-
-def host_of(url: str) -> str:
-    """The host that a request for `url` goes to: lower case, without the last dot, in ASCII; "" if there is none."""
-    try:
-        return plain_host(urlsplit(url.strip()).hostname or "")
-    except ValueError:
-        return ""
-
-
-def plain_host(host: str) -> str:
-    """A host's name as it is compared.
-
-    Raises:
-        ValueError: it cannot be one.
-    """
-    name = host.lower().rstrip(".")
-    return name if name.isascii() else name.encode("idna").decode("ascii")
 
 
 def register_host_of(connection: duckdb.DuckDBPyConnection) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import imagehash
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 THUMBNAIL_SIDE = 4
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -18,24 +20,62 @@ WATERMARK_PX = 256
 WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def clip_pixels(picture: Image.Image, size_px: int) -> NDArray[np.float32]:
-    """CLIP's preprocessing of an RGB picture: (3, size_px, size_px), normalised.
+@dataclass(frozen=True)
+class Preprocess:
+    """How a CLIP model wants its pictures; OpenAI's way but for the size, unless told otherwise.
 
-    Shorter side to `size_px` by Pillow's bicubic filter, long side rounded down, centre crop: openai/CLIP,
-    clip/clip.py.
+    Attributes:
+        size_px: side of the square that it sees.
+        mean: of its training pictures' channels, from 0 to 1.
+        std: likewise.
+        resample: "bicubic" or "bilinear".
+        squash: both sides are brought to `size_px`; else the shorter one, and the centre is cut out.
     """
-    short = min(picture.size)
-    width, height = (size_px if side == short else int(size_px * side / short) for side in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = round((width - size_px) / 2.0), round((height - size_px) / 2.0)
-    cut = resized.crop((left, top, left + size_px, top + size_px))
-    return _normalised(cut, CLIP_MEAN, CLIP_STD)
+
+    size_px: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    resample: str = "bicubic"
+    squash: bool = False
+
+    def resized_px(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height before the centre is cut out: the longer side rounded down (openai/CLIP, clip/clip.py)."""
+        if self.squash:
+            return self.size_px, self.size_px
+        short = min(width, height)
+        wide, high = (self.size_px if side == short else int(self.size_px * side / short) for side in (width, height))
+        return wide, high
+
+    def centre(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top edge of the centre."""
+        return round((width - self.size_px) / 2.0), round((height - self.size_px) / 2.0)
 
 
-def watermark_pixels(picture: Image.Image) -> NDArray[np.float32]:
-    """The watermark detector's input: (3, 256, 256), squashed to a square and normalised."""
-    squashed = picture.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
-    return _normalised(squashed, WATERMARK_MEAN, WATERMARK_STD)
+def clip_view(picture: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """What CLIP sees of an RGB picture, before normalisation: `size_px` square, resized by Pillow."""
+    size = preprocess.resized_px(*picture.size)
+    resized = picture.resize(size, Image.Resampling[preprocess.resample.upper()])
+    left, top = preprocess.centre(*size)
+    return resized.crop((left, top, left + preprocess.size_px, top + preprocess.size_px))
+
+
+def watermark_view(picture: Image.Image) -> Image.Image:
+    """What the watermark detector sees of an RGB picture, before normalisation: 256 x 256, squashed."""
+    return picture.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
+
+
+def pixels_of(picture: Image.Image) -> Tensor:
+    """An RGB picture as (H, W, 3) uint8."""
+    return torch.from_numpy(np.array(picture))
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 as networks want it, on the same device."""
+    # Divided by a tensor, because CUDA multiplies by the reciprocal of a number, which is not bit for bit the same.
+    scale, mean_, std_ = (
+        torch.tensor(tuple(values), device=pixels.device).view(-1, 1, 1) for values in ((255.0,), mean, std)
+    )
+    return pixels.permute(0, 3, 1, 2).float().div(scale).sub(mean_).div(std_)
 
 
 def perceptual_hash(picture: Image.Image) -> int:
@@ -46,7 +86,9 @@ def perceptual_hash(picture: Image.Image) -> int:
 
 def pixel_sha256(picture: Image.Image) -> str:
     """Hex sha256 of an RGB picture's size and pixels, whatever it was encoded as."""
-    return hashlib.sha256(b"%d %d " % picture.size + picture.tobytes()).hexdigest()
+    digest = hashlib.sha256(b"%d %d " % picture.size)
+    digest.update(picture.tobytes())
+    return digest.hexdigest()
 
 
 def thumbnail(picture: Image.Image) -> bytes:
@@ -54,8 +96,6 @@ def thumbnail(picture: Image.Image) -> bytes:
     return picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
 
 
-def _normalised(picture: Image.Image, mean: Iterable[float], std: Iterable[float]) -> NDArray[np.float32]:
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float().div(255)
-    mean_, std_ = (torch.tensor(tuple(values)).view(3, 1, 1) for values in (mean, std))
-    normalised: NDArray[np.float32] = pixels.sub(mean_).div(std_).numpy()
-    return normalised
+def gray_of(picture: Image.Image) -> NDArray[np.uint8]:
+    """The brightness (ITU-R 601 luma) of an RGB picture, (H, W)."""
+    return np.asarray(picture.convert("L"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
+from filters.blocked import alike_uids
 from filters.recipe import Recipe
-from filters.rules import derived_sql, reason_case
+from filters.rules import RULES, derived_sql, reason_case
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.data.removed import REMOVED, read_ledger, removed_hashes
 from sdtrain.data.selection import selected_shards, selection
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
@@ -22,12 +25,16 @@ SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_rea
        least(i.original_width, i.original_height) AS side,
        i.original_width::BIGINT * i.original_height AS area,
        greatest(i.original_width, i.original_height) / least(i.original_width, i.original_height) AS aspect_ratio,
-       {captions}, {scores}
+       b.uid IS NOT NULL AS is_removed, {captions}, {scores}
 FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard
       FROM read_parquet($selection, filename = true, union_by_name = true)) s
 LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
+LEFT JOIN blocked b USING (uid)
+"""
+_HASHES = """
+SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
 """
 # The survivor of a group is the largest picture that passed every rule, then the best liked, then the smallest uid.
 _DECIDED = """
@@ -42,28 +49,46 @@ SELECT uid, key, shard, coalesce(
 ) AS reason
 FROM ranked ORDER BY key
 """
-_BEFORE_RULES = "WHEN download_reason IS NOT NULL THEN download_reason WHEN score_reason IS NOT NULL THEN score_reason "
+_BEFORE_RULES = (
+    "WHEN download_reason IS NOT NULL THEN download_reason WHEN score_reason IS NOT NULL THEN score_reason "
+    f"WHEN is_removed THEN '{REMOVED}' "
+)
 
 
-def decide(dataset: DatasetDir, recipe: Recipe, target: Path) -> dict[str | None, int]:
-    """Writes the decision on every selected row to `target`; returns how many have each reason (None: kept)."""
+def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
+    """Decides on every selected row; returns how many have each reason (None: kept).
+
+    Args:
+        dataset: finished up to `dedup`.
+        recipe: whose rules.
+        target: the decisions go to this file; without one they are only counted.
+    """
     case, values = reason_case(recipe.keep.rules)
-    case = case.replace("CASE ", f"CASE {_BEFORE_RULES}") if values else f"CASE {_BEFORE_RULES} END"
+    case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
     origin = "s" if recipe.keep.decide_by == "metadata" else "c"
-    scores = ", ".join(
-        f"{origin}.{name}::DOUBLE AS {name}" for name in ("aesthetic", "pwatermark", "punsafe", "similarity")
-    )
+    columns = [f"{origin}.{name}::DOUBLE AS {name}" for name in ("aesthetic", "pwatermark", "punsafe", "similarity")]
+    # Measures of quality, which no metadata has: those that a rule looks at.
+    columns += [f"c.{RULES[name].column}" for name in recipe.keep.rules if not RULES[name].in_select]
+    scores = ", ".join(columns)
     captions = derived_sql(("caption_chars", "caption_words", "caption_is_name"), caption="s.caption")
     with duckdb.connect() as connection:
+        connection.register("blocked", _alike_to_removed(connection, dataset))
         connection.execute(
             f"CREATE TEMP TABLE joined AS {_JOINED.format(captions=captions, scores=scores)}", _sources(dataset)
         )
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
-        connection.execute("COPY decided TO ? (FORMAT parquet, COMPRESSION zstd)", [str(target)])
+        if target:
+            connection.execute("COPY decided TO ? (FORMAT parquet, COMPRESSION zstd)", [str(target)])
         return dict(
             connection.execute("SELECT reason, count(*) FROM decided GROUP BY reason ORDER BY reason").fetchall()
         )
+
+
+def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+    """The uids of pictures that look like one that was taken out with a radius."""
+    sources = _sources(dataset)
+    return alike_uids(connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed))
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
@@ -87,21 +112,31 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     shards = selected_shards(dataset)
     inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
     # As pairs, because the order of the rules decides the reasons.
-    config = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
+    config: dict[str, object] = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
+    removed = removed_hashes(read_ledger(dataset.removed))
+    config |= {"removed": removed.to_pylist()} if len(removed) else {}
     return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     with publish(dataset.decisions) as temporary:
         counts = decide(dataset, recipe, temporary)
-        kept = counts.pop(None, 0)
-        dropped = {str(reason): count for reason, count in counts.items()}
-        if not kept:
-            listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
-            raise UserError(f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.")
-    num_in = selection(dataset).num_out
-    outputs = describe_outputs(dataset, [dataset.decisions])
-    yield ShardReport(stage="keep", shard=0, num_in=num_in, num_out=kept, dropped=dropped, outputs=outputs)
+        report = report_of(dataset, counts)
+    yield report.model_copy(update={"outputs": describe_outputs(dataset, [dataset.decisions])})
+
+
+def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardReport:
+    """The stage's report, from how many rows have each reason.
+
+    Raises:
+        UserError: no row is kept.
+    """
+    dropped = {str(reason): count for reason, count in counts.items() if reason is not None}
+    kept = counts.get(None, 0)
+    if not kept:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+        raise UserError(f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.")
+    return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
 
 
 KEEP: Stage[Recipe] = Stage("keep", _shards, _fingerprint, _run)

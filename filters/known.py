@@ -42,5 +42,8 @@ class KnownUids:
         return known
 
     def _read_first_key(self, file: Path) -> int:
-        first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid"]))
+        first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid"]), None)
+        if first is None:  # all of it was removed: it stands before the next one, wherever that begins
+            following = next(files[files.index(file) + 1 :] for files in self._selections if file in files)
+            return self._first_key(following[0]) if following else 2**64 - 1
         return int(shuffle_keys(first["uid"], self._seed)[0])

@@ -22,6 +22,7 @@ from filters.survivors import Source, open_survivors
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import scratch
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
+from sdtrain.data.removed import read_ledger
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
 
@@ -70,7 +71,8 @@ class Selection:
             UserError: the metadata cannot be read, lacks a column, or no row survives.
         """
         with scratch(self.dataset.root, "select") as folder:
-            source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads)
+            removed = read_ledger(self.dataset.removed)
+            source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads, removed)
             with open_survivors(source) as survivors:
                 num_passed, dropped = survivors.count()
                 num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)

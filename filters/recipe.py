@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from filters.rules import RuleValue, check_rules
 from filters.schema import ALIASES, SwappedSizes
@@ -97,17 +97,34 @@ class ScoreConfig(Settings):
     clip_model: str = "ViT-L-14-quickgelu"
     clip_weights: str | None = "openai"
     aesthetic_weights: str | None = "laion-aesthetic-v2-l14"
+    aesthetic_v1_weights: str | None = None
+    """LAION's first aesthetic predictor, on another scale: a column of its own, `aesthetic_v1`."""
     watermark_weights: str | None = "laion-watermark-v1"
     safety_weights: str | None = "laion-nsfw-l14"
     batch_size: int = Field(default=32, ge=1)
+    """Pictures that the networks see at once; a large GPU wants 256."""
+    dtype: Literal["float32", "bf16", "fp16"] = "float32"
+    """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01."""
+    decode: Literal["cpu", "gpu", "auto"] = "cpu"
+    """Who decodes and resizes: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
+    pixels differ slightly. Digests of pixels, by which exact copies are found, then differ too: never mix the two."""
+    store_embeddings: bool = False
+    """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB a picture for ViT-L/14."""
 
 
 class DuplicatesConfig(Settings):
     """Which pictures count as copies of one another."""
 
-    level: Literal["off", "exact", "perceptual"] = "off"
+    level: Literal["off", "exact", "perceptual", "semantic"] = "off"
+    """Each includes those before it: the same pixels or bytes; looks alike; shows the same to CLIP."""
     radius: int = Field(default=4, ge=0, le=16)
-    """Largest Hamming distance between the 64-bit perceptual hashes of copies."""
+    """Largest Hamming distance between the 64-bit perceptual hashes of copies. Each bit above 6 multiplies the time."""
+    semantic_threshold: float = Field(default=0.95, gt=0, le=1)
+    """Least cosine between the CLIP embeddings of copies."""
+    num_clusters: int | None = Field(default=None, ge=1)
+    """Only embeddings of one cluster are compared; by default 1 up to 16,384 pictures, else their root."""
+    seed: int = 42
+    """Of the clusters' first centres."""
 
 
 class KeepConfig(Settings):
@@ -133,6 +150,15 @@ class Recipe(Settings):
     pack: PackConfig = PackConfig()
     encode: EncodeConfig = EncodeConfig()
 
+    @model_validator(mode="after")
+    def _embeddings_are_kept(self) -> Recipe:
+        if self.duplicates.level == "semantic" and not (self.score.store_embeddings and self.score.clip_weights):
+            raise ValueError(
+                "duplicates.level: semantic compares CLIP's embeddings. Set score.store_embeddings: true and "
+                "score.clip_weights, or duplicates.level to perceptual."
+            )
+        return self
+
 
 class Overrides(Settings):
     """The flat settings that flows and command line offer on top of a recipe; None leaves the recipe's."""
@@ -144,6 +170,7 @@ class Overrides(Settings):
     max_watermark: float | None = Field(default=None, gt=0, le=1)
     samples_per_shard: int | None = Field(default=None, ge=1)
     allow_private_hosts: bool | None = None
+    new_files: Literal["append", "reshuffle"] | None = None
 
 
 def known_recipes() -> list[str]:
@@ -170,7 +197,7 @@ def apply_overrides(recipe: Recipe, overrides: Overrides) -> Recipe:
     """The recipe with every override that is not None put in its place."""
     content: dict[str, Any] = recipe.model_dump()
     given = overrides.model_dump(exclude_none=True)
-    for name in ("metadata", "limit"):
+    for name in ("metadata", "limit", "new_files"):
         if name in given:
             content["select"][name] = given[name]
     for name in ("min_side", "min_aesthetic", "max_watermark"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.settings import dump_settings, load_settings
+
+_log = logging.getLogger(__name__)
 
 
 def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
@@ -20,6 +23,11 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     Raises:
         UserError: no metadata was named, or the directory cannot be written.
     """
+    if dataset.removal.exists():
+        # By the recipe before, which is what the files are of.
+        from filters.take_out import finish_removal
+
+        _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
     if not recipe.select.metadata:
         raise UserError(
             f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "

@@ -26,6 +26,7 @@ class Rule:
         bounds: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
             columns as they are in the files, so that DuckDB can skip row groups by their statistics.
         in_keep: whether it can be judged after the download too; else only the metadata knows.
+        in_select: whether the metadata knows; else only a decoded picture tells.
     """
 
     column: str
@@ -34,6 +35,7 @@ class Rule:
     kind: type = float
     bounds: tuple[tuple[str, str], ...] = ()
     in_keep: bool = True
+    in_select: bool = True
 
 
 def _limit(column: str, operator: str, meaning: str, in_keep: bool = True) -> Rule:
@@ -43,6 +45,10 @@ def _limit(column: str, operator: str, meaning: str, in_keep: bool = True) -> Ru
 def _one_of(column: str, meaning: str) -> Rule:
     sql = f"list_contains(?, lower({column}))"
     return Rule(column, sql, meaning, kind=list, bounds=((column, "in"),), in_keep=False)
+
+
+def _of_picture(column: str, operator: str, meaning: str) -> Rule:
+    return Rule(column, f"{column} {operator} ?", meaning, in_select=False)
 
 
 _BOTH_SIDES = (("width", ">="), ("height", ">="))
@@ -65,6 +71,11 @@ RULES: dict[str, Rule] = {
     ),
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
+    # What these measure is told in filters.quality.
+    "min_sharpness": _of_picture("sharpness", ">=", "sharpness under {value}"),
+    "min_entropy": _of_picture("entropy", ">=", "gray levels of an entropy under {value} bits"),
+    "max_border": _of_picture("border", "<=", "more than the share {value} of the picture is border of one colour"),
+    "min_contrast": _of_picture("contrast", ">=", "nearly one colour: contrast under {value}"),
 }
 
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
@@ -106,7 +117,7 @@ def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, Ru
 
     Raises:
         UserError: a rule that does not exist (with the nearest one), a value of the wrong kind, or a rule that cannot
-            be judged after the download.
+            be judged there.
     """
     return {name: _checked(name, value, in_keep) for name, value in rules.items()}
 
@@ -118,6 +129,10 @@ def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
     if in_keep and not rule.in_keep:
         raise UserError(
             f"rule '{name}' looks at column '{rule.column}', which only the metadata has; move it to `select.rules`"
+        )
+    if not in_keep and not rule.in_select:
+        raise UserError(
+            f"rule '{name}' looks at '{rule.column}', which only a decoded picture has; move it to `keep.rules`"
         )
     if rule.kind is bool and isinstance(value, bool):
         return value

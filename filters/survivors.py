@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from filters.schema import ALIASES, SCORES, MetadataFile, check_columns, normali
 from filters.sources import first_line, prepare
 from filters.urls import allowed_sql, register_url_check
 from sdtrain.data.files import raise_if_disk_full
+from sdtrain.data.removed import LEDGER
 from sdtrain.errors import UserError
 
 # Rows that one query looks at: enough that starting it does not count.
@@ -41,6 +42,7 @@ class Source:
 
     Attributes:
         folder: for what does not fit into memory.
+        removed: ledger of what may not come back.
     """
 
     files: Sequence[MetadataFile]
@@ -48,6 +50,12 @@ class Source:
     folder: Path
     allow_private_hosts: bool
     num_threads: int
+    removed: pa.Table = field(default_factory=LEDGER.empty_table)
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether more than the metadata is read."""
+        return has_extras(self.select) or len(self.removed) > 0
 
 
 @contextmanager
@@ -58,7 +66,7 @@ def open_survivors(source: Source) -> Iterator[Survivors]:
         UserError: here and in the block: a file is missing, cannot be read, or lacks a column that a rule needs.
     """
     # On disk, because score files and lists may be larger than memory.
-    place = source.folder / "extras.duckdb" if has_extras(source.select) else ":memory:"
+    place = source.folder / "extras.duckdb" if source.has_extras else ":memory:"
     with _readable(source), closing(duckdb.connect(place)) as database:
         survivors = Survivors(source, database)
         check_columns(source.files, source.select.rules, survivors.null_passes)
@@ -72,10 +80,10 @@ class Survivors:
         self.source = source
         self._database = database
         self.extras: Extras | None = None
-        if has_extras(source.select):
+        if source.has_extras:
             memory_mib = max(_READER_MIB, psutil.virtual_memory().available // 2**21)
             _set_up(database, source, source.num_threads, memory_mib)
-            self.extras = load_extras(database, source.select, source.files)
+            self.extras = load_extras(database, source.select, source.files, source.removed)
         joined = self.extras.joins.columns if self.extras else frozenset[str]()
         score_later = SCORES if source.select.null_policy == "score_later" else ()
         self._joined = joined
@@ -144,7 +152,7 @@ class Survivors:
         rows, values = self._rows(files, Prefilter(self.source.select.rules, self.null_passes), numbers)
         rule, bound = self._reason()
         passed = f"SELECT * FROM ({rows}) WHERE {rule} IS NULL"  # noqa: S608
-        listed = self.extras.lists.sql(passed) if self.extras else f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
+        listed = self.extras.listed_sql(passed) if self.extras else f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
         # URLs come after the rules, because looking at all of them takes longer than everything else together.
         late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
         query = f"""

@@ -19,6 +19,8 @@ EMPTY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("width", "height", "original_width", "original_height"), _INT),
         **dict.fromkeys(("exif", "sha256", "reason", "size_in_metadata"), _TEXT),
         "phash": _LONG,
+        "extension": _TEXT,
+        **dict.fromkeys(("picture_offset", "picture_bytes"), _LONG),
         "shard": _INT,
         "tar": _TEXT,
     },
@@ -27,7 +29,8 @@ EMPTY: dict[str, dict[str, str]] = {
         "phash": _LONG,
         "thumbnail": "BLOB",
         **dict.fromkeys(("image_width", "image_height"), _INT),
-        **dict.fromkeys(("aesthetic", "pwatermark", "punsafe", "similarity"), "FLOAT"),
+        **dict.fromkeys(("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity"), "FLOAT"),
+        **dict.fromkeys(("sharpness", "entropy", "border", "contrast"), "FLOAT"),
         "reason": _TEXT,
         "shard": _INT,
     },
@@ -60,6 +63,12 @@ DERIVED: dict[str, str] = {
         "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'keep' END AS stage, d.reason, i.error_message "
         "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
     ),
+    "score_pairs": (
+        "SELECT c.uid, c.key, c.shard, s.aesthetic AS aesthetic_metadata, c.aesthetic AS aesthetic_picture, "
+        "s.pwatermark AS pwatermark_metadata, c.pwatermark AS pwatermark_picture, s.punsafe AS punsafe_metadata, "
+        "c.punsafe AS punsafe_picture, s.similarity AS similarity_metadata, c.similarity AS similarity_picture "
+        "FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
+    ),
     "hosts": (
         "SELECT lower(regexp_extract(url, '^[a-zA-Z]+://(?:[^/?#]*@)?([^/?#:]+)', 1)) AS host, count(*) AS tried, "
         "count(reason) AS failed, mode(reason) AS usual_reason FROM images GROUP BY host"
@@ -70,13 +79,14 @@ COMMENTS: dict[str, str] = {
     "metadata": "Every row of the metadata that the recipe names, under one set of column names",
     "selection": "Rows chosen from the metadata, in download order",
     "images": "One row for every selected row: the picture as img2dataset stored it, or the reason it is not there",
-    "scores": "One row for every downloaded picture: our scores and hashes",
+    "scores": "One row for every downloaded picture: our scores, measures of quality and hashes",
     "duplicates": "Pictures that are copies of one another: those with one group_id",
     "decisions": "One row for every selected row: kept (reason is NULL), or the first reason that dropped it",
     "packed": "Kept samples, and where they lie in the WebDataset shards",
     "latents": "Encoded samples, and where their moments lie in the latents shards",
     "kept": "Kept samples with caption, LAION's scores and sizes",
     "drops": "Selected rows that were dropped: at which stage and why",
+    "score_pairs": "LAION's scores beside ours, for every picture that could be decoded",
     "hosts": "Hosts, how many URLs of each were tried and how many failed",
     "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
     "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",

@@ -87,7 +87,9 @@ def _over(paths: list[Path], columns: dict[str, str]) -> str:
         return f"SELECT {nothing} WHERE false"
     files = ", ".join(_literal(str(path)) for path in paths)
     known = {*pq.read_schema(paths[0]).names}
-    extra = "".join(f", {sql}" for name, sql in _FROM_FILE.items() if name in columns and name not in known)
+    # Files of an older version may have fewer columns.
+    absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
+    extra = "".join(f", {sql}" for name, sql in absent.items() if name not in known)
     return f"SELECT * EXCLUDE (filename){extra} FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
 
 

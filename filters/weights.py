@@ -6,6 +6,8 @@ import hashlib
 import os
 import pickle
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,11 @@ PUBLISHED = {
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
         "sac+logos+ava1-l14-linearMSE.pth",
         "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    ),
+    "laion-aesthetic-v1-l14": Published(
+        f"{_LAION}/aesthetic-predictor/raw/main/sa_0_4_vit_l_14_linear.pth",
+        "sa_0_4_vit_l_14_linear.pth",
+        "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba",
     ),
     "laion-watermark-v1": Published(
         f"{_LAION}/LAION-5B-WatermarkDetection/raw/main/models/watermark_model_v1.pt", "watermark_model_v1.pt"
@@ -99,6 +106,16 @@ def random_seed(name: str) -> int | None:
         return int(seed)
     except ValueError as error:
         raise UserError(f"Weights '{name}': after '{kind}:' comes a whole number, the seed.") from error
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Networks built inside have the same random weights each time; the caller's random numbers are left alone."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        yield
 
 
 def read_state(path: Path) -> dict[str, Any]:

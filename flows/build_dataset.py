@@ -1,16 +1,18 @@
 """From metadata to latents, stage after stage."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from prefect import flow
+from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
 from filters.record import dataset_path, record_recipe
+from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions, run_stage
 from sdtrain.data.dataset import DatasetDir
@@ -38,6 +40,10 @@ def build_dataset(
     max_watermark: Probability | None = None,
     samples_per_shard: Count | None = None,
     allow_private_hosts: bool | None = None,
+    new_files: Literal["append", "reshuffle"] | None = None,
+    retry_failed: bool = False,
+    engine: Engine = "threads",
+    engine_address: str | None = None,
     workers: Workers = 2,
     shards_per_task: Count = 1,
 ) -> str:
@@ -53,7 +59,12 @@ def build_dataset(
         max_watermark: Watermark probability, less than.
         samples_per_shard: Samples in one shard.
         allow_private_hosts: Fetch from loopback and private networks too.
-        workers: Batches of shards at once.
+        new_files: Metadata files added since: shards after the finished ones, or a new shuffle of everything.
+        retry_failed: Fetch rows again that failed in an earlier run for a reason that may have passed.
+        engine: What runs the batches of shards: threads or processes of this machine, or Dask or Ray.
+        engine_address: A running Dask or Ray cluster's; without, one is started on this machine. All its machines must
+            see the dataset under the same path.
+        workers: Batches of shards at once, unless a running cluster decides that.
         shards_per_task: Shards in one batch.
 
     Returns:
@@ -67,18 +78,23 @@ def build_dataset(
         max_watermark=max_watermark,
         samples_per_shard=samples_per_shard,
         allow_private_hosts=allow_private_hosts,
+        new_files=new_files,
     )
-    return build(load_recipe(recipe, overrides), output, StageOptions(workers, shards_per_task))
+    options = StageOptions(workers, shards_per_task, engine, engine_address)
+    return build(load_recipe(recipe, overrides), output, options, retry_failed)
 
 
-def build(recipe: Recipe, output: str, options: StageOptions) -> str:
+def build(recipe: Recipe, output: str, options: StageOptions, retry_failed: bool = False) -> str:
     """The road, in a flow. Returns the dataset's directory."""
     from filters.road import road
 
     dataset = DatasetDir(dataset_path(output, recipe))
     _begin(dataset, recipe)
-    for stage in road():
-        run_stage(stage, dataset, recipe, options)
+    with start_engine(options.engine, options.engine_address, options.workers) as runner:
+        for stage in road():
+            if retry_failed and stage.name == "download":
+                _retry_failed(dataset, recipe)
+            run_stage(stage, dataset, recipe, options, runner)
     _finish(dataset, recipe)
     return str(dataset.root)
 
@@ -89,6 +105,13 @@ def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
     logger.info("Building %s into %s", recipe.name, dataset.root)
     if changes:
         logger.warning("Not the recipe of the run before; what this touches is redone: %s", "; ".join(changes))
+
+
+@task(name="retry-failed", cache_policy=NO_CACHE, persist_result=False)
+def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
+    from sdtrain.data.recovery import recover
+
+    get_run_logger().info("%s", recover(dataset, recipe))
 
 
 def _finish(dataset: DatasetDir, recipe: Recipe) -> None:

@@ -2,18 +2,19 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
-from prefect.futures import PrefectConcurrentFuture, PrefectFuture, as_completed
+from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
 from prefect.states import Failed, State
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner
 
-from flows.launch import ends_new_children
+from flows.clusters import is_given_up, needs_of
+from flows.engines import Engine, lost_its_worker, start_engine
 from flows.progress import ProgressArtifact
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport
@@ -27,20 +28,35 @@ class StageOptions:
     """How the work is spread.
 
     Attributes:
-        workers: batches at once, where the flow's task runner is threads (Prefect's default).
+        workers: batches at once, unless a running cluster decides that.
         shards_per_task: shards in one task run; a task should be a minute of work or more.
-        task_runner: runs the batches instead of the flow's own task runner.
+        engine: what runs the batches.
+        engine_address: a running Dask or Ray cluster's.
     """
 
     workers: int = 2
     shards_per_task: int = 1
-    task_runner: TaskRunner[Any] | None = None
+    engine: Engine = "threads"
+    engine_address: str | None = None
 
 
-def run_stage(stage: Stage[Any], dataset: DatasetDir, recipe: Any, options: StageOptions) -> StageTotals:
+def run_stage(
+    stage: Stage[Any],
+    dataset: DatasetDir,
+    recipe: Any,
+    options: StageOptions,
+    runner: TaskRunner[Any] | None = None,
+) -> StageTotals:
     """Does the stage's shards that are not finished. Must be called in a flow.
 
     A batch that fails does not stop the others.
+
+    Args:
+        stage: outside this process its functions are found by their names, so they must be no lambdas.
+        dataset: on storage that all workers share.
+        recipe: what the stage's functions take.
+        options: how the work is spread.
+        runner: from `start_engine`, where several stages are to use one engine.
 
     Raises:
         UserError: a batch failed for a reason that the user can put right.
@@ -50,25 +66,30 @@ def run_stage(stage: Stage[Any], dataset: DatasetDir, recipe: Any, options: Stag
     clear_leftovers(stage, dataset)
     all_shards = stage.shards(dataset, recipe)
     shards = pending(stage, dataset, recipe)
-    reports = _run_batches(stage, dataset, recipe, shards, options) if shards else []
+    reports: list[ShardReport] = []
+    if shards:
+        engine = (
+            nullcontext(runner) if runner else start_engine(options.engine, options.engine_address, options.workers)
+        )
+        with engine as running:
+            reports = _run_batches(stage, dataset, recipe, _batches(shards, options.shards_per_task), running)
     totals = add_up(stage.name, reports, len(all_shards) - len(shards), time.monotonic() - started)
     logger.info("%s", totals)
     return totals
 
 
+def _batches(shards: Sequence[int], size: int) -> list[list[int]]:
+    return [list(shards[i : i + size]) for i in range(0, len(shards), size)]
+
+
 def _run_batches(
-    stage: Stage[Any], dataset: DatasetDir, recipe: Any, shards: Sequence[int], options: StageOptions
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: list[list[int]], runner: TaskRunner[Any]
 ) -> list[ShardReport]:
-    size = options.shards_per_task
-    batches = [list(shards[i : i + size]) for i in range(0, len(shards), size)]
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
-    with (
-        ProgressArtifact(stage.name, len(shards), "shards") as progress,
-        _task_runner(options) as runner,
-        ends_new_children(),
-    ):
-        common = {"stage": stage, "dataset": dataset, "recipe": recipe}
-        futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
+    common = {"stage": stage, "dataset": dataset, "recipe": recipe}
+    with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
+        with needs_of(stage.name):
+            futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
         reports, failures = _collect(futures, progress)
     if failures:
         raise _error(stage.name, failures, len(batches))
@@ -77,23 +98,24 @@ def _run_batches(
 
 def _collect(
     futures: list[PrefectFuture[Any]], progress: ProgressArtifact
-) -> tuple[list[ShardReport], list[State[Any]]]:
-    """The reports of the batches that ended well, and the states of those that did not."""
+) -> tuple[list[ShardReport], list[Exception]]:
+    """The reports of the batches that ended well, and why the others did not."""
     reports: list[ShardReport] = []
-    failures: list[State[Any]] = []
+    failures: list[Exception] = []
     try:
         for future in as_completed(futures):
-            future.wait()
-            if future.state.is_completed():
+            try:
                 reports += future.result()
-                progress.show(len(reports))
+            except Exception as error:
+                failures.append(error)
             else:
-                failures.append(future.state)
+                progress.show(len(reports))
     except BaseException:
-        # Cancelled: no waiting batch may begin when the running ones are ended.
+        # Cancelled: no waiting batch may begin when the running ones are ended. On Ray they end with the connection.
         for future in futures:
-            if isinstance(future, PrefectConcurrentFuture):
-                future.wrapped_future.cancel()
+            cancel = getattr(getattr(future, "wrapped_future", None), "cancel", None)
+            if cancel:
+                cancel()
         raise
     return reports, failures
 
@@ -103,25 +125,23 @@ def _run_batch(
     stage: Stage[Any], dataset: DatasetDir, recipe: Any, shards: list[int], first: str
 ) -> list[ShardReport] | State[Any]:
     try:
-        return run_batch(stage, dataset, recipe, shards)
+        return run_batch(stage, dataset, recipe, shards, _stop_if_given_up)
     except UserError as error:
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
 
 
-def _task_runner(options: StageOptions) -> TaskRunner[Any]:
-    """A fresh runner: threads bounded by `workers`, or another engine if the flow or the caller chose one."""
-    context = FlowRunContext.get()
-    runner = options.task_runner or (context.task_runner if context else None)
-    if runner is None or (isinstance(runner, ThreadPoolTaskRunner) and options.task_runner is None):
-        return ThreadPoolTaskRunner(max_workers=options.workers)
-    return runner.duplicate()
+def _stop_if_given_up(report: ShardReport) -> None:
+    if is_given_up():
+        raise UserError(f"The flow has ended; after shard {report.shard:05d} this batch ends too.")
 
 
-def _error(stage: str, failures: list[State[Any]], num_batches: int) -> Exception:
-    first = failures[0].result(raise_on_failure=False)
-    if isinstance(first, UserError):
-        return UserError(str(first))  # anew, without the traceback from the batch
-    return RuntimeError(
-        f"{stage}: {len(failures)} of {num_batches} batches failed, the first with {first!r}. The finished ones are "
-        "kept; the same command goes on from there. See the log of the failed task run."
-    )
+def _error(stage: str, failures: list[Exception], num_batches: int) -> Exception:
+    failed = f"{stage}: {len(failures)} of {num_batches} batches failed"
+    again = "The finished ones are kept; the same command goes on from there."
+    for error in failures:
+        if isinstance(error, UserError):
+            return UserError(str(error))  # anew, without the traceback from the batch
+    first = f"{type(failures[0]).__name__}: {(str(failures[0]).strip().splitlines() or ['no message'])[-1]}"
+    if lost_its_worker(failures[0]):
+        return UserError(f"{failed}, because a worker ended, killed or out of memory ({first}). {again}")
+    return RuntimeError(f"{failed}, the first with {first}. {again} See the log of the failed task run.")

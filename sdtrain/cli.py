@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sdtrain import cli_curate
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -24,7 +26,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
-DatasetArgument = Annotated[Path, typer.Argument(help="The directory of a dataset.")]
+DatasetArgument = cli_curate.DatasetArgument
 
 
 def main() -> None:
@@ -34,6 +36,13 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+class NewFiles(StrEnum):
+    """What becomes of metadata files that were added since the last build."""
+
+    append = "append"
+    reshuffle = "reshuffle"
 
 
 @app.command()
@@ -49,6 +58,12 @@ def build(
     allow_private_hosts: Annotated[
         bool | None, typer.Option(help="Fetch from loopback and private networks too.")
     ] = None,
+    new_files: Annotated[
+        NewFiles | None, typer.Option(help="Metadata files added since: shards after the others, or a new shuffle.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Fetch rows again whose failure may have passed.")
+    ] = False,
 ) -> None:
     """Build a dataset, from metadata to latents; what is finished is not done again."""
     from filters.recipe import Overrides, load_recipe
@@ -62,8 +77,9 @@ def build(
         "max_watermark": max_watermark,
         "samples_per_shard": samples_per_shard,
         "allow_private_hosts": allow_private_hosts,
+        "new_files": new_files,
     }
-    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output)
+    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output, retry_failed)
 
 
 @app.command()
@@ -161,6 +177,10 @@ def status(dataset: DatasetArgument) -> None:
     print_table(rows)
 
 
+app.command()(cli_curate.decide)
+app.command()(cli_curate.remove)
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run's directory (its newest checkpoint), or a checkpoint.")],
@@ -194,11 +214,12 @@ def sample(
         print(path)
 
 
-def _build(recipe: Recipe, output: str) -> None:
+def _build(recipe: Recipe, output: str, retry_failed: bool) -> None:
     from filters.finish import finish_dataset
     from filters.record import dataset_path, record_recipe
     from filters.road import road
     from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.recovery import recover
     from sdtrain.stage_progress import run_with_bar
 
     dataset = DatasetDir(dataset_path(output, recipe))
@@ -206,6 +227,8 @@ def _build(recipe: Recipe, output: str) -> None:
     if changes:
         print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
     for stage in road():
+        if retry_failed and stage.name == "download":
+            print(recover(dataset, recipe), flush=True)
         print(run_with_bar(stage, dataset, recipe), flush=True)
     finish_dataset(dataset, recipe)
     print(f"{recipe.name}: {dataset.root}")

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdtrain.data.image_rows import SCHEMA
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.image_shards import TABLE, picture_place
 from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.data.tars import write_samples
 from sdtrain.demo.pictures import SEEN_PAIRS, draw, random_scene
@@ -100,8 +100,9 @@ def _write_images(dataset: DatasetDir, shard: int, chosen: list[dict[str, Any]],
         table.append(described | {"original_width": width, "original_height": height, "width": 96, "height": 80})
         members = {"jpg": row.picture, "txt": (row.caption or "").encode(), "json": json.dumps(described).encode()}
         samples.append((selected["key"], members))
-    _write_table(dataset.images_table(shard), table, SCHEMA)
-    write_samples(dataset.images_tar(shard), samples)
+    dataset.images_tar(shard).parent.mkdir(exist_ok=True)
+    places = {sample.key: picture_place(sample) for sample in write_samples(dataset.images_tar(shard), samples)}
+    _write_table(dataset.images_table(shard), [row | places.get(row["key"], {}) for row in table], TABLE)
     outputs = describe_outputs(dataset, [dataset.images_tar(shard), dataset.images_table(shard)])
     report = {"stage": "download", "shard": shard, "num_in": len(rows), "num_out": len(samples), "dropped": dropped}
     write_entry(dataset, ShardReport.model_validate(report | {"outputs": outputs}))

@@ -42,6 +42,21 @@ class DatasetDir:
         """One row for every selected row: kept, or the first rule that dropped it."""
         return self.root / "decisions.parquet"
 
+    @property
+    def removed(self) -> Path:
+        """What was taken out for good and may not come back."""
+        return self.root / "removed.parquet"
+
+    @property
+    def removal(self) -> Path:
+        """The plan of a removal that is under way."""
+        return self.root / "removal.json"
+
+    @property
+    def pack_plan(self) -> Path:
+        """The order of packing, while there is something to pack."""
+        return self.root / "pack_plan.parquet"
+
     def packed_tar(self, shard: int) -> Path:
         """Kept samples as WebDataset."""
         return self.root / "dataset" / f"{shard:05d}.tar"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from sdtrain.data.config import PictureRecipe
 from sdtrain.data.dataset import DatasetDir
@@ -51,11 +52,17 @@ def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> I
     if not asked:
         return
     with scratch(dataset.root, f"download-{shards[0]:05d}") as folder:
-        request = Request(config=recipe.download, output=folder, shards=list(asked.values()))
+        request = new_request(dataset, recipe, folder, list(asked.values()))
         with download_process(request) as finished:
             for done in finished:
                 _check_network(done)
                 yield publish_checked(dataset, request, done)
+
+
+def new_request(dataset: DatasetDir, recipe: PictureRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
+    """What a download process is asked; its output goes to `folder`."""
+    removed = dataset.removed if dataset.removed.exists() else None
+    return Request(config=recipe.download, output=folder, removed=removed, shards=shards)
 
 
 def publish_checked(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:

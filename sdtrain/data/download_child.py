@@ -59,18 +59,19 @@ async def _download(request: Request, report: Report) -> None:
             raise several.exceptions[0] from None  # the last words of the log are what the user sees
 
 
-def _rows(request: Request, maker: PictureMaker) -> Iterator[tuple[ShardWork, Selected]]:
+def _rows(request: Request, maker: PictureMaker) -> Iterator[tuple[ShardWork, Selected | None]]:
+    """The rows to fetch; one None for a shard that has none left, because all of it was removed."""
     for asked in request.shards:
         work = ShardWork(request, asked, maker)
-        for selected in work.due():
+        for selected in work.due() or (None,):
             yield work, selected
 
 
 async def _work(
-    rows: Iterator[tuple[ShardWork, Selected]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
+    rows: Iterator[tuple[ShardWork, Selected | None]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
 ) -> None:
     for work, selected in rows:  # shared: each task takes the next
-        if await _do_row(work, selected, fetcher, threads):
+        if selected is None or await _do_row(work, selected, fetcher, threads):
             report(await asyncio.get_running_loop().run_in_executor(threads, work.finish))
 
 

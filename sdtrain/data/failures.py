@@ -29,6 +29,7 @@ MEANINGS: dict[str, str] = {
     "invalid_answer": "the server does not speak HTTP properly",
     "not_an_image": "what came is not a picture that can be decoded",
     "other_format": "a picture of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
+    "removed": "the picture was taken out of the dataset for good",
     "resize_failed": "the picture's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
     "robots_txt": "the site opts out by robots.txt",

@@ -14,9 +14,13 @@ import pyarrow.parquet as pq
 
 from sdtrain.data.files import sha256_of
 from sdtrain.data.image_rows import SCHEMA, Row, read_parquet
-from sdtrain.data.tars import Member, index_samples, write_samples
+from sdtrain.data.pictures import picture_extension
+from sdtrain.data.tars import Member, SampleIndex, index_samples, write_samples
 
 _FINGERPRINT, _TAR_SHA256 = b"sdtrain.fingerprint", b"sdtrain.tar_sha256"
+PLACE = pa.schema([("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())])
+"""Columns that say where a row's picture lies in the tar, so that nobody needs to look through its headers."""
+TABLE = pa.unify_schemas([SCHEMA, PLACE])
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,21 @@ def write_shard(
         The tar's sha256.
     """
     pictures = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
-    write_samples(shard.tar, pictures)
+    places = {sample.key: picture_place(sample) for sample in write_samples(shard.tar, pictures)}
     digest = sha256_of(shard.tar)
     described = {_FINGERPRINT: fingerprint.encode(), _TAR_SHA256: digest.encode()}
-    table = pa.Table.from_pylist(list(rows), SCHEMA).replace_schema_metadata(described)
+    nowhere = dict.fromkeys(PLACE.names)
+    placed = [row | places.get(row["key"], nowhere) for row in rows]
+    table = pa.Table.from_pylist(placed, TABLE).replace_schema_metadata(described)
     pq.write_table(table, shard.table, compression="zstd", row_group_size=max(1, len(rows)))
     return digest
+
+
+def picture_place(sample: SampleIndex) -> Row:
+    """The columns `PLACE` of a sample in a tar."""
+    extension = picture_extension(sample.members)
+    member = sample.members[extension]
+    return {"extension": extension, "picture_offset": member.offset, "picture_bytes": member.size}
 
 
 def new_members(row: Row, extension: str, content: bytes) -> dict[str, bytes]:
@@ -107,6 +120,12 @@ def write_stats(path: Path, rows: Sequence[Row], start_time: float, end_time: fl
         "status_dict": dict(sorted(Counter(row["reason"] or "success" for row in rows).items())),
     }
     path.write_text(json.dumps(stats, indent=4))
+
+
+def rewrite_stats(old: Path, new: Path, rows: Sequence[Row]) -> None:
+    """Writes the statistics of a shard that has other rows now, with the times of its download."""
+    times = json.loads(old.read_text()) if old.exists() else {}
+    write_stats(new, rows, times.get("start_time", 0.0), times.get("end_time", 0.0))
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     rows: list[dict[str, Any]] = []
     with publish(dataset.latents_tar(shard)) as temporary:
         index = write_samples(temporary, _encoded(read_samples(source), config, source, rows))
-        placed = [row | _place(temporary, sample) for row, sample in zip(rows, index, strict=True)]
+        placed = [row | latent_place(temporary, sample) for row, sample in zip(rows, index, strict=True)]
     table = pa.Table.from_pylist(placed, _TABLE.with_metadata({VAE_KEY: _digest(config.vae)}))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -145,7 +145,7 @@ def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
-def _place(tar: Path, sample: SampleIndex) -> dict[str, int]:
+def latent_place(tar: Path, sample: SampleIndex) -> dict[str, int]:
     """Where the raw numbers begin: behind the npy header, whose length its bytes 8 and 9 tell."""
     member = sample.members[_MOMENTS]
     with tar.open("rb") as file:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
 from sdtrain.config import TrainConfig
+from sdtrain.data.background import in_background
 from sdtrain.data.latent_store import LatentStore
 from sdtrain.data.sample_plan import SamplePlan, sample_noise
 from sdtrain.diffusion import drop_captions
@@ -73,7 +71,7 @@ class BatchMaker:
     def prefetch(self, first_step: int, last_step: int, pin_memory: bool) -> Iterator[MicroBatch]:
         """All micro-batches of steps [first_step, last_step), prepared by a background thread."""
         wanted = ((step, k) for step in range(first_step, last_step) for k in range(self.accumulation))
-        yield from _in_background(
+        yield from in_background(
             (self._pinned(self.make(*w), pin_memory) for w in wanted), self._config.data.num_prefetch
         )
 
@@ -86,38 +84,3 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     """Token ids, (B, L) int64: cut and padded to the encoder's length, the end token kept."""
     encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids
-
-
-def _in_background(items: Iterator[MicroBatch], depth: int) -> Iterator[MicroBatch]:
-    """Yields from `items`, which another thread works through `depth` ahead; its errors are raised here."""
-    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(None)
-        except BaseException as error:  # handed to the training thread, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="latent-loader", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join()

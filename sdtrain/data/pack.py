@@ -3,57 +3,83 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.data.config import PackConfig, PictureRecipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
+from sdtrain.data.image_shards import PLACE, picture_place
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
-from sdtrain.data.pictures import picture_extension
+from sdtrain.data.pack_plan import PROVENANCE, planned, shard_sizes
 from sdtrain.data.stage import Stage
-from sdtrain.data.tars import Member, SampleIndex, index_samples, write_samples
+from sdtrain.data.tars import SampleIndex, write_samples
+from sdtrain.errors import UserError
 
-_TABLE = pa.schema(
-    [
-        *((name, pa.string()) for name in ("uid", "key", "extension")),
-        ("picture_offset", pa.int64()),
-        ("picture_bytes", pa.int64()),
-    ]
-)
-# Columns of the images tables that travel with the sample.
-_PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+_TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
+# Far below what a process may have open, and there are far more image shards than any number that could be.
+_OPEN_TARS = 128
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a kept sample's members lie among the downloaded shards."""
+class SourceTars:
+    """The downloaded shards, some of them open: packing jumps from one to another with every sample.
 
-    shard: int
-    provenance: dict[str, Any]
+    Args:
+        dataset: whose.
+        max_open: files open at once; the one that was not used for longest is closed first.
+    """
+
+    def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:
+        self._dataset, self._max_open = dataset, max_open
+        self._open = OrderedDict[int, IO[bytes]]()
+
+    def read(self, row: dict[str, Any]) -> bytes:
+        """The picture of a planned row.
+
+        Raises:
+            UserError: the tar is missing, cut short or another one than its table describes.
+        """
+        file = self._file(row["shard"])
+        name = f"{row['key']}.{row['extension']}".encode()
+        file.seek(row["picture_offset"] - 512)  # where its header is, which begins with its name
+        content = file.read(512 + row["picture_bytes"])
+        if not content.startswith(name + b"\0") or len(content) < 512 + row["picture_bytes"]:
+            raise UserError(
+                f"{file.name} is damaged or cut short: the picture of {row['key']} is not where its table says. "
+                "Delete it and run the build again: it downloads the shard anew."
+            )
+        return content[512:]
+
+    def close(self) -> None:
+        """Closes all that are open."""
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _file(self, shard: int) -> IO[bytes]:
+        if shard not in self._open:
+            while len(self._open) >= self._max_open:
+                self._open.popitem(last=False)[1].close()
+            self._open[shard] = _opened(self._dataset.images_tar(shard))
+        self._open.move_to_end(shard)
+        return self._open[shard]
 
 
 def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardReport:
-    """Copies the samples of one packed shard out of the image shards, without re-encoding."""
-    sources = [_source(dataset, *row) for row in _plan(dataset, config)[_part(config, shard)]]
-    index = {number: _index(*_stamp(dataset.images_tar(number))) for number in {s.shard for s in sources}}
-    bodies = _read_all(dataset, sources, index)
-    with publish(dataset.packed_tar(shard)) as temporary:
-        written = write_samples(temporary, zip((s.provenance["key"] for s in sources), bodies, strict=True))
+    """Copies the samples of one packed shard out of the image shards, one after the other, without re-encoding."""
+    rows = planned(dataset, config, shard)
+    with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
+        written = write_samples(temporary, ((row["key"], _members(row, tars.read(row))) for row in rows))
     with publish(dataset.packed_table(shard)) as temporary:
-        rows = [_row(source, sample) for source, sample in zip(sources, written, strict=True)]
-        pq.write_table(pa.Table.from_pylist(rows, _TABLE), temporary, compression="zstd")
+        table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
+        pq.write_table(pa.Table.from_pylist(table, _TABLE), temporary, compression="zstd")
     outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
-    return ShardReport(stage="pack", shard=shard, num_in=len(sources), num_out=len(written), outputs=outputs)
+    return ShardReport(stage="pack", shard=shard, num_in=len(rows), num_out=len(written), outputs=outputs)
 
 
 def write_index(dataset: DatasetDir) -> Path:
@@ -64,87 +90,36 @@ def write_index(dataset: DatasetDir) -> Path:
         tar = dataset.packed_tar(entry.shard)
         output = entry.outputs[dataset.relative(tar)]
         shards.append({"url": tar.name, "nsamples": entry.num_out, "filesize": output.bytes, "sha256": output.sha256})
-    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shards}
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [s for s in shards if s["nsamples"]]}
     with publish(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
 
 
-def _plan(dataset: DatasetDir, config: PackConfig) -> list[tuple[str, int]]:
-    """(key, image shard) of all kept samples, in the order in which they are packed."""
-    decisions = dataset.decisions
-    return _plan_of(decisions, decisions.stat().st_mtime_ns, config.seed)
+def _opened(tar: Path) -> IO[bytes]:
+    try:
+        return tar.open("rb")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no file {tar}, whose pictures are to be packed. Run the build again: it makes the shard anew."
+        ) from error
 
 
-@lru_cache(maxsize=2)
-def _plan_of(decisions: Path, mtime_ns: int, seed: int) -> list[tuple[str, int]]:
-    with duckdb.connect() as connection:
-        return connection.execute(
-            "SELECT key, shard FROM read_parquet(?) WHERE reason IS NULL ORDER BY md5(uid || ?), uid",
-            [str(decisions), str(seed)],
-        ).fetchall()
+def _members(row: dict[str, Any], picture: bytes) -> dict[str, bytes]:
+    provenance = {name: row[name] for name in PROVENANCE}
+    return {
+        row["extension"]: picture,
+        "txt": (row["caption"] or "").encode(),
+        "json": json.dumps(provenance, ensure_ascii=False, sort_keys=True).encode(),
+    }
 
 
-def _part(config: PackConfig, shard: int) -> slice:
-    return slice(shard * config.samples_per_shard, (shard + 1) * config.samples_per_shard)
-
-
-def _source(dataset: DatasetDir, key: str, shard: int) -> Source:
-    return Source(shard, _provenance(*_stamp(dataset.images_table(shard)))[key])
-
-
-def _stamp(path: Path) -> tuple[Path, int]:
-    return path, path.stat().st_mtime_ns
-
-
-@lru_cache(maxsize=64)
-def _provenance(table: Path, mtime_ns: int) -> dict[str, dict[str, Any]]:
-    return {row["key"]: row for row in pq.read_table(table, columns=list(_PROVENANCE)).to_pylist()}
-
-
-@lru_cache(maxsize=64)
-def _index(tar: Path, mtime_ns: int) -> dict[str, SampleIndex]:
-    return {sample.key: sample for sample in index_samples(tar)}
-
-
-def _read_all(
-    dataset: DatasetDir, sources: Sequence[Source], index: dict[int, dict[str, SampleIndex]]
-) -> list[dict[str, bytes]]:
-    """The members of each sample; every image shard is opened once and read from front to back."""
-    places = defaultdict(list)
-    for place, source in enumerate(sources):
-        places[source.shard].append(place)
-    bodies: list[dict[str, bytes]] = [{} for _ in sources]
-    for shard, wanted in sorted(places.items()):
-        with dataset.images_tar(shard).open("rb") as file:
-            for place in sorted(wanted, key=lambda p: sources[p].provenance["key"]):
-                provenance = sources[place].provenance
-                members = index[shard][provenance["key"]].members
-                extension = picture_extension(members)
-                bodies[place] = {
-                    extension: _read(file, members[extension]),
-                    "txt": (provenance["caption"] or "").encode(),
-                    "json": json.dumps(provenance, ensure_ascii=False, sort_keys=True).encode(),
-                }
-    return bodies
-
-
-def _read(file: Any, member: Member) -> bytes:
-    file.seek(member.offset)
-    body: bytes = file.read(member.size)
-    return body
-
-
-def _row(source: Source, written: SampleIndex) -> dict[str, Any]:
-    extension = picture_extension(written.members)
-    member = written.members[extension]
-    names = {"uid": source.provenance["uid"], "key": written.key, "extension": extension}
-    return names | {"picture_offset": member.offset, "picture_bytes": member.size}
+def _row(row: dict[str, Any], written: SampleIndex) -> dict[str, Any]:
+    return {"uid": row["uid"], "key": row["key"]} | picture_place(written)
 
 
 def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
-    kept = require_entry(dataset, "keep", 0).num_out
-    return list(range(math.ceil(kept / recipe.pack.samples_per_shard)))
+    return list(range(len(shard_sizes(dataset, recipe.pack))))
 
 
 def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:

@@ -10,6 +10,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, sha256_of
 from sdtrain.data.image_shards import ImageShard, ShardTable, read_rows, read_shard_table, write_stats
 from sdtrain.data.manifest import Output, ShardReport, describe_outputs
+from sdtrain.errors import UserError
 
 
 def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256: str) -> ShardReport:
@@ -46,6 +47,32 @@ def adopt_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerpri
             _write_missing_stats(final)
             return _report(dataset, shard, final, table, table.tar_sha256)
     return None
+
+
+def settle_images(dataset: DatasetDir, shard: int) -> None:
+    """Brings a publication that was interrupted to its end, or takes it back: tar and table fit each other again."""
+    final = final_files(dataset, shard)
+    waiting = read_shard_table(_next_table(final))
+    if waiting and final.tar.exists() and sha256_of(final.tar) == waiting.tar_sha256:
+        _move(_next_table(final), final.table)
+    forget_next_table(dataset, shard)
+    if final.tar.exists():
+        _write_missing_stats(final)
+
+
+def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
+    """The report of a shard as it lies there.
+
+    Raises:
+        UserError: its table is damaged.
+    """
+    final = final_files(dataset, shard)
+    table = read_shard_table(final.table)
+    if table is None:
+        raise UserError(
+            f"{final.table} cannot be read. Delete it and run the build again: it downloads the shard anew."
+        )
+    return _report(dataset, shard, final, table, table.tar_sha256)
 
 
 def final_files(dataset: DatasetDir, shard: int) -> ImageShard:

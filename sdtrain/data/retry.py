@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from sdtrain.data.config import PictureRecipe
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.download import DOWNLOAD, publish_checked
+from sdtrain.data.download import DOWNLOAD, new_request, publish_checked
 from sdtrain.data.download_process import download_process
 from sdtrain.data.download_request import Finished, Request, RetryRequest, ShardRequest
 from sdtrain.data.failures import is_worth_another_try
@@ -73,7 +73,7 @@ def _retry(dataset: DatasetDir, recipe: PictureRecipe, asked: list[ShardRequest]
     digests = {shard.shard: shard.fingerprint for shard in asked}
     started = time.monotonic()
     with scratch(dataset.root, f"retry-{asked[0].shard:05d}") as folder:
-        request = Request(config=recipe.download, output=folder, shards=asked)
+        request = new_request(dataset, recipe, folder, asked)
         with download_process(request) as finished:
             for done in finished:
                 if done.num_unreached == done.num_fetched:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import time
-from collections.abc import Iterator
 
 import exifread
 
@@ -25,8 +24,10 @@ from sdtrain.data.image_shards import (
 )
 from sdtrain.data.pictures import PictureError
 from sdtrain.data.pixels import PictureMaker
+from sdtrain.data.removed import REMOVED, key_digest, refused_pictures
 from sdtrain.data.tars import Member
 
+_MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may be as long as the file
 UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
 
 
@@ -36,6 +37,7 @@ class ShardWork:
     def __init__(self, request: Request, asked: ShardRequest, maker: PictureMaker) -> None:
         self._config: DownloadConfig = request.config
         self._asked, self._maker = asked, maker
+        self._refused = refused_pictures(request.removed)
         self._files = ImageShard.in_folder(request.output, asked.shard)
         self._started = time.time()
         self._rows: dict[str, Row] = {row["key"]: row for row in read_rows(asked.retry.table)} if asked.retry else {}
@@ -44,9 +46,9 @@ class ShardWork:
         self._spool = Spool(request.output / f"{asked.shard:05d}.spool")
         self._places: dict[str, tuple[str, Member]] = {}
 
-    def due(self) -> Iterator[Selected]:
+    def due(self) -> list[Selected]:
         """The rows to fetch."""
-        return iter(self._due)
+        return self._due
 
     def make(self, selected: Selected, body: bytes) -> tuple[Row, tuple[str, Member] | None]:
         """Makes and keeps the picture of a fetched body; returns its row and its place."""
@@ -54,6 +56,8 @@ class ShardWork:
             sha256 = hashlib.sha256(body).hexdigest()
             if self._config.verify_hashes:
                 check_digests(selected, body, sha256)
+            if self._refused and key_digest("sha256", sha256) in self._refused:
+                raise FetchError(REMOVED, "the picture was taken out of this dataset")
             picture = self._maker(body)
         except (FetchError, PictureError) as error:
             return failed_row(selected, error), None
@@ -94,9 +98,10 @@ class ShardWork:
 
 
 def exif_of(body: bytes) -> str | None:
-    """The EXIF tags as JSON, as img2dataset writes them: "{}" without any, None if they cannot be read."""
+    """The EXIF tags as JSON, as img2dataset writes them: "{}" without any, None if they cannot be read or are huge."""
     try:
         tags = exifread.process_file(io.BytesIO(body), details=False)
-        return json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
+        text = json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
+        return text if len(text) <= _MAX_EXIF_CHARS else None
     except Exception:  # whatever a hostile file makes of the parser, the picture is good
         return None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sdtrain.errors import UserError
 
+BLOCK_BYTES, RECORD_BYTES = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
+
 
 @dataclass(frozen=True)
 class Member:

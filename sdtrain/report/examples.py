@@ -1,130 +1,193 @@
-"""Example pictures of what was kept and of what each rule dropped."""
+"""Example pictures of what was kept, of what each rule dropped, of what lies near its limit, and of copies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 from PIL import Image
 
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.pictures import decode_rgb, picture_extension
-from sdtrain.data.tars import SampleIndex, index_samples
+from sdtrain.data.pictures import decode_rgb
+from sdtrain.data.removed import RemovedRows, read_ledger
+from sdtrain.report.thumbnails import Thumbnails, save_thumbnail
 
 EXAMPLES_PER_GALLERY = 12
-THUMBNAIL_PX = 160
+EXAMPLES_PER_SIDE = 6
+GROUPS, COPIES_PER_GROUP = 8, 8
 # Of billions of rows, the first are enough to find examples among.
 ROWS_TO_CHOOSE_FROM = 100_000
 
 FindPicture = Callable[[str], Path | None]
+_JOINED = "decisions d JOIN selection s USING (uid) JOIN images i USING (uid) LEFT JOIN scores c USING (uid)"
+_PLACE = "d.key, d.shard, i.picture_offset, i.picture_bytes"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One picture on the page."""
+
+    thumbnail: Path
+    text: str
+    kept: bool
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Some examples of one fate: thumbnails where there is a picture, else lines of text."""
+    """Some examples that belong together: thumbnails where there are pictures, else lines of text."""
 
     title: str
-    kept: bool
-    pictures: list[tuple[Path, str]] = field(default_factory=list)
-    """(thumbnail, caption) pairs."""
+    fate: Literal["kept", "dropped", "border", "copies"]
+    rows: list[list[Shown]] = field(default_factory=list)
+    """Pictures; more than one row where what is beside each other is to be compared."""
     lines: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Border:
+    """The limit of a rule.
+
+    Attributes:
+        rule: its name.
+        stage: "select" or "keep".
+        column: what it looks at.
+        item: SQL that gives this column from the views selection s, images i and scores c.
+        limit: the recipe's value.
+    """
+
+    rule: str
+    stage: str
+    column: str
+    item: str
+    limit: float
+
+
 def galleries(
-    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, pictures: Path, find_picture: FindPicture | None
+    connection: duckdb.DuckDBPyConnection,
+    dataset: DatasetDir,
+    pictures: Path,
+    find_picture: FindPicture | None,
+    borders: Iterable[Border] = (),
 ) -> list[Gallery]:
-    """Galleries of kept samples, of rows that the metadata alone ruled out, and of each later reason.
+    """Galleries of kept samples, of each rule's limit, of each reason against a picture, and of copies.
 
     Args:
         connection: open on the dataset's views.
         dataset: where the image shards lie.
         pictures: folder for the thumbnails.
         find_picture: a local file for a URL that was never fetched; None shows such rows as text.
+        borders: the limits of the recipe's rules.
     """
-    found = [_kept(connection, dataset, pictures), _never_fetched(connection, pictures, find_picture)]
+    thumbnails = Thumbnails(dataset, pictures)
+    found = [_kept(connection, thumbnails)]
+    found += [_border(connection, thumbnails, border) for border in borders]
+    found.append(_never_fetched(connection, RemovedRows(read_ledger(dataset.removed)), pictures, find_picture))
     reasons = connection.execute("SELECT reason, count(*) FROM drops GROUP BY reason ORDER BY reason").fetchall()
-    found += [_dropped(connection, dataset, pictures, reason, count) for reason, count in reasons]
-    return [gallery for gallery in found if gallery.pictures or gallery.lines]
+    found += [_dropped(connection, thumbnails, reason, count) for reason, count in reasons]
+    found.append(_copies(connection, thumbnails))
+    return [gallery for gallery in found if any(gallery.rows) or gallery.lines]
 
 
-def _kept(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, pictures: Path) -> Gallery:
+def _kept(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
     rows = connection.execute(
-        "SELECT key, shard, caption FROM kept ORDER BY md5(uid) LIMIT ?", [EXAMPLES_PER_GALLERY]
+        f"SELECT {_PLACE}, s.caption FROM {_JOINED} WHERE d.reason IS NULL ORDER BY md5(d.uid) LIMIT ?",  # noqa: S608
+        [EXAMPLES_PER_GALLERY],
     ).fetchall()
-    return Gallery("Kept", kept=True, pictures=_thumbnails(dataset, rows, pictures))
+    return Gallery("Kept, at random", "kept", [_shown(thumbnails, rows, kept=True)])
 
 
-def _dropped(
-    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, pictures: Path, reason: str, count: int
-) -> Gallery:
+def _border(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, border: Border) -> Gallery:
+    """The kept samples nearest to a limit, and below them those that it dropped."""
+
+    def nearest(condition: str) -> list[Any]:
+        rows = f"SELECT {_PLACE}, {border.item}, s.caption, d.uid FROM {_JOINED} WHERE {condition}"  # noqa: S608
+        query = (
+            f"SELECT * EXCLUDE (uid) FROM ({rows}) WHERE {border.column} IS NOT NULL "  # noqa: S608
+            f"ORDER BY abs({border.column} - ?), md5(uid) LIMIT ?"
+        )
+        return connection.execute(query, [border.limit, EXAMPLES_PER_SIDE]).fetchall()
+
+    kept = _shown(thumbnails, map(_with_value(border), nearest("d.reason IS NULL")), kept=True)
+    # What the metadata ruled out was never fetched.
+    under = nearest(f"d.reason = '{border.rule}'") if border.stage == "keep" else []
+    dropped = _shown(thumbnails, map(_with_value(border), under), kept=False)
+    where = "metadata, before the download" if border.stage == "select" else "after the download"
+    return Gallery(f"Nearest to {border.rule} {border.limit:g} ({where})", "border", [kept, dropped])
+
+
+def _with_value(border: Border) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    def described(row: Sequence[Any]) -> Sequence[Any]:
+        *place, value, caption = row
+        return *place, f"{border.column} {value:.4g}: {caption or ''}"
+
+    return described
+
+
+def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reason: str, count: int) -> Gallery:
     rows = connection.execute(
-        "SELECT key, d.shard, caption, url, error_message FROM drops JOIN decisions d USING (key) "
-        "WHERE drops.reason = ? ORDER BY md5(drops.uid) LIMIT ?",
+        f"SELECT {_PLACE}, s.caption, s.url, i.error_message FROM {_JOINED} "  # noqa: S608
+        "WHERE d.reason = ? ORDER BY md5(d.uid) LIMIT ?",
         [reason, EXAMPLES_PER_GALLERY],
     ).fetchall()
-    shown = _thumbnails(dataset, [row[:3] for row in rows], pictures)
+    shown = _shown(thumbnails, (row[:5] for row in rows), kept=False)
     lines = [] if shown else [f"{url}  {message or ''}".strip() for *_, url, message in rows[:4]]
-    return Gallery(f"Dropped: {reason} ({count:,})", kept=False, pictures=shown, lines=lines)
+    return Gallery(f"Dropped: {reason} ({count:,})", "dropped", [shown], lines)
 
 
-def _never_fetched(connection: duckdb.DuckDBPyConnection, pictures: Path, find_picture: FindPicture | None) -> Gallery:
-    """Rows that the selection left out, with the figures that it went by."""
+def _never_fetched(
+    connection: duckdb.DuckDBPyConnection, removed: RemovedRows, pictures: Path, find_picture: FindPicture | None
+) -> Gallery:
+    """Rows that the selection left out, with the figures that it went by; not those that were taken out for good."""
     rows = connection.execute(
         "SELECT url, caption, aesthetic, pwatermark, width, height FROM (FROM metadata LIMIT ?) m "
         "ANTI JOIN selection s ON m.url = s.url ORDER BY md5(m.url) LIMIT ?",
         [ROWS_TO_CHOOSE_FROM, 2 * EXAMPLES_PER_GALLERY],
     ).fetchall()
-    shown, lines = [], []
-    for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(rows):
+    shown, lines = list[Shown](), list[str]()
+    shown_rows = [row for row in rows if row[:2] not in removed]
+    for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(shown_rows):
         figures = f"aesthetic {_figure(aesthetic)}, watermark {_figure(pwatermark)}, {width}x{height}: {caption or ''}"
         path = find_picture(url) if find_picture else None
         if path is None:
             lines.append(f"{url}  {figures}")
         else:
-            thumbnail = _save(decode_rgb(path.read_bytes()), pictures / f"never-fetched-{number:02d}.jpg")
-            shown.append((thumbnail, figures))
-    return Gallery("Dropped by the metadata alone, never fetched", kept=False, pictures=shown, lines=lines[:4])
+            picture: Image.Image = decode_rgb(path.read_bytes())
+            thumbnail = save_thumbnail(picture, pictures / f"never-fetched-{number:02d}.jpg")
+            shown.append(Shown(thumbnail, figures, kept=False))
+    return Gallery("Dropped by the metadata alone, never fetched", "dropped", [shown], lines[:4])
+
+
+def _copies(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
+    """Groups of copies, a row each, the one that stayed first."""
+    num_groups = connection.execute("SELECT count(DISTINCT group_id) FROM duplicates").fetchall()[0][0]
+    groups = connection.execute(
+        "SELECT DISTINCT group_id FROM duplicates ORDER BY md5(group_id) LIMIT ?", [GROUPS]
+    ).fetchall()
+    rows = [_group(connection, thumbnails, group_id) for (group_id,) in groups]
+    return Gallery(f"Copies of one another ({num_groups:,} groups), the one that stayed first", "copies", rows)
+
+
+def _group(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, group_id: str) -> list[Shown]:
+    rows = connection.execute(
+        f"SELECT {_PLACE}, i.original_width || 'x' || i.original_height, d.reason FROM {_JOINED} "  # noqa: S608
+        "JOIN duplicates USING (uid) WHERE group_id = ? ORDER BY d.reason IS NOT NULL, d.uid LIMIT ?",
+        [group_id, COPIES_PER_GROUP],
+    ).fetchall()
+    return [
+        shown
+        for *place, size, reason in rows
+        for shown in _shown(thumbnails, [(*place, f"{reason or 'kept'}, {size}")], kept=reason is None)
+    ]
 
 
 def _figure(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 
-def _thumbnails(dataset: DatasetDir, rows: list[tuple[Any, ...]], pictures: Path) -> list[tuple[Path, str]]:
-    """Thumbnails of (key, shard, caption) rows; those without a picture are left out."""
-    shown = []
-    for key, shard, caption in rows:
-        picture = _read_picture(dataset.images_tar(shard), key)
-        if picture is not None:
-            shown.append((_save(picture, pictures / f"{key}.jpg"), caption))
-    return shown
-
-
-def _save(picture: Image.Image, path: Path) -> Path:
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    picture.save(path, quality=85)
-    return path
-
-
-def _read_picture(tar: Path, key: str) -> Image.Image | None:
-    """The downloaded picture of a sample; None if it was never fetched or is damaged."""
-    sample = _index(tar, tar.stat().st_mtime_ns if tar.exists() else 0).get(key)
-    if sample is None:
-        return None
-    member = sample.members[picture_extension(sample.members)]
-    with tar.open("rb") as file:
-        file.seek(member.offset)
-        content = file.read(member.size)
-    try:
-        return decode_rgb(content)
-    except OSError:
-        return None
-
-
-@lru_cache(maxsize=64)
-def _index(tar: Path, mtime_ns: int) -> dict[str, SampleIndex]:
-    return {sample.key: sample for sample in index_samples(tar)}
+def _shown(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
+    """The pictures of rows that begin with their place and end with a text; those without a picture are left out."""
+    found = ((thumbnails.make(*place), text) for *place, text in rows)
+    return [Shown(thumbnail, text or "", kept) for thumbnail, text in found if thumbnail]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ import jinja2
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
-from sdtrain.report.examples import FindPicture, Gallery, galleries
+from sdtrain.report.examples import Border, FindPicture, Gallery, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+from sdtrain.report.score_pairs import draw_pairs
 
 # More would not change a histogram.
 MAX_VALUES = 200_000
@@ -44,6 +46,8 @@ class Report:
     samples: SampleSection | None = None
     find_picture: FindPicture | None = None
     """A local file for a URL that was never fetched, where there is one."""
+    borders: Sequence[Border] = ()
+    """The limits near which examples are to be shown."""
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -69,7 +73,8 @@ def write_report(report: Report, path: Path) -> Path:
             "remarks": [row[0] for row in connection.execute("FROM remarks").fetchall()],
             "funnel_picture": _draw_funnel(funnel, pictures),
             "histograms": _draw_histograms(connection, report.limits, pictures),
-            "galleries": _relative(galleries(connection, report.dataset, pictures, report.find_picture), path.parent),
+            "galleries": _relative(_galleries(connection, report, pictures), path.parent),
+            "pairs": draw_pairs(connection, report.limits, pictures),
             "database": report.dataset.database.name,
         }
     context["loss"] = _draw_loss(report.training_log, pictures) if report.training_log else None
@@ -105,10 +110,15 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
     return drawn
 
 
+def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, pictures: Path) -> list[Gallery]:
+    return galleries(connection, report.dataset, pictures, report.find_picture, report.borders)
+
+
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
     """Values of one score, a sample of them where there are very many."""
     values = connection.view(view).filter(duckdb.ColumnExpression(column).isnotnull()).select(column)
-    sampled = values.query("scores", f"FROM scores USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
+    # A name that no view has: it hides such a view from then on.
+    sampled = values.query("one_score", f"FROM one_score USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
     return [row[0] for row in sampled.fetchall()]
 
 
@@ -133,9 +143,13 @@ def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:
     return [
         {
             "title": gallery.title,
-            "kept": gallery.kept,
+            "fate": gallery.fate,
             "lines": gallery.lines,
-            "pictures": [(path.relative_to(root).as_posix(), text) for path, text in gallery.pictures],
+            "rows": [
+                [(shown.thumbnail.relative_to(root).as_posix(), shown.text, shown.kept) for shown in row]
+                for row in gallery.rows
+                if row
+            ],
         }
         for gallery in found
     ]

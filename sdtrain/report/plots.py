@@ -61,6 +61,28 @@ def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | Non
     _save(figure, path)
 
 
+def plot_pairs(pairs: Sequence[tuple[float, float]], limit: float | None, label: str, path: Path) -> None:
+    """The metadata's scores against ours, a point a picture; on the gray line they are equal.
+
+    Args:
+        pairs: (metadata's, ours).
+        limit: the recipe's, drawn on both axes; None for no lines.
+        label: the score's name.
+        path: the PNG to write.
+    """
+    figure, axes = _canvas(4.6, 4.0)
+    metadata, ours = np.asarray(pairs, dtype=float).reshape(-1, 2).T
+    ends = [min(metadata.min(), ours.min()), max(metadata.max(), ours.max())] if len(pairs) else [0.0, 1.0]
+    axes.plot(ends, ends, color=MUTED, linewidth=1)
+    axes.scatter(metadata, ours, s=4, color=KEPT, alpha=0.35, linewidths=0)
+    if limit is not None:
+        for draw in (axes.axvline, axes.axhline):
+            draw(limit, color=DROPPED, linewidth=1, linestyle="--")
+    axes.set_xlabel(f"{label}, in the metadata")
+    axes.set_ylabel("ours", fontsize=8)
+    _save(figure, path)
+
+
 def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
     """Training loss against the optimizer step, with its running mean over 5 % of the run."""
     figure, axes = _canvas(9.0, 3.0)

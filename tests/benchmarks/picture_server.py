@@ -13,6 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import certifi
 import numpy as np
 import trustme
 from PIL import Image
@@ -92,7 +93,8 @@ async def _serve(folder: Path, ca: Path) -> None:
         _Connection.answers[path.name.encode()] = head.encode() + path.read_bytes()
     authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(tls)
-    authority.cert_pem.write_to_path(str(ca))
+    # Beside the authorities that everybody trusts: to read them takes its time, as it does on the web.
+    ca.write_bytes(authority.cert_pem.bytes() + Path(certifi.where()).read_bytes())
     loop, ports = asyncio.get_running_loop(), {}
     for scheme, context in (("http", None), ("https", tls)):
         server = await loop.create_server(_Connection, "127.0.0.1", 0, ssl=context, backlog=1024)

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 
 from filters.metadata import SELECT
 from filters.recipe import KeepConfig, Recipe, SelectConfig
-from sdtrain.data.image_rows import SCHEMA
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.image_rows import SCHEMA
 from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.data.stage import run_batch
 

@@ -13,9 +13,8 @@ from filters.heads import (
     AestheticHead,
     SafetyHead,
     WatermarkClassifier,
-    clip_digest,
     load_aesthetic,
-    load_clip,
+    load_aesthetic_v1,
     load_safety,
     load_watermark,
 )
@@ -26,6 +25,7 @@ AESTHETIC = Path(__file__).parents[2].parent / "shared" / "data" / "aesthetic"
 V2, V1 = AESTHETIC / "sac+logos+ava1-l14-linearMSE.pth", AESTHETIC / "sa_0_4_vit_l_14_linear.pth"
 # Scores of the ten real embeddings by the published V2 head, run as published.
 ORACLE = (1.6555, 2.3593, 3.0698, 3.6725, 4.2380, 4.7010, 5.0731, 5.3654, 5.5767, 5.7468)
+V1_ORACLE = (-2.4579, -0.1379, 1.8951, 3.5849, 5.0997, 6.4701, 7.7870, 9.0480, 10.2264, 11.3044)
 
 real = pytest.mark.skipif(not AESTHETIC.exists(), reason="the real weights are not beside this checkout")
 
@@ -59,17 +59,28 @@ def test_the_published_v2_head_gives_its_known_scores_on_real_embeddings():
 
 
 @real
-def test_the_known_name_means_the_published_file(monkeypatch, tmp_path):
+def test_the_known_names_mean_the_published_files(monkeypatch, tmp_path):
     assert PUBLISHED["laion-aesthetic-v2-l14"].sha256 == sha256(V2.read_bytes()).hexdigest()
+    assert PUBLISHED["laion-aesthetic-v1-l14"].sha256 == sha256(V1.read_bytes()).hexdigest()
     (tmp_path / V2.name).symlink_to(V2)
     monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path))
     assert find_weights("laion-aesthetic-v2-l14") == tmp_path / V2.name
 
 
 @real
-def test_weights_of_the_v1_head_are_refused_because_their_scale_is_another():
-    with pytest.raises(UserError, match=r"V1, whose scale is another"):
+def test_the_published_v1_head_gives_its_known_scores_on_real_embeddings():
+    embeddings = np.stack([np.load(AESTHETIC / f"vit_l_14_embeddings/rating{i}.npy").ravel() for i in range(10)])
+    with torch.inference_mode():
+        scores = load_aesthetic_v1(str(V1))(torch.from_numpy(embeddings).float())
+    np.testing.assert_allclose(scores.numpy(), V1_ORACLE, atol=1e-3)
+
+
+@real
+def test_weights_of_one_head_are_refused_for_the_other_because_their_scales_differ():
+    with pytest.raises(UserError, match=r"V1, whose scale is another; name it in score.aesthetic_v1_weights"):
         load_aesthetic(str(V1))
+    with pytest.raises(UserError, match="does not hold the weights of AestheticV1Head"):
+        load_aesthetic_v1(str(V2))
 
 
 def test_the_collapsed_aesthetic_head_equals_its_five_layers():
@@ -203,7 +214,6 @@ def test_digests_tell_files_by_content_and_random_weights_by_seed(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"a")
     assert digest_of(str(tmp_path / "a.pt")) == sha256(b"a").hexdigest()
     assert digest_of("random:1") != digest_of("random:2") != digest_of(None)
-    assert clip_digest("ViT-L-14", "laion2b_s32b_b82k") == "laion2b_s32b_b82k"
 
 
 def test_weights_that_cannot_be_fetched_are_named_with_url_and_place(monkeypatch, tmp_path):
@@ -252,36 +262,3 @@ def test_other_bytes_than_the_published_ones_are_not_kept(monkeypatch, published
     with pytest.raises(UserError, match="gave other bytes"):
         find_weights("mine")
     assert not (cache_dir() / "w.pt").exists()
-
-
-def test_the_demos_clip_has_the_embedding_of_vit_l_14_and_quickgelu():
-    network, tokenizer = load_clip("ViT-demo", "random:0")
-    with torch.inference_mode():
-        assert network.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 768)
-        assert network.encode_text(tokenizer(["a red circle"])).shape == (1, 768)
-    activations = {type(module).__name__ for module in network.modules() if "GELU" in type(module).__name__}
-    assert activations == {"QuickGELU"}
-
-
-@pytest.mark.parametrize(("model", "tag"), [("ViT-L-14", "openai"), ("ViT-L-14", "dfn2b"), ("ViT-B-32", "openai")])
-def test_weights_trained_with_quickgelu_are_refused_in_a_model_without(model, tag):
-    with pytest.raises(UserError, match=f"need QuickGELU: set score.clip_model to {model}-quickgelu"):
-        load_clip(model, tag)
-
-
-def test_an_unknown_clip_model_is_named():
-    with pytest.raises(UserError, match="knows no model 'ViT-L-15'"):
-        load_clip("ViT-L-15", "openai")
-
-
-def test_clip_weights_are_read_from_a_file(tmp_path):
-    network, _ = load_clip("ViT-demo", "random:5")
-    save_file(network.state_dict(), tmp_path / "clip.safetensors")
-    again, _ = load_clip("ViT-demo", str(tmp_path / "clip.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
-
-
-def test_clip_weights_of_another_model_are_refused(tmp_path):
-    save_file({"weight": torch.zeros(2)}, tmp_path / "clip.safetensors")
-    with pytest.raises(UserError, match=r"CLIP ViT-demo with weights .* cannot be loaded"):
-        load_clip("ViT-demo", str(tmp_path / "clip.safetensors"))

@@ -1,38 +1,48 @@
 import io
-from pathlib import Path
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-import imagehash
+import duckdb
 import numpy as np
-import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
 from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 from PIL import Image
 
-from filters.heads import load_aesthetic, load_clip, load_safety, load_watermark
-from filters.inputs import clip_pixels, perceptual_hash, pixel_sha256, watermark_pixels
+from filters.clip import load_clip
+from filters.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
+from filters.inputs import (
+    WATERMARK_MEAN,
+    WATERMARK_STD,
+    Preprocess,
+    clip_view,
+    gray_of,
+    normalised,
+    pixels_of,
+    watermark_view,
+)
+from filters.quality import measure
 from filters.recipe import Recipe, ScoreConfig
-from filters.scores import SCORE, Looked, Models, score_batch
+from filters.scores import SCORE
 from sdtrain.data.manifest import require_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
+from sdtrain.data.tars import read_samples, write_samples
+from sdtrain.errors import UserError
 
-CLIP_ORACLE = Path(__file__).parents[2].parent / "shared" / "data" / "clip_preprocess"
 RANDOM = ScoreConfig(
     clip_model="ViT-demo",
     clip_weights="random:0",
     aesthetic_weights="random:1",
+    aesthetic_v1_weights="random:4",
     watermark_weights="random:2",
     safety_weights="random:3",
     batch_size=4,
 )
 NO_MODELS = ScoreConfig(clip_weights=None, aesthetic_weights=None, watermark_weights=None, safety_weights=None)
+SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 DAMAGED = encoded(scene_picture(99))[:700]
-
-
-# Of pixels drawn by Pillow: changes only if the hash or the drawing does.
-HASH_OF_SCENE_3 = -1831951039154706893
 
 
 def recipe_of(score: ScoreConfig) -> Recipe:
@@ -48,53 +58,6 @@ def score(dataset, config: ScoreConfig) -> list[dict]:
     recipe = recipe_of(config)
     run_batch(SCORE, dataset, recipe, pending(SCORE, dataset, recipe))
     return [row for shard in SCORE.shards(dataset, recipe) for row in pq.read_table(dataset.scores(shard)).to_pylist()]
-
-
-@pytest.mark.skipif(not CLIP_ORACLE.exists(), reason="the stored tensors are not beside this checkout")
-@pytest.mark.parametrize("name", ["123_456", "208_495", "321_421", "389_535"])
-def test_clips_input_is_bit_for_bit_that_of_clip_retrieval(name):
-    picture = decode_rgb((CLIP_ORACLE / f"{name}.jpg").read_bytes())
-    stored = np.load(CLIP_ORACLE / f"{name}.clip_preprocess_224_f32.npy").reshape(3, 224, 224)
-    assert np.array_equal(clip_pixels(picture, 224), stored)
-
-
-@pytest.mark.parametrize("size", [(96, 80), (80, 96), (333, 100), (64, 64), (65, 64)])
-def test_clips_input_equals_open_clips_own_preprocessing(size):
-    picture = scene_picture(1, *size)
-    reference = open_clip.image_transform(64, is_train=False)(picture)
-    np.testing.assert_allclose(clip_pixels(picture, 64), reference.numpy(), atol=1e-6)
-
-
-def test_the_watermark_input_squashes_the_whole_picture():
-    halves = Image.new("RGB", (200, 100), "black")
-    halves.paste("white", (100, 0, 200, 100))
-    pixels = watermark_pixels(halves)
-    assert pixels.shape == (3, 256, 256)
-    np.testing.assert_allclose(
-        pixels[:, 5, 5], (0 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], atol=1e-6
-    )
-    np.testing.assert_allclose(pixels[0, 250, 250], (1 - 0.485) / 0.229, atol=1e-6)
-
-
-def test_the_perceptual_hash_is_a_known_number_and_close_for_copies():
-    picture = scene_picture(3, 600, 520)
-    assert perceptual_hash(picture) == HASH_OF_SCENE_3
-    copy = decode_rgb(encoded(picture.resize((540, 468)), quality=75))
-    assert (perceptual_hash(copy) ^ perceptual_hash(picture)).bit_count() <= 4
-
-
-def test_the_perceptual_hash_is_that_of_imagehash():
-    for seed in range(20):
-        picture = scene_picture(seed)
-        assert f"{perceptual_hash(picture) % 2**64:016x}" == str(imagehash.phash(picture))
-
-
-def test_the_pixel_digest_tells_pictures_and_their_sizes_apart_and_not_how_they_are_encoded():
-    picture = scene_picture(4)
-    as_png, as_webp = (decode_rgb(encoded(picture, form, lossless=True)) for form in ("png", "webp"))
-    assert pixel_sha256(as_png) == pixel_sha256(as_webp) == pixel_sha256(picture)
-    turned = Image.frombytes("RGB", (picture.height, picture.width), picture.tobytes())
-    assert pixel_sha256(turned) != pixel_sha256(picture)
 
 
 def test_every_downloaded_picture_gets_a_row_and_a_damaged_one_its_reason(tmp_path):
@@ -120,13 +83,30 @@ def test_scores_are_what_the_networks_say_of_the_picture_and_its_caption(tmp_pat
     picture = decode_rgb(encoded(scene_picture(5)))
     clip, tokenizer = load_clip("ViT-demo", "random:0")
     with torch.inference_mode():
-        image = clip.encode_image(torch.from_numpy(clip_pixels(picture, 64))[None])
+        preprocess = Preprocess(64)
+        pixels = pixels_of(clip_view(picture, preprocess))[None]
+        image = clip.encode_image(normalised(pixels, preprocess.mean, preprocess.std))
         text = clip.encode_text(tokenizer(["a blue ring"]))
         assert row["similarity"] == pytest.approx(torch.cosine_similarity(image, text).item(), abs=1e-5)
         assert row["aesthetic"] == pytest.approx(load_aesthetic("random:1")(image).item(), abs=1e-4)
+        assert row["aesthetic_v1"] == pytest.approx(load_aesthetic_v1("random:4")(image).item(), abs=1e-4)
         assert row["punsafe"] == pytest.approx(load_safety("random:3")(image).item(), abs=1e-5)
-        pixels = torch.from_numpy(watermark_pixels(picture))[None]
+        pixels = normalised(pixels_of(watermark_view(picture))[None], WATERMARK_MEAN, WATERMARK_STD)
         assert row["pwatermark"] == pytest.approx(load_watermark("random:2")(pixels).item(), abs=1e-5)
+
+
+def test_the_measures_of_quality_are_those_of_the_decoded_picture(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_picture(5)))])
+    (row,) = score(dataset, NO_MODELS)
+    wanted = measure(gray_of(watermark_view(decode_rgb(encoded(scene_picture(5))))))
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
+
+
+def assert_same(one: list[dict], other: list[dict]):
+    """All columns equal, the networks' scores within 1e-5: sums are not always added in the same order."""
+    for name in one[0]:
+        found, wanted = [row[name] for row in one], [row[name] for row in other]
+        assert found == (pytest.approx(wanted, abs=1e-5) if name in SCORES else wanted), name
 
 
 def test_scores_do_not_depend_on_the_size_of_the_batch(tmp_path):
@@ -134,22 +114,100 @@ def test_scores_do_not_depend_on_the_size_of_the_batch(tmp_path):
         score(write_downloads(tmp_path / str(size), make_rows()), RANDOM.model_copy(update={"batch_size": size}))
         for size in (1, 7)
     )
-    for name in ("aesthetic", "pwatermark", "punsafe", "similarity"):
-        assert [row[name] for row in one] == pytest.approx([row[name] for row in seven], abs=1e-5)
-    assert [row["pixel_sha256"] for row in one] == [row["pixel_sha256"] for row in seven]
+    assert_same(one, seven)
 
 
-def test_a_score_that_is_no_number_is_null_so_that_no_rule_takes_it_for_high():
-    looked = [Looked({"reason": None}, "a caption", watermark=watermark_pixels(scene_picture(i))) for i in range(3)]
-    given = torch.tensor([float("nan"), 0.5, float("inf")])
-    models = Models(torch.device("cpu"), None, None, None, None, watermark=lambda pixels: given)
-    assert [row["pwatermark"] for row in score_batch(looked, models)] == [None, 0.5, None]
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+def test_scores_do_not_depend_on_how_many_workers_share_the_shards(tmp_path, kind):
+    alone, shared = (write_downloads(tmp_path / name, make_rows()) for name in ("alone", "shared"))
+    recipe = recipe_of(RANDOM)
+    spawn = multiprocessing.get_context("spawn")
+    with ThreadPoolExecutor(2) if kind == "threads" else ProcessPoolExecutor(2, spawn) as pool:
+        list(pool.map(run_batch, [SCORE] * 2, [shared] * 2, [recipe] * 2, [[0], [1]]))
+    assert pending(SCORE, shared, recipe) == []
+    assert_same(score(shared, RANDOM), score(alone, RANDOM))
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [("bf16", 0.02), ("fp16", 0.005)])
+def test_lower_precision_gives_nearly_the_same_scores_and_is_noted(tmp_path, dtype, apart):
+    dataset = write_downloads(tmp_path, make_rows()[:4])
+    wanted = score(dataset, RANDOM)
+    lower = score(dataset, RANDOM.model_copy(update={"dtype": dtype}))
+    assert pq.read_schema(dataset.scores(0)).metadata[b"sdtrain.dtype"] == dtype.encode()
+    for name in ("pwatermark", "punsafe", "similarity"):
+        assert [row[name] for row in lower] == pytest.approx([row[name] for row in wanted], abs=apart)
+    assert [row["similarity"] for row in lower] != [row["similarity"] for row in wanted]
+
+
+def test_embeddings_are_kept_where_they_are_wanted_in_half_precision(tmp_path):
+    dataset = write_downloads(tmp_path, make_rows())
+    assert "embedding" not in score(dataset, RANDOM)[0]
+    rows = score(dataset, RANDOM.model_copy(update={"store_embeddings": True}))
+    field = pq.read_schema(dataset.scores(0)).field("embedding")
+    assert str(field.type) == "fixed_size_list<element: halffloat>[768]"
+    assert [row["embedding"] is None for row in rows] == [row["reason"] is not None for row in rows]
+    embeddings = np.array([row["embedding"] for row in rows if row["embedding"] is not None], np.float32)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-3)
+    head = load_aesthetic("random:1")(torch.from_numpy(embeddings))
+    assert head.tolist() == pytest.approx([row["aesthetic"] for row in rows if row["embedding"] is not None], abs=0.02)
+    norm = f"SELECT max(abs(list_sum(list_transform(embedding, x -> x * x)) - 1)) FROM '{dataset.scores(0)}'"
+    assert duckdb.sql(norm).fetchone()[0] < 1e-2, "and DuckDB reads them"
+
+
+def rewrite(dataset, change):
+    """The first shard's tar with other samples; `change` gets a list of (key, members)."""
+    samples = [(key, dict(members)) for key, members in read_samples(dataset.images_tar(0))]
+    change(samples)
+    write_samples(dataset.images_tar(0), samples)
+
+
+def test_a_sample_without_a_picture_or_with_other_bytes_is_undecodable(tmp_path):
+    dataset = write_downloads(tmp_path, make_rows())
+
+    def change(samples):
+        del samples[1][1]["jpg"]
+        samples[2][1]["jpg"] = b"<html>no picture</html>"
+        samples[3][1]["jpg"] = b""
+
+    rewrite(dataset, change)
+    rows = score(dataset, RANDOM)
+    assert [row["reason"] for row in rows[:5]] == [None, "undecodable", "undecodable", "undecodable", None]
+    assert require_entry(dataset, "score", 0).dropped == {"undecodable": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda samples: samples.pop(4), r"00000.tar lacks 1 samples that .*, 000000004 for one"),
+        (lambda samples: samples.append(("000000077", {"jpg": b""})), r"00000.tar holds a sample 000000077"),
+    ],
+)
+def test_a_tar_with_other_samples_than_its_table_lists_is_named(tmp_path, change, said):
+    dataset = write_downloads(tmp_path, make_rows())
+    rewrite(dataset, change)
+    with pytest.raises(UserError, match=said):
+        score(dataset, NO_MODELS)
+
+
+def test_a_tar_that_was_cut_short_is_named_and_the_shards_before_it_are_kept(tmp_path):
+    dataset = write_downloads(tmp_path, make_rows())
+    content = dataset.images_tar(1).read_bytes()
+    dataset.images_tar(1).write_bytes(content[: len(content) // 3])
+    with pytest.raises(UserError, match=r"images/00001.tar is damaged or cut short .* Delete it"):
+        score(dataset, NO_MODELS)
+    assert pending(SCORE, dataset, recipe_of(NO_MODELS)) == [1]
+
+
+def test_a_shard_without_pictures_gives_an_empty_table(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(None, reason="timeout")])
+    assert score(dataset, RANDOM) == []
+    assert require_entry(dataset, "score", 0).num_in == 0
 
 
 def test_skipped_models_leave_null_and_hashes_are_there_all_the_same(tmp_path):
     dataset = write_downloads(tmp_path, make_rows())
     rows = score(dataset, NO_MODELS)
-    assert all(row[name] is None for row in rows for name in ("aesthetic", "pwatermark", "punsafe", "similarity"))
+    assert all(row[name] is None for row in rows for name in SCORES)
     assert all(row["pixel_sha256"] and row["phash"] is not None for row in rows if row["reason"] is None)
 
 
@@ -181,6 +239,8 @@ def test_the_table_says_which_weights_gave_its_scores(tmp_path):
     described = pq.read_schema(dataset.scores(0)).metadata
     assert described[b"sdtrain.clip_model"] == b"ViT-demo"
     assert described[b"sdtrain.watermark_digest"] == b"random:2"
+    assert described[b"sdtrain.dtype"] == b"float32"
+    assert (described[b"sdtrain.decode"], described[b"sdtrain.device"]) == (b"cpu", b"cpu")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "I;16", "CMYK", "1"])

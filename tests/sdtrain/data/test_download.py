@@ -20,6 +20,8 @@ from PIL import Image
 from sdtrain.data.download import DOWNLOAD
 from sdtrain.data.files import sweep
 from sdtrain.data.image_rows import SCHEMA
+from sdtrain.data.image_shards import TABLE
+from sdtrain.data.shard_work import exif_of
 from sdtrain.data.stage import pending
 from sdtrain.data.tars import read_samples
 from sdtrain.errors import UserError
@@ -83,7 +85,7 @@ def test_selected_rows_keep_key_uid_and_order(fates):
 
 def test_tables_have_one_row_group_and_img2datasets_columns_and_ours(fates):
     file = pq.ParquetFile(fates[0][0].dataset.images_table(0))
-    assert file.schema_arrow.remove_metadata() == SCHEMA
+    assert file.schema_arrow.remove_metadata() == TABLE
     assert file.num_row_groups == 1
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
 
@@ -96,7 +98,7 @@ def test_tars_hold_picture_caption_and_row_of_every_success_in_the_order_of_keys
     for key, parts in samples:
         assert set(parts) == {"jpg", "txt", "json"}
         assert parts["txt"].decode() == rows[key]["caption"]
-        assert json.loads(parts["json"]) == rows[key]
+        assert json.loads(parts["json"]) == {name: rows[key][name] for name in SCHEMA.names}
         assert parts["json"] == json.dumps(json.loads(parts["json"]), indent=4).encode()
         assert Image.open(io.BytesIO(parts["jpg"])).size == (rows[key]["width"], rows[key]["height"])
         name = rows[key]["url"].rsplit("/", 1)[1]
@@ -141,6 +143,15 @@ def test_digests_of_the_metadata_are_checked_and_what_is_no_digest_is_passed_ove
     assert {row["status"] for row in build.rows() if row["reason"]} == {"failed_to_download"}
     build = prepare(tmp_path / "off", [site.url("jpeg")], rows=[{"md5": "0" * 32}], verify_hashes=False)
     assert build.run()[0].num_out == 1
+
+
+def test_exif_as_long_as_a_file_is_not_kept():
+    text = Image.Exif()
+    text[270] = "x" * 50_000
+    assert len(exif_of(encoded(photo(1), "tiff", exif=text))) > 50_000
+    text[270] = "x" * 1_000_000
+    assert exif_of(encoded(photo(1), "tiff", exif=text)) is None
+    assert exif_of(encoded(photo(1))) == "{}"
 
 
 def test_nothing_is_left_but_the_outputs(fates):

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from download_fixtures import Build, encoded, photo, prepare, serve_site
 
+from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.download import DOWNLOAD
 from sdtrain.data.retry import retry_failed
 from sdtrain.data.stage import clear_leftovers, pending
@@ -28,7 +30,8 @@ if sys.argv[3] == "retry":
 else:
     build.run()
 """
-KILLS = 20
+DATASETS, KILLS_EACH = 4, 5
+MIN_KILLS = 10
 
 
 def start(build: Build, what: str) -> subprocess.Popen:
@@ -43,15 +46,16 @@ def digests(build: Build) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def killed_until_done(build: Build, what: str, seconds: float, chance: random.Random) -> int:
-    """Runs again and again, each time killed at a random moment; returns how often it was killed while it ran."""
+def kill_again_and_again(build: Build, what: str, seconds: float, chance: random.Random) -> int:
+    """Starts the work some times, each time killed at a random moment; returns how often it was still running."""
     kills = 0
-    for _ in range(KILLS):
+    for _ in range(KILLS_EACH):
         process = start(build, what)
-        time.sleep(chance.uniform(0.3, 1) * seconds)
-        kills += process.poll() is None
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        time.sleep(chance.uniform(0.2, 0.8) * seconds)
+        if process.poll() is None:
+            kills += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return kills
 
 
@@ -65,46 +69,51 @@ def timed(build: Build, what: str) -> float:
 def site():
     with serve_site() as site:
         site.bodies = {f"photo/{n}.jpg": encoded(photo(n, 400, 300)) for n in range(240)}
+        site.pause_s = 0.1  # so that there is time for kills
         yield site
 
 
+def finish(build: Build) -> None:
+    """The next run, undisturbed."""
+    clear_leftovers(DOWNLOAD, build.dataset)
+    shards = pending(DOWNLOAD, build.dataset, build.recipe)
+    if shards:
+        build.run(shards)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_download_killed_20_times_gives_the_bytes_of_an_undisturbed_one(site, tmp_path):
-    urls = [site.url(path) for path in site.bodies] + [site.url("missing/1")]
+def test_a_download_killed_at_20_moments_gives_the_bytes_of_an_undisturbed_one(site, tmp_path):
+    urls, chance, kills = [*map(site.url, site.bodies), site.url("missing/1")], random.Random(3), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     seconds = timed(undisturbed, "build")
-    build = prepare(tmp_path / "killed", urls, per_shard=8)
-    kills = killed_until_done(build, "build", seconds, random.Random(3))
-    while pending(DOWNLOAD, build.dataset, build.recipe):
-        clear_leftovers(DOWNLOAD, build.dataset)
-        build.run()
-    assert digests(build) == digests(undisturbed)
-    assert kills >= 5
+    for number in range(DATASETS):
+        build = prepare(tmp_path / f"killed-{number}", urls, per_shard=8)
+        kills += kill_again_and_again(build, "build", seconds, chance)
+        finish(build)
+        assert digests(build) == digests(undisturbed)
+    assert kills >= MIN_KILLS
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_retry_killed_20_times_loses_nothing(site, tmp_path):
-    urls = [site.url(path) for path in site.bodies]
+def test_a_retry_killed_at_20_moments_loses_nothing(site, tmp_path):
+    urls, chance, kills = [*map(site.url, site.bodies)], random.Random(5), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     undisturbed.run()
-    site.status = {path: 404 for number, path in enumerate(site.bodies) if number % 3 == 0}
-    builds = [prepare(tmp_path / name, urls, per_shard=8) for name in ("timed", "killed")]
-    for build in builds:
-        build.run()
-    had = {row["key"] for row in builds[1].rows() if row["reason"] is None}
+    failing = {path: 404 for number, path in enumerate(site.bodies) if number % 3 == 0}
+    site.status = failing
+    build = prepare(tmp_path / "failed", urls, per_shard=8)
+    build.run()
     site.status = {}
-    seconds = timed(builds[0], "retry")
-    assert digests(builds[0]) == digests(undisturbed)
-
+    copies = [shutil.copytree(build.dataset.root, tmp_path / f"killed-{number}") for number in range(DATASETS)]
+    seconds = timed(build, "retry")
     site.asked.clear()
-    kills = killed_until_done(builds[1], "retry", seconds, random.Random(5))
-    clear_leftovers(DOWNLOAD, builds[1].dataset)
-    builds[1].run(pending(DOWNLOAD, builds[1].dataset, builds[1].recipe) or [0])
-    retry_failed(builds[1].dataset, builds[1].recipe, reasons=["http_404"])
-    assert digests(builds[1]) == digests(undisturbed)
-    # What was had before was never fetched again.
-    keys = {row["url"].split("/", 3)[3]: row["key"] for row in builds[1].rows()}
-    assert not {keys[path] for path in site.asked} & had
-    assert kills >= 5
+    for root in copies:
+        copy = Build(DatasetDir(root), build.recipe)
+        kills += kill_again_and_again(copy, "retry", seconds, chance)
+        finish(copy)
+        retry_failed(copy.dataset, copy.recipe, reasons=["http_404"])
+        assert digests(copy) == digests(undisturbed)
+    assert set(site.asked) == set(failing)  # what was had is never fetched again
+    assert kills >= MIN_KILLS

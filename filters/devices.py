@@ -1,0 +1,58 @@
+"""Which GPU a process works on: as many processes on each as on any other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_claims: list[IO[str]] = []  # open for as long as the process lives: the lock ends with the file
+
+
+@lru_cache(maxsize=1)
+def claim_device() -> torch.device:
+    """This process's GPU, the same at each call; the CPU where there is none.
+
+    Processes that an engine starts side by side need not be told which is whose: each takes the first GPU that the
+    fewest others on this machine hold, and gives it back by ending, however it ends.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+    device = torch.device("cuda", claim(gpus, Path(tempfile.gettempdir()) / f"sdtrain-gpus-{os.getuid()}"))
+    torch.cuda.set_device(device)
+    return device
+
+
+def claim(gpus: Sequence[str], folder: Path) -> int:
+    """Takes the first of the GPUs that the fewest processes hold, until this process ends.
+
+    Args:
+        gpus: names that are the same in every process of this machine.
+        folder: for the locks.
+
+    Returns:
+        Its position among `gpus`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for turn in count():
+        for position, gpu in enumerate(gpus):
+            file = (folder / f"{gpu}.{turn}.lock").open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                continue
+            _claims.append(file)
+            return position
+    raise AssertionError("unreachable: turns have no end")

@@ -1,0 +1,21 @@
+"""Pictures that are the same: equal pixels, or equal bytes as they were fetched."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from filters.duplicates.columns import Columns, in_order, starts_of_runs
+from filters.duplicates.components import Components
+
+
+def link_exact(columns: Columns, components: Components) -> None:
+    """Links each picture to the first of the same digest, of the decoded pixels or of the file; no picture is decoded.
+
+    Files are the same more seldom than pixels, but adopted shards may hold one file re-encoded twice, differently.
+    """
+    for kind in ("pixels", "bytes"):
+        for nodes, ones, others in in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1")):
+            starts = starts_of_runs(ones, others)
+            first = nodes[starts][np.cumsum(starts) - 1]
+            linked = (first != nodes) & ((ones | others) != 0)  # zero: the digest is not known
+            components.link(first[linked], nodes[linked])

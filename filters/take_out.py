@@ -1,0 +1,145 @@
+"""Carries a removal out: what is to be done is written down first, and done by any number of runs."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import duckdb
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from filters.recipe import Recipe
+from filters.record import read_recipe
+from filters.removal import Removal
+from filters.road import road
+from filters.stage_rewrite import StageRewrite
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish, sha256_of
+from sdtrain.data.manifest import ShardReport, entries, write_entry
+from sdtrain.data.pack_plan import forget_plan
+from sdtrain.data.removed import REMOVED, read_ledger, write_ledger
+from sdtrain.data.stage import clear_leftovers, is_finished
+from sdtrain.errors import UserError
+
+
+class Journal(BaseModel):
+    """A removal that is under way.
+
+    Attributes:
+        number: how many there were before.
+        note: what it is, as a sentence.
+        num_samples: how many leave.
+        ledger_sha256: of the ledger that goes with it; with another one, nothing of it has begun.
+        touched: by stage, the shards whose files hold removed samples.
+        finished: by stage, the shards that were finished before, and are so afterwards.
+        notes: what could not be kept finished, as sentences.
+    """
+
+    number: int
+    note: str
+    num_samples: int
+    ledger_sha256: str
+    touched: dict[str, list[int]]
+    finished: dict[str, list[int]]
+    notes: list[str] = []
+
+
+def start_removal(dataset: DatasetDir, removal: Removal) -> None:
+    """Writes down what is to be done, and blocks what is removed; `finish_removal` does it.
+
+    Call that before too, if another removal may have been interrupted.
+    """
+    if dataset.removal.exists():
+        raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
+    ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
+    finished, notes = _finished_shards(dataset, read_recipe(dataset))
+    with publish(dataset.removal) as temporary:
+        # Under the journal's own temporary name first, because its digest is to stand in the journal.
+        write_ledger(temporary, ledger)
+        digest = sha256_of(temporary)
+        journal = Journal(
+            number=len(entries(dataset, "remove")),
+            note=removal.sentences()[0],
+            num_samples=removal.num_samples,
+            ledger_sha256=digest,
+            touched=removal.touched,
+            finished=finished,
+            notes=notes,
+        )
+        temporary.write_text(journal.model_dump_json(indent=1) + "\n")
+    write_ledger(dataset.removed, ledger)
+
+
+def finish_removal(dataset: DatasetDir) -> list[str]:
+    """Does what is written down, if anything is; returns what was done, as sentences.
+
+    Raises:
+        UserError: a file that is to be rewritten is damaged; removal.json cannot be read.
+    """
+    journal = _read_journal(dataset)
+    if journal is None:
+        return []
+    recipe = read_recipe(dataset)
+    with closing(duckdb.connect()) as connection:
+        rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
+        for stage in road():
+            rewrite.rewrite(stage)
+            rewrite.restamp(stage)
+    _record(dataset, journal)
+    _refresh(dataset, recipe)
+    dataset.removal.unlink()
+    return [f"Removed: {journal.note}.", *journal.notes]
+
+
+def _record(dataset: DatasetDir, journal: Journal) -> None:
+    count, notes = journal.num_samples, [journal.note, *journal.notes]
+    counts = {"num_in": count, "num_out": 0, "dropped": {REMOVED: count} if count else {}}
+    entry = {"stage": "remove", "shard": journal.number, "notes": notes}
+    write_entry(dataset, ShardReport.model_validate(entry | counts))
+
+
+def _read_journal(dataset: DatasetDir) -> Journal | None:
+    if not dataset.removal.exists():
+        return None
+    try:
+        journal = Journal.model_validate_json(dataset.removal.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{dataset.removal}, the plan of a removal that was interrupted, cannot be read. Delete it, and run the "
+            "removal again."
+        ) from error
+    if dataset.removed.exists() and sha256_of(dataset.removed) == journal.ledger_sha256:
+        return journal
+    dataset.removal.unlink()  # killed before anything was blocked or touched: it never began
+    return None
+
+
+def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, list[int]], list[str]]:
+    """By stage, what is finished; and why that cannot be told of some stages."""
+    found: dict[str, list[int]] = {}
+    notes = []
+    for stage in road():
+        recorded = {entry.shard for entry in entries(dataset, stage.name)}
+        try:
+            shards = stage.shards(dataset, recipe) if recorded else []
+            found[stage.name] = [s for s in shards if s in recorded and is_finished(stage, dataset, recipe, s)]
+        except UserError as error:
+            found[stage.name] = []
+            notes.append(f"The next build does stage '{stage.name}' again, since it could not be checked here: {error}")
+    return found, notes
+
+
+def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
+    """Writes anew what is made from all stages together, and sweeps what killed runs left."""
+    from filters.finish import report_on
+    from filters.views import write_views
+    from sdtrain.data.pack import write_index
+
+    forget_plan(dataset)
+    for stage in road():
+        clear_leftovers(stage, dataset)
+    if entries(dataset, "pack"):
+        write_index(dataset)
+    write_views(dataset, recipe)
+    if dataset.report.exists():
+        report_on(dataset, recipe)

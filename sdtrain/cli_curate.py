@@ -1,0 +1,90 @@
+"""`sdtrain decide` and `sdtrain remove`: changes of mind about a finished dataset."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdtrain.answers import print_table
+
+# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+
+DatasetArgument = Annotated[Path, typer.Argument(help="The directory of a dataset.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
+
+
+class DecideBy(StrEnum):
+    """Whose scores the rules look at."""
+
+    metadata = "metadata"
+    picture = "picture"
+
+
+class RemoveBy(StrEnum):
+    """What the entries of a list are."""
+
+    uid = "uid"
+    url = "url"
+    host = "host"
+    sha256 = "sha256"
+    phash = "phash"
+
+
+def decide(
+    dataset: DatasetArgument,
+    min_side: Annotated[int | None, typer.Option(help="Shorter side in pixels, at least.")] = None,
+    min_aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score (V2), more than.")] = None,
+    max_watermark: Annotated[float | None, typer.Option(help="Watermark probability, less than.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Any rule of `keep` as name=value; may be repeated.")] = None,
+    decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Decide anew which downloaded pictures stay, by other rules; no picture is touched."""
+    from filters.decide import compare, decide_again, parse_rules, with_keep_rules
+    from filters.record import read_recipe
+    from sdtrain.data.dataset import DatasetDir
+
+    directory = DatasetDir(dataset.absolute())
+    limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
+    recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
+    print_table(compare(directory, recipe))
+    if dry_run:
+        print("Nothing was written.")
+        return
+    changes = decide_again(directory, recipe)
+    print("; ".join(changes) or "The recipe stays as it was.")
+    print(f"To pack by this: sdtrain build {directory.recipe} --output {directory.root}")
+
+
+def remove(
+    dataset: DatasetArgument,
+    entries: Annotated[
+        Path, typer.Option("--list", help="One entry a line (.txt), or Parquet with a column named like --by.")
+    ],
+    by: Annotated[RemoveBy, typer.Option(help="What an entry is; a host means its subdomains too.")] = RemoveBy.uid,
+    radius: Annotated[
+        int | None,
+        typer.Option(
+            help="What looks alike too: perceptual hashes that differ in at most this many bits.", min=0, max=16
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Take samples out for good: from pictures, scores, dataset and latents; they do not come back."""
+    from filters.removal import find_removal
+    from filters.take_out import finish_removal, start_removal
+    from sdtrain.data.dataset import DatasetDir
+
+    directory = DatasetDir(dataset.absolute())
+    if not dry_run and finish_removal(directory):
+        print("A removal that had been interrupted is finished now.")
+    removal = find_removal(directory, entries, by.value, radius)
+    print(*removal.sentences(), sep="\n")
+    if dry_run:
+        print("Nothing was written.")
+    elif removal.has_effect:
+        start_removal(directory, removal)
+        print(*finish_removal(directory), sep="\n")

@@ -1,0 +1,67 @@
+"""LAION's scores beside ours: how far they agree, and on which side of the recipe's limit each puts a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from sdtrain.report.plots import plot_pairs
+
+# More points would hide one another.
+MAX_POINTS = 5_000
+_SCORES = (
+    ("aesthetic", "min_aesthetic", "aesthetic score (V2)"),
+    ("pwatermark", "max_watermark", "P(watermark)"),
+    ("punsafe", "max_unsafe", "P(unsafe)"),
+    ("similarity", "min_similarity", "similarity to the caption"),
+)
+
+
+def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[dict[str, str]]:
+    """A diagram and a sentence for each score that both have; views of before they were there have none.
+
+    Args:
+        connection: to a dataset's views.
+        limits: the recipe's, by the rule's name.
+        pictures: the folder for the diagrams.
+    """
+    if not connection.execute("SELECT 1 FROM duckdb_views() WHERE view_name = 'score_pairs'").fetchone():
+        return []
+    drawn = []
+    for column, rule, label in _SCORES:
+        both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_picture IS NOT NULL"
+        limit = limits.get(rule)
+        figures = _figures(connection, column, both, limit)
+        if not figures["num"]:
+            continue
+        pairs = connection.execute(
+            f"SELECT {column}_metadata, {column}_picture FROM (SELECT * {both}) "  # noqa: S608 - names are from here
+            f"USING SAMPLE reservoir({MAX_POINTS} ROWS) REPEATABLE (1)"
+        ).fetchall()
+        plot_pairs(pairs, limit, label, pictures / f"{column}_pairs.png")
+        drawn.append({"picture": f"pictures/{column}_pairs.png", "text": _sentence(label, figures, limit)})
+    return drawn
+
+
+def _figures(connection: duckdb.DuckDBPyConnection, column: str, both: str, limit: float | None) -> dict[str, Any]:
+    metadata, picture = f"{column}_metadata", f"{column}_picture"
+    names = ("num", "correlation", "difference", "same_side")
+    row = connection.execute(
+        f"SELECT count(*), corr({metadata}, {picture}), avg({picture} - {metadata}), "
+        f"avg((({metadata} > $limit) = ({picture} > $limit))::INTEGER) {both}",
+        {"limit": limit},
+    ).fetchone()
+    return dict(zip(names, row or (0, None, None, None), strict=True))
+
+
+def _sentence(label: str, figures: dict[str, Any], limit: float | None) -> str:
+    said = f"{label}: {figures['num']:,} pictures, ours {figures['difference']:+.3g} on average"
+    correlation = figures["correlation"]
+    if correlation is not None and math.isfinite(correlation):  # one value only has none
+        said += f", correlation {correlation:.3f}"
+    if limit is not None:
+        said += f", {100 * figures['same_side']:.1f} % on the same side of {limit:g}"
+    return said + "."

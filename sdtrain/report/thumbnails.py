@@ -1,0 +1,47 @@
+"""Small copies of downloaded pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.pictures import decode_rgb
+
+THUMBNAIL_PX = 160
+
+
+class Thumbnails:
+    """Makes the thumbnails of a report; a picture that is shown twice is made once.
+
+    Args:
+        dataset: where the pictures are.
+        folder: where the thumbnails go.
+    """
+
+    def __init__(self, dataset: DatasetDir, folder: Path) -> None:
+        self._dataset, self._folder = dataset, folder
+
+    def make(self, key: str, shard: int, offset: int | None, num_bytes: int | None) -> Path | None:
+        """The thumbnail of one downloaded picture; None if it was never fetched or is damaged."""
+        path = self._folder / f"{key}.jpg"
+        if path.exists():
+            return path
+        tar = self._dataset.images_tar(shard)
+        if offset is None or num_bytes is None or not tar.exists():
+            return None
+        with tar.open("rb") as file:
+            file.seek(offset)
+            content = file.read(num_bytes)
+        try:
+            return save_thumbnail(decode_rgb(content), path)
+        except OSError:
+            return None
+
+
+def save_thumbnail(picture: Image.Image, path: Path) -> Path:
+    """Writes a picture, made small, as JPEG."""
+    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    picture.save(path, quality=85)
+    return path

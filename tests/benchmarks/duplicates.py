@@ -1,0 +1,222 @@
+"""Search for copies: how many planted ones are found, and how its time grows from 1 to 10 million pictures.
+
+    python -m tests.benchmarks.duplicates [--quick]
+
+Speed: a fifth of the pictures are copies of random others: hashes with 0 to 4 bits flipped, colours a little off, and
+a quarter of these with equal pixels. Time is that of reading Parquet, all levels up to perceptual, and writing the
+groups; each size is a process of its own, so that its peak memory is its own. The hashes are uniform; those of real
+pictures share bits more often, which costs longer keys. Quality: copies of pictures, one table row a change;
+`recall` is over all six changes, `recall_promised` over resized and recompressed ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from filters.duplicates.columns import COLOR_BYTES, Pictures
+from filters.duplicates.groups import group_pictures
+from filters.inputs import perceptual_hash, pixel_sha256, thumbnail
+from filters.recipe import DuplicatesConfig
+from tests.benchmarks.planted import CHANGES, base_pictures
+
+SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)
+ROWS_PER_FILE = 1_000_000
+ONE_IN = 5  # is a copy
+CONFIG = DuplicatesConfig(level="perceptual")
+
+
+def make_pictures(folder: Path, num: int) -> None:
+    """What SCORE would know of `num` pictures, in Parquet."""
+    for start in range(0, num, ROWS_PER_FILE):
+        pq.write_table(
+            _pictures(np.arange(start, min(start + ROWS_PER_FILE, num), dtype=np.uint64), num), _part(folder, start)
+        )
+
+
+def _pictures(numbers: np.ndarray, num: int) -> pa.Table:
+    copies = numbers % ONE_IN == ONE_IN - 1
+    # Of a picture anywhere that is none itself.
+    original = np.where(copies, _random(numbers, 9) % np.uint64(num // ONE_IN) * np.uint64(ONE_IN), numbers)
+    exact = copies & (_random(numbers, 10) % 4 == 0)
+    hashes = _random(original, 0)
+    for flip in range(CONFIG.radius):
+        bit = np.uint64(1) << (_random(numbers, 20 + flip) % np.uint64(64))
+        hashes = np.where(copies & ~exact & (_random(numbers, 30 + flip) % 2 == 0), hashes ^ bit, hashes)
+    colors = np.stack([_random(original, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
+    colors += np.where(copies & ~exact, numbers % 7, 0).astype(np.uint8)[:, None]
+    same = np.where(exact, original, numbers)
+    return pa.table({
+        "uid": _hex(numbers, 2, 50),
+        "pixel_sha256": _hex(same, 4, 60),
+        "sha256": _hex(numbers, 4, 70),
+        "phash": pa.array(hashes.view(np.int64)),
+        "thumbnail": pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(COLOR_BYTES), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(colors))]
+        ).cast(pa.binary()),
+    })  # fmt: skip
+
+
+def _random(numbers: np.ndarray, stream: int) -> np.ndarray:
+    """One of many random functions of a number."""
+    mixed = (numbers + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift in (31, 29, 32):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(0xD6E8FEB86659FD93)
+    return mixed ^ (mixed >> np.uint64(32))
+
+
+def _hex(numbers: np.ndarray, num_words: int, stream: int) -> pa.Array:
+    words = np.stack([_random(numbers, stream + i) for i in range(num_words)], axis=1)
+    nibbles = words.view(np.uint8).reshape(len(numbers), -1)
+    digits = np.frombuffer(b"0123456789abcdef", np.uint8)
+    text = np.stack([digits[nibbles >> 4], digits[nibbles & 15]], axis=2).reshape(len(numbers), -1)
+    width = text.shape[1]
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(text))]
+    return (
+        pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(numbers), buffers)
+        .cast(pa.binary())
+        .cast(pa.string())
+    )
+
+
+def _part(folder: Path, start: int) -> Path:
+    return folder / f"{start:010d}.parquet"
+
+
+def be_search(folder: Path, num: int) -> None:
+    """One search in this process; its figures go to standard output."""
+
+    def read(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for path in sorted(folder.glob("*.parquet")):
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(10_000, columns=list(columns)):
+                    yield pa.Table.from_batches([batch])
+
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, own_memory() as own:
+        started, began = time.monotonic(), time.process_time()
+        found = group_pictures(Pictures(read, num), CONFIG, Path(scratch), folder / "groups")
+        seconds, cpu_s = time.monotonic() - started, time.process_time() - began
+        disk_bytes = sum(path.stat().st_size for path in Path(scratch).iterdir())
+    copies = num // ONE_IN
+    # Each copy adds one to the group of its original, and no two originals are alike.
+    assert found.removed["perceptual"] == sum(found.dropped.values()) == copies, (found, copies)
+    peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    figures = {"seconds": seconds, "cpu_s": cpu_s, "peak_rss_mb": peak_rss_mb, "own_mb": own[1] - own[0]}
+    print(json.dumps(figures | {"disk_bytes": disk_bytes}))
+
+
+@contextmanager
+def own_memory() -> Iterator[list[float]]:
+    """Megabytes that are the process's own at the start and at their peak, mapped files and libraries aside."""
+    process, ended = psutil.Process(), threading.Event()
+
+    def now() -> float:
+        memory = process.memory_info()
+        return (memory.rss - memory.shared) / 1e6
+
+    sizes = [now()] * 2
+
+    def watch() -> None:
+        while not ended.wait(0.05):
+            sizes[1] = max(sizes[1], now())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield sizes
+    finally:
+        ended.set()
+        thread.join()
+
+
+def measure(num: int, folder: Path) -> dict[str, float]:
+    """The figures of one search over `num` pictures, in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        make_pictures(Path(place), num)
+        command = [sys.executable, "-m", "tests.benchmarks.duplicates", "--search", place, "--num", str(num)]
+        ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result = json.loads(ended.stdout.splitlines()[-1])
+    print(
+        f"{num:12,} pictures {result['seconds']:8.1f} s ({result['cpu_s']:.1f} s of CPU); {result['own_mb']:.0f} MB of "
+        f"memory, {result['peak_rss_mb']:.0f} MB resident with libraries and mapped files; "
+        f"{result['disk_bytes'] / num:.0f} bytes a picture on disk",
+        flush=True,
+    )
+    return result
+
+
+def find_planted(num_scenes: int) -> tuple[dict[str, float], dict[str, float]]:
+    """By change, the share of copies that are found, and the share of grouped pictures that belong there."""
+    pictures = base_pictures(num_scenes)
+    recall, precision = dict[str, float](), dict[str, float]()
+    for change, make in CHANGES.items():
+        groups = _groups([*pictures, *map(make, pictures)])
+        num = len(pictures)
+        found = sum(i in groups and groups[i] == groups.get(num + i) for i in range(num))
+        right = sum(first == i % num for i, first in groups.items())
+        recall[change] = found / num
+        precision[change] = right / len(groups) if groups else 1.0
+        print(f"{change:24} recall {recall[change]:6.3f}   precision {precision[change]:6.3f}", flush=True)
+    return recall, precision
+
+
+def _groups(pictures: list) -> dict[int, int]:
+    table = pa.table({
+        "uid": [f"{i:032x}" for i in range(len(pictures))],
+        "pixel_sha256": [pixel_sha256(p) for p in pictures],
+        "sha256": pa.array([None] * len(pictures), pa.string()),
+        "phash": pa.array([perceptual_hash(p) for p in pictures], pa.int64()),
+        "thumbnail": [thumbnail(p) for p in pictures],
+    })  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "groups.parquet"
+        group_pictures(
+            Pictures(lambda columns: iter([table.select(list(columns))]), len(table)), CONFIG, Path(folder), target
+        )
+        rows = pq.read_table(target).to_pylist()
+    return {int(row["uid"], 16): int(row["group_id"], 16) for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
+    parser.add_argument("--folder", type=Path, help="where the pictures' table goes; by default the system's")
+    parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--num", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.search:
+        be_search(arguments.search, arguments.num)
+        return
+    recall, precision = find_planted(60 if arguments.quick else 400)
+    sizes = QUICK_SIZES if arguments.quick else SIZES
+    small, large = (measure(num, arguments.folder) for num in sizes)
+    promised = list(recall)[:2]
+    figures = {
+        "recall": round(float(np.mean(list(recall.values()))), 3),
+        "recall_promised": round(float(np.mean([recall[change] for change in promised])), 3),
+        "precision": round(float(np.mean(list(precision.values()))), 3),
+        "seconds_per_million": round(large["seconds"] / sizes[1] * 1e6, 2),
+        "growth_10x": round(large["seconds"] / small["seconds"], 1),
+        "cpu_growth_10x": round(large["cpu_s"] / small["cpu_s"], 1),  # the same on a machine that others use too
+        "own_mb": round(large["own_mb"]),
+        "peak_rss_mb": round(large["peak_rss_mb"]),
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A small dataset that is built from its metadata to its latents, from a web server of photos."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import io
+import tarfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from filters.recipe import Recipe
+from filters.record import record_recipe
+from filters.road import road
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.manifest import ShardReport
+from sdtrain.data.stage import pending, run_batch
+
+NUM_ROWS = 40
+SAME_BYTES = {20: 4, 21: 5}
+ALIKE = {22: 6}
+MISSING, SMALL = (3, 13), (7, 17)
+NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
+
+
+def make_photo(number: int, quality: int = 90) -> bytes:
+    """A JPEG of soft colours, another for each number."""
+    colors = np.random.default_rng(number).integers(0, 256, (6, 8, 3), np.uint8)
+    side = 60 if number in SMALL else 96
+    buffer = io.BytesIO()
+    Image.fromarray(colors).resize((side + 32, side), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=quality)
+    return buffer.getvalue()
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[int]:
+    """Serves a folder; gives the port."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        daemon_threads = True
+
+    server = Server(("0.0.0.0", 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def write_photos(folder: Path) -> None:
+    """The files of the web server."""
+    folder.mkdir(parents=True)
+    for number in set(range(NUM_ROWS)) - set(MISSING):
+        same = SAME_BYTES.get(number, number)
+        content = make_photo(ALIKE[number], 60) if number in ALIKE else make_photo(same)
+        (folder / f"{number}.jpg").write_bytes(content)
+
+
+def url_of(number: int, port: int) -> str:
+    """Every fourth is on another host."""
+    return f"http://127.0.0.{2 if number % 4 == 0 else 1}:{port}/{number}.jpg"
+
+
+def caption_of(number: int) -> str:
+    """Words that stand nowhere else."""
+    return f"caption-of-{number:03d} ünïque"
+
+
+def uid_of(number: int, port: int) -> str:
+    """As the selection makes it."""
+    return hashlib.md5(f"{url_of(number, port)}\n{caption_of(number)}".encode()).hexdigest()
+
+
+def write_metadata(path: Path, port: int, numbers: range | list[int]) -> Path:
+    """LAION's columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns: dict[str, list[Any]] = {
+        "URL": [url_of(n, port) for n in numbers],
+        "TEXT": [caption_of(n) for n in numbers],
+        "WIDTH": [128] * len(numbers),
+        "HEIGHT": [96] * len(numbers),
+    }
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def make_recipe(metadata: Path, **changed: Any) -> Recipe:
+    """Small shards, all stages, no networks but a VAE."""
+    download = {"allow_private_hosts": True, "retries": 0, "timeout_s": 2, "image_size": 64, "connections": 8}
+    content: dict[str, Any] = {
+        "name": "removal",
+        "select": {"metadata": str(metadata), "samples_per_shard": 8},
+        "download": download | {"requests_per_host_s": 1e6},
+        "score": NO_MODELS,
+        "duplicates": {"level": "perceptual"},
+        "keep": {"rules": {"min_side": 64}},
+        "pack": {"samples_per_shard": 6},
+        "encode": {"vae": "demo", "resolution": 32},
+    }
+    return Recipe.model_validate(content | changed)
+
+
+def build(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
+    """The stages of `sdtrain build`; returns the reports of what was not finished before."""
+    record_recipe(dataset, recipe)
+    reports = []
+    for stage in road():
+        shards = pending(stage, dataset, recipe)
+        reports += run_batch(stage, dataset, recipe, shards) if shards else []
+    return reports
+
+
+def files_with(root: Path, words: list[str]) -> list[str]:
+    """Names of files that hold any of some words, as they are or compressed."""
+    wanted = [word.encode() for word in words]
+    return [
+        path.relative_to(root).as_posix()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and any(word in content for content in _contents(path) for word in wanted)
+    ]
+
+
+def _contents(path: Path) -> Iterator[bytes]:
+    yield path.name.encode()
+    yield path.read_bytes()
+    if path.suffix == ".parquet":  # whose pages are compressed
+        yield repr(pq.read_table(path).to_pylist()).encode()
+        yield repr(pq.read_metadata(path).metadata).encode()
+
+
+def members_of(dataset: DatasetDir) -> dict[str, bytes]:
+    """All members of all tars, by stage and name."""
+    found = {}
+    for tar in sorted(dataset.root.rglob("*.tar")):
+        with tarfile.open(tar) as file:
+            for info in file:
+                body = file.extractfile(info)
+                found[f"{tar.parent.name}/{info.name}"] = body.read() if body else b""
+    return found
+
+
+def rows_of(dataset: DatasetDir) -> dict[str, dict[str, Any]]:
+    """All rows of all tables, by stage and key, without the columns that say where in a tar something lies."""
+    places = {"picture_offset", "offset"}
+    found = {}
+    for table in sorted(dataset.root.rglob("*.parquet")):
+        for row in (
+            pq.read_table(table).to_pylist() if table.name not in ("removed.parquet", "pack_plan.parquet") else []
+        ):
+            stage = table.parent.name if table.stem.isdigit() else table.stem
+            found[f"{stage}/{row['uid']}"] = {name: v for name, v in row.items() if name not in places}
+    return found
