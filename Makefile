@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 TESTS := -p xdist -n 2
 
-.PHONY: setup demo test test-slow test-all check bench lock clean
+.PHONY: setup demo test test-slow test-kills test-long test-all check bench lock clean
 
 setup: $(STAMP)
 
@@ -21,13 +21,21 @@ demo: setup
 	$(BIN)/python -m flows.demo --output demo-output
 
 test: setup
-	$(BIN)/python -m pytest $(TESTS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m "slow and not alone" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m "slow and not alone and not long" $(ARGS)
 	$(BIN)/python -m pytest -m alone $(ARGS)
 
-test-all: test test-slow
+# As CI runs them, but 20 times each.
+test-kills: setup
+	SDTRAIN_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m slow -k kill $(ARGS)
+
+# Clusters of several processes: minutes each, for whoever changes the engines.
+test-long: setup
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-all: test test-slow test-kills test-long
 
 check: setup
 	$(BIN)/ruff check .

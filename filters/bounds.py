@@ -70,7 +70,10 @@ def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator
     elif kind in _WHOLE:
         border = _nearest_whole(operator, value)
         limit = 2 ** (_WHOLE[kind] - 1)
-        yield f"{column} {operator[0]}= CAST(? AS {kind})", max(-limit, min(limit - 1, border))
+        inside = max(-limit, min(limit - 1, border))
+        # Beyond what the type can hold nothing passes: more than its largest number, or less than its smallest.
+        beyond = border > inside if operator[0] == ">" else border < inside
+        yield f"{column} {operator[0]}{'' if beyond else '='} CAST(? AS {kind})", inside
     elif kind in ("FLOAT", "DOUBLE"):
         yield f"{column} {operator[0]}= CAST(? AS {kind})", _nearest_float(operator, value, kind)
 

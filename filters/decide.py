@@ -60,6 +60,7 @@ def compare(dataset: DatasetDir, recipe: Recipe) -> list[dict[str, object]]:
     # Rows of the old funnel alone stand where their stage ends, which for all of them is `keep`.
     shown = [_beside(key, old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old]) if key[1]]
     kept: dict[str, object] = {"stage": "", "reason": "kept", "meaning": "samples to be packed"}
+    shown = [row for row in shown if row["before"] or row["now"]]
     return [*shown, kept | {"before": _kept(before), "now": _kept(after)}]
 
 

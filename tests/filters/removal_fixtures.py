@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -13,16 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from filters.funnel import funnel
 from filters.recipe import Recipe
-from filters.record import record_recipe
+from filters.record import read_recipe, record_recipe
+from filters.removal import Removal, find_removal
 from filters.road import road
+from filters.take_out import finish_removal, start_removal
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import ShardReport
+from sdtrain.data.manifest import ShardReport, entries, is_whole
 from sdtrain.data.stage import pending, run_batch
 
 NUM_ROWS = 40
@@ -142,6 +147,15 @@ def _contents(path: Path) -> Iterator[bytes]:
         yield repr(pq.read_metadata(path).metadata).encode()
 
 
+def copy_of(dataset: DatasetDir, folder: Path) -> DatasetDir:
+    """A copy of a dataset, with metadata of its own."""
+    root = shutil.copytree(dataset.root, folder / "data")
+    metadata = shutil.copytree(dataset.root.parent / "metadata", folder / "metadata")
+    text = (root / "recipe.yaml").read_text().replace(str(dataset.root.parent / "metadata"), str(metadata))
+    (root / "recipe.yaml").write_text(text.replace("/metadata/a.parquet", "/metadata"))
+    return DatasetDir(root)
+
+
 def members_of(dataset: DatasetDir) -> dict[str, bytes]:
     """All members of all tars, by stage and name."""
     found = {}
@@ -164,3 +178,53 @@ def rows_of(dataset: DatasetDir) -> dict[str, dict[str, Any]]:
             stage = table.parent.name if table.stem.isdigit() else table.stem
             found[f"{stage}/{row['uid']}"] = {name: v for name, v in row.items() if name not in places}
     return found
+
+
+def remove(dataset: DatasetDir, by: Any, listed: list[object], radius: int | None = None) -> Removal:
+    """Removes what a list of these entries means."""
+    path = dataset.root.parent / f"{by}.txt"
+    path.write_text("# a list\n" + "".join(f"{entry}\n" for entry in listed))
+    removal = find_removal(dataset, path, by, radius)
+    start_removal(dataset, removal)
+    finish_removal(dataset)
+    return removal
+
+
+def fates(dataset: DatasetDir, port: int) -> dict[int, str | None]:
+    """Number -> why it is not kept."""
+    numbers = {uid_of(n, port): n for n in range(2 * NUM_ROWS)}
+    return {numbers[row["uid"]]: row["reason"] for row in pq.read_table(dataset.decisions).to_pylist()}
+
+
+def column(dataset: DatasetDir, number: int, port: int, name: str) -> Any:
+    """A value of the images' tables."""
+    query = f"SELECT {name} FROM read_parquet(?) WHERE uid = ?"
+    return duckdb.execute(query, [f"{dataset.root}/images/*.parquet", uid_of(number, port)]).fetchall()[0][0]
+
+
+def find_removal_of(dataset: DatasetDir, uids: list[str]) -> Removal:
+    """What a list of uids means."""
+    path = dataset.root.parent / "some.txt"
+    path.write_text("\n".join(uids))
+    return find_removal(dataset, path, "uid")
+
+
+def entries_for(dataset: DatasetDir, port: int, by: str, numbers: list[int]) -> list[object]:
+    """What a list has to hold so that these go."""
+    if by == "host":
+        return ["127.0.0.2"]
+    known = {"uid": lambda n: uid_of(n, port), "url": lambda n: url_of(n, port)}
+    return [known.get(by, lambda n: column(dataset, n, port, by))(n) for n in numbers]
+
+
+def check_consistent(dataset: DatasetDir, num_removed: int) -> None:
+    """Counts add up, files are as the manifest says, and a build has nothing to do."""
+    recipe = read_recipe(dataset)
+    rows = funnel(dataset, recipe)  # which says so if counts do not add up
+    assert {row["reason"]: row["dropped"] for row in rows}.get("removed") == num_removed
+    assert rows[-1]["remaining"] == sum(entry.num_out for entry in entries(dataset, "pack"))
+    for stage in ("select", "download", "score", "dedup", "keep", "pack", "encode"):
+        for entry in entries(dataset, stage):
+            assert is_whole(dataset, entry)
+    assert [(e.num_in, e.dropped) for e in entries(dataset, "remove")] == [(num_removed, {"removed": num_removed})]
+    assert build(dataset, recipe) == []

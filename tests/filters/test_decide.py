@@ -78,7 +78,7 @@ def test_deciding_again_changes_recipe_and_decisions_and_packing_follows(dataset
 
 def test_where_nothing_would_be_kept_nothing_is_changed(dataset, digests):
     before = digests(dataset)
-    with pytest.raises(UserError, match=r"No picture .* is kept .*min_side 6"):
+    with pytest.raises(UserError, match=r"No picture .* is kept .*min_side 5"):
         decide_again(dataset, with_keep_rules(read_recipe(dataset), {"min_side": 9999}))
     assert digests(dataset) == before
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import duckdb
 import pytest
 
 NUM_ROWS = 300_000
+KILLS = int(os.environ.get("SDTRAIN_KILLS", "5"))  # `make test-kills` asks for 20
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -54,7 +56,7 @@ def digests(root):
 
 
 @pytest.mark.slow
-def test_kill_9_at_ten_random_moments_of_a_selection_then_rerun_gives_the_same_bytes(metadata, tmp_path):
+def test_kill_9_at_random_moments_of_a_selection_then_rerun_gives_the_same_bytes(metadata, tmp_path):
     started = time.monotonic()
     process = start(tmp_path / "undisturbed", metadata)
     began = time.monotonic()
@@ -64,7 +66,7 @@ def test_kill_9_at_ten_random_moments_of_a_selection_then_rerun_gives_the_same_b
     assert len(expected) > 100
 
     root, chance, num_killed = tmp_path / "killed", random.Random(11), 0
-    for _ in range(10):
+    for _ in range(KILLS):
         process = start(root, metadata)
         time.sleep(chance.uniform(0, ended - began))
         num_killed += process.poll() is None
@@ -78,4 +80,4 @@ def test_kill_9_at_ten_random_moments_of_a_selection_then_rerun_gives_the_same_b
     assert sorted(path.name for path in root.iterdir()) == ["manifest", "selection"]
     entry = json.loads((root / "manifest" / "select" / "00000.json").read_text())
     assert entry["num_in"] == NUM_ROWS == entry["num_out"] + sum(entry["dropped"].values())
-    assert num_killed >= 5, f"too few of the kills hit a running selection ({ended - started:.1f} s in all)"
+    assert num_killed >= KILLS // 2, f"too few of the kills hit a running selection ({ended - started:.1f} s in all)"

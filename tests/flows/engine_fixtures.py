@@ -141,7 +141,7 @@ class Flow:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def end(self, seconds: float = 150) -> str:
+    def end(self, seconds: float = 240) -> str:
         """Waits for a good end; returns what was logged."""
         code = self.process.wait(seconds)
         assert code == 0, self.log.read_text()

@@ -30,8 +30,10 @@ if sys.argv[3] == "retry":
 else:
     build.run()
 """
-DATASETS, KILLS_EACH = 4, 5
-MIN_KILLS = 10
+# `make test-kills` asks for 20 kills, CI for fewer.
+KILLS_EACH = 5
+DATASETS = -(-int(os.environ.get("SDTRAIN_KILLS", "5")) // KILLS_EACH)
+MIN_KILLS = DATASETS * KILLS_EACH // 2
 
 
 def start(build: Build, what: str) -> subprocess.Popen:
@@ -83,7 +85,7 @@ def finish(build: Build) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_download_killed_at_20_moments_gives_the_bytes_of_an_undisturbed_one(site, tmp_path):
+def test_a_download_killed_at_random_moments_gives_the_bytes_of_an_undisturbed_one(site, tmp_path):
     urls, chance, kills = [*map(site.url, site.bodies), site.url("missing/1")], random.Random(3), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     seconds = timed(undisturbed, "build")
@@ -97,7 +99,7 @@ def test_a_download_killed_at_20_moments_gives_the_bytes_of_an_undisturbed_one(s
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_retry_killed_at_20_moments_loses_nothing(site, tmp_path):
+def test_a_retry_killed_at_random_moments_loses_nothing(site, tmp_path):
     urls, chance, kills = [*map(site.url, site.bodies)], random.Random(5), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     undisturbed.run()

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -65,6 +66,7 @@ def write_packed(root: Path, damaged: bool = False) -> DatasetDir:
         report = ShardReport(stage="pack", shard=shard, num_in=num_samples, num_out=num_samples)
         outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
         write_entry(dataset, report.model_copy(update={"outputs": outputs}))
+    pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
     write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=number, num_out=number))
     return dataset
 

@@ -2,17 +2,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
+import shutil
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 
 from sdtrain.data.config import PackConfig
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport, describe_outputs, require_entry, write_entry
-from sdtrain.data.pack import PACK, write_index
+from sdtrain.data.pack import PACK, SourceTars, write_index
+from sdtrain.data.pack_plan import planned
 from sdtrain.data.stage import pending, run_batch
 from sdtrain.data.tars import read_samples
 from sdtrain.errors import UserError
@@ -68,6 +75,75 @@ def test_shards_hold_exactly_n_samples_the_last_the_rest_and_each_kept_one_once(
     assert [report.num_out for report in reports] == [5, 5, 5, 5, 3]
     packed = [row for shard in range(5) for row in pq.read_table(dataset.packed_table(shard)).to_pylist()]
     assert sorted(row["uid"] for row in packed) == sorted(kept_uids(dataset))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_rows=st.integers(1, 23),
+    dropped=st.sets(st.integers(0, 22), max_size=12),
+    samples_per_shard=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+)
+def test_what_is_packed_comes_out_again_byte_for_byte_whatever_the_settings(num_rows, dropped, samples_per_shard, seed):
+    with TemporaryDirectory() as folder:
+        rows = [Fetched(content_of(i), caption=None if i == 4 else f"Grüße {i}") for i in range(num_rows)]
+        dataset, dropped = write_downloads(Path(folder), rows, per_shard=4), dropped & set(range(num_rows))
+        write_decisions(dataset, dropped)
+        reports = pack(dataset, Recipe(samples_per_shard, seed))
+        packed = [dict(read_samples(dataset.packed_tar(shard))) for shard in range(len(reports))]
+        fetched = {k: members for tar in (Path(folder) / "images").glob("*.tar") for k, members in read_samples(tar)}
+        kept = {row["key"] for row in pq.read_table(dataset.decisions).to_pylist() if row["reason"] is None}
+    unpacked = {key: members for shard in packed for key, members in shard.items()}
+    assert sum(map(len, packed)) == len(unpacked)
+    assert unpacked.keys() == kept
+    assert all(unpacked[key][kind] == fetched[key][kind] for key in kept for kind in ("jpg", "txt"))
+    assert [len(shard) for shard in packed[:-1]] == [samples_per_shard] * (len(packed) - 1)
+
+
+def content_of(number: int) -> bytes:
+    """Bytes of any length; packing does not look at them."""
+    return random.Random(number).randbytes(number * 173 % 2000)
+
+
+def test_few_files_are_open_however_many_shards_are_read_from(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(content_of(i)) for i in range(30)], per_shard=1)
+    write_decisions(dataset, set())
+    rows = planned(dataset, Recipe(30).pack, 0)
+    with closing(SourceTars(dataset, max_open=3)) as tars:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for row in [*rows, *rows]:
+            assert hashlib.sha256(tars.read(row)).hexdigest() == row["sha256"]
+            assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+
+
+def test_an_image_shard_that_is_missing_is_named(dataset):
+    dataset.images_tar(1).unlink()
+    with pytest.raises(UserError, match=r"There is no file .*images/00001\.tar.* Run the build again"):
+        pack(dataset, Recipe(5))
+    assert not list(dataset.root.rglob(".*"))
+
+
+def test_a_table_that_is_not_of_its_tar_is_noticed(dataset):
+    shutil.copy(dataset.images_tar(0), dataset.images_tar(1))
+    with pytest.raises(UserError, match=r"00001\.tar is damaged or cut short: the picture of \d+ is not where"):
+        pack(dataset, Recipe(5))
+
+
+def test_the_plan_is_made_once_and_again_when_the_decisions_are_others(dataset):
+    pack(dataset, Recipe(5))
+    made = dataset.pack_plan.stat().st_mtime_ns
+    run_batch(PACK, dataset, Recipe(5), [2])
+    assert dataset.pack_plan.stat().st_mtime_ns == made
+    write_decisions(dataset, {0, 1, 2}, fingerprint="second")
+    assert [report.num_out for report in pack(dataset, Recipe(10))] == [10, 10, 2]
+    assert dataset.pack_plan.stat().st_mtime_ns != made
+
+
+def test_tables_of_before_pictures_had_a_place_are_a_sentence(dataset):
+    for path in (dataset.root / "images").glob("*.parquet"):
+        pq.write_table(pq.read_table(path).drop_columns(["picture_offset"]), path)
+    with pytest.raises(UserError, match="of an older version, delete the folder"):
+        pack(dataset, Recipe(5))
 
 
 def test_the_order_is_that_of_the_digest_of_uid_and_seed(dataset):
@@ -165,20 +241,21 @@ def test_the_index_does_not_depend_on_where_the_dataset_lies(tmp_path):
     assert indexes[0] == indexes[1]
 
 
-def test_wids_reads_the_index_and_gives_the_samples(dataset, tmp_path):
+def test_wids_reads_the_index_and_gives_every_sample(dataset, tmp_path):
     wids = pytest.importorskip("wids")
     pack(dataset, Recipe(10))
     index = write_index(dataset)
     (tmp_path / "cache").mkdir()
     packed = wids.ShardListDataset(str(index), base=str(index.parent), keep=True, cache_dir=str(tmp_path / "cache"))
-    assert len(packed) == 23
-    assert packed[22]["__key__"] == list(read_samples(dataset.packed_tar(2)))[2][0]
+    expected = [key for shard in range(3) for key, _ in read_samples(dataset.packed_tar(shard))]
+    assert [packed[place]["__key__"] for place in range(len(packed))] == expected
 
 
-def test_webdataset_reads_the_shards_in_order(dataset):
+def test_webdataset_reads_the_shards_of_the_index_in_order(dataset):
     webdataset = pytest.importorskip("webdataset")
     pack(dataset, Recipe(10))
-    urls = [str(dataset.packed_tar(shard)) for shard in range(3)]
+    index = write_index(dataset)
+    urls = [str(index.parent / shard["url"]) for shard in json.loads(index.read_text())["shardlist"]]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json"))
     assert [key for key, *_ in samples] == [key for url in urls for key, _ in read_samples(Path(url))]
     assert all(picture.size == (96, 80) and described["key"] == key for key, picture, described in samples)
