@@ -87,7 +87,8 @@ def needs_of(stage: str) -> AbstractContextManager[Any]:
         return nullcontext()
     from prefect_ray.context import remote_options
 
-    return remote_options(num_gpus=1)
+    # Ray's default is a new process for each task with a GPU, and each would load the models anew.
+    return remote_options(num_gpus=1, max_calls=0)
 
 
 def is_given_up() -> bool:
