@@ -107,7 +107,7 @@ def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
         logger.warning("Not the recipe of the run before; what this touches is redone: %s", "; ".join(changes))
 
 
-@task(name="retry-failed", cache_policy=NO_CACHE, persist_result=False)
+@task(name="retry-failed", task_run_name="retry-failed", cache_policy=NO_CACHE, persist_result=False)
 def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
     from sdtrain.data.recovery import recover
 
