@@ -238,8 +238,8 @@ class DaskCluster:
             )
 
 
-def make_bench(folder: Path, api_url: str) -> Bench:
-    """Files and environment for flows in `folder`."""
+def make_bench(folder: Path, api_url: str, ray_folder: str) -> Bench:
+    """Files and environment for flows in `folder`; Ray's sockets want a folder with a short name."""
     for name, text in {
         "sitecustomize": SPY,
         "stub_stages": STAGES,
@@ -259,6 +259,7 @@ def make_bench(folder: Path, api_url: str) -> Bench:
             "SPY_LOG": str(folder / "published.log"),
             "OMP_NUM_THREADS": "1",
             "DO_NOT_TRACK": "1",
+            "RAY_TMPDIR": ray_folder,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),

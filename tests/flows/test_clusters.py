@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,9 @@ RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        with prefect_test_harness(server_startup_timeout=120):
-            yield make_bench(tmp_path_factory.mktemp("bench"), str(PREFECT_API_URL.value()))
+        short = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+        with short as ray_folder, prefect_test_harness(server_startup_timeout=120):
+            yield make_bench(tmp_path_factory.mktemp("bench"), str(PREFECT_API_URL.value()), ray_folder)
 
 
 @pytest.fixture(scope="module")
