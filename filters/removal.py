@@ -18,7 +18,7 @@ remove`, `decide` or `build` first brings it to its end; nothing else may use th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -54,6 +54,7 @@ class Removal:
         num_listed: samples that an entry names.
         num_same_bytes: others with the very bytes of one of them.
         num_alike: others that look like one of them.
+        num_copies_left: others that stay, although the dataset's duplicates count them as copies of one that goes.
         rows: what the ledger does not hold yet.
         touched: by stage, the shards whose files hold any of these samples.
     """
@@ -63,6 +64,7 @@ class Removal:
     num_listed: int
     num_same_bytes: int
     num_alike: int
+    num_copies_left: int
     rows: pa.Table
     touched: dict[str, list[int]]
 
@@ -91,8 +93,13 @@ class Removal:
         )
         shards = ", ".join(f"{stage} {len(shards):,}" for stage, shards in self.touched.items() if shards)
         rewritten = [f"shards to rewrite: {shards}"] if shards else ["Nothing of it is in the dataset."]
+        copies = (
+            [f"{self.num_copies_left:,} others count as copies of these and stay; --radius takes what looks alike."]
+            if self.num_copies_left
+            else []
+        )
         blocked = [] if len(self.rows) else ["All of it is blocked already."]
-        return [found, *rewritten, *blocked]
+        return [found, *rewritten, *copies, *blocked]
 
 
 def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
@@ -120,9 +127,10 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         follows = [_row("uid", digest=key_digest("uid", uid)) for uid in found]
         follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
         rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
+        num_copies = len(search.copies(found) - found)
         touched = touched_shards(connection, dataset, found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
-    return Removal(by, len(entries), len(listed), len(same), len(alike), unknown, touched)
+    return Removal(by, len(entries), len(listed), len(same), len(alike), num_copies, unknown, touched)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
@@ -156,7 +164,7 @@ class _Search:
     """Looks for samples in all stages of a dataset; of a file that is stale they count too."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
-        self._connection = connection
+        self._connection, self._duplicates = connection, dataset.duplicates
         rows, values = rows_sql(dataset, ("url", "sha256", "phash"))
         connection.execute("SET preserve_insertion_order = false")
         # Once, because each question would read all of it again.
@@ -173,6 +181,14 @@ class _Search:
         sha256s = "SELECT sha256 FROM seen WHERE sha256 IS NOT NULL AND uid IN (SELECT unnest(?))"
         return self._uids(f"SELECT uid FROM seen WHERE sha256 IN ({sha256s})", [sorted(uids)]) - uids  # noqa: S608
 
+    def copies(self, uids: set[str]) -> set[str]:
+        """Uids in the same groups of copies."""
+        if not self._duplicates.exists():
+            return set()
+        groups = "SELECT group_id FROM read_parquet($table) WHERE uid IN (SELECT unnest($uids))"
+        values = {"table": str(self._duplicates), "uids": sorted(uids)}
+        return self._uids(f"SELECT uid FROM read_parquet($table) WHERE group_id IN ({groups})", values)  # noqa: S608
+
     def sha256s(self, uids: set[str]) -> list[str]:
         """Digests of the bytes that came for some uids."""
         return self._values("sha256", uids)
@@ -187,8 +203,8 @@ class _Search:
         )
         return [value for (value,) in self._connection.execute(query, [sorted(uids)]).fetchall()]
 
-    def _uids(self, query: str, values: Sequence[object] = ()) -> set[str]:
-        return {uid for (uid,) in self._connection.execute(query, list(values)).fetchall()}
+    def _uids(self, query: str, values: list[Any] | dict[str, Any] | None = None) -> set[str]:
+        return {uid for (uid,) in self._connection.execute(query, values).fetchall()}
 
 
 def _entry_row(by: Kind, entry: Entry, radius: int) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
     """The page that the demo ends with."""
+    from filters.borders import borders
     from filters.finish import limits_of
     from sdtrain.report.page import Report, SampleSection, write_report
 
@@ -146,6 +147,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         "trained on, all on this machine.",
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
+        borders=list(borders(demo_recipe(demo))),
         training_log=demo.training.path / "log.csv",
         samples=samples,
         find_picture=open_world(demo.world).picture_of,

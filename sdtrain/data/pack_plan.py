@@ -51,7 +51,8 @@ def shard_sizes(dataset: DatasetDir, config: PackConfig) -> list[int]:
     """How many samples each packed shard has: N, the last one the rest, and those less that lost some to a removal."""
     decisions = dataset.decisions
     num_kept = require_entry(dataset, "keep", 0).num_out
-    return list(_sizes(num_kept, config.samples_per_shard, decisions, decisions.stat().st_mtime_ns))
+    changed_ns = decisions.stat().st_mtime_ns if decisions.exists() else 0
+    return list(_sizes(num_kept, config.samples_per_shard, decisions, changed_ns))
 
 
 @lru_cache(maxsize=2)
@@ -64,7 +65,7 @@ def _sizes(num_kept: int, size: int, decisions: Path, mtime_ns: int) -> tuple[in
 
 def short_shards(decisions: Path) -> dict[int, int]:
     """How many samples were taken out of which packed shard since the decisions were made."""
-    described = pq.read_schema(decisions).metadata or {}
+    described = (pq.read_schema(decisions).metadata or {}) if decisions.exists() else {}
     return {int(shard): num for shard, num in json.loads(described.get(SHORT, b"{}")).items()}
 
 

@@ -121,7 +121,7 @@ def _border(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, borde
 def _with_value(border: Border) -> Callable[[Sequence[Any]], Sequence[Any]]:
     def described(row: Sequence[Any]) -> Sequence[Any]:
         *place, value, caption = row
-        return *place, f"{border.column} {value:.4g}: {caption or ''}"
+        return *place, f"{border.column} {value:.6g}: {caption}" if caption else f"{border.column} {value:.6g}"
 
     return described
 
