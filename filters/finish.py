@@ -36,5 +36,6 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:
-    """Those of the recipe's rules that a histogram can show as a line."""
-    return {name: value for name, value in recipe.select.rules.items() if isinstance(value, float)}
+    """Those of the recipe's rules that a diagram can show as a line; what decided first comes before what did later."""
+    rules = recipe.keep.rules | recipe.select.rules
+    return {name: value for name, value in rules.items() if isinstance(value, float)}

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from filters.blocked import alike_uids
-from filters.recipe import Recipe
-from filters.rules import RULES, derived_sql, reason_case
+from filters.recipe import KeepConfig, Recipe
+from filters.rules import RULES, active_rules, derived_sql, reason_case
+from filters.schema import SCORES
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish
+from sdtrain.data.files import publish, scratch_path
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.removed import REMOVED, read_ledger, removed_hashes
 from sdtrain.data.selection import selected_shards, selection
@@ -65,13 +67,10 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     """
     case, values = reason_case(recipe.keep.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
-    origin = "s" if recipe.keep.decide_by == "metadata" else "c"
-    columns = [f"{origin}.{name}::DOUBLE AS {name}" for name in ("aesthetic", "pwatermark", "punsafe", "similarity")]
-    # Measures of quality, which no metadata has: those that a rule looks at.
-    columns += [f"c.{RULES[name].column}" for name in recipe.keep.rules if not RULES[name].in_select]
-    scores = ", ".join(columns)
+    scores = ", ".join(_scores(dataset, recipe.keep))
     captions = derived_sql(("caption_chars", "caption_words", "caption_is_name"), caption="s.caption")
-    with duckdb.connect() as connection:
+    # Else what does not fit into memory goes to wherever the user happens to stand.
+    with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
         connection.register("blocked", _alike_to_removed(connection, dataset))
         connection.execute(
             f"CREATE TEMP TABLE joined AS {_JOINED.format(captions=captions, scores=scores)}", _sources(dataset)
@@ -82,6 +81,33 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
             connection.execute("COPY decided TO ? (FORMAT parquet, COMPRESSION zstd)", [str(target)])
         return dict(
             connection.execute("SELECT reason, count(*) FROM decided GROUP BY reason ORDER BY reason").fetchall()
+        )
+
+
+def _scores(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
+    """SELECT items of the scores that decide: the survivors' rule wants `aesthetic`, and rules what they look at.
+
+    Raises:
+        UserError: the metadata are to decide, and none has a score.
+    """
+    rules = [RULES[name] for name in active_rules(keep.rules)]
+    wanted = {"aesthetic", *(rule.column for rule in rules)}
+    origin = "s" if keep.decide_by == "metadata" else "c"
+    for name in SCORES:
+        if name in wanted:
+            _check_known(dataset, name, keep)
+            yield f"{origin}.{name}::DOUBLE AS {name}"
+    # Measures of quality, which no metadata has.
+    yield from (f"c.{rule.column}" for rule in rules if not rule.in_select)
+
+
+def _check_known(dataset: DatasetDir, score: str, keep: KeepConfig) -> None:
+    """Selections have a column for V1's scores only where the metadata has it, unlike all others."""
+    files = _sources(dataset)["selection"] if score == "aesthetic_v1" and keep.decide_by == "metadata" else []
+    if files and not any(score in pq.read_schema(path).names for path in files):
+        raise UserError(
+            f"keep.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
+            f"{dataset.root} do not have. Set keep.decide_by: picture and score.aesthetic_v1_weights, or leave it out."
         )
 
 
@@ -135,7 +161,11 @@ def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardRep
     kept = counts.get(None, 0)
     if not kept:
         listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
-        raise UserError(f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.")
+        unknown = any(reason.endswith("_missing") for reason in dropped)
+        hint = " Missing scores: the metadata has none, or their weights are null in score; see decide_by."
+        raise UserError(
+            f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.{hint if unknown else ''}"
+        )
     return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from filters.clip import clip_preprocess, embedding_size, load_clip
-from filters.devices import claim_device
 from filters.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
 from filters.inputs import WATERMARK_MEAN, WATERMARK_STD, Preprocess, normalised
 from filters.look import Looked, Wanted
 from filters.recipe import ScoreConfig
 from filters.weights import PUBLISHED, RANDOM, RANDOM_FULL
+from sdtrain.data.devices import claim_device
 from sdtrain.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -34,7 +34,7 @@ def notes(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
     relics = sum(_RELIC in file.all_columns for file in files)
     if relics:
         said.append(f"{_RELIC} of {of(relics)} ignored")
-    for column in SCORES:
+    for column in (name for name in SCORES if name != "aesthetic_v1"):  # which few have, and few look for
         num_without = sum(column not in file.columns for file in files)
         if num_without:
             said.append(f"{of(num_without)} have no {column}: NULL there")

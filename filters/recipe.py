@@ -36,6 +36,9 @@ def _checked_rules(rules: Any, in_keep: bool) -> Any:
 Rules = Annotated[dict[str, RuleValue], BeforeValidator(_known_rules)]
 KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(_rules_for_keep)]
 
+NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
+"""What `score` can ask, by the names that the settings begin with."""
+
 JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
 
 
@@ -91,6 +94,9 @@ class SelectConfig(Settings):
     """Metadata files that were added since give shards after the finished ones, or a new shuffle of everything."""
 
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class ScoreConfig(Settings):
     """Which models look at the pictures. Weights are a known name, a file, `random:SEED` or null to skip."""
 
@@ -98,9 +104,15 @@ class ScoreConfig(Settings):
     clip_weights: str | None = "openai"
     aesthetic_weights: str | None = "laion-aesthetic-v2-l14"
     aesthetic_v1_weights: str | None = None
-    """LAION's first aesthetic predictor, on another scale: a column of its own, `aesthetic_v1`."""
+    """LAION's first aesthetic predictor, on another scale: a column and a rule of its own, `min_aesthetic_v1`."""
     watermark_weights: str | None = "laion-watermark-v1"
     safety_weights: str | None = "laion-nsfw-l14"
+    clip_sha256: Digest | None = None
+    """What the file of these weights must have; so for each of the following."""
+    aesthetic_sha256: Digest | None = None
+    aesthetic_v1_sha256: Digest | None = None
+    watermark_sha256: Digest | None = None
+    safety_sha256: Digest | None = None
     batch_size: int = Field(default=32, ge=1)
     """Pictures that the networks see at once; a large GPU wants 256."""
     dtype: Literal["float32", "bf16", "fp16"] = "float32"
@@ -110,6 +122,24 @@ class ScoreConfig(Settings):
     pixels differ slightly. Digests of pixels, by which exact copies are found, then differ too: never mix the two."""
     store_embeddings: bool = False
     """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB a picture for ViT-L/14."""
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """Network -> the sha256 that its file of weights must have."""
+        pinned = {name: getattr(self, f"{name}_sha256") for name in NETWORKS}
+        return {name: digest for name, digest in pinned.items() if digest}
+
+    def described(self) -> dict[str, Any]:
+        """What decides the scores: all but the pins, which only say what may not change."""
+        return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
+
+    @model_validator(mode="after")
+    def _pins_are_of_files(self) -> ScoreConfig:
+        for name in self.pins:
+            weights = getattr(self, f"{name}_weights")
+            if weights is None or weights.startswith("random"):
+                raise ValueError(f"{name}_sha256 is the digest of a file, and {name}_weights is {weights or 'null'}")
+        return self
 
 
 class DuplicatesConfig(Settings):

@@ -28,11 +28,7 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
         from filters.take_out import finish_removal
 
         _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
-    if not recipe.select.metadata:
-        raise UserError(
-            f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
-            "FOLDER or GLOB (in Prefect: -p metadata=...)."
-        )
+    require_metadata(recipe)
     try:
         before = read_recipe(dataset) if dataset.recipe.exists() else recipe
         with publish(dataset.recipe) as temporary:
@@ -40,6 +36,19 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
     return differences(before, recipe)
+
+
+def require_metadata(recipe: Recipe) -> None:
+    """Says so where a recipe names no metadata; builds ask before they make a folder.
+
+    Raises:
+        UserError: it names none.
+    """
+    if not recipe.select.metadata:
+        raise UserError(
+            f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
+            "FOLDER or GLOB (in Prefect: -p metadata=...)."
+        )
 
 
 def read_recipe(dataset: DatasetDir) -> Recipe:

@@ -38,8 +38,8 @@ class Rule:
     in_select: bool = True
 
 
-def _limit(column: str, operator: str, meaning: str, in_keep: bool = True) -> Rule:
-    return Rule(column, f"{column} {operator} ?", meaning, bounds=((column, operator),), in_keep=in_keep)
+def _limit(column: str, operator: str, meaning: str) -> Rule:
+    return Rule(column, f"{column} {operator} ?", meaning, bounds=((column, operator),))
 
 
 def _one_of(column: str, meaning: str) -> Rule:
@@ -56,9 +56,7 @@ RULES: dict[str, Rule] = {
     "min_side": Rule("side", "side >= ?", "shorter side under {value} px", bounds=_BOTH_SIDES),
     "max_aspect_ratio": Rule("aspect_ratio", "aspect_ratio <= ?", "sides differ by more than {value} times"),
     "min_aesthetic": _limit("aesthetic", ">", "aesthetic score not over {value}"),
-    "min_aesthetic_v1": _limit(
-        "aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}", False
-    ),
+    "min_aesthetic_v1": _limit("aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}"),
     "max_watermark": _limit("pwatermark", "<", "watermark probability not under {value}"),
     "max_unsafe": _limit("punsafe", "<", "unsafe probability not under {value}"),
     "min_similarity": _limit("similarity", ">", "caption similarity not over {value}"),

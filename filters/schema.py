@@ -37,7 +37,7 @@ TYPES: dict[str, str] = {
     **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
     **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
 }
-SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic")
+SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic", "aesthetic_v1")
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
 # Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.

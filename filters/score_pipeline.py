@@ -2,7 +2,7 @@
 
 A look takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a fifth at
 most: five or six threads, 700 pictures a second, are what one process can do. A GPU that wants more is fed by several
-processes (`filters.devices` spreads them), or decodes itself.
+processes (`sdtrain.data.devices` spreads them), or decodes itself.
 """
 
 from __future__ import annotations

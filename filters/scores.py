@@ -21,6 +21,7 @@ from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.selection import selected_shards
 from sdtrain.data.stage import Stage
+from sdtrain.errors import UserError
 
 _SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 _TABLE = pa.schema(
@@ -42,6 +43,7 @@ def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]
     Raises:
         UserError: weights cannot be had, or a shard is damaged.
     """
+    weight_digests(config)  # first, because other weights than the recipe pins need not be loaded
     models = load_models(config)
     on_gpu = config.decode != "cpu" and models.device.type == "cuda"
     schema = _schema(config).with_metadata(_described(config, models.device.type, on_gpu))
@@ -72,14 +74,18 @@ def _schema(config: ScoreConfig) -> pa.Schema:
 
 def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
     """Which models gave the scores, and how, for the file's own metadata."""
-    settings = config.model_dump() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
-    digests = {f"{name}_digest": digest for name, digest in _digests(config)}
+    settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
+    digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
     return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
 
 
 @lru_cache(maxsize=1)
-def _digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """What identifies the weights of CLIP and of the heads that are used; without CLIP, only one is."""
+def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
+    """What identifies the weights of CLIP and of the heads that are used; without CLIP, only one is.
+
+    Raises:
+        UserError: weights that cannot be had, or are not those that the recipe pins.
+    """
     with_clip = config.clip_weights is not None
     heads = {
         "aesthetic": config.aesthetic_weights if with_clip else None,
@@ -87,8 +93,15 @@ def _digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
         "safety": config.safety_weights if with_clip else None,
         "watermark": config.watermark_weights,
     }
-    clip = ("clip", clip_digest(config.clip_model, config.clip_weights))
-    return (clip, *((name, digest_of(weights)) for name, weights in heads.items()))
+    digests = {"clip": clip_digest(config.clip_model, config.clip_weights)}
+    digests |= {name: digest_of(weights) for name, weights in heads.items()}
+    for name, pinned in config.pins.items():
+        if digests[name] not in (pinned, "none"):
+            raise UserError(
+                f"score.{name}_sha256 is {pinned}, and that of {name}_weights is {digests[name]}. Put the right file "
+                "there, or leave the pin out. (For a name of open_clip's the digest of its file is not known.)"
+            )
+    return tuple(digests.items())
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -96,8 +109,8 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    config = recipe.score.model_dump(mode="json")
-    weights = [digest for _, digest in _digests(recipe.score)]
+    config = recipe.score.described()
+    weights = [digest for _, digest in weight_digests(recipe.score)]
     return fingerprint("score/2", config, [require_entry(dataset, "download", shard)], weights)
 
 

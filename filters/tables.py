@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _TEXT, _INT, _LONG, _REAL = "VARCHAR", "INTEGER", "BIGINT", "DOUBLE"
+_SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 
 # Columns of a view whose stage is not finished; finished ones show what their files hold.
 EMPTY: dict[str, dict[str, str]] = {
@@ -11,7 +12,7 @@ EMPTY: dict[str, dict[str, str]] = {
         **dict.fromkeys(("width", "height"), _INT),
         "similarity": _REAL,
         "hash": _LONG,
-        **dict.fromkeys(("pwatermark", "punsafe", "aesthetic"), _REAL),
+        **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), _REAL),
         "shard": _INT,
     },
     "images": {
@@ -29,7 +30,7 @@ EMPTY: dict[str, dict[str, str]] = {
         "phash": _LONG,
         "thumbnail": "BLOB",
         **dict.fromkeys(("image_width", "image_height"), _INT),
-        **dict.fromkeys(("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity"), "FLOAT"),
+        **dict.fromkeys(_SCORES, "FLOAT"),
         **dict.fromkeys(("sharpness", "entropy", "border", "contrast"), "FLOAT"),
         "reason": _TEXT,
         "shard": _INT,
@@ -64,10 +65,9 @@ DERIVED: dict[str, str] = {
         "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
     ),
     "score_pairs": (
-        "SELECT c.uid, c.key, c.shard, s.aesthetic AS aesthetic_metadata, c.aesthetic AS aesthetic_picture, "
-        "s.pwatermark AS pwatermark_metadata, c.pwatermark AS pwatermark_picture, s.punsafe AS punsafe_metadata, "
-        "c.punsafe AS punsafe_picture, s.similarity AS similarity_metadata, c.similarity AS similarity_picture "
-        "FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
+        "SELECT c.uid, c.key, c.shard, "  # noqa: S608 - names are from here
+        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_picture" for name in _SCORES)
+        + " FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
     ),
     "hosts": (
         "SELECT lower(regexp_extract(url, '^[a-zA-Z]+://(?:[^/?#]*@)?([^/?#:]+)', 1)) AS host, count(*) AS tried, "

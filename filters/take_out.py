@@ -14,7 +14,7 @@ from filters.removal import Removal
 from filters.road import road
 from filters.stage_rewrite import StageRewrite
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish, sha256_of
+from sdtrain.data.files import publish, scratch_path, sha256_of
 from sdtrain.data.manifest import ShardReport, entries, write_entry
 from sdtrain.data.pack_plan import forget_plan
 from sdtrain.data.removed import REMOVED, read_ledger, write_ledger
@@ -80,7 +80,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     if journal is None:
         return []
     recipe = read_recipe(dataset)
-    with closing(duckdb.connect()) as connection:
+    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in road():
             rewrite.rewrite(stage)

@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 
 import duckdb
-import pyarrow.parquet as pq
 
 from filters.funnel import funnel, remarks
 from filters.recipe import Recipe
@@ -60,7 +59,7 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
     yield "metadata", _metadata(connection, recipe)
     tables = _tables(dataset)
     for name, columns in EMPTY.items():
-        yield name, _over(tables.get(name, []), columns)
+        yield name, _over(connection, tables.get(name, []), columns)
     yield from DERIVED.items()
 
 
@@ -81,16 +80,17 @@ def _parquet(dataset: DatasetDir, reports: list[ShardReport]) -> list[Path]:
     return sorted({dataset.root / name for entry in reports for name in entry.outputs if name.endswith(".parquet")})
 
 
-def _over(paths: list[Path], columns: dict[str, str]) -> str:
+def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: dict[str, str]) -> str:
     if not paths:
         nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
         return f"SELECT {nothing} WHERE false"
     files = ", ".join(_literal(str(path)) for path in paths)
-    known = {*pq.read_schema(paths[0]).names}
-    # Files of an older version may have fewer columns.
+    read = f"SELECT * FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
+    known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
+    # Files of an older version may have fewer columns, and so have selections of metadata with fewer.
     absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
     extra = "".join(f", {sql}" for name, sql in absent.items() if name not in known)
-    return f"SELECT * EXCLUDE (filename){extra} FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
+    return read.replace("*", f"* EXCLUDE (filename){extra}", 1)
 
 
 def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
@@ -98,7 +98,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
         files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
         prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is of use without what it was made from
-        return _over([], TYPES)
+        return _over(connection, [], TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
         listed = ", ".join(map(_literal, paths))

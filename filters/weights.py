@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import pickle
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sdtrain.settings import nearest
 RANDOM = "random:"
 RANDOM_FULL = "random-full:"
 _TIMEOUT_S = 60
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Published:
     Attributes:
         url: where they are.
         file: their name in the cache.
-        sha256: of the file; None where the publisher names none and we have not seen the file.
+        sha256: of the file; None where the publisher names none and we have not seen the file. Such a file is trusted
+            when it is first used: its digest is written down beside it in the cache, and has to be that from then on.
     """
 
     url: str
@@ -76,8 +79,11 @@ def find_weights(name: str) -> Path:
     path = cache_dir() / published.file
     if not path.exists():
         _download(published, path)
-    if published.sha256 and sha256_of(path) != published.sha256:
+    digest = sha256_of(path)
+    if published.sha256 and digest != published.sha256:
         raise UserError(f"{path} is not the published '{name}' (its sha256 differs). Delete it to fetch it again.")
+    if not published.sha256:
+        _check_first_seen(path, digest)
     return path
 
 
@@ -138,6 +144,20 @@ def read_state(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path} does not hold tensors by name, as a state dict does.")
     return dict(state)
+
+
+def _check_first_seen(path: Path, digest: str) -> None:
+    """Writes the digest down where there is none yet, in the form of sha256sum, and else compares."""
+    seen = path.with_name(f"{path.name}.sha256")
+    if not seen.exists():
+        _log.warning("%s has no published digest; trusted now, with sha256 %s. A recipe can pin it.", path, digest)
+        with suppress(PermissionError), publish(seen) as temporary:  # a cache that others fill may not be ours to write
+            temporary.write_text(f"{digest}  {path.name}\n")
+    elif seen.read_text().split()[:1] != [digest]:
+        raise UserError(
+            f"{path} is not what it was when it was first used: its sha256 is {digest}, and {seen} has another. Delete "
+            "it to fetch it again; delete both if you know why it changed."
+        )
 
 
 def _download(published: Published, path: Path) -> None:

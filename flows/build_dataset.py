@@ -11,11 +11,12 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
-from filters.record import dataset_path, record_recipe
+from filters.record import dataset_path, record_recipe, require_metadata
 from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions, run_stage
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.dataset_lock import lock_to_change
 
 RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
 Count = Annotated[int, Field(ge=1)]
@@ -88,14 +89,16 @@ def build(recipe: Recipe, output: str, options: StageOptions, retry_failed: bool
     """The road, in a flow. Returns the dataset's directory."""
     from filters.road import road
 
+    require_metadata(recipe)
     dataset = DatasetDir(dataset_path(output, recipe))
-    _begin(dataset, recipe)
-    with start_engine(options.engine, options.engine_address, options.workers) as runner:
-        for stage in road():
-            if retry_failed and stage.name == "download":
-                _retry_failed(dataset, recipe)
-            run_stage(stage, dataset, recipe, options, runner)
-    _finish(dataset, recipe)
+    with lock_to_change(dataset, "The flow build-dataset"):
+        _begin(dataset, recipe)
+        with start_engine(options.engine, options.engine_address, options.workers) as runner:
+            for stage in road():
+                if retry_failed and stage.name == "download":
+                    _retry_failed(dataset, recipe)
+                run_stage(stage, dataset, recipe, options, runner)
+        _finish(dataset, recipe)
     return str(dataset.root)
 
 

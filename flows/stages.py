@@ -19,8 +19,11 @@ from flows.progress import ProgressArtifact
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport
 from sdtrain.data.stage import Stage, clear_leftovers, pending, run_batch
+from sdtrain.data.steps import listening, seldom
 from sdtrain.data.totals import StageTotals, add_up
 from sdtrain.errors import UserError
+
+LOG_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,10 @@ def _collect(
 def _run_batch(
     stage: Stage[Any], dataset: DatasetDir, recipe: Any, shards: list[int], first: str
 ) -> list[ShardReport] | State[Any]:
+    logger = get_run_logger()
     try:
-        return run_batch(stage, dataset, recipe, shards, _stop_if_given_up)
+        with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
+            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up)
     except UserError as error:
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
 

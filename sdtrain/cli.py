@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain import cli_curate
+from sdtrain import cli_curate, cli_draw
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -154,9 +154,12 @@ def report(dataset: DatasetArgument) -> None:
     from filters.finish import report_on
     from filters.record import read_recipe
     from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.dataset_lock import lock_to_read
 
     directory = DatasetDir(dataset.absolute())
-    print(report_on(directory, read_recipe(directory)))
+    recipe = read_recipe(directory)
+    with lock_to_read(directory, "sdtrain report"):
+        print(report_on(directory, recipe))
 
 
 @app.command()
@@ -179,6 +182,7 @@ def status(dataset: DatasetArgument) -> None:
 
 app.command()(cli_curate.decide)
 app.command()(cli_curate.remove)
+app.command()(cli_draw.sample)
 
 
 @app.command()
@@ -193,44 +197,26 @@ def export(
     print(export_diffusers(run, output, ema))
 
 
-@app.command()
-def sample(
-    folder: Annotated[Path, typer.Argument(help="A diffusers folder, as `sdtrain export` writes.")],
-    prompts: Annotated[list[str], typer.Argument(help="One picture for each.")],
-    output: Annotated[Path, typer.Option(help="Where the PNGs go.")] = Path("samples"),
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; each next one has the next.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 7.5,
-    steps: Annotated[int, typer.Option(help="PLMS steps.", min=1)] = 50,
-) -> None:
-    """Draw pictures for prompts."""
-    from sdtrain.sample import Sampler
-
-    seeds = range(seed, seed + len(prompts))
-    pictures = Sampler(folder).sample(prompts, seeds, guidance_scale=guidance, num_steps=steps)
-    output.mkdir(parents=True, exist_ok=True)
-    for number, picture in zip(seeds, pictures, strict=True):
-        path = output / f"{number:05d}.png"
-        picture.save(path)
-        print(path)
-
-
 def _build(recipe: Recipe, output: str, retry_failed: bool) -> None:
     from filters.finish import finish_dataset
-    from filters.record import dataset_path, record_recipe
+    from filters.record import dataset_path, record_recipe, require_metadata
     from filters.road import road
     from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.dataset_lock import lock_to_change
     from sdtrain.data.recovery import recover
     from sdtrain.stage_progress import run_with_bar
 
+    require_metadata(recipe)
     dataset = DatasetDir(dataset_path(output, recipe))
-    changes = record_recipe(dataset, recipe)
-    if changes:
-        print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
-    for stage in road():
-        if retry_failed and stage.name == "download":
-            print(recover(dataset, recipe), flush=True)
-        print(run_with_bar(stage, dataset, recipe), flush=True)
-    finish_dataset(dataset, recipe)
+    with lock_to_change(dataset, "sdtrain build"):
+        changes = record_recipe(dataset, recipe)
+        if changes:
+            print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
+        for stage in road():
+            if retry_failed and stage.name == "download":
+                print(recover(dataset, recipe), flush=True)
+            print(run_with_bar(stage, dataset, recipe), flush=True)
+        finish_dataset(dataset, recipe)
     print(f"{recipe.name}: {dataset.root}")
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sdtrain.answers import print_table
+
+if TYPE_CHECKING:
+    from sdtrain.data.dataset import DatasetDir
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
@@ -50,11 +54,12 @@ def decide(
     directory = DatasetDir(dataset.absolute())
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
     recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
-    print_table(compare(directory, recipe))
-    if dry_run:
-        print("Nothing was written.")
-        return
-    changes = decide_again(directory, recipe)
+    with _to_change(directory, "sdtrain decide", dry_run):
+        print_table(compare(directory, recipe))
+        if dry_run:
+            print("Nothing was written.")
+            return
+        changes = decide_again(directory, recipe)
     print("; ".join(changes) or "The recipe stays as it was.")
     print(f"To pack by this: sdtrain build {directory.recipe} --output {directory.root}")
 
@@ -74,17 +79,26 @@ def remove(
     dry_run: DryRun = False,
 ) -> None:
     """Take samples out for good: from pictures, scores, dataset and latents; they do not come back."""
+    from filters.record import read_recipe
     from filters.removal import find_removal
     from filters.take_out import finish_removal, start_removal
     from sdtrain.data.dataset import DatasetDir
 
     directory = DatasetDir(dataset.absolute())
-    if not dry_run and finish_removal(directory):
-        print("A removal that had been interrupted is finished now.")
-    removal = find_removal(directory, entries, by.value, radius)
-    print(*removal.sentences(), sep="\n")
-    if dry_run:
-        print("Nothing was written.")
-    elif removal.has_effect:
-        start_removal(directory, removal)
-        print(*finish_removal(directory), sep="\n")
+    read_recipe(directory)  # says so if there is no dataset
+    with _to_change(directory, "sdtrain remove", dry_run):
+        if not dry_run and finish_removal(directory):
+            print("A removal that had been interrupted is finished now.")
+        removal = find_removal(directory, entries, by.value, radius)
+        print(*removal.sentences(), sep="\n")
+        if dry_run:
+            print("Nothing was written.")
+        elif removal.has_effect:
+            start_removal(directory, removal)
+            print(*finish_removal(directory), sep="\n")
+
+
+def _to_change(directory: DatasetDir, command: str, dry_run: bool) -> AbstractContextManager[object]:
+    from sdtrain.data.dataset_lock import lock_to_change
+
+    return nullcontext() if dry_run else lock_to_change(directory, command)

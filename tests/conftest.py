@@ -12,10 +12,10 @@ from sdtrain.data.dataset import DatasetDir
 
 @pytest.fixture
 def digests() -> Callable[[DatasetDir], dict[str, str]]:
-    """A function that gives the sha256 of every file of a dataset by name, manifests (which hold times) aside."""
+    """A function that gives the sha256 of every file of a dataset by name; not manifests and lock, which hold times."""
 
     def of(dataset: DatasetDir) -> dict[str, str]:
-        files = [p for p in dataset.root.rglob("*") if p.is_file() and "manifest" not in p.parts]
+        files = [p for p in dataset.root.rglob("*") if p.is_file() and "manifest" not in p.parts and p != dataset.lock]
         return {dataset.relative(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
     return of

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from filters.duplicates.buckets import Buckets, Embedded
 from filters.duplicates.columns import Pictures
+from sdtrain.data.steps import told
 from sdtrain.errors import UserError
 
 # Up to here all are compared with all: that takes seconds, and misses nothing between clusters.
@@ -45,7 +46,7 @@ def cluster(pictures: Pictures, num_clusters: int, seed: int, folder: Path) -> I
     """
     owned = _all_in_one(pictures) if num_clusters == 1 else _owned(pictures, _centers(pictures, num_clusters, seed))
     with Buckets(folder, pictures.num, num_clusters) as buckets:
-        for embedded, owners in owned:
+        for embedded, owners in told(owned, "dedup: clusters", pictures.num, "embeddings", lambda pair: len(pair[1])):
             buckets.add(embedded, owners)
     yield from buckets.clusters()
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sdtrain.data.steps import told
+
 Words = NDArray[np.uint64]
 
 COLOR_BYTES = 48
@@ -61,7 +63,7 @@ def store_columns(pictures: Pictures, folder: Path, with_looks: bool) -> Columns
     names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_looks else ())]
     files = dict[str, Any]()
     try:
-        for table in pictures.read(names):
+        for table in told(pictures.read(names), "dedup: reading", pictures.num, "pictures", len):
             for name, values in _arrays(table, with_looks):
                 if name not in files:
                     files[name] = (folder / name).open("wb")

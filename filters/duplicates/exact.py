@@ -6,6 +6,7 @@ import numpy as np
 
 from filters.duplicates.columns import Columns, in_order, starts_of_runs
 from filters.duplicates.components import Components
+from sdtrain.data.steps import told
 
 
 def link_exact(columns: Columns, components: Components) -> None:
@@ -14,7 +15,9 @@ def link_exact(columns: Columns, components: Components) -> None:
     Files are the same more seldom than pixels, but adopted shards may hold one file re-encoded twice, differently.
     """
     for kind in ("pixels", "bytes"):
-        for nodes, ones, others in in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1")):
+        pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
+        counted = told(pieces, f"dedup: equal {kind}", columns.num, "pictures", lambda piece: len(piece[0]))
+        for nodes, ones, others in counted:
             starts = starts_of_runs(ones, others)
             first = nodes[starts][np.cumsum(starts) - 1]
             linked = (first != nodes) & ((ones | others) != 0)  # zero: the digest is not known

@@ -20,6 +20,7 @@ from filters.duplicates.exact import link_exact
 from filters.duplicates.perceptual import link_alike
 from filters.duplicates.semantic import link_similar
 from filters.recipe import DuplicatesConfig
+from sdtrain.data.steps import told
 from sdtrain.errors import UserError
 
 LEVELS = ("exact", "perceptual", "semantic")
@@ -97,7 +98,9 @@ def _search(pictures: Pictures, config: DuplicatesConfig, folder: Path, componen
         yield "perceptual"
     if "semantic" in levels:
         num_clusters = num_clusters_for(pictures.num, config.num_clusters)
-        link_similar(cluster(pictures, num_clusters, config.seed, folder), config.semantic_threshold, components)
+        clusters = cluster(pictures, num_clusters, config.seed, folder)
+        compared = told(clusters, "dedup: embeddings", pictures.num, "embeddings", lambda embedded: len(embedded.nodes))
+        link_similar(compared, config.semantic_threshold, components)
         yield "semantic"
 
 

@@ -42,6 +42,20 @@ def scored_pictures(dataset: DatasetDir) -> Pictures:
     return Pictures(partial(_read, dataset, shards), num, has_embeddings)
 
 
+def check_decoders(dataset: DatasetDir) -> None:
+    """Refuses shards of which the CPU decoded some and a GPU others: their digests and hashes cannot be compared.
+
+    Raises:
+        UserError: says what to set.
+    """
+    schemas = (pq.read_schema(dataset.scores(shard)) for shard in selected_shards(dataset))
+    if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
+        raise UserError(
+            f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
+            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores anew."
+        )
+
+
 def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) -> Iterator[pa.Table]:
     for shard in shards:
         own = [name for name in columns if name != "sha256"]
@@ -75,6 +89,8 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     pictures = scored_pictures(dataset)
+    if recipe.duplicates.level != "off":
+        check_decoders(dataset)
     with scratch(dataset.root, "dedup") as folder, publish(dataset.duplicates) as temporary:
         found = group_pictures(pictures, recipe.duplicates, folder, temporary)
     yield ShardReport(

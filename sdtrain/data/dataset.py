@@ -53,6 +53,11 @@ class DatasetDir:
         return self.root / "removal.json"
 
     @property
+    def lock(self) -> Path:
+        """Who uses the dataset now; see `sdtrain.data.dataset_lock`."""
+        return self.root / "dataset.lock"
+
+    @property
     def pack_plan(self) -> Path:
         """The order of packing, while there is something to pack."""
         return self.root / "pack_plan.parquet"

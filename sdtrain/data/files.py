@@ -49,13 +49,18 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
 
     `name` tells apart what one process does at the same time; `sweep` clears what a killed process left.
     """
-    folder = directory / f".{name}.{os.getpid()}{_TEMPORARY}"
+    folder = scratch_path(directory, name)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch_path(directory: Path, name: str) -> Path:
+    """Where `scratch` makes its folder; for those who make theirs only if they need it, as DuckDB does to spill."""
+    return directory / f".{name}.{os.getpid()}{_TEMPORARY}"
 
 
 def raise_if_disk_full(error: Exception, target: Path) -> None:

@@ -16,6 +16,7 @@ from sdtrain.data.config import PackConfig, PictureRecipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.image_shards import PLACE, picture_place
+from sdtrain.data.latent_index import index_path
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
 from sdtrain.data.pack_plan import PROVENANCE, planned, shard_sizes
 from sdtrain.data.stage import Stage
@@ -142,6 +143,7 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
             files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
             for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):
                 path.unlink(missing_ok=True)
+            index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
             entry.unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from sdtrain.data.config import PackConfig
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish, raise_if_disk_full, scratch
+from sdtrain.data.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.data.manifest import fingerprint, require_entry
 from sdtrain.data.selection import selected_shards
 from sdtrain.errors import UserError
@@ -80,7 +80,7 @@ def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> 
     """How many of some samples belong into which packed shard; those that are not kept belong into none."""
     ends = list(accumulate(shard_sizes(dataset, config)))
     values = {"decisions": str(dataset.decisions), "seed": str(config.seed), "uids": list(uids)}
-    with closing(duckdb.connect()) as connection:
+    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "places"))})) as connection:
         places = connection.execute(_PLACES, values).fetchall()
     return Counter(bisect_right(ends, place) for (place,) in places)
 

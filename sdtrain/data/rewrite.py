@@ -23,6 +23,7 @@ from sdtrain.data.image_shards import (
     rewrite_stats,
     write_shard,
 )
+from sdtrain.data.latent_index import index_path
 from sdtrain.data.latents import latent_place
 from sdtrain.data.publish_images import final_files, publish_images, settle_images
 from sdtrain.data.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
@@ -86,6 +87,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
 def drop_latents(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a shard of latents."""
     _drop_from_pair(tar, table, uids, latent_place)
+    index_path(table).unlink(missing_ok=True)
 
 
 def _drop_from_pair(tar: Path, table: Path, uids: Uids, place: Callable[[Path, SampleIndex], dict[str, Any]]) -> None:

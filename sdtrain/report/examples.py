@@ -18,6 +18,7 @@ from sdtrain.report.thumbnails import Thumbnails, save_thumbnail
 EXAMPLES_PER_GALLERY = 12
 EXAMPLES_PER_SIDE = 6
 GROUPS, COPIES_PER_GROUP = 8, 8
+MAX_CHARS = 160
 # Of billions of rows, the first are enough to find examples among.
 ROWS_TO_CHOOSE_FROM = 100_000
 
@@ -133,7 +134,7 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
         [reason, EXAMPLES_PER_GALLERY],
     ).fetchall()
     shown = _shown(thumbnails, (row[:5] for row in rows), kept=False)
-    lines = [] if shown else [f"{url}  {message or ''}".strip() for *_, url, message in rows[:4]]
+    lines = [] if shown else [f"{_cut(url)}  {_cut(message)}".strip() for *_, url, message in rows[:4]]
     return Gallery(f"Dropped: {reason} ({count:,})", "dropped", [shown], lines)
 
 
@@ -149,10 +150,11 @@ def _never_fetched(
     shown, lines = list[Shown](), list[str]()
     shown_rows = [row for row in rows if row[:2] not in removed]
     for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(shown_rows):
-        figures = f"aesthetic {_figure(aesthetic)}, watermark {_figure(pwatermark)}, {width}x{height}: {caption or ''}"
+        scores = f"aesthetic {_figure(aesthetic)}, watermark {_figure(pwatermark)}"
+        figures = f"{scores}, {width}x{height}: {_cut(caption)}"
         path = find_picture(url) if find_picture else None
         if path is None:
-            lines.append(f"{url}  {figures}")
+            lines.append(f"{_cut(url)}  {figures}")
         else:
             picture: Image.Image = decode_rgb(path.read_bytes())
             thumbnail = save_thumbnail(picture, pictures / f"never-fetched-{number:02d}.jpg")
@@ -190,4 +192,10 @@ def _figure(value: float | None) -> str:
 def _shown(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
     """The pictures of rows that begin with their place and end with a text; those without a picture are left out."""
     found = ((thumbnails.make(*place), text) for *place, text in rows)
-    return [Shown(thumbnail, text or "", kept) for thumbnail, text in found if thumbnail]
+    return [Shown(thumbnail, _cut(text), kept) for thumbnail, text in found if thumbnail]
+
+
+def _cut(text: str | None) -> str:
+    """The beginning of what may be long: a page of text as a caption, a whole picture as a data: URL."""
+    known = text or ""
+    return known if len(known) <= MAX_CHARS else f"{known[: MAX_CHARS - 1]}…"

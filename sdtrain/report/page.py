@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +15,10 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.report.examples import Border, FindPicture, Gallery, galleries
-from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.score_pairs import draw_pairs
+from sdtrain.report.training import draw_training
+from sdtrain.run_dir import RunDir
 
 # More would not change a histogram.
 MAX_VALUES = 200_000
@@ -42,7 +43,7 @@ class Report:
     dataset: DatasetDir
     limits: dict[str, float]
     """The recipe's rules, for the lines in the histograms."""
-    training_log: Path | None = None
+    training: RunDir | None = None
     samples: SampleSection | None = None
     find_picture: FindPicture | None = None
     """A local file for a URL that was never fetched, where there is one."""
@@ -77,7 +78,7 @@ def write_report(report: Report, path: Path) -> Path:
             "pairs": draw_pairs(connection, report.limits, pictures),
             "database": report.dataset.database.name,
         }
-    context["loss"] = _draw_loss(report.training_log, pictures) if report.training_log else None
+    context["training"] = draw_training(report.training, pictures) if report.training else None
     context["samples"] = _place_samples(report.samples, pictures) if report.samples else None
     page = _template().render(context)
     with publish(path) as temporary:
@@ -100,11 +101,13 @@ def _draw_funnel(funnel: list[tuple[Any, ...]], pictures: Path) -> str:
 
 
 def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[str]:
-    """One histogram a metadata score: all rows of the metadata behind, the kept ones in front."""
+    """A histogram for each score that the metadata has: all of its rows behind, the kept ones in front."""
     drawn = []
     scores = (("aesthetic", "min_aesthetic", "aesthetic score (V2)"), ("pwatermark", "max_watermark", "P(watermark)"))
     for column, rule, label in scores:
         groups = {view: _column(connection, view, column) for view in ("metadata", "kept")}
+        if not any(groups.values()):
+            continue
         plot_histogram(groups, limits.get(rule), label, pictures / f"{column}.png")
         drawn.append(f"pictures/{column}.png")
     return drawn
@@ -120,18 +123,6 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
     # A name that no view has: it hides such a view from then on.
     sampled = values.query("one_score", f"FROM one_score USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
     return [row[0] for row in sampled.fetchall()]
-
-
-def _draw_loss(log: Path, pictures: Path) -> dict[str, str] | None:
-    """The curve and its last figures; None for a training that has logged nothing yet."""
-    with log.open() as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        return None
-    plot_loss([int(row["step"]) for row in rows], [float(row["loss"]) for row in rows], pictures / "loss.png")
-    rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
-    text = f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}; {rate:.0f} images/s."
-    return {"picture": "pictures/loss.png", "text": text}
 
 
 def _place_samples(samples: SampleSection, pictures: Path) -> dict[str, Any]:

@@ -83,17 +83,46 @@ def plot_pairs(pairs: Sequence[tuple[float, float]], limit: float | None, label:
     _save(figure, path)
 
 
-def plot_loss(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:
-    """Training loss against the optimizer step, with its running mean over 5 % of the run."""
+def plot_loss(losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], path: Path) -> None:
+    """Training loss against the optimizer step, with its running mean over 5 % of the run, and the validation loss.
+
+    Args:
+        losses: (step, loss).
+        validation: (step, loss) on held-out samples; empty for no curve.
+        path: the PNG to write.
+    """
     figure, axes = _canvas(9.0, 3.0)
-    axes.plot(steps, losses, color=MUTED, linewidth=0.8, label="loss")
-    width = max(1, len(losses) // 20)
-    if len(losses) > width:
-        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    steps, values = [step for step, _ in losses], [loss for _, loss in losses]
+    axes.plot(steps, values, color=MUTED, linewidth=0.8, label="training")
+    width = max(1, len(values) // 20)
+    if len(values) > width:
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
         axes.plot(steps[width - 1 :], smooth, color=KEPT, linewidth=2, label=f"mean of {width} points")
+    if validation:
+        axes.plot(
+            *zip(*validation, strict=True), color=DROPPED, linewidth=2, marker="o", markersize=4, label="held out"
+        )
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("mean squared error of the noise")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_timesteps(curves: Mapping[int, Mapping[int, float]], path: Path) -> None:
+    """Validation loss against the timestep, a line for each of some optimizer steps; later ones are darker.
+
+    Args:
+        curves: optimizer step -> timestep -> loss.
+        path: the PNG to write.
+    """
+    figure, axes = _canvas(9.0, 2.8)
+    for i, (step, losses) in enumerate(curves.items(), 1):
+        label, darkness = f"step {step:,}", i / len(curves)
+        axes.plot(*zip(*losses.items(), strict=True), color=KEPT, alpha=darkness, marker="o", markersize=4, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("timestep: little noise on the left, only noise on the right")
+    axes.set_ylabel("error on held-out samples")
     axes.legend(frameon=False)
     _save(figure, path)
 

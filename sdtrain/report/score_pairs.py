@@ -14,6 +14,7 @@ from sdtrain.report.plots import plot_pairs
 MAX_POINTS = 5_000
 _SCORES = (
     ("aesthetic", "min_aesthetic", "aesthetic score (V2)"),
+    ("aesthetic_v1", "min_aesthetic_v1", "aesthetic score (V1)"),
     ("pwatermark", "max_watermark", "P(watermark)"),
     ("punsafe", "max_unsafe", "P(unsafe)"),
     ("similarity", "min_similarity", "similarity to the caption"),
@@ -21,17 +22,18 @@ _SCORES = (
 
 
 def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[dict[str, str]]:
-    """A diagram and a sentence for each score that both have; views of before they were there have none.
+    """A diagram and a sentence for each score that both have; older views know fewer scores, or none.
 
     Args:
         connection: to a dataset's views.
         limits: the recipe's, by the rule's name.
         pictures: the folder for the diagrams.
     """
-    if not connection.execute("SELECT 1 FROM duckdb_views() WHERE view_name = 'score_pairs'").fetchone():
-        return []
+    known = connection.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = 'score_pairs'").fetchall()
     drawn = []
     for column, rule, label in _SCORES:
+        if (f"{column}_metadata",) not in known:
+            continue
         both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_picture IS NOT NULL"
         limit = limits.get(rule)
         figures = _figures(connection, column, both, limit)

@@ -16,6 +16,7 @@ from sdtrain.data.manifest import require_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
 from sdtrain.demo.pictures import SEEN_PAIRS, draw, random_scene
+from sdtrain.errors import UserError
 
 NO_MODELS = ScoreConfig(clip_weights=None, aesthetic_weights=None, watermark_weights=None, safety_weights=None)
 
@@ -153,6 +154,15 @@ def test_a_file_that_was_decoded_differently_is_the_same_by_its_bytes(scored):
     pq.write_table(pq.read_table(scored.images_table(0)).from_pylist(table, SCHEMA), scored.images_table(0))
     (report,) = run_batch(DEDUP, scored, recipe_with("exact"), [0])
     assert report.dropped == {"exact": 3}
+
+
+def test_shards_that_were_decoded_differently_are_not_compared(scored):
+    table = pq.read_table(scored.scores(1))
+    described = {**(table.schema.metadata or {}), b"sdtrain.decode": b"gpu"}
+    pq.write_table(table.replace_schema_metadata(described), scored.scores(1))
+    with pytest.raises(UserError, match=r"decoded by the CPU and others by a GPU.*Set score\.decode to cpu or gpu"):
+        run_batch(DEDUP, scored, recipe_with("exact"), [0])
+    run_batch(DEDUP, scored, recipe_with("off"), [0])
 
 
 def test_nothing_is_left_beside_the_table(scored):

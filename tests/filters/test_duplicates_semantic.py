@@ -14,6 +14,7 @@ from filters.duplicates.stage import scored_pictures
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.scores import SCORE
 from sdtrain.data.stage import run_batch
+from sdtrain.data.steps import listening
 from sdtrain.errors import UserError
 
 NUM, DIM, NUM_COPIES = 900, 64, 100
@@ -30,6 +31,15 @@ def planted(noise: float = 0.1) -> pa.Table:
 
 def semantic(table: pa.Table, **settings) -> dict[int, tuple[int, str]]:
     return groups_of(table, level="semantic", **settings)
+
+
+def test_every_step_of_the_search_says_how_far_it_is():
+    heard = dict[str, tuple[int, int]]()
+    with listening(lambda step: heard.update({step.name: (step.done, step.total)})):
+        search(planted(), level="semantic")
+    steps = ("reading", "equal pixels", "equal bytes", "near hashes", "clusters", "embeddings")
+    assert list(heard) == [f"dedup: {step}" for step in steps]
+    assert all(done == total > 0 for done, total in heard.values())
 
 
 EXPECTED = {i: (i % (NUM - NUM_COPIES), "semantic") for i in (*range(NUM_COPIES), *range(NUM - NUM_COPIES, NUM))}

@@ -1,5 +1,3 @@
-import http.server
-import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from filters.heads import (
     load_safety,
     load_watermark,
 )
-from filters.weights import PUBLISHED, Published, cache_dir, digest_of, find_weights, read_state
+from filters.weights import PUBLISHED, find_weights
 from sdtrain.errors import UserError
 
 AESTHETIC = Path(__file__).parents[2].parent / "shared" / "data" / "aesthetic"
@@ -170,95 +168,3 @@ def test_random_weights_are_the_same_for_a_seed_and_leave_the_callers_random_num
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(first.linear_1.weight, again.linear_1.weight)
     assert not torch.equal(first.linear_1.weight, other.linear_1.weight)
-
-
-class _Harmful:
-    def __reduce__(self):
-        return (Path.touch, (Path("harm-was-done"),))
-
-
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"weights": _Harmful()}, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match=r"bad\.pt is not a file of weights that is safe to load"):
-        read_state(tmp_path / "bad.pt")
-    assert not Path("harm-was-done").exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 cut short"])
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_a_file_that_holds_no_weights_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="is not a file of weights"):
-        read_state(tmp_path / name)
-
-
-@pytest.mark.parametrize("content", [[torch.zeros(1)], torch.zeros(1), {"epoch": 3}])
-def test_a_file_of_something_else_than_named_tensors_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(UserError, match="does not hold tensors by name"):
-        read_state(tmp_path / "w.pt")
-
-
-def test_an_unknown_name_gets_the_nearest_one():
-    with pytest.raises(UserError, match="Did you mean 'laion-nsfw-l14'"):
-        find_weights("laion-nsfw-b14")
-
-
-def test_a_seed_that_is_no_number_is_refused():
-    with pytest.raises(UserError, match="after 'random:' comes a whole number"):
-        digest_of("random:x")
-
-
-def test_digests_tell_files_by_content_and_random_weights_by_seed(tmp_path):
-    (tmp_path / "a.pt").write_bytes(b"a")
-    assert digest_of(str(tmp_path / "a.pt")) == sha256(b"a").hexdigest()
-    assert digest_of("random:1") != digest_of("random:2") != digest_of(None)
-
-
-def test_weights_that_cannot_be_fetched_are_named_with_url_and_place(monkeypatch, tmp_path):
-    monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path))
-    monkeypatch.setitem(PUBLISHED, "far", Published("https://127.0.0.1:1/far.pt", "far.pt"))
-    with pytest.raises(UserError) as error:
-        find_weights("far")
-    assert "https://127.0.0.1:1/far.pt" in str(error.value)
-    assert str(tmp_path) in str(error.value)
-
-
-@pytest.fixture
-def published(monkeypatch, tmp_path):
-    """A loopback server that gives b"weights" and counts requests; yields (URL, counts)."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"weights")
-
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
-    yield f"http://127.0.0.1:{server.server_port}/w.pt", asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_published_weights_are_fetched_once_and_checked(monkeypatch, published):
-    url, asked = published
-    monkeypatch.setitem(PUBLISHED, "mine", Published(url, "w.pt", sha256(b"weights").hexdigest()))
-    assert find_weights("mine").read_bytes() == b"weights"
-    assert find_weights("mine").parent == cache_dir()
-    assert len(asked) == 1
-
-
-def test_other_bytes_than_the_published_ones_are_not_kept(monkeypatch, published):
-    url, _ = published
-    monkeypatch.setitem(PUBLISHED, "mine", Published(url, "w.pt", sha256(b"others").hexdigest()))
-    with pytest.raises(UserError, match="gave other bytes"):
-        find_weights("mine")
-    assert not (cache_dir() / "w.pt").exists()

@@ -22,8 +22,9 @@ from sdtrain.data.stage import pending, run_batch
 from sdtrain.errors import UserError
 
 SCORE_NAMES = ("aesthetic", "pwatermark", "punsafe", "similarity")
+_OURS = (*SCORE_NAMES, "aesthetic_v1")
 _SCORES = pa.schema(
-    [("uid", pa.string()), ("key", pa.string()), *((n, pa.float32()) for n in SCORE_NAMES), ("reason", pa.string())]
+    [("uid", pa.string()), ("key", pa.string()), *((n, pa.float32()) for n in _OURS), ("reason", pa.string())]
 )
 _DUPLICATES = pa.schema([(name, pa.string()) for name in ("uid", "group_id", "kind")])
 
@@ -136,10 +137,11 @@ RULES: dict[str, Any] = {
 }
 
 # Few different values, exact in float32, so that rules often meet their own limit.
-_SOME_SCORES = st.fixed_dictionaries({}, optional={n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 5.0]) for n in SCORE_NAMES})
+_VALUES = {n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 5.0]) for n in SCORE_NAMES}
+_SOME_SCORES = st.fixed_dictionaries(_VALUES) | st.fixed_dictionaries({}, optional=_VALUES)
 _SOME_SIZES = st.tuples(st.sampled_from([100, 256, 512]), st.sampled_from([100, 256, 512]))
+# As a rule there is a picture, of one group of two, so that copies pass the rules together.
 _FETCHED = st.one_of(
-    st.sampled_from(["http_404", "timeout"]).map(lambda reason: Fetched(None, reason=reason)),
     st.builds(
         Fetched,
         picture=st.just(b"x"),
@@ -147,15 +149,16 @@ _FETCHED = st.one_of(
         original_px=_SOME_SIZES,
         scores=_SOME_SCORES,
     ),
+    st.sampled_from([Fetched(b"x", scores=GOOD), *(Fetched(None, reason=r) for r in ("http_404", "timeout"))]),
 )
 _ROWS = st.lists(
     st.tuples(
         _FETCHED,
-        st.none() | _SOME_SCORES,
-        st.none() | st.integers(0, 2),
+        _SOME_SCORES | st.sampled_from([None, GOOD, GOOD]),
+        st.sampled_from([0, 0, 1, None]),
         st.sampled_from(["exact", "perceptual"]),
     ),
-    min_size=1,
+    min_size=2,
     max_size=12,
 )
 _CONFIGS = st.builds(
@@ -273,12 +276,8 @@ def test_decisions_open_in_duckdb_with_the_promised_columns(tmp_path):
     keep(dataset)
     with duckdb.connect() as connection:
         described = connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [str(dataset.decisions)]).fetchall()
-    assert [(name, kind) for name, kind, *_ in described] == [
-        ("uid", "VARCHAR"),
-        ("key", "VARCHAR"),
-        ("shard", "INTEGER"),
-        ("reason", "VARCHAR"),
-    ]
+    expected = [("uid", "VARCHAR"), ("key", "VARCHAR"), ("shard", "INTEGER"), ("reason", "VARCHAR")]
+    assert [(name, kind) for name, kind, *_ in described] == expected
 
 
 def test_caption_rules_are_judged_after_the_download_too(tmp_path):
@@ -287,3 +286,12 @@ def test_caption_rules_are_judged_after_the_download_too(tmp_path):
     rules = {"no_filename_captions": True, "min_caption_words": 2, "max_caption_chars": 12}
     names = ["no_filename_captions", None, "min_caption_words", "no_filename_captions", "max_caption_chars"]
     assert keep(dataset, rules=rules) == names
+
+
+def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path):
+    rows = [row(ours=GOOD | {"aesthetic_v1": 8.0}), row(ours=GOOD | {"aesthetic_v1": 6.0}), row()]
+    dataset = write_dataset(tmp_path, rows)
+    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="picture")
+    assert judged == [None, "min_aesthetic_v1", "aesthetic_v1_missing"]
+    with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set keep.decide_by"):
+        keep(dataset, rules={"min_aesthetic_v1": 7})

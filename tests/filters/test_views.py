@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dataset_fixtures import make_dataset
 
@@ -124,3 +126,13 @@ def test_shards_of_an_earlier_larger_selection_are_not_shown(tmp_path):
     run_batch(SELECT, dataset, smaller, [0])
     write_views(dataset, smaller)
     assert ask(dataset.database, "SELECT DISTINCT shard FROM images") == [["0"]]
+
+
+def test_a_column_that_only_later_files_have_is_shown_once(tmp_path):
+    dataset, recipe = make_dataset(tmp_path)
+    table = pq.read_table(dataset.selection(1))
+    scores = pa.array([7.5] * len(table), pa.float64())
+    pq.write_table(table.append_column("aesthetic_v1", scores), dataset.selection(1))
+    write_views(dataset, recipe)
+    shown = ask(dataset.database, "SELECT shard, count(*), count(aesthetic_v1) FROM selection GROUP BY ALL ORDER BY 1")
+    assert shown == [["0", "15", "0"], ["1", "15", "15"], ["2", "5", "0"]]

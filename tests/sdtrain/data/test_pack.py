@@ -86,7 +86,7 @@ def test_shards_hold_exactly_n_samples_the_last_the_rest_and_each_kept_one_once(
 )
 def test_what_is_packed_comes_out_again_byte_for_byte_whatever_the_settings(num_rows, dropped, samples_per_shard, seed):
     with TemporaryDirectory() as folder:
-        rows = [Fetched(content_of(i), caption=None if i == 4 else f"Grüße {i}") for i in range(num_rows)]
+        rows = [Fetched(content_of(i), caption=None if i == 4 else f" Grüße\r\n{i}\t ") for i in range(num_rows)]
         dataset, dropped = write_downloads(Path(folder), rows, per_shard=4), dropped & set(range(num_rows))
         write_decisions(dataset, dropped)
         reports = pack(dataset, Recipe(samples_per_shard, seed))

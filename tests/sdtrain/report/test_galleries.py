@@ -42,6 +42,7 @@ def dataset(recipe, tmp_path_factory):
     ]
     rows += [Fetched(encoded(scene_picture(30)), f"copy {i}", (900, 700 + i), high) for i in range(4)]
     rows += [Fetched(encoded(scene_picture(40 + i)), f"low {i}", (900, 900), {"similarity": 0.2}) for i in range(3)]
+    rows.append(Fetched(encoded(scene_picture(50)), "long " * 100, (2000, 2000), high))
     dataset = write_downloads(tmp_path_factory.mktemp("data"), [*rows, Fetched(None, reason="http_404")])
     for stage in (SCORE, DEDUP, KEEP):
         run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
@@ -88,6 +89,7 @@ def test_copies_stand_in_one_row_the_one_that_stayed_first(shown):
 
 def test_kept_ones_are_kept_and_every_reason_has_its_own(shown):
     assert all(picture.kept for picture in shown["Kept, at random"].rows[0])
+    assert [text for text in texts(shown["Kept, at random"].rows[0]) if "long" in text] == ["long " * 31 + "long…"]
     assert len(shown["Dropped: min_side (10)"].rows[0]) == 10
     assert shown["Dropped: http_404 (1)"].lines
     assert not any(shown["Dropped: http_404 (1)"].rows)

@@ -17,6 +17,7 @@ from sdtrain.data.stage import run_batch
 from sdtrain.errors import UserError
 from sdtrain.report.page import Report, write_report
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+from sdtrain.run_dir import RunDir
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 
@@ -76,9 +77,9 @@ def test_pictures_fetched_anew_are_shown_anew(recipe, tmp_path):
 
 
 def test_a_training_that_has_logged_nothing_has_no_curve(dataset, tmp_path):
-    log = tmp_path / "log.csv"
-    log.write_text("step,loss,images_per_s\n")
-    page = write_report(Report("small", "", dataset, limits={}, training_log=log), tmp_path / "report.html").read_text()
+    (tmp_path / "log.csv").write_text("step,loss,images_per_s\n")
+    report = Report("small", "", dataset, limits={}, training=RunDir(tmp_path))
+    page = write_report(report, tmp_path / "report.html").read_text()
     assert "loss.png" not in page
 
 
@@ -118,5 +119,5 @@ def test_a_dataset_without_decisions_is_a_sentence(tmp_path, recipe):
 def test_plots_take_what_is_small_or_empty(tmp_path):
     plot_funnel([("rows", 0, 1)], tmp_path / "funnel.png")
     plot_histogram({"metadata": [], "kept": []}, None, "score", tmp_path / "histogram.png")
-    plot_loss([10], [0.5], tmp_path / "loss.png")
+    plot_loss([(10, 0.5)], [], tmp_path / "loss.png")
     assert len(list(tmp_path.glob("*.png"))) == 3

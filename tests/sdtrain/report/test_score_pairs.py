@@ -5,21 +5,22 @@ from filters.tables import DERIVED
 from sdtrain.report.plots import plot_pairs
 from sdtrain.report.score_pairs import draw_pairs
 
-SCORES = ("aesthetic", "pwatermark", "punsafe", "similarity")
+SCORES = ("aesthetic", "pwatermark", "punsafe", "similarity", "aesthetic_v1")
 
 
 @pytest.fixture
 def connection():
     """Three scored pictures and a damaged one; similarity only on one side."""
     with duckdb.connect() as connection:
-        rows = "('a', 4.0, 0.1, 0.5, 0.3), ('b', 5.5, 0.2, 0.5, 0.3), ('c', 6.0, 0.3, 0.5, 0.3), ('d', 7, 0, 0, 0)"
+        rows = "('a', 4.0, 0.1, 0.5, 0.3, 7), ('b', 5.5, 0.2, 0.5, 0.3, NULL), ('c', 6.0, 0.3, 0.5, 0.3, NULL)"
+        rows += ", ('d', 7, 0, 0, 0, 7)"
         connection.execute(f"CREATE TABLE selection AS FROM (VALUES {rows}) t(uid, {', '.join(SCORES)})")
         connection.execute(
             """
             CREATE TABLE scores AS
-            FROM (VALUES ('a', 'k0', 0, 4.5, 0.1, NULL, NULL, NULL), ('b', 'k1', 0, 4.9, 0.2, NULL, 0.5, NULL),
-                         ('c', 'k2', 0, 6.5, 0.3, NULL, 0.5, NULL), ('d', 'k3', 0, 9, 9, 9, 9, 'undecodable'))
-            t(uid, key, shard, aesthetic, pwatermark, similarity, punsafe, reason)
+            FROM (VALUES ('a', 'k0', 0, 4.5, 0.1, NULL, NULL, 8, NULL), ('b', 'k1', 0, 4.9, 0.2, NULL, 0.5, 8, NULL),
+                         ('c', 'k2', 0, 6.5, 0.3, NULL, 0.5, 8, NULL), ('d', 'k3', 0, 9, 9, 9, 9, 9, 'undecodable'))
+            t(uid, key, shard, aesthetic, pwatermark, similarity, punsafe, aesthetic_v1, reason)
             """
         )
         connection.execute(f"CREATE VIEW score_pairs AS {DERIVED['score_pairs']}")
@@ -28,14 +29,21 @@ def connection():
 
 def test_each_score_that_both_have_is_drawn_with_how_far_they_agree(connection, tmp_path):
     drawn = draw_pairs(connection, {"min_aesthetic": 5.0}, tmp_path)
-    assert [pair["picture"] for pair in drawn] == [f"pictures/{name}_pairs.png" for name in SCORES[:3]]
+    names = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe")
+    assert [pair["picture"] for pair in drawn] == [f"pictures/{name}_pairs.png" for name in names]
     assert all((tmp_path / pair["picture"].removeprefix("pictures/")).stat().st_size > 0 for pair in drawn)
     # By hand: differences 0.5, -0.6, 0.5; the second picture is over the limit for the metadata only.
     assert drawn[0]["text"] == (
         "aesthetic score (V2): 3 pictures, ours +0.133 on average, correlation 0.817, 66.7 % on the same side of 5."
     )
-    assert drawn[1]["text"] == "P(watermark): 3 pictures, ours +0 on average, correlation 1.000."
-    assert drawn[2]["text"] == "P(unsafe): 2 pictures, ours +0 on average.", "one value has no correlation"
+    assert drawn[1]["text"] == "aesthetic score (V1): 1 pictures, ours +1 on average."
+    assert drawn[2]["text"] == "P(watermark): 3 pictures, ours +0 on average, correlation 1.000."
+    assert drawn[3]["text"] == "P(unsafe): 2 pictures, ours +0 on average.", "one value has no correlation"
+
+
+def test_older_views_give_the_pairs_that_they_know(connection, tmp_path):
+    connection.execute("CREATE OR REPLACE VIEW score_pairs AS SELECT 1.0 AS aesthetic_metadata, 2 AS aesthetic_picture")
+    assert [pair["picture"] for pair in draw_pairs(connection, {}, tmp_path)] == ["pictures/aesthetic_pairs.png"]
 
 
 def test_views_without_pairs_draw_nothing(tmp_path):

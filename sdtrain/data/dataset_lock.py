@@ -1,0 +1,146 @@
+"""Who uses a dataset: one command that changes it, or any number that read it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.errors import UserError
+
+# What file systems say that have no locks: some network mounts, and FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_log = logging.getLogger(__name__)
+_held: weakref.WeakSet[DatasetLock] = weakref.WeakSet()
+
+
+class DatasetLock:
+    """A hold on a dataset, until the block ends, it is closed or forgotten, or the process ends, kill -9 included.
+
+    It is the kernel's (flock): nothing has to be cleared after a crash. The one process that runs a command takes it;
+    the threads, processes and machines that work for that command do not ask.
+    """
+
+    def __init__(self, file: IO[str] | None) -> None:
+        self._file = file
+        _held.add(self)
+
+    def __enter__(self) -> DatasetLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the dataset."""
+        if self._file is not None:
+            self._file.close()
+
+
+def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
+    """Takes a dataset for a command that writes; its folder is made if there is none.
+
+    Args:
+        dataset: whose files are to be changed.
+        command: what others are told, such as "sdtrain build".
+
+    Raises:
+        UserError: it is in use, or cannot be written.
+    """
+    try:
+        dataset.root.mkdir(parents=True, exist_ok=True)
+        file = dataset.lock.open("a+")
+    except OSError as error:
+        raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
+    if _is_locked(file, fcntl.LOCK_EX, dataset, command):
+        file.truncate(0)  # those before have ended
+        _sign(file, command)
+    return DatasetLock(file)
+
+
+def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
+    """Takes a dataset for a command that only reads, beside others that do.
+
+    Args:
+        dataset: whose files are to stay as they are meanwhile.
+        command: what others are told, such as "training".
+
+    Raises:
+        UserError: it is being changed, or a removal was interrupted, so that its files do not fit each other.
+    """
+    file = _opened_to_read(dataset.lock)
+    if file and _is_locked(file, fcntl.LOCK_SH, dataset, command) and file.writable():
+        _sign(file, command)
+    if dataset.removal.exists():
+        raise UserError(
+            f"Samples were being taken out of {dataset.root} when that was interrupted, so its files do not fit each "
+            "other. Run the same `sdtrain remove` or `sdtrain build` first: it brings the removal to its end."
+        )
+    return DatasetLock(file)
+
+
+def _opened_to_read(path: Path) -> IO[str] | None:
+    """None where a dataset that cannot be written has no lock: nobody changes it from here."""
+    for mode in ("a+", "r"):
+        with suppress(OSError):
+            return path.open(mode)
+    return None
+
+
+def _is_locked(file: IO[str], kind: int, dataset: DatasetDir, command: str) -> bool:
+    """Whether the lock was had; not where the file system has none, of which the log warns."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError as error:
+        users = list(_users(file)) or ["Another command uses it."]
+        file.close()
+        raise UserError(
+            f"{dataset.root} is in use: {' '.join(users)} Wait for the end, and run {command} again."
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("The file system of %s has no locks: start nothing else that changes it.", dataset.root)
+        return False
+
+
+def _sign(file: IO[str], command: str) -> None:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
+    file.write(json.dumps(signed) + "\n")  # at the end, whoever else has written
+    file.flush()
+
+
+def _users(file: IO[str]) -> Iterator[str]:
+    """A sentence for each that has signed and still runs, as far as that can be seen from here."""
+    file.seek(0)
+    for line in dict.fromkeys(file):
+        with suppress(ValueError, TypeError, KeyError):
+            signed: dict[str, Any] = json.loads(line)
+            if signed["host"] != socket.gethostname() or psutil.pid_exists(signed["pid"]):
+                yield (
+                    f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since "
+                    f"{signed['since']})."
+                )
+
+
+def _forget_in_child() -> None:
+    # A forked child has the same lock; it must not outlive the parent that way.
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

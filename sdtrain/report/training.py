@@ -1,0 +1,78 @@
+"""The report's section about training: curves, validation by timestep, and previews from the first to the last."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from sdtrain.report.plots import plot_loss, plot_timesteps
+from sdtrain.run_dir import RunDir
+
+_MAX_PREVIEWS = 6
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the page shows of one run; paths are relative to the page.
+
+    Attributes:
+        text: its last figures.
+        curve: the loss against the step.
+        by_timestep: validation loss against the timestep; None without validation.
+        previews: (picture, step), in the order of the steps.
+    """
+
+    text: str
+    curve: str
+    by_timestep: str | None
+    previews: list[tuple[str, int]]
+
+
+def draw_training(run: RunDir, pictures: Path) -> Training | None:
+    """Draws into the folder `pictures` beside the page; None for a run that has logged nothing yet."""
+    rows = run.log.rows()
+    if not rows:
+        return None
+    validation = _validation(run)
+    means = [(step, sum(losses.values()) / len(losses)) for step, losses in validation.items()]
+    plot_loss([(int(row["step"]), float(row["loss"])) for row in rows], means, pictures / "loss.png")
+    if validation:
+        steps = _evenly(list(validation), 4)
+        plot_timesteps({step: validation[step] for step in steps}, pictures / "timesteps.png")
+    rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
+    held_out = f"; loss on held-out samples {means[-1][1]:.3f}" if means else ""
+    return Training(
+        text=f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}{held_out}; "
+        f"{rate:,.0f} images/s.",
+        curve="pictures/loss.png",
+        by_timestep="pictures/timesteps.png" if validation else None,
+        previews=_previews(run, pictures),
+    )
+
+
+def _validation(run: RunDir) -> dict[int, dict[int, float]]:
+    """Step -> timestep -> loss of the averaged weights."""
+    found: dict[int, dict[int, float]] = defaultdict(dict)
+    for row in run.validation.rows():
+        if row["weights"] == "ema":
+            found[int(row["step"])][int(row["timestep"])] = float(row["loss"])
+    return dict(found)
+
+
+def _previews(run: RunDir, pictures: Path) -> list[tuple[str, int]]:
+    """Some of the sheets, the first and the last among them."""
+    shown = []
+    for sheet in _evenly(sorted(run.previews.glob("step-*.png")), _MAX_PREVIEWS):
+        shutil.copyfile(sheet, pictures / f"preview-{sheet.name}")
+        shown.append((f"pictures/preview-{sheet.name}", int(sheet.stem.removeprefix("step-"))))
+    return shown
+
+
+def _evenly(items: list[ItemT], num: int) -> list[ItemT]:
+    if len(items) <= num:
+        return items
+    return [items[round(i * (len(items) - 1) / (num - 1))] for i in range(num)]
