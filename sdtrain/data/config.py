@@ -76,6 +76,32 @@ class EncodeConfig(Settings):
     """A diffusers folder (with or without a `vae` subfolder) or a hub id."""
     resolution: int = Field(default=512, ge=8, multiple_of=8)
     batch_size: int = Field(default=8, ge=1)
+    num_crops: int = Field(default=1, ge=1)
+    """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
+    an epoch, each in its turn."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Widths and heights in pixels, multiples of 8; each picture gets the one nearest to its shape."""
+    bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
+    """In the place of `buckets`: all sizes that are multiples of this (64 for SD v1), of about `resolution` squared."""
+    bucket_max_aspect: float = Field(default=2.0, ge=1)
+    """Most elongated size that `bucket_step_px` makes."""
+    check_samples: int = Field(default=16, ge=0)
+    """Latents of each shard that are decoded again and compared with their pictures; 0 for none."""
+    min_psnr_db: float | None = Field(default=None, ge=0)
+    """Least mean PSNR of those. Null: 17 for a VAE of SD v1's architecture, no bound for others; 0: no bound."""
+
+    @model_validator(mode="after")
+    def _buckets_are_sizes(self) -> EncodeConfig:
+        if self.buckets and self.bucket_step_px:
+            raise ValueError("buckets lists the sizes and bucket_step_px computes them: set one of the two")
+        for width, height in self.buckets:
+            if min(width, height) < 8 or width % 8 or height % 8:
+                raise ValueError(f"the bucket {width} x {height} is not in multiples of 8 pixels")
+        if len(set(self.buckets)) < len(self.buckets):
+            raise ValueError("buckets names a size twice")
+        if self.bucket_step_px > self.resolution:
+            raise ValueError(f"bucket_step_px {self.bucket_step_px} is more than resolution {self.resolution}")
+        return self
 
 
 class PictureRecipe(Protocol):

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from sdtrain.data.config import EncodeConfig, PictureRecipe
+from sdtrain.data.crops import Crop, bucket_of, chance, cut
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.encode_check import Figures, chosen_rows, measure, require_good
 from sdtrain.data.files import publish
-from sdtrain.data.latent_store import NORMALISATION, VAE_KEY
+from sdtrain.data.latent_catalogue import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
+from sdtrain.data.latent_index import index_path
+from sdtrain.data.latents_info import CHECK_KEY, sizes_px, write_info
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import SampleIndex, read_samples, write_samples
+from sdtrain.data.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+T = TypeVar("T")
+Sample = tuple[str, dict[str, bytes]]
 
-INFO_SCHEMA_VERSION = 1
 _MOMENTS = "moments.npy"
-# Shards may be encoded by several threads of a process: they decode side by side and take turns at the VAE.
-_ONE_AT_A_TIME = Lock()
+_DECIDE_BYTES = {"num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -47,102 +47,124 @@ _TABLE = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Crop:
-    """A picture as the VAE sees it.
-
-    Attributes:
-        pixels: (resolution, resolution, 3) uint8.
-        box: left, top, right, bottom of the visible part, in pixels of the source.
-        source_px: width and height of the source.
-    """
-
-    pixels: NDArray[np.uint8]
-    box: tuple[float, float, float, float]
-    source_px: tuple[int, int]
-
-
-def crop_center(picture: Image.Image, resolution: int) -> Crop:
-    """Resizes the shorter side to `resolution` (bicubic, antialiased) and cuts out the centre.
-
-    The original runs cropped at random (pesser/stable-diffusion, ldm/data/laion.py); a cached latent fixes the crop.
-    """
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC)
-    cut = resized.crop((left, top, left + resolution, top + resolution))
-    box = (left / scale, top / scale, (left + resolution) / scale, (top + resolution) / scale)
-    return Crop(np.asarray(cut), tuple(round(edge, 2) for edge in box), picture.size)  # type: ignore[arg-type]
-
-
-def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Posterior moments of (B, H, W, 3) uint8 pictures: (B, 8, H/8, W/8), mean and log-variance, unscaled.
-
-    Raises:
-        UserError: the VAE gives numbers that float16 cannot hold.
-    """
-    import torch
-
-    with _ONE_AT_A_TIME, torch.inference_mode():
-        inputs = torch.from_numpy(pixels).to(vae.device, torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
-        moments = vae.encode(inputs.to(vae.dtype)).latent_dist.parameters
-    encoded: NDArray[np.float16] = moments.cpu().numpy().astype(np.float16)
-    if not np.isfinite(encoded).all():
-        raise UserError("The VAE gives latents that are not finite; its weights are damaged or not for this use.")
-    return encoded
-
-
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
-    """Writes the latents of one packed shard.
+    """Writes the latents of one packed shard, and checks them.
 
     Raises:
-        UserError: the packed shard, or the VAE, cannot be read.
+        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their pictures back.
     """
     source = dataset.packed_tar(shard)
-    require_entry(dataset, "pack", shard)
-    rows: list[dict[str, Any]] = []
+    entry = require_entry(dataset, "pack", shard)
+    encoder = _ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard))
     with publish(dataset.latents_tar(shard)) as temporary:
-        index = write_samples(temporary, _encoded(read_samples(source), config, source, rows))
-        placed = [row | latent_place(temporary, sample) for row, sample in zip(rows, index, strict=True)]
-    table = pa.Table.from_pylist(placed, _TABLE.with_metadata({VAE_KEY: _digest(config.vae)}))
+        index = write_samples(temporary, encoder.encoded(read_samples(source)))
+        placed = [row | latent_place(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
+        figures = _checked(temporary, placed, encoder, config)
+    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(placed, config, figures)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    _write_info(dataset, config)
+    index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
+    write_info(dataset, config)
     outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
-    return ShardReport(stage="encode", shard=shard, num_in=len(rows), num_out=len(table), outputs=outputs)
+    return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
 
 
-def _encoded(
-    samples: Iterable[tuple[str, dict[str, bytes]]], config: EncodeConfig, source: Path, rows: list[dict[str, Any]]
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """The latents' members, batch by batch; what the table needs of each sample goes into `rows`."""
-    vae = _vae(config.vae)
+class _ShardEncoder:
+    """Makes the members of one shard's latents, and remembers what its table and its check need.
 
-    def prepare(sample: tuple[str, dict[str, bytes]]) -> Crop:
+    Attributes:
+        source: the packed shard.
+        vae: the network.
+        rows: of the table, without the latents' places.
+        pixels: of the chosen rows, in their first crop.
+    """
+
+    def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
+        self._config, self.source, self._chosen = config, source, chosen
+        self._sizes = sizes_px(config)
+        self.vae = shared_vae(config.vae)
+        self.rows: list[dict[str, Any]] = []
+        self.pixels: dict[int, NDArray[np.uint8]] = {}
+
+    def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The latents' members, some samples at a time."""
+        with ThreadPoolExecutor(2) as pool:
+            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
+            for part in _parts(samples, self._config.batch_size * len(self._sizes)):
+                crops = list(pool.map(self._prepare, part))
+                for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
+                    yield self._member(sample, cut_out, moments)
+
+    def _prepare(self, sample: Sample) -> list[Crop]:
         key, members = sample
         try:
-            return crop_center(decode_rgb(members[picture_extension(members)]), config.resolution)
+            picture = decode_rgb(members[picture_extension(members)])
         except OSError as error:
-            raise UserError(f"{source}: the picture of {key} cannot be decoded. Delete it and build again.") from error
+            raise UserError(
+                f"{self.source}: the picture of {key} cannot be decoded. Delete it and build again."
+            ) from error
+        size, number = bucket_of(picture.size, self._sizes), self._config.num_crops
+        if number == 1:
+            return [cut(picture, size, None)]
+        # One in each of `number` equal parts of the way, so that no two are alike by chance.
+        return [cut(picture, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
 
-    with ThreadPoolExecutor(2) as pool:
-        # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
-        for batch in _batches(samples, config.batch_size):
-            crops = list(pool.map(prepare, batch))
-            moments = encode_pixels(vae, np.stack([crop.pixels for crop in crops]))
-            for (key, members), crop, array in zip(batch, crops, moments, strict=True):
-                provenance = json.loads(members["json"])
-                rows.append({name: provenance[name] for name in ("uid", "caption", "url")} | {"key": key})
-                rows[-1] |= {"height": array.shape[1], "width": array.shape[2], "num_bytes": array.nbytes}
-                described = provenance | {"crop_box": crop.box, "source_px": crop.source_px}
-                yield key, {_MOMENTS: _npy(array), "txt": members["txt"], "json": _json(described)}
+    def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
+        """Moments of each crop of each sample; batches are of one size."""
+        found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
+        for size in self._sizes:
+            wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
+            for batch in _parts(wanted, self._config.batch_size):
+                moments = encode_pixels(self.vae, np.stack([crop.pixels for _, crop in batch]))
+                for (number, _), array in zip(batch, moments, strict=True):
+                    found[number].append(array)
+        return found
+
+    def _member(self, sample: Sample, crops: Sequence[Crop], moments: Sequence[NDArray[np.float16]]) -> Sample:
+        key, members = sample
+        array = moments[0] if len(moments) == 1 else np.stack(moments)
+        if len(self.rows) in self._chosen:
+            self.pixels[len(self.rows)] = crops[0].pixels
+        provenance = json.loads(members["json"])
+        height, width = array.shape[-2:]
+        self.rows.append({name: provenance[name] for name in ("uid", "caption", "url")} | {"key": key})
+        self.rows[-1] |= {"height": height, "width": width, "num_bytes": array.nbytes}
+        boxes = {"crop_box": crops[0].box} if len(crops) == 1 else {"crop_boxes": [crop.box for crop in crops]}
+        described = provenance | boxes | {"source_px": crops[0].source_px}
+        return key, {_MOMENTS: _npy(array), "txt": members["txt"], "json": _json(described)}
 
 
-def _batches(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    remaining = iter(samples)
-    while batch := list(islice(remaining, size)):
-        yield batch
+def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig) -> Figures | None:
+    """Decodes the chosen latents as they lie in the file."""
+    if not encoder.pixels:
+        return None
+    moments = []
+    with tar.open("rb") as file:
+        for row in (rows[number] for number in encoder.pixels):
+            file.seek(row["offset"])
+            content = file.read(row["num_bytes"] // config.num_crops)
+            moments.append(np.frombuffer(content, np.float16).reshape(-1, row["height"], row["width"]))
+    figures = measure(encoder.vae, moments, list(encoder.pixels.values()))
+    require_good(figures, config, encoder.vae, str(encoder.source))
+    return figures
+
+
+def _described(rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None) -> dict[str, str]:
+    """The table's own metadata."""
+    columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
+    described = {VAE_KEY: _digest(config.vae), ROWS_KEY: describe_rows(*columns)}
+    if len(sizes := sizes_px(config)) > 1:
+        sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
+        described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
+    if figures:
+        described[CHECK_KEY] = json.dumps(figures.as_dict())
+    return described
+
+
+def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while part := list(islice(remaining, size)):
+        yield part
 
 
 def latent_place(tar: Path, sample: SampleIndex) -> dict[str, int]:
@@ -154,28 +176,6 @@ def latent_place(tar: Path, sample: SampleIndex) -> dict[str, int]:
     return {"offset": member.offset + 10 + header_bytes}
 
 
-def latents_info(config: EncodeConfig) -> dict[str, Any]:
-    """What training must know of the latents, and checks."""
-    from sdtrain.model import vae_digest, vae_scaling_factor
-
-    return {
-        "schema_version": INFO_SCHEMA_VERSION,
-        "vae": config.vae,
-        "vae_sha256": vae_digest(config.vae),
-        "scaling_factor": vae_scaling_factor(config.vae),
-        "resolution": config.resolution,
-        "normalisation": NORMALISATION,
-        "resize": "shorter side, bicubic, centre crop",
-        "content": "posterior mean and log-variance, unscaled",
-        "dtype": "float16",
-    }
-
-
-def _write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
-    with publish(dataset.latents_info) as temporary:
-        temporary.write_text(json.dumps(latents_info(config), indent=1) + "\n")
-
-
 def _npy(array: NDArray[np.float16]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
@@ -184,21 +184,6 @@ def _npy(array: NDArray[np.float16]) -> bytes:
 
 def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
-
-
-def _vae(name: str) -> AutoencoderKL:
-    # Two loads at once leave accelerate's patch of nn.Module behind: every later network is then made without weights.
-    with _ONE_AT_A_TIME:
-        return _loaded_vae(name)
-
-
-@lru_cache(maxsize=1)
-def _loaded_vae(name: str) -> AutoencoderKL:
-    import torch
-
-    from sdtrain.model import load_vae
-
-    return load_vae(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache(maxsize=4)
@@ -215,7 +200,9 @@ def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
-    config = recipe.encode.model_dump(mode="json", exclude={"vae"})
+    # Only what was set: options that came later must not make finished shards pending.
+    config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
+    config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
     return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], [_digest(recipe.encode.vae)])
 
 

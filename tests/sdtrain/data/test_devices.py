@@ -1,12 +1,12 @@
 import subprocess
 import sys
 
-from filters.devices import claim, claim_device
+from sdtrain.data.devices import claim, claim_device
 
 HOLD = """
 import sys
 from pathlib import Path
-from filters.devices import claim
+from sdtrain.data.devices import claim
 
 print(claim(sys.argv[2:], Path(sys.argv[1])), flush=True)
 sys.stdin.read()

@@ -7,36 +7,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from picture_fixtures import encoded, scene_picture
+from packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
+from picture_fixtures import scene_picture
 from PIL import Image
 
-from sdtrain.data import latents
-from sdtrain.data.config import EncodeConfig, PackConfig
+from sdtrain.data import vae as vae_at_work
+from sdtrain.data.crops import crop_center
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.latent_store import LatentStore
-from sdtrain.data.latents import ENCODE, crop_center, encode_pixels
-from sdtrain.data.manifest import ShardReport, describe_outputs, require_entry, write_entry
+from sdtrain.data.latents import ENCODE
+from sdtrain.data.manifest import require_entry, write_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
-from sdtrain.data.tars import read_samples, write_samples
+from sdtrain.data.tars import read_samples
+from sdtrain.data.vae import encode_pixels
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.errors import UserError
 from sdtrain.model import load_vae, vae_digest
-
-RESOLUTION = 64
-NUM_SAMPLES = (5, 3)
-
-
-class Recipe:
-    """The part of a recipe that encoding reads."""
-
-    def __init__(self, vae: Path, **settings):
-        self.pack = PackConfig(samples_per_shard=NUM_SAMPLES[0])
-        self.encode = EncodeConfig(**{"vae": str(vae), "resolution": RESOLUTION, "batch_size": 2} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -48,39 +38,12 @@ def vae(tmp_path_factory) -> Path:
     return folder
 
 
-def write_packed(root: Path, damaged: bool = False) -> DatasetDir:
-    """A dataset that is packed into two shards."""
-    dataset = DatasetDir(root)
-    number = 0
-    for shard, num_samples in enumerate(NUM_SAMPLES):
-        samples = []
-        for _ in range(num_samples):
-            picture = encoded(scene_picture(number, 90 + 7 * number, 120))
-            names = {"uid": f"{number:032x}", "key": f"{number:09d}", "url": f"https://a.example/{number}.jpg"}
-            provenance = names | {"caption": f"Bild {number}", "sha256": "0" * 64}
-            members = {"jpg": picture[: 600 if damaged else None], "txt": provenance["caption"].encode()}
-            samples.append((names["key"], members | {"json": json.dumps(provenance).encode()}))
-            number += 1
-        dataset.packed_tar(shard).parent.mkdir(parents=True, exist_ok=True)
-        write_samples(dataset.packed_tar(shard), samples)
-        report = ShardReport(stage="pack", shard=shard, num_in=num_samples, num_out=num_samples)
-        outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
-        write_entry(dataset, report.model_copy(update={"outputs": outputs}))
-    pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
-    write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=number, num_out=number))
-    return dataset
-
-
 @pytest.fixture
 def dataset(tmp_path, vae) -> DatasetDir:
     """A packed and encoded dataset."""
     dataset = write_packed(tmp_path)
     encode(dataset, Recipe(vae))
     return dataset
-
-
-def encode(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
-    return run_batch(ENCODE, dataset, recipe, pending(ENCODE, dataset, recipe))
 
 
 def rows_of(dataset: DatasetDir) -> list[dict]:
@@ -240,8 +203,8 @@ def test_a_vae_that_is_not_there_is_a_sentence(tmp_path):
 
 
 def test_threads_that_need_the_vae_load_it_once_and_leave_torch_as_it_was():
-    latents._loaded_vae.cache_clear()
+    vae_at_work._loaded_vae.cache_clear()
     with ThreadPoolExecutor(4) as pool:
-        loaded = list(pool.map(latents._vae, ["demo"] * 8))
+        loaded = list(pool.map(vae_at_work.shared_vae, ["demo"] * 8))
     assert all(vae is loaded[0] for vae in loaded)
     assert not torch.nn.Linear(2, 2).weight.is_meta

@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.config import load_config
-from sdtrain.data.latent_store import VAE_KEY, LatentStore
+from sdtrain.data.latent_catalogue import VAE_KEY
+from sdtrain.data.latent_store import LatentStore
 from sdtrain.data.loader import BatchMaker
+from sdtrain.data.sources import open_samples
 from sdtrain.errors import UserError
 from sdtrain.model import load_text_encoder, vae_scaling_factor
-from sdtrain.training_state import open_latents
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def world(tmp_path_factory):
 
 
 def makers(config, world_size):
-    store = open_latents(config, vae_scaling_factor(config.vae))
+    store = open_samples(config, vae_scaling_factor(config.vae))
     tokenizer, _ = load_text_encoder(config.text_encoder)
     return [BatchMaker(store, tokenizer, config, rank, world_size) for rank in range(world_size)]
 
@@ -96,11 +97,11 @@ def test_no_latents_is_a_sentence(tmp_path):
 def test_a_shard_left_over_from_another_vae_is_named(tmp_path, world):
     data = write_latents(tmp_path / "data", Path(world.vae), num_samples=50)
     config = world.model_copy(update={"data": world.data.model_copy(update={"root": str(data)})})
-    open_latents(config, 0.35)
+    open_samples(config, 0.35)
     path = data / "latents" / "00001.parquet"
     pq.write_table(pq.read_table(path).replace_schema_metadata({VAE_KEY: "f00d"}), path)
     with pytest.raises(UserError, match=r"00001\.tar was made with another VAE"):
-        open_latents(config, 0.35)
+        open_samples(config, 0.35)
 
 
 def test_latents_of_another_vae_or_size_are_refused_with_both_values(tmp_path, world):
@@ -110,12 +111,12 @@ def test_latents_of_another_vae_or_size_are_refused_with_both_values(tmp_path, w
     content = json.loads(info.read_text())
     info.write_text(json.dumps(content | {"vae_sha256": "f00d", "resolution": 128}))
     with pytest.raises(UserError, match=r"vae_sha256 is 'f00d' there and '[0-9a-f]{64}' here; resolution is 128 .* 64"):
-        open_latents(config, 0.35)
+        open_samples(config, 0.35)
     info.write_text(json.dumps(content | {"normalisation": "none"}))
     with pytest.raises(UserError, match=r"normalisation is 'none' there and 'x / 127\.5 - 1' here"):
-        open_latents(config, 0.35)
+        open_samples(config, 0.35)
     info.write_text(json.dumps(content | {"scaling_factor": 0.18215}))
     with pytest.raises(UserError, match=r"scaling_factor is 0\.18215 there and 0\.35 here"):
-        open_latents(config, 0.35)
+        open_samples(config, 0.35)
     with pytest.raises(UserError, match=r"holds a latent of 1024 bytes, but data\.resolution 128"):
         LatentStore(data, 128).get(np.array([0]))

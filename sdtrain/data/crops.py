@@ -1,0 +1,80 @@
+"""The part of a picture that the VAE sees."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A picture as the VAE sees it.
+
+    Attributes:
+        pixels: (height, width, 3) uint8.
+        box: left, top, right, bottom of the visible part, in pixels of the source.
+        source_px: width and height of the source.
+    """
+
+    pixels: NDArray[np.uint8]
+    box: tuple[float, float, float, float]
+    source_px: Size
+
+
+def crop_center(picture: Image.Image, resolution: int) -> Crop:
+    """Resizes the shorter side to `resolution` (bicubic, antialiased) and cuts out the centre."""
+    return cut(picture, (resolution, resolution), None)
+
+
+def cut(picture: Image.Image, size_px: Size, place: float | None) -> Crop:
+    """Resizes a picture (bicubic, antialiased) until it just covers a size, and cuts that out.
+
+    The original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
+    shorter side, then RandomCrop).
+
+    Args:
+        picture: RGB.
+        size_px: width and height of the crop.
+        place: where along the side that is too long, from 0 (left or top) up to 1; None for the centre.
+    """
+    scale = max(wanted / side for wanted, side in zip(size_px, picture.size, strict=True))
+    covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, picture.size, strict=True)]
+    spare = [side - wanted for side, wanted in zip(covering, size_px, strict=True)]
+    left, top = (room // 2 if place is None else min(room, int(place * (room + 1))) for room in spare)
+    edges = (left, top, left + size_px[0], top + size_px[1])
+    pixels = np.asarray(picture.resize((covering[0], covering[1]), Image.Resampling.BICUBIC).crop(edges))
+    return Crop(pixels, tuple(round(edge / scale, 2) for edge in edges), picture.size)  # type: ignore[arg-type]
+
+
+def chance(*names: object) -> float:
+    """A number in [0, 1) that is the same for the same names."""
+    digest = hashlib.blake2b(" ".join(str(name) for name in names).encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) / 2**53
+
+
+def bucket_sizes(resolution: int, step_px: int, max_aspect: float) -> list[Size]:
+    """Widths and heights that are multiples of `step_px`, with an area of at most resolution squared and near it.
+
+    The rule of NovelAI's aspect-ratio buckets ("NovelAI Improvements on Stable Diffusion", 2022): for each width the
+    largest height that the area allows.
+    """
+    sizes = set[Size]()
+    for width in range(step_px, math.floor(resolution * math.sqrt(max_aspect)) + 1, step_px):
+        height = resolution**2 // width // step_px * step_px
+        if height and max(width / height, height / width) <= max_aspect:
+            sizes |= {(width, height), (height, width)}
+    return sorted(sizes)
+
+
+def bucket_of(picture_px: Size, sizes: Sequence[Size]) -> Size:
+    """The size whose ratio of width to height is nearest to a picture's."""
+    ratio = math.log(picture_px[0] / picture_px[1])
+    return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), size))

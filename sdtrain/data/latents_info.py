@@ -1,0 +1,81 @@
+"""latents/info.json: what training must know of a dataset's latents, and checks."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sdtrain.data.config import EncodeConfig
+from sdtrain.data.crops import Size, bucket_sizes
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.data.latent_store import NORMALISATION
+
+SCHEMA_VERSION = 1
+CHECK_KEY = "sdtrain.check"
+"""In the tables' metadata: JSON, the figures of the latents that were decoded again."""
+
+
+def sizes_px(config: EncodeConfig) -> list[Size]:
+    """Width and height of what the VAE sees; one square, unless there are buckets."""
+    if config.bucket_step_px:
+        return bucket_sizes(config.resolution, config.bucket_step_px, config.bucket_max_aspect)
+    return list(config.buckets) or [(config.resolution, config.resolution)]
+
+
+def latents_info(config: EncodeConfig) -> dict[str, Any]:
+    """What training must know of the latents, and checks."""
+    from sdtrain.model import vae_digest, vae_scaling_factor
+
+    sizes = sizes_px(config)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "vae": config.vae,
+        "vae_sha256": vae_digest(config.vae),
+        "scaling_factor": vae_scaling_factor(config.vae),
+        "resolution": config.resolution,
+        "normalisation": NORMALISATION,
+        "resize": f"shorter side, bicubic, {'centre crop' if config.num_crops == 1 else 'random crops'}",
+        "content": "posterior mean and log-variance, unscaled",
+        "dtype": "float16",
+    }
+    if config.num_crops > 1:
+        content["num_crops"] = config.num_crops
+    if sizes != [(config.resolution, config.resolution)]:
+        content["buckets"] = sizes
+    return content
+
+
+def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
+    """Writes latents/info.json, with the figures of the first shard that is finished."""
+    with _alone(dataset.latents_info.parent):
+        figures = _figures(dataset.latents_info.parent)
+        content = latents_info(config) | ({"check": figures} if figures else {})
+        with publish(dataset.latents_info) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _figures(folder: Path) -> dict[str, Any] | None:
+    for table in sorted(folder.glob("[0-9]*.parquet"))[:1]:
+        stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
+        return {"shard": table.stem, **json.loads(stated)} if stated else None
+    return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes that encode into the folder wait: each would put what it read before in the place of newer."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network mounts have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

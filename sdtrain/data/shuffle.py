@@ -1,0 +1,134 @@
+"""Orders in which an epoch goes through its samples, computed and not stored."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+_ROUNDS = 8
+_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
+
+
+class Order(Protocol):
+    """A permutation of [0, size) for each epoch."""
+
+    @property
+    def size(self) -> int:
+        """Samples in one epoch."""
+
+    def at(self, epoch: int, offsets: Ints) -> Ints:
+        """The samples at places of an epoch."""
+
+
+@dataclass(frozen=True)
+class GlobalOrder:
+    """Any sample may stand anywhere: the best mixing, and reads from all shards all the time.
+
+    Attributes:
+        size: samples in one epoch.
+        seed: of the run.
+        name: tells apart the streams of one run.
+    """
+
+    size: int
+    seed: int
+    name: str = ""
+
+    def at(self, epoch: int, offsets: Ints) -> Ints:
+        """The samples at places of an epoch."""
+        return permute(offsets, self.size, round_keys(f"order {self.seed} {epoch}{self.name}"))
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """One epoch of a BlockOrder: its shards in their order, where each begins, and where each window does."""
+
+    shards: Ints
+    begins: Ints
+    windows: Ints
+
+
+class BlockOrder:
+    """Each shard is read in one stretch: shards are permuted, then samples within each window of some shards.
+
+    A window is the next `window` shards in the epoch's own order; its samples are permuted among themselves, and the
+    next window begins where it ends. So at most `window` shards are open at once (twice as many where a batch
+    straddles two windows), and each is opened once an epoch. A window is mixed perfectly; two samples of different
+    shards come into the same window with probability (window - 1) / (number of shards - 1), anew in each epoch. Packed
+    shards are random samples of the whole dataset already, so a window is one as well.
+
+    Args:
+        shard_sizes: samples of each shard, in the order in which samples are numbered.
+        window: shards that are mixed.
+        seed: of the run.
+        source: tells apart datasets; the streams of one dataset go through its shards in the same order.
+        name: tells apart the streams of one run.
+    """
+
+    def __init__(self, shard_sizes: Ints, window: int, seed: int, source: str = "", name: str = "") -> None:
+        self._sizes = np.asarray(shard_sizes, np.int64)
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self._window, self._seed, self._source, self._name = window, seed, source, name
+        self.size = int(self._sizes.sum())
+        self._layout = lru_cache(maxsize=4)(self._lay_out)
+
+    def at(self, epoch: int, offsets: Ints) -> Ints:
+        """The samples at places of an epoch."""
+        layout = self._layout(epoch)
+        windows = np.searchsorted(layout.windows, offsets, side="right") - 1
+        places = np.empty_like(offsets)
+        for window in np.unique(windows):
+            here, begin = windows == window, layout.windows[window]
+            end = layout.windows[window + 1] if window + 1 < len(layout.windows) else self.size
+            keys = round_keys(f"window {self._seed} {epoch} {window}{self._name}")
+            places[here] = begin + permute(offsets[here] - begin, int(end - begin), keys)
+        turns = np.searchsorted(layout.begins, places, side="right") - 1
+        return self._firsts[layout.shards[turns]] + places - layout.begins[turns]
+
+    def _lay_out(self, epoch: int) -> _Layout:
+        count = len(self._sizes)
+        keys = round_keys(f"shards {self._seed} {epoch}{self._source}")
+        shards = permute(np.arange(count, dtype=np.int64), count, keys)
+        sizes = self._sizes[shards]
+        begins = np.cumsum(sizes) - sizes
+        return _Layout(shards, begins, begins[:: self._window])
+
+
+def permute(offsets: Ints, size: int, keys: NDArray[np.uint64]) -> Ints:
+    """Image of each offset in [0, size) under a pseudo-random permutation of [0, size).
+
+    A Feistel network permutes the next power of four; what falls outside [0, size) walks on along its cycle until
+    it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    """
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    values = _feistel(offsets.astype(np.uint64), half_bits, keys)
+    while (outside := values >= size).any():
+        values[outside] = _feistel(values[outside], half_bits, keys)
+    return values.astype(np.int64)
+
+
+def round_keys(name: str) -> NDArray[np.uint64]:
+    """The keys of the permutation with this name."""
+    digest = hashlib.blake2b(name.encode(), digest_size=8 * _ROUNDS).digest()
+    return np.frombuffer(digest, "<u8")
+
+
+def _feistel(values: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Scrambles 64-bit integers; the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIERS[0]
+    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIERS[1]
+    return values ^ (values >> np.uint64(31))
