@@ -148,7 +148,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
         borders=list(borders(demo_recipe(demo))),
-        training_log=demo.training.path / "log.csv",
+        training=demo.training,
         samples=samples,
         find_picture=open_world(demo.world).picture_of,
     )

@@ -41,6 +41,7 @@ def train_unet(
     output: str | None = None,
     steps: Count | None = None,
     num_gpus: Count | None = None,
+    init_from: str | None = None,
 ) -> str:
     """`deepspeed sdtrain/train.py`, from the newest checkpoint on.
 
@@ -50,11 +51,12 @@ def train_unet(
         output: The run's directory; by default runs/ and the config's name.
         steps: Optimizer steps of the whole run; by default the config's.
         num_gpus: GPUs to use; by default all of them. Without GPUs: CPU processes, by default one.
+        init_from: Run whose weights this one starts from; by default the config's.
 
     Returns:
         The run's directory.
     """
-    return train(config, data, output, steps, num_gpus)
+    return train(config, data, output, steps, num_gpus, init_from)
 
 
 def train(
@@ -63,6 +65,7 @@ def train(
     output: str | None = None,
     steps: int | None = None,
     num_gpus: int | None = None,
+    init_from: str | None = None,
     script: Path = TRAIN_SCRIPT,
 ) -> str:
     """The training run, in a flow. Returns the run's directory.
@@ -73,10 +76,11 @@ def train(
     settings = load_config(config)
     run_dir = RunDir(Path(output or Path("runs") / settings.name))
     last_step = steps or settings.steps
-    if _is_finished(run_dir, configure(config, data, steps)):
+    if _is_finished(run_dir, configure(config, data, steps, init_from)):
         get_run_logger().info("train: finished before, nothing to do")
         return str(run_dir.path.absolute())
     arguments = ["--config", config, "--data", data, "--output", str(run_dir.path), "--steps", str(last_step)]
+    arguments += ["--init_from", init_from] if init_from else []
     log_file = run_dir.path / "console.log"
     with ProgressArtifact("train", last_step, "steps") as progress:
         lines = _LogLines(progress)

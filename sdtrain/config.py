@@ -7,92 +7,42 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from sdtrain.config_sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
+from sdtrain.data_config import DataConfig
 from sdtrain.errors import UserError
+from sdtrain.safety_config import CheckpointConfig, GuardConfig
 from sdtrain.settings import Settings, load_settings, nearest
+from sdtrain.watch_config import PreviewConfig, TrackingConfig, ValidationConfig
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
 # Settings that may change in the middle of a run without making it another run.
-_FREE = ("steps", "log_every", "checkpoint", "micro_batch_size", "zero_stage", "data", "init_from", "description")
-
-
-class UNetConfig(Settings):
-    """The noise predictor; the defaults are SD v1's 859,520,964 parameters."""
-
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    """Channels of each level; every level after the first halves height and width."""
-    layers_per_block: int = Field(default=2, ge=1)
-    """ResBlocks in each level on the way down (one more on the way up)."""
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    """diffusers' block names on the way down: with or without cross-attention."""
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    """diffusers' block names on the way up."""
-    num_heads: int = Field(default=8, ge=1)
-    """Attention heads on every level (diffusers calls this `attention_head_dim`)."""
-    norm_num_groups: int = Field(default=32, ge=1)
-    """Groups of every GroupNorm; divides every number of channels."""
-    cross_attention_dim: int = Field(default=768, ge=1)
-    """Width of the text encoder's output."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more work."""
-
-    @model_validator(mode="after")
-    def _levels_agree(self) -> UNetConfig:
-        levels = len(self.block_out_channels)
-        if not levels == len(self.down_block_types) == len(self.up_block_types):
-            raise ValueError(
-                f"block_out_channels has {levels} levels; name as many down_block_types and up_block_types"
-            )
-        for channels in self.block_out_channels:
-            if channels % self.norm_num_groups or channels % self.num_heads:
-                raise ValueError(f"{channels} channels cannot be divided by norm_num_groups or num_heads")
-        return self
-
-
-class DataConfig(Settings):
-    """Where the latents come from."""
-
-    root: str = "demo-output/data"
-    """Dataset directory, holding `latents/`; `--data` on the command line."""
-    resolution: int = Field(default=512, ge=8, multiple_of=8)
-    """Side of the pictures in pixels; latents are 8 times smaller."""
-    num_prefetch: int = Field(default=4, ge=1)
-    """Micro-batches that a background thread prepares ahead."""
-
-
-class DiffusionConfig(Settings):
-    """The forward process."""
-
-    num_timesteps: int = Field(default=1000, ge=1)
-    """Length of the noise schedule."""
-    beta_start: float = Field(default=0.00085, gt=0, lt=1)
-    """First variance of the scaled-linear schedule."""
-    beta_end: float = Field(default=0.012, gt=0, lt=1)
-    """Last variance of the scaled-linear schedule."""
-
-
-class OptimizerConfig(Settings):
-    """AdamW, with weight decay on every parameter as in the original runs."""
-
-    lr: float = Field(default=1e-4, gt=0)
-    """Learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decays of the first and second moments."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=0.0, ge=0)
-    """Clip the gradient's norm to this; 0 does not clip, as in the original runs."""
-
-
-class ScheduleConfig(Settings):
-    """Linear warm-up, then constant."""
-
-    warmup_steps: int = Field(default=10_000, ge=0)
-    """Optimizer steps until the full learning rate."""
+_FREE = (
+    "steps",
+    "log_every",
+    "checkpoint",
+    "guard",
+    "micro_batch_size",
+    "zero_stage",
+    "data",
+    "init_from",
+    "description",
+    "speed",
+    "validation",
+    "previews",
+    "tracking",
+)
+# What makes another run all the same, within those: the size of the latents, and which samples are trained on.
+_FIXED = (
+    "data.resolution",
+    "data.shuffle",
+    "data.window_shards",
+    "data.bucket_group",
+    "data.online_vae",
+    "validation.num_samples",
+)
 
 
 class EmaConfig(Settings):
@@ -102,15 +52,6 @@ class EmaConfig(Settings):
     """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
     warmup: bool = True
     """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
-
-
-class CheckpointConfig(Settings):
-    """When the training state is written, and how much of it stays."""
-
-    every: int = Field(default=5000, ge=1)
-    """Optimizer steps between checkpoints."""
-    keep_last: int = Field(default=3, ge=2)
-    """Newest checkpoints that stay; at least two, in case the newest is damaged."""
 
 
 class TrainConfig(Settings):
@@ -132,11 +73,17 @@ class TrainConfig(Settings):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
+    speed: SpeedConfig = SpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
+    validation: ValidationConfig = ValidationConfig()
+    previews: PreviewConfig = PreviewConfig()
+    tracking: TrackingConfig = TrackingConfig()
     zero_stage: Literal[1, 2] = 1
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too (for small cards; more communication)."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Weights and activations in the network; master weights, loss and average are always fp32."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Weights and activations in the network; master weights, loss and average are always fp32. fp16 scales the loss by
+    what its gradients allow (dynamic loss scaling), and repeats a step whose gradients overflow."""
     global_batch_size: int = Field(default=2048, ge=1)
     """Samples in one optimizer step, however many ranks share them."""
     micro_batch_size: int = Field(default=32, ge=1)
@@ -149,6 +96,24 @@ class TrainConfig(Settings):
     """Decides the order of samples, all noise and the initial weights."""
     log_every: int = Field(default=50, ge=1)
     """Optimizer steps between lines of the log."""
+
+    @field_validator("zero_stage", mode="before")
+    @classmethod
+    def _stage_is_supported(cls, stage: object) -> object:
+        if stage == 0:
+            raise ValueError("there is no stage 0 here; use 1, which shards nothing on one rank")
+        if stage == 3:
+            raise ValueError(
+                "stage 3 is not supported: it cuts up the weights themselves and gathers them in every pass, which "
+                "only costs time where all of SD v1's state fits one card; use 1 or 2"
+            )
+        return stage
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> TrainConfig:
+        if self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
+        return self
 
     @property
     def latent_size(self) -> int:
@@ -180,7 +145,8 @@ class TrainConfig(Settings):
 
     def digest(self) -> str:
         """Hex digest of all settings that make two runs different."""
-        content = self.model_dump(mode="json", exclude=set(_FREE)) | {"resolution": self.data.resolution}
+        flat = _flat(self.model_dump(mode="json"))
+        content = {name: value for name, value in flat.items() if _decides(name)}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -206,8 +172,12 @@ def load_config(name_or_file: str) -> TrainConfig:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """Settings in which two runs differ, as "name: old -> new"; those that may change are left out."""
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    names = [n for n in after if n.split(".")[0] not in _FREE or n == "data.resolution"]
+    names = [name for name in after if _decides(name)]
     return [f"{name}: {before.get(name)} -> {after[name]}" for name in names if before.get(name) != after[name]]
+
+
+def _decides(name: str) -> bool:
+    return name.split(".")[0] not in _FREE or name in _FIXED
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""The formulas: noise schedule, posterior, forward process, loss, guidance."""
+"""The formulas: noise schedule, posterior, forward process, guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from sdtrain.config import DiffusionConfig
+
+Floats = NDArray[np.floating[Any]]
 
 
 class NoiseSchedule:
@@ -16,14 +19,25 @@ class NoiseSchedule:
 
     The betas are linear in their square root, computed and multiplied in float64 and stored in float32:
     `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion.
+
+    Attributes:
+        alphas_cumprod: alpha_bar_t, (T,), float32.
+        snr: alpha_bar_t / (1 - alpha_bar_t), (T,), float32: the signal's power over the noise's.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):
         roots = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_timesteps, dtype=np.float64)
         alphas_cumprod = np.cumprod(1.0 - roots**2)
-        self.alphas_cumprod = torch.from_numpy(alphas_cumprod.astype(np.float32)).to(device)
-        self._signal = torch.from_numpy(np.sqrt(alphas_cumprod).astype(np.float32)).to(device)
-        self._noise = torch.from_numpy(np.sqrt(1.0 - alphas_cumprod).astype(np.float32)).to(device)
+        if config.zero_terminal_snr:
+            alphas_cumprod = zero_terminal_snr(alphas_cumprod)
+
+        def stored(values: Floats) -> torch.Tensor:
+            return torch.from_numpy(values.astype(np.float32)).to(device)
+
+        self.alphas_cumprod = stored(alphas_cumprod)
+        self.snr = stored(alphas_cumprod / (1.0 - alphas_cumprod))
+        self._signal = stored(np.sqrt(alphas_cumprod))
+        self._noise = stored(np.sqrt(1.0 - alphas_cumprod))
 
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, arXiv:2006.11239, eq. 4).
@@ -33,8 +47,29 @@ class NoiseSchedule:
             noise: eps, the same shape.
             timesteps: t, (B,), int64.
         """
+        signal, scale = self._at(timesteps)
+        return signal * latents + scale * noise
+
+    def velocity(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
+
+        Arguments and result as in `add_noise`.
+        """
+        signal, scale = self._at(timesteps)
+        return signal * noise - scale * latents
+
+    def _at(self, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (-1, 1, 1, 1)
-        return self._signal[timesteps].view(shape) * latents + self._noise[timesteps].view(shape) * noise
+        return self._signal[timesteps].view(shape), self._noise[timesteps].view(shape)
+
+
+def zero_terminal_snr(alphas_cumprod: Floats) -> Floats:
+    """alpha_bar, (T,), shifted and scaled so that its root is 0 at the end and as before at the beginning.
+
+    Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, algorithm 1.
+    """
+    roots = np.sqrt(alphas_cumprod)
+    return np.asarray(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2)
 
 
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
@@ -52,9 +87,18 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
     return scaling_factor * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
 
 
-def noise_loss(prediction: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted noise, in float32 (Ho et al. 2020, eq. 14: L_simple)."""
-    return F.mse_loss(prediction.float(), noise.float())
+def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise with a part that is constant over each latent channel: eps + strength * offset.
+
+    Plain noise leaves a picture's mean visible at every timestep, so a model never learns to make it itself
+    (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
+
+    Args:
+        noise: standard normal, (B, 4, h, w).
+        offset: standard normal, (B, 4, 1, 1).
+        strength: weight of the constant part; 0 gives the noise itself.
+    """
+    return noise + strength * offset if strength else noise
 
 
 def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: float) -> list[str]:
@@ -73,14 +117,3 @@ def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) 
     count w = scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)
-
-
-def learning_rate(step: int, lr: float, warmup_steps: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear from 1e-6 of `lr` up to `lr`, then constant.
-
-    `LambdaLinearScheduler` in CompVis/stable-diffusion, ldm/lr_scheduler.py, with f_start 1e-6. A pure function of
-    the optimizer step, so neither the number of ranks nor a resume can shift it.
-    """
-    if step >= warmup_steps:
-        return lr
-    return lr * (1e-6 + (1.0 - 1e-6) * step / warmup_steps)

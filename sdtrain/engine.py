@@ -15,12 +15,16 @@ from sdtrain.errors import UserError
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
 _BUCKET_NUMEL = 200_000_000
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of weights and activations, by the config's `precision`."""
+
 
 def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int, extra: Path | None) -> dict[str, Any]:
     """DeepSpeed's settings for a run.
 
-    ZeRO-1 by default: it reduces gradients once per optimizer step, where stages 2 and 3 do on every micro-step. The
-    loop stops on a loss that is not finite, so DeepSpeed's own check, which silently skips a step, is off.
+    ZeRO-1 by default: it reduces gradients once per optimizer step, where stages 2 and 3 do on every micro-step. In
+    bf16 the loop stops on a loss that is not finite, so DeepSpeed's own check, which silently skips a step and reads
+    the device in each, is off. So is its throughput timer, which waits for the device twice in each step.
 
     Args:
         config: the run.
@@ -38,6 +42,8 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket},
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": config.precision == "fp16", "hysteresis": 1},
+        "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
     }
     return _overlay(settings, _read_extra(extra)) if extra else settings
@@ -52,7 +58,7 @@ def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str,
         betas=chosen.betas,
         eps=chosen.eps,
         weight_decay=chosen.weight_decay,
-        fused=True,
+        fused=config.speed.fused_adamw,
     )
     engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=settings)
     return engine

@@ -9,33 +9,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from sdtrain.checkpoint import find_checkpoint
-from sdtrain.config import DiffusionConfig, TrainConfig
+from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.model import build_unet, load_text_encoder, load_vae
+from sdtrain.samplers import sampling_scheduler
 from sdtrain.settings import load_settings
 
 _STATE_NAMES = {"ema": "ema", "raw": "master"}
 
 
-def load_weights(source: Path, which: Literal["ema", "raw"] = "ema") -> dict[str, torch.Tensor]:
-    """The UNet's fp32 weights by name, without DeepSpeed.
+def load_unet(source: Path, weights: Literal["ema", "raw"] = "ema") -> tuple[UNet2DConditionModel, TrainConfig]:
+    """The UNet in fp32 as a run trained it, without DeepSpeed, and the run's config.
 
     Args:
         source: a run directory (its newest checkpoint) or a checkpoint.
-        which: averaged or raw weights.
+        weights: averaged or raw ones.
 
     Raises:
-        UserError: no checkpoint there.
+        UserError: no checkpoint there, a damaged one, or one of another network than the config's.
     """
-    return dict(find_checkpoint(source).weights(_STATE_NAMES[which]))
+    checkpoint = find_checkpoint(source)
+    checkpoint.verify()
+    config = load_settings(TrainConfig, checkpoint.path.parents[1] / "config.yaml")
+    unet = build_unet(config.unet, config.latent_size)
+    missing, unexpected = unet.load_state_dict(dict(checkpoint.weights(_STATE_NAMES[weights])), strict=False)
+    if missing or unexpected:
+        raise UserError(f"{checkpoint.path} does not fit the UNet of {checkpoint.path.parents[1] / 'config.yaml'}.")
+    return unet, config
 
 
 def export_diffusers(source: Path, output: Path, ema: bool = True) -> Path:
-    """Writes UNet, VAE, text encoder, tokenizer and PLMS scheduler as a diffusers folder.
+    """Writes UNet, VAE, text encoder, tokenizer and scheduler as a diffusers folder.
 
     Args:
         source: a run directory (its newest checkpoint) or a checkpoint.
@@ -45,13 +52,7 @@ def export_diffusers(source: Path, output: Path, ema: bool = True) -> Path:
     Raises:
         UserError: no checkpoint, or `output` holds something else.
     """
-    checkpoint = find_checkpoint(source)
-    checkpoint.verify()
-    config = load_settings(TrainConfig, checkpoint.path.parents[1] / "config.yaml")
-    unet = build_unet(config.unet, config.latent_size)
-    missing, unexpected = unet.load_state_dict(dict(checkpoint.weights("ema" if ema else "master")), strict=False)
-    if missing or unexpected:
-        raise UserError(f"{checkpoint.path} does not fit the UNet of {checkpoint.path.parents[1] / 'config.yaml'}.")
+    unet, config = load_unet(source, "ema" if ema else "raw")
     return write_pipeline(unet, config, output)
 
 
@@ -67,7 +68,7 @@ def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=plms_scheduler(config.diffusion),
+        scheduler=sampling_scheduler(config.diffusion),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -75,19 +76,6 @@ def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path
     with _publish_folder(output) as temporary:
         pipeline.save_pretrained(temporary)
     return output
-
-
-def plms_scheduler(config: DiffusionConfig) -> PNDMScheduler:
-    """Diffusers' name for the PLMS sampler of CompVis/stable-diffusion, ldm/models/diffusion/plms.py."""
-    return PNDMScheduler(
-        num_train_timesteps=config.num_timesteps,
-        beta_start=config.beta_start,
-        beta_end=config.beta_end,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from sdtrain.checkpoint import slots_of
+from sdtrain.guards import StepGuard
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroPartition:
@@ -34,6 +37,50 @@ class ZeroPartition:
         if [slot.offset for slot in self.slots] != zero.round_robin_bit16_offsets[0]:
             raise RuntimeError("this DeepSpeed flattens parameters in another order; use the pinned version")
         self.start = rank * self.master.numel()
+        self._judged_norm: torch.Tensor | None = None
+
+    def let_judge(self, guard: StepGuard, reads_every_norm: bool) -> None:
+        """Asks `guard` before every optimizer step; a step that it refuses changes nothing on any rank.
+
+        DeepSpeed has one such place: `check_overflow`, after the gradients were reduced, which makes `step` drop them.
+        Its own check reads all gradients once more; ours takes their norm, which `step` would compute anyway. In bf16
+        the norm is not read unless asked for, so that the host need not wait for the device; in fp32 and fp16
+        DeepSpeed reads it in every step.
+        """
+        zero, norm_of = self._zero, self._zero.scaled_global_norm
+        if not reads_every_norm and zero.dtype is torch.bfloat16:
+            zero.scaled_global_norm = lambda norm_type=2: _noted(norm_of(norm_type), guard)
+            return
+
+        def check_overflow(partition_gradients: bool = True) -> None:
+            self._judged_norm = norm_of()
+            zero.overflow = not guard.may_apply(float(self._judged_norm) / zero.loss_scale, self.can_rescale)
+
+        def update_scale(overflow: bool = False) -> None:
+            # A spike is not the scaler's business; one that cannot go lower would raise a bare Exception.
+            is_overflow = overflow and not guard.is_finite
+            if zero.loss_scaler.dynamic and (self.can_rescale or not is_overflow):
+                zero.loss_scaler.update_scale(is_overflow)
+
+        zero.check_grad_overflow, zero.check_overflow = True, check_overflow
+        zero.scaled_global_norm = lambda norm_type=2: self._judged_norm
+        zero._update_scale = update_scale
+
+    @property
+    def can_rescale(self) -> bool:
+        """Whether a loss scaler is at work that can still lower its scale."""
+        scaler = self._zero.loss_scaler
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+    def loss_scaler(self) -> dict[str, float]:
+        """State of the dynamic loss scaler; empty where there is none."""
+        scaler = self._zero.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER_STATE} if scaler.dynamic else {}
+
+    def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
+        """Puts it back. Without a state, or without a scaler, nothing happens: the precision was changed."""
+        if self._zero.loss_scaler.dynamic:
+            vars(self._zero.loss_scaler).update(state)
 
     def set_learning_rate(self, lr: float) -> None:
         """The rate of the next optimizer step."""
@@ -48,7 +95,7 @@ class ZeroPartition:
 
     @torch.no_grad()
     def restore(self, master: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int) -> None:
-        """Puts back weights and Adam's state as they were after optimizer step `step`. All ranks take part."""
+        """Puts back weights and Adam's state as they were after `step` applied steps. All ranks take part."""
         self._state().update(
             {name: value.to(self.master.device, copy=True) for name, value in moments.items()},
             step=torch.tensor(float(step), device=self.master.device),
@@ -74,3 +121,8 @@ class ZeroPartition:
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._zero.optimizer.state[self.master]
         return state
+
+
+def _noted(norm: torch.Tensor, guard: StepGuard) -> torch.Tensor:
+    guard.note(norm)
+    return norm

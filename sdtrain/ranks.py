@@ -8,7 +8,7 @@ import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from sdtrain.errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Ranks:
     device: torch.device
     group: Any
     """A gloo group of all ranks: agreements between hosts that do not wait for the GPUs."""
+    checkpoint_group: Any
+    """Another one, for the threads that write checkpoints while the main threads talk over theirs."""
 
     @property
     def is_first(self) -> bool:
@@ -41,18 +44,27 @@ class Ranks:
         dist.all_reduce(flags, group=self.group)
         return bool(flags)
 
-    def mean(self, value: float) -> float:
-        """Mean of `value` over the ranks."""
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of each value over the ranks, on the CPU."""
+        total = values.detach().cpu()
+        if self.world_size > 1:
+            total = total.clone()
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, values: list[ItemT]) -> list[ItemT]:
+        """The lists of all ranks, dealt out one by one in turn: what each rank made of `work[rank::world_size]`."""
         if self.world_size == 1:
-            return value
-        total = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
-        return float(total) / self.world_size
+            return values
+        parts: list[list[ItemT]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(parts, values, group=self.group)
+        return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
     def close(self) -> None:
         """Leaves the process group."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # Through DeepSpeed, or it would go on with groups that are gone if this process joined again.
+            _import_deepspeed().comm.destroy_process_group()
 
 
 def rank_from_environment() -> int:
@@ -82,7 +94,8 @@ def join(local_rank: int | None) -> Ranks:
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if backend == "nccl" else None
-    return Ranks(rank=rank, world_size=world_size, device=device, group=group)
+    checkpoint_group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return Ranks(rank, world_size, device, group, checkpoint_group)
 
 
 def _fill_environment(rank: int, world_size: int, local_rank: int) -> None:
@@ -105,8 +118,6 @@ def _device(local_rank: int) -> torch.device:
             "Start as many ranks as GPUs (--num_gpus)."
         )
     torch.cuda.set_device(local_rank)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cuda.matmul.allow_tf32 = True
     return torch.device("cuda", local_rank)
 
 

@@ -1,8 +1,7 @@
-"""The output directory of one training run: its config, log and DONE marker."""
+"""The output directory of one training run: its config, logs and DONE marker."""
 
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 
@@ -10,8 +9,14 @@ from sdtrain.config import TrainConfig, differences
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.settings import dump_settings, load_settings
+from sdtrain.step_table import StepTable
 
-LOG_COLUMNS = ("step", "loss", "lr", "grad_norm", "images_per_s", "seconds", "data_wait")
+NUM_LOSS_PARTS = 10
+"""Equal parts of the noise schedule whose losses are logged apart."""
+
+LOSS_PARTS = tuple(f"loss_part_{part}" for part in range(NUM_LOSS_PARTS))
+_SPEED = ("images_per_s", "seconds", "data_wait", "mfu", "memory_gb")
+_LOG = ("step", "loss", "lr", "grad_norm", *_SPEED, "num_skipped", "num_substituted", *LOSS_PARTS)
 
 
 class RunDir:
@@ -19,11 +24,17 @@ class RunDir:
 
     Attributes:
         path: the directory.
+        log: a row every `log_every` steps.
+        validation: a row for each timestep of each validation, of the averaged ("ema") and the raw weights.
+        previews: folder with the sheets of samples.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._config, self._log, self._done = path / "config.yaml", path / "log.csv", path / "DONE"
+        self.log = StepTable(path / "log.csv", _LOG)
+        self.validation = StepTable(path / "validation.csv", ("step", "weights", "timestep", "loss"))
+        self.previews = path / "previews"
+        self._config, self._done = path / "config.yaml", path / "DONE"
 
     def finished_step(self) -> int | None:
         """The step at which the run was finished, or None."""
@@ -48,28 +59,17 @@ class RunDir:
             )
 
     def begin(self, config: TrainConfig, step: int) -> float:
-        """Writes the config and cuts the log back to `step`; returns the seconds trained until then."""
+        """Writes the config and cuts the logs back to `step`; returns the seconds trained until then."""
         with publish(self._config) as temporary:
             temporary.write_text(dump_settings(config))
         self._done.unlink(missing_ok=True)
-        rows = [row for row in self.log() if int(row["step"]) <= step]
-        with publish(self._log) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, LOG_COLUMNS)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.validation.cut(step)
+        rows = self.log.cut(step)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
-    def log(self) -> list[dict[str, str]]:
-        """The rows of the log so far; a last row cut short by a crash is left out."""
-        if not self._log.exists():
-            return []
-        with self._log.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
-
-    def add_to_log(self, **row: float) -> None:
-        """Appends one row."""
-        with self._log.open("a", newline="") as file:
-            csv.DictWriter(file, LOG_COLUMNS).writerow(row)
+    def preview(self, step: int) -> Path:
+        """Where the sheet of samples of one step goes."""
+        return self.previews / f"step-{step:08d}.png"
 
     def finish(self, step: int, checkpoint: Path) -> None:
         """Marks the run as finished; written last."""

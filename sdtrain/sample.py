@@ -1,112 +1,108 @@
-"""From prompts to pictures: PLMS with classifier-free guidance."""
+"""From prompts to pictures, with classifier-free guidance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors import SafetensorError
 
 from sdtrain.data.loader import tokenize
 from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
-from sdtrain.model import LATENT_CHANNELS, load_text_encoder, load_vae, prepare_for
+from sdtrain.model import LATENT_CHANNELS
+from sdtrain.networks import Networks
+from sdtrain.samplers import SamplerName, make_scheduler
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are sampled; by default as SD v1's samples were.
+
+    Attributes:
+        guidance_scale: 1 is no guidance, and skips the unconditional half.
+        num_steps: of the sampler; PLMS calls the UNet once more than that.
+        sampler: by name; None takes the one that fits the model.
+        batch_size: pictures at once.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
+
+    guidance_scale: float = 7.5
+    num_steps: int = 50
+    sampler: SamplerName | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise UserError(f"num_steps ({self.num_steps}) and batch_size ({self.batch_size}) must be at least 1.")
 
 
 class Sampler:
-    """Samples from a diffusers folder, such as `export_diffusers` writes.
+    """Makes pictures of prompts.
 
     Args:
-        folder: with unet, vae, text_encoder, tokenizer and scheduler.
-        device: where to run; CUDA if there is one, by default.
-        dtype: of UNet and text encoder; PLMS steps and the VAE are float32.
-
-    Raises:
-        UserError: the folder is not such a pipeline.
+        networks: loaded from a folder by `load_networks`, or those of a training run.
     """
 
-    def __init__(self, folder: Path | str, device: str | None = None, dtype: torch.dtype = torch.bfloat16):
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._dtype, self._folder = dtype, Path(folder)
-        try:
-            unet = UNet2DConditionModel.from_pretrained(self._folder / "unet", torch_dtype=dtype, local_files_only=True)
-            self._scheduler_config = PNDMScheduler.load_config(self._folder / "scheduler", local_files_only=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder} is not a diffusers folder with a Stable Diffusion pipeline: {error}") from error
-        self._unet = prepare_for(unet, self._device).requires_grad_(False).eval()
-        self._tokenizer, text_encoder = load_text_encoder(str(folder))
-        self._text_encoder = text_encoder.to(self._device, dtype)
-        self._vae = load_vae(str(folder)).to(self._device)
+    def __init__(self, networks: Networks):
+        self._networks = networks
+        self._device = networks.vae.device
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        guidance_scale: float = 7.5,
-        num_steps: int = 50,
-        batch_size: int = 16,
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings | None = None
     ) -> list[Image.Image]:
         """One picture for each prompt and its seed.
 
         A picture's initial noise comes from its own seed, whatever else is in its batch.
 
-        Args:
-            prompts: captions.
-            seeds: one for each prompt.
-            guidance_scale: 1 is no guidance, and skips the unconditional half.
-            num_steps: PLMS steps; the UNet is called once more than that.
-            batch_size: pictures at once.
-
         Raises:
-            UserError: prompts and seeds differ in number, a bad setting, or a model that gives no finite numbers.
+            UserError: prompts and seeds differ in number, or the model gives no finite numbers.
         """
+        settings = settings or SampleSettings()
         if len(prompts) != len(seeds):
             raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
-        if num_steps < 1 or batch_size < 1:
-            raise UserError(f"num_steps ({num_steps}) and batch_size ({batch_size}) must be at least 1.")
         pictures: list[Image.Image] = []
-        for first in range(0, len(prompts), batch_size):
-            part = slice(first, first + batch_size)
-            latents = self._denoise(prompts[part], self._initial_noise(seeds[part]), guidance_scale, num_steps)
-            pictures += self._decode(latents)
+        for first in range(0, len(prompts), settings.batch_size):
+            part = slice(first, first + settings.batch_size)
+            pictures += self._decode(self._denoise(prompts[part], self._initial_noise(seeds[part]), settings))
         return pictures
 
     def _initial_noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        size = self._unet.config.sample_size
-        shape = (LATENT_CHANNELS, size, size)
+        shape = (LATENT_CHANNELS, self._networks.latent_size, self._networks.latent_size)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self._device)
 
-    def _denoise(self, prompts: Sequence[str], latents: torch.Tensor, scale: float, num_steps: int) -> torch.Tensor:
-        scheduler = PNDMScheduler.from_config(self._scheduler_config)
-        scheduler.set_timesteps(num_steps)
-        guided = scale != 1.0
+    def _denoise(self, prompts: Sequence[str], latents: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
+        scheduler = make_scheduler(settings.sampler, self._networks.scheduler_config)
+        scheduler.set_timesteps(settings.num_steps)
+        guided = settings.guidance_scale != 1.0
         context = self._encode([*[""] * len(prompts), *prompts] if guided else prompts)
         for timestep in scheduler.timesteps:
             inputs = torch.cat([latents, latents]) if guided else latents
-            predicted = self._unet(inputs.to(self._dtype), timestep, context).sample.float()
+            predicted = self._networks.unet(inputs.to(self._networks.dtype), timestep, context).sample.float()
             if guided:
                 unconditional, conditional = predicted.chunk(2)
-                predicted = guide(unconditional, conditional, scale)
+                predicted = guide(unconditional, conditional, settings.guidance_scale)
             latents = scheduler.step(predicted, timestep, latents).prev_sample
         if not torch.isfinite(latents).all():
             raise UserError(
-                f"The model in {self._folder} gives numbers that are not finite, so there is no picture. "
+                f"The model in {self._networks.source} gives numbers that are not finite, so there is no picture. "
                 "Export an earlier checkpoint."
             )
         return latents
 
     def _encode(self, captions: Sequence[str]) -> torch.Tensor:
-        token_ids = tokenize(self._tokenizer, captions).to(self._device)
-        return self._text_encoder(token_ids).last_hidden_state
+        token_ids = tokenize(self._networks.tokenizer, captions).to(self._device)
+        return self._networks.text_encoder(token_ids).last_hidden_state
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        pixels = self._vae.decode(latents / self._vae.config.scaling_factor).sample
+        vae = self._networks.vae
+        pixels = vae.decode(latents / vae.config.scaling_factor).sample
         rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(picture) for picture in rounded]
 

@@ -1,6 +1,6 @@
 """Trains the UNet on latents.
 
-    deepspeed sdtrain/train.py [--config NAME|FILE] [--data DIR] [--output DIR] [--steps N]
+    deepspeed sdtrain/train.py [--config NAME|FILE] [--data DIR] [--output DIR] [--init_from DIR] [--steps N]
 
 Also runs under torchrun and plain Python, on GPUs or CPU cores. Started again it goes on from its newest checkpoint,
 on any number of ranks, with the samples and the noise of an undisturbed run.
@@ -20,7 +20,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.config import TrainConfig, load_config
-from sdtrain.data.latent_store import require_latents
+from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
 from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
 from sdtrain.run_dir import RunDir
@@ -47,38 +47,48 @@ def train(
         UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
     """
     # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
-    from sdtrain.diffusion import learning_rate, noise_loss, sample_posterior
+    from sdtrain.observer import Observer
     from sdtrain.progress import Progress
+    from sdtrain.schedules import learning_rate
     from sdtrain.training_state import TrainingState
+    from sdtrain.watchdog import Watchdog
 
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
-    first_step = state.restore()
+    first_step = state.saves.restore()
     progress = Progress(run_dir, config, ranks, state.begin(first_step))
+    observer = Observer(config, run_dir, ranks, state, first_step)
     batches = progress.timed(state.batches(first_step))
     step = first_step
 
-    while step < config.steps and not ranks.any(stop_requested()):
-        lr = learning_rate(step, config.optimizer.lr, config.schedule.warmup_steps)
-        state.partition.set_learning_rate(lr)
-        for _ in range(state.accumulation):
-            batch = next(batches).to(ranks.device)
-            latents = sample_posterior(batch.moments, batch.posterior, state.scaling_factor)
-            noisy = state.noise_schedule.add_noise(latents, batch.noise, batch.timesteps)
-            predicted = state.predict_noise(noisy, batch.timesteps, batch.token_ids)
-            loss = noise_loss(predicted, batch.noise)
-            state.engine.backward(loss)
-            state.engine.step()
-            progress.add(loss)
-        state.ema.update(step)
-        step += 1
-        if step % config.log_every == 0 or step == config.steps:
-            progress.line(step, lr, state.grad_norm())
-        if step % config.checkpoint.every == 0 and step < config.steps:
-            with progress.paused():
-                progress.check(step)
-                state.save(step)
-    progress.check(step)
-    state.finish(step, first_step)
+    with state.saves, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
+        while step < config.steps and not ranks.any(stop_requested() or state.saves.have_failed()):
+            lr = learning_rate(step, config.optimizer, config.schedule)
+            state.partition.set_learning_rate(lr)
+            seen = []
+            for batch in watchdog.follow(state.micro_batches(batches), step):
+                weighted, unweighted = state.losses(batch)
+                state.engine.backward(weighted.mean())
+                state.engine.step()
+                seen.append((unweighted, batch.timesteps))
+            if was_applied := state.step_was_applied(step):
+                state.ema.update(step)
+            progress.add(seen, was_applied)
+            step += 1
+            watchdog.at(step, "logging")
+            if step % config.log_every == 0 or step == config.steps:
+                figures = state.figures(lr)
+                observer.log(step, figures, progress.line(step, figures))
+            observer.look(step, progress, watchdog.at)
+            if step % config.checkpoint.every == 0 and step < config.steps:
+                watchdog.at(step, "a checkpoint")
+                with progress.paused():
+                    progress.check(step)
+                    state.saves.save(step)
+            watchdog.at(step, "agreement to go on")
+        watchdog.at(step, "the last checkpoint")
+        progress.check(step)
+        state.saves.finish(step, first_step)
+    observer.close()
     return step
 
 
@@ -104,6 +114,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="tiny", help="name of a config (default: tiny) or a YAML file")
     parser.add_argument("--data", help="dataset directory with latents/ (default: the config's data.root)")
     parser.add_argument("--output", help="run directory (default: runs/NAME)")
+    parser.add_argument("--init_from", "--init-from", help="run or checkpoint to start from (default: the config's)")
     parser.add_argument("--steps", type=int, help="optimizer steps of the whole run")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for launchers; always on")
     parser.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON laid over our settings")
@@ -111,7 +122,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def configure(name: str, data: str | None = None, steps: int | None = None) -> TrainConfig:
+def configure(
+    name: str, data: str | None = None, steps: int | None = None, init_from: str | None = None
+) -> TrainConfig:
     """A config with the command line's overrides.
 
     Raises:
@@ -119,9 +132,11 @@ def configure(name: str, data: str | None = None, steps: int | None = None) -> T
     """
     content = load_config(name).model_dump()
     if data is not None:
-        content["data"]["root"] = data
+        content["data"] |= {"root": data, "sources": ()}
     if steps is not None:
         content["steps"] = steps
+    if init_from is not None:
+        content["init_from"] = init_from
     return parse_settings(TrainConfig, content, f"config '{name}' with overrides")
 
 
@@ -131,7 +146,7 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: something that the user can put right.
     """
-    config = configure(arguments.config, arguments.data, arguments.steps)
+    config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
     config.accumulation(world_size_from_environment())
     run_dir = RunDir(Path(arguments.output or Path("runs") / config.name))
     run_dir.check_config(config)
@@ -140,7 +155,7 @@ def run(arguments: argparse.Namespace) -> None:
         if rank_from_environment() == 0:
             print(f"{run_dir.path} is finished: {done} steps. Give a larger --steps to go on, or another --output.")
         return
-    require_latents(Path(config.data.root))
+    require_samples(config.data)
     stop_requested = StopRequest()
     ranks = join(arguments.local_rank)
     try:

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from sdtrain.data.latent_store import NORMALISATION, VAE_KEY
+from sdtrain.data.latent_catalogue import VAE_KEY
+from sdtrain.data.latent_store import NORMALISATION
 from sdtrain.model import vae_digest, vae_scaling_factor
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "square")
@@ -101,12 +102,12 @@ def _add_sample(tar: tarfile.TarFile, i: int, rng: np.random.Generator, side: in
         "url": f"http://localhost/{i}.jpg",
         "offset": start,
         "num_bytes": moments.nbytes,
-        "height": 8 * side,
-        "width": 8 * side,
+        "height": side,
+        "width": side,
     }
 
 
-def write_config(path: Path, models: Path, data: Path, **changes: object) -> Path:
+def write_config(path: Path, models: Path, latents: Path, **changes: object) -> Path:
     """A config of a UNet that trains dozens of steps a second."""
     config = {
         "name": "toy",
@@ -121,7 +122,7 @@ def write_config(path: Path, models: Path, data: Path, **changes: object) -> Pat
             "norm_num_groups": 8,
             "cross_attention_dim": 64,
         },
-        "data": {"root": str(data), "resolution": 64},
+        "data": {"root": str(latents), "resolution": 64},
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "steps": 8,

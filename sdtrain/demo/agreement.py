@@ -15,7 +15,8 @@ from sdtrain.demo.checker import Agreement, agreement
 from sdtrain.demo.pictures import COLORS, SHAPES, UNSEEN_PAIRS
 from sdtrain.export import write_pipeline
 from sdtrain.model import build_unet
-from sdtrain.sample import Sampler
+from sdtrain.networks import load_networks
+from sdtrain.sample import Sampler, SampleSettings
 
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 # One a seed, so that the figures cover the scales at which people sample.
@@ -45,10 +46,10 @@ def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES) 
         folder: a diffusers folder.
         guidance_scales: one round of all pairs for each, with seeds of its own.
     """
-    sampler = Sampler(folder)
+    sampler = Sampler(load_networks(folder))
     prompts = [f"a {color} {shape}" for color, shape in PAIRS]
     rounds = [
-        sampler.sample(prompts, [1000 * i + n for n in range(len(PAIRS))], scale, batch_size=len(PAIRS))
+        sampler.sample(prompts, range(1000 * i, 1000 * i + len(PAIRS)), SampleSettings(scale, batch_size=len(PAIRS)))
         for i, scale in enumerate(guidance_scales)
     ]
     return Trial(rounds, _agreement(rounds, unseen=False), _agreement(rounds, unseen=True))

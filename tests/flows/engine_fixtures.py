@@ -173,6 +173,7 @@ class RayCluster:
                 command, env=bench.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
             )
         self.address = self._read()
+        assert self.address, (bench.folder / "ray_cluster.log").read_text()
         self._family = self._all()
 
     def kill_second(self) -> None:
@@ -240,6 +241,7 @@ class DaskCluster:
 
 def make_bench(folder: Path, api_url: str, ray_folder: str) -> Bench:
     """Files and environment for flows in `folder`; Ray's sockets want a folder with a short name."""
+    Path(ray_folder, "ray").mkdir()  # by itself Ray makes it only where a node is not told another place
     for name, text in {
         "sitecustomize": SPY,
         "stub_stages": STAGES,

@@ -10,6 +10,8 @@ from prefect.states import State
 from filters.recipe import Overrides, known_recipes
 from flows.build_dataset import build_dataset
 from flows.train_unet import train_unet
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.dataset_lock import lock_to_change
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
@@ -48,12 +50,21 @@ def test_mistake_ends_the_flow_as_failed_with_the_sentence() -> None:
     assert "names no metadata" in str(ended.message)
 
 
+def test_a_second_build_of_one_dataset_ends_with_the_name_of_the_first(tmp_path: Path) -> None:
+    with lock_to_change(DatasetDir(tmp_path), "sdtrain remove"), disable_run_logger():
+        ended = build_dataset.fn(recipe="demo", metadata="x", output=str(tmp_path))
+    assert isinstance(ended, State)
+    assert ended.is_failed()
+    assert "sdtrain remove is at work" in str(ended.message)
+
+
 def test_deployments_that_the_readme_names_exist() -> None:
     assert {deployment["name"] for deployment in DEPLOYMENTS} == {
         "build-laion-aesthetics",
         "build-laion-high-resolution",
         "build-laion2b-en",
         "build-demo",
+        "reproduce-sd-v1",
         "train-sd-v1",
     }
     assert all((ROOT / deployment["entrypoint"].split(":")[0]).exists() for deployment in DEPLOYMENTS)

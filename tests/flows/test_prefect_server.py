@@ -274,6 +274,7 @@ def test_deploy_registers_every_deployment_of_the_repository(deployed: Environme
         "build-laion-high-resolution",
         "build-laion2b-en",
         "build-demo",
+        "reproduce-sd-v1",
         "train-sd-v1",
     }
 

@@ -1,12 +1,16 @@
+import json
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdtrain.checkpoint import STATE, Checkpoint, CheckpointStore, Layout, find_checkpoint, slots_of
+from sdtrain.checkpoint import STATE, Checkpoint, Layout, find_checkpoint, slots_of
+from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.data.files import sha256_of
 from sdtrain.errors import UserError
+from sdtrain.safety_config import CheckpointConfig
 
 SLOTS = slots_of([("conv.weight", (2, 3)), ("conv.bias", (3,)), ("scale", ())])
 NUMEL = 10
@@ -16,8 +20,8 @@ def vectors():
     return {name: torch.arange(NUMEL, dtype=torch.float32) + 100 * i for i, name in enumerate(STATE)}
 
 
-def save(run_dir, step, keep_last=2, offset=0.0):
-    store = CheckpointStore(run_dir, keep_last, 0, 1)
+def save(run_dir, step, offset=0.0, **config):
+    store = CheckpointStore(run_dir, CheckpointConfig(**{"every": 1, "keep_last": 2} | config), 0, 1)
     state = {name: vector + offset for name, vector in vectors().items()}
     return store.save(step, state, config_digest="c", data_digest="d", parameters=SLOTS)
 
@@ -72,7 +76,25 @@ def test_newest_stay_and_latest_names_the_newest(tmp_path):
     assert find_checkpoint(tmp_path).layout.step == 10
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "lost", "no_layout"])
+def test_permanent_ones_stay(tmp_path):
+    for step in range(1, 12):
+        save(tmp_path, step, keep_every=4)
+    left = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert left == [4, 8, 10, 11]
+    with pytest.raises(ValueError, match="keep_every 4 is no multiple of every 3"):
+        CheckpointConfig(every=3, keep_every=4)
+
+
+def test_a_damaged_newer_one_does_not_push_out_whole_ones(tmp_path):
+    for step in (10, 11):
+        save(tmp_path, step)
+    for step in (1, 2, 3):  # training went back to the start, say
+        save(tmp_path, step)
+    left = sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").iterdir())
+    assert left == [2, 3, 10, 11]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "lost", "cut_layout"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, damage):
     save(tmp_path, 1)
     newest = save(tmp_path, 2)
@@ -85,7 +107,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, capsys, da
     elif damage == "lost":
         file.unlink()
     else:
-        (newest / "layout.json").write_text("{")
+        layout = (newest / "layout.json").read_bytes()
+        (newest / "layout.json").write_bytes(layout[: len(layout) // 2])
     found = find_checkpoint(tmp_path)
     assert found.layout.step == 1
     assert "step-00000002" in capsys.readouterr().out
@@ -110,11 +133,19 @@ def test_no_checkpoint_is_a_sentence(tmp_path):
 
 def test_a_full_disk_is_a_sentence_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("sdtrain.checkpoint.save_file", full)
+    monkeypatch.setattr("sdtrain.checkpoint_store.write_tensors", full_disk)
     with pytest.raises(UserError, match="disk is full"):
         save(tmp_path, 2)
     assert find_checkpoint(tmp_path).layout.step == 1
+
+
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
+
+
+def test_checkpoints_from_before_there_were_guards_still_load(tmp_path):
+    layout = save(tmp_path, 1) / "layout.json"
+    content = json.loads(layout.read_text())
+    del content["guard"], content["loss_scaler"]
+    layout.write_text(json.dumps(content))
+    assert find_checkpoint(tmp_path).layout.guard.num_skipped == 0

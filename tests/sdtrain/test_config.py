@@ -8,7 +8,7 @@ from sdtrain.errors import UserError
 
 def test_configs_are_the_runs_of_the_model_card():
     card = {"sd-v1-1-256": (237_000, 256, 0.0), "sd-v1-1-512": (194_000, 512, 0.0), "sd-v1-2": (515_000, 512, 0.0)}
-    card["sd-v1-3"] = (195_000, 512, 0.1)
+    card |= {"sd-v1-3": (195_000, 512, 0.1), "sd-v1-4": (225_000, 512, 0.1), "sd-v1-5": (595_000, 512, 0.1)}
     for name, (steps, resolution, dropout) in card.items():
         config = load_config(name)
         assert (config.steps, config.data.resolution, config.caption_dropout) == (steps, resolution, dropout)

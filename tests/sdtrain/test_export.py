@@ -5,12 +5,15 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from training_fixtures import write_config, write_latents, write_models
 
-from sdtrain.checkpoint import STATE, CheckpointStore, slots_of
+from sdtrain.checkpoint import STATE, slots_of
+from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.config import DiffusionConfig, load_config
 from sdtrain.errors import UserError
-from sdtrain.export import export_diffusers, load_weights, plms_scheduler, write_pipeline
+from sdtrain.export import export_diffusers, load_unet, write_pipeline
 from sdtrain.model import build_unet
 from sdtrain.run_dir import RunDir
+from sdtrain.safety_config import CheckpointConfig
+from sdtrain.samplers import sampling_scheduler
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +27,14 @@ def run_dir(tmp_path_factory):
     state = {name: flat + (name == "ema") for name in STATE}
     slots = slots_of((n, p.shape) for n, p in unet.named_parameters())
     RunDir(folder / "run").begin(config, 5)
-    store = CheckpointStore(folder / "run", 2, 0, 1)
+    store = CheckpointStore(folder / "run", CheckpointConfig(), 0, 1)
     store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
     return folder / "run"
 
 
 def test_weights_come_by_name_raw_and_averaged(run_dir):
-    raw, ema = load_weights(run_dir, "raw"), load_weights(run_dir / "checkpoints" / "step-00000005")
+    raw = load_unet(run_dir, "raw")[0].state_dict()
+    ema = load_unet(run_dir / "checkpoints" / "step-00000005")[0].state_dict()
     assert raw["conv_in.weight"].shape == (16, 4, 3, 3)
     assert all(torch.equal(raw[name] + 1, ema[name]) for name in raw)
 
@@ -40,7 +44,7 @@ def test_exported_folder_is_a_pipeline_that_generates(run_dir, tmp_path, ema):
     folder = export_diffusers(run_dir, tmp_path / "out", ema=ema)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     exported = pipeline.unet.state_dict()
-    weights = load_weights(run_dir, "ema" if ema else "raw")
+    weights = load_unet(run_dir, "ema" if ema else "raw")[0].state_dict()
     assert exported.keys() == weights.keys()
     assert all(torch.equal(exported[name], weights[name]) for name in weights)
     assert isinstance(pipeline.scheduler, PNDMScheduler)
@@ -52,7 +56,7 @@ def test_exported_folder_is_a_pipeline_that_generates(run_dir, tmp_path, ema):
 
 
 def test_scheduler_is_the_one_of_published_sd_v1():
-    config = plms_scheduler(DiffusionConfig()).config
+    config = sampling_scheduler(DiffusionConfig()).config
     assert (config.beta_start, config.beta_end, config.beta_schedule) == (0.00085, 0.012, "scaled_linear")
     assert (config.skip_prk_steps, config.set_alpha_to_one, config.steps_offset) == (True, False, 1)
     assert (config.num_train_timesteps, config.prediction_type) == (1000, "epsilon")

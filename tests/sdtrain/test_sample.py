@@ -1,7 +1,9 @@
+import json
+
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from training_fixtures import write_config, write_models
 
@@ -9,7 +11,9 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.export import write_pipeline
 from sdtrain.model import build_unet
-from sdtrain.sample import Sampler, make_grid
+from sdtrain.networks import load_networks
+from sdtrain.sample import Sampler, SampleSettings, make_grid
+from sdtrain.samplers import make_scheduler
 
 PROMPTS = ["a red circle", "a blue square", "a green circle"]
 
@@ -17,8 +21,12 @@ PROMPTS = ["a red circle", "a blue square", "a green circle"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A pipeline with random weights whose prediction does depend on latents and caption."""
-    root = tmp_path_factory.mktemp("pipeline")
-    config = load_config(str(write_config(root / "c.yaml", write_models(root / "models"), root / "data")))
+    return write_random(tmp_path_factory.mktemp("pipeline"))
+
+
+def write_random(root, **diffusion):
+    models = write_models(root / "models")
+    config = load_config(str(write_config(root / "c.yaml", models, root / "data", diffusion=diffusion)))
     torch.manual_seed(0)
     unet = build_unet(config.unet, config.latent_size)
     with torch.no_grad():
@@ -30,13 +38,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sampler(folder):
-    return Sampler(folder, "cpu", torch.float32)
+    return Sampler(load_networks(folder, "cpu", torch.float32))
 
 
 def calls_of(sampler, **settings):
     sizes = []
-    hook = sampler._unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    sampler.sample(PROMPTS, [1, 2, 3], **settings)
+    hook = sampler._networks.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(**settings))
     hook.remove()
     return sizes
 
@@ -50,19 +58,50 @@ def test_guidance_one_skips_the_unconditional_half(sampler):
 
 
 def test_pictures_are_those_of_the_diffusers_pipeline(sampler, folder):
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert_pictures_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
+
+
+@pytest.mark.parametrize(("zero_terminal_snr", "scheduler"), [(False, "PNDMScheduler"), (True, "DDIMScheduler")])
+def test_a_velocity_models_export_gives_the_same_pictures_here_and_in_diffusers(tmp_path, zero_terminal_snr, scheduler):
+    folder = write_random(tmp_path, prediction_type="v_prediction", zero_terminal_snr=zero_terminal_snr)
+    written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert (written["_class_name"], written["prediction_type"]) == (scheduler, "v_prediction")
+    sampler = Sampler(load_networks(folder, "cpu", torch.float32))
+    assert_pictures_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
+
+
+def assert_pictures_agree(sampler, pipeline, name=None):
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6, 7)])
     theirs = pipeline(PROMPTS, latents=latents, guidance_scale=3.0, num_inference_steps=20).images
-    ours = sampler.sample(PROMPTS, [5, 6, 7], guidance_scale=3.0, num_steps=20)
+    ours = sampler.sample(PROMPTS, [5, 6, 7], SampleSettings(guidance_scale=3.0, num_steps=20, sampler=name))
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 2
     assert not np.array_equal(np.asarray(ours[0]), np.asarray(ours[1]))
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+def test_other_samplers_are_diffusers_own(sampler, folder, name):
+    theirs = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[name]
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    options = {"clip_sample": False} if name == "ddim" else {}
+    pipeline.scheduler = theirs.from_config(pipeline.scheduler.config, **options)
+    assert_pictures_agree(sampler, pipeline, name)
+
+
+def test_plms_cannot_begin_at_pure_noise():
+    with pytest.raises(UserError, match="ddim or dpm"):
+        make_scheduler("plms", {"rescale_betas_zero_snr": True})
+
+
+def test_impossible_settings_are_refused():
+    with pytest.raises(UserError, match=r"num_steps \(0\)"):
+        SampleSettings(num_steps=0)
+
+
 def test_a_picture_does_not_depend_on_its_batch(sampler):
-    together = sampler.sample(PROMPTS, [1, 2, 3], num_steps=5)
-    apart = sampler.sample(PROMPTS, [1, 2, 3], num_steps=5, batch_size=1)
+    together = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5))
+    apart = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5, batch_size=1))
     for a, b in zip(together, apart, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
@@ -73,16 +112,16 @@ def test_seeds_and_prompts_must_pair_up(sampler):
 
 
 def test_a_broken_model_is_a_sentence(folder):
-    broken = Sampler(folder, "cpu", torch.float32)
+    broken = Sampler(load_networks(folder, "cpu", torch.float32))
     with torch.no_grad():
-        broken._unet.conv_out.bias.fill_(float("nan"))
+        broken._networks.unet.conv_out.bias.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        broken.sample(["a"], [1], num_steps=2)
+        broken.sample(["a"], [1], SampleSettings(num_steps=2))
 
 
 def test_a_folder_without_a_pipeline_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="not a diffusers folder"):
-        Sampler(tmp_path)
+    with pytest.raises(UserError, match="neither a diffusers folder"):
+        Sampler(load_networks(tmp_path))
 
 
 def test_grid_places_pictures_row_by_row():

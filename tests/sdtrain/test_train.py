@@ -1,41 +1,18 @@
 import csv
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from training_fixtures import write_config, write_latents, write_models
+from plain_training import train_plainly
+from training_fixtures import write_config, write_latents
 
 from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
-from sdtrain.data.loader import BatchMaker
-from sdtrain.diffusion import NoiseSchedule, learning_rate, noise_loss, sample_posterior
-from sdtrain.ema import ema_decay
 from sdtrain.errors import UserError
-from sdtrain.model import build_unet, load_text_encoder
-from sdtrain.ranks import join
+from sdtrain.model import build_unet
 from sdtrain.run_dir import RunDir
 from sdtrain.train import parse_arguments, run, train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    models = write_models(folder / "models")
-    return models, write_latents(folder / "data", models)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    joined = join(None)
-    yield joined
-    joined.close()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def config_of(tmp_path, world, **changes):
@@ -69,46 +46,21 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, world, ranks
     assert done == {"step": config.steps, "checkpoint": f"checkpoints/step-{config.steps:08d}"}
 
 
-def test_training_in_fp32_equals_plain_pytorch(tmp_path, world, ranks):
-    config = config_of(tmp_path, world, precision="fp32", optimizer={"lr": 1e-3, "max_grad_norm": 0.5})
+@pytest.mark.parametrize(
+    "diffusion",
+    [{}, {"prediction_type": "v_prediction", "min_snr_gamma": 5.0, "offset_noise": 0.1}],
+    ids=["as SD v1", "other objective"],
+)
+def test_training_in_fp32_equals_plain_pytorch(tmp_path, world, ranks, diffusion):
+    optimizer = {"lr": 1e-3, "max_grad_norm": 0.5}
+    config = config_of(tmp_path, world, precision="fp32", optimizer=optimizer, diffusion=diffusion)
     train(config, RunDir(tmp_path / "run"), ranks)
-    expected, average = plain_pytorch(config)
+    expected, average = train_plainly(config)
     ours = [float(loss) for _, loss, _ in losses(tmp_path / "run")]
     assert ours == pytest.approx(expected, rel=2e-5)
     weights = dict(find_checkpoint(tmp_path / "run").weights("ema"))
     for name, value in average.items():
         torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
-
-
-def plain_pytorch(config):
-    """The same training without DeepSpeed, partitions or threads; returns losses and averaged weights."""
-    from sdtrain.training_state import open_latents
-
-    torch.manual_seed(config.seed)
-    unet = build_unet(config.unet, config.latent_size)
-    tokenizer, encoder = load_text_encoder(config.text_encoder)
-    maker = BatchMaker(open_latents(config, 0.35), tokenizer, config, 0, 1)
-    optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=config.optimizer.weight_decay)
-    schedule, average = NoiseSchedule(config.diffusion), {n: p.detach().clone() for n, p in unet.named_parameters()}
-    means = []
-    for step in range(config.steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, config.optimizer.lr, config.schedule.warmup_steps)
-        total = 0.0
-        for batch in (maker.make(step, k) for k in range(maker.accumulation)):
-            latents = sample_posterior(batch.moments, batch.posterior, 0.35)
-            noisy = schedule.add_noise(latents, batch.noise, batch.timesteps)
-            context = encoder(batch.token_ids).last_hidden_state
-            loss = noise_loss(unet(noisy, batch.timesteps, context).sample, batch.noise) / maker.accumulation
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), config.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        decay = ema_decay(step, config.ema)
-        for name, parameter in unet.named_parameters():
-            average[name] = decay * average[name] + (1 - decay) * parameter.detach()
-        means.append(total)
-    return means, average
 
 
 def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_path, world, ranks):
@@ -120,7 +72,7 @@ def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_
     run_dir = RunDir(tmp_path / "run")
     train(config, run_dir, ranks)
     state = TrainingState(config, run_dir, ranks)
-    assert state.restore() == 8
+    assert state.saves.restore() == 8
     master = dict(find_checkpoint(run_dir.path).weights("master"))
     for name, parameter in state.engine.module.named_parameters():
         assert torch.equal(safe_get_full_fp32_param(parameter), master[name])
@@ -145,7 +97,7 @@ def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, 
     train(first, RunDir(tmp_path / "first"), ranks)
     second = config_of(tmp_path, world, name="second", init_from=str(tmp_path / "first"))
     state = TrainingState(second, RunDir(tmp_path / "second"), ranks)
-    assert state.restore() == 0
+    assert state.saves.restore() == 0
     weights = {which: dict(find_checkpoint(tmp_path / "first").weights(which)) for which in ("master", "ema")}
     assert torch.equal(state.partition.master, state.partition.cut(weights["master"]))
     assert torch.equal(state.ema.average, state.partition.cut(weights["ema"]))

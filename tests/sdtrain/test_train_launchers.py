@@ -1,25 +1,25 @@
 """Training as users start it: `deepspeed`, torchrun, plain Python; two ranks, real signals."""
 
-import csv
 import os
+import random
 import signal
-import socket
-import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import psutil
 import pytest
+import yaml
+from launching import SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
 from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.checkpoint import find_checkpoint
+from sdtrain.config import load_config
+from sdtrain.schedules import learning_rate
 
-REPOSITORY = Path(__file__).parents[2]
-SCRIPT = "sdtrain/train.py"
-BIN = Path(sys.executable).parent
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+WATCHED = "tests/sdtrain/watched_train.py"
+KILLS = int(os.environ.get("SDTRAIN_KILLS", "2"))  # `make test-kills` asks for 20
+STEPS = 12 * max(2, KILLS)  # a run that 20 kills do not outlive
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * KILLS)]
 
 
 @pytest.fixture(scope="module")
@@ -27,123 +27,100 @@ def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     models = write_models(folder / "models")
     data = write_latents(folder / "data", models)
-    return write_config(folder / "toy.yaml", models, data, steps=24, checkpoint={"every": 3, "keep_last": 100})
+    guard = {"on_nonfinite": "skip", "max_grad_norm_ratio": 1.07, "norm_window": 3, "max_skips_in_a_row": 1000}
+    checkpoint = {"every": 2, "keep_last": 100}
+    return write_config(folder / "toy.yaml", models, data, steps=STEPS, checkpoint=checkpoint, guard=guard)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(config, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert finish(start(deepspeed(2), config, output))[0] == 0
+    code, text = finish(start(deepspeed(2), config, output))
+    assert code == 0, text
+    assert " skipped: its gradient's norm is " in text  # what decides about that must come back after a kill too
     return output
 
 
-def deepspeed(num_ranks):
-    return [BIN / "deepspeed", "--num_gpus", str(num_ranks), "--master_port", str(free_port()), SCRIPT]
+def test_on_two_ranks_the_rate_counts_optimizer_steps_and_every_rank_saves(config, undisturbed):
+    settings = load_config(str(config))
+    expected = [learning_rate(step, settings.optimizer, settings.schedule) for step in range(STEPS)]
+    assert [float(rate) for rate in log_of(undisturbed, "lr")] == expected
+    assert len(find_checkpoint(undisturbed).layout.files) == 2
 
 
-def torchrun(num_ranks):
-    return [BIN / "torchrun", "--nproc-per-node", str(num_ranks), "--master-port", str(free_port()), SCRIPT]
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def start(launcher, config, output, *arguments):
-    """Starts training in its own process group."""
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
-    command = [*map(str, launcher), "--config", str(config), "--output", str(output), *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True, **pipes)
-
-
-def finish(process):
-    """Exit code and output; no process of the group, nor a child in a session of its own, stays."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    try:
-        output, _ = process.communicate(timeout=400)
-    except subprocess.TimeoutExpired:
-        children += psutil.Process(process.pid).children(recursive=True)
-        raise
-    finally:
-        for member in [*children, *group_of(process)]:
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
-    return process.returncode, output
-
-
-def group_of(process):
-    members = []
-    for candidate in psutil.process_iter():
-        try:
-            if os.getpgid(candidate.pid) == process.pid:
-                members.append(candidate)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return members
-
-
-def wait_for_step(process, output, step):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (output / "checkpoints" / f"step-{step:08d}").exists():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached: {process.communicate(timeout=60)[0]}")
-
-
-def log_of(output, column="loss"):
-    with (output / "log.csv").open() as file:
-        return [row[column] for row in csv.DictReader(file)]
-
-
-def test_killed_in_the_middle_two_ranks_go_on_bit_for_bit(config, undisturbed, tmp_path):
-    output = tmp_path / "run"
-    process = start(deepspeed(2), config, output)
-    wait_for_step(process, output, 6)
-    os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    assert not (output / "DONE").exists()
+def test_killed_at_any_moment_two_ranks_go_on_bit_for_bit(config, undisturbed, tmp_path):
+    chance, output, torn = random.Random(KILLS), tmp_path / "run", []
+    for number in range(KILLS):
+        process = start(deepspeed(2, WATCHED), config, output, SLOW_DISK_S="0.3")
+        torn.append(kill_at_random(process, output, chance, in_a_write=number % 2 == 0))
+        assert not (output / "DONE").exists()
     code, text = finish(start(deepspeed(2), config, output))
     assert code == 0, text
     assert "from step 0 " not in text
+    assert any(torn), "no kill hit the writing of a checkpoint"
     assert log_of(output) == log_of(undisturbed)
     assert log_of(output, "grad_norm") == log_of(undisturbed, "grad_norm")
     assert find_checkpoint(output).layout.files == find_checkpoint(undisturbed).layout.files
+    assert not list((output / "checkpoints").glob(".*"))
 
 
-def test_two_ranks_become_one_with_the_same_samples_and_close_losses(config, undisturbed, tmp_path):
-    output = tmp_path / "run"
-    process = start(deepspeed(2), config, output)
-    wait_for_step(process, output, 6)
+def kill_at_random(process, output, chance, in_a_write):
+    """Kills all once a new checkpoint is there: while the next is written, or some time later.
+
+    Says whether the kill tore one.
+    """
+    folder = output / "checkpoints"
+    before, deadline = len(list(folder.glob("step-*"))), time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list(folder.glob("step-*"))) > before and (not in_a_write or list(folder.glob(".step-*.partial/.*"))):
+            break
+        time.sleep(0.002)
+    if not in_a_write:
+        time.sleep(chance.uniform(0, 0.6))
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
-    code, text = finish(start([sys.executable, SCRIPT], config, output))
-    assert code == 0, text
-    ours, theirs = map(float, log_of(output)[-1:]), map(float, log_of(undisturbed)[-1:])
-    assert list(ours) == pytest.approx(list(theirs), rel=0.02)
-    for a, b in zip(log_of(output), log_of(undisturbed), strict=True):
-        assert float(a) == pytest.approx(float(b), rel=0.05)
+    return bool(list(folder.glob(".step-*.partial")))
 
 
-def test_sigterm_writes_a_checkpoint_and_ends_cleanly(config, undisturbed, tmp_path):
+def test_sigterm_writes_a_checkpoint_and_ends_cleanly_however_often_it_comes(config, undisturbed, tmp_path):
     output = tmp_path / "run"
     process = start(torchrun(2), config, output)
-    wait_for_step(process, output, 3)
+    wait_for_step(process, output, 4)
     ranks = [p for p in psutil.Process(process.pid).children() if SCRIPT in p.cmdline()]
     assert len(ranks) == 2
-    ranks[1].terminate()  # one rank hears it, all stop
+    for _ in range(3):  # one rank hears it, all stop
+        ranks[1].terminate()
+        time.sleep(0.05)
     code, text = finish(process)
     assert code == 0, text
     stopped = find_checkpoint(output).layout.step
     assert f"stopped at step {stopped}" in text
     assert not (output / "DONE").exists()
     assert len(log_of(output)) == stopped
-    code, text = finish(start(deepspeed(2), config, output))
-    assert code == 0, text
-    assert log_of(output) == log_of(undisturbed)
+    assert log_of(output) == log_of(undisturbed)[:stopped]
+    assert sorted(p.name for p in output.iterdir() if p.name in ("heartbeats", "stalled")) == []
+
+
+def test_a_stopped_rank_is_named_and_the_job_ends(config, tmp_path):
+    impatient, output = tmp_path / "impatient.yaml", tmp_path / "run"
+    content = yaml.safe_load(config.read_text()) | {"guard": {"stall_timeout_s": 10}, "steps": 100_000}
+    impatient.write_text(yaml.safe_dump(content))
+    process = start(deepspeed(2), impatient, output)
+    wait_for_step(process, output, 2)
+    ranks = {p.environ()["RANK"]: p for p in psutil.Process(process.pid).children(recursive=True) if is_rank(p)}
+    victim = ranks["1"]
+    victim.suspend()
+    code, text = finish(process)
+    assert code != 0
+    assert text.count("Training made no progress for 10 s") == 1
+    assert f"(process {victim.pid})" in text
+    assert "No sign of life" in text
+    assert not any(p.is_running() for p in ranks.values())
+    assert find_checkpoint(output).layout.step >= 2
+
+
+def is_rank(process):
+    return SCRIPT in process.cmdline() and "RANK" in process.environ()
 
 
 def test_a_mistake_is_one_sentence_from_the_first_rank(config, tmp_path):
@@ -157,4 +134,4 @@ def test_a_mistake_is_one_sentence_from_the_first_rank(config, tmp_path):
 
 def test_a_finished_run_ends_at_once(config, undisturbed):
     code, text = finish(start([sys.executable, SCRIPT], config, undisturbed))
-    assert (code, "is finished: 24 steps" in text) == (0, True)
+    assert (code, f"is finished: {STEPS} steps" in text) == (0, True)

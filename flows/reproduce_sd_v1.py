@@ -1,0 +1,106 @@
+"""The model card's chain of runs: sd-v1-1 (256, then 512) -> sd-v1-2 -> sd-v1-3, -4 or -5, each from the last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from pydantic import Field
+
+from flows.failure import fails_with_a_sentence
+from flows.train_unet import train_unet
+from sdtrain.config import load_config
+from sdtrain.data.latent_store import require_latents
+
+Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
+Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of the chain: what it is trained on, and which run it starts from."""
+
+    name: Name
+    dataset: Dataset
+    after: Name | None
+
+
+# Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Training Procedure"; -5 in runwayml's copy of it.
+PHASES: tuple[Phase, ...] = (
+    Phase("sd-v1-1-256", "laion2b_en", None),
+    Phase("sd-v1-1-512", "high_resolution", "sd-v1-1-256"),
+    Phase("sd-v1-2", "aesthetics", "sd-v1-1-512"),
+    Phase("sd-v1-3", "aesthetics", "sd-v1-2"),
+    Phase("sd-v1-4", "aesthetics", "sd-v1-2"),
+    Phase("sd-v1-5", "aesthetics", "sd-v1-2"),
+)
+
+
+@flow(name="reproduce-sd-v1")
+@fails_with_a_sentence
+def reproduce_sd_v1(
+    laion2b_en: str = "data/laion2b-en",
+    high_resolution: str = "data/laion-high-resolution",
+    aesthetics: str = "data/laion-aesthetics",
+    output: str = "runs",
+    until: Name = "sd-v1-4",
+    configs: str | None = None,
+    num_gpus: Annotated[int, Field(ge=1)] | None = None,
+) -> str:
+    """Trains Stable Diffusion v1 from nothing, run after run; started again, it goes on where it was.
+
+    Args:
+        laion2b_en: Dataset of the first run, encoded at 256 px.
+        high_resolution: Dataset of the second, at 512 px.
+        aesthetics: Dataset of all later ones, at 512 px.
+        output: Folder of the runs, each in a folder of its name.
+        until: The last run; the ones it builds on come before it.
+        configs: Folder with configs named after the runs, to change them; by default the model card's.
+        num_gpus: GPUs to use; by default all of them. Without GPUs: CPU processes, by default one.
+
+    Returns:
+        The last run's directory.
+    """
+    roots: dict[Dataset, str] = {"laion2b_en": laion2b_en, "high_resolution": high_resolution, "aesthetics": aesthetics}
+    phases = chain(until)
+    check(phases, roots, configs)
+    for phase in phases:
+        get_run_logger().info("%s, from %s", phase.name, phase.after or "nothing")
+        train_unet(
+            config=_config(phase, configs),
+            data=roots[phase.dataset],
+            output=str(Path(output) / phase.name),
+            num_gpus=num_gpus,
+            init_from=str(Path(output) / phase.after) if phase.after else None,
+        )
+    return str((Path(output) / until).absolute())
+
+
+def check(phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | None = None) -> None:
+    """Says what is missing for the last run before the first one has trained for a month.
+
+    Raises:
+        UserError: no config, or no latents.
+    """
+    for phase in phases:
+        load_config(_config(phase, configs))
+        require_latents(Path(roots[phase.dataset]))
+
+
+def chain(until: Name) -> list[Phase]:
+    """The run and all that it builds on, in the order of training."""
+    by_name = {phase.name: phase for phase in PHASES}
+    phases: list[Phase] = []
+    name: Name | None = until
+    while name is not None:
+        phases.append(by_name[name])
+        name = by_name[name].after
+    return phases[::-1]
+
+
+def _config(phase: Phase, configs: str | None) -> str:
+    return str(Path(configs) / f"{phase.name}.yaml") if configs else phase.name

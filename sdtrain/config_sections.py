@@ -1,0 +1,141 @@
+"""Sections of a training configuration: the network, what it learns, and how."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from sdtrain.settings import Settings
+
+
+class UNetConfig(Settings):
+    """The noise predictor; the defaults are SD v1's 859,520,964 parameters."""
+
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of each level; every level after the first halves height and width."""
+    layers_per_block: int = Field(default=2, ge=1)
+    """ResBlocks in each level on the way down (one more on the way up)."""
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    """diffusers' block names on the way down: with or without cross-attention."""
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    """diffusers' block names on the way up."""
+    num_heads: int = Field(default=8, ge=1)
+    """Attention heads on every level (diffusers calls this `attention_head_dim`)."""
+    norm_num_groups: int = Field(default=32, ge=1)
+    """Groups of every GroupNorm; divides every number of channels."""
+    cross_attention_dim: int = Field(default=768, ge=1)
+    """Width of the text encoder's output."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more work."""
+
+    @model_validator(mode="after")
+    def _levels_agree(self) -> UNetConfig:
+        levels = len(self.block_out_channels)
+        if not levels == len(self.down_block_types) == len(self.up_block_types):
+            raise ValueError(
+                f"block_out_channels has {levels} levels; name as many down_block_types and up_block_types"
+            )
+        for channels in self.block_out_channels:
+            if channels % self.norm_num_groups or channels % self.num_heads:
+                raise ValueError(f"{channels} channels cannot be divided by norm_num_groups or num_heads")
+        return self
+
+
+class DiffusionConfig(Settings):
+    """The forward process, and what the network is asked to predict; the defaults are SD v1's."""
+
+    num_timesteps: int = Field(default=1000, ge=2)
+    """Length of the noise schedule."""
+    beta_start: float = Field(default=0.00085, gt=0, lt=1)
+    """First variance of the scaled-linear schedule."""
+    beta_end: float = Field(default=0.012, gt=0, lt=1)
+    """Last variance of the scaled-linear schedule."""
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    """The noise, or the velocity between noise and latent (Salimans and Ho 2022, arXiv:2202.00512)."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that nothing of the latent is left at its end (Lin et al. 2024, arXiv:2305.08891)."""
+    min_snr_gamma: float = Field(default=0.0, ge=0)
+    """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556; there 5); 0 weighs all alike."""
+    offset_noise: float = Field(default=0.0, ge=0)
+    """Strength of noise that is constant over each latent channel, which lets a model learn dark and bright pictures;
+    0.05 to 0.1 where it is used, 0 none."""
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> DiffusionConfig:
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr leaves pure noise at the last timestep, where predicting the noise teaches nothing; "
+                "set prediction_type to v_prediction"
+            )
+        if self.zero_terminal_snr and self.min_snr_gamma:
+            raise ValueError(
+                "min_snr_gamma gives the last timestep of zero_terminal_snr the weight 0, so it would never be "
+                "learned; use one of the two"
+            )
+        return self
+
+
+class OptimizerConfig(Settings):
+    """AdamW, with weight decay on every parameter as in the original runs."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after the warm-up. It is not multiplied by the batch size or the number of GPUs."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decays of the first and second moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=0.0, ge=0)
+    """Clip the gradient's norm to this; 0 does not clip, as in the original runs."""
+
+
+class ScheduleConfig(Settings):
+    """Linear warm-up, then constant or falling."""
+
+    warmup_steps: int = Field(default=10_000, ge=0)
+    """Optimizer steps until the full learning rate."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """How the rate goes on after the warm-up."""
+    decay_steps: int | None = Field(default=None, ge=1)
+    """Optimizer step at which the rate reaches `min_lr`, and stays. Cosine and linear need it; it is not taken from
+    `steps`, which may be raised later without changing what was trained."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Where the rate ends."""
+
+    @model_validator(mode="after")
+    def _ends_somewhere(self) -> ScheduleConfig:
+        if self.decay == "constant":
+            if self.decay_steps is not None or self.min_lr:
+                raise ValueError("decay_steps and min_lr have no effect on a constant rate; set decay, or remove them")
+        elif self.decay_steps is None or self.decay_steps <= self.warmup_steps:
+            raise ValueError(f"{self.decay} decay needs decay_steps, more than the {self.warmup_steps} of the warm-up")
+        return self
+
+
+class SpeedConfig(Settings):
+    """Levers that change how fast a step is, and its result only by rounding. The defaults are safe everywhere."""
+
+    compile: Literal["off", "regional", "whole"] = "off"
+    """torch.compile: of each transformer and residual block by itself (compiles in a minute or two), or of the UNet
+    as one graph (longer)."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"] = "default"
+    """torch.compile's mode; `reduce-overhead` and `max-autotune` replay CUDA graphs."""
+    channels_last: bool | None = None
+    """Memory layout in which convolutions need no transposing; null: on CUDA, not on CPUs, where it does not pay."""
+    attention: Literal["auto", "plain", "sdpa", "flash", "efficient", "cudnn"] = "auto"
+    """Attention kernel: matrix products and a softmax (`plain`), PyTorch's own choice (`sdpa`), or one of its fused
+    kernels. auto: plain on CPUs, whose fused bf16 backward pass is slower, else sdpa."""
+    fused_adamw: bool = True
+    """One kernel for the whole optimizer step."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN try its convolution algorithms; batches have one shape, so it does it once."""
+    tf32: bool = True
+    """TF32 in what is left of float32 matrix products on CUDA, as in the original runs."""
+
+    @model_validator(mode="after")
+    def _mode_has_effect(self) -> SpeedConfig:
+        if self.compile == "off" and self.compile_mode != "default":
+            raise ValueError("compile_mode has no effect while compile is off; set compile to regional or whole")
+        return self

@@ -1,0 +1,126 @@
+"""Whether an optimizer step may be applied: no gradient that is not finite, none that is far above the usual."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+
+from sdtrain.errors import UserError
+from sdtrain.safety_config import GuardConfig
+from sdtrain.settings import Settings
+
+_ADVICE = (
+    "Lower optimizer.lr, set optimizer.max_grad_norm to 1, look for damaged latents, or let such steps be skipped "
+    "(guard.on_nonfinite, guard.on_spike, guard.max_skips_in_a_row)."
+)
+
+
+class GuardState(Settings):
+    """What the next verdicts depend on; goes into checkpoints, so that a resumed run decides alike."""
+
+    num_skipped: int = 0
+    """Optimizer steps that were not applied, since the start of the run."""
+    num_in_a_row: int = 0
+    """How many of the last ones, without a break."""
+    recent_norms: tuple[float, ...] = ()
+    """Gradient norms of the last applied steps; only kept where spikes are looked for."""
+
+
+class StepGuard:
+    """Judges every optimizer step by the norm of its gradient, before it is applied.
+
+    The norm is of the mean gradient over all ranks, so all ranks come to the same verdict. A skipped step leaves
+    weights, moments and average as they were; the step counts, so that the learning rate and the data go on as if it
+    had been applied.
+
+    Attributes:
+        applied: whether the last step was applied.
+        must_repeat: whether it was not because a loss scaler has to lower its scale; then it is done again.
+        is_finite: whether its gradient was finite, where its norm was read.
+        norm: that norm, NaN if it was not finite; None where norms are not read.
+    """
+
+    def __init__(self, config: GuardConfig):
+        self._config = config
+        self.state = GuardState()
+        self.applied, self.must_repeat, self.is_finite = True, False, True
+        self.norm: float | None = None
+        self._refusal = ""
+        self._worst: torch.Tensor | None = None
+
+    def note(self, norm: torch.Tensor) -> None:
+        """Remembers a norm (negative: not finite) for `check`, without waiting for the device."""
+        norm = norm.detach()
+        self._worst = norm if self._worst is None else torch.minimum(self._worst, norm)
+
+    def may_apply(self, norm: float, can_rescale: bool = False) -> bool:
+        """The verdict on a step.
+
+        Args:
+            norm: of its gradient; negative or not finite if the gradient is not finite.
+            can_rescale: whether a loss scaler can still lower its scale.
+        """
+        self.is_finite = math.isfinite(norm) and norm >= 0
+        self.norm = norm if self.is_finite else math.nan
+        self._refusal = self._spike(norm) if self.is_finite else "its gradient is not finite"
+        self.applied = not self._refusal
+        self.must_repeat = can_rescale and not self.is_finite
+        if self.applied:
+            self.state = self.state.model_copy(update={"num_in_a_row": 0, "recent_norms": self._recent_with(norm)})
+        elif not self.must_repeat:
+            counts = {name: getattr(self.state, name) + 1 for name in ("num_skipped", "num_in_a_row")}
+            self.state = self.state.model_copy(update=counts)
+        return self.applied
+
+    def after_step(self, step: int) -> str:
+        """What there is to say about step number `step`; empty where it was applied.
+
+        Raises:
+            UserError: the policy is to stop here.
+        """
+        if self.applied:
+            return ""
+        if self._stops():
+            raise UserError(
+                f"Step {step} was not applied: {self._refusal}. Training stopped, after {self.state.num_in_a_row} such "
+                f"steps in a row; the last checkpoint is from before. {_ADVICE}"
+            )
+        return f"step {step} skipped: {self._refusal} ({self.state.num_skipped} skipped so far)"
+
+    def check(self, step: int) -> None:
+        """Waits for the device and looks at the norms noted since the last time.
+
+        Raises:
+            UserError: one was not finite.
+        """
+        if self._worst is None:
+            return
+        worst, self._worst = float(self._worst), None
+        if not (math.isfinite(worst) and worst >= 0):
+            raise UserError(
+                f"A gradient was not finite at or shortly before step {step}. Training stopped; the last checkpoint is "
+                f"from before. {_ADVICE}"
+            )
+
+    def _recent_with(self, norm: float) -> tuple[float, ...]:
+        if not self._config.max_grad_norm_ratio:
+            return ()
+        return (*self.state.recent_norms, norm)[-self._config.norm_window :]
+
+    def _spike(self, norm: float) -> str:
+        ratio, recent = self._config.max_grad_norm_ratio, self.state.recent_norms
+        if not ratio or len(recent) < self._config.norm_window:
+            return ""
+        median = statistics.median(recent)
+        if norm <= ratio * median:
+            return ""
+        return (
+            f"its gradient's norm is {norm:.4g}, more than {ratio:g} times {median:.4g}, the median of the last "
+            f"{len(recent)}"
+        )
+
+    def _stops(self) -> bool:
+        policy = self._config.on_spike if self.is_finite else self._config.on_nonfinite
+        return policy == "stop" or self.state.num_in_a_row >= self._config.max_skips_in_a_row

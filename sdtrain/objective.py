@@ -1,0 +1,63 @@
+"""What the UNet learns: which target it is given, and how much each timestep weighs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sdtrain.config_sections import DiffusionConfig
+from sdtrain.diffusion import NoiseSchedule
+
+
+class Objective:
+    """The training loss; by default SD v1's: the noise's mean squared error, all timesteps alike (L_simple).
+
+    Attributes:
+        schedule: the forward process.
+        weights: of each timestep's loss, (T,), float32; None where all weigh 1.
+    """
+
+    def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):
+        self._config = config
+        self.schedule = NoiseSchedule(config, device)
+        self.weights = min_snr_weights(self.schedule.snr, config) if config.min_snr_gamma else None
+
+    def inputs(
+        self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the UNet sees and what it has to predict, both (B, 4, h, w), float32.
+
+        Args:
+            latents: z_0, (B, 4, h, w).
+            noise: eps, the same shape.
+            timesteps: t, (B,), int64.
+        """
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        if self._config.prediction_type == "epsilon":
+            return noisy, noise
+        return noisy, self.schedule.velocity(latents, noise, timesteps)
+
+    def losses(
+        self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each sample's mean squared error, weighted and as it is, both (B,), float32.
+
+        Training minimises the mean of the weighted ones; the others can be compared between runs.
+        """
+        unweighted = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+        weighted = unweighted if self.weights is None else self.weights[timesteps] * unweighted
+        return weighted, unweighted
+
+
+def min_snr_weights(snr: torch.Tensor, config: DiffusionConfig) -> torch.Tensor:
+    """min(SNR, gamma) in units of the latent's error, as a weight of the predicted quantity's, (T,).
+
+    The noise's error is the latent's times SNR, the velocity's is the latent's times SNR + 1: Hang et al. 2023,
+    arXiv:2303.09556, section 3.4.
+
+    Args:
+        snr: signal-to-noise ratio of each timestep, (T,).
+        config: gamma and the predicted quantity.
+    """
+    clipped = snr.clamp(max=config.min_snr_gamma)
+    return clipped / snr if config.prediction_type == "epsilon" else clipped / (snr + 1.0)

@@ -1,0 +1,59 @@
+"""Levers of speed that are set once for a run: backends, attention kernels, compilation."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdtrain.config_sections import SpeedConfig
+
+_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+# The blocks of one class share their code, and so this limit: SD v1 has about 20 shapes of residual blocks.
+_MAX_SHAPES = 64
+
+
+def set_backends(config: SpeedConfig) -> None:
+    """Sets what cuDNN and matrix products may do, in this process."""
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.backends.cuda.matmul.allow_tf32 = config.tf32
+
+
+def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
+    """Within it, the chosen kernel is taken wherever it can do the job, and another one elsewhere."""
+    chosen = _KERNELS.get(config.attention)
+    if chosen is None:
+        return nullcontext()
+    others = [kernel for kernel in (*_KERNELS.values(), SDPBackend.MATH) if kernel is not chosen]
+    kernels: AbstractContextManager[None] = sdpa_kernel([chosen, *others], set_priority=True)
+    return kernels
+
+
+def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
+    """Compiles the UNet in place, at its first forward pass; its class and its parameters' names stay.
+
+    Batches have one shape, so every graph is made for that shape only.
+    """
+    if config.compile == "off":
+        return
+    torch._dynamo.config.recompile_limit = max(_MAX_SHAPES, torch._dynamo.config.recompile_limit)
+    mode = None if config.compile_mode == "default" else config.compile_mode
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
+    for module in [unet] if config.compile == "whole" else blocks:
+        module.compile(mode=mode, dynamic=False)
+
+
+def begin_graphs(config: SpeedConfig) -> None:
+    """Says that a new forward pass begins, so that CUDA graphs may use the memory of the last one's results."""
+    if config.compile_mode in _WITH_GRAPHS:
+        torch.compiler.cudagraph_mark_step_begin()

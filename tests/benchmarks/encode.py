@@ -1,0 +1,145 @@
+"""Encoding of packed shards to latents: the real stage beside its VAE alone, in one run.
+
+    python -m tests.benchmarks.encode [--quick]
+
+The stage reads tar shards, decodes and crops JPEG pictures, runs the VAE and writes moments with their tables. The VAE
+alone sees one batch that is on the device already, again and again: nothing can be faster. It has SD v1's size
+(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px on CUDA, else of
+256. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu` counts the encoder's
+forward pass only, as a share of 989 TFLOP/s (bf16) on an H100 or H200, and where the data sheet is not known of the
+best matrix product measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from diffusers import AutoencoderKL
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdtrain.data.config import EncodeConfig, PackConfig
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.latents import ENCODE
+from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.data.stage import run_batch
+from sdtrain.data.tars import write_samples
+from sdtrain.data.vae import posterior_moments, shared_vae
+from sdtrain.flops import peak_flops
+from tests.benchmarks.picture_server import draw_photo
+from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
+
+RESOLUTION = 512 if CUDA else 256
+NUM_SHARDS, TURNS = 2, 3
+NUM_DRAWN = 32
+
+
+class Recipe:
+    """The part of a recipe that encoding reads."""
+
+    def __init__(self, vae: Path, batch_size: int):
+        self.pack = PackConfig()
+        self.encode = EncodeConfig(
+            vae=str(vae), resolution=RESOLUTION, batch_size=batch_size, check_samples=0, min_psnr_db=0
+        )
+
+
+def write_vae(folder: Path) -> Path:
+    """SD v1's autoencoder with random weights."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+        scaling_factor=0.18215,
+    )
+    vae.save_pretrained(folder)
+    return folder
+
+
+def write_packed(root: Path, num_pictures: int) -> DatasetDir:
+    """A packed dataset of photo-like JPEG pictures; drawn ones come again and again."""
+    dataset, per_shard = DatasetDir(root), num_pictures // NUM_SHARDS
+    pictures = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_pictures))]
+    for shard in range(NUM_SHARDS):
+        samples = []
+        for number in range(shard * per_shard, (shard + 1) * per_shard):
+            caption = f"photo number {number}"
+            provenance = {"uid": f"{number:032x}", "key": f"{number:09d}", "url": "", "caption": caption, "sha256": ""}
+            members = {"jpg": pictures[number % len(pictures)], "txt": caption.encode()}
+            samples.append((provenance["key"], members | {"json": json.dumps(provenance).encode()}))
+        dataset.packed_tar(shard).parent.mkdir(parents=True, exist_ok=True)
+        write_samples(dataset.packed_tar(shard), samples)
+        report = ShardReport(stage="pack", shard=shard, num_in=per_shard, num_out=per_shard)
+        outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
+        write_entry(dataset, report.model_copy(update={"outputs": outputs}))
+    pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
+    write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=num_pictures, num_out=num_pictures))
+    return dataset
+
+
+def encoder_flops(vae: AutoencoderKL) -> int:
+    """Floating-point operations of the encoder for one picture."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        AutoencoderKL.from_config(vae.config).encode(torch.empty(1, 3, RESOLUTION, RESOLUTION))
+    return int(counter.get_total_flops())
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that the work takes, the device's part included."""
+    if CUDA:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def measure(folder: Path, quick: bool) -> dict[str, float]:
+    """Rates of the stage and of its VAE."""
+    num_pictures, batch_size = (1024 if quick else 4096, 32) if CUDA else (4 if quick else 8, 2)
+    dataset, recipe = write_packed(folder / "data", num_pictures), Recipe(write_vae(folder / "vae"), batch_size)
+    vae = shared_vae(recipe.encode.vae)
+    pixels = torch.randint(0, 256, (batch_size, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, device=vae.device)
+    posterior_moments(vae, pixels)
+    contenders: dict[str, Callable[[], object]] = {
+        "stage": lambda: run_batch(ENCODE, dataset, recipe, list(range(NUM_SHARDS))),
+        "vae": lambda: [posterior_moments(vae, pixels) for _ in range(num_pictures // batch_size)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(1 if quick else TURNS):
+        for name, work in contenders.items():
+            seconds[name].append(timed(work))
+            print(f"{name:6} {num_pictures / seconds[name][-1]:8.2f} pictures/s of {RESOLUTION} px", flush=True)
+    rate, flops, ceiling = num_pictures / min(seconds["stage"]), encoder_flops(vae), matmul_flops()
+    return {
+        "images_per_s": round(rate, 2),
+        "mfu": round(rate * flops / (peak_flops(DEVICE) or ceiling), 3),
+        "mfu_measured": round(rate * flops / ceiling, 3),
+        "vs_vae_alone": round(statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)), 3),
+        "resolution": RESOLUTION,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer pictures, once")
+    quick = parser.parse_args().quick
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(measure(Path(folder), quick)))
+
+
+if __name__ == "__main__":
+    main()

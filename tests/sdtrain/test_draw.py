@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training_fixtures import write_config, write_models
+from typer.testing import CliRunner
+
+from sdtrain.checkpoint import STATE, slots_of
+from sdtrain.checkpoint_store import CheckpointStore
+from sdtrain.cli import app
+from sdtrain.config import load_config
+from sdtrain.draw import Job, Model, all_devices, draw, make_jobs, read_prompts
+from sdtrain.errors import UserError
+from sdtrain.model import build_unet
+from sdtrain.run_dir import RunDir
+from sdtrain.safety_config import CheckpointConfig
+from sdtrain.sample import SampleSettings
+
+QUICK = SampleSettings(guidance_scale=2.0, num_steps=2, batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with one checkpoint, whose averaged weights are not the raw ones."""
+    root = tmp_path_factory.mktemp("run")
+    config = load_config(str(write_config(root / "c.yaml", write_models(root / "models"), root / "data")))
+    torch.manual_seed(0)
+    unet = build_unet(config.unet, config.latent_size)
+    flat = torch.cat([p.detach().reshape(-1) for p in unet.parameters()])
+    state = dict.fromkeys(STATE, torch.zeros_like(flat)) | {"master": flat, "ema": flat + 0.02}
+    RunDir(root / "run").begin(config, 5)
+    store = CheckpointStore(root / "run", CheckpointConfig(), 0, 1)
+    slots = slots_of((name, p.shape) for name, p in unet.named_parameters())
+    store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
+    return root / "run"
+
+
+def test_every_picture_has_its_own_seed():
+    assert make_jobs(["a", "b"], 7, 2) == [Job("a", 7), Job("a", 8), Job("b", 9), Job("b", 10)]
+
+
+def test_prompts_come_one_a_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a red circle\n\n  ein grüner Kreis \n", encoding="utf-8")
+    assert read_prompts(path) == ["a red circle", "ein grüner Kreis"]
+
+
+@pytest.mark.parametrize("content", [b"\n \n", b"\xff\xfe bad", None], ids=["empty", "not_utf8", "missing"])
+def test_a_bad_file_of_prompts_is_a_sentence(tmp_path, content):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"prompts\.txt .*(one prompt a line|one a line)"):
+        read_prompts(path)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert all_devices() == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="2 GPUs"):
+        all_devices(3)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(run):
+    jobs, model = make_jobs(["a red circle", "a blue square", "a"], 3, 2), Model(run)
+    alone = list(draw(model, jobs, QUICK, ["cpu"]))
+    together = list(draw(model, jobs, QUICK, ["cpu", "cpu"]))
+    assert [job for job, _ in together] == [job for job, _ in alone] == jobs
+    for (_, ours), (_, theirs) in zip(together, alone, strict=True):
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert len({picture.tobytes() for _, picture in alone}) == len(jobs)
+
+
+@pytest.mark.slow
+def test_a_mistake_in_another_process_is_a_sentence_here(tmp_path):
+    with pytest.raises(UserError, match="neither a diffusers folder"):
+        list(draw(Model(tmp_path), make_jobs(["a"], 0, 4), QUICK, ["cpu", "cpu"]))
+
+
+def test_the_command_draws_from_a_run_and_says_in_each_picture_how(run, tmp_path):
+    (tmp_path / "more.txt").write_text("a green circle\n")
+    options = ["--prompts-file", str(tmp_path / "more.txt"), "--seed", "4", "--per-prompt", "2", "--grid"]
+    options += ["--guidance", "2", "--steps", "2", "--sampler", "ddim", "--weights", "raw"]
+    output = tmp_path / "out"
+    result = CliRunner().invoke(app, ["sample", str(run), "a red circle", "--output", str(output), *options])
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in output.iterdir()) == [*(f"{n:05d}.png" for n in range(4, 8)), "grid.png"]
+    made = json.loads(Image.open(output / "00006.png").text["sdtrain"])
+    assert made["version"]
+    assert {name: made[name] for name in ("prompt", "seed", "sampler", "weights", "num_steps")} == {
+        "prompt": "a green circle",
+        "seed": 6,
+        "sampler": "ddim",
+        "weights": "raw",
+        "num_steps": 2,
+    }
+    assert Image.open(output / "grid.png").size == (2 * 66 + 2, 2 * 66 + 2)
+
+
+def test_averaged_and_raw_weights_draw_different_pictures(run):
+    jobs = make_jobs(["a red circle"], 0, 1)
+    ema, raw = (next(draw(Model(run, which), jobs, QUICK, ["cpu"]))[1] for which in ("ema", "raw"))
+    assert ema.tobytes() != raw.tobytes()
+
+
+def test_a_pipeline_has_no_raw_weights(tmp_path):
+    with pytest.raises(UserError, match="no raw weights"):
+        next(draw(Model(tmp_path, "raw"), make_jobs(["a"], 0, 1), QUICK, ["cpu"]))
+
+
+def test_no_prompt_at_all_is_a_sentence(tmp_path):
+    result = CliRunner().invoke(app, ["sample", str(tmp_path)])
+    assert isinstance(result.exception, UserError)
+    assert "--prompts-file" in str(result.exception)
