@@ -28,6 +28,7 @@ from flows.build_dataset import build
 from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions
 from flows.train_unet import train
+from sdtrain.config import load_config
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import entries
 from sdtrain.demo.checker import Agreement
@@ -57,8 +58,8 @@ class DemoDir:
 
     @property
     def training(self) -> RunDir:
-        """The training run; another set of latents gets another one."""
-        made = "".join(entry.fingerprint for entry in entries(self.data, "encode"))
+        """The training run; other latents, or another config, get another one."""
+        made = "".join(entry.fingerprint for entry in entries(self.data, "encode")) + load_config(CONFIG).digest()
         return RunDir(self.root / "training" / hashlib.sha256(made.encode()).hexdigest()[:8])
 
     @property

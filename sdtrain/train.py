@@ -72,7 +72,7 @@ def train(
                 seen.append((unweighted, batch.timesteps))
             if was_applied := state.step_was_applied(step):
                 state.ema.update(step)
-            progress.add(seen, was_applied)
+            progress.add(seen[-state.accumulation :], was_applied)  # fp16 may have repeated the step
             step += 1
             watchdog.at(step, "logging")
             if step % config.log_every == 0 or step == config.steps:
