@@ -31,7 +31,7 @@ test-slow: setup
 test-kills: setup
 	SDTRAIN_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m slow -k kill $(ARGS)
 
-# Clusters of several processes: minutes each, for whoever changes the engines.
+# Minutes each, too much for every change: clusters, other numbers of ranks, full-size networks, overfitting.
 test-long: setup
 	$(BIN)/python -m pytest -m long $(ARGS)
 

@@ -1,7 +1,5 @@
 """The model card's chain of runs: sd-v1-1 (256, then 512) -> sd-v1-2 -> sd-v1-3, -4 or -5, each from the last."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -24,6 +24,8 @@ from sdtrain.data.totals import StageTotals, add_up
 from sdtrain.errors import UserError
 
 LOG_INTERVAL_S = 10.0
+# A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
+_HEARING_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,11 @@ def _run_batch(
         with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
             return run_batch(stage, dataset, recipe, shards, _stop_if_given_up)
     except UserError as error:
+        time.sleep(_HEARING_S)
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
+    except Exception:
+        time.sleep(_HEARING_S)  # else the next batch might begin in a flow that is about to end
+        raise
 
 
 def _stop_if_given_up(report: ShardReport) -> None:

@@ -172,6 +172,9 @@ def main() -> int:
         if rank_from_environment() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    finally:
+        # Nothing is left to stop; one more signal while Python shuts down would make a good end look like a bad one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 
 

@@ -93,6 +93,7 @@ class Watchdog:
                 self._beats.rmdir()
 
     def _watch(self) -> None:
+        self._beat()
         seen, moved_at, last_look = -1, time.monotonic(), time.monotonic()
         while not self._over.wait(self._pulse_s):
             self._beat()

@@ -74,7 +74,7 @@ def test_two_processes_draw_what_one_draws(run):
     assert len({picture.tobytes() for _, picture in alone}) == len(jobs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mistake_in_another_process_is_a_sentence_here(tmp_path):
     with pytest.raises(UserError, match="neither a diffusers folder"):
         list(draw(Model(tmp_path), make_jobs(["a"], 0, 4), QUICK, ["cpu", "cpu"]))

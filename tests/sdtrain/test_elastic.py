@@ -15,7 +15,7 @@ from sdtrain.ranks import join
 from sdtrain.run_dir import RunDir
 from sdtrain.train import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 WATCHED = "tests/sdtrain/watched_train.py"
 STEPS, FIRST, SECOND = 12, 4, 8
 SPOILED = 2

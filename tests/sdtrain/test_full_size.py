@@ -13,8 +13,7 @@ MAX_MEMORY_GB = 22
 """Weights, gradients, master weights, Adam's moments and the average are 20 GB; measured: 21.2 GB."""
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
+    pytest.mark.long,
     pytest.mark.timeout(900),
     pytest.mark.skipif(psutil.virtual_memory().total < MAX_MEMORY_GB * 1e9, reason="needs 22 GB of memory"),
 ]

@@ -32,7 +32,7 @@ NUM_STEPS = 600
 MIN_PSNR_DB = 20.0
 """Measured: 23.7 dB; the demo's VAE itself gives pictures back with 25 dB or more."""
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @dataclass(frozen=True)

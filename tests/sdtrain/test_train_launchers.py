@@ -17,7 +17,7 @@ from sdtrain.config import load_config
 from sdtrain.schedules import learning_rate
 
 WATCHED = "tests/sdtrain/watched_train.py"
-KILLS = int(os.environ.get("SDTRAIN_KILLS", "2"))  # `make test-kills` asks for 20
+KILLS = int(os.environ.get("SDTRAIN_KILLS", "1"))  # `make test-kills` asks for 20
 STEPS = 12 * max(2, KILLS)  # a run that 20 kills do not outlive
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * KILLS)]
 
@@ -101,6 +101,7 @@ def test_sigterm_writes_a_checkpoint_and_ends_cleanly_however_often_it_comes(con
     assert sorted(p.name for p in output.iterdir() if p.name in ("heartbeats", "stalled")) == []
 
 
+@pytest.mark.long
 def test_a_stopped_rank_is_named_and_the_job_ends(config, tmp_path):
     impatient, output = tmp_path / "impatient.yaml", tmp_path / "run"
     content = yaml.safe_load(config.read_text()) | {"guard": {"stall_timeout_s": 10}, "steps": 100_000}

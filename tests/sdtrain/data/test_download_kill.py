@@ -31,7 +31,7 @@ else:
     build.run()
 """
 # `make test-kills` asks for 20 kills, CI for fewer.
-NUM_KILLS = int(os.environ.get("SDTRAIN_KILLS", "3"))
+NUM_KILLS = int(os.environ.get("SDTRAIN_KILLS", "2"))
 # A run goes on where the killed one was: after a few there is nothing left to kill in this dataset.
 KILLS_EACH = 5
 

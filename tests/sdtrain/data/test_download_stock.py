@@ -20,6 +20,8 @@ from sdtrain.data.tars import read_samples
 MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
 SIZES = ((96, 64), (64, 96), (48, 48), (40, 30), (301, 200), (49, 900))
 IMAGE_SIZE = 48
+# The others take half a minute each: `make test-long`.
+IN_CI = "center_crop"
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def pixels(content):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [m if m == IN_CI else pytest.param(m, marks=pytest.mark.long) for m in MODES])
 def test_successes_pixels_columns_keys_and_metadata_are_stock_img2datasets(site, tmp_path, mode):
     urls = [site.url(name) for name in [*site.bodies, "missing"]]
     stock = run_stock(tmp_path / "stock", urls, mode)
