@@ -71,7 +71,7 @@ def test_what_is_missing_for_the_last_run_is_said_before_training_begins(world: 
         check(phases, world, world["configs"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_runs_follow_one_another_and_again_means_nothing_to_do(world: dict[str, Any]) -> None:
     with prefect_test_harness(server_startup_timeout=120):
         last = reproduce_sd_v1(**world, until="sd-v1-3")
