@@ -29,7 +29,7 @@ test-slow: setup
 
 # As CI runs them, but 20 times each.
 test-kills: setup
-	SDTRAIN_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m slow -k kill $(ARGS)
+	SDTRAIN_KILLS=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m "slow or long" -k kill $(ARGS)
 
 # Minutes each, too much for every change: clusters, other numbers of ranks, full-size networks, overfitting.
 test-long: setup

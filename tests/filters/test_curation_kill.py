@@ -61,7 +61,7 @@ for line in sys.stdin:
         os.kill(child, signal.SIGKILL)  # its number is still its own, for nobody has waited for it
     print(os.waitpid(child, 0)[1], flush=True)
 """
-KILLS = int(os.environ.get("SDTRAIN_KILLS", "5"))  # `make test-kills` asks for 20
+KILLS = int(os.environ.get("SDTRAIN_KILLS", "3"))  # `make test-kills` asks for 20
 GONE = (2, 4, 9, 25)
 
 

@@ -117,7 +117,7 @@ def test_scores_do_not_depend_on_the_size_of_the_batch(tmp_path):
     assert_same(one, seven)
 
 
-@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["threads", pytest.param("processes", marks=pytest.mark.long)])
 def test_scores_do_not_depend_on_how_many_workers_share_the_shards(tmp_path, kind):
     alone, shared = (write_downloads(tmp_path / name, make_rows()) for name in ("alone", "shared"))
     recipe = recipe_of(RANDOM)

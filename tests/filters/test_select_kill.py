@@ -13,7 +13,7 @@ import duckdb
 import pytest
 
 NUM_ROWS = 300_000
-KILLS = int(os.environ.get("SDTRAIN_KILLS", "5"))  # `make test-kills` asks for 20
+KILLS = int(os.environ.get("SDTRAIN_KILLS", "3"))  # `make test-kills` asks for 20
 PROGRAM = """
 import json, sys
 from pathlib import Path

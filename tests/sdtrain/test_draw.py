@@ -63,7 +63,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         all_devices(3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_draw_what_one_draws(run):
     jobs, model = make_jobs(["a red circle", "a blue square", "a"], 3, 2), Model(run)
     alone = list(draw(model, jobs, QUICK, ["cpu"]))

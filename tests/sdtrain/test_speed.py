@@ -65,7 +65,7 @@ def traced(monkeypatch):
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["regional", "whole"])
 def test_compiled_networks_give_the_same_gradients_under_the_same_names(traced, how):
     assert_same_gradients(SpeedConfig(compile=how))
@@ -77,7 +77,7 @@ def test_what_inductor_makes_gives_the_same_gradients():
     assert_same_gradients(SpeedConfig(compile="regional"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_run_has_the_losses_of_another_and_goes_on_from_its_checkpoint(tmp_path, world, ranks, traced):
     def run(name, steps, **changes):
         config = load_config(str(write_config(tmp_path / "c.yaml", *world, precision="fp32", steps=steps, **changes)))

@@ -99,7 +99,7 @@ def test_a_download_killed_at_random_moments_gives_the_bytes_of_an_undisturbed_o
     assert kills >= NUM_KILLS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_retry_killed_at_random_moments_loses_nothing(site, tmp_path):
     urls, chance, kills = [*map(site.url, site.bodies)], random.Random(5), 0
