@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import yaml
-from diffusers import AutoencoderKL
+from full_size_vae import write_full_size_vae
 
 from filters.recipe import RECIPES_DIR, load_recipe
 from filters.road import road
@@ -90,23 +89,6 @@ def write_metadata(path: Path, base: str, pages: dict[str, bytes]) -> int:
     return count
 
 
-def full_size_vae(folder: Path) -> Path:
-    """Stable Diffusion v1's autoencoder, 83,653,863 parameters, with random weights."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    )
-    assert sum(p.numel() for p in vae.parameters()) == 83_653_863
-    vae.save_pretrained(folder)
-    return folder
-
-
 def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
     base, pages = web
     num_rows = write_metadata(tmp_path / "rows.parquet", base, pages)
@@ -117,7 +99,7 @@ def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
     seeds = dict.fromkeys(("clip_weights", "watermark_weights", "safety_weights"), "random:0")
     content["score"] = seeds | {"clip_model": "ViT-L-14-quickgelu", "aesthetic_weights": aesthetic, "batch_size": 4}
     content["duplicates"] = {"level": "exact"}
-    content["encode"] = {"vae": str(full_size_vae(tmp_path / "vae")), "resolution": RESOLUTION, "batch_size": 2}
+    content["encode"] = {"vae": str(write_full_size_vae(tmp_path / "vae")), "resolution": RESOLUTION, "batch_size": 2}
     content["encode"]["min_psnr_db"] = 0  # with random weights no picture comes back
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 

@@ -48,18 +48,12 @@ class PictureStore(SampleStore):
         self.digest = self._catalogue.digest
         self.counts = self._catalogue.counts().reshape(-1, 1)
         if self.counts.sum() == 0:
-            raise UserError(
-                f"There are no packed pictures in {self._folder}: build the dataset as far as `pack` first."
-            )
+            raise no_pictures(self._folder)
         self._ends = np.cumsum(self.counts[:, 0])
         self._table = lru_cache(maxsize=_OPEN_SHARDS)(self._read_table)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
-
-    def has_digest(self, digest: str) -> bool:
-        """Whether a checkpoint's digest is this dataset's."""
-        return digest == self.digest
 
     def size_number(self, index: int) -> int:
         """All pictures have one size."""

@@ -42,10 +42,6 @@ class MixedStore(SampleStore):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def has_digest(self, digest: str) -> bool:
-        """Whether a checkpoint's digest is of these datasets with these weights."""
-        return digest == self.digest
-
     def size_number(self, index: int) -> int:
         """Which of the sizes a sample has."""
         number = int(np.searchsorted(self._ends, index, side="right"))

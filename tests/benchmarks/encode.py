@@ -36,6 +36,7 @@ from sdtrain.data.vae import posterior_moments, shared_vae
 from sdtrain.flops import peak_flops
 from tests.benchmarks.picture_server import draw_photo
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
+from tests.full_size_vae import write_full_size_vae
 
 RESOLUTION = 512 if CUDA else 256
 NUM_SHARDS, TURNS = 2, 3
@@ -50,22 +51,6 @@ class Recipe:
         self.encode = EncodeConfig(
             vae=str(vae), resolution=RESOLUTION, batch_size=batch_size, check_samples=0, min_psnr_db=0
         )
-
-
-def write_vae(folder: Path) -> Path:
-    """SD v1's autoencoder with random weights."""
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-        scaling_factor=0.18215,
-    )
-    vae.save_pretrained(folder)
-    return folder
 
 
 def write_packed(root: Path, num_pictures: int) -> DatasetDir:
@@ -110,7 +95,10 @@ def timed(work: Callable[[], object]) -> float:
 def measure(folder: Path, quick: bool) -> dict[str, float]:
     """Rates of the stage and of its VAE."""
     num_pictures, batch_size = (1024 if quick else 4096, 32) if CUDA else (4 if quick else 8, 2)
-    dataset, recipe = write_packed(folder / "data", num_pictures), Recipe(write_vae(folder / "vae"), batch_size)
+    dataset, recipe = (
+        write_packed(folder / "data", num_pictures),
+        Recipe(write_full_size_vae(folder / "vae"), batch_size),
+    )
     vae = shared_vae(recipe.encode.vae)
     pixels = torch.randint(0, 256, (batch_size, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, device=vae.device)
     posterior_moments(vae, pixels)

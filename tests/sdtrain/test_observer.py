@@ -1,13 +1,11 @@
 """Validation, previews and curves of a real run, on one rank."""
 
-import os
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_fixtures import write_config, write_latents, write_models
+from training_fixtures import write_config
 
 from sdtrain.config import load_config
 from sdtrain.data.latent_store import LatentStore
@@ -15,7 +13,7 @@ from sdtrain.data.loader import BatchMaker
 from sdtrain.data.sources import make_plan
 from sdtrain.errors import UserError
 from sdtrain.model import load_text_encoder
-from sdtrain.ranks import Ranks, join
+from sdtrain.ranks import Ranks
 from sdtrain.run_dir import RunDir
 from sdtrain.train import train
 from sdtrain.validation import Validation
@@ -25,24 +23,6 @@ WATCHED = {
     "validation": {"num_samples": NUM_HELD_OUT, "every": 2, "num_timesteps": 4},
     "previews": {"every": 4, "prompts": ["a red circle", "a blue square", "a"], "guidance_scale": 2, "num_steps": 3},
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    models = write_models(folder / "models")
-    return models, write_latents(folder / "data", models)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = dict(os.environ)
-    torch.set_num_threads(1)
-    joined = join(None)
-    yield joined
-    joined.close()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +87,7 @@ def test_tensorboard_has_all_curves(run):
     assert 0 < len(parts) <= 10
 
 
-def test_loss_parts_average_to_the_loss(run):
-    """Where every part of the schedule has been drawn equally often, which is never: so weigh by hand."""
+def test_the_loss_lies_between_its_parts(run):
     for row in run.log.rows():
         parts = [float(value) for name, value in row.items() if name.startswith("loss_part_") and value]
         assert min(parts) - 1e-9 <= float(row["loss"]) <= max(parts) + 1e-9
