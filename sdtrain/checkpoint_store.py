@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from sdtrain.checkpoint import STATE, Checkpoint, Layout, finished, folder_of, newest_whole
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
-from sdtrain.safety_config import CheckpointConfig
 from sdtrain.tensor_file import write_tensors
 
 

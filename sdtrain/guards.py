@@ -7,8 +7,8 @@ import statistics
 
 import torch
 
+from sdtrain.config.safety import GuardConfig
 from sdtrain.errors import UserError
-from sdtrain.safety_config import GuardConfig
 from sdtrain.settings import Settings
 
 _ADVICE = (

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sdtrain.config_sections import SpeedConfig, UNetConfig
+from sdtrain.config.sections import SpeedConfig, UNetConfig
 from sdtrain.errors import UserError
 
 DEMO_WEIGHTS = Path(__file__).parent / "demo" / "weights"

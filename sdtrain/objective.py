@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sdtrain.config_sections import DiffusionConfig
+from sdtrain.config.sections import DiffusionConfig
 from sdtrain.diffusion import NoiseSchedule
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sdtrain.config_sections import OptimizerConfig, ScheduleConfig
+from sdtrain.config.sections import OptimizerConfig, ScheduleConfig
 
 _FIRST_SHARE = 1e-6
 

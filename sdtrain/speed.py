@@ -10,7 +10,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdtrain.config_sections import SpeedConfig
+from sdtrain.config.sections import SpeedConfig
 
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,

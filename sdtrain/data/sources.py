@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdtrain.config import TrainConfig
+from sdtrain.config.data import DataConfig
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.interleave import whole_shares
 from sdtrain.data.latent_store import NORMALISATION, OPEN_SHARDS, LatentStore, check_cache, require_latents
@@ -20,7 +21,6 @@ from sdtrain.data.picture_store import OnlineVae, PictureStore, no_pictures
 from sdtrain.data.sample_plan import SamplePlan, SourcePlan
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.data.shuffle import BlockOrder, GlobalOrder, Order
-from sdtrain.data_config import DataConfig
 from sdtrain.errors import UserError
 
 

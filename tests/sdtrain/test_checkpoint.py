@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from sdtrain.checkpoint import STATE, Checkpoint, Layout, find_checkpoint, slots_of
 from sdtrain.checkpoint_store import CheckpointStore
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.data.files import sha256_of
 from sdtrain.errors import UserError
-from sdtrain.safety_config import CheckpointConfig
 
 SLOTS = slots_of([("conv.weight", (2, 3)), ("conv.bias", (3,)), ("scale", ())])
 NUMEL = 10

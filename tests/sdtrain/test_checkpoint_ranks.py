@@ -10,8 +10,8 @@ from launching import free_port
 
 from sdtrain.checkpoint import STATE, find_checkpoint, slots_of
 from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.errors import UserError
-from sdtrain.safety_config import CheckpointConfig
 
 FORK = multiprocessing.get_context("fork")  # a fresh interpreter would import torch for seconds
 NUM_TALKS = 300

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain.checkpoint import STATE, find_checkpoint, slots_of
 from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.errors import UserError
-from sdtrain.safety_config import CheckpointConfig
 from sdtrain.tensor_file import write_tensors
 
 DESCRIPTION = {"config_digest": "c", "data_digest": "d", "parameters": slots_of([("weight", (8,))])}

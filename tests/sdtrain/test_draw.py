@@ -11,11 +11,11 @@ from sdtrain.checkpoint import STATE, slots_of
 from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.cli import app
 from sdtrain.config import load_config
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.draw import Job, Model, all_devices, draw, make_jobs, read_prompts
 from sdtrain.errors import UserError
 from sdtrain.model import build_unet
 from sdtrain.run_dir import RunDir
-from sdtrain.safety_config import CheckpointConfig
 from sdtrain.sample import SampleSettings
 
 QUICK = SampleSettings(guidance_scale=2.0, num_steps=2, batch_size=2)

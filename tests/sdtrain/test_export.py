@@ -8,11 +8,11 @@ from training_fixtures import write_config, write_latents, write_models
 from sdtrain.checkpoint import STATE, slots_of
 from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.config import DiffusionConfig, load_config
+from sdtrain.config.safety import CheckpointConfig
 from sdtrain.errors import UserError
 from sdtrain.export import export_diffusers, load_unet, write_pipeline
 from sdtrain.model import build_unet
 from sdtrain.run_dir import RunDir
-from sdtrain.safety_config import CheckpointConfig
 from sdtrain.samplers import sampling_scheduler
 
 

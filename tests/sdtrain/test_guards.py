@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sdtrain.config import TrainConfig
+from sdtrain.config.safety import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.guards import GuardState, StepGuard
-from sdtrain.safety_config import GuardConfig
 from sdtrain.settings import parse_settings
 
 NAN = math.nan

@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sdtrain.config_sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
-from sdtrain.data_config import DataConfig
+from sdtrain.config.data import DataConfig
+from sdtrain.config.safety import CheckpointConfig, GuardConfig
+from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
+from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
 from sdtrain.errors import UserError
-from sdtrain.safety_config import CheckpointConfig, GuardConfig
 from sdtrain.settings import Settings, load_settings, nearest
-from sdtrain.watch_config import PreviewConfig, TrackingConfig, ValidationConfig
 
-CONFIGS_DIR = Path(__file__).parent / "configs"
+CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 
 # Settings that may change in the middle of a run without making it another run.
 _FREE = (
