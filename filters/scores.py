@@ -15,6 +15,7 @@ from filters.models import load_models
 from filters.quality import QUALITY
 from filters.recipe import Recipe, ScoreConfig
 from filters.score_pipeline import score_rows
+from filters.tables import SCORE_COLUMNS
 from filters.weights import digest_of
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
@@ -23,7 +24,6 @@ from sdtrain.data.selection import selected_shards
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
 
-_SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "pixel_sha256")),
@@ -31,7 +31,7 @@ _TABLE = pa.schema(
         ("thumbnail", pa.binary()),
         ("image_width", pa.int32()),
         ("image_height", pa.int32()),
-        *((name, pa.float32()) for name in (*_SCORES, *QUALITY)),
+        *((name, pa.float32()) for name in (*SCORE_COLUMNS, *QUALITY)),
         ("reason", pa.string()),
     ]
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _TEXT, _INT, _LONG, _REAL = "VARCHAR", "INTEGER", "BIGINT", "DOUBLE"
-_SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
+SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 
 # Columns of a view whose stage is not finished; finished ones show what their files hold.
 EMPTY: dict[str, dict[str, str]] = {
@@ -30,7 +30,7 @@ EMPTY: dict[str, dict[str, str]] = {
         "phash": _LONG,
         "thumbnail": "BLOB",
         **dict.fromkeys(("image_width", "image_height"), _INT),
-        **dict.fromkeys(_SCORES, "FLOAT"),
+        **dict.fromkeys(SCORE_COLUMNS, "FLOAT"),
         **dict.fromkeys(("sharpness", "entropy", "border", "contrast"), "FLOAT"),
         "reason": _TEXT,
         "shard": _INT,
@@ -66,7 +66,7 @@ DERIVED: dict[str, str] = {
     ),
     "score_pairs": (
         "SELECT c.uid, c.key, c.shard, "  # noqa: S608 - names are from here
-        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_picture" for name in _SCORES)
+        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_picture" for name in SCORE_COLUMNS)
         + " FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
     ),
     "hosts": (

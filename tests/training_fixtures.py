@@ -135,3 +135,25 @@ def write_config(path: Path, models: Path, latents: Path, **changes: object) -> 
     }
     path.write_text(yaml.safe_dump(config | changes))
     return path
+
+
+def write_run(folder: Path, ema_offset: float) -> Path:
+    """A run with one checkpoint, at step 5: raw weights are a fresh UNet's, the average is those plus `ema_offset`."""
+    from sdtrain.checkpoint import STATE, slots_of
+    from sdtrain.checkpoint_store import CheckpointStore
+    from sdtrain.config import load_config
+    from sdtrain.config.safety import CheckpointConfig
+    from sdtrain.model import build_unet
+    from sdtrain.run_dir import RunDir
+
+    models = write_models(folder / "models")
+    config = load_config(str(write_config(folder / "c.yaml", models, folder / "data")))
+    torch.manual_seed(0)
+    unet = build_unet(config.unet, config.latent_size)
+    flat = torch.cat([p.detach().reshape(-1) for p in unet.parameters()])
+    state = {name: flat + ema_offset * (name == "ema") for name in STATE}
+    slots = slots_of((name, p.shape) for name, p in unet.named_parameters())
+    RunDir(folder / "run").begin(config, 5)
+    store = CheckpointStore(folder / "run", CheckpointConfig(), 0, 1)
+    store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
+    return folder / "run"

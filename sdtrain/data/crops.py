@@ -29,11 +29,6 @@ class Crop:
     source_px: Size
 
 
-def crop_center(picture: Image.Image, resolution: int) -> Crop:
-    """Resizes the shorter side to `resolution` (bicubic, antialiased) and cuts out the centre."""
-    return cut(picture, (resolution, resolution), None)
-
-
 def cut(picture: Image.Image, size_px: Size, place: float | None) -> Crop:
     """Resizes a picture (bicubic, antialiased) until it just covers a size, and cuts that out.
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdtrain.data.interleave import Ints, draw
-from sdtrain.data.shuffle import GlobalOrder, Order
+from sdtrain.data.shuffle import Order
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,6 @@ def _over_epochs(order: Order, epochs: Ints, offsets: Ints) -> Ints:
         here = epochs == epoch
         indices[here] = order.at(int(epoch), offsets[here])
     return indices
-
-
-def global_plan(num_samples: int, global_batch_size: int, seed: int) -> SamplePlan:
-    """The plan for one dataset of one size in a global shuffle."""
-    return SamplePlan([SourcePlan((GlobalOrder(num_samples, seed),))], global_batch_size)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from training_fixtures import write_config, write_models
+from training_fixtures import write_run
 from typer.testing import CliRunner
 
-from sdtrain.checkpoint import STATE, slots_of
-from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.cli import app
-from sdtrain.config import load_config
-from sdtrain.config.safety import CheckpointConfig
 from sdtrain.draw import Job, Model, all_devices, draw, make_jobs, read_prompts
 from sdtrain.errors import UserError
-from sdtrain.model import build_unet
-from sdtrain.run_dir import RunDir
 from sdtrain.sample import SampleSettings
 
 QUICK = SampleSettings(guidance_scale=2.0, num_steps=2, batch_size=2)
@@ -24,17 +17,7 @@ QUICK = SampleSettings(guidance_scale=2.0, num_steps=2, batch_size=2)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with one checkpoint, whose averaged weights are not the raw ones."""
-    root = tmp_path_factory.mktemp("run")
-    config = load_config(str(write_config(root / "c.yaml", write_models(root / "models"), root / "data")))
-    torch.manual_seed(0)
-    unet = build_unet(config.unet, config.latent_size)
-    flat = torch.cat([p.detach().reshape(-1) for p in unet.parameters()])
-    state = dict.fromkeys(STATE, torch.zeros_like(flat)) | {"master": flat, "ema": flat + 0.02}
-    RunDir(root / "run").begin(config, 5)
-    store = CheckpointStore(root / "run", CheckpointConfig(), 0, 1)
-    slots = slots_of((name, p.shape) for name, p in unet.named_parameters())
-    store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
-    return root / "run"
+    return write_run(tmp_path_factory.mktemp("run"), ema_offset=0.02)
 
 
 def test_every_picture_has_its_own_seed():

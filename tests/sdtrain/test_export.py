@@ -3,33 +3,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
-from training_fixtures import write_config, write_latents, write_models
+from training_fixtures import write_run
 
-from sdtrain.checkpoint import STATE, slots_of
-from sdtrain.checkpoint_store import CheckpointStore
 from sdtrain.config import DiffusionConfig, load_config
-from sdtrain.config.safety import CheckpointConfig
 from sdtrain.errors import UserError
 from sdtrain.export import export_diffusers, load_unet, write_pipeline
 from sdtrain.model import build_unet
-from sdtrain.run_dir import RunDir
 from sdtrain.samplers import sampling_scheduler
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run whose raw weights are a fresh UNet's and whose average is those plus one."""
-    folder = tmp_path_factory.mktemp("world")
-    models = write_models(folder / "models")
-    config = load_config(str(write_config(folder / "c.yaml", models, write_latents(folder / "data", models, 4))))
-    unet = build_unet(config.unet, config.latent_size)
-    flat = torch.cat([p.detach().reshape(-1) for p in unet.parameters()])
-    state = {name: flat + (name == "ema") for name in STATE}
-    slots = slots_of((n, p.shape) for n, p in unet.named_parameters())
-    RunDir(folder / "run").begin(config, 5)
-    store = CheckpointStore(folder / "run", CheckpointConfig(), 0, 1)
-    store.save(5, state, config_digest="c", data_digest="d", parameters=slots)
-    return folder / "run"
+    return write_run(tmp_path_factory.mktemp("world"), ema_offset=1.0)
 
 
 def test_weights_come_by_name_raw_and_averaged(run_dir):

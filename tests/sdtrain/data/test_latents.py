@@ -15,7 +15,7 @@ from picture_fixtures import scene_picture
 from PIL import Image
 
 from sdtrain.data import vae as vae_at_work
-from sdtrain.data.crops import crop_center
+from sdtrain.data.crops import cut
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.latent_store import LatentStore
 from sdtrain.data.latents import ENCODE
@@ -114,7 +114,7 @@ def test_each_latent_carries_caption_identity_crop_and_source_size(dataset):
     ],
 )
 def test_the_crop_is_the_centre_in_pixels_of_the_source(size, box):
-    crop = crop_center(Image.new("RGB", size), RESOLUTION)
+    crop = cut(Image.new("RGB", size), (RESOLUTION, RESOLUTION), None)
     assert crop.pixels.shape == (RESOLUTION, RESOLUTION, 3)
     assert crop.box == box
     assert crop.source_px == size
@@ -123,7 +123,11 @@ def test_the_crop_is_the_centre_in_pixels_of_the_source(size, box):
 @pytest.mark.parametrize("width", [65, 97, 131, 400])
 @pytest.mark.parametrize("height", [64, 99, 1000])
 def test_every_size_gives_a_full_crop(width, height):
-    assert crop_center(Image.new("RGB", (width, height)), RESOLUTION).pixels.shape == (RESOLUTION, RESOLUTION, 3)
+    assert cut(Image.new("RGB", (width, height)), (RESOLUTION, RESOLUTION), None).pixels.shape == (
+        RESOLUTION,
+        RESOLUTION,
+        3,
+    )
 
 
 def test_the_info_says_what_training_must_check(dataset, vae):
@@ -187,7 +191,7 @@ def test_a_vae_whose_latents_are_not_finite_is_refused(vae):
 
 def test_the_demos_vae_gives_pictures_back_from_their_latents():
     network = load_vae("demo")
-    pixels = np.stack([crop_center(scene_picture(i, 512, 600), RESOLUTION).pixels for i in range(8)])
+    pixels = np.stack([cut(scene_picture(i, 512, 600), (RESOLUTION, RESOLUTION), None).pixels for i in range(8)])
     means = torch.from_numpy(encode_pixels(network, pixels)[:, :4]).float()
     with torch.inference_mode():
         decoded = network.decode(means).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()

@@ -5,10 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdtrain.data.sample_plan import SamplePlan, SourcePlan, global_plan, sample_noise
+from sdtrain.data.sample_plan import SamplePlan, SourcePlan, sample_noise
 from sdtrain.data.shuffle import BlockOrder, GlobalOrder
 
 seeds = st.integers(0, 2**63)
+
+
+def global_plan(num_samples, global_batch_size, seed):
+    """One dataset of one size in a global shuffle."""
+    return SamplePlan([SourcePlan((GlobalOrder(num_samples, seed),))], global_batch_size)
 
 
 @st.composite
