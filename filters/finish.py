@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from filters.borders import borders
-from filters.recipe import Recipe
+from filters.recipe import NETWORKS, Recipe
 from filters.views import write_views
+from filters.weights import RANDOM, RANDOM_FULL
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pack import write_index
 from sdtrain.data.pack_plan import forget_plan
@@ -30,9 +31,25 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     Raises:
         UserError: the build has not come to its decisions yet.
     """
-    limits = limits_of(recipe)
-    report = Report(f"Dataset {recipe.name}", recipe.description, dataset, limits, borders=list(borders(recipe)))
+    report = Report(
+        title=f"Dataset {recipe.name}",
+        lead=recipe.description,
+        dataset=dataset,
+        limits=limits_of(recipe),
+        borders=list(borders(recipe)),
+        scores_note=scores_note(recipe),
+    )
     return write_report(report, dataset.report)
+
+
+def scores_note(recipe: Recipe) -> str:
+    """Says so where scores come from networks that have learnt nothing, as in the demo; else empty."""
+    weights = {name: getattr(recipe.score, f"{name}_weights") for name in NETWORKS}
+    random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
+    if not random:
+        return ""
+    decides = " The metadata decides." if recipe.keep.decide_by == "metadata" else ""
+    return f"Random weights, here those of {', '.join(random)}, give scores that mean nothing.{decides}"
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:

@@ -128,7 +128,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
     """The page that the demo ends with."""
     from filters.borders import borders
-    from filters.finish import limits_of
+    from filters.finish import limits_of, scores_note
     from sdtrain.report.page import Report, SampleSection, write_report
 
     names = {
@@ -149,6 +149,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
         borders=list(borders(demo_recipe(demo))),
+        scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,
         find_picture=open_world(demo.world).picture_of,

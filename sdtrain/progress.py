@@ -172,7 +172,7 @@ class Progress:
         shown = [
             f"{_bar(step / steps)} {step / steps:>4.0%}",
             f"step {step}/{steps}",
-            f"loss {measured.loss:.4f}",
+            "no step applied" if math.isnan(measured.loss) else f"loss {measured.loss:.4f}",
             f"val {self._validation_loss:.4f}" if self._validation_loss is not None else "",
             f"grad {figures.grad_norm:.3g}",
             f"lr {figures.lr:.1e}",

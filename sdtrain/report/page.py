@@ -49,6 +49,8 @@ class Report:
     """A local file for a URL that was never fetched, where there is one."""
     borders: Sequence[Border] = ()
     """The limits near which examples are to be shown."""
+    scores_note: str = ""
+    """What one should know before comparing our scores with the metadata's."""
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -76,6 +78,7 @@ def write_report(report: Report, path: Path) -> Path:
             "histograms": _draw_histograms(connection, report.limits, pictures),
             "galleries": _relative(_galleries(connection, report, pictures), path.parent),
             "pairs": draw_pairs(connection, report.limits, pictures),
+            "scores_note": report.scores_note,
             "database": report.dataset.database.name,
         }
     context["training"] = draw_training(report.training, pictures) if report.training else None

@@ -8,7 +8,7 @@ import pytest
 from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 
 from filters.duplicates import DEDUP
-from filters.finish import finish_dataset, report_on
+from filters.finish import finish_dataset, report_on, scores_note
 from filters.keep import KEEP
 from filters.recipe import Recipe
 from filters.scores import SCORE
@@ -105,6 +105,14 @@ def test_it_is_written_by_the_build_only_when_something_was_done(dataset, recipe
     run_batch(KEEP, dataset, recipe, [0])
     finish_dataset(dataset, recipe)
     assert dataset.report.stat().st_mtime_ns > written
+
+
+def test_scores_of_networks_that_learnt_nothing_are_said_to_mean_nothing(recipe):
+    def with_clip(weights):
+        return recipe.model_copy(update={"score": recipe.score.model_copy(update={"clip_weights": weights})})
+
+    assert "those of clip" in scores_note(with_clip("random-full:0"))
+    assert "clip" not in scores_note(with_clip("openai"))
 
 
 def test_a_dataset_without_decisions_is_a_sentence(tmp_path, recipe):
