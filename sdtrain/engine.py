@@ -43,10 +43,21 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket},
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.precision == "fp16", "hysteresis": 1},
+        "data_types": {"grad_accum_dtype": _gradient_dtype(config)},
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
     }
     return _overlay(settings, _read_extra(extra)) if extra else settings
+
+
+def _gradient_dtype(config: TrainConfig) -> str:
+    """In which gradients are added up, as far as DeepSpeed is told.
+
+    Told of float32 under bf16 and ZeRO-1 it would take another optimizer, without the partitions that checkpoints are
+    made of; there ZeroPartition.add_up_in_fp32 sets it.
+    """
+    is_set_later = config.precision == "bf16" and config.zero_stage == 1
+    return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision
 
 
 def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

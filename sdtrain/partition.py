@@ -39,6 +39,12 @@ class ZeroPartition:
         self.start = rank * self.master.numel()
         self._judged_norm: torch.Tensor | None = None
 
+    def add_up_in_fp32(self) -> None:
+        """From now on gradients of micro-batches are added up, and sent, in float32; before the first backward pass."""
+        if not self._zero.partition_gradients:
+            self._zero.gradient_accumulation_dtype = torch.float32
+            self._zero.use_separate_grad_accum = self._zero.use_grad_accum_attribute = True
+
     def let_judge(self, guard: StepGuard, reads_every_norm: bool) -> None:
         """Asks `guard` before every optimizer step; a step that it refuses changes nothing on any rank.
 

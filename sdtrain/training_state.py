@@ -77,6 +77,8 @@ class TrainingState:
         settings = deepspeed_config(config, self.accumulation, unet.num_parameters(), deepspeed_json)
         self.engine = start_engine(unet, config, settings)
         self.partition = ZeroPartition(self.engine, ranks.rank)
+        if config.speed.fp32_gradients:
+            self.partition.add_up_in_fp32()
         self.partition.let_judge(self.guard, config.guard.reads_every_norm)
         if initial:  # DeepSpeed copied its fp32 weights from the rounded ones
             self.partition.load_master(self.partition.cut(initial))

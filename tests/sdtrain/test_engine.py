@@ -11,6 +11,7 @@ from sdtrain.config import load_config
 from sdtrain.engine import deepspeed_config
 from sdtrain.run_dir import RunDir
 from sdtrain.train import train
+from sdtrain.training_state import TrainingState
 
 
 def run(tmp_path, world, ranks, name, deepspeed_json=None, **changes):
@@ -52,3 +53,18 @@ def test_fp16_repeats_a_step_that_overflows_and_loses_none(tmp_path, world, rank
     weights = [dict(find_checkpoint(tmp_path / name).weights("master")) for name in ("fp16", "fp32")]
     apart = [(weights[0][name] - value).abs().flatten() for name, value in weights[1].items()]
     assert torch.cat(apart).mean() < 1e-4, "Adam moved each by 2.5e-3 at most"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_many_micro_batches_are_added_up_in_float32(tmp_path, world, ranks, stage):
+    changes = {"global_batch_size": 64, "micro_batch_size": 1, "zero_stage": stage}
+    config = load_config(str(write_config(tmp_path / "c.yaml", *world, **changes)))
+    state, seen = TrainingState(config, RunDir(tmp_path / "run"), ranks), {}
+    for name, parameter in state.engine.module.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.setdefault(name, []).append(gradient.float()))
+    for batch in state.micro_batches(state.batches(0)):
+        state.engine.backward(state.losses(batch)[0].mean())
+        state.engine.step()
+    exact = torch.cat([torch.stack(parts).sum(0).flatten() for parts in seen.values()]).norm().item()
+    assert len(next(iter(seen.values()))) == 64
+    assert state.grad_norm() == pytest.approx(exact, rel=1e-4), "in bf16 it is 6e-4 apart"
