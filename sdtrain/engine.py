@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from sdtrain.adam import make_adamw
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 
@@ -46,6 +47,7 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
         "data_types": {"grad_accum_dtype": _gradient_dtype(config)},
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": config.optimizer.moments != "fp32",
     }
     return _overlay(settings, _read_extra(extra)) if extra else settings
 
@@ -61,16 +63,12 @@ def _gradient_dtype(config: TrainConfig) -> str:
 
 
 def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The UNet under DeepSpeed with AdamW; weight decay on every parameter, as in the original runs."""
-    chosen = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [p for p in unet.parameters() if p.requires_grad],
-        lr=chosen.lr,
-        betas=chosen.betas,
-        eps=chosen.eps,
-        weight_decay=chosen.weight_decay,
-        fused=config.speed.fused_adamw,
-    )
+    """The UNet under DeepSpeed with AdamW.
+
+    Raises:
+        UserError: the config wants an optimizer that is not installed.
+    """
+    optimizer = make_adamw([p for p in unet.parameters() if p.requires_grad], config)
     engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=settings)
     return engine
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from sdtrain.adam import read_moments, restore_moments
 from sdtrain.checkpoint import slots_of
 from sdtrain.guards import StepGuard
 
@@ -95,17 +95,12 @@ class ZeroPartition:
 
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments of this part; zeros before the first step."""
-        state = self._state()
-        zeros = torch.zeros_like(self.master, requires_grad=False)
-        return {name: state.get(name, zeros) for name in ("exp_avg", "exp_avg_sq")}
+        return read_moments(self._zero.optimizer, self.master)
 
     @torch.no_grad()
     def restore(self, master: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int) -> None:
         """Puts back weights and Adam's state as they were after `step` applied steps. All ranks take part."""
-        self._state().update(
-            {name: value.to(self.master.device, copy=True) for name, value in moments.items()},
-            step=torch.tensor(float(step), device=self.master.device),
-        )
+        restore_moments(self._zero.optimizer, self.master, moments, step)
         self.load_master(master)
 
     @torch.no_grad()
@@ -123,10 +118,6 @@ class ZeroPartition:
                 flat = named[slot.name].detach().reshape(-1)[first - slot.offset : last - slot.offset]
                 part[first - self.start : last - self.start] = flat.to("cpu", torch.float32)
         return part
-
-    def _state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._zero.optimizer.state[self.master]
-        return state
 
 
 def _noted(norm: torch.Tensor, guard: StepGuard) -> torch.Tensor:

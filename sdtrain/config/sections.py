@@ -87,6 +87,8 @@ class OptimizerConfig(Settings):
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay."""
+    moments: Literal["fp32", "int8"] = "fp32"
+    """In which Adam keeps its moments. int8 (bitsandbytes) takes 2 bytes a parameter in the place of 8, and rounds."""
     max_grad_norm: float = Field(default=0.0, ge=0)
     """Clip the gradient's norm to this; 0 does not clip, as in the original runs."""
 

@@ -1,0 +1,102 @@
+"""AdamW with its moments in float32, or in 8 bits where memory is scarce: made, read and put back."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# In bitsandbytes' words: a moment's name -> its codes, their scale in each block, what each code stands for.
+_CODES = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
+_BLOCK = 256
+_CHUNK = 2**24
+
+
+def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with weight decay on every parameter, as in the original runs.
+
+    In 8 bits, each moment is a code in blocks of 256 with their largest value beside them (Dettmers et al. 2022,
+    arXiv:2110.02861).
+
+    Raises:
+        UserError: 8 bits are wanted and bitsandbytes is not installed.
+    """
+    chosen = config.optimizer
+    common: dict[str, Any] = {
+        "lr": chosen.lr,
+        "betas": chosen.betas,
+        "eps": chosen.eps,
+        "weight_decay": chosen.weight_decay,
+    }
+    if chosen.moments == "fp32":
+        return torch.optim.AdamW(parameters, **common, fused=config.speed.fused_adamw)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("optimizer.moments: int8 needs bitsandbytes: pip install 'sdtrain[eight-bit]'.")
+    from bitsandbytes.optim import AdamW8bit
+
+    optimizer = AdamW8bit(parameters, **common)
+    # Its codes end at 1 and at -0.993, so that a block whose largest value is negative would shrink when it is put back.
+    optimizer.name2qmap["dynamic"][0] = -1.0
+    made: torch.optim.Optimizer = optimizer
+    return made
+
+
+def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Both moments of a parameter in float32; zeros before the first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        return {name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS}
+    if MOMENTS[0] in state:
+        return {name: state[name] for name in MOMENTS}
+    return {name: _decoded(*(state[part] for part in parts if part in state)) for name, parts in _CODES.items()}
+
+
+@torch.no_grad()
+def restore_moments(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int
+) -> None:
+    """Puts moments back as they were after `step` applied steps.
+
+    What was read from 8 bits is put back without loss, as long as the blocks begin at the same places.
+    """
+    state, placed = optimizer.state[parameter], {name: moments[name].to(parameter.device) for name in MOMENTS}
+    if isinstance(optimizer, torch.optim.AdamW):
+        copies = {name: moment.clone() for name, moment in placed.items()}
+        state.update(copies, step=torch.tensor(float(step), device=parameter.device))
+        return
+    group: dict[str, Any] = optimizer.param_groups[0]
+    optimizer.init_state(group, parameter, 0, 0)  # type: ignore[attr-defined]
+    state["step"] = step
+    for name, (codes, scales, meanings) in _CODES.items():
+        if meanings not in state:
+            state[codes].copy_(placed[name])  # so small that bitsandbytes keeps it in float32
+        else:
+            _encode(placed[name], state[codes], state[scales], state[meanings])
+
+
+def _decoded(codes: torch.Tensor, scales: torch.Tensor | None = None, meanings: torch.Tensor | None = None) -> Any:
+    if scales is None:
+        return codes
+    from bitsandbytes.functional import dequantize_blockwise
+
+    return dequantize_blockwise(codes, absmax=scales, code=meanings, blocksize=_BLOCK)
+
+
+def _encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, meanings: torch.Tensor) -> None:
+    """Writes the nearest codes. The library's own search now and then takes a code's neighbour."""
+    between = (meanings[1:] + meanings[:-1]) / 2
+    for block, part in enumerate(moment.split(_CHUNK)):
+        blocks = torch.nn.functional.pad(part, (0, -len(part) % _BLOCK)).reshape(-1, _BLOCK)
+        largest = blocks.abs().amax(dim=1)
+        shares = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        nearest = torch.bucketize(shares, between, out_int32=True).to(torch.uint8)
+        first = block * _CHUNK
+        codes[first : first + len(part)] = nearest.flatten()[: len(part)]
+        scales[first // _BLOCK : first // _BLOCK + len(largest)] = largest
