@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 _claims: list[IO[str]] = []  # open for as long as the process lives: the lock ends with the file
 
 
+def cores_of_process() -> int:
+    """Cores for this process' own threads: its share where each GPU has a process, and 2 beside a network on the CPU."""
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    return max(2, len(os.sched_getaffinity(0)) // num_gpus) if num_gpus else 2
+
+
 @lru_cache(maxsize=1)
 def claim_device() -> torch.device:
     """This process's GPU, the same at each call; the CPU where there is none.

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from sdtrain.data.background import in_background
 from sdtrain.data.config import EncodeConfig, PictureRecipe
 from sdtrain.data.crops import Crop, bucket_of, chance, cut
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.devices import cores_of_process
 from sdtrain.data.encode_check import Figures, chosen_rows, measure, require_good
 from sdtrain.data.files import publish
 from sdtrain.data.latent_catalogue import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
@@ -35,7 +38,8 @@ T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
-_DECIDE_BYTES = {"num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_DECODED_AHEAD = 2
+_DECIDE_BYTES = {"precision", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -82,18 +86,22 @@ class _ShardEncoder:
     def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
         self._config, self.source, self._chosen = config, source, chosen
         self._sizes = sizes_px(config)
-        self.vae = shared_vae(config.vae)
+        self.vae = shared_vae(config.vae, precision=config.precision)
         self.rows: list[dict[str, Any]] = []
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The latents' members, some samples at a time."""
-        with ThreadPoolExecutor(2) as pool:
-            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
-            for part in _parts(samples, self._config.batch_size * len(self._sizes)):
-                crops = list(pool.map(self._prepare, part))
+        """The latents' members, some samples at a time; pictures are decoded while the VAE has the ones before."""
+        with closing(in_background(self._decoded(samples), _DECODED_AHEAD)) as parts:
+            for part, crops in parts:
                 for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
                     yield self._member(sample, cut_out, moments)
+
+    def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
+        with ThreadPoolExecutor(cores_of_process()) as pool:
+            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
+            for part in _parts(samples, self._config.batch_size * len(self._sizes)):
+                yield part, list(pool.map(self._prepare, part))
 
     def _prepare(self, sample: Sample) -> list[Crop]:
         key, members = sample

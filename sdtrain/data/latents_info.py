@@ -46,6 +46,8 @@ def latents_info(config: EncodeConfig) -> dict[str, Any]:
         "content": "posterior mean and log-variance, unscaled",
         "dtype": "float16",
     }
+    if config.precision != "fp32":
+        content["precision"] = config.precision
     if config.num_crops > 1:
         content["num_crops"] = config.num_crops
     if sizes != [(config.resolution, config.resolution)]:

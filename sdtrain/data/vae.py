@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 _ONE_AT_A_TIME = Lock()
 
 
-def shared_vae(name: str, device: torch.device | None = None) -> AutoencoderKL:
+def shared_vae(name: str, device: torch.device | None = None, precision: str = "fp32") -> AutoencoderKL:
     """This process's copy of a VAE, on `device` or on the GPU that is this process's own (the CPU where none is)."""
     from sdtrain.data.devices import claim_device
 
     # Two loads at once leave accelerate's patch of nn.Module behind: every later network is then made without weights.
     with _ONE_AT_A_TIME:
-        return _loaded_vae(name, str(device or claim_device()))
+        return _loaded_vae(name, str(device or claim_device()), precision)
 
 
 def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
@@ -35,7 +35,7 @@ def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     with _ONE_AT_A_TIME, torch.inference_mode():
         inputs = pixels.to(torch.float32) / 127.5 - 1
         moments: torch.Tensor = vae.encode(inputs.to(vae.dtype)).latent_dist.parameters
-    return moments
+    return moments.float()
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
@@ -64,7 +64,14 @@ def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np
 
 
 @lru_cache(maxsize=1)
-def _loaded_vae(name: str, device: str) -> AutoencoderKL:
+def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
+    import torch
+
     from sdtrain.model import load_vae
 
-    return load_vae(name).to(device)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    # Convolutions of halves on CUDA want channels last; else every one of them transposes its input.
+    layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
+    vae = load_vae(name)
+    torch.nn.Module.to(vae, device, dtype).to(memory_format=layout)
+    return vae

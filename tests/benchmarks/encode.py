@@ -4,8 +4,8 @@
 
 The stage reads tar shards, decodes and crops JPEG pictures, runs the VAE and writes moments with their tables. The VAE
 alone sees one batch that is on the device already, again and again: nothing can be faster. It has SD v1's size
-(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px on CUDA, else of
-256. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu` counts the encoder's
+(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px in fp16 on CUDA, else
+of 256 in fp32. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu` counts the encoder's
 forward pass only, as a share of 989 TFLOP/s (bf16) on an H100 or H200, and where the data sheet is not known of the
 best matrix product measured here.
 """
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -39,6 +40,7 @@ from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
 from tests.full_size_vae import write_full_size_vae
 
 RESOLUTION = 512 if CUDA else 256
+PRECISION: Literal["fp16", "fp32"] = "fp16" if CUDA else "fp32"  # as the card multiplies fastest
 NUM_SHARDS, TURNS = 2, 3
 NUM_DRAWN = 32
 
@@ -49,7 +51,12 @@ class Recipe:
     def __init__(self, vae: Path, batch_size: int):
         self.pack = PackConfig()
         self.encode = EncodeConfig(
-            vae=str(vae), resolution=RESOLUTION, batch_size=batch_size, check_samples=0, min_psnr_db=0
+            vae=str(vae),
+            resolution=RESOLUTION,
+            batch_size=batch_size,
+            precision=PRECISION,
+            check_samples=0,
+            min_psnr_db=0,
         )
 
 
@@ -99,7 +106,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
         write_packed(folder / "data", num_pictures),
         Recipe(write_full_size_vae(folder / "vae"), batch_size),
     )
-    vae = shared_vae(recipe.encode.vae)
+    vae = shared_vae(recipe.encode.vae, precision=PRECISION)
     pixels = torch.randint(0, 256, (batch_size, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, device=vae.device)
     posterior_moments(vae, pixels)
     contenders: dict[str, Callable[[], object]] = {
@@ -118,6 +125,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
         "mfu_measured": round(rate * flops / ceiling, 3),
         "vs_vae_alone": round(statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)), 3),
         "resolution": RESOLUTION,
+        "precision": PRECISION,
     }
 
 

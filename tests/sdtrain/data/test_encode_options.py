@@ -173,3 +173,20 @@ def test_a_place_along_the_side_reaches_both_ends():
     places = [chance("crop", number) for number in range(2000)]
     assert abs(np.mean(places) - 0.5) < 0.02
     assert 0 <= min(places) < max(places) < 1
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
+def test_halves_give_the_latents_of_fp32_within_their_rounding_and_are_another_cache(precision, tolerance, tmp_path):
+    def latents(dataset):
+        members = dict(sample for shard in (0, 1) for sample in read_samples(dataset.latents_tar(shard)))
+        return np.stack([np.load(io.BytesIO(content["moments.npy"])) for content in members.values()]).astype(float)
+
+    dataset = write_packed(tmp_path)
+    encode(dataset, Recipe("demo"))
+    whole = latents(dataset)
+    halved = Recipe("demo", precision=precision)
+    assert len(pending(ENCODE, dataset, halved)) == 2
+    encode(dataset, halved)
+    error = np.abs(latents(dataset) - whole).mean() / whole.std()
+    assert 0 < error < tolerance
+    assert json.loads(dataset.latents_info.read_text())["precision"] == precision
