@@ -64,18 +64,18 @@ class Observer:
         if self._validation is not None and (step % self._config.validation.every == 0 or is_last):
             at(step, "validation")
             with progress.paused():
-                progress.validated(self._validate(self._validation, step))
+                progress.validated(self._validate(self._validation, step, lambda: at(step, "validation")))
         every = self._config.previews.every
         if every and (step % every == 0 or is_last):
             at(step, "previews")
             with progress.paused():
                 self._preview(step)
 
-    def _validate(self, validation: Validation, step: int) -> float:
+    def _validate(self, validation: Validation, step: int, moved: Callable[[], None]) -> float:
         """Writes the losses of averaged and raw weights; returns the mean of the averaged."""
         with self._state.averaged_weights():
-            averaged = validation.losses(self._state.validation_losses)
-        raw = validation.losses(self._state.validation_losses)
+            averaged = validation.losses(self._state.validation_losses, moved)
+        raw = validation.losses(self._state.validation_losses, moved)
         means = {}
         for name, losses in {"ema": averaged, "raw": raw}.items():
             means[f"validation/loss_{name}"] = sum(losses) / len(losses)

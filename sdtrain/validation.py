@@ -42,19 +42,26 @@ class Validation:
         self.timesteps = [(2 * part + 1) * length // (2 * num_parts) for part in range(num_parts)]
 
     @torch.no_grad()
-    def losses(self, losses_of: Callable[[MicroBatch], torch.Tensor]) -> list[float]:
+    def losses(
+        self, losses_of: Callable[[MicroBatch], torch.Tensor], moved: Callable[[], None] = lambda: None
+    ) -> list[float]:
         """Mean loss at each of the timesteps.
 
         The losses of single samples are added up in one order, however many ranks share the work.
 
         Args:
             losses_of: the unweighted loss of each sample in a batch, (B,).
+            moved: told before each batch: a validation may take longer than a hanging rank is given.
         """
         rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)
         mine = np.arange(rank, len(self._indices), world_size)
-        for first in range(0, len(mine), size):
+        most = -(-len(self._indices) // world_size)
+        for first in range(0, most, size):
+            moved()  # as often on every rank, though some have a sample less
             places = mine[first : first + size]
+            if not len(places):
+                break
             batch = self._batch(places).to(self._ranks.device)
             for row, timestep in enumerate(self.timesteps):
                 at = replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))

@@ -121,6 +121,23 @@ def test_any_number_of_ranks_gives_the_same_losses(world, config):
     assert alone == sorted(alone)  # the stand-in grows with the timestep
 
 
+def test_every_rank_says_as_often_that_validation_moves(world, config):
+    """The watchdog compares these numbers; 10 samples over 3 ranks are 4, 3 and 3, in batches of 1, 2 and 4."""
+    tokenizer, _ = load_text_encoder(str(world[0]))
+    for size, num_batches in ((1, 4), (2, 2), (4, 1)):
+        told = [0, 0, 0]
+        for rank in range(3):
+            small = config.model_copy(update={"micro_batch_size": size})
+            maker = BatchMaker(LatentStore(world[1], 64), tokenizer, small, 0, 1)
+            ranks = Partial(rank, 3, torch.device("cpu"), None, None)
+
+            def moved(rank=rank, told=told):
+                told[rank] += 1
+
+            Validation(small, maker, ranks).losses(lambda b: b.noise.square().mean((1, 2, 3)), moved)
+        assert told == [num_batches] * 3
+
+
 def test_holding_out_everything_is_refused(world, config):
     greedy = config.model_copy(update={"validation": config.validation.model_copy(update={"num_samples": 50})})
     with pytest.raises(UserError, match=r"validation\.num_samples 50 leaves nothing"):
