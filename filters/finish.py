@@ -7,10 +7,11 @@ from pathlib import Path
 from filters.borders import borders
 from filters.recipe import NETWORKS, Recipe
 from filters.views import write_views
-from filters.weights import RANDOM, RANDOM_FULL
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pack import write_index
 from sdtrain.data.pack_plan import forget_plan
+from sdtrain.data.remote.mirror import mirror_of
+from sdtrain.data.weights import RANDOM, RANDOM_FULL
 from sdtrain.report.page import Report, write_report
 
 
@@ -23,6 +24,17 @@ def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
     newest = max((path.stat().st_mtime_ns for path in entries), default=0)
     if not dataset.report.exists() or dataset.report.stat().st_mtime_ns < newest:
         report_on(dataset, recipe)
+    push_rest(dataset)
+
+
+def push_rest(dataset: DatasetDir) -> None:
+    """Writes to S3 what belongs to no shard; not metadata.duckdb, which names files of this machine."""
+    mirror = mirror_of(dataset)
+    if mirror is None:
+        return
+    files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
+    mirror.push_files(path for path in files if path.exists())
+    mirror.push_folder(dataset.report.with_name("pictures"))
 
 
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:

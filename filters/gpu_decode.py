@@ -18,8 +18,9 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from filters.inputs import WATERMARK_PX, Preprocess
+from filters.inputs import WATERMARK_PX
 from filters.look import Looked, Sample, Wanted, caption_of, describe, look
+from sdtrain.data.clip_view import Preprocess
 from sdtrain.data.picture_header import read_header
 from sdtrain.data.pictures import PictureError
 

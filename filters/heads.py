@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from filters.weights import RANDOM_FULL, find_weights, random_seed, read_state, seeded
+from filters.weights import find_weights
+from sdtrain.data.weights import RANDOM_FULL, random_seed, read_state, seeded
 from sdtrain.errors import UserError
 
 EMBEDDING_SIZE = 768

@@ -10,17 +10,9 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from filters.inputs import (
-    Preprocess,
-    clip_view,
-    gray_of,
-    perceptual_hash,
-    pixel_sha256,
-    pixels_of,
-    thumbnail,
-    watermark_view,
-)
+from filters.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
 from filters.quality import measure
+from sdtrain.data.clip_view import Preprocess, clip_view, pixels_of
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.tars import read_samples

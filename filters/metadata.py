@@ -21,7 +21,7 @@ from filters.sources import find_metadata
 from filters.survivors import Source, open_survivors
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import scratch
-from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
+from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, forget_entry
 from sdtrain.data.removed import read_ledger
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
@@ -179,7 +179,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
         # Selections that are being replaced must not pass for finished if this is killed half way.
         for entry in entries(dataset, "select"):
             if entry.shard >= number:
-                dataset.manifest_entry("select", entry.shard).unlink()
+                forget_entry(dataset, "select", entry.shard)
         before = _before(dataset, number)
         allow_private = recipe.download.allow_private_hosts
         yield Selection(dataset, recipe.select, generations[number], allow_private, before).run()

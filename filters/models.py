@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from filters.clip import clip_preprocess, embedding_size, load_clip
 from filters.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.inputs import WATERMARK_MEAN, WATERMARK_STD, Preprocess, normalised
+from filters.inputs import WATERMARK_MEAN, WATERMARK_STD
 from filters.look import Looked, Wanted
 from filters.recipe import ScoreConfig
-from filters.weights import PUBLISHED, RANDOM, RANDOM_FULL
+from filters.weights import PUBLISHED
+from sdtrain.data.clip import clip_preprocess, embedding_size, load_clip
+from sdtrain.data.clip_view import Preprocess, normalised
 from sdtrain.data.devices import claim_device
+from sdtrain.data.weights import RANDOM, RANDOM_FULL
 from sdtrain.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

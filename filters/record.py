@@ -9,6 +9,9 @@ from typing import Any
 from filters.recipe import Recipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
+from sdtrain.data.remote.location import is_s3
+from sdtrain.data.remote.mirror import push_files
+from sdtrain.data.remote.opening import dataset_at
 from sdtrain.errors import UserError
 from sdtrain.settings import dump_settings, load_settings
 
@@ -33,6 +36,7 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
         before = read_recipe(dataset) if dataset.recipe.exists() else recipe
         with publish(dataset.recipe) as temporary:
             temporary.write_text(dump_settings(recipe))
+        push_files(dataset, dataset.recipe)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
     return differences(before, recipe)
@@ -65,6 +69,19 @@ def read_recipe(dataset: DatasetDir) -> Recipe:
 def dataset_path(output: str, recipe: Recipe) -> Path:
     """The directory that `output` means: `{recipe}` in it stands for the recipe's name."""
     return Path(output.replace("{recipe}", recipe.name)).expanduser().absolute()
+
+
+def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> DatasetDir:
+    """The dataset that `output` means, a directory or s3://…; `{recipe}` in it stands for the recipe's name.
+
+    Args:
+        output: where it is to be.
+        recipe: what it is built by.
+        work_dir: parent of the work folders of datasets on S3.
+    """
+    if is_s3(output):
+        return dataset_at(output.replace("{recipe}", recipe.name), Path(work_dir) if work_dir else None)
+    return DatasetDir(dataset_path(output, recipe))
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.clip import clip_digest, embedding_size
 from filters.look import UNDECODABLE
 from filters.models import load_models
 from filters.quality import QUALITY
@@ -17,6 +16,7 @@ from filters.recipe import Recipe, ScoreConfig
 from filters.score_pipeline import score_rows
 from filters.tables import SCORE_COLUMNS
 from filters.weights import digest_of
+from sdtrain.data.clip import clip_digest, embedding_size
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry

@@ -19,6 +19,7 @@ from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, read_entry, write_entry
 from sdtrain.data.pack_plan import SHORT, num_packed, short_shards
 from sdtrain.data.publish_images import report_images
+from sdtrain.data.remote.mirror import discard
 from sdtrain.data.removed import REMOVED, digest_sql, read_ledger
 from sdtrain.data.rewrite import drop_images, drop_latents, drop_packed, drop_rows
 from sdtrain.data.stage import Stage
@@ -80,7 +81,7 @@ class StageRewrite:
         tar = table.with_suffix(".tar")
         if stage in ("download", "pack", "encode") and not tar.exists():
             for path in (table, dataset.manifest_entry(stage, shard)):  # of no use without its tar, and made again
-                path.unlink(missing_ok=True)
+                discard(dataset, path)
         elif stage == "download":
             drop_images(dataset, shard, uids, self._wanted_fingerprint(shard))
         elif uids and stage == "dedup":

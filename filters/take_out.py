@@ -17,6 +17,8 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, scratch_path, sha256_of
 from sdtrain.data.manifest import ShardReport, entries, write_entry
 from sdtrain.data.pack_plan import forget_plan
+from sdtrain.data.remote.inputs import fetch_outputs
+from sdtrain.data.remote.mirror import discard, push_files
 from sdtrain.data.removed import REMOVED, read_ledger, write_ledger
 from sdtrain.data.stage import clear_leftovers, is_finished
 from sdtrain.errors import UserError
@@ -67,7 +69,9 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
             notes=notes,
         )
         temporary.write_text(journal.model_dump_json(indent=1) + "\n")
+    push_files(dataset, dataset.removal)
     write_ledger(dataset.removed, ledger)
+    push_files(dataset, dataset.removed)
 
 
 def finish_removal(dataset: DatasetDir) -> list[str]:
@@ -80,6 +84,9 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     if journal is None:
         return []
     recipe = read_recipe(dataset)
+    for stage_name, shards in journal.touched.items():
+        # As they are: the run before may have replaced some of them already.
+        fetch_outputs(dataset, stage_name, shards, as_they_are=True)
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in road():
@@ -87,7 +94,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
             rewrite.restamp(stage)
     _record(dataset, journal)
     _refresh(dataset, recipe)
-    dataset.removal.unlink()
+    discard(dataset, dataset.removal)
     return [f"Removed: {journal.note}.", *journal.notes]
 
 
@@ -110,7 +117,7 @@ def _read_journal(dataset: DatasetDir) -> Journal | None:
         ) from error
     if dataset.removed.exists() and sha256_of(dataset.removed) == journal.ledger_sha256:
         return journal
-    dataset.removal.unlink()  # killed before anything was blocked or touched: it never began
+    discard(dataset, dataset.removal)  # killed before anything was blocked or touched: it never began
     return None
 
 
@@ -131,11 +138,13 @@ def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, lis
 
 def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
     """Writes anew what is made from all stages together, and sweeps what killed runs left."""
-    from filters.finish import report_on
+    from filters.finish import push_rest, report_on
+    from filters.search.index import forget_index
     from filters.views import write_views
     from sdtrain.data.pack import write_index
 
     forget_plan(dataset)
+    forget_index(dataset)
     for stage in road():
         clear_leftovers(stage, dataset)
     if entries(dataset, "pack"):
@@ -143,3 +152,4 @@ def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
     write_views(dataset, recipe)
     if dataset.report.exists():
         report_on(dataset, recipe)
+    push_rest(dataset)

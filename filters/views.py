@@ -17,6 +17,7 @@ from filters.tables import COMMENTS, DERIVED, EMPTY
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, entries, read_entry
+from sdtrain.data.remote.inputs import fetch_tables
 from sdtrain.data.selection import selected_shards
 from sdtrain.errors import UserError
 
@@ -39,6 +40,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
     Returns:
         The path of the database.
     """
+    fetch_tables(dataset)
     root = DatasetDir(dataset.root.absolute())
     with (
         publish(root.database) as temporary,

@@ -108,7 +108,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     """Samples all prompts from the trained and the untrained model and judges them, unless that was done before."""
     from sdtrain.checkpoint import find_checkpoint
     from sdtrain.demo.agreement import draw_sheet, export_untrained, read_results, try_model, write_results
-    from sdtrain.export import export_diffusers
+    from sdtrain.export import export_model
 
     checkpoint = find_checkpoint(demo.training.path).path.name
     results = demo.samples / "agreement.json"
@@ -116,7 +116,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     if known:
         return known
     print("Sampling: 36 prompts, 50 PLMS steps ...", flush=True)
-    trained = try_model(export_diffusers(demo.training.path, demo.samples / "model"))
+    trained = try_model(export_model(demo.training.path, demo.samples / "model"))
     draw_sheet(trained).save(demo.samples / "samples.png")
     untrained = try_model(export_untrained(CONFIG, demo.samples / "untrained"), guidance_scales=(3.0,))
     draw_sheet(untrained).save(demo.samples / "untrained.png")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain import cli_curate, cli_draw
+from sdtrain import cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -183,18 +183,10 @@ def status(dataset: DatasetArgument) -> None:
 app.command()(cli_curate.decide)
 app.command()(cli_curate.remove)
 app.command()(cli_draw.sample)
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="A run's directory (its newest checkpoint), or a checkpoint.")],
-    output: Annotated[Path, typer.Argument(help="The diffusers folder to write.")],
-    ema: Annotated[bool, typer.Option(help="Averaged weights, or the raw ones.")] = True,
-) -> None:
-    """Write a checkpoint as a folder for diffusers' StableDiffusionPipeline."""
-    from sdtrain.export import export_diffusers
-
-    print(export_diffusers(run, output, ema))
+app.command()(cli_evaluate.evaluate)
+app.command()(cli_exchange.export)
+app.command()(cli_search.search)
+app.command()(cli_search.memorised)
 
 
 def _build(recipe: Recipe, output: str, retry_failed: bool) -> None:

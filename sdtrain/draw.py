@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdtrain import __version__
+from sdtrain.config.sections import SpeedConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
-from sdtrain.networks import Weights, load_networks
+from sdtrain.exchange.stored_model import Weights
+from sdtrain.networks import load_networks
 from sdtrain.sample import Sampler, SampleSettings
 
 
@@ -37,6 +42,8 @@ class Model:
     path: Path
     weights: Weights = "ema"
     dtype: torch.dtype = torch.bfloat16
+    tokenizer: str | None = None
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -61,6 +68,37 @@ def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
 
 
+def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
+    """The jobs in batches. They are cut before they are dealt out, so that a picture is the same whoever draws it."""
+    size = settings.batch_size
+    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
+
+
+def place_of_rank() -> tuple[int, int, str | None]:
+    """Rank and number of the processes that `torchrun` or `deepspeed` started, and the device of this one.
+
+    Without a launcher, 0 and 1; the device is then None.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size == 1:
+        return 0, 1, None
+    local, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if num_gpus and local >= num_gpus:
+        raise UserError(f"Rank {local} of this machine has no GPU: there are {num_gpus}. Start as many ranks as GPUs.")
+    return rank, world_size, f"cuda:{local}" if num_gpus else "cpu"
+
+
+def wait_for_all() -> None:
+    """Returns when every process that the launcher started has come here."""
+    if place_of_rank()[1] > 1:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def all_devices(num_processes: int | None = None) -> list[str]:
     """Every GPU; without one, the CPU, once for each process asked for.
 
@@ -80,13 +118,18 @@ def draw(
 ) -> Iterator[tuple[Job, Image.Image]]:
     """The pictures in the order of the jobs, each as soon as it and those before it are there.
 
-    Batches are cut before they are dealt out, so that a picture is the same for any number of devices.
-
     Raises:
         UserError: no such model, or a model that gives no finite numbers.
     """
-    size = settings.batch_size
-    batches = [jobs[first : first + size] for first in range(0, len(jobs), size)]
+    yield from draw_batches(model, cut(jobs, settings), settings, devices)
+
+
+def draw_batches(
+    model: Model, batches: Sequence[Sequence[Job]], settings: SampleSettings, devices: Sequence[str]
+) -> Iterator[tuple[Job, Image.Image]]:
+    """As `draw`, of batches that `cut` made."""
+    if not batches:
+        return
     if len(devices) == 1 or len(batches) == 1:
         sampler = _load(model, devices[0])
         for batch in batches:
@@ -110,11 +153,18 @@ def draw(
             pool.shutdown(cancel_futures=True)
 
 
-def save_picture(path: Path, picture: Image.Image, job: Job, model: Model, settings: SampleSettings) -> None:
-    """Writes a PNG that says in its text chunk `sdtrain` how it was made."""
-    made = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
+def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, Any]:
+    """How a picture is made."""
+    made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
-    made |= {"model": str(model.path), "version": __version__}
+    return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
+
+
+def save_picture(
+    path: Path, picture: Image.Image, job: Job, model: Model, settings: SampleSettings, flagged: bool = False
+) -> None:
+    """Writes a PNG that says in its text chunk `sdtrain` how it was made, and whether a safety checker flagged it."""
+    made = description(job, model, settings) | ({"flagged": True} if flagged else {})
     text = PngInfo()
     text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
     with publish(path) as temporary:
@@ -122,7 +172,7 @@ def save_picture(path: Path, picture: Image.Image, job: Job, model: Model, setti
 
 
 def _load(model: Model, device: str) -> Sampler:
-    return Sampler(load_networks(model.path, device, model.dtype, model.weights))
+    return Sampler(load_networks(model.path, device, model.dtype, model.weights, model.speed, model.tokenizer))
 
 
 def _sample(sampler: Sampler, batch: Sequence[Job], settings: SampleSettings) -> list[Image.Image]:

@@ -110,13 +110,26 @@ def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     Raises:
         UserError: they are not there, or not CLIP's.
     """
-    encoder_folder, tokenizer_folder = find_weights(name, "text_encoder"), find_weights(name, "tokenizer")
+    folder = find_weights(name, "text_encoder")
+    tokenizer = load_tokenizer(name)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(encoder_folder, dtype=torch.float32, local_files_only=True)
+        encoder = CLIPTextModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{encoder_folder} is not a CLIP text encoder with its tokenizer: {error}") from error
+        raise UserError(f"{folder} is not a CLIP text encoder: {error}") from error
     return tokenizer, encoder.requires_grad_(False).eval()
+
+
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """The tokenizer of a text encoder, from a folder, a hub id, or `demo`.
+
+    Raises:
+        UserError: it is not there, or not CLIP's.
+    """
+    folder = find_weights(name, "tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a CLIP tokenizer: {error}") from error
 
 
 def find_weights(name: str, part: str) -> Path:

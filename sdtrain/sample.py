@@ -15,6 +15,10 @@ from sdtrain.errors import UserError
 from sdtrain.model import LATENT_CHANNELS
 from sdtrain.networks import Networks
 from sdtrain.samplers import SamplerName, make_scheduler
+from sdtrain.speed import attention_kernels, begin_graphs
+
+_DECODED_AT_ONCE = 8
+"""So the memory that decoding takes does not grow with the batch."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Sampler:
     def __init__(self, networks: Networks):
         self._networks = networks
         self._device = networks.vae.device
+        self._compiled_for = 0
 
     @torch.no_grad()
     def sample(
@@ -69,8 +74,18 @@ class Sampler:
         pictures: list[Image.Image] = []
         for first in range(0, len(prompts), settings.batch_size):
             part = slice(first, first + settings.batch_size)
-            pictures += self._decode(self._denoise(prompts[part], self._initial_noise(seeds[part]), settings))
+            pictures += self._batch(prompts[part], seeds[part], settings)
         return pictures
+
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
+        missing = 0
+        if self._networks.speed.compile != "off":  # a smaller batch would be compiled for anew, so it is filled up
+            self._compiled_for = self._compiled_for or len(prompts)
+            missing = max(0, self._compiled_for - len(prompts))
+        filled = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
+        with attention_kernels(self._networks.speed):
+            latents = self._denoise(filled[0], self._initial_noise(filled[1]), settings)
+        return self._decode(latents[: len(prompts)])
 
     def _initial_noise(self, seeds: Sequence[int]) -> torch.Tensor:
         shape = (LATENT_CHANNELS, self._networks.latent_size, self._networks.latent_size)
@@ -81,10 +96,14 @@ class Sampler:
         scheduler = make_scheduler(settings.sampler, self._networks.scheduler_config)
         scheduler.set_timesteps(settings.num_steps)
         guided = settings.guidance_scale != 1.0
-        context = self._encode([*[""] * len(prompts), *prompts] if guided else prompts)
-        for timestep in scheduler.timesteps:
+        context = self._encode(prompts)
+        if guided:
+            context = torch.cat([self._encode([""]).expand_as(context), context])
+        # On the device at once: a copy at every step would make the host wait for the device.
+        for timestep, at in zip(scheduler.timesteps, scheduler.timesteps.to(self._device), strict=True):
             inputs = torch.cat([latents, latents]) if guided else latents
-            predicted = self._networks.unet(inputs.to(self._networks.dtype), timestep, context).sample.float()
+            begin_graphs(self._networks.speed)
+            predicted = self._networks.unet(inputs.to(self._networks.dtype), at, context).sample.float()
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = guide(unconditional, conditional, settings.guidance_scale)
@@ -101,10 +120,12 @@ class Sampler:
         return self._networks.text_encoder(token_ids).last_hidden_state
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae = self._networks.vae
-        pixels = vae.decode(latents / vae.config.scaling_factor).sample
-        rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in rounded]
+        vae, pictures = self._networks.vae, list[Image.Image]()
+        for part in latents.split(_DECODED_AT_ONCE):
+            pixels = vae.decode(part / vae.config.scaling_factor).sample
+            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pictures += [Image.fromarray(picture) for picture in rounded]
+        return pictures
 
 
 def make_grid(pictures: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:

@@ -45,6 +45,8 @@ def make_scheduler(name: SamplerName | None, config: Mapping[str, Any]) -> Any:
     Raises:
         UserError: a sampler that cannot begin where the model's noise schedule does.
     """
+    # With it another class takes its own defaults for what was not chosen: other timesteps than after an export.
+    config = {key: value for key, value in config.items() if key != "_use_default_values"}
     from_pure_noise = bool(config.get("rescale_betas_zero_snr"))
     if name is None:
         name = "ddim" if from_pure_noise else "plms"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.data.sample_store import SampleStore
 from sdtrain.ema import Ema
 from sdtrain.errors import UserError
+from sdtrain.exchange.sources import is_run, training_weights
 from sdtrain.guards import StepGuard
 from sdtrain.partition import ZeroPartition
 from sdtrain.ranks import Ranks
@@ -46,7 +48,7 @@ class Saves:
         """Goes back to the newest checkpoint, or to `init_from`, or stays at the start; returns the steps done."""
         checkpoint = self._store.newest()
         if checkpoint is None:
-            self._begin_from_other_run()
+            self._begin_from_other_model()
             return 0
         layout = checkpoint.layout
         if not self._samples.has_digest(layout.data_digest):
@@ -62,14 +64,25 @@ class Saves:
         self._ema.average.copy_(self._part(checkpoint, "ema"))
         return layout.step
 
-    def _begin_from_other_run(self) -> None:
-        """Takes raw and averaged weights of an earlier run; the optimizer begins anew."""
+    def _begin_from_other_model(self) -> None:
+        """Takes raw and averaged weights of an earlier run or of a published model; the optimizer begins anew."""
         if self._config.init_from is None:
             return
-        checkpoint = find_checkpoint(Path(self._config.init_from))
-        self._check_parameters(checkpoint)
-        self._partition.load_master(self._part(checkpoint, "master"))
-        self._ema.average.copy_(self._part(checkpoint, "ema"))
+        path = Path(self._config.init_from)
+        if is_run(path) or not path.exists():
+            checkpoint = find_checkpoint(path)
+            self._check_parameters(checkpoint)
+            raw, average = self._part(checkpoint, "master"), self._part(checkpoint, "ema")
+        else:
+            raw, average = (self._cut(state, path) for state in training_weights(path))
+        self._partition.load_master(raw)
+        self._ema.average.copy_(average)
+
+    def _cut(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
+        wanted = {slot.name: slot.shape for slot in self._partition.slots}
+        if wanted != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+            raise _another_unet(path)
+        return self._partition.cut(state)
 
     def _part(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         start = self._partition.start
@@ -77,7 +90,7 @@ class Saves:
 
     def _check_parameters(self, checkpoint: Checkpoint) -> None:
         if checkpoint.layout.parameters != self._partition.slots:
-            raise UserError(f"{checkpoint.path} holds another UNet than the config's `unet` describes.")
+            raise _another_unet(checkpoint.path)
 
     def save(self, step: int) -> None:
         """Writes a checkpoint after `step` optimizer steps, or begins to. All ranks take part.
@@ -124,3 +137,7 @@ class Saves:
         """Training ends: the checkpoint in the making is finished first; its own error does not hide another."""
         with suppress(Exception) if kind else nullcontext():
             self._saver.wait()
+
+
+def _another_unet(path: Path) -> UserError:
+    return UserError(f"{path} holds another UNet than the config's `unet` describes.")

@@ -44,7 +44,9 @@ def cluster(pictures: Pictures, num_clusters: int, seed: int, folder: Path) -> I
     Raises:
         UserError: there is more than one cluster, and faiss is not installed.
     """
-    owned = _all_in_one(pictures) if num_clusters == 1 else _owned(pictures, _centers(pictures, num_clusters, seed))
+    owned = (
+        _all_in_one(pictures) if num_clusters == 1 else _owned(pictures, learn_centers(pictures, num_clusters, seed))
+    )
     with Buckets(folder, pictures.num, num_clusters) as buckets:
         for embedded, owners in told(owned, "dedup: clusters", pictures.num, "embeddings", lambda pair: len(pair[1])):
             buckets.add(embedded, owners)
@@ -57,6 +59,22 @@ def unit(vectors: NDArray[np.float16]) -> Vectors:
     lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, None]
     unit_vectors: Vectors = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
     return unit_vectors
+
+
+def learn_centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
+    """(K, D) unit vectors: k-means by cosine, of a sample.
+
+    Raises:
+        UserError: faiss is not installed.
+    """
+    sample = unit(_sample(pictures, num_clusters))
+    options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
+    options["max_points_per_centroid"] = len(sample)  # it is a sample already
+    kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
+    with _one_thread_each(1) as thread:
+        thread.submit(kmeans.train, sample).result()
+    centers: Vectors = kmeans.centroids
+    return centers
 
 
 def load_faiss() -> Any:
@@ -106,18 +124,6 @@ def _owned(pictures: Pictures, centers: Vectors) -> Iterator[tuple[Embedded, NDA
 def _one_thread_each(num_threads: int) -> ThreadPoolExecutor:
     """Threads in each of which faiss uses no other: how many it uses changes the last digits."""
     return ThreadPoolExecutor(num_threads, initializer=load_faiss().omp_set_num_threads, initargs=(1,))
-
-
-def _centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
-    """(K, D) unit vectors: k-means by cosine, of a sample."""
-    sample = unit(_sample(pictures, num_clusters))
-    options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
-    options["max_points_per_centroid"] = len(sample)  # it is a sample already
-    kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
-    with _one_thread_each(1) as thread:
-        thread.submit(kmeans.train, sample).result()
-    centers: Vectors = kmeans.centroids
-    return centers
 
 
 def _sample(pictures: Pictures, num_clusters: int) -> NDArray[np.float16]:

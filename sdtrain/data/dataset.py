@@ -8,9 +8,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class DatasetDir:
-    """The layout of one dataset on disk; every path in sdtrain comes from here."""
+    """The layout of one dataset on disk; every path in sdtrain comes from here.
+
+    Attributes:
+        root: its directory.
+        url: of a dataset on S3, whose work folder `root` is (`sdtrain.data.remote`); else empty.
+    """
 
     root: Path
+    url: str = ""
+
+    def __str__(self) -> str:
+        return self.url or str(self.root)
 
     def selection(self, shard: int) -> Path:
         """The rows of one shard, chosen from the metadata."""
@@ -101,6 +110,11 @@ class DatasetDir:
     def report(self) -> Path:
         """The page with funnel, scores and examples."""
         return self.root / "report.html"
+
+    @property
+    def search(self) -> Path:
+        """The vector index by which pictures are searched; made anew when it is missing."""
+        return self.root / "search"
 
     def relative(self, path: Path) -> str:
         """`path` as it is named in manifests: relative to the root, with forward slashes."""

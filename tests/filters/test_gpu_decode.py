@@ -10,8 +10,8 @@ from PIL import Image
 
 from filters import gpu_decode
 from filters.gpu_decode import look_on_device
-from filters.inputs import Preprocess
 from filters.look import Sample, Wanted, look
+from sdtrain.data.clip_view import Preprocess
 
 WANTED = Wanted(Preprocess(64), watermark=True)
 CPU = torch.device("cpu")

@@ -8,17 +8,8 @@ import torch
 from picture_fixtures import encoded, scene_picture
 from PIL import Image
 
-from filters.inputs import (
-    WATERMARK_MEAN,
-    WATERMARK_STD,
-    Preprocess,
-    clip_view,
-    normalised,
-    perceptual_hash,
-    pixel_sha256,
-    pixels_of,
-    watermark_view,
-)
+from filters.inputs import WATERMARK_MEAN, WATERMARK_STD, perceptual_hash, pixel_sha256, watermark_view
+from sdtrain.data.clip_view import Preprocess, clip_view, normalised, pixels_of
 from sdtrain.data.pictures import decode_rgb
 
 CLIP_ORACLE = Path(__file__).parents[2].parent / "shared" / "data" / "clip_preprocess"

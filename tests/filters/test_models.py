@@ -5,10 +5,11 @@ import torch
 from picture_fixtures import scene_picture
 
 from filters import models as module
-from filters.inputs import pixels_of, watermark_view
+from filters.inputs import watermark_view
 from filters.look import Looked
 from filters.models import Models, check_heads, judge, load_models
 from filters.recipe import ScoreConfig
+from sdtrain.data.clip_view import pixels_of
 from sdtrain.errors import UserError
 
 CPU = torch.device("cpu")

@@ -10,21 +10,13 @@ import torch
 from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 from PIL import Image
 
-from filters.clip import load_clip
 from filters.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.inputs import (
-    WATERMARK_MEAN,
-    WATERMARK_STD,
-    Preprocess,
-    clip_view,
-    gray_of,
-    normalised,
-    pixels_of,
-    watermark_view,
-)
+from filters.inputs import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
 from filters.quality import measure
 from filters.recipe import Recipe, ScoreConfig
 from filters.scores import SCORE
+from sdtrain.data.clip import load_clip
+from sdtrain.data.clip_view import Preprocess, clip_view, normalised, pixels_of
 from sdtrain.data.manifest import require_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch

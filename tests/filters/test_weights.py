@@ -11,8 +11,9 @@ import torch
 
 from filters.recipe import ScoreConfig
 from filters.scores import score_shards, weight_digests
-from filters.weights import PUBLISHED, Published, cache_dir, digest_of, find_weights, read_state
+from filters.weights import PUBLISHED, digest_of, find_weights
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.weights import Published, cache_dir, read_state
 from sdtrain.errors import UserError
 
 

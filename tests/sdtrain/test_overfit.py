@@ -20,7 +20,7 @@ from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.data.stage import run_batch
 from sdtrain.data.tars import write_samples
 from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
-from sdtrain.export import export_diffusers
+from sdtrain.export import export_model
 from sdtrain.networks import load_networks
 from sdtrain.run_dir import RunDir
 from sdtrain.sample import Sampler, SampleSettings
@@ -97,7 +97,7 @@ def test_eight_pictures_come_back_for_their_captions(tmp_path, pictures, ranks):
         "log_every": 100,
     }
     train(parse_settings(TrainConfig, tiny | changes, "overfit"), RunDir(tmp_path / "run"), ranks)
-    networks = load_networks(export_diffusers(tmp_path / "run", tmp_path / "out"), "cpu", torch.float32)
+    networks = load_networks(export_model(tmp_path / "run", tmp_path / "out"), "cpu", torch.float32)
     drawn = Sampler(networks).sample(list(pictures), range(8), SampleSettings(guidance_scale=1.0, num_steps=25))
     near = [psnr_db(ours, theirs) for ours, theirs in zip(drawn, pictures.values(), strict=True)]
     print(f"PSNR: mean {np.mean(near):.1f} dB, {[round(value, 1) for value in near]}")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from training_fixtures import write_config, write_models
 
 from sdtrain.config import load_config
+from sdtrain.config.sections import SpeedConfig
 from sdtrain.errors import UserError
 from sdtrain.export import write_pipeline
 from sdtrain.model import build_unet
@@ -103,6 +105,28 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
     together = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5))
     apart = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5, batch_size=1))
     for a, b in zip(together, apart, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def test_a_compiled_network_sees_batches_of_one_size(sampler):
+    """Else it would be compiled anew for the last one. The pictures are the same."""
+    plain = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=3, batch_size=2))
+    told = Sampler(replace(sampler._networks, speed=SpeedConfig(compile="regional")))  # says so, and is not compiled
+    sizes = []
+    hook = sampler._networks.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    filled = told.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=3, batch_size=2))
+    hook.remove()
+    assert sizes == [4] * 8
+    for a, b in zip(plain, filled, strict=True):
+        assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def test_many_pictures_are_decoded_in_parts(sampler, monkeypatch):
+    whole = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=2))
+    monkeypatch.setattr("sdtrain.sample._DECODED_AT_ONCE", 2)
+    parts = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=2))
+    assert len(parts) == 3
+    for a, b in zip(whole, parts, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from filters.clip import clip_digest, clip_preprocess, embedding_size, load_clip
-from filters.inputs import Preprocess
+from sdtrain.data.clip import clip_digest, clip_preprocess, embedding_size, load_clip
+from sdtrain.data.clip_view import Preprocess
 from sdtrain.errors import UserError
 
 
@@ -19,7 +19,7 @@ def test_the_demos_clip_has_the_embedding_of_vit_l_14_and_quickgelu():
 
 @pytest.mark.parametrize(("model", "tag"), [("ViT-L-14", "openai"), ("ViT-L-14", "dfn2b"), ("ViT-B-32", "openai")])
 def test_weights_trained_with_quickgelu_are_refused_in_a_model_without(model, tag):
-    with pytest.raises(UserError, match=f"need QuickGELU: set score.clip_model to {model}-quickgelu"):
+    with pytest.raises(UserError, match=f"need QuickGELU: set clip_model to {model}-quickgelu"):
         load_clip(model, tag)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import open_clip
 
-from filters.inputs import Preprocess
-from filters.weights import digest_of, find_weights, random_seed, seeded
+from sdtrain.data.clip_view import Preprocess
+from sdtrain.data.files import sha256_of
+from sdtrain.data.weights import find_weights, random_seed, seeded
 from sdtrain.errors import UserError
 
 _CLIP_MODELS = Path(__file__).parent / "clip_models"
@@ -23,9 +24,9 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     config = _config(model)
     known = open_clip.get_pretrained_cfg(model, weights)
     if known.get("quick_gelu") and not config.get("quick_gelu"):
-        raise UserError(f"The weights '{weights}' need QuickGELU: set score.clip_model to {model}-quickgelu.")
+        raise UserError(f"The weights '{weights}' need QuickGELU: set clip_model to {model}-quickgelu.")
     seed = random_seed(weights)
-    source = None if seed is not None else weights if known else str(find_weights(weights))
+    source = None if seed is not None else weights if known else str(find_weights(weights, {}))
     try:
         with seeded(seed):
             network = open_clip.create_model(model, pretrained=source)
@@ -33,7 +34,7 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"CLIP {model} with weights '{weights}' cannot be loaded ({error}). Without a connection, set "
-            "score.clip_weights to a file, or to null to skip the CLIP scores."
+            "clip_weights to a file, or do without the CLIP scores."
         ) from error
 
 
@@ -65,7 +66,7 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
     squash = wanted["resize_mode"] == "squash"
     if len(set(sides)) != 1 or wanted["resize_mode"] not in ("shortest", "squash"):
         raise UserError(
-            f"score.clip_model: {model} wants pictures of {wanted['size']} pixels by '{wanted['resize_mode']}'; only "
+            f"clip_model: {model} wants pictures of {wanted['size']} pixels by '{wanted['resize_mode']}'; only "
             "squares by 'shortest' or 'squash' are made here. Choose another model."
         )
     return Preprocess(int(sides[0]), tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"], squash)
@@ -74,12 +75,14 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
 def clip_digest(model: str, weights: str | None) -> str:
     """What identifies CLIP's weights in a fingerprint: open_clip's tag, a seed, or a file's digest."""
     is_tag = weights is not None and bool(open_clip.get_pretrained_cfg(model, weights))
-    return str(weights) if is_tag else digest_of(weights)
+    if weights is None or is_tag or random_seed(weights) is not None:
+        return str(weights or "none")
+    return sha256_of(find_weights(weights, {}))
 
 
 def _config(model: str) -> dict[str, Any]:
     open_clip.add_model_config(_CLIP_MODELS)
     config: dict[str, Any] | None = open_clip.get_model_config(model)
     if config is None:
-        raise UserError(f"score.clip_model: open_clip knows no model '{model}'. Try ViT-L-14-quickgelu.")
+        raise UserError(f"clip_model: open_clip knows no model '{model}'. Try ViT-L-14-quickgelu.")
     return config

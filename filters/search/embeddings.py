@@ -1,0 +1,127 @@
+"""The embeddings of a dataset, as SCORE stored them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import duckdb
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from filters.duplicates.clusters import unit
+from filters.duplicates.columns import Pictures
+from filters.duplicates.stage import scored_pictures
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.image_rows import read_parquet
+from sdtrain.data.manifest import require_entry
+from sdtrain.data.selection import selected_shards
+from sdtrain.errors import UserError
+
+_FORMAT = "search/1"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Embeddings of one shard.
+
+    Attributes:
+        numbers: (N,) of the pictures: rows of all shards' score tables, counted through.
+        vectors: (N, D) float16, of length 1 but for rounding.
+    """
+
+    numbers: NDArray[np.int64]
+    vectors: NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """All embeddings of a dataset.
+
+    Attributes:
+        pictures: what the scores say of them, for k-means.
+        clip_model: whose they are, by open_clip's name.
+        clip_digest: of its weights.
+        width: numbers in one.
+        counts: (shard, rows of its table), in order.
+    """
+
+    dataset: DatasetDir
+    pictures: Pictures
+    clip_model: str
+    clip_digest: str
+    width: int
+    counts: tuple[tuple[int, int], ...]
+
+    def blocks(self) -> Iterator[Block]:
+        """Shard by shard; pictures that have no embedding are left out."""
+        start = 0
+        for shard, num_rows in self.counts:
+            column = read_parquet(self.dataset.scores(shard), ["embedding"])["embedding"]
+            numbers = start + np.flatnonzero(pc.is_valid(column).to_numpy())
+            values = column.drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            yield Block(numbers, values.reshape(-1, self.width))
+            start += num_rows
+
+
+def embeddings_of(dataset: DatasetDir) -> Embeddings:
+    """What a dataset has.
+
+    Raises:
+        UserError: it is not scored, or without embeddings, or with those of different networks.
+    """
+    pictures = scored_pictures(dataset)
+    if not pictures.has_embeddings:
+        raise UserError(
+            f"{dataset.root} has no embeddings to search. Set score.store_embeddings: true (and score.clip_weights) "
+            f"in {dataset.recipe} and run `sdtrain build {dataset.recipe} --output {dataset.root}`: it scores anew."
+        )
+    shards = list(selected_shards(dataset))
+    schema = pq.read_schema(dataset.scores(shards[0]))
+    metadata = schema.metadata or {}
+    counts = tuple((shard, pq.read_metadata(dataset.scores(shard)).num_rows) for shard in shards)
+    return Embeddings(
+        dataset=dataset,
+        pictures=pictures,
+        clip_model=metadata.get(b"sdtrain.clip_model", b"").decode(),
+        clip_digest=metadata.get(b"sdtrain.clip_digest", b"").decode(),
+        width=schema.field("embedding").type.list_size,
+        counts=counts,
+    )
+
+
+def embeddings_digest(dataset: DatasetDir) -> str:
+    """Digest of all files that hold embeddings, from the manifest alone.
+
+    Raises:
+        UserError: a shard is not scored yet.
+    """
+    outputs = [require_entry(dataset, "score", shard).outputs for shard in selected_shards(dataset)]
+    files = [[(name, output.sha256) for name, output in sorted(shard.items())] for shard in outputs]
+    return hashlib.sha256(json.dumps([_FORMAT, files]).encode()).hexdigest()
+
+
+def kept_vectors(dataset: DatasetDir, counts: Sequence[tuple[int, int]], num: int) -> NDArray[np.float32]:
+    """(N, D) embeddings of at most `num` kept pictures, of length 1, from evenly chosen shards."""
+    per_shard = max(1, -(-num // max(1, len(counts))))
+    found = list[NDArray[np.float32]]()
+    for shard, _ in counts[:: max(1, len(counts) // num)]:
+        found.append(unit(_kept_in(dataset, shard)[:per_shard]))
+    vectors: NDArray[np.float32] = np.concatenate(found)[:num]
+    return vectors
+
+
+def _kept_in(dataset: DatasetDir, shard: int) -> NDArray[np.float16]:
+    query = (
+        "SELECT embedding FROM read_parquet(?) SEMI JOIN (FROM read_parquet(?) WHERE shard = ? AND reason IS NULL) "
+        "USING (uid) WHERE embedding IS NOT NULL ORDER BY uid"
+    )
+    with closing(duckdb.connect()) as connection:
+        column = connection.execute(query, [str(dataset.scores(shard)), str(dataset.decisions), shard]).fetchnumpy()
+    rows = list(column["embedding"])
+    return np.stack(rows).astype(np.float16) if rows else np.zeros((0, 1), np.float16)

@@ -1,0 +1,71 @@
+"""Captions and pictures as the embeddings of the network that scored a dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from filters.recipe import ScoreConfig
+from filters.search.index import IndexInfo
+from sdtrain.data.clip import clip_digest, clip_preprocess, load_clip
+from sdtrain.data.clip_view import clip_view, normalised, pixels_of
+from sdtrain.data.weights import RANDOM, RANDOM_FULL
+from sdtrain.errors import UserError
+
+_BATCH = 32
+
+
+class Encoder:
+    """CLIP, as the recipe of a dataset names it.
+
+    Args:
+        config: the recipe's.
+        info: of the index that its embeddings are to be compared with.
+
+    Raises:
+        UserError: the recipe names other weights than the dataset was scored with, or they cannot be had.
+    """
+
+    def __init__(self, config: ScoreConfig, info: IndexInfo) -> None:
+        weights = config.clip_weights
+        if weights is None or (config.clip_model, clip_digest(config.clip_model, weights)) != (
+            info.clip_model,
+            info.clip_digest,
+        ):
+            raise UserError(
+                f"The dataset was scored with CLIP {info.clip_model} ({info.clip_digest}), and its recipe.yaml names "
+                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores anew, or undo the recipe."
+            )
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        network, self._tokenizer = load_clip(config.clip_model, weights)
+        self._preprocess = clip_preprocess(network, config.clip_model, weights)
+        self._network = network.to(self._device)
+
+    @torch.inference_mode()
+    def captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """(N, D), of length 1."""
+        return _unit(self._network.encode_text(self._tokenizer(list(captions)).to(self._device)))
+
+    @torch.inference_mode()
+    def pictures(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """(N, D), of length 1, of RGB pictures."""
+        found = []
+        for first in range(0, len(pictures), _BATCH):
+            views = [pixels_of(clip_view(picture, self._preprocess)) for picture in pictures[first : first + _BATCH]]
+            inputs = normalised(torch.stack(views).to(self._device), self._preprocess.mean, self._preprocess.std)
+            found.append(_unit(self._network.encode_image(inputs)))
+        return np.concatenate(found)
+
+
+def is_stand_in(config: ScoreConfig) -> bool:
+    """Whether CLIP has random weights: equal pictures are near each other, and captions are near nothing."""
+    return (config.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
+
+
+def _unit(embeddings: torch.Tensor) -> NDArray[np.float32]:
+    normal: NDArray[np.float32] = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
+    return normal

@@ -1,0 +1,198 @@
+"""The vector index of a dataset's embeddings, kept in the dataset and made anew when they change.
+
+| pictures | index | memory while searching | disk | finds |
+|---|---|---|---|---|
+| up to 1,000,000 | all are compared, in fp16 | the whole file: 1.5 kB a picture of ViT-L/14 | the same | all |
+| more | 2 sqrt(N) lists by k-means, `PROBES` are compared | centres, and what is read | 1.5 kB a picture | most |
+
+For 170 million pictures of ViT-L/14 that is a file of 262 GB (768 numbers in fp16 and 8 bytes each), as large as the
+embeddings in the scores are themselves; 26,000 centres take 80 MB of memory, and a search reads 64 lists of 6,500
+pictures: 0.65 GB. While it is made, the disk holds it twice. The index is by faiss (Johnson et al. 2017, arXiv
+1702.08734); the file of the lists is mapped, not loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+
+from filters.duplicates.clusters import learn_centers, unit
+from filters.search.embeddings import Block, Embeddings, embeddings_digest, embeddings_of
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish, raise_if_disk_full, scratch
+from sdtrain.data.steps import told
+from sdtrain.errors import UserError
+
+EXACT_UP_TO = 1_000_000
+PROBES = 64
+"""Lists that a search looks into. A test on planted clusters holds how much of the exact answer that finds."""
+_BLOCK_ROWS = 1 << 20  # of lists in memory while the index is made: 1.6 GB
+_SEED = 42
+
+
+class IndexInfo(BaseModel):
+    """What an index is of.
+
+    Attributes:
+        clip_model: whose embeddings, by open_clip's name.
+        clip_digest: of its weights.
+        counts: (shard, rows of its table of scores), in order.
+        num_vectors: how many pictures have an embedding.
+        num_lists: 0 where all are compared.
+    """
+
+    clip_model: str
+    clip_digest: str
+    counts: list[tuple[int, int]]
+    num_vectors: int
+    num_lists: int
+
+
+class PictureIndex:
+    """An index that can be asked; threads may ask side by side."""
+
+    def __init__(self, folder: Path) -> None:
+        faiss = load_faiss()
+        self.info = IndexInfo.model_validate_json((folder / "info.json").read_bytes())
+        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR if self.info.num_lists else 0
+        self._index = faiss.read_index(str(folder / "index.faiss"), flags)
+        if self.info.num_lists:
+            self._index.nprobe = min(PROBES, self.info.num_lists)
+        self._ends = np.cumsum([num for _, num in self.info.counts])
+
+    def nearest(self, vectors: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Cosines and numbers of the nearest pictures, (Q, top) each, nearest first; number -1 where there are no more.
+
+        Args:
+            vectors: (Q, D), of length 1.
+            top: how many.
+        """
+        cosines, numbers = self._index.search(np.ascontiguousarray(vectors, np.float32), top)
+        return cosines, numbers
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(shard, row of its table of scores) of a picture."""
+        at = int(np.searchsorted(self._ends, number, side="right"))
+        shard, num_rows = self.info.counts[at]
+        return shard, number - int(self._ends[at] - num_rows)
+
+
+def open_index(dataset: DatasetDir) -> PictureIndex:
+    """The index of a dataset as it is now; made first where there is none, or one of other embeddings.
+
+    Raises:
+        UserError: there are no embeddings, faiss is not installed, or the index cannot be written.
+    """
+    load_faiss()
+    folder = dataset.search / embeddings_digest(dataset)[:16]
+    if not (folder / "info.json").exists():
+        _build(dataset, folder)
+    try:
+        return PictureIndex(folder)
+    except (RuntimeError, OSError, ValidationError) as error:
+        raise UserError(
+            f"The index in {folder} cannot be read ({error}). Delete it: the next search makes it."
+        ) from error
+
+
+def forget_index(dataset: DatasetDir) -> None:
+    """Deletes all indices of a dataset; they hold the embeddings of what was taken out."""
+    shutil.rmtree(dataset.search, ignore_errors=True)
+
+
+def load_faiss() -> Any:
+    """The module faiss.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            "Searching a dataset needs faiss. Install it with `pip install 'sdtrain[semantic]'`."
+        ) from error
+    return faiss
+
+
+def _build(dataset: DatasetDir, folder: Path) -> None:
+    embeddings = embeddings_of(dataset)
+    if embeddings.pictures.num == 0:
+        raise UserError(f"{dataset.root} holds no pictures that could be searched.")
+    try:
+        with scratch(dataset.root, "search") as work:
+            made = work / "index"
+            made.mkdir()
+            info = _write_index(embeddings, made, work)
+            with publish(made / "info.json") as temporary:
+                temporary.write_text(info.model_dump_json(indent=1) + "\n")
+            forget_index(dataset)
+            folder.parent.mkdir(exist_ok=True)
+            made.rename(folder)
+    except (OSError, RuntimeError) as error:
+        if (folder / "info.json").exists():
+            return  # another search was faster
+        raise_if_disk_full(error, folder)
+        raise UserError(f"The index cannot be written to {dataset.search}: {error}.") from error
+
+
+def _write_index(embeddings: Embeddings, made: Path, work: Path) -> IndexInfo:
+    num_lists = 0 if embeddings.pictures.num <= EXACT_UP_TO else round(2 * math.sqrt(embeddings.pictures.num))
+    write = _write_lists if num_lists else _write_exact
+    return IndexInfo(
+        clip_model=embeddings.clip_model,
+        clip_digest=embeddings.clip_digest,
+        counts=list(embeddings.counts),
+        num_vectors=write(embeddings, num_lists, made, work),
+        num_lists=num_lists,
+    )
+
+
+def _write_exact(embeddings: Embeddings, num_lists: int, made: Path, work: Path) -> int:
+    faiss = load_faiss()
+    kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIDMap(faiss.IndexScalarQuantizer(embeddings.width, kind, metric))
+    for block in _told(embeddings):
+        index.add_with_ids(unit(block.vectors), block.numbers)
+    faiss.write_index(index, str(made / "index.faiss"))
+    return int(index.ntotal)
+
+
+def _write_lists(embeddings: Embeddings, num_lists: int, made: Path, work: Path) -> int:
+    """Lists larger than memory: parts of the index, each in a file, are merged on the disk."""
+    faiss = load_faiss()
+    from faiss.contrib.ondisk import merge_ondisk
+
+    centers = learn_centers(embeddings.pictures, num_lists, _SEED)
+    quantizer = faiss.IndexFlatIP(embeddings.width)
+    quantizer.add(centers)
+    kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
+    index = faiss.IndexIVFScalarQuantizer(quantizer, embeddings.width, len(centers), kind, metric, False)
+    index.train(centers)
+    parts = list[str]()
+    for block in _told(embeddings):
+        index.add_with_ids(unit(block.vectors), block.numbers)
+        if index.ntotal >= _BLOCK_ROWS:
+            parts.append(_write_part(index, work, len(parts)))
+    parts.append(_write_part(index, work, len(parts)))
+    merge_ondisk(index, parts, str(made / "lists.bin"))
+    faiss.write_index(index, str(made / "index.faiss"))
+    return int(index.ntotal)
+
+
+def _write_part(index: Any, work: Path, number: int) -> str:
+    path = str(work / f"part{number:05d}.faiss")
+    load_faiss().write_index(index, path)
+    index.reset()
+    return path
+
+
+def _told(embeddings: Embeddings) -> Iterator[Block]:
+    return told(embeddings.blocks(), "search: index", embeddings.pictures.num, "pictures", lambda b: len(b.numbers))

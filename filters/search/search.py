@@ -1,0 +1,144 @@
+"""The pictures of a dataset that are nearest to a caption or to another picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from filters.record import read_recipe
+from filters.search.embeddings import kept_vectors
+from filters.search.encoder import Encoder, is_stand_in
+from filters.search.hits import Hit, look_up
+from filters.search.index import PictureIndex, open_index
+from filters.search.words import by_key, by_words
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.image_rows import read_parquet
+from sdtrain.data.picture_header import read_header
+from sdtrain.data.pictures import PictureError, upright_rgb
+from sdtrain.errors import UserError
+
+MAX_PIXELS = 2**26
+MAX_PICTURE_BYTES = 32 * 2**20
+
+
+class Search:
+    """A dataset that is asked, any number of times; index and network are loaded by the first question.
+
+    Keep the dataset locked (`lock_to_read`) meanwhile.
+
+    Raises:
+        UserError: there is no dataset, or none that can be searched.
+    """
+
+    def __init__(self, dataset: DatasetDir) -> None:
+        self.dataset = dataset
+        self._config = read_recipe(dataset).score
+        self._lock = Lock()  # the network is asked by one thread at a time
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether the network's weights are random, so that captions find nothing sensible."""
+        return is_stand_in(self._config)
+
+    @property
+    def num_pictures(self) -> int:
+        """How many can be found."""
+        return self._index.info.num_vectors
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all pictures are compared."""
+        return not self._index.info.num_lists
+
+    def by_caption(self, caption: str, top: int, kept_only: bool = False) -> list[Hit]:
+        """The pictures whose embeddings are nearest to the caption's."""
+        with self._lock:
+            vectors = self._encoder.captions([caption])
+        return self.nearest(vectors, top, kept_only)[0]
+
+    def by_pictures(self, pictures: Sequence[Image.Image], top: int, kept_only: bool = False) -> list[list[Hit]]:
+        """For each RGB picture, those nearest to it."""
+        return self.nearest(self.embed(pictures), top, kept_only) if pictures else []
+
+    def by_words(self, text: str, top: int, kept_only: bool = False) -> list[Hit]:
+        """The pictures whose captions have most of the words."""
+        return look_up(self.dataset, by_words(self.dataset, text, top, kept_only))
+
+    def by_key(self, key: str) -> Hit | None:
+        """The downloaded picture with this key."""
+        return next(iter(look_up(self.dataset, by_key(self.dataset, key))), None)
+
+    def embed(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """(N, D) embeddings of RGB pictures."""
+        with self._lock:
+            return self._encoder.pictures(pictures)
+
+    def nearest(self, vectors: NDArray[np.float32], top: int, kept_only: bool = False) -> list[list[Hit]]:
+        """For each of (N, D) embeddings of length 1, the pictures nearest to it, nearest first.
+
+        Args:
+            vectors: what is asked.
+            top: at most this many each.
+            kept_only: without pictures that were dropped; then more are looked at until there are enough.
+        """
+        fetched = top
+        while True:
+            cosines, numbers = self._index.nearest(vectors, min(fetched, self.num_pictures))
+            found = [self._hits(row, ids, kept_only) for row, ids in zip(cosines, numbers, strict=True)]
+            ends = fetched >= self.num_pictures or bool((numbers < 0).any())
+            if ends or not kept_only or all(len(hits) >= top for hits in found):
+                return [hits[:top] for hits in found]
+            fetched *= 4
+
+    def some_vectors(self, num: int) -> NDArray[np.float32]:
+        """(N, D) embeddings of about `num` kept pictures, evenly chosen, of length 1."""
+        return kept_vectors(self.dataset, self._index.info.counts, num)
+
+    def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[Hit]:
+        places = [(float(c), *self._index.place(n)) for c, n in zip(cosines, numbers.tolist(), strict=True) if n >= 0]
+        uids = {
+            shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"]
+            for shard in {shard for _, shard, _ in places}
+        }
+        hits = look_up(self.dataset, [(cosine, shard, uids[shard][row].as_py()) for cosine, shard, row in places])
+        return [hit for hit in hits if hit.reason is None] if kept_only else hits
+
+    @cached_property
+    def _index(self) -> PictureIndex:
+        return open_index(self.dataset)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self._config, self._index.info)
+
+
+def read_picture(content: bytes, name: str) -> Image.Image:
+    """A picture from outside, upright RGB.
+
+    Raises:
+        UserError: it is too large, or none.
+    """
+    if len(content) > MAX_PICTURE_BYTES:
+        raise UserError(f"{name} is larger than {MAX_PICTURE_BYTES // 2**20} MB. Make it smaller first.")
+    try:
+        return upright_rgb(read_header(content, MAX_PIXELS).picture)
+    except PictureError as error:
+        raise UserError(f"{name} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP.") from error
+
+
+def read_picture_file(path: Path) -> Image.Image:
+    """The picture in a file, upright RGB.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return read_picture(path.read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error

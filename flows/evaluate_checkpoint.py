@@ -1,0 +1,105 @@
+"""Evaluates checkpoints: draws pictures over guidance scales, measures them, plots FID against agreement."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.task_runners import TaskRunner
+from pydantic import Field
+
+from flows.engines import Engine, start_engine
+from flows.failure import fails_with_a_sentence
+from flows.stages import StageOptions, run_stage
+from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
+from sdtrain.evaluation.results import Results, protocol_lines, table_of
+from sdtrain.evaluation.sweep import Step, plan
+from sdtrain.settings import parse_settings
+
+Count = Annotated[int, Field(ge=1)]
+Several = Annotated[int, Field(ge=2)]
+Workers = Annotated[int, Field(ge=1, le=256)]
+Scale = Annotated[float, Field(ge=0)]
+
+
+def _run_name() -> str:
+    models = flow_run.parameters["model"]
+    return Path(models if isinstance(models, str) else models[0]).name
+
+
+@flow(name="evaluate-checkpoint", flow_run_name=_run_name)
+@fails_with_a_sentence
+def evaluate_checkpoint(
+    model: str | list[str] = "runs/sd-v1-4",
+    prompts: str = "data/coco/captions_val2017.json",
+    reference: str = "data/coco/val2017",
+    output: str | None = None,
+    num_prompts: Several = 10_000,
+    scales: list[Scale] = list(CARD_SCALES),  # noqa: B006  # Prefect copies the defaults
+    protocol: dict[str, Any] | None = None,
+    engine: Engine = "threads",
+    engine_address: str | None = None,
+    workers: Workers = 1,
+    parts_per_task: Count = 1,
+    retries: Annotated[int, Field(ge=0, le=10)] = 1,
+) -> str:
+    """Draws pictures of the prompts at each guidance scale and measures them; what is finished is not done again.
+
+    Args:
+        model: A run, a checkpoint, a diffusers folder or a CompVis file; or a list of them, a line each in the plot.
+        prompts: Text file with one prompt a line, or COCO's captions (.json).
+        reference: Real pictures: a dataset, a folder, or an .npz of statistics.
+        output: The evaluation's directory; by default `evaluation` in the run's.
+        num_prompts: Prompts, and pictures for each scale.
+        scales: Guidance scales.
+        protocol: Any other setting of sdtrain.evaluation.protocol.Protocol, by name.
+        engine: What runs the parts: threads or processes of this machine, or Dask or Ray.
+        engine_address: A running Dask or Ray cluster's; without, one is started on this machine.
+        workers: Parts at once, unless a running cluster decides that. One a GPU, with `processes`.
+        parts_per_task: Parts in one task; a task should be a minute of work or more.
+        retries: How often a step begins again with the parts that failed, for another reason than a user's mistake.
+
+    Returns:
+        The evaluation's directory.
+    """
+    given = {"prompts": prompts, "reference": reference, "num_prompts": num_prompts, "scales": tuple(scales)}
+    settings = parse_settings(Protocol, given | (protocol or {}), "parameters")
+    options = StageOptions(workers, parts_per_task, engine, engine_address)
+    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries)
+
+
+def evaluate(models: list[str], protocol: Protocol, output: str | None, options: StageOptions, retries: int = 0) -> str:
+    """The evaluation, in a flow. Returns its directory.
+
+    Raises:
+        UserError: a mistake that the user can put right; what was finished is kept.
+    """
+    sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
+    with start_engine(options.engine, options.engine_address, options.workers) as runner:
+        for step in sweep.steps():
+            _run_step(step, options, runner, retries)
+    results = sweep.finish()
+    _show(results, sweep.directory.curve)
+    return str(sweep.directory.root)
+
+
+def _run_step(step: Step, options: StageOptions, runner: TaskRunner[Any], retries: int) -> None:
+    """The parts that are not finished; when some fail, these once more."""
+    for left in range(retries, -1, -1):
+        try:
+            run_stage(step.stage, step.directory, step.job, options, runner)
+            return
+        except RuntimeError as error:
+            if not left:
+                raise
+            get_run_logger().warning("%s The parts that failed are tried again.", error)
+
+
+def _show(results: Results, curve: Path) -> None:
+    create_table_artifact(table_of(results), key="evaluation", description="; ".join(results.notes) or None)
+    lines = "\n".join(f"- {line}" for line in protocol_lines(results))
+    create_markdown_artifact(f"# Protocol\n\n{lines}\n", key="evaluation-protocol")
+    if curve.exists():
+        create_link_artifact(curve.as_uri(), link_text=str(curve), key="guidance-curve")

@@ -1,0 +1,95 @@
+"""Pictures in a folder: each says what made it, and what is there need not be drawn again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from PIL import Image
+
+from sdtrain.data.files import publish
+from sdtrain.draw import Job, Model, description, save_picture
+from sdtrain.sample import SampleSettings, make_grid
+
+_NUM_THREADS, _MAX_WAITING = 4, 64
+SHEET = "grid.png"
+
+
+@dataclass(frozen=True)
+class Album:
+    """The folder.
+
+    Attributes:
+        folder: where the pictures are, each named by its seed.
+        model: what they are drawn with.
+        settings: how.
+    """
+
+    folder: Path
+    model: Model
+    settings: SampleSettings
+
+    def path(self, job: Job) -> Path:
+        """Where a job's picture is, or will be."""
+        return self.folder / f"{job.seed:05d}.png"
+
+    def has(self, job: Job) -> bool:
+        """Whether the picture is there and says that it was made by this model and these settings."""
+        try:
+            with Image.open(self.path(job)) as picture:
+                made = json.loads(picture.text["sdtrain"])  # type: ignore[attr-defined]
+        except (OSError, KeyError, ValueError, AttributeError):
+            return False
+        made.pop("flagged", None)
+        return bool(made == description(job, self.model, self.settings))
+
+    def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
+        """The batches of which a picture is missing: whole ones, so that all pictures are those of one run."""
+        return [batch for batch in batches if not all(self.has(job) for job in batch)]
+
+    def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
+        """All pictures that are there, row by row.
+
+        Raises:
+            UserError: there is none.
+        """
+        pictures = []
+        for job in jobs:
+            if self.path(job).exists():  # a refused one is not
+                with Image.open(self.path(job)) as picture:
+                    pictures.append(picture.convert("RGB"))
+        with publish(self.folder / SHEET) as temporary:
+            make_grid(pictures, columns).save(temporary, "PNG")
+        return self.folder / SHEET
+
+
+class Writer:
+    """Writes pictures in threads, because compressing one takes about as long as drawing a good part of it on a GPU."""
+
+    def __init__(self, album: Album):
+        self._album, self._pool = album, ThreadPoolExecutor(_NUM_THREADS)
+        self._waiting: list[Future[None]] = []
+
+    def save(self, job: Job, picture: Image.Image, flagged: bool) -> Path:
+        """Begins to write; waits where too many are waiting. An error of an earlier one is raised here."""
+        path, album = self._album.path(job), self._album
+        self._waiting.append(
+            self._pool.submit(save_picture, path, picture, job, album.model, album.settings, flagged=flagged)
+        )
+        while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
+            self._waiting.pop(0).result()
+        return path
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        for written in self._waiting if error is None else ():
+            written.result()

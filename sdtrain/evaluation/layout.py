@@ -1,0 +1,117 @@
+"""Where an evaluation keeps what it makes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import publish
+from sdtrain.errors import UserError
+from sdtrain.evaluation.prompts import digest_of
+
+
+@dataclass(frozen=True)
+class EvaluationDir(DatasetDir):
+    """An evaluation's directory; its manifest is that of a dataset."""
+
+    @property
+    def prompts(self) -> Path:
+        """The chosen prompts, a JSON list."""
+        return self.root / "prompts.json"
+
+    def contexts(self, text_encoder: str, part: int) -> Path:
+        """Prompts as a model's text encoder sees them."""
+        return self.root / "contexts" / text_encoder / f"{part:05d}.safetensors"
+
+    def captions(self, part: int) -> Path:
+        """CLIP's embeddings of prompts."""
+        return self.root / "captions" / f"{part:05d}.safetensors"
+
+    def samples(self, model: str, scale: str, part: int) -> Path:
+        """Pictures that a model drew at one guidance scale."""
+        return self.root / "samples" / model / scale / f"{part:05d}.tar"
+
+    def features(self, model: str, scale: str, part: int) -> Path:
+        """What the networks see in them."""
+        return self.root / "features" / model / scale / f"{part:05d}.safetensors"
+
+    @property
+    def pictures(self) -> Path:
+        """Of a reference: where its pictures are."""
+        return self.root / "pictures.json"
+
+    def reference(self, part: int) -> Path:
+        """Of a reference: what the networks see in its pictures."""
+        return self.root / "reference" / f"{part:05d}.safetensors"
+
+    @property
+    def results(self) -> Path:
+        """Protocol and numbers."""
+        return self.root / "results.json"
+
+    @property
+    def table(self) -> Path:
+        """The numbers alone."""
+        return self.root / "results.csv"
+
+    @property
+    def curve(self) -> Path:
+        """The plot."""
+        return self.root / "curve.png"
+
+
+def key_of(scale: float) -> str:
+    """A guidance scale as part of a name."""
+    return f"guidance-{scale:g}".replace(".", "-")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Publishes JSON."""
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+@lru_cache(maxsize=2)
+def read_texts(path: Path, digest: str) -> tuple[str, ...]:
+    """The prompts in a file.
+
+    Raises:
+        UserError: they are not those of the digest.
+    """
+    texts = tuple(json.loads(path.read_text()))
+    if digest_of(texts) != digest:
+        raise UserError(
+            f"{path} was changed by another evaluation while this one runs. Run them one after the other, or give each "
+            "its own --output."
+        )
+    return texts
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Publishes tensors by name."""
+    with publish(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+
+
+def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str, torch.Tensor]:
+    """Tensors by name from several files, laid one behind the other; by default all that there are.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    loaded: list[dict[str, torch.Tensor]] = []
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                loaded.append({name: file.get_tensor(name) for name in names or file.keys()})
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is missing or damaged. Delete it and run the evaluation again.") from error
+    return {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}

@@ -1,0 +1,107 @@
+"""The models under evaluation, by what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdtrain.errors import UserError
+from sdtrain.evaluation.protocol import Protocol
+from sdtrain.exchange.sources import is_run, open_model
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One model.
+
+    Attributes:
+        path: a run, a checkpoint, a diffusers folder or a CompVis file.
+        label: its name in table and plot.
+        digest: sha256 of UNet, VAE, text encoder and noise schedule: the same weights give the same one in any file
+            that holds them in the same precision.
+        text_encoder: sha256 of text encoder and tokenizer.
+        size_px: side of its pictures.
+    """
+
+    path: Path
+    label: str
+    digest: str
+    text_encoder: str
+    size_px: int
+
+    @property
+    def key(self) -> str:
+        """Its name in file names."""
+        return self.digest[:12]
+
+
+def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
+    """Reads all weights once.
+
+    Raises:
+        UserError: there is no such model, or it lacks these weights.
+    """
+    model = open_model(path, protocol.tokenizer)
+    frozen = model.frozen()
+    vocabulary = {"vocabulary": frozen.tokenizer.get_vocab(), "max_length": frozen.tokenizer.model_max_length}
+    text_encoder = _digest(frozen.text_encoder.state_dict(), vocabulary)
+    schedule = {name: value for name, value in model.scheduler_config.items() if not name.startswith("_")}
+    parts = [_digest(model.state(protocol.weights), schedule), _digest(frozen.vae.state_dict(), None), text_encoder]
+    step = f", step {model.step:,}" if model.step else ""
+    return EvaluatedModel(
+        path=path,
+        label=f"{_name(path)}{step}{', raw' if protocol.weights == 'raw' else ''}",
+        digest=hashlib.sha256("".join(parts).encode()).hexdigest(),
+        text_encoder=text_encoder,
+        size_px=int(model.unet_config["sample_size"]) * 2 ** (len(frozen.vae.config.block_out_channels) - 1),
+    )
+
+
+def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedModel]:
+    """All models, each with a label of its own.
+
+    Raises:
+        UserError: as `identify`; none or the same one twice; or they make pictures of different sizes.
+    """
+    models = [identify(path, protocol) for path in paths]
+    for i, model in enumerate(models):
+        for before in models[:i]:
+            if before.digest == model.digest:
+                raise UserError(f"{before.path} and {model.path} are the same model; name one of them.")
+            if before.size_px != model.size_px:
+                raise UserError(
+                    f"{before.path} makes pictures of {before.size_px} pixels and {model.path} of {model.size_px}, so "
+                    "their numbers cannot be compared. Evaluate them apart."
+                )
+    if not models:
+        raise UserError("There is no model to evaluate. Name a run, a checkpoint, a diffusers folder or a file.")
+    labels = [model.label for model in models]
+    return [replace(m, label=f"{m.label} ({m.key[:6]})") if labels.count(m.label) > 1 else m for m in models]
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a model is, or is a checkpoint of."""
+    if not is_run(path):
+        return None
+    return path if (path / "checkpoints").is_dir() else path.resolve().parents[1]
+
+
+def _name(path: Path) -> str:
+    path = (run_of(path) or path).resolve()
+    return path.stem if path.is_file() else path.name
+
+
+def _digest(state: dict[str, torch.Tensor], notes: object) -> str:
+    digest = hashlib.sha256(json.dumps(notes, sort_keys=True, default=str).encode())
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content: Any = tensor.view(-1).view(torch.uint8).numpy()
+        digest.update(content)
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""The settings that decide every number of an evaluation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sdtrain.evaluation.inception import Resize
+from sdtrain.exchange.dtypes import DtypeName
+from sdtrain.exchange.stored_model import Weights
+from sdtrain.samplers import SamplerName
+from sdtrain.settings import Settings
+
+# Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Evaluation Results".
+CARD_SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+
+
+class Protocol(Settings):
+    """What is drawn, and what it is compared with; the defaults are the model card's where it says something."""
+
+    prompts: str
+    """Text file with one prompt a line, or COCO's captions (.json)."""
+    num_prompts: int = Field(default=10_000, ge=2)
+    """Prompts, and so pictures for each scale; a seeded choice."""
+    prompt_seed: int = Field(default=0, ge=0)
+    """Of that choice."""
+    reference: str
+    """Real pictures: a dataset of sdtrain's, a folder of pictures, or an .npz with `mu` and `sigma`."""
+    num_reference: int = Field(default=50_000, ge=2)
+    """At most this many of them, a seeded choice; an .npz counts as it is."""
+    reference_view: Literal["as_samples", "as_is"] = "as_samples"
+    """Real pictures resized (bicubic) and centre-cropped to the samples' size first, or as they are."""
+    scales: tuple[float, ...] = Field(default=CARD_SCALES, min_length=1)
+    """Guidance scales; 1 is no guidance."""
+    num_steps: int = Field(default=50, ge=1)
+    """Sampling steps."""
+    sampler: SamplerName = "plms"
+    """The sampler."""
+    seed: int = Field(default=0, ge=0)
+    """Of the first picture; each next one has the next, and all scales and models have the same."""
+    weights: Weights = "ema"
+    """Averaged weights, or raw ones."""
+    dtype: DtypeName = "bf16"
+    """Of UNet and text encoder."""
+    tokenizer: str | None = None
+    """For a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's."""
+    batch_size: int = Field(default=16, ge=1)
+    """Pictures drawn at once; another number gives pictures that differ in their last bits."""
+    part_size: int = Field(default=256, ge=2)
+    """Pictures in one part, which is drawn and kept as a whole."""
+    network: Literal["inception", "demo"] = "inception"
+    """Whose features are compared; `demo` is the demo's tiny autoencoder, whose numbers mean nothing elsewhere."""
+    network_weights: str = "inception-fid"
+    """Inception's weights: `inception-fid` (fetched once), or a file."""
+    resize: Resize = "pytorch-fid"
+    """How pictures come to Inception's 299 pixels."""
+    agreement: Literal["clip", "demo", "none"] = "clip"
+    """How pictures are compared with their prompts: by CLIP, or by the demo's checker of colours and shapes."""
+    clip_model: str = "ViT-L-14-quickgelu"
+    """An open_clip model."""
+    clip_weights: str = "openai"
+    """Its weights: open_clip's tag, or a file."""
+    cmmd: bool = False
+    """Also compare CLIP's embeddings of real and drawn pictures."""
+
+    @field_validator("scales")
+    @classmethod
+    def _each_scale_once(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(scales)) != len(scales) or min(scales) < 0:
+            raise ValueError("name each guidance scale once, none below 0")
+        return tuple(sorted(scales))
+
+    @model_validator(mode="after")
+    def _cmmd_needs_clip(self) -> Protocol:
+        if self.cmmd and self.agreement != "clip":
+            raise ValueError("cmmd compares CLIP's embeddings, so set agreement to clip")
+        return self
+
+    @property
+    def parts(self) -> list[int]:
+        """The parts of a scale, by number."""
+        return list(range(-(-self.num_prompts // self.part_size)))
+
+    def places(self, part: int) -> range:
+        """Which pictures a part holds."""
+        return range(part * self.part_size, min((part + 1) * self.part_size, self.num_prompts))

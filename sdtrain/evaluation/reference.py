@@ -1,0 +1,229 @@
+"""The real pictures that drawn ones are compared with, and what the networks see in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdtrain.data.clip_view import Preprocess, clip_view
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import sha256_of
+from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
+from sdtrain.data.pictures import decode_rgb, picture_extension
+from sdtrain.data.stage import Stage
+from sdtrain.data.steps import told
+from sdtrain.data.tars import index_samples
+from sdtrain.data.weights import cache_dir
+from sdtrain.errors import UserError
+from sdtrain.evaluation.frechet import Gaussian
+from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
+from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_pictures, features_digest, features_of
+from sdtrain.evaluation.protocol import Protocol
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_PART_SIZE = 512
+
+
+class Place(NamedTuple):
+    """Where a picture's bytes are: a file, or a stretch of one (`size` of -1 is all of it)."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        """The bytes."""
+        with Path(self.path).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Chosen real pictures, or statistics of some that somebody else has chosen.
+
+    Attributes:
+        source: where they are from, in words.
+        digest: sha256 of the pictures in their order: of their bytes, or of their places in shards whose digests the
+            manifest has; or of the file of statistics.
+        places: where the pictures are; empty for statistics.
+        statistics: mean and covariance; None for pictures.
+    """
+
+    source: str
+    digest: str
+    places: tuple[Place, ...] = ()
+    statistics: Gaussian | None = None
+
+
+@dataclass(frozen=True)
+class ReferenceJob:
+    """What the stage of a reference needs.
+
+    Attributes:
+        digest: of the reference.
+        size_px: side of the drawn pictures.
+        num: pictures.
+    """
+
+    protocol: Protocol
+    digest: str
+    size_px: int
+    num: int
+
+
+def open_reference(path: Path, num: int, seed: int = 0) -> Reference:
+    """At most `num` pictures of a dataset or folder, or the statistics in an .npz.
+
+    Raises:
+        UserError: there is nothing of the kind, or fewer than two pictures.
+    """
+    if path.suffix == ".npz":
+        return Reference(f"{path.name}: statistics", sha256_of(_file(path)), statistics=_statistics(path))
+    if not path.is_dir():
+        raise UserError(f"There is no {path}. A reference is a dataset, a folder of pictures, or an .npz.")
+    dataset = DatasetDir(path.absolute())
+    places, kind = _dataset_places(dataset), "dataset"
+    if not places:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+        places, kind = [Place(str(file.absolute())) for file in files], "folder"
+    if len(places) < 2:
+        raise UserError(f"{path} holds {len(places)} pictures; a reference needs two at least, and better thousands.")
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:num])
+    picked = tuple(places[place] for place in chosen)
+    source = f"{path.name}: {kind}, {len(picked):,} of {len(places):,} pictures, seed {seed}"
+    return Reference(source, _digest(picked, dataset), picked)
+
+
+def _digest(places: Sequence[Place], dataset: DatasetDir) -> str:
+    shards = {
+        str(dataset.root / name): output.sha256
+        for stage in ("pack", "download")
+        for entry in entries(dataset, stage)
+        for name, output in entry.outputs.items()
+    }
+    digest = hashlib.sha256()
+    for place in places:
+        shard = shards.get(place.path)
+        known = f"{shard} {place.offset} {place.size}" if shard else hashlib.sha256(place.read()).hexdigest()
+        digest.update(f"{known}\n".encode())
+    return digest.hexdigest()
+
+
+def _file(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"There is no file {path} with statistics of a reference.")
+    return path
+
+
+def _statistics(path: Path) -> Gaussian:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = (np.asarray(arrays[name], np.float64) for name in ("mu", "sigma"))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} does not hold `mu` and `sigma` as pytorch-fid writes them: {error}") from error
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"{path}: mu {mean.shape} and sigma {covariance.shape} do not fit each other.")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise UserError(f"{path} holds numbers that are not finite.")
+    return Gaussian(mean, covariance)
+
+
+def _dataset_places(dataset: DatasetDir) -> list[Place]:
+    """The packed pictures of a dataset, or else the downloaded ones."""
+    for folder in (dataset.packed_tar(0).parent, dataset.images_tar(0).parent):
+        tars = sorted(folder.glob("[0-9]*.tar"))
+        if tars:
+            return [place for tar in tars for place in _tar_places(tar)]
+    return []
+
+
+def _tar_places(tar: Path) -> Iterator[Place]:
+    for sample in index_samples(tar):
+        try:
+            member = sample.members[picture_extension(sample.members)]
+        except KeyError:
+            continue
+        yield Place(str(tar.absolute()), member.offset, member.size)
+
+
+def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
+    """A directory in the cache for what the networks see in the pictures, and the job that fills it.
+
+    It is named after everything that it is made from, so that every evaluation with the same reference shares it.
+
+    Raises:
+        UserError: no such weights.
+    """
+    job = ReferenceJob(protocol, reference.digest, size_px, len(reference.places))
+    folder = EvaluationDir(cache_dir() / "references" / _job_digest(job)[:16])
+    write_json(folder.pictures, [list(place) for place in reference.places])
+    return folder, job
+
+
+def reference_stage(job: ReferenceJob) -> Stage[ReferenceJob]:
+    """The stage that looks at the real pictures."""
+    return Stage("reference", _parts, _fingerprint, _look_at_parts)
+
+
+def reference_parts(job: ReferenceJob) -> list[int]:
+    """The parts of a reference, by number."""
+    return list(range(-(-job.num // _PART_SIZE)))
+
+
+def _parts(dataset: DatasetDir, job: ReferenceJob) -> list[int]:
+    return reference_parts(job)
+
+
+def _fingerprint(dataset: DatasetDir, job: ReferenceJob, part: int) -> str:
+    return _job_digest(job)
+
+
+def _job_digest(job: ReferenceJob) -> str:
+    size_px = job.size_px if job.protocol.reference_view == "as_samples" else None
+    embedded_by = agreement_digest(job.protocol) if job.protocol.cmmd else None
+    return fingerprint("reference/1", [feature_config(job.protocol), size_px, embedded_by, job.digest, _PART_SIZE])
+
+
+def feature_config(protocol: Protocol) -> list[str]:
+    """What decides the features of a picture."""
+    return [features_digest(protocol), protocol.resize if protocol.network == "inception" else ""]
+
+
+def _look_at_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory = EvaluationDir(dataset.root)
+    places = [Place(*place) for place in json.loads(directory.pictures.read_text())]
+    for part in parts:
+        some = places[part * _PART_SIZE : (part + 1) * _PART_SIZE]
+        tensors = _look(told(some, f"reference, part {part}", len(some), "pictures"), job)
+        path = directory.reference(part)
+        write_tensors(path, tensors)
+        outputs = describe_outputs(dataset, [path])
+        yield ShardReport(stage="reference", shard=part, num_in=len(some), num_out=len(some), outputs=outputs)
+
+
+def _look(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
+    """What the networks see, a few pictures in memory at a time."""
+    features, embeddings, rest = [], [], iter(places)
+    while pictures := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
+        features.append(features_of(pictures, job.protocol))
+        embeddings += [embed_pictures(pictures, job.protocol)] if job.protocol.cmmd else []
+    return {"features": torch.cat(features)} | ({"clip": torch.cat(embeddings)} if embeddings else {})
+
+
+def _as_compared(place: Place, job: ReferenceJob) -> Image.Image:
+    try:
+        picture = decode_rgb(place.read())
+    except OSError as error:
+        raise UserError(f"{place.path} at byte {place.offset} is no picture that can be read: {error}") from error
+    return clip_view(picture, Preprocess(job.size_px)) if job.protocol.reference_view == "as_samples" else picture

@@ -1,0 +1,149 @@
+"""An evaluation from its protocol to its results: which steps there are, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sdtrain.data.stage import Stage
+from sdtrain.errors import UserError
+from sdtrain.evaluation.draw_stage import Drawing, context_stage, draw_stage
+from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
+from sdtrain.evaluation.look_stage import caption_stage, look_stage
+from sdtrain.evaluation.metrics import Judge
+from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
+from sdtrain.evaluation.networks import agreement_digest, features_digest
+from sdtrain.evaluation.prompts import Prompts, choose_prompts
+from sdtrain.evaluation.protocol import Protocol
+from sdtrain.evaluation.reference import (
+    Reference,
+    ReferenceJob,
+    open_reference,
+    prepare_reference,
+    reference_parts,
+    reference_stage,
+)
+from sdtrain.evaluation.results import Results, write_results
+
+
+class Step(NamedTuple):
+    """A stage, the directory in which it leaves what it makes, and what it takes."""
+
+    stage: Stage[Any]
+    directory: EvaluationDir
+    job: Any
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """An evaluation about to be run.
+
+    Attributes:
+        real: where the networks' view of the real pictures is kept, and what makes it; None for statistics.
+    """
+
+    protocol: Protocol
+    directory: EvaluationDir
+    models: tuple[EvaluatedModel, ...]
+    prompts: Prompts
+    reference: Reference
+    real: tuple[EvaluationDir, ReferenceJob] | None
+
+    def steps(self) -> list[Step]:
+        """The steps in their order; each does only those parts that are not finished."""
+        drawings = [Drawing(self.protocol, model, self.prompts.digest) for model in self.models]
+        by_text_encoder = {drawing.model.text_encoder: drawing for drawing in reversed(drawings)}
+        steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
+        steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
+        steps += [self._step(caption_stage, drawings[0])] if self.protocol.agreement == "clip" else []
+        for drawing in drawings:
+            for scale in self.protocol.scales:
+                at_scale = replace(drawing, scale=scale)
+                steps += [self._step(draw_stage, at_scale), self._step(look_stage, at_scale)]
+        return steps
+
+    def finish(self) -> Results:
+        """Computes the numbers and writes them, with the plot. Every step has to be finished."""
+        judge = Judge(self.protocol, self._real_pictures())
+        parts, captions = self.protocol.parts, None
+        if self.protocol.agreement == "clip":
+            captions = _arrays([self.directory.captions(part) for part in parts])
+        rows = []
+        for model in self.models:
+            for scale in self.protocol.scales:
+                drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
+                about = {"model": model.label, "guidance_scale": scale, "num_pictures": self.protocol.num_prompts}
+                rows.append(about | judge.numbers(drawn, captions))
+        notes = [*judge.notes(), *self._cut_prompts(captions)]
+        results = Results(protocol=self._described(), metrics=judge.descriptions(), notes=notes, rows=rows)
+        write_results(self.directory, results, judge.names.agreement, judge.names.fid)
+        return results
+
+    def _step(self, stage: Any, drawing: Drawing) -> Step:
+        return Step(stage(drawing), self.directory, drawing)
+
+    def _real_pictures(self) -> Any:
+        if self.real is None:
+            return self.reference.statistics
+        folder, job = self.real
+        return _arrays([folder.reference(part) for part in reference_parts(job)])
+
+    def _cut_prompts(self, captions: dict[str, Any] | None) -> list[str]:
+        cut = {f"the text encoder of {model.label}": self._num_cut(model) for model in self.models}
+        if captions is not None:
+            cut[f"CLIP {self.protocol.clip_model}"] = int(captions["cut"].sum())
+        return [f"{num:,} prompts are longer than {who} reads and were cut." for who, num in cut.items() if num]
+
+    def _num_cut(self, model: EvaluatedModel) -> int:
+        paths = [self.directory.contexts(model.text_encoder[:12], part) for part in self.protocol.parts]
+        return int(read_tensors(paths, ["cut"])["cut"].sum())
+
+    def _described(self) -> dict[str, Any]:
+        return self.protocol.model_dump(mode="json") | {
+            "size_px": self.models[0].size_px,
+            "prompts_source": self.prompts.source,
+            "prompts_sha256": self.prompts.digest,
+            "reference_source": self.reference.source,
+            "reference_sha256": self.reference.digest,
+            "network_sha256": features_digest(self.protocol),
+            "agreement_by": agreement_digest(self.protocol),
+            "models": {model.label: model.digest for model in self.models},
+        }
+
+
+def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
+    """Checks everything that can be checked before the first picture is drawn.
+
+    Args:
+        protocol: the settings.
+        models: runs, checkpoints, diffusers folders or CompVis files.
+        output: the evaluation's directory; by default `evaluation` in the run, where there is one model and it is one.
+
+    Raises:
+        UserError: what is missing or does not fit.
+    """
+    directory = EvaluationDir(_output(models, output).absolute())
+    prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
+    features_digest(protocol), agreement_digest(protocol)  # the weights are there
+    found = identify_all([path.absolute() for path in models], protocol)
+    reference = open_reference(Path(protocol.reference), protocol.num_reference)
+    if reference.statistics is not None:
+        Judge(protocol, reference.statistics)
+    write_json(directory.prompts, list(prompts.texts))
+    real = None if reference.statistics else prepare_reference(reference, protocol, found[0].size_px)
+    return Sweep(protocol, directory, tuple(found), prompts, reference, real)
+
+
+def _output(models: Sequence[Path], output: Path | None) -> Path:
+    if output is not None:
+        return output
+    run = run_of(models[0]) if len(models) == 1 else None
+    if run is None:
+        raise UserError("Say with --output where the evaluation goes; only a single run keeps it in its own folder.")
+    return run / "evaluation"
+
+
+def _arrays(paths: list[Path]) -> dict[str, Any]:
+    return {name: tensor.numpy() for name, tensor in read_tensors(paths).items()}

@@ -1,0 +1,88 @@
+"""Runs the steps of an evaluation, here or in several processes, each with a GPU of its own where there are any."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.manifest import ShardReport
+from sdtrain.data.stage import Stage
+from sdtrain.errors import UserError
+from sdtrain.evaluation.results import Results
+from sdtrain.evaluation.sweep import Sweep
+from sdtrain.stage_progress import run_with_bar
+
+
+def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:
+    """Does what is not finished, then computes the numbers.
+
+    Parts are cut before they are dealt out, so that the pictures are the same for any number of processes.
+
+    Args:
+        sweep: from `plan`.
+        num_processes: that share the parts.
+        say: hears a line when a step has ended.
+
+    Raises:
+        UserError: a mistake that the user can put right; what was finished is kept.
+    """
+    with _pool(num_processes) if num_processes > 1 else nullcontext() as pool:
+        for step in sweep.steps():
+            stage = step.stage if pool is None else _spread(step.stage, pool)
+            say(str(run_with_bar(stage, step.directory, step.job)))
+    return sweep.finish()
+
+
+@contextmanager
+def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    threads = max(1, torch.get_num_threads() // num_processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_processes, context, _begin, (threads,)) as pool:
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _spread(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
+    """The same stage, whose parts are done by the processes of the pool."""
+
+    def run(dataset: DatasetDir, job: Any, parts: Sequence[int]) -> Iterator[ShardReport]:
+        futures = [pool.submit(_run_part, stage, dataset, job, part) for part in parts]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A process of the evaluation was ended from outside. Is there too little memory? Lower --batch-size, "
+                "or the number of processes; what is finished is kept."
+            ) from error
+
+    return replace(stage, run=run)
+
+
+def _run_part(stage: Stage[Any], dataset: DatasetDir, job: Any, part: int) -> ShardReport:
+    return next(iter(stage.run(dataset, job, [part])))
+
+
+def _begin(num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Else it would wait for work for ever when the parent is killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,153 @@
+"""CompVis' single file: a model's tensors under the names that the original code gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdtrain.data.files import publish
+from sdtrain.errors import UserError
+from sdtrain.exchange.architecture import Architecture, sd_v1
+from sdtrain.exchange.buffers import average_buffers, position_ids, schedule_buffers
+from sdtrain.exchange.dtypes import cast
+from sdtrain.exchange.names import TEXT, average_name
+from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights, empty_vae
+from sdtrain.exchange.tensor_files import NOTES, TensorFile
+from sdtrain.model import load_tokenizer
+
+
+def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
+    """A model in one file: a public SD v1, or one that sdtrain wrote.
+
+    Args:
+        path: `.safetensors`, or a pickle of PyTorch, of which tensors are read and nothing is run.
+        tokenizer: folder, hub id or `demo`; by default CLIP's, which the file does not hold.
+
+    Raises:
+        UserError: a damaged file, one that asks for code to be run, or one of another model.
+    """
+    file = TensorFile(path)
+    architecture = sd_v1() if file.notes is None else Architecture.from_json(file.notes, str(path))
+    architecture.require(file, str(path))
+    names = architecture.unet_names
+    average_names = {name: average_name(stored) for name, stored in names.items()}
+    average = _average_of(file, average_names)
+    plain: Weights = "ema" if average is None else "raw"
+    states = {plain: lambda: _taken(file, names)}
+    if average is not None:
+        states["ema"] = lambda: _taken(file, average_names)
+    name = tokenizer or architecture.tokenizer
+    return StoredModel(
+        source=str(path),
+        unet_config=architecture.unet,
+        scheduler_config=architecture.scheduler,
+        states=states,
+        frozen=lambda: _frozen(file, architecture, name),
+        average=average,
+        tokenizer_name=architecture.tokenizer,
+    )
+
+
+def _taken(file: TensorFile, names: Mapping[str, str]) -> State:
+    return {name: file[stored] for name, stored in names.items()}
+
+
+def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
+    missing = [stored for stored in names.values() if stored not in file]
+    if len(missing) == len(names):
+        return None
+    if missing:
+        raise UserError(f"{file.path} holds a part of the averaged weights only: {missing[0]} is missing.")
+    decay, num_updates = (file.get(f"model_ema.{name}", torch.zeros(())) for name in ("decay", "num_updates"))
+    return Average(float(decay), int(num_updates))
+
+
+def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> Frozen:
+    if tokenizer is None:
+        raise UserError(f"{file.path} does not say which tokenizer belongs to it; name one with --tokenizer.")
+    vae, state = empty_vae(architecture.vae), _taken(file, architecture.vae_names)
+    shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
+    text_config = CLIPTextConfig.from_dict(dict(architecture.text_encoder))
+    text = _taken(file, architecture.text_names)
+    try:
+        state = {name: tensor.float().reshape(shapes[name]) for name, tensor in state.items()}
+        vae.load_state_dict(state, assign=True)
+        encoder = CLIPTextModel.from_pretrained(None, config=text_config, state_dict=text, dtype=torch.float32)
+    except RuntimeError as error:
+        raise UserError(f"{file.path} is not a Stable Diffusion v1 in one file: its shapes are others.") from error
+    found = load_tokenizer(tokenizer)
+    if len(found) > text_config.vocab_size:
+        raise UserError(
+            f"The tokenizer '{tokenizer}' has {len(found)} tokens, but the text encoder in {file.path} knows "
+            f"{text_config.vocab_size}; name the one that belongs to it with --tokenizer."
+        )
+    return Frozen(vae.requires_grad_(False).eval(), found, encoder.requires_grad_(False).eval())
+
+
+def write_compvis(
+    model: StoredModel, path: Path, frozen: Frozen, state: State, average: State | None, dtype: torch.dtype
+) -> None:
+    """Writes a model in one file, whole or not at all.
+
+    The schedule's buffers stay in float32 whatever `dtype` is: it is not fine enough for them.
+
+    Args:
+        model: where configs come from.
+        path: `.safetensors`, or `.ckpt` for a pickle of plain tensors, which loads with `weights_only`.
+        frozen: VAE and text encoder.
+        state: the UNet's tensors by diffusers' names.
+        average: written as `model_ema.*` beside them, where given.
+        dtype: of the weights.
+
+    Raises:
+        UserError: weights too large for `dtype`, a noise schedule that such files do not have, or a full disk.
+    """
+    architecture = architecture_of(model, frozen)
+    weights = stored_weights(architecture, frozen, state, average)
+    tensors = {name: cast(tensor, dtype, name).contiguous() for name, tensor in weights.items()}
+    tensors |= schedule_buffers(model.scheduler_config)
+    tensors[TEXT + "embeddings.position_ids"] = position_ids(frozen.text_encoder.config.max_position_embeddings)
+    if average is not None:
+        how = model.average or Average(0.0, 0)
+        tensors |= average_buffers(how.decay, how.num_updates)
+    notes = architecture.to_json()
+    with publish(path) as temporary:
+        if path.suffix == ".ckpt":
+            # Into an open file: of a path, torch.save writes the name into the file.
+            with temporary.open("wb") as file:
+                torch.save({"state_dict": tensors, "global_step": model.step, NOTES: notes}, file)
+        else:
+            save_file(tensors, temporary, metadata={NOTES: notes})  # of two entries, either may come first
+
+
+def architecture_of(model: StoredModel, frozen: Frozen) -> Architecture:
+    """The configs of a model's parts.
+
+    Raises:
+        UserError: a noise schedule that CompVis' files do not have.
+    """
+    scheduler = dict(model.scheduler_config)
+    if scheduler.get("beta_schedule") != "scaled_linear":
+        raise UserError(
+            f"{model.source} has {scheduler.get('beta_schedule')} betas, but a CompVis file holds SD v1's, which are "
+            "scaled_linear. Export a diffusers folder."
+        )
+    text_config = frozen.text_encoder.config.to_dict()
+    return Architecture(dict(model.unet_config), dict(frozen.vae.config), text_config, scheduler, model.tokenizer_name)
+
+
+def stored_weights(architecture: Architecture, frozen: Frozen, state: State, average: State | None) -> State:
+    """All weights by their names in a file, in the shapes that they have there."""
+    vae, text = frozen.vae.state_dict(), frozen.text_encoder.state_dict()
+    tensors = {stored: state[name] for name, stored in architecture.unet_names.items()}
+    if average is not None:
+        tensors |= {average_name(stored): average[name] for name, stored in architecture.unet_names.items()}
+    for name, stored in architecture.vae_names.items():
+        # The original has convolutions of one pixel where diffusers has matrix products.
+        is_attention = ".mid.attn_1." in stored and vae[name].dim() == 2
+        tensors[stored] = vae[name][:, :, None, None] if is_attention else vae[name]
+    return tensors | {stored: text[name] for name, stored in architecture.text_names.items()}

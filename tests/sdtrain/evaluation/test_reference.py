@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from evaluation_fixtures import write_pictures
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.data.tars import write_samples
+from sdtrain.errors import UserError
+from sdtrain.evaluation.reference import open_reference
+
+
+def test_a_folder_is_its_pictures_and_their_digest_is_of_their_bytes(tmp_path):
+    folder = write_pictures(tmp_path / "a", 5)
+    (folder / "readme.txt").write_text("no picture")
+    found = open_reference(folder, 100)
+    assert len(found.places) == 5
+    assert "5 of 5 pictures" in found.source
+    assert open_reference(write_pictures(tmp_path / "b", 5), 100).digest == found.digest
+    (folder / "004.png").write_bytes((folder / "003.png").read_bytes())
+    assert open_reference(folder, 100).digest != found.digest
+
+
+def test_of_many_pictures_the_seed_chooses(tmp_path):
+    folder = write_pictures(tmp_path / "a", 9)
+    few, again, other = (open_reference(folder, 3, seed) for seed in (0, 0, 1))
+    assert few.places == again.places != other.places
+    assert "3 of 9 pictures" in few.source
+
+
+def test_a_dataset_is_its_packed_pictures(tmp_path):
+    bodies = [path.read_bytes() for path in sorted(write_pictures(tmp_path / "a", 4).iterdir())]
+    dataset = DatasetDir(tmp_path / "data")
+    for shard in range(2):
+        tar = dataset.packed_tar(shard)
+        tar.parent.mkdir(parents=True, exist_ok=True)
+        samples = [(f"{i:09d}", {"png": bodies[i], "txt": b"a"}) for i in (2 * shard, 2 * shard + 1)]
+        write_samples(tar, samples)
+    found = open_reference(dataset.root, 100)
+    assert [place.read() for place in found.places] == bodies
+    # Where the manifest has a shard's digest, its pictures need not be read to know them.
+    outputs = describe_outputs(dataset, [dataset.packed_tar(0)])
+    write_entry(dataset, ShardReport(stage="pack", shard=0, num_in=2, num_out=2, outputs=outputs))
+    known = open_reference(dataset.root, 100)
+    assert (known.places, known.digest == found.digest) == (found.places, False)
+    outputs[dataset.relative(dataset.packed_tar(0))].sha256 = "0" * 64
+    write_entry(dataset, ShardReport(stage="pack", shard=0, num_in=2, num_out=2, outputs=outputs))
+    assert open_reference(dataset.root, 100).digest != known.digest
+
+
+def test_statistics_in_pytorch_fids_form(tmp_path):
+    np.savez(tmp_path / "s.npz", mu=np.arange(3.0), sigma=np.eye(3, dtype=np.float32))
+    found = open_reference(tmp_path / "s.npz", 100)
+    assert found.places == ()
+    assert found.statistics.mean.tolist() == [0, 1, 2]
+    assert found.statistics.covariance.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("arrays", "sentence"),
+    [
+        ({"mu": np.zeros(3)}, "does not hold `mu` and `sigma`"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit each other"),
+        ({"mu": np.zeros(3), "sigma": np.full((3, 3), np.nan)}, "not finite"),
+        ({"mu": np.array([{}], object), "sigma": np.eye(1)}, "does not hold `mu` and `sigma`"),
+    ],
+    ids=["no_sigma", "sizes", "nan", "pickled"],
+)
+def test_other_statistics_are_a_sentence_and_nothing_is_unpickled(tmp_path, arrays, sentence):
+    np.savez(tmp_path / "s.npz", **arrays)
+    with pytest.raises(UserError, match=sentence):
+        open_reference(tmp_path / "s.npz", 100)
+
+
+def test_a_file_that_is_no_npz_and_nothing_at_all_are_sentences(tmp_path):
+    (tmp_path / "s.npz").write_text("no zip")
+    with pytest.raises(UserError, match="does not hold"):
+        open_reference(tmp_path / "s.npz", 100)
+    with pytest.raises(UserError, match="There is no file"):
+        open_reference(tmp_path / "t.npz", 100)
+    with pytest.raises(UserError, match=r"A reference is a dataset, a folder of pictures, or an \.npz"):
+        open_reference(tmp_path / "nothing", 100)
+
+
+def test_too_few_pictures_are_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds 1 pictures; a reference needs two"):
+        open_reference(write_pictures(tmp_path / "a", 1), 100)

@@ -1,0 +1,254 @@
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from evaluation_fixtures import PROMPTS, digests, write_pictures
+from PIL import Image
+
+from sdtrain.errors import UserError
+from sdtrain.evaluation import draw_stage
+from sdtrain.evaluation.look_stage import read_pictures
+from sdtrain.evaluation.models import identify, run_of
+from sdtrain.evaluation.networks import features_of
+from sdtrain.evaluation.results import read_results
+from sdtrain.evaluation.sweep import plan
+from sdtrain.evaluation.workers import run_sweep
+from sdtrain.export import export_model
+from sdtrain.networks import load_networks
+from sdtrain.sample import Sampler, SampleSettings
+
+
+def quiet(line):
+    pass
+
+
+def all_pictures(sweep, scale="guidance-3"):
+    folder = sweep.directory.root / "samples" / sweep.models[0].key / scale
+    return [picture for tar in sorted(folder.glob("*.tar")) for picture in read_pictures(tar)[0]]
+
+
+@pytest.fixture
+def done(little, run, tmp_path):
+    """An evaluation that has been run."""
+    sweep = plan(little, [run], tmp_path / "out")
+    return SimpleNamespace(sweep=sweep, results=run_sweep(sweep, say=quiet), folder=tmp_path / "out")
+
+
+def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done):
+    written = json.loads((done.folder / "results.json").read_text())
+    assert [row["guidance_scale"] for row in written["rows"]] == [1.0, 3.0]
+    assert set(written["metrics"]) == {"fid_demo_features", "kid_demo_features", "agreement_demo_checker"}
+    for row in written["rows"]:
+        assert row["num_pictures"] == 6
+        for name in written["metrics"]:
+            assert np.isfinite(row[name])
+            assert np.isfinite(row[f"{name}_ci95" if not name.startswith("kid") else f"{name}_std"])
+    wanted = {"num_steps", "sampler", "seed", "weights", "dtype", "resize", "size_px", "reference_sha256"}
+    assert wanted | {"network_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
+    assert "Only 6 pictures were drawn and 12 real pictures were taken for 96 features" in written["notes"][0]
+    assert read_results(done.folder / "results.json") == done.results
+    with (done.folder / "results.csv").open() as file:
+        assert [float(row["guidance_scale"]) for row in csv.DictReader(file)] == [1.0, 3.0]
+    assert Image.open(done.folder / "curve.png").width > 500
+
+
+def test_the_numbers_are_those_of_the_pictures(done, little):
+    """Computed again from the pictures, by SciPy's matrix root."""
+    import scipy.linalg
+
+    real = [Image.open(path) for path in sorted((done.folder.parent / "real").iterdir())]
+    ours, theirs = (
+        features_of(pictures, little).double().numpy()
+        for pictures in (all_pictures(done.sweep), [picture.crop((0, 0, 64, 64)) for picture in real])
+    )
+    # Real pictures are 64 px wide and up to 66 high: cropped to the middle as `as_samples` says.
+    centred = [p.crop((0, round((p.height - 64) / 2), 64, round((p.height - 64) / 2) + 64)) for p in real]
+    theirs = features_of(centred, little).double().numpy()
+    covariances = [np.cov(features, rowvar=False) for features in (ours, theirs)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = np.square(ours.mean(0) - theirs.mean(0)).sum() + np.trace(sum(covariances) - 2 * root)
+    assert done.results.rows[1]["fid_demo_features"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_pictures_are_those_of_the_sampler_with_the_same_seeds(done, run, little):
+    """Stored embeddings, parts and scales change no picture."""
+    texts = json.loads((done.folder / "prompts.json").read_text())
+    assert sorted(texts) == sorted(PROMPTS)
+    sampler = Sampler(load_networks(run, "cpu", torch.float32))
+    for scale, name in ((1.0, "guidance-1"), (3.0, "guidance-3")):
+        expected = sampler.sample(texts, range(6), SampleSettings(scale, 2, "plms", batch_size=2))
+        for ours, theirs in zip(all_pictures(done.sweep, name), expected, strict=True):
+            assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_all_scales_begin_with_the_same_noise_and_share_their_embeddings(little, run, tmp_path, monkeypatch):
+    seen = {}
+    real = Sampler.sample
+
+    def note(self, prompts, seeds, settings=None):
+        seen.setdefault(settings.guidance_scale, []).extend(zip(prompts, seeds, strict=True))
+        return real(self, prompts, seeds, settings)
+
+    monkeypatch.setattr(Sampler, "sample", note)
+    sweep = plan(little, [run], tmp_path / "out")
+    run_sweep(sweep, say=quiet)
+    assert seen[1.0] == seen[3.0]
+    assert [seed for _, seed in seen[1.0]] == list(range(6))
+    assert len(list((tmp_path / "out" / "contexts").rglob("*.safetensors"))) == 2  # a file a part, for both scales
+
+
+def test_again_does_nothing_and_gives_the_same_bytes(done, little, run, monkeypatch):
+    before = digests(done.folder)
+    monkeypatch.setattr(draw_stage, "_draw", None)  # so that drawing would fail
+    run_sweep(plan(little, [run], done.folder), say=quiet)
+    assert digests(done.folder) == before
+
+
+def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
+    before, drawn = digests(done.folder), []
+    real = draw_stage._draw
+    monkeypatch.setattr(draw_stage, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    next(done.folder.glob("samples/*/guidance-3/00001.tar")).unlink()
+    run_sweep(plan(little, [run], done.folder), say=quiet)
+    assert drawn == [(3.0, 1)]
+    assert digests(done.folder) == before
+
+
+def test_more_scales_and_more_prompts_keep_what_was_drawn(done, little, run, monkeypatch):
+    drawn, real = [], draw_stage._draw
+    monkeypatch.setattr(draw_stage, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    run_sweep(plan(little.model_copy(update={"scales": (1.0, 2.0, 3.0)}), [run], done.folder), say=quiet)
+    assert drawn == [(2.0, 0), (2.0, 1)]
+
+
+def test_another_seed_draws_other_pictures(done, little, run):
+    before = [picture.tobytes() for picture in all_pictures(done.sweep)]
+    again = plan(little.model_copy(update={"seed": 100}), [run], done.folder)
+    run_sweep(again, say=quiet)
+    assert all(a != b.tobytes() for a, b in zip(before, all_pictures(again), strict=True))
+
+
+def test_an_export_is_the_same_model_and_another_weight_is_not(little, run, tmp_path):
+    folder = export_model(run, tmp_path / "folder")
+    ours, exported = identify(run, little), identify(folder, little)
+    assert (ours.digest, ours.size_px) == (exported.digest, 64)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 1e-3
+    pipeline.save_pretrained(tmp_path / "other")
+    other = identify(tmp_path / "other", little)
+    assert other.digest != ours.digest
+    assert other.text_encoder == ours.text_encoder
+    assert (ours.label, exported.label) == ("run, step 5", "folder")
+
+
+def test_two_models_are_two_lines_and_need_a_place(little, run, tmp_path):
+    raw = export_model(run, tmp_path / "folder")
+    pipeline = StableDiffusionPipeline.from_pretrained(raw)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.5
+    pipeline.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="--output"):
+        plan(little, [run, tmp_path / "other"])
+    sweep = plan(little, [run, tmp_path / "other"], tmp_path / "out")
+    results = run_sweep(sweep, say=quiet)
+    assert [row["model"] for row in results.rows] == ["run, step 5"] * 2 + ["other"] * 2
+    assert len(list((tmp_path / "out").glob("contexts/*/00000.safetensors"))) == 1  # both have one text encoder
+    with pytest.raises(UserError, match="are the same model"):
+        plan(little, [raw, raw], tmp_path / "out")
+
+
+def test_a_run_keeps_its_own_evaluation(little, run):
+    assert plan(little, [run]).directory.root == run / "evaluation"
+    assert run_of(next((run / "checkpoints").iterdir())) == run
+
+
+def test_statistics_give_fid_alone_and_have_to_be_of_the_network(little, run, tmp_path):
+    features = np.random.default_rng(0).standard_normal((200, 96))
+    np.savez(tmp_path / "s.npz", mu=features.mean(axis=0), sigma=np.cov(features, rowvar=False))
+    protocol = little.model_copy(update={"reference": str(tmp_path / "s.npz"), "scales": (1.0,)})
+    results = run_sweep(plan(protocol, [run], tmp_path / "out"), say=quiet)
+    assert set(results.metrics) == {"fid_demo_features", "agreement_demo_checker"}
+    np.savez(tmp_path / "s.npz", mu=np.zeros(64), sigma=np.eye(64))
+    with pytest.raises(UserError, match="statistics are of 64 features, and network 'demo' gives 96"):
+        plan(protocol, [run], tmp_path / "out")
+
+
+def test_clip_and_cmmd_with_an_open_clip_model(little, run, tmp_path):
+    changes = {"agreement": "clip", "clip_model": "ViT-demo", "clip_weights": "random:0", "cmmd": True}
+    protocol = type(little).model_validate(little.model_dump() | changes)
+    results = run_sweep(plan(protocol, [run], tmp_path / "out"), say=quiet)
+    assert set(results.metrics) == {"fid_demo_features", "kid_demo_features", "clip_score", "cmmd"}
+    assert all(-1 <= row["clip_score"] <= 1 and row["cmmd"] > 0 for row in results.rows)
+    assert results.protocol["agreement_by"] == "ViT-demo random:0"
+
+
+def test_latents_that_are_not_finite_are_a_sentence_and_leave_no_part(little, run, tmp_path):
+    folder = export_model(run, tmp_path / "folder")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(float("nan"))
+    pipeline.save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="not finite"):
+        run_sweep(plan(little, [tmp_path / "nan"], tmp_path / "out"), say=quiet)
+    assert not list((tmp_path / "out").glob("samples/**/*.tar"))
+
+
+def test_pictures_that_are_all_the_same_are_a_sentence(little, run, tmp_path):
+    """A VAE whose numbers are not finite gives black pictures and no error."""
+    folder = export_model(run, tmp_path / "folder")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_out.weight.fill_(0)
+    pipeline.save_pretrained(tmp_path / "black")
+    with pytest.raises(UserError, match=r"the same picture for 4 prompts|not finite"):
+        run_sweep(plan(little, [tmp_path / "black"], tmp_path / "out"), say=quiet)
+
+
+def test_a_picture_that_cannot_be_read_is_named(little, run, tmp_path):
+    (tmp_path / "real" / "005.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"005\.png at byte 0 is no picture"):
+        run_sweep(plan(little, [run], tmp_path / "out"), say=quiet)
+
+
+def test_prompts_that_change_while_it_runs_are_a_sentence(little, run, tmp_path):
+    sweep = plan(little, [run], tmp_path / "out")
+    sweep.directory.prompts.write_text(json.dumps(PROMPTS[::-1]))
+    with pytest.raises(UserError, match="changed by another evaluation"):
+        run_sweep(sweep, say=quiet)
+
+
+def test_the_references_view_is_kept_and_shared(done, little, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("sdtrain.evaluation.reference.features_of", None)
+    other = plan(little.model_copy(update={"seed": 50}), [run], tmp_path / "other")
+    run_sweep(other, say=quiet)
+    assert other.real[0].root == done.sweep.real[0].root
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"scales": (1.0, 1.0)}, "each guidance scale once"),
+        ({"cmmd": True}, "set agreement to clip"),
+        ({"num_promts": 3}, "num_promts"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(little, change, sentence):
+    from sdtrain.evaluation.protocol import Protocol
+    from sdtrain.settings import parse_settings
+
+    with pytest.raises(UserError, match=sentence):
+        parse_settings(Protocol, little.model_dump() | change, "test")
+
+
+def test_as_is_the_network_sees_real_pictures_of_any_size(little, run, tmp_path):
+    write_pictures(tmp_path / "large", 8, seed=3, side=90)
+    changes = {"reference": str(tmp_path / "large"), "reference_view": "as_is", "scales": (1.0,)}
+    whole = run_sweep(plan(little.model_copy(update=changes), [run], tmp_path / "out"), say=quiet)
+    changes["reference_view"] = "as_samples"
+    cropped = run_sweep(plan(little.model_copy(update=changes), [run], tmp_path / "out"), say=quiet)
+    assert cropped.rows[0]["fid_demo_features"] != whole.rows[0]["fid_demo_features"]

@@ -1,0 +1,83 @@
+"""What can be opened, and what training can begin from."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training_fixtures import write_config
+
+from sdtrain.checkpoint import STATE, find_checkpoint
+from sdtrain.config import load_config
+from sdtrain.data.files import sha256_of
+from sdtrain.errors import UserError
+from sdtrain.exchange.sources import open_model
+from sdtrain.export import ExportSettings, export_model
+from sdtrain.run_dir import RunDir
+
+
+def begun_from(source, tmp_path, world, ranks, **changes):
+    from sdtrain.training_state import TrainingState
+
+    path = write_config(tmp_path / "config.yaml", *world, init_from=str(source), **changes)
+    state = TrainingState(load_config(str(path)), RunDir(tmp_path / "begun"), ranks)
+    assert state.saves.restore() == 0
+    return state.partition, state.ema.average
+
+
+@pytest.mark.parametrize("name", ["both.ckpt", "both.safetensors", "both"])
+def test_training_begins_with_both_kinds_of_weights_of_a_published_model(run, name, tmp_path, world, ranks):
+    source = export_model(run, tmp_path / name, ExportSettings("both"))
+    partition, average = begun_from(source, tmp_path, world, ranks)
+    weights = {which: dict(find_checkpoint(run).weights(which)) for which in ("master", "ema")}
+    assert torch.equal(partition.master, partition.cut(weights["master"]))
+    assert torch.equal(average, partition.cut(weights["ema"]))
+    assert (partition.moments()["exp_avg"] == 0).all()
+
+
+def test_a_published_model_of_one_kind_begins_both(run, tmp_path, world, ranks):
+    source = export_model(run, tmp_path / "half.safetensors", ExportSettings("ema", "fp16"))
+    partition, average = begun_from(source, tmp_path, world, ranks)
+    wanted = {name: tensor.half() for name, tensor in find_checkpoint(run).weights("ema")}
+    assert torch.equal(partition.master, partition.cut(wanted))
+    assert torch.equal(average, partition.master)
+
+
+def test_another_unet_is_a_sentence(run, tmp_path, world, ranks):
+    source = export_model(run, tmp_path / "model.ckpt")
+    wider = load_config(str(run / "config.yaml")).unet.model_dump() | {"block_out_channels": [16, 48]}
+    with pytest.raises(UserError, match=r"model\.ckpt holds another UNet than the config's `unet`"):
+        begun_from(source, tmp_path, world, ranks, unet=wider)
+
+
+def test_a_checkpoint_that_two_ranks_wrote_gives_the_same_file(run, tmp_path):
+    """Whatever the stage of ZeRO, each rank writes its part of the flat vectors; see test_checkpoint_ranks."""
+    whole = find_checkpoint(run)
+    folder = tmp_path / "two" / "checkpoints" / whole.path.name
+    folder.mkdir(parents=True)
+    (folder.parents[1] / "config.yaml").write_text((run / "config.yaml").read_text())
+    half, files = -(-whole.layout.partition_numel // 2), {}
+    for rank in range(2):
+        path = folder / f"rank-{rank:05d}-of-00002.safetensors"
+        save_file({name: whole.read(name, rank * half, (rank + 1) * half).contiguous() for name in STATE}, path)
+        files[path.name] = sha256_of(path)
+    layout = whole.layout.model_copy(update={"world_size": 2, "partition_numel": half, "files": files})
+    (folder / "layout.json").write_text(layout.model_dump_json())
+    one, two = (export_model(path, tmp_path / f"{path.name}.ckpt", ExportSettings("both")) for path in (run, folder))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_what_is_no_model_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="neither a diffusers folder with a Stable Diffusion pipeline nor"):
+        open_model(tmp_path)
+    with pytest.raises(UserError, match="neither a diffusers folder"):
+        open_model(tmp_path / "nothing")
+    (tmp_path / "noise.ckpt").write_bytes(b"noise")
+    with pytest.raises(UserError, match="cut short or damaged"):
+        open_model(tmp_path / "noise.ckpt")
+
+
+def test_a_folder_with_damaged_weights_is_a_sentence(run, tmp_path):
+    folder = export_model(run, tmp_path / "folder")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is not a UNet that diffusers can load"):
+        open_model(folder).unet("ema")
