@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import flow
 from prefect.settings import (
@@ -36,6 +37,9 @@ from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
 from sdtrain.errors import UserError
 from sdtrain.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from sdtrain.report.page import PictureSection
 
 CONFIG = "tiny"
 
@@ -125,7 +129,20 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     return found
 
 
-def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
+def look_closer(demo: DemoDir) -> "list[PictureSection]":
+    """Evaluates the model, searches the data, and looks for training pictures among samples."""
+    from flows import demo_sections
+    from sdtrain.checkpoint import find_checkpoint
+
+    memorised = demo.samples / f"memorised-{find_checkpoint(demo.training.path).path.name}"
+    return [
+        demo_sections.evaluate(demo.training, demo.data),
+        demo_sections.search(demo.data, demo.root / "search.png"),
+        demo_sections.look_for_memorised(demo.samples / "model", demo.data, memorised),
+    ]
+
+
+def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[PictureSection]") -> Path:
     """The page that the demo ends with."""
     from filters.borders import borders
     from filters.finish import limits_of, scores_note
@@ -152,6 +169,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement]) -> Path:
         scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,
+        sections=sections,
         find_picture=open_world(demo.world).picture_of,
     )
     return write_report(report, demo.report)
@@ -164,7 +182,7 @@ def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float 
         build_demo(str(demo.root), num_rows)
         train_demo(str(demo.root), steps)
     verdicts = sample_demo(demo)
-    report = write_demo_report(demo, verdicts)
+    report = write_demo_report(demo, verdicts, look_closer(demo))
     figures: dict[str, float | str] = {"seconds": round(time.monotonic() - started, 1)}
     for name, verdict in verdicts.items():
         figures |= {f"color_{name}": round(verdict.color, 3), f"shape_{name}": round(verdict.shape, 3)}

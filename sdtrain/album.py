@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from PIL import Image
 
@@ -27,25 +28,34 @@ class Album:
         folder: where the pictures are, each named by its seed.
         model: what they are drawn with.
         settings: how.
+        judge: name of the safety checker that sees them first, if one does.
     """
 
     folder: Path
     model: Model
     settings: SampleSettings
+    judge: str | None = None
 
     def path(self, job: Job) -> Path:
         """Where a job's picture is, or will be."""
         return self.folder / f"{job.seed:05d}.png"
 
     def has(self, job: Job) -> bool:
-        """Whether the picture is there and says that it was made by this model and these settings."""
+        """Whether the picture is there and says that it was made, and judged, as it would be now."""
         try:
             with Image.open(self.path(job)) as picture:
                 made = json.loads(picture.text["sdtrain"])  # type: ignore[attr-defined]
         except (OSError, KeyError, ValueError, AttributeError):
             return False
         made.pop("flagged", None)
-        return bool(made == description(job, self.model, self.settings))
+        return bool(made == description(job, self.model, self.settings) | self._judged(False))
+
+    def save(self, job: Job, picture: Image.Image, flagged: bool = False) -> None:
+        """Writes a job's picture."""
+        save_picture(self.path(job), picture, job, self.model, self.settings, self._judged(flagged))
+
+    def _judged(self, flagged: bool) -> dict[str, Any]:
+        return ({"safety_checker": self.judge} if self.judge else {}) | ({"flagged": True} if flagged else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
         """The batches of which a picture is missing: whole ones, so that all pictures are those of one run."""
@@ -76,13 +86,10 @@ class Writer:
 
     def save(self, job: Job, picture: Image.Image, flagged: bool) -> Path:
         """Begins to write; waits where too many are waiting. An error of an earlier one is raised here."""
-        path, album = self._album.path(job), self._album
-        self._waiting.append(
-            self._pool.submit(save_picture, path, picture, job, album.model, album.settings, flagged=flagged)
-        )
+        self._waiting.append(self._pool.submit(self._album.save, job, picture, flagged))
         while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()
-        return path
+        return self._album.path(job)
 
     def __enter__(self) -> Writer:
         return self

@@ -61,16 +61,14 @@ def sample(
         raise UserError("There is no prompt. Name some, or give --prompts-file.")
     speed = SpeedConfig(compile=compile_unet)
     chosen = Model(pinned(model), weights, DTYPES[dtype], tokenizer, speed)
-    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size))
+    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker)
     jobs = make_jobs(wanted, seed, per_prompt)
-    _fill(album, jobs, keep, processes, safety_checker, flagged)
+    _fill(album, jobs, keep, processes, flagged)
     if grid:
         _write_sheet(album, jobs, per_prompt if per_prompt > 1 else None)
 
 
-def _fill(
-    album: Album, jobs: Sequence[Job], keep: bool, processes: int | None, safety_checker: str | None, flagged: Flagged
-) -> None:
+def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None, flagged: Flagged) -> None:
     """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
     from sdtrain.album import Writer
     from sdtrain.draw import all_devices, cut, draw_batches, place_of_rank
@@ -78,7 +76,7 @@ def _fill(
 
     rank, world_size, device = place_of_rank()
     devices = [device] if device else all_devices(processes)
-    judge = load_safety_checker(safety_checker, devices[0]) if safety_checker else None
+    judge = load_safety_checker(album.judge, devices[0]) if album.judge else None
     batches = cut(jobs, album.settings)[rank::world_size]
     pending = album.pending(batches) if keep else batches
     drawn, num_flagged = draw_batches(album.model, pending, album.settings, devices), 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -161,10 +161,15 @@ def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, A
 
 
 def save_picture(
-    path: Path, picture: Image.Image, job: Job, model: Model, settings: SampleSettings, flagged: bool = False
+    path: Path,
+    picture: Image.Image,
+    job: Job,
+    model: Model,
+    settings: SampleSettings,
+    also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a PNG that says in its text chunk `sdtrain` how it was made, and whether a safety checker flagged it."""
-    made = description(job, model, settings) | ({"flagged": True} if flagged else {})
+    """Writes a PNG that says in its text chunk `sdtrain` how it was made, and what else is to be known of it."""
+    made = description(job, model, settings) | dict(also or {})
     text = PngInfo()
     text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
     with publish(path) as temporary:

@@ -153,9 +153,11 @@ def _download(name: str, part: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    wanted = [f"{part}/*.json", f"{part}/*.txt", f"{part}/model.safetensors", f"{part}/{VAE_WEIGHTS}"]
+    wanted = [f"{part}/*.json", f"{part}/*.txt", "*.json", "*.txt"]
+    if part != "tokenizer":  # CLIP's weights lie beside its tokenizer
+        wanted += [f"{part}/model.safetensors", f"{part}/{VAE_WEIGHTS}", "model.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*wanted, "*.json", "*.txt", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(
             f"The {part} '{name}' is not a folder here and the hub did not give it ({type(error).__name__}). "

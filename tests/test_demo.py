@@ -16,6 +16,8 @@ from filters.road import STAGE_NAMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
+MADE_ANEW = ("index.json", "console.log", "results.json", "results.csv", "curve.png", "demo-prompts.txt", "README.md")
+
 
 def run_demo(output: Path) -> tuple[dict, str]:
     """The figures that the demo prints last, and all it printed."""
@@ -26,10 +28,10 @@ def run_demo(output: Path) -> tuple[dict, str]:
 
 
 def times_of(output: Path) -> dict[str, int]:
-    """When each result was written; the views, the report and Prefect's own files are made anew each time."""
+    """When each result was written; views, reports and Prefect's own files are made anew each time."""
     folders = ("world/pictures", "data/selection", "data/images", "data/scores", "data/dataset", "data/latents")
     files = [p for folder in (*folders, "data/manifest", "training", "samples") for p in (output / folder).rglob("*")]
-    kept = [p for p in files if p.is_file() and p.name not in ("index.json", "console.log")]
+    kept = [p for p in files if p.is_file() and p.name not in MADE_ANEW]
     return {p.relative_to(output).as_posix(): p.stat().st_mtime_ns for p in kept}
 
 

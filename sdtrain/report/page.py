@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,16 @@ class SampleSection:
 
 
 @dataclass(frozen=True)
+class PictureSection:
+    """A section that is one picture, with what to know of it."""
+
+    title: str
+    text: str
+    picture: Path
+    lines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """What goes into one report; sections without a source are left out."""
 
@@ -45,10 +55,14 @@ class Report:
     """The recipe's rules, for the lines in the histograms."""
     training: RunDir | None = None
     samples: SampleSection | None = None
+    sections: Sequence[PictureSection] = ()
+    """Shown after samples and training."""
     find_picture: FindPicture | None = None
     """A local file for a URL that was never fetched, where there is one."""
     borders: Sequence[Border] = ()
     """The limits near which examples are to be shown."""
+    prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
+    """Lets a connection read where the metadata lies, if that is on S3 or on the web."""
     scores_note: str = ""
     """What one should know before comparing our scores with the metadata's."""
 
@@ -65,6 +79,7 @@ def write_report(report: Report, path: Path) -> Path:
     shutil.rmtree(pictures, ignore_errors=True)
     pictures.mkdir(parents=True)
     with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
+        report.prepare(connection)
         funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
         if not funnel:
             raise UserError(f"{report.dataset.root} is not built to its decisions yet; run the build again.")
@@ -83,6 +98,7 @@ def write_report(report: Report, path: Path) -> Path:
         }
     context["training"] = draw_training(report.training, pictures) if report.training else None
     context["samples"] = _place_samples(report.samples, pictures) if report.samples else None
+    context["sections"] = [_place_section(section, pictures) for section in report.sections]
     page = _template().render(context)
     with publish(path) as temporary:
         temporary.write_text(page)
@@ -131,6 +147,12 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
 def _place_samples(samples: SampleSection, pictures: Path) -> dict[str, Any]:
     shutil.copyfile(samples.picture, pictures / "samples.png")
     return {"picture": "pictures/samples.png", "text": samples.text, "table": samples.table}
+
+
+def _place_section(section: PictureSection, pictures: Path) -> dict[str, Any]:
+    shutil.copyfile(section.picture, pictures / section.picture.name)
+    shown = {"title": section.title, "text": section.text, "lines": section.lines}
+    return shown | {"picture": f"pictures/{section.picture.name}"}
 
 
 def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:

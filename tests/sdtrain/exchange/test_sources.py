@@ -11,6 +11,7 @@ from sdtrain.data.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.exchange.sources import open_model
 from sdtrain.export import ExportSettings, export_model
+from sdtrain.model import find_weights
 from sdtrain.run_dir import RunDir
 
 
@@ -81,3 +82,17 @@ def test_a_folder_with_damaged_weights_is_a_sentence(run, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="is not a UNet that diffusers can load"):
         open_model(folder).unet("ema")
+
+
+@pytest.mark.parametrize(("part", "with_weights"), [("tokenizer", False), ("text_encoder", True)])
+def test_a_tokenizer_comes_from_the_hub_without_the_weights_beside_it(tokenizer, monkeypatch, part, with_weights):
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return tokenizer
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    find_weights("openai/clip-vit-large-patch14", part)
+    assert ("model.safetensors" in asked) == with_weights
+    assert {"*.json", "*.txt"} < set(asked)
