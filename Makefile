@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 TESTS := -p xdist -n 2
 
-.PHONY: setup demo test test-slow test-kills test-long test-all check bench lock clean
+.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench lock clean
 
 setup: $(STAMP)
 
@@ -19,6 +19,18 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python -m flows.demo --output demo-output
+
+# One machine for months: PostgreSQL, Prefect's server, a worker for each pool; docs/operating.md says more.
+# SDTRAIN_STATE (.sdtrain-box) and SDTRAIN_PORT (4200) say where.
+up: setup
+	@$(BIN)/python -m flows.box up
+
+down:
+	@$(BIN)/python -m flows.box down
+
+# After a change of prefect.yaml or of a flow's parameters, while the box is up.
+deploy:
+	@$(BIN)/python -m flows.box deploy
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)
@@ -47,8 +59,10 @@ bench: setup
 	for name in $$(ls tests/benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py//'); do \
 		$(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
 
+# Without eight-bit: where bitsandbytes is installed, diffusers imports it in every process, which takes seconds.
+lock: EXTRAS := remote ray dask wandb semantic server dev
 lock: setup
-	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 --all-extras --no-annotate --no-header \
+	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 $(EXTRAS:%=--extra %) --no-annotate --no-header \
 		pyproject.toml --output-file requirements.lock
 
 clean:

@@ -123,6 +123,10 @@ class Sampler:
         vae, pictures = self._networks.vae, list[Image.Image]()
         for part in latents.split(_DECODED_AT_ONCE):
             pixels = vae.decode(part / vae.config.scaling_factor).sample
+            if not pixels.isfinite().all():
+                raise UserError(
+                    f"The VAE of {self._networks.source} gives pictures that are not finite; its weights are damaged."
+                )
             rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             pictures += [Image.fromarray(picture) for picture in rounded]
         return pictures

@@ -77,8 +77,8 @@ class EncodeConfig(Settings):
     resolution: int = Field(default=512, ge=8, multiple_of=8)
     batch_size: int = Field(default=8, ge=1)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Of the VAE's weights and activations. On GPUs the halves are several times as fast; fp16 rounds eight times finer
-    than bf16, and SD v1's VAE does not overflow in it."""
+    """Of the VAE's weights and activations. GPUs multiply halves faster; fp16 rounds eight times finer than bf16, and
+    latents that overflow are refused."""
     num_crops: int = Field(default=1, ge=1)
     """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
     an epoch, each in its turn."""

@@ -143,6 +143,14 @@ def test_a_broken_model_is_a_sentence(folder):
         broken.sample(["a"], [1], SampleSettings(num_steps=2))
 
 
+def test_a_vae_that_gives_no_numbers_is_named(folder):
+    broken = Sampler(load_networks(folder))
+    with torch.no_grad():
+        broken._networks.vae.decoder.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=f"The VAE of {folder} gives pictures that are not finite"):
+        broken.sample(["a"], [0], SampleSettings(num_steps=1))
+
+
 def test_a_folder_without_a_pipeline_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="neither a diffusers folder"):
         Sampler(load_networks(tmp_path))

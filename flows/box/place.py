@@ -1,0 +1,98 @@
+"""Where the box keeps its state, and how its processes are known."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdtrain.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+DEFAULT_PORT = 4200
+LARGEST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class BoxDir:
+    """The box's directory: all of its state, and nothing of the datasets."""
+
+    root: Path
+
+    @property
+    def logs(self) -> Path:
+        """A file for each process."""
+        return self.root / "logs"
+
+    @property
+    def cluster(self) -> Path:
+        """PostgreSQL's files, owned by the user that it runs as."""
+        return self.root / "postgres"
+
+    @property
+    def passfile(self) -> Path:
+        """The password of the database, for its owner's eyes only."""
+        return self.root / "pgpass"
+
+    @property
+    def home(self) -> Path:
+        """Prefect's home, so that the box neither needs nor touches yours."""
+        return self.root / "prefect"
+
+    @property
+    def lock(self) -> Path:
+        """Held while the box runs; holds the supervisor's process id."""
+        return self.root / "lock"
+
+    @property
+    def ready(self) -> Path:
+        """There while everything is up; holds the page's address."""
+        return self.root / "ready"
+
+    @property
+    def variables(self) -> Path:
+        """To be sourced by a shell."""
+        return self.root / "env"
+
+    @property
+    def deployments(self) -> Path:
+        """The repository's prefect.yaml, spread over the box's pools."""
+        return self.root / "prefect.yaml"
+
+    def log(self, name: str) -> Path:
+        """The log of one process."""
+        return self.logs / f"{name}.log"
+
+
+@dataclass(frozen=True)
+class Box:
+    """What is to run where.
+
+    Attributes:
+        place: directory of its state.
+        port: of Prefect's page and API on 127.0.0.1.
+    """
+
+    place: BoxDir
+    port: int = DEFAULT_PORT
+
+    @property
+    def page(self) -> str:
+        """The address for a browser."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def api(self) -> str:
+        """The address for programs."""
+        return f"{self.page}/api"
+
+
+def box_of_environment() -> Box:
+    """The box that SDTRAIN_STATE and SDTRAIN_PORT name, by default .sdtrain-box in this repository, port 4200.
+
+    Raises:
+        UserError: the port is no port.
+    """
+    root = Path(os.environ.get("SDTRAIN_STATE") or ROOT / ".sdtrain-box").absolute()
+    port = os.environ.get("SDTRAIN_PORT") or str(DEFAULT_PORT)
+    if not port.isdecimal() or not 0 < int(port) <= LARGEST_PORT:
+        raise UserError(f"SDTRAIN_PORT={port} is no port. Give a number from 1 to {LARGEST_PORT}, such as 4200.")
+    return Box(BoxDir(root), int(port))
