@@ -133,10 +133,13 @@ def look_closer(demo: DemoDir) -> "list[PictureSection]":
     """Evaluates the model, searches the data, and looks for training pictures among samples."""
     from flows import demo_sections
     from sdtrain.checkpoint import find_checkpoint
+    from sdtrain.model_card import write_card
 
     memorised = demo.samples / f"memorised-{find_checkpoint(demo.training.path).path.name}"
+    evaluated = demo_sections.evaluate(demo.training, demo.data)
+    write_card(demo.training.path)  # now with the evaluation
     return [
-        demo_sections.evaluate(demo.training, demo.data),
+        evaluated,
         demo_sections.search(demo.data, demo.root / "search.png"),
         demo_sections.look_for_memorised(demo.samples / "model", demo.data, memorised),
     ]
@@ -170,6 +173,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         training=demo.training,
         samples=samples,
         sections=sections,
+        card=demo.training.path / "README.md",
         find_picture=open_world(demo.world).picture_of,
     )
     return write_report(report, demo.report)

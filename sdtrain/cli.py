@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain import cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search
+from sdtrain import cli_card, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -64,6 +64,9 @@ def build(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Fetch rows again whose failure may have passed.")
     ] = False,
+    work_dir: Annotated[
+        str | None, typer.Option(help="With --output s3://…: where its files lie here. Default: the user's cache.")
+    ] = None,
 ) -> None:
     """Build a dataset, from metadata to latents; what is finished is not done again."""
     from filters.recipe import Overrides, load_recipe
@@ -79,7 +82,7 @@ def build(
         "allow_private_hosts": allow_private_hosts,
         "new_files": new_files,
     }
-    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output, retry_failed)
+    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output, retry_failed, work_dir)
 
 
 @app.command()
@@ -180,6 +183,8 @@ def status(dataset: DatasetArgument) -> None:
     print_table(rows)
 
 
+app.command()(cli_card.card)
+app.command()(cli_card.plan)
 app.command()(cli_curate.decide)
 app.command()(cli_curate.remove)
 app.command()(cli_draw.sample)
@@ -189,17 +194,16 @@ app.command()(cli_search.search)
 app.command()(cli_search.memorised)
 
 
-def _build(recipe: Recipe, output: str, retry_failed: bool) -> None:
+def _build(recipe: Recipe, output: str, retry_failed: bool, work_dir: str | None) -> None:
     from filters.finish import finish_dataset
-    from filters.record import dataset_path, record_recipe, require_metadata
+    from filters.record import output_dataset, record_recipe, require_metadata
     from filters.road import road
-    from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.dataset_lock import lock_to_change
     from sdtrain.data.recovery import recover
     from sdtrain.stage_progress import run_with_bar
 
     require_metadata(recipe)
-    dataset = DatasetDir(dataset_path(output, recipe))
+    dataset = output_dataset(output, recipe, work_dir)
     with lock_to_change(dataset, "sdtrain build"):
         changes = record_recipe(dataset, recipe)
         if changes:
@@ -209,7 +213,7 @@ def _build(recipe: Recipe, output: str, retry_failed: bool) -> None:
                 print(recover(dataset, recipe), flush=True)
             print(run_with_bar(stage, dataset, recipe), flush=True)
         finish_dataset(dataset, recipe)
-    print(f"{recipe.name}: {dataset.root}")
+    print(f"{recipe.name}: {dataset}")
 
 
 if __name__ == "__main__":

@@ -47,12 +47,14 @@ def train(
         UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
     """
     # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
+    from sdtrain.impact.recorder import EnergyRecorder
     from sdtrain.observer import Observer
     from sdtrain.progress import Progress
     from sdtrain.schedules import learning_rate
     from sdtrain.training_state import TrainingState
     from sdtrain.watchdog import Watchdog
 
+    energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
     first_step = state.saves.restore()
     progress = Progress(run_dir, config, ranks, state.begin(first_step))
@@ -60,7 +62,7 @@ def train(
     batches = progress.timed(state.batches(first_step))
     step = first_step
 
-    with state.saves, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
+    with energy, state.saves, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
         while step < config.steps and not ranks.any(stop_requested() or state.saves.have_failed()):
             lr = learning_rate(step, config.optimizer, config.schedule)
             state.partition.set_learning_rate(lr)
@@ -78,6 +80,7 @@ def train(
             if step % config.log_every == 0 or step == config.steps:
                 figures = state.figures(lr)
                 observer.log(step, figures, progress.line(step, figures))
+                energy.add(step)
             observer.look(step, progress, watchdog.at)
             if step % config.checkpoint.every == 0 and step < config.steps:
                 watchdog.at(step, "a checkpoint")
@@ -88,8 +91,21 @@ def train(
         watchdog.at(step, "the last checkpoint")
         progress.check(step)
         state.saves.finish(step, first_step)
+        energy.add(step)
     observer.close()
+    if ranks.is_first:
+        _write_card(run_dir.path)
     return step
+
+
+def _write_card(run: Path) -> None:
+    """Writes the model card. What was trained does not depend on it, so that a damaged record is only warned of."""
+    from sdtrain.model_card import write_card
+
+    try:
+        write_card(run)
+    except UserError as error:
+        print(f"warning: no model card was written. {error} Then: sdtrain card {run}", flush=True)
 
 
 class StopRequest:
@@ -114,7 +130,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="tiny", help="name of a config (default: tiny) or a YAML file")
     parser.add_argument("--data", help="dataset directory with latents/ (default: the config's data.root)")
     parser.add_argument("--output", help="run directory (default: runs/NAME)")
-    parser.add_argument("--init_from", "--init-from", help="run or checkpoint to start from (default: the config's)")
+    parser.add_argument(
+        "--init_from", "--init-from", help="run, checkpoint, diffusers folder or CompVis file to start from"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps of the whole run")
     parser.add_argument("--deepspeed", action="store_true", help="accepted for launchers; always on")
     parser.add_argument("--deepspeed_config", type=Path, help="DeepSpeed JSON laid over our settings")

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sdtrain.config.card import CardConfig
 from sdtrain.config.data import DataConfig
 from sdtrain.config.safety import CheckpointConfig, GuardConfig
 from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
@@ -33,6 +34,7 @@ _FREE = (
     "validation",
     "previews",
     "tracking",
+    "card",
 )
 # What makes another run all the same, within those: the size of the latents, and which samples are trained on.
 _FIXED = (
@@ -79,6 +81,7 @@ class TrainConfig(Settings):
     validation: ValidationConfig = ValidationConfig()
     previews: PreviewConfig = PreviewConfig()
     tracking: TrackingConfig = TrackingConfig()
+    card: CardConfig = CardConfig()
     zero_stage: Literal[1, 2] = 1
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too (for small cards; more communication)."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"

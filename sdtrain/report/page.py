@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Report:
     samples: SampleSection | None = None
     sections: Sequence[PictureSection] = ()
     """Shown after samples and training."""
+    card: Path | None = None
+    """The model's card, to which the page links."""
     find_picture: FindPicture | None = None
     """A local file for a URL that was never fetched, where there is one."""
     borders: Sequence[Border] = ()
@@ -98,6 +101,7 @@ def write_report(report: Report, path: Path) -> Path:
         }
     context["training"] = draw_training(report.training, pictures) if report.training else None
     context["samples"] = _place_samples(report.samples, pictures) if report.samples else None
+    context["card"] = os.path.relpath(report.card, path.parent) if report.card else None
     context["sections"] = [_place_section(section, pictures) for section in report.sections]
     page = _template().render(context)
     with publish(path) as temporary:

@@ -1,0 +1,77 @@
+"""Emissions of electricity by the region of the data centre.
+
+Emissions = power x time x carbon intensity of the grid, after Lacoste et al. 2019, "Quantifying the Carbon Emissions of
+Machine Learning" (arXiv:1910.09700). The table is the one that their calculator was published with (github.com/mlco2/
+impact, data/impact.csv: eGRID for the USA, national figures elsewhere), in kg of CO2 equivalents a kWh. Grids have
+become cleaner since 2019: state your provider's newer figure where you have one. `aws/us-east` is no row of that table:
+it is the 0.3 kg/kWh that the model card of Stable Diffusion v1 implies (11,250 kg for 150,000 hours at 250 W).
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sdtrain.errors import UserError
+from sdtrain.settings import nearest
+
+_TABLE = Path(__file__).parent / "carbon.csv"
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where electricity is from.
+
+    Attributes:
+        name: provider and region, as in "aws/us-east-1".
+        place: for people.
+        kg_per_kwh: kg of CO2 equivalents that a kWh brings about.
+    """
+
+    name: str
+    place: str
+    kg_per_kwh: float
+
+
+@lru_cache(maxsize=1)
+def regions() -> dict[str, Region]:
+    """All regions of the table, by name."""
+    with _TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["region"]: Region(row["region"], row["place"], float(row["g_per_kwh"]) / 1000) for row in rows}
+
+
+def find_region(name: str) -> Region:
+    """The region of that name.
+
+    Raises:
+        UserError: it is not in the table; with those that are near, for "us-est-1" is as near to east as to west.
+    """
+    found = regions().get(name.lower())
+    if found is None:
+        near = difflib.get_close_matches(name.lower(), list(regions()), n=3)
+        hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else nearest(name, list(regions()))
+        raise UserError(
+            f"There is no region '{name}' in the table of carbon intensities.{hint} Or state your grid's own figure, "
+            "kg_per_kwh."
+        )
+    return found
+
+
+def energy_kwh(hours: float, watts: float) -> float:
+    """Energy of `hours` device-hours at `watts` each."""
+    return hours * watts / 1000
+
+
+def emissions_kg(kwh: float, kg_per_kwh: float, pue: float = 1.0) -> float:
+    """Kg of CO2 equivalents (Lacoste et al. 2019).
+
+    Args:
+        kwh: energy of the computers.
+        kg_per_kwh: carbon intensity of the grid.
+        pue: power usage effectiveness: what the whole data centre draws over what its computers draw.
+    """
+    return kwh * pue * kg_per_kwh

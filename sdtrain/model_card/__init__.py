@@ -1,0 +1,5 @@
+"""The model card of a run, RUN/README.md, written from what the run and its datasets recorded."""
+
+from sdtrain.model_card.write import write_card
+
+__all__ = ["write_card"]

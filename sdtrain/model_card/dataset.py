@@ -1,0 +1,102 @@
+"""What a dataset says of itself: its recipe, its funnel, what was taken out, and how long its stages worked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import yaml
+from pydantic import Field
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.removed import read_ledger
+from sdtrain.impact.carbon import energy_kwh
+from sdtrain.impact.devices import CORE_W, board_watts
+from sdtrain.settings import Settings
+
+GPU_STAGES = ("score", "encode")
+"""The stages whose networks run on a GPU where there is one."""
+
+
+class DatasetFacts(Settings):
+    """What the card tells of one dataset; empty where nothing is recorded."""
+
+    root: str
+    name: str = ""
+    description: str = ""
+    metadata: str = ""
+    expected_rows: str = ""
+    select_rules: dict[str, Any] = Field(default={})
+    keep_rules: dict[str, Any] = Field(default={})
+    duplicates: str = ""
+    funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
+    """(stage, reason, meaning, dropped, remaining), the first row being all of the metadata."""
+    stage_hours: dict[str, float] = Field(default={})
+    """Hours of the workers, added up over the shards."""
+    num_removed: int = 0
+    """Rows of the ledger of what was taken out for good."""
+
+    @property
+    def hub_id(self) -> str | None:
+        """The metadata's name on the Hub, if it is from there."""
+        parts = self.metadata.removeprefix("hf://datasets/").split("/")
+        return "/".join(parts[:2]) if self.metadata.startswith("hf://datasets/") and len(parts) > 1 else None
+
+    def kwh(self, gpu: str | None, cores: float) -> float:
+        """Energy of the stages at stated power, as nothing measured it.
+
+        Args:
+            gpu: what scored and encoded; None: CPU cores.
+            cores: that each worker kept busy.
+        """
+        watts = board_watts(gpu) if gpu else None
+        return sum(
+            energy_kwh(hours, CORE_W * cores + (watts or 0.0) * (stage in GPU_STAGES))
+            for stage, hours in self.stage_hours.items()
+        )
+
+
+def dataset_facts(root: Path) -> DatasetFacts:
+    """Reads what a dataset recorded; what it lacks stays empty.
+
+    Raises:
+        UserError: its ledger of removals is damaged.
+    """
+    dataset = DatasetDir(root)
+    funnel, hours = _counts(dataset.database)
+    return DatasetFacts(
+        root=str(root),
+        **_recipe(dataset.recipe),
+        funnel=funnel,
+        stage_hours=hours,
+        num_removed=read_ledger(dataset.removed).num_rows,
+    )
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):
+        return {}
+    select, keep = recipe.get("select", {}), recipe.get("keep", {})
+    return {
+        **{name: recipe.get(name, "") for name in ("name", "description", "expected_rows")},
+        "metadata": select.get("metadata", ""),
+        "select_rules": select.get("rules", {}),
+        "keep_rules": keep.get("rules", {}),
+        "duplicates": recipe.get("duplicates", {}).get("level", ""),
+    }
+
+
+def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[str, float]]:
+    """The funnel, and hours by stage; `filters` is above training, so its tables are read."""
+    if not database.exists():
+        return [], {}
+    try:
+        with duckdb.connect(str(database), read_only=True) as connection:
+            funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+            hours = connection.execute("SELECT stage, sum(seconds) / 3600 FROM stages GROUP BY stage").fetchall()
+    except duckdb.Error:
+        return [], {}
+    return funnel, dict(hours)

@@ -1,0 +1,82 @@
+"""The rates and assumptions of plans, with where each is from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sdtrain.errors import UserError
+from sdtrain.settings import Settings, nearest
+
+_FILE = Path(__file__).parent / "rates.yaml"
+
+
+class Rate(Settings):
+    """One number."""
+
+    value: float
+    unit: str
+    kind: Literal["measured", "published", "exact", "assumed", "stated"]
+    source: str = ""
+    """Who says so, or why it was assumed."""
+    section: str = ""
+    """Of tests/benchmarks/RESULTS.md, if measured: the command."""
+    quote: str = ""
+    """That file's words."""
+    amount: float | None = None
+    """If measured: so much, in `seconds`, on `cores`."""
+    seconds: float | None = None
+    cores: float | None = None
+
+    def __str__(self) -> str:
+        """For a table."""
+        return f"{self.kind}: {self.source or self.section}"
+
+
+Rates = dict[str, Rate]
+
+
+def load_rates(assumed: Iterable[str] = ()) -> Rates:
+    """All rates, with those that the user states in their place.
+
+    Args:
+        assumed: as in "link_rot=0.4".
+
+    Raises:
+        UserError: no such rate, or no positive number.
+    """
+    content: dict[str, Any] = yaml.safe_load(_FILE.read_text())
+    rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
+    for text in assumed:
+        name, _, value = text.partition("=")
+        known(name, rates)
+        rates[name] = Rate(
+            value=_number(text, value, rates[name].unit), unit=rates[name].unit, kind="stated", source="yours"
+        )
+    return rates
+
+
+def known(name: str, rates: Rates) -> Rate:
+    """The rate of that name.
+
+    Raises:
+        UserError: there is none, with the nearest.
+    """
+    if name not in rates:
+        raise UserError(f"There is no assumption '{name}'.{nearest(name, list(rates))}")
+    return rates[name]
+
+
+def _number(text: str, value: str, unit: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    is_fine = 0 <= number <= 1 if unit == "share" else 0 < number < float("inf")
+    if not is_fine:
+        form = "a share from 0 to 1" if unit == "share" else f"a number above 0, in {unit}"
+        raise UserError(f"--assume {text}: write NAME=VALUE, the value being {form}.")
+    return number

@@ -1,0 +1,188 @@
+"""What each stage of a dataset, and each training run, will take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.impact.carbon import emissions_kg, energy_kwh
+from sdtrain.impact.devices import CORE_W, board_watts
+from sdtrain.plan.rates import Rates, known
+from sdtrain.settings import nearest
+
+GPUS = ("a100", "h100", "h200")
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What there is to work with.
+
+    Attributes:
+        num_gpus: GPUs.
+        gpu: their name, one of GPUS.
+        kg_per_kwh: carbon intensity of the grid; None if not stated.
+        price_per_gpu_hour: in your money; None if not stated.
+    """
+
+    num_gpus: int
+    gpu: str
+    kg_per_kwh: float | None = None
+    price_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise UserError(f"No training rate is known for the GPU '{self.gpu}'.{nearest(self.gpu, list(GPUS))}")
+
+
+@dataclass(frozen=True)
+class DatasetJob:
+    """A dataset to build.
+
+    Attributes:
+        recipe: its name.
+        image_px: side at which pictures are stored.
+        resolution: of the latents, in px.
+        num_crops: latents of each picture.
+        num_rows: rows selected; None: what is known of the recipe.
+    """
+
+    recipe: str
+    image_px: int
+    resolution: int
+    num_crops: int = 1
+    num_rows: int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One stage or run.
+
+    Attributes:
+        part: dataset or run.
+        stage: of it.
+        num: rows or pictures that go in.
+        disk_bytes: that it leaves.
+        hours: by the clock, on all machines.
+        gpu_hours, core_hours: of work.
+        cost: of the GPUs, in your money; None if no price was stated.
+        kg: CO2 equivalents; None if no region was stated.
+        source: of the rate.
+    """
+
+    part: str
+    stage: str
+    num: float
+    disk_bytes: float
+    hours: float
+    gpu_hours: float
+    core_hours: float
+    cost: float | None
+    kg: float | None
+    source: str
+
+
+class Planner:
+    """Makes lines.
+
+    Args:
+        rates: what to reckon with.
+        machines: on what.
+    """
+
+    def __init__(self, rates: Rates, machines: Machines):
+        self._rates, self._machines = rates, machines
+
+    def dataset(self, job: DatasetJob) -> list[Line]:
+        """The stages of a dataset.
+
+        Raises:
+            UserError: a recipe or a size of which nothing is known.
+        """
+        rate = self._value
+        rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
+        known_metadata = self._rates.get(f"metadata_{job.recipe}")
+        metadata = known_metadata.value if known_metadata else rows
+        table = rows * rate("metadata_row_bytes")
+        pictures = rows * (1 - rate("link_rot"))
+        kept = pictures * rate("kept_share")
+        picture_bytes = rate(_nearest_size(job.image_px))
+        latents = kept * job.num_crops
+        return [
+            self._on_cores(job.recipe, "select", metadata, table, "select_rows"),
+            self._on_cores(job.recipe, "download", rows, pictures * picture_bytes, "download_pictures"),
+            self._on_gpus(job.recipe, "score", pictures, pictures * rate("score_row_bytes"), "score_pictures"),
+            self._on_one(job.recipe, "dedup", pictures, "dedup_pictures"),
+            self._on_cores(job.recipe, "pack", kept, kept * picture_bytes, "pack_pictures"),
+            self._on_gpus(job.recipe, "encode", latents, latents * latent_bytes(job.resolution), "encode_pictures"),
+        ]  # fmt: skip
+
+    def training(self, config: TrainConfig) -> Line:
+        """A training run.
+
+        Raises:
+            UserError: its resolution has no rate on this GPU.
+        """
+        name = f"train_{self._machines.gpu}_{config.data.resolution}"
+        if name not in self._rates:
+            raise UserError(f"No training rate is known at {config.data.resolution} px; there are some at 256 and 512.")
+        return self._on_gpus(config.name, "train", config.steps * config.global_batch_size, 0.0, name)
+
+    def _value(self, name: str) -> float:
+        return known(name, self._rates).value
+
+    def _value_of_recipe(self, what: str, job: DatasetJob, instead: str) -> float:
+        found = self._rates.get(f"{what}_{job.recipe}")
+        if found is None:
+            raise UserError(f"How many rows '{job.recipe}' selects is not known. Give {instead}.")
+        return found.value
+
+    def _on_cores(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
+        core_hours = num / self._value(rate) / 3600
+        return self._line(part, stage, num, disk, core_hours / self._value("cpu_cores"), 0.0, core_hours, rate)
+
+    def _on_one(self, part: str, stage: str, num: float, rate: str) -> Line:
+        hours = num / self._value(rate) / 3600
+        return self._line(part, stage, num, 0.0, hours, 0.0, hours, rate)
+
+    def _on_gpus(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
+        gpu_hours = num / self._value(rate) / 3600
+        return self._line(part, stage, num, disk, gpu_hours / self._machines.num_gpus, gpu_hours, 0.0, rate)
+
+    def _line(
+        self, part: str, stage: str, num: float, disk: float, hours: float, gpu_h: float, core_h: float, rate: str
+    ) -> Line:
+        machines = self._machines
+        price, intensity = machines.price_per_gpu_hour, machines.kg_per_kwh
+        kwh = energy_kwh(gpu_h, board_watts(machines.gpu) or 0.0) + energy_kwh(core_h, CORE_W)
+        cost = None if price is None else gpu_h * price
+        kg = None if intensity is None else emissions_kg(kwh, intensity)
+        return Line(part, stage, num, disk, hours, gpu_h, core_h, cost, kg, str(self._rates[rate]))
+
+
+def latent_bytes(resolution: int) -> int:
+    """A latent's moments on disk: 8 channels of half floats, at an eighth of the side, without tar headers."""
+    return 8 * (resolution // 8) ** 2 * 2
+
+
+def total(lines: Sequence[Line]) -> Line:
+    """The sum of all lines; hours as if one came after the other."""
+    costs, kgs = [line.cost for line in lines], [line.kg for line in lines]
+    return Line(
+        "all",
+        "",
+        0.0,
+        sum(line.disk_bytes for line in lines),
+        sum(line.hours for line in lines),
+        sum(line.gpu_hours for line in lines),
+        sum(line.core_hours for line in lines),
+        None if None in costs else sum(cost for cost in costs if cost is not None),
+        None if None in kgs else sum(kg for kg in kgs if kg is not None),
+        "",
+    )
+
+
+def _nearest_size(image_px: int) -> str:
+    sizes = (256, 512, 1024)
+    return f"picture_bytes_{min(sizes, key=lambda size: abs(size - image_px))}"

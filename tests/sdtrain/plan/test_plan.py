@@ -1,0 +1,128 @@
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from sdtrain import cli
+from sdtrain.config import load_config
+from sdtrain.errors import UserError
+from sdtrain.plan.chain import CHAINS, RECIPE_OF, chain_of
+from sdtrain.plan.rates import load_rates
+from sdtrain.plan.work import DatasetJob, Machines, Planner, latent_bytes, total
+
+RESULTS = (Path(__file__).parents[2] / "benchmarks" / "RESULTS.md").read_text()
+MEASURED = {name: rate for name, rate in load_rates().items() if rate.kind == "measured"}
+
+
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sdtrain", "plan", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return end.value.code, captured.out, captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_measured_rate_is_what_the_results_say(name):
+    rate = MEASURED[name]
+    section = RESULTS[RESULTS.index(f"`{rate.section}`") :]
+    assert rate.quote in section[: section.find("| `python", 1)]
+    assert rate.value == pytest.approx(rate.amount / rate.seconds / rate.cores, rel=1e-6)
+    number = rate.seconds if rate.seconds != 1 else rate.amount
+    assert f"{number:g}" in rate.quote
+
+
+def test_every_other_rate_says_where_it_is_from():
+    assert all(rate.source for rate in load_rates().values() if rate.kind != "measured")
+
+
+def test_hours_disk_money_and_emissions_follow_from_the_rates():
+    rates = load_rates(["link_rot=0.5", "score_pictures=100", "encode_pictures=50", "cpu_cores=10"])
+    machines = Machines(4, "h200", kg_per_kwh=0.5, price_per_gpu_hour=2.0)
+    lines = {line.stage: line for line in Planner(rates, machines).dataset(DatasetJob("mine", 512, 512, 2, 3_600_000))}
+    assert lines["score"].num == 1_800_000
+    assert (lines["score"].gpu_hours, lines["score"].hours, lines["score"].cost) == (5, 1.25, 10)
+    assert lines["score"].kg == pytest.approx(5 * 0.7 * 0.5)
+    assert lines["encode"].num == 3_600_000  # two crops of each picture
+    assert lines["encode"].disk_bytes == 3_600_000 * 65_536
+    assert lines["download"].core_hours == pytest.approx(1000 / 17.4)
+    assert lines["download"].hours == pytest.approx(100 / 17.4)
+    assert total(list(lines.values())).gpu_hours == 5 + lines["encode"].gpu_hours
+
+
+def test_latents_are_as_large_as_the_encode_stage_writes_them():
+    import numpy as np
+
+    assert latent_bytes(512) == np.zeros((8, 64, 64), np.float16).nbytes
+
+
+def test_without_price_and_region_there_is_neither_money_nor_co2():
+    line = total(Planner(load_rates(), Machines(8, "h100")).dataset(DatasetJob("mine", 256, 256, 1, 10)))
+    assert (line.cost, line.kg) == (None, None)
+
+
+def test_the_chain_sees_as_many_pictures_as_the_model_card_says():
+    planner = Planner(load_rates(), Machines(256, "h200"))
+    lines = [planner.training(run) for run in chain_of("v1-4")]
+    assert sum(line.num for line in lines) == 2048 * (237_000 + 194_000 + 515_000 + 225_000)
+    # 4.87e21 FLOP, and 31 % (MLPerf's share, sdtrain's reckoning of it) of 989 TFLOP/s.
+    assert sum(line.gpu_hours for line in lines) == pytest.approx(4.87e21 / (0.31 * 989e12) / 3600, rel=0.03)
+
+
+def test_chains_begin_where_their_configs_do():
+    for runs in CHAINS.values():
+        for before, after in pairwise(runs):
+            assert load_config(after).init_from == f"runs/{before}"
+        assert set(runs) <= set(RECIPE_OF)
+
+
+def test_the_command_prints_every_stage_with_its_source(plan):
+    code, out, _ = plan(
+        *("--recipe", "laion-aesthetics", "--gpus", 256, "--gpu", "H200"),
+        *("--rows", 1_000_000, "--region", "aws/us-east-1", "--price-per-gpu-hour", 3),
+    )
+    assert code == 0
+    for part in ("select", "encode", "sd-v1-2", "cost", "kg CO2", " 650,000 ", "assumed", "published", "measured"):
+        assert part in out
+
+
+def test_as_json_it_has_lines_and_rates(plan):
+    _, out, _ = plan("--chain", "v1-4", "--json", "--assume", "link_rot=0.4")
+    content = json.loads(out)
+    assert content["rates"]["link_rot"] == {"value": 0.4, "unit": "share", "kind": "stated", "source": "yours",
+                                            "section": "", "quote": ""}  # fmt: skip
+    assert content["lines"][-1]["part"] == "all"
+    assert next(line["num"] for line in content["lines"] if line["stage"] == "score") == pytest.approx(1.324e9 * 0.6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--recipe", "laion-aesthetic"], "Did you mean 'laion-aesthetics'"),
+        (["--recipe", "demo", "--gpu", "h300"], "Did you mean 'h200'"),
+        (["--chain", "v1-9"], "no chain 'v1-9'"),
+        (["--chain", "v1-4", "--assume", "link_rott=1"], "Did you mean 'link_rot'"),
+        (["--chain", "v1-4", "--assume", "link_rot=2"], "a share from 0 to 1"),
+        (["--chain", "v1-4", "--assume", "cpu_cores=no"], "a number above 0, in cores"),
+        (["--chain", "v1-4", "--region", "aws/us-est-1"], "aws/us-east-1"),
+        (["--recipe", "demo"], "Give --rows N"),
+        ([], "Give --recipe NAME"),
+    ],
+)
+def test_what_cannot_be_reckoned_is_a_sentence(plan, arguments, sentence):
+    code, _, err = plan(*arguments)
+    assert (code, err.startswith("error: ")) == (2, True)
+    assert sentence in err
+
+
+def test_a_resolution_without_a_rate_is_a_sentence():
+    config = load_config("sd-v1-2").model_copy(update={"data": load_config("tiny").data})
+    with pytest.raises(UserError, match="64 px"):
+        Planner(load_rates(), Machines(1, "a100")).training(config)
