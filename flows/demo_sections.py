@@ -1,11 +1,11 @@
 """What the demo's report shows beside funnel, curves and samples: evaluation, search, and what was memorised."""
 
 import json
-import shutil
 from pathlib import Path
 
 from filters.search.hits import Hit, picture_of
-from filters.search.memorised import check_samples, write_memorised
+from filters.search.memorised import check_samples
+from filters.search.memorised_sheet import write_memorised
 from filters.search.repeated import draw_samples, repeated_captions
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
@@ -13,6 +13,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.evaluation.demo import evaluate_demo
 from sdtrain.report.page import PictureSection
 from sdtrain.run_dir import RunDir
+from sdtrain.sample import SampleSettings
 
 _QUESTION, _NUM_HITS = "a red circle", 6
 _NUM_CAPTIONS, _PER_CAPTION = 3, 2
@@ -49,19 +50,19 @@ def search(data: DatasetDir, sheet: Path) -> PictureSection:
 
 def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> PictureSection:
     """Samples for the captions that repeat most, beside the training pictures nearest to them; once for each folder."""
-    if not (folder / "memorised.json").exists():
+    if not (folder / "memorised.png").exists():
         print("Looking for training pictures among samples ...", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
         captions = [caption for caption, _ in repeated_captions(data, _NUM_CAPTIONS)]
-        samples = draw_samples(model, captions, _PER_CAPTION, 0, folder / "samples", _GUIDANCE_SCALE, _NUM_STEPS)
-        write_memorised(check_samples(Search(data), samples), folder)
-    counts = json.loads((folder / "memorised.json").read_text())
+        settings = SampleSettings(_GUIDANCE_SCALE, _NUM_STEPS)
+        samples = draw_samples(model, captions, _PER_CAPTION, 0, folder / "samples", settings)
+        write_memorised(check_samples(Search(data), samples), data, folder)
+    found = json.loads((folder / "memorised.json").read_text())
     text = (
         "Samples for captions that repeat in training, each beside the training pictures nearest to it: "
-        f"{counts['same']} of {counts['num_samples']} are the same as one, {counts['alike']} are alike. In a world of "
+        f"{found['same']} of {found['num_samples']} are the same as one, {found['alike']} are alike. In a world of "
         "plain shapes much is alike without being copied."
     )
-    return PictureSection("Is anything memorised?", text, folder / "memorised.png", counts["notes"])
+    return PictureSection("Is anything memorised?", text, folder / "memorised.png", found["notes"])
 
 
 def _cells(data: DatasetDir, hits: list[Hit]) -> list[Cell]:

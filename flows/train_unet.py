@@ -2,17 +2,24 @@
 
 import os
 import re
+import shlex
 import socket
 import sys
 from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import httpx
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import Field
 
+from flows import slurm
 from flows.failure import fails_with_a_sentence
 from flows.launch import run_tree
 from flows.progress import ProgressArtifact, Throttle
@@ -21,19 +28,32 @@ from sdtrain.errors import UserError
 from sdtrain.run_dir import RunDir
 from sdtrain.train import configure
 
-TRAIN_SCRIPT = Path(__file__).parents[1] / "sdtrain" / "train.py"
+REPOSITORY = Path(__file__).parents[1]
+TRAIN_SCRIPT = REPOSITORY / "sdtrain" / "train.py"
+SLURM_SCRIPT = REPOSITORY / "infra" / "slurm" / "train.sbatch"
 LOG_INTERVAL_S = 10.0
 NUM_LAST_LINES = 20
 _STEP = re.compile(r"step (\d+)/\d+")
 
 Count = Annotated[int, Field(ge=1)]
+Launcher = Literal["deepspeed", "slurm"]
+Start = Callable[[Path, Sequence[str], Path, Callable[[str], None]], str | None]
+"""Runs a script with arguments to its end, its output to a file and line by line to a function; says what failed."""
 
 
 def _run_name() -> str:
     return Path(flow_run.parameters["config"]).stem
 
 
-@flow(name="train-unet", flow_run_name=_run_name)
+def _cancel_job(flow: Any, flow_run: Any, state: Any) -> None:
+    """For a run whose process could not cancel its job itself."""
+    folder = _run_dir(flow_run.parameters["config"], flow_run.parameters.get("output")).path
+    job_id = slurm.recorded_job(folder) if flow_run.parameters.get("launcher") == "slurm" else None
+    if job_id is not None:
+        slurm.cancel(job_id)
+
+
+@flow(name="train-unet", flow_run_name=_run_name, on_cancellation=[_cancel_job])
 @fails_with_a_sentence
 def train_unet(
     config: str = "tiny",
@@ -42,6 +62,10 @@ def train_unet(
     steps: Count | None = None,
     num_gpus: Count | None = None,
     init_from: str | None = None,
+    launcher: Launcher = "deepspeed",
+    hostfile: str | None = None,
+    slurm_options: str = "",
+    slurm_script: str = str(SLURM_SCRIPT),
 ) -> str:
     """`deepspeed sdtrain/train.py`, from the newest checkpoint on.
 
@@ -52,11 +76,19 @@ def train_unet(
         steps: Optimizer steps of the whole run; by default the config's.
         num_gpus: GPUs to use; by default all of them. Without GPUs: CPU processes, by default one.
         init_from: Run whose weights this one starts from; by default the config's.
+        launcher: deepspeed on this machine (or, with a hostfile, on several), or a job on SLURM.
+        hostfile: Machines for DeepSpeed, a line each: NAME slots=GPUS. This machine must reach them by ssh (pdsh), and
+            all must see everything under the same path.
+        slurm_options: More options for sbatch, such as "--nodes=4 --partition=gpu".
+        slurm_script: The batch script; train-deepspeed.sbatch beside the default is the same with DeepSpeed's launcher.
 
     Returns:
         The run's directory.
     """
-    return train(config, data, output, steps, num_gpus, init_from)
+    start: Start = _OnSlurm(Path(slurm_script), _words(slurm_options))
+    if launcher == "deepspeed":
+        start = _ByDeepSpeed(num_gpus, hostfile)
+    return train(config, data, output, steps, num_gpus, init_from, start=start)
 
 
 def train(
@@ -67,15 +99,15 @@ def train(
     num_gpus: int | None = None,
     init_from: str | None = None,
     script: Path = TRAIN_SCRIPT,
+    start: Start | None = None,
 ) -> str:
-    """The training run, in a flow. Returns the run's directory.
+    """The training run, in a flow, started by DeepSpeed's launcher unless told otherwise. Returns the run's directory.
 
     Raises:
         UserError: training did not reach its last step; the message ends with the last lines of its log.
     """
-    settings = load_config(config)
-    run_dir = RunDir(Path(output or Path("runs") / settings.name))
-    last_step = steps or settings.steps
+    run_dir = _run_dir(config, output)
+    last_step = steps or load_config(config).steps
     if _is_finished(run_dir, configure(config, data, steps, init_from)):
         get_run_logger().info("train: finished before, nothing to do")
         return str(run_dir.path.absolute())
@@ -84,13 +116,13 @@ def train(
     log_file = run_dir.path / "console.log"
     with ProgressArtifact("train", last_step, "steps") as progress:
         lines = _LogLines(progress)
-        code = run_tree([*_launcher(num_gpus), script, *arguments], log_file, lines.add, _environment())
+        failure = (start or _ByDeepSpeed(num_gpus))(script, arguments, log_file, lines.add)
     # The launcher returns 0 even when it was killed, so only the marker says that training is done.
     reached = run_dir.finished_step()
-    if code != 0 or reached is None or reached < last_step:
+    if failure or reached is None or reached < last_step:
         raise UserError(
-            f"Training ended before step {last_step} (exit code {code}). Run it again to go on from its newest "
-            f"checkpoint. Last lines of {log_file}:\n" + "\n".join(lines.last)
+            f"Training ended before step {last_step} ({failure or 'exit code 0'}). Run it again to go on from its "
+            f"newest checkpoint. Last lines of {log_file}:\n" + "\n".join(lines.last)
         )
     return str(run_dir.path.absolute())
 
@@ -100,6 +132,41 @@ def _is_finished(run_dir: RunDir, config: TrainConfig) -> bool:
     run_dir.check_config(config)
     done = run_dir.finished_step()
     return done is not None and done >= config.steps
+
+
+@dataclass(frozen=True)
+class _ByDeepSpeed:
+    """Starts training on this machine or, with a hostfile, on several."""
+
+    num_gpus: int | None
+    hostfile: str | None = None
+
+    def __call__(self, script: Path, arguments: Sequence[str], log: Path, on_line: Callable[[str], None]) -> str | None:
+        launcher = _launcher_on_hosts(Path(self.hostfile), self.num_gpus) if self.hostfile else _launcher(self.num_gpus)
+        code = run_tree([*launcher, script, *arguments], log, on_line, _environment())
+        return f"exit code {code}" if code else None
+
+
+@dataclass(frozen=True)
+class _OnSlurm:
+    """Starts training as a SLURM job; the batch script knows which script it runs."""
+
+    batch: Path
+    options: Sequence[str]
+
+    def __call__(self, script: Path, arguments: Sequence[str], log: Path, on_line: Callable[[str], None]) -> str | None:
+        job = slurm.Job(self.batch, arguments, self.options, log.parent, log)
+        places = {"SDTRAIN_HOME": str(REPOSITORY), "SDTRAIN_BIN": str(Path(sys.executable).parent)}
+        ended = slurm.run_job(job, places, on_line, lambda job_id: _tell_job(job, job_id))
+        return None if ended in ("COMPLETED", "GONE") else f"SLURM: {ended}"
+
+
+def _tell_job(job: slurm.Job, job_id: str) -> None:
+    get_run_logger().info("SLURM job %s (%s); its log is %s", job_id, job.name, job.log)
+    try:
+        create_markdown_artifact(f"SLURM job **{job_id}** (`{job.name}`), log `{job.log}`", key="slurm-job")
+    except (httpx.HTTPError, PrefectException) as error:
+        get_run_logger().debug("The artifact of the job was not written: %s", error)
 
 
 class _LogLines:
@@ -123,6 +190,40 @@ def _launcher(num_gpus: int | None) -> list[str | Path]:
     if num_gpus is None and _has_gpu():
         return launcher
     return [*launcher, "--num_gpus", str(num_gpus or 1)]
+
+
+def _launcher_on_hosts(hostfile: Path, num_gpus: int | None) -> list[str | Path]:
+    """DeepSpeed's launcher for the machines of a hostfile; it reaches them by pdsh."""
+    hosts = _hosts_of(hostfile)
+    launcher: list[str | Path] = [Path(sys.executable).with_name("deepspeed"), "--hostfile", hostfile.absolute()]
+    launcher += ["--master_addr", hosts[0], "--master_port", str(_free_port())]
+    return [*launcher, "--num_gpus", str(num_gpus)] if num_gpus else launcher
+
+
+def _hosts_of(hostfile: Path) -> list[str]:
+    if not hostfile.is_file():
+        raise UserError(f"There is no hostfile {hostfile}.")  # DeepSpeed would train on this machine alone
+    hosts = []
+    for number, line in enumerate(hostfile.read_text().splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not (match := re.fullmatch(r"(\S+)\s+slots=[1-9]\d*\s*", line.strip())):
+            raise UserError(f"Line {number} of {hostfile} is {line.strip()!r}; write NAME slots=GPUS.")
+        hosts.append(match.group(1))
+    if not hosts:
+        raise UserError(f"{hostfile} names no host. Write a line for each: NAME slots=GPUS.")
+    return hosts
+
+
+def _words(options: str) -> list[str]:
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise UserError(f"slurm_options {options!r} cannot be read: {error}.") from error
+
+
+def _run_dir(config: str, output: str | None) -> RunDir:
+    return RunDir(Path(output or Path("runs") / load_config(config).name))
 
 
 def _environment() -> dict[str, str]:

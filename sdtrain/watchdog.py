@@ -140,6 +140,8 @@ class Watchdog:
             what = f"{named}. The others are further on and wait for it"
         else:
             what = f"all ranks are at the same place ({beats[behind[0]].place}) and do not come back from it"
+            hosts = sorted({beat.host for beat in beats.values()})
+            what += f"; perhaps the network between {', '.join(hosts)} is cut" if len(hosts) > 1 else ""
         return (
             f"Training made no progress for {self._timeout_s:g} s (guard.stall_timeout_s). Behind: {what}. "
             f"The job ends here; {self._stalled} holds where each rank is. Start it again to go on from the last "
