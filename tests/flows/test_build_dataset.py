@@ -9,6 +9,7 @@ from prefect.states import State
 
 from filters.recipe import Overrides, known_recipes
 from flows.build_dataset import build_dataset
+from flows.evaluate_checkpoint import evaluate_checkpoint
 from flows.train_unet import train_unet
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.dataset_lock import lock_to_change
@@ -64,6 +65,7 @@ def test_deployments_that_the_readme_names_exist() -> None:
         "build-laion-high-resolution",
         "build-laion2b-en",
         "build-demo",
+        "evaluate-checkpoint",
         "reproduce-sd-v1",
         "train-sd-v1",
     }
@@ -72,6 +74,7 @@ def test_deployments_that_the_readme_names_exist() -> None:
 
 @pytest.mark.parametrize("deployment", DEPLOYMENTS, ids=lambda deployment: deployment["name"])
 def test_parameters_of_the_deployment_are_valid(deployment: dict[str, Any]) -> None:
-    flow = {"build_dataset": build_dataset, "train_unet": train_unet}.get(deployment["entrypoint"].split(":")[1])
+    flows = {"build_dataset": build_dataset, "train_unet": train_unet, "evaluate_checkpoint": evaluate_checkpoint}
+    flow = flows.get(deployment["entrypoint"].split(":")[1])
     if flow is not None:
         flow.validate_parameters(deployment["parameters"])
