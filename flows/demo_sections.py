@@ -59,8 +59,8 @@ def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> PictureSe
     found = json.loads((folder / "memorised.json").read_text())
     text = (
         "Samples for captions that repeat in training, each beside the training pictures nearest to it: "
-        f"{found['same']} of {found['num_samples']} are the same as one, {found['alike']} are alike. In a world of "
-        "plain shapes much is alike without being copied."
+        f"{found['same']} of {found['num_samples']} are the same as one. In a world of plain shapes, and with a "
+        "stand-in for CLIP, nearly all are flagged as alike."
     )
     return PictureSection("Is anything memorised?", text, folder / "memorised.png", found["notes"])
 

@@ -12,8 +12,12 @@ from sdtrain.answers import print_table
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from filters.search.hits import Hit
+    from filters.search.samples import Sample
     from filters.search.search import Search
+    from sdtrain.data.dataset import DatasetDir
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
@@ -69,31 +73,40 @@ def memorised(
 ) -> None:
     """Look for samples in the training data: does a model repeat pictures that it was trained on?"""
     from filters.record import read_recipe
-    from filters.search.memorised import Limits, check_samples, read_samples, write_memorised
-    from filters.search.repeated import draw_samples, repeated_captions
+    from filters.search.compared import Limits
+    from filters.search.memorised import KINDS, check_samples
+    from filters.search.memorised_sheet import write_memorised
+    from filters.search.repeated import draw_samples
+    from filters.search.samples import read_samples
     from filters.search.search import Search
     from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.dataset_lock import lock_to_read
+    from sdtrain.sample import SampleSettings
 
     directory = DatasetDir(data.absolute())
     read_recipe(directory)
-    if not source.is_dir():
+    if not source.is_dir() and not repeated_prompts:
         raise UserError(f"There is no folder {source}. Name one with samples, or a model and --repeated-prompts N.")
     with lock_to_read(directory, "sdtrain memorised"):
+        samples: Iterable[Sample] = read_samples(source)
         if repeated_prompts:
-            captions = repeated_captions(directory, repeated_prompts)
-            for caption, num in captions:
-                print(f"{num:8,} x {caption}")
-            prompts = [caption for caption, _ in captions]
-            samples = draw_samples(source, prompts, per_prompt, seed, output / "samples", guidance, steps)
-        else:
-            samples = read_samples(source)
+            prompts, settings = _repeated(directory, repeated_prompts), SampleSettings(guidance, steps)
+            samples = draw_samples(source, prompts, per_prompt, seed, output / "samples", settings)
         found = check_samples(Search(directory), samples, Limits(threshold, radius, top))
-        paths = write_memorised(found, output)
-    counts = found.summary()
-    print(*counts["notes"], sep="\n")
-    print(f"{counts['num_samples']:,} samples: {counts['same']} same, {counts['alike']} alike, {counts['new']} new")
+        paths = write_memorised(found, directory, output)
+    print(*found.notes, sep="\n")
+    print(f"{len(found.verdicts):,} samples: " + ", ".join(f"{found.count(kind):,} {kind}" for kind in KINDS))
     print(*paths, sep="\n")
+
+
+def _repeated(dataset: DatasetDir, num: int) -> list[str]:
+    """Says which captions repeat most, and returns them."""
+    from filters.search.repeated import repeated_captions
+
+    captions = repeated_captions(dataset, num)
+    for caption, count in captions:
+        print(f"{count:8,} x {caption}")
+    return [caption for caption, _ in captions]
 
 
 def _find(asked: Search, caption: str, image: Path | None, words: bool, top: int, kept: bool) -> list[Hit]:
@@ -119,7 +132,7 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output is not None and output.suffix == ".json":
         with publish(output) as temporary:
-            temporary.write_text(lines)
+            temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     elif output is not None:
         cells = [
             Cell(picture_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")

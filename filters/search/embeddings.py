@@ -124,4 +124,5 @@ def _kept_in(dataset: DatasetDir, shard: int) -> NDArray[np.float16]:
     with closing(duckdb.connect()) as connection:
         column = connection.execute(query, [str(dataset.scores(shard)), str(dataset.decisions), shard]).fetchnumpy()
     rows = list(column["embedding"])
-    return np.stack(rows).astype(np.float16) if rows else np.zeros((0, 1), np.float16)
+    width = pq.read_schema(dataset.scores(shard)).field("embedding").type.list_size
+    return np.stack(rows).astype(np.float16) if rows else np.zeros((0, width), np.float16)

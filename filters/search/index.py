@@ -61,7 +61,8 @@ class PictureIndex:
     def __init__(self, folder: Path) -> None:
         faiss = load_faiss()
         self.info = IndexInfo.model_validate_json((folder / "info.json").read_bytes())
-        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_ONDISK_SAME_DIR if self.info.num_lists else 0
+        # Lists that lie in a file of their own are mapped without IO_FLAG_MMAP; with it, they are not opened at all.
+        flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR if self.info.num_lists else 0
         self._index = faiss.read_index(str(folder / "index.faiss"), flags)
         if self.info.num_lists:
             self._index.nprobe = min(PROBES, self.info.num_lists)

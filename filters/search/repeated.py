@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import duckdb
 
-from filters.search.memorised import Sample, read_samples
+from filters.search.samples import Sample
+from filters.search.search import read_picture_file
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.selection import selected_shards
 from sdtrain.errors import UserError
+from sdtrain.sample import SampleSettings
 
 _CAPTIONS = """
 SELECT caption, count(*) AS num FROM read_parquet($images, union_by_name = true) JOIN read_parquet($decisions) d
@@ -37,19 +40,21 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 
 
 def draw_samples(
-    model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, guidance_scale: float, num_steps: int
+    model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws pictures for prompts, as `sdtrain sample` does, into a folder, and reads them.
+    """Draws pictures for prompts into a folder, as `sdtrain sample --keep` does: what is there already is not drawn.
 
     Raises:
-        UserError: no such model, or the folder holds pictures already.
+        UserError: no such model.
     """
-    from sdtrain.draw import Model, all_devices, draw, make_jobs, save_picture
-    from sdtrain.sample import SampleSettings
+    from sdtrain.album import Album, Writer
+    from sdtrain.draw import Model, all_devices, cut, draw_batches, make_jobs
+    from sdtrain.exchange.sources import pinned
 
-    if folder.exists() and any(folder.glob("*.png")):
-        raise UserError(f"{folder} holds pictures already. Choose another --output.")
-    settings, chosen = SampleSettings(guidance_scale, num_steps), Model(model)
-    for job, picture in draw(chosen, make_jobs(prompts, seed, per_prompt), settings, all_devices()):
-        save_picture(folder / f"{job.seed:05d}.png", picture, job, chosen, settings)
-    return read_samples(folder)
+    album, jobs = Album(folder, Model(pinned(model)), settings), make_jobs(prompts, seed, per_prompt)
+    pending = album.pending(cut(jobs, settings))
+    with Writer(album) as writer:
+        for job, picture in draw_batches(album.model, pending, settings, all_devices()):
+            writer.save(job, picture, flagged=False)
+    paths = [(job, album.path(job)) for job in jobs]
+    return [Sample(path.name, partial(read_picture_file, path), job.prompt) for job, path in paths]

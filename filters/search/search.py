@@ -25,6 +25,7 @@ from sdtrain.errors import UserError
 
 MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 32 * 2**20
+_MAX_LOOKED_AT = 1 << 14
 
 
 class Search:
@@ -68,6 +69,7 @@ class Search:
 
     def by_words(self, text: str, top: int, kept_only: bool = False) -> list[Hit]:
         """The pictures whose captions have most of the words."""
+        self._require_decisions(kept_only)
         return look_up(self.dataset, by_words(self.dataset, text, top, kept_only))
 
     def by_key(self, key: str) -> Hit | None:
@@ -85,13 +87,18 @@ class Search:
         Args:
             vectors: what is asked.
             top: at most this many each.
-            kept_only: without pictures that were dropped; then more are looked at until there are enough.
+            kept_only: without pictures that were dropped; then more are looked at until there are enough, up to the
+                nearest `_MAX_LOOKED_AT`.
+
+        Raises:
+            UserError: which are kept is not decided yet.
         """
+        self._require_decisions(kept_only)
         fetched = top
         while True:
             cosines, numbers = self._index.nearest(vectors, min(fetched, self.num_pictures))
             found = [self._hits(row, ids, kept_only) for row, ids in zip(cosines, numbers, strict=True)]
-            ends = fetched >= self.num_pictures or bool((numbers < 0).any())
+            ends = fetched >= min(self.num_pictures, _MAX_LOOKED_AT) or bool((numbers < 0).any())
             if ends or not kept_only or all(len(hits) >= top for hits in found):
                 return [hits[:top] for hits in found]
             fetched *= 4
@@ -99,6 +106,10 @@ class Search:
     def some_vectors(self, num: int) -> NDArray[np.float32]:
         """(N, D) embeddings of about `num` kept pictures, evenly chosen, of length 1."""
         return kept_vectors(self.dataset, self._index.info.counts, num)
+
+    def _require_decisions(self, kept_only: bool) -> None:
+        if kept_only and not self.dataset.decisions.exists():
+            raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[Hit]:
         places = [(float(c), *self._index.place(n)) for c, n in zip(cosines, numbers.tolist(), strict=True) if n >= 0]

@@ -12,6 +12,7 @@ import io
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ from sdtrain.errors import UserError
 
 _MAX_CHARS, _ASKED_KEPT, _SHOWN_KEPT, _THUMBNAIL_PX = 1000, 64, 4096, 360
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
+# One that a foreign page cannot send without being asked whether it may, which is never answered with yes.
+_DROPPED_TYPE = "application/octet-stream"
 _ASSETS = {"search.css": "text/css", "search.js": "text/javascript"}
 _POLICY = (
     "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -61,6 +64,7 @@ class SearchPage:
     top: int
     _asked: OrderedDict[str, Asked] = field(default_factory=OrderedDict)
     _shown: OrderedDict[str, Hit] = field(default_factory=OrderedDict)
+    _decoding: Lock = field(default_factory=Lock)  # one large picture in memory at a time
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application; it answers requests for these hosts only, lest a foreign page reach it by its own name."""
@@ -115,6 +119,8 @@ class SearchPage:
         return self.search.by_caption(question, self.top, kept), ""
 
     async def _ask(self, request: Request) -> Response:
+        if request.headers.get("content-type") != _DROPPED_TYPE:
+            return JSONResponse({"error": f"Send the picture as {_DROPPED_TYPE}."}, 415)
         content = bytearray()
         async for part in request.stream():
             content += part
@@ -126,9 +132,10 @@ class SearchPage:
             return JSONResponse({"error": str(error)}, 400)
 
     def _remember(self, content: bytes) -> str:
-        picture = read_picture(content, "What was dropped")
         name = hashlib.sha256(content).hexdigest()[:32]
-        self._asked[name] = Asked(self.search.embed([picture]), _jpeg(small(picture, _THUMBNAIL_PX)))
+        with self._decoding:
+            picture = read_picture(content, "What was dropped")
+            self._asked[name] = Asked(self.search.embed([picture]), _jpeg(small(picture, _THUMBNAIL_PX)))
         while len(self._asked) > _ASKED_KEPT:
             self._asked.popitem(last=False)
         return name

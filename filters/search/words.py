@@ -16,9 +16,9 @@ _MATCHED = """
 SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{L}\\p{N}_]+'), $words)) AS matched, shard, uid
 FROM (SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard
       FROM read_parquet($images, filename = true, union_by_name = true) WHERE reason IS NULL AND caption IS NOT NULL)
-WHERE matched > 0 {kept} ORDER BY matched DESC, length(caption), key LIMIT $top
-"""
-_KEPT = "AND uid IN (SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL)"
+WHERE matched > 0"""
+_KEPT = " AND uid IN (SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL)"
+_FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 
 
 def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
@@ -30,7 +30,7 @@ def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) 
     with closing(duckdb.connect()) as connection:
         asked = {"words": words, "images": images, "top": top}
         asked |= {"decisions": str(dataset.decisions)} if kept_only else {}
-        rows = connection.execute(_MATCHED.format(kept=_KEPT if kept_only else ""), asked).fetchall()
+        rows = connection.execute(_MATCHED + (_KEPT if kept_only else "") + _FIRST, asked).fetchall()
     return [(matched / len(words), shard, uid) for matched, shard, uid in rows]
 
 
