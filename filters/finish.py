@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filters.borders import borders
 from filters.recipe import NETWORKS, Recipe
+from filters.sources import prepare
 from filters.views import write_views
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pack import write_index
@@ -49,6 +50,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         dataset=dataset,
         limits=limits_of(recipe),
         borders=list(borders(recipe)),
+        prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
         scores_note=scores_note(recipe),
     )
     return write_report(report, dataset.report)

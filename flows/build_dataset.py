@@ -11,7 +11,8 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
-from filters.record import dataset_path, record_recipe, require_metadata
+from filters.record import output_dataset, record_recipe, require_metadata
+from flows.credentials import s3_credentials
 from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions, run_stage
@@ -47,6 +48,8 @@ def build_dataset(
     engine_address: str | None = None,
     workers: Workers = 2,
     shards_per_task: Count = 1,
+    work_dir: str | None = None,
+    credentials: str | None = None,
 ) -> str:
     """Select, download, score, dedup, keep, pack, encode; what an earlier run finished is not done again.
 
@@ -67,9 +70,11 @@ def build_dataset(
             see the dataset under the same path.
         workers: Batches of shards at once, unless a running cluster decides that.
         shards_per_task: Shards in one batch.
+        work_dir: With output s3://...: where its files lie on this machine; without, the user's cache.
+        credentials: Name of a block AwsCredentials for metadata and output on s3://; without, the environment's.
 
     Returns:
-        The dataset's directory.
+        The dataset's directory, or its URL.
     """
     overrides = Overrides(
         metadata=metadata,
@@ -82,15 +87,18 @@ def build_dataset(
         new_files=new_files,
     )
     options = StageOptions(workers, shards_per_task, engine, engine_address)
-    return build(load_recipe(recipe, overrides), output, options, retry_failed)
+    with s3_credentials(credentials):
+        return build(load_recipe(recipe, overrides), output, options, retry_failed, work_dir)
 
 
-def build(recipe: Recipe, output: str, options: StageOptions, retry_failed: bool = False) -> str:
-    """The road, in a flow. Returns the dataset's directory."""
+def build(
+    recipe: Recipe, output: str, options: StageOptions, retry_failed: bool = False, work_dir: str | None = None
+) -> str:
+    """The road, in a flow. Returns the dataset's directory, or its URL."""
     from filters.road import road
 
     require_metadata(recipe)
-    dataset = DatasetDir(dataset_path(output, recipe))
+    dataset = output_dataset(output, recipe, work_dir)
     with lock_to_change(dataset, "The flow build-dataset"):
         _begin(dataset, recipe)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:
@@ -99,13 +107,13 @@ def build(recipe: Recipe, output: str, options: StageOptions, retry_failed: bool
                     _retry_failed(dataset, recipe)
                 run_stage(stage, dataset, recipe, options, runner)
         _finish(dataset, recipe)
-    return str(dataset.root)
+    return str(dataset)
 
 
 def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
     logger = get_run_logger()
     changes = record_recipe(dataset, recipe)
-    logger.info("Building %s into %s", recipe.name, dataset.root)
+    logger.info("Building %s into %s", recipe.name, dataset)
     if changes:
         logger.warning("Not the recipe of the run before; what this touches is redone: %s", "; ".join(changes))
 
@@ -124,5 +132,5 @@ def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
     finish_dataset(dataset, recipe)
     rows = [dict(row) for row in funnel(dataset, recipe)]
     create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
-    create_link_artifact(dataset.root.as_uri(), link_text=str(dataset.root), key="dataset")
+    create_link_artifact(dataset.url or dataset.root.as_uri(), link_text=str(dataset), key="dataset")
     create_link_artifact(dataset.report.as_uri(), link_text=str(dataset.report), key="report")

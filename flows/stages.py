@@ -18,7 +18,7 @@ from flows.engines import Engine, lost_its_worker, start_engine
 from flows.progress import ProgressArtifact
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport
-from sdtrain.data.stage import Stage, clear_leftovers, pending, run_batch
+from sdtrain.data.stage import Stage, begin, pending, run_batch
 from sdtrain.data.steps import listening, seldom
 from sdtrain.data.totals import StageTotals, add_up
 from sdtrain.errors import UserError
@@ -68,7 +68,7 @@ def run_stage(
         RuntimeError: a batch failed otherwise; its traceback is in the task run's log.
     """
     started, logger = time.monotonic(), get_run_logger()
-    clear_leftovers(stage, dataset)
+    begin(stage, dataset)
     all_shards = stage.shards(dataset, recipe)
     shards = pending(stage, dataset, recipe)
     reports: list[ShardReport] = []

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
 DatasetArgument = Annotated[Path, typer.Argument(help="The directory of a dataset.")]
+NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
 
 
@@ -38,7 +39,7 @@ class RemoveBy(StrEnum):
 
 
 def decide(
-    dataset: DatasetArgument,
+    dataset: NamedDataset,
     min_side: Annotated[int | None, typer.Option(help="Shorter side in pixels, at least.")] = None,
     min_aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score (V2), more than.")] = None,
     max_watermark: Annotated[float | None, typer.Option(help="Watermark probability, less than.")] = None,
@@ -49,23 +50,25 @@ def decide(
     """Decide anew which downloaded pictures stay, by other rules; no picture is touched."""
     from filters.decide import compare, decide_again, parse_rules, with_keep_rules
     from filters.record import read_recipe
-    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.remote.inputs import fetch_inputs
+    from sdtrain.data.remote.opening import open_dataset
 
-    directory = DatasetDir(dataset.absolute())
+    directory = open_dataset(dataset)
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
     recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
     with _to_change(directory, "sdtrain decide", dry_run):
+        fetch_inputs(directory, "keep", [0])
         print_table(compare(directory, recipe))
         if dry_run:
             print("Nothing was written.")
             return
         changes = decide_again(directory, recipe)
     print("; ".join(changes) or "The recipe stays as it was.")
-    print(f"To pack by this: sdtrain build {directory.recipe} --output {directory.root}")
+    print(f"To pack by this: sdtrain build {directory.recipe} --output {directory}")
 
 
 def remove(
-    dataset: DatasetArgument,
+    dataset: NamedDataset,
     entries: Annotated[
         Path, typer.Option("--list", help="One entry a line (.txt), or Parquet with a column named like --by.")
     ],
@@ -82,13 +85,15 @@ def remove(
     from filters.record import read_recipe
     from filters.removal import find_removal
     from filters.take_out import finish_removal, start_removal
-    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.remote.inputs import fetch_tables
+    from sdtrain.data.remote.opening import open_dataset
 
-    directory = DatasetDir(dataset.absolute())
+    directory = open_dataset(dataset)
     read_recipe(directory)  # says so if there is no dataset
     with _to_change(directory, "sdtrain remove", dry_run):
         if not dry_run and finish_removal(directory):
             print("A removal that had been interrupted is finished now.")
+        fetch_tables(directory)
         removal = find_removal(directory, entries, by.value, radius)
         print(*removal.sentences(), sep="\n")
         if dry_run:

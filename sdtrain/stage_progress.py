@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.stage import Stage, clear_leftovers, pending, run_batch
+from sdtrain.data.stage import Stage, begin, pending, run_batch
 from sdtrain.data.steps import Step, listening, seldom
 from sdtrain.data.totals import StageTotals, add_up
 
@@ -23,7 +23,7 @@ def run_with_bar(stage: Stage[Any], dataset: DatasetDir, recipe: Any) -> StageTo
     then.
     """
     started = time.monotonic()
-    clear_leftovers(stage, dataset)
+    begin(stage, dataset)
     all_shards = stage.shards(dataset, recipe)
     shards = pending(stage, dataset, recipe)
     columns = (

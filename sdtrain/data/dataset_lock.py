@@ -18,6 +18,8 @@ from typing import IO, Any
 import psutil
 
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.remote.lock import RemoteLock
+from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.errors import UserError
 
 # What file systems say that have no locks: some network mounts, and FUSE.
@@ -29,12 +31,13 @@ _held: weakref.WeakSet[DatasetLock] = weakref.WeakSet()
 class DatasetLock:
     """A hold on a dataset, until the block ends, it is closed or forgotten, or the process ends, kill -9 included.
 
-    It is the kernel's (flock): nothing has to be cleared after a crash. The one process that runs a command takes it;
-    the threads, processes and machines that work for that command do not ask.
+    It is the kernel's (flock), and for a dataset on S3 also an object there (`sdtrain.data.remote.lock`): nothing has
+    to be cleared after a crash. The one process that runs a command takes it; the threads, processes and machines that
+    work for that command do not ask.
     """
 
-    def __init__(self, file: IO[str] | None) -> None:
-        self._file = file
+    def __init__(self, file: IO[str] | None, remote: RemoteLock | None = None) -> None:
+        self._file, self._remote = file, remote
         _held.add(self)
 
     def __enter__(self) -> DatasetLock:
@@ -45,6 +48,8 @@ class DatasetLock:
 
     def close(self) -> None:
         """Lets go of the dataset."""
+        if self._remote is not None:
+            self._remote.close()
         if self._file is not None:
             self._file.close()
 
@@ -67,7 +72,27 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
     if _is_locked(file, fcntl.LOCK_EX, dataset, command):
         file.truncate(0)  # those before have ended
         _sign(file, command)
-    return DatasetLock(file)
+    try:
+        return DatasetLock(file, _lock_mirror(dataset, command))
+    except UserError:
+        file.close()
+        raise
+
+
+def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
+    """Takes a dataset on S3 from all machines, and brings its work folder up to date."""
+    mirror = mirror_of(dataset)
+    if mirror is None:
+        return None
+    lock = RemoteLock(mirror.store, command)
+    try:
+        mirror.may_write = lock.check
+        mirror.store.sweep()
+        mirror.sync()
+    except UserError:
+        lock.close()
+        raise
+    return lock
 
 
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:

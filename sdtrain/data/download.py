@@ -12,7 +12,7 @@ from sdtrain.data.download_request import Finished, Request, ShardRequest
 from sdtrain.data.files import scratch
 from sdtrain.data.image_rows import read_parquet
 from sdtrain.data.image_shards import ImageShard, read_shard_table
-from sdtrain.data.manifest import ShardReport, fingerprint
+from sdtrain.data.manifest import ShardReport, fingerprint, forget_entry
 from sdtrain.data.publish_images import adopt_images, publish_images
 from sdtrain.data.selection import selected_shards
 from sdtrain.data.stage import Stage
@@ -42,7 +42,7 @@ def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> I
     asked = {}
     for shard in shards:
         # A shard that is being replaced must not pass for finished if this is killed half way.
-        dataset.manifest_entry("download", shard).unlink(missing_ok=True)
+        forget_entry(dataset, "download", shard)
         digest = download_fingerprint(dataset, recipe, shard)
         report = adopt_images(dataset, shard, selected_keys(dataset, shard), digest)
         if report is not None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, sha256_of
+from sdtrain.data.remote.mirror import discard, mirror_of
 from sdtrain.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -77,10 +78,23 @@ def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Ou
 
 
 def write_entry(dataset: DatasetDir, entry: ShardReport) -> None:
-    """Makes the shard count as finished. Call it after every output has its final name."""
-    path = dataset.manifest_entry(entry.stage, entry.shard)
+    """Makes the shard count as finished, on S3 first. Call it after every output has its final name."""
+    path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
+    if mirror := mirror_of(dataset):
+        mirror.push(path, content.encode(), entry.outputs, _beside(dataset, entry))
     with publish(path) as temporary:
-        temporary.write_text(entry.model_dump_json(indent=1) + "\n")
+        temporary.write_text(content)
+
+
+def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
+    """Makes a shard count as not finished, before its outputs are touched."""
+    discard(dataset, dataset.manifest_entry(stage, shard))
+
+
+def _beside(dataset: DatasetDir, entry: ShardReport) -> list[Path]:
+    """Files that a shard's outputs need and no entry lists."""
+    found = {"download": [dataset.images_stats(entry.shard)], "encode": [dataset.latents_info]}
+    return found.get(entry.stage, [])
 
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
@@ -90,10 +104,17 @@ def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | Non
         UserError: the entry exists but was written by another version, or is damaged.
     """
     path = dataset.manifest_entry(stage, shard)
-    if not path.exists():
-        return None
+    return parse_entry(path.read_bytes(), path) if path.exists() else None
+
+
+def parse_entry(content: bytes, path: Path) -> ShardReport:
+    """What an entry says; `path` is for sentences.
+
+    Raises:
+        UserError: it was written by another version, or is damaged.
+    """
     try:
-        entry = ShardReport.model_validate_json(path.read_bytes())
+        entry = ShardReport.model_validate_json(content)
     except ValidationError as error:
         raise UserError(
             f"{path} is not a manifest entry that this version can read; delete it to redo the shard."
@@ -128,6 +149,13 @@ def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
 
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
-    """Whether every output of the entry still lies there with its recorded size."""
-    paths = ((dataset.root / name, output) for name, output in entry.outputs.items())
-    return all(path.exists() and path.stat().st_size == output.bytes for path, output in paths)
+    """Whether every output of the entry still lies there, or on S3, with its recorded size."""
+    return all(_is_there(dataset, name, output.bytes) for name, output in entry.outputs.items())
+
+
+def _is_there(dataset: DatasetDir, name: str, num_bytes: int) -> bool:
+    path = dataset.root / name
+    if path.exists():
+        return path.stat().st_size == num_bytes
+    mirror = mirror_of(dataset)
+    return mirror is not None and mirror.has(name, num_bytes)

@@ -19,6 +19,7 @@ from sdtrain.data.image_shards import PLACE, picture_place
 from sdtrain.data.latent_index import index_path
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
 from sdtrain.data.pack_plan import PROVENANCE, planned, shard_sizes
+from sdtrain.data.remote.mirror import discard
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import SampleIndex, write_samples
 from sdtrain.errors import UserError
@@ -142,9 +143,9 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
         if shard >= num_shards:
             files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
             for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):
-                path.unlink(missing_ok=True)
+                discard(dataset, path)
             index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
-            entry.unlink(missing_ok=True)
+            discard(dataset, entry)
 
 
 PACK: Stage[PictureRecipe] = Stage("pack", _shards, _fingerprint, _run)

@@ -13,8 +13,9 @@ from sdtrain.data.download_request import Finished, Request, RetryRequest, Shard
 from sdtrain.data.failures import is_worth_another_try
 from sdtrain.data.files import scratch
 from sdtrain.data.image_shards import read_shard_table
-from sdtrain.data.manifest import ShardReport, write_entry
+from sdtrain.data.manifest import ShardReport, forget_entry, write_entry
 from sdtrain.data.publish_images import forget_next_table
+from sdtrain.data.remote.inputs import fetch_outputs
 from sdtrain.data.stage import clear_leftovers, is_finished
 
 
@@ -59,11 +60,14 @@ def _ask(
 ) -> ShardRequest | None:
     if not is_finished(DOWNLOAD, dataset, recipe, shard):
         return None
+    fetch_outputs(dataset, "download", [shard], tars=False)
     table = read_shard_table(dataset.images_table(shard))
     failures = {reason for reason in (table.reasons if table else ()) if reason is not None}
     wanted = failures & set(reasons) if reasons is not None else set(filter(may_have_passed, failures))
     if not wanted:
         return None
+    fetch_outputs(dataset, "download", [shard])
+    fetch_outputs(dataset, "select")
     retry = RetryRequest(tar=dataset.images_tar(shard), table=dataset.images_table(shard), reasons=sorted(wanted))
     digest = DOWNLOAD.fingerprint(dataset, recipe, shard)
     return ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest, retry=retry)
@@ -89,5 +93,5 @@ def _retry(dataset: DatasetDir, recipe: PictureRecipe, asked: list[ShardRequest]
 def _publish(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
     # The entry tells of the files that are replaced now; if this is killed, the build finds the whole pair.
     forget_next_table(dataset, done.shard)
-    dataset.manifest_entry("download", done.shard).unlink()
+    forget_entry(dataset, "download", done.shard)
     return publish_checked(dataset, request, done)

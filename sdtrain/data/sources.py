@@ -18,6 +18,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.interleave import whole_shares
 from sdtrain.data.latent_store import NORMALISATION, OPEN_SHARDS, LatentStore, check_cache, require_latents
 from sdtrain.data.picture_store import OnlineVae, PictureStore, no_pictures
+from sdtrain.data.remote.opening import training_root
 from sdtrain.data.sample_plan import SamplePlan, SourcePlan
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.data.shuffle import BlockOrder, GlobalOrder, Order
@@ -84,9 +85,11 @@ def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
     data = config.data
     if data.online_vae:
         encoder = OnlineVae(config.vae)
-        stores: list[SampleStore] = [PictureStore(Path(s.root), data.resolution, encoder) for s in data.all_sources]
+        stores: list[SampleStore] = [
+            PictureStore(training_root(s.root, True), data.resolution, encoder) for s in data.all_sources
+        ]
     else:
-        stores = [_open_latents(Path(source.root), config, scaling_factor) for source in data.all_sources]
+        stores = [_open_latents(training_root(s.root), config, scaling_factor) for s in data.all_sources]
     if len(stores) == 1:
         return stores[0]
     for source, store in zip(data.sources, stores, strict=True):
@@ -105,9 +108,10 @@ def require_samples(data: DataConfig) -> None:
         UserError: a dataset has no latents, or no pictures with `data.online_vae`.
     """
     for source in data.all_sources:
-        pictures = DatasetDir(Path(source.root)).packed_table(0).parent
+        root = training_root(source.root, data.online_vae)
+        pictures = DatasetDir(root).packed_table(0).parent
         if not data.online_vae:
-            require_latents(Path(source.root))
+            require_latents(root)
         elif not any(pictures.glob("[0-9]*.parquet")):
             raise no_pictures(pictures)
 

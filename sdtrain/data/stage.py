@@ -9,7 +9,9 @@ from typing import Generic, TypeVar
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import sweep
-from sdtrain.data.manifest import ShardReport, is_whole, read_entry, write_entry
+from sdtrain.data.manifest import ShardReport, forget_entry, is_whole, read_entry, write_entry
+from sdtrain.data.remote.inputs import fetch_inputs, fetch_plan
+from sdtrain.data.remote.mirror import mirror_of
 
 # Contravariant: a stage that reads a part of the recipe also takes the whole one.
 RecipeT = TypeVar("RecipeT", contravariant=True)
@@ -56,7 +58,8 @@ def run_batch(
     reports, started = [], time.monotonic()
     for shard in shards:
         # What is about to be overwritten must not look finished if this run is killed.
-        dataset.manifest_entry(stage.name, shard).unlink(missing_ok=True)
+        forget_entry(dataset, stage.name, shard)
+    fetch_inputs(dataset, stage.name, shards)
     for report in stage.run(dataset, recipe, shards):
         now = time.monotonic()
         digest = stage.fingerprint(dataset, recipe, report.shard)
@@ -66,6 +69,14 @@ def run_batch(
         reports.append(report)
         started = now
     return reports
+
+
+def begin(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
+    """Before a stage's shards are looked at: what other machines finished is known here, and nothing half-done lies."""
+    if mirror := mirror_of(dataset):
+        mirror.sync(may_delete=False)
+        fetch_plan(dataset, stage.name)
+    clear_leftovers(stage, dataset)
 
 
 def clear_leftovers(stage: Stage[RecipeT], dataset: DatasetDir) -> None:

@@ -8,7 +8,7 @@ from sdtrain import cli
 from sdtrain.demo.agreement import export_untrained
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_are_drawn_for_the_captions_that_repeat_and_not_again_in_a_second_run(
     embedded_dataset, tmp_path, monkeypatch
 ):

@@ -1,0 +1,53 @@
+"""Training reads a dataset on S3 through a work folder: tables at once, a shard's latents when first needed."""
+
+import shutil
+
+import numpy as np
+import pytest
+from s3_fixtures import BUCKET
+from training_fixtures import write_latents, write_models
+
+from sdtrain.data.dataset_lock import lock_to_change
+from sdtrain.data.latent_store import LatentStore
+from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.data.remote.opening import dataset_at, training_root
+from sdtrain.errors import UserError
+
+NUM_SHARDS, NUM_SAMPLES = 3, 50
+
+
+@pytest.fixture
+def written(store, tmp_path):
+    """(URL, the same dataset on disk alone)."""
+    local = write_latents(tmp_path / "local", write_models(tmp_path / "models"), NUM_SAMPLES)
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    dataset = dataset_at(url, tmp_path / "writer")
+    with lock_to_change(dataset, "sdtrain build"):
+        shutil.copytree(local / "latents", dataset.root / "latents")
+        for shard in range(NUM_SHARDS):
+            outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
+            num = 20 if shard < 2 else 10
+            write_entry(dataset, ShardReport(stage="encode", shard=shard, num_in=num, num_out=num, outputs=outputs))
+    return url, local
+
+
+def test_latents_from_s3_are_those_of_the_disk_and_tars_come_when_needed(written):
+    url, local = written
+    root = training_root(url)
+    there, here = LatentStore(root, 64, verify=True), LatentStore(local, 64)
+    assert there.digest == here.digest
+    assert not list(root.glob("latents/*.tar"))
+    first = np.arange(5)
+    assert there.get(first).equal(here.get(first))
+    assert [path.name for path in root.glob("latents/*.tar")] == ["00000.tar"]
+    everything = np.arange(NUM_SAMPLES)
+    assert there.get(everything).equal(here.get(everything))
+
+
+def test_training_is_told_who_changes_the_dataset(written, tmp_path):
+    url, _ = written
+    with (
+        lock_to_change(dataset_at(url, tmp_path / "writer"), "sdtrain remove"),
+        pytest.raises(UserError, match=r"in use: sdtrain remove is at work .* start the training again"),
+    ):
+        training_root(url)
