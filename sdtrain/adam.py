@@ -42,7 +42,7 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     from bitsandbytes.optim import AdamW8bit
 
     optimizer = AdamW8bit(parameters, **common)
-    # Its codes end at 1 and at -0.993, so that a block whose largest value is negative would shrink when it is put back.
+    # Its codes end at 1 and at -0.993: a block whose largest value is negative would shrink when it is put back.
     optimizer.name2qmap["dynamic"][0] = -1.0
     made: torch.optim.Optimizer = optimizer
     return made

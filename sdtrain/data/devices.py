@@ -18,7 +18,7 @@ _claims: list[IO[str]] = []  # open for as long as the process lives: the lock e
 
 
 def cores_of_process() -> int:
-    """Cores for this process' own threads: its share where each GPU has a process, and 2 beside a network on the CPU."""
+    """Cores for this process' own threads: its share where each GPU has a process; 2 beside a network on the CPU."""
     import torch
 
     num_gpus = torch.cuda.device_count()

@@ -4,10 +4,10 @@
 
 The stage reads tar shards, decodes and crops JPEG pictures, runs the VAE and writes moments with their tables. The VAE
 alone sees one batch that is on the device already, again and again: nothing can be faster. It has SD v1's size
-(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px in fp16 on CUDA, else
-of 256 in fp32. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu` counts the encoder's
-forward pass only, as a share of 989 TFLOP/s (bf16) on an H100 or H200, and where the data sheet is not known of the
-best matrix product measured here.
+(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px in fp16 on CUDA,
+else of 256 in fp32. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu`
+counts the encoder's forward pass only, as a share of 989 TFLOP/s (bf16) on an H100 or H200, and where the data sheet is
+not known of the best matrix product measured here.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ HELD_BY = {
     "A checkpoint is torn": "tests/sdtrain/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over",
     "A file of the dataset is damaged or gone": "tests/sdtrain/data/test_publish_images.py::test_a_damaged_shard_is_f",
     "A node or a GPU is lost": "tests/sdtrain/data/test_loader.py::test_a_step_holds_the_same_samples_and_noise_on_any",
-    "A machine is lost in the middle of a build on S3": "tests/sdtrain/data/remote/test_build_on_s3.py::test_a_build_killed",
+    "A machine is lost in the middle of a build on S3": "tests/sdtrain/data/remote/test_build_on_s3.py::test_a_build",
     "A rank hangs": "tests/sdtrain/test_watchdog.py::test_a_run_that_hangs_alone",
     "The loss or a gradient is not finite": "tests/sdtrain/test_guarded_train.py::test_where_the_policy_is_to_stop",
     "Pictures failed to download": "tests/sdtrain/data/test_retry.py::test_each_changed_shard",
