@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain import cli_card, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search
+from sdtrain import cli_card, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search, cli_status
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -165,24 +165,8 @@ def report(dataset: DatasetArgument) -> None:
         print(report_on(directory, recipe))
 
 
-@app.command()
-def status(dataset: DatasetArgument) -> None:
-    """Show what is finished, stage by stage."""
-    from filters.record import read_recipe
-    from filters.road import STAGE_NAMES
-    from sdtrain.data.dataset import DatasetDir
-    from sdtrain.data.manifest import entries
-
-    directory = DatasetDir(dataset)
-    print(f"recipe: {read_recipe(directory).name}")
-    rows = []
-    for name in STAGE_NAMES:
-        done = entries(directory, name)
-        columns = {"shards": len(done), "in": sum(e.num_in for e in done), "out": sum(e.num_out for e in done)}
-        rows.append({"stage": name, **columns, "seconds": round(sum(e.seconds for e in done), 1)})
-    print_table(rows)
-
-
+app.command()(cli_status.status)
+app.command()(cli_status.metrics)
 app.command()(cli_card.card)
 app.command()(cli_card.plan)
 app.command()(cli_curate.decide)
