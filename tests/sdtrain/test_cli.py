@@ -111,7 +111,7 @@ def test_status_counts_what_is_finished(sdtrain: Any, tmp_path: Path, short_road
     lines = sdtrain("status", tmp_path).out.splitlines()
     assert lines[0] == "recipe: laion-aesthetics"
     assert [line.split()[:4] for line in lines if line.split()[:1] == ["select"]] == [["select", "2/2", "10", "6"]]
-    assert [line.split()[:4] for line in lines if line.split()[:1] == ["encode"]] == [["encode", "0", "0", "0"]]
+    assert [line.split()[:4] for line in lines if line.split()[:1] == ["encode"]] == [["encode", "0/?", "0", "0"]]
 
 
 @pytest.mark.parametrize(
