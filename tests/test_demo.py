@@ -16,7 +16,8 @@ from filters.road import STAGE_NAMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
-MADE_ANEW = ("index.json", "console.log", "results.json", "results.csv", "curve.png", "demo-prompts.txt", "README.md")
+MADE_ANEW = ("index.json", "console.log", "results.json", "results.csv", "curve.png", "README.md", "datasets.json")
+MADE_ANEW += ("demo-prompts.txt", "prompts.json")
 
 
 def run_demo(output: Path) -> tuple[dict, str]:
@@ -51,6 +52,18 @@ def test_samples_show_the_colours_and_shapes_of_their_prompts(demo):
     assert figures["color_untrained"] <= 0.4
     assert figures["shape_untrained"] <= 0.4
     assert {"seconds", "color_unseen", "shape_unseen", "report"} <= figures.keys()
+
+
+def test_guidance_of_3_follows_the_prompts_better_than_none(demo):
+    output, figures = demo
+    (found,) = output.glob("training/*/evaluation/results.json")
+    rows = {row["guidance_scale"]: row for row in json.loads(found.read_text())["rows"]}
+    assert rows[3.0]["agreement_demo_checker"] > rows[1.0]["agreement_demo_checker"]
+    card = (found.parents[1] / "README.md").read_text()
+    assert "agreement_demo_checker" in card
+    assert {"pictures/curve.png", "pictures/search.png", "pictures/memorised.png"} <= set(
+        re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
+    )
 
 
 def test_the_funnel_adds_up_from_metadata_to_latents(demo):

@@ -17,7 +17,7 @@ from flows.automations import AUTOMATIONS
 sys.path.insert(0, str(Path(__file__).parents[1] / "flows"))
 from server_fixtures import ROOT, Environment, Running, answers, api, free_port, wait_until
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
 JOBS = ROOT / "infra" / "kubernetes" / "jobs"
 

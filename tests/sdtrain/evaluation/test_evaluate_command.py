@@ -85,7 +85,7 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_killed_with_two_processes_and_gone_on_with_one_it_ends_with_the_bytes_of_an_undisturbed_one(
     little, run, tmp_path, one_thread
 ):

@@ -81,7 +81,7 @@ def kill_after(server, process: subprocess.Popen, prefix: str, stage: str, delay
     process.wait()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identical_objects(server, recipe, tmp_path):
     log, chance = tmp_path / "log", random.Random(3)
