@@ -77,8 +77,15 @@ def learn_centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
     return centers
 
 
-def load_faiss() -> Any:
+def load_faiss(
+    wanted_by: str = "duplicates.level: semantic, for so many pictures,",
+    otherwise: str = ", or set duplicates.level to perceptual",
+) -> Any:
     """The module faiss.
+
+    Args:
+        wanted_by: what needs it, for the sentence when it is missing.
+        otherwise: what one can do without it.
 
     Raises:
         UserError: it is not installed.
@@ -87,8 +94,7 @@ def load_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UserError(
-            "duplicates.level: semantic needs faiss for so many pictures. Install it with "
-            "`pip install 'sdtrain[semantic]'`, or set duplicates.level to perceptual."
+            f"{wanted_by} needs faiss. Install it with `pip install 'sdtrain[semantic]'`{otherwise}."
         ) from error
     return faiss
 

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from filters.duplicates.clusters import learn_centers, unit
+from filters.duplicates.clusters import learn_centers, load_faiss, unit
 from filters.search.embeddings import Block, Embeddings, embeddings_digest, embeddings_of
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, raise_if_disk_full, scratch
@@ -91,7 +91,7 @@ def open_index(dataset: DatasetDir) -> PictureIndex:
     Raises:
         UserError: there are no embeddings, faiss is not installed, or the index cannot be written.
     """
-    load_faiss()
+    load_faiss("Searching a dataset", otherwise="")
     folder = dataset.search / embeddings_digest(dataset)[:16]
     if not (folder / "info.json").exists():
         _build(dataset, folder)
@@ -106,21 +106,6 @@ def open_index(dataset: DatasetDir) -> PictureIndex:
 def forget_index(dataset: DatasetDir) -> None:
     """Deletes all indices of a dataset; they hold the embeddings of what was taken out."""
     shutil.rmtree(dataset.search, ignore_errors=True)
-
-
-def load_faiss() -> Any:
-    """The module faiss.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError(
-            "Searching a dataset needs faiss. Install it with `pip install 'sdtrain[semantic]'`."
-        ) from error
-    return faiss
 
 
 def _build(dataset: DatasetDir, folder: Path) -> None:

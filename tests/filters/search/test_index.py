@@ -9,7 +9,7 @@ from removal_fixtures import copy_of
 from filters.duplicates.columns import Pictures
 from filters.search import index
 from filters.search.embeddings import Block, Embeddings
-from filters.search.index import PictureIndex, open_index
+from filters.search.index import PictureIndex, forget_index, open_index
 from filters.search.search import Search
 
 faiss = pytest.importorskip("faiss")
@@ -66,6 +66,7 @@ def test_a_search_that_is_killed_while_it_writes_leaves_no_index_and_the_next_ma
     embedded_dataset, tmp_path, monkeypatch
 ):
     dataset = copy_of(embedded_dataset, tmp_path)
+    forget_index(dataset)  # other tests search the fixture
     with monkeypatch.context() as patched:
         patched.setattr(index.IndexInfo, "model_dump_json", _interrupted)
         with pytest.raises(KeyboardInterrupt):
