@@ -79,7 +79,7 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
 
 def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:
     done = entries(dataset, name)
-    num_shards, rate = _num_shards(dataset, recipe, name, len(done)), _rate(dataset, done)
+    num_shards, rate = _num_shards(dataset, recipe, name, len(done)), _rate(done)
     dropped: Counter[str] = Counter()
     for entry in done:
         dropped.update(entry.dropped)
@@ -111,10 +111,9 @@ def _num_shards(dataset: DatasetDir, recipe: Recipe, name: str, num_done: int) -
     return -(-kept.num_out // recipe.pack.samples_per_shard) if kept else None
 
 
-def _rate(dataset: DatasetDir, done: Sequence[ShardReport]) -> float | None:
-    """Samples a second of wall time, by when the entries were written."""
-    times = [(dataset.manifest_entry(entry.stage, entry.shard).stat().st_mtime, entry.num_in) for entry in done]
-    times.sort()
+def _rate(done: Sequence[ShardReport]) -> float | None:
+    """Samples a second of wall time."""
+    times = sorted((entry.finished_at, entry.num_in) for entry in done if entry.finished_at)
     recent = [(at, num) for at, num in times if at >= times[-1][0] - _WINDOW_S]
     if len(recent) < 2 or recent[-1][0] == recent[0][0]:
         return None

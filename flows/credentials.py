@@ -7,6 +7,15 @@ from typing import Any
 
 from sdtrain.errors import UserError
 
+_NAMES: tuple[str, ...] = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_REGION",
+)
+_NAMES += ("AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+
 
 @contextmanager
 def s3_credentials(block: str | None) -> Iterator[None]:
@@ -23,7 +32,11 @@ def s3_credentials(block: str | None) -> Iterator[None]:
     """
     before = dict(os.environ)
     try:
-        os.environ.update(_read(block) if block else {})
+        if block:
+            held = _read(block)
+            for name in _NAMES:  # what the block leaves open is not to come from another account
+                os.environ.pop(name, None)
+            os.environ.update(held)
         yield
     finally:
         for name in [name for name in os.environ if name.startswith("AWS_") and name not in before]:

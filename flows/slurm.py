@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -18,10 +19,16 @@ POLL_S = 2.0
 GRACE_S = 20.0
 """Time that a cancelled job has to end before the flow run does; SLURM's KillWait ends it in any case."""
 _ASK_S = 60.0
+_PASSES = ("Unable to contact", "Socket timed out")
 _TAIL_BYTES = 16_384
 _STOPPED = ("CANCELLED", "DEADLINE", "PREEMPTED", "REVOKED", "TIMEOUT")
 _BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
+_ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+"""Not COMPLETING: a job that was cancelled still writes its checkpoint then, and the next one waits for its end."""
 _OVER = frozenset(["COMPLETED", "GONE", *_STOPPED, *_BROKEN])
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,8 @@ def run_job(
     """Runs a job to its end and returns SLURM's word for that, COMPLETED for one.
 
     A job that already works on the folder, submitted by a run that was killed, is followed instead of submitting a
-    second one. When this is left by an exception, as Prefect does when a run is cancelled, the job is cancelled.
+    second one. When the run is cancelled, or this process is told to end, the job is cancelled; after an error of this
+    process, such as a controller that does not answer for a minute, it goes on, and the next run follows it.
 
     Args:
         job: what runs.
@@ -82,8 +90,10 @@ def run_job(
         while (state := state_of(job_id)) not in _OVER:
             log.pass_on(on_line)
             time.sleep(POLL_S)
+    except Exception:
+        raise  # of the flow, or of asking SLURM: the job is well, and the next run follows it
     except BaseException:
-        cancel(job_id)
+        _try_to_cancel(job_id)
         raise
     log.pass_on(on_line)
     return state
@@ -99,7 +109,7 @@ def recorded_job(folder: Path) -> str | None:
 
 def active_job(name: str) -> str | None:
     """Number of the job of that name that waits or runs, if there is one."""
-    listed = _ask("squeue", "--noheader", "--me", "--name", name, "--format", "%A").split()
+    listed = _ask("squeue", "--noheader", "--me", "--name", name, "--states", _ALIVE, "--format", "%A").split()
     return listed[0] if listed else None
 
 
@@ -121,6 +131,14 @@ def cancel(job_id: str) -> None:
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and state_of(job_id) not in _OVER:
         time.sleep(0.5)
+
+
+def _try_to_cancel(job_id: str) -> None:
+    """As `cancel`; a failure is said, and does not take the place of what ends the run."""
+    try:
+        cancel(job_id)
+    except UserError as error:
+        _log.warning("Job %s may go on: %s", job_id, error)
 
 
 def _submit(job: Job, environment: dict[str, str]) -> str:
@@ -145,6 +163,10 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
             done = subprocess.run(  # noqa: S603 (no shell, and the arguments are ours)
                 command, env=mine | (environment or {}), capture_output=True, text=True, timeout=_ASK_S
             )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"{command[0]} did not answer for {_ASK_S:.0f} seconds. Is SLURM's controller up?"
+            ) from error
         except OSError as error:
             raise UserError(
                 f"{command[0]} could not be started: {error.strerror}. Launcher 'slurm' needs SLURM's commands on the "
@@ -152,7 +174,7 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
             ) from error
         if done.returncode == 0:
             return done.stdout
-        if "Unable to contact" not in done.stderr or time.monotonic() > deadline:
+        if not any(said in done.stderr for said in _PASSES) or time.monotonic() > deadline:
             raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
         time.sleep(POLL_S)
 

@@ -66,37 +66,44 @@ def restore_moments(
 
     What was read from 8 bits is put back without loss, as long as the blocks begin at the same places.
     """
-    state, placed = optimizer.state[parameter], {name: moments[name].to(parameter.device) for name in MOMENTS}
+    state, device = optimizer.state[parameter], parameter.device
     if isinstance(optimizer, torch.optim.AdamW):
-        copies = {name: moment.clone() for name, moment in placed.items()}
-        state.update(copies, step=torch.tensor(float(step), device=parameter.device))
+        state.update({name: moments[name].to(device, copy=True) for name in MOMENTS})
+        state["step"] = torch.tensor(float(step), device=device)
         return
     group: dict[str, Any] = optimizer.param_groups[0]
     optimizer.init_state(group, parameter, 0, 0)  # type: ignore[attr-defined]
     state["step"] = step
     for name, (codes, scales, meanings) in _CODES.items():
         if meanings not in state:
-            state[codes].copy_(placed[name])  # so small that bitsandbytes keeps it in float32
+            state[codes].copy_(moments[name])  # so small that bitsandbytes keeps it in float32
         else:
-            _encode(placed[name], state[codes], state[scales], state[meanings])
+            _encode(moments[name], state[codes], state[scales], state[meanings])
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor | None = None, meanings: torch.Tensor | None = None) -> Any:
+    """In the host's memory, a chunk after the other: who keeps moments in 8 bits has no room for them in 32."""
     if scales is None:
         return codes
     from bitsandbytes.functional import dequantize_blockwise
 
-    return dequantize_blockwise(codes, absmax=scales, code=meanings, blocksize=_BLOCK)
+    found = torch.empty(codes.numel(), dtype=torch.float32)
+    for first in range(0, codes.numel(), _CHUNK):
+        part = slice(first, first + _CHUNK)
+        absmax = scales[first // _BLOCK : (first + _CHUNK) // _BLOCK]
+        found[part] = dequantize_blockwise(codes[part], absmax=absmax, code=meanings, blocksize=_BLOCK)
+    return found
 
 
 def _encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, meanings: torch.Tensor) -> None:
     """Writes the nearest codes. The library's own search now and then takes a code's neighbour."""
     between = (meanings[1:] + meanings[:-1]) / 2
-    for block, part in enumerate(moment.split(_CHUNK)):
+    for number, chunk in enumerate(moment.split(_CHUNK)):
+        part = chunk.to(codes.device)
         blocks = torch.nn.functional.pad(part, (0, -len(part) % _BLOCK)).reshape(-1, _BLOCK)
         largest = blocks.abs().amax(dim=1)
         shares = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         nearest = torch.bucketize(shares, between, out_int32=True).to(torch.uint8)
-        first = block * _CHUNK
+        first = number * _CHUNK
         codes[first : first + len(part)] = nearest.flatten()[: len(part)]
         scales[first // _BLOCK : first // _BLOCK + len(largest)] = largest

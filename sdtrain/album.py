@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,14 +42,23 @@ class Album:
         return self.folder / f"{job.seed:05d}.png"
 
     def has(self, job: Job) -> bool:
-        """Whether the picture is there and says that it was made, and judged, as it would be now."""
+        """Whether the picture is there, is younger than the model, and says that it was made and judged as now."""
         try:
+            if self.path(job).stat().st_mtime < self._model_changed:
+                return False
             with Image.open(self.path(job)) as picture:
                 made = json.loads(picture.text["sdtrain"])  # type: ignore[attr-defined]
         except (OSError, KeyError, ValueError, AttributeError):
             return False
         made.pop("flagged", None)
         return bool(made == description(job, self.model, self.settings) | self._judged(False))
+
+    @cached_property
+    def _model_changed(self) -> float:
+        """When the model's files were last written; another may have been exported under the same name."""
+        path = self.model.path
+        files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def save(self, job: Job, picture: Image.Image, flagged: bool = False) -> None:
         """Writes a job's picture."""

@@ -85,6 +85,8 @@ def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None, 
             num_flagged += result.flagged
             if result.picture is not None:
                 print(writer.save(result.job, result.picture, result.flagged))
+            else:
+                album.path(result.job).unlink(missing_ok=True)  # as an earlier run without a checker may have left it
     num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
     if keep:
         print(f"{num_drawn} pictures drawn, {num - num_drawn} kept")

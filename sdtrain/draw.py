@@ -157,6 +157,7 @@ def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, A
     """How a picture is made."""
     made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
+    made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
     return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
 
 

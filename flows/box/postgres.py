@@ -71,7 +71,15 @@ class Postgres:
         _end_leftover(self.place.cluster)
         if not (self.place.cluster / "PG_VERSION").exists():
             self._make_cluster()
-        password = self.place.passfile.read_text().strip().rpartition(":")[2]
+        try:
+            password = self.place.passfile.read_text().strip().rpartition(":")[2]
+        except OSError:
+            password = ""
+        if not password:
+            raise UserError(
+                f"{self.place.passfile} holds no password for the database in {self.place.cluster}. Put it back from a "
+                "copy, or move the directory away to begin with an empty history."
+            )
         _write_secret(self.place.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
 
     def is_ready(self) -> bool:
@@ -88,22 +96,22 @@ class Postgres:
             self._ask([self.programs / "createdb", *common, DATABASE])
 
     def _make_cluster(self) -> None:
-        shutil.rmtree(self.place.cluster, ignore_errors=True)  # half-made by a killed run
-        self.place.cluster.mkdir(mode=0o700)
+        # Under another name until it is whole: initdb writes what a cluster is known by first.
+        made = self.place.cluster.with_name(f".{self.place.cluster.name}.new")
+        for half_made in (made, self.place.cluster):
+            shutil.rmtree(half_made, ignore_errors=True)
+        made.mkdir(mode=0o700)
         password = secrets.token_urlsafe(32)
         with tempfile.NamedTemporaryFile("w") as file:  # readable for its owner only
             file.write(password + "\n")
             file.flush()
             if self.system_user is not None:
-                shutil.chown(self.place.cluster, self.system_user)
+                shutil.chown(made, self.system_user)
                 os.chown(file.name, pwd.getpwnam(self.system_user).pw_uid, -1)
             options = ["--auth=scram-sha-256", f"--pwfile={file.name}", "--encoding=UTF8", "--locale=C.UTF-8"]
-            try:
-                self._ask([self.programs / "initdb", "-D", self.place.cluster, "-U", USER, *options], self.system_user)
-            except UserError:
-                shutil.rmtree(self.place.cluster, ignore_errors=True)
-                raise
+            self._ask([self.programs / "initdb", "-D", made, "-U", USER, *options], self.system_user)
         _write_secret(self.place.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
+        made.rename(self.place.cluster)
 
     def _ask(self, command: list[str | Path], user: str | None = None) -> str:
         done = subprocess.run(  # noqa: S603
@@ -173,12 +181,16 @@ def _system_user(place: BoxDir) -> str | None:
 
 def _end_leftover(cluster: Path) -> None:
     """Ends a server on `cluster` whose supervisor was killed."""
-    with suppress(OSError, ValueError, IndexError, psutil.NoSuchProcess):
-        server = psutil.Process(int((cluster / "postmaster.pid").read_text().splitlines()[0]))
-        if server.name().startswith("postgres") and server.cwd() == str(cluster.resolve()):
+    server = None
+    with suppress(OSError, ValueError, IndexError, psutil.Error):  # gone, or another user's under the same number
+        found = psutil.Process(int((cluster / "postmaster.pid").read_text().splitlines()[0]))
+        if found.name().startswith("postgres") and found.cwd() == str(cluster.resolve()):
+            server = found
+    if server is not None:
+        with suppress(psutil.NoSuchProcess):
             server.send_signal(signal.SIGINT)
             psutil.wait_procs([server], timeout=_SHUTDOWN_S)
-            end_processes({server}, grace_s=1)
+        end_processes({server}, grace_s=1)
 
 
 def _write_secret(path: Path, text: str) -> None:
@@ -187,4 +199,9 @@ def _write_secret(path: Path, text: str) -> None:
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # it is the only copy
     temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)

@@ -19,7 +19,7 @@ from sdtrain.data.files import sha256_of
 from sdtrain.data.latent_catalogue import Catalogue, whole_tables_digest
 from sdtrain.data.latent_index import ShardIndex, read_index
 from sdtrain.data.manifest import read_entry
-from sdtrain.data.remote.mirror import fetch_file
+from sdtrain.data.remote.mirror import fetch_shard_file
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.errors import UserError
 
@@ -167,7 +167,7 @@ class LatentStore(SampleStore):
 
     def _open_tar(self, shard: int) -> IO[bytes]:
         path = (self._folder / self._catalogue.shards[shard].table).with_suffix(".tar")
-        fetch_file(self._dataset.root, path)
+        fetch_shard_file(self._dataset.root, path, "encode")
         try:
             if self._verify:
                 self._check_digest(path)

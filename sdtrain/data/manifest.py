@@ -43,6 +43,8 @@ class ShardReport(BaseModel):
     notes: list[str] = []
     """What was done on purpose with odd input, as sentences."""
     seconds: float = 0.0
+    finished_at: float = 0.0
+    """Unix time when the work ended; 0 where it was not noted. The file's own time is that of its last copy."""
 
     @model_validator(mode="after")
     def _counts_add_up(self) -> ShardReport:

@@ -19,7 +19,7 @@ from sdtrain.data.dataset_lock import lock_to_read
 from sdtrain.data.image_rows import read_parquet
 from sdtrain.data.latent_catalogue import Catalogue
 from sdtrain.data.pictures import decode_rgb, picture_extension
-from sdtrain.data.remote.mirror import fetch_file
+from sdtrain.data.remote.mirror import fetch_shard_file
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.errors import UserError
 
@@ -102,7 +102,7 @@ class PictureStore(SampleStore):
         last = row + 1 == len(table)
         end = offsets[row].as_py() + sizes[row].as_py() + _BEHIND_LAST if last else offsets[row + 1].as_py() - 512
         tar = self._tar(shard)
-        fetch_file(self._folder.parent, tar)
+        fetch_shard_file(self._folder.parent, tar, "pack")
         with tar.open("rb", buffering=0) as file:
             content = os.pread(file.fileno(), end - begin, begin)
         return table["uid"][row].as_py(), _members_of(table["key"][row].as_py(), content)

@@ -63,7 +63,9 @@ def run_batch(
     for report in stage.run(dataset, recipe, shards):
         now = time.monotonic()
         digest = stage.fingerprint(dataset, recipe, report.shard)
-        report = report.model_copy(update={"fingerprint": digest, "seconds": round(now - started, 3)})
+        report = report.model_copy(
+            update={"fingerprint": digest, "seconds": round(now - started, 3), "finished_at": round(time.time(), 3)}
+        )
         write_entry(dataset, report)
         on_report(report)
         reports.append(report)

@@ -26,6 +26,7 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Results, write_results
+from sdtrain.exchange.sources import pinned
 
 
 class Step(NamedTuple):
@@ -127,7 +128,8 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     directory = EvaluationDir(_output(models, output).absolute())
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
     features_digest(protocol), agreement_digest(protocol)  # the weights are there
-    found = identify_all([path.absolute() for path in models], protocol)
+    # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
+    found = identify_all([pinned(path.absolute()) for path in models], protocol)
     reference = open_reference(Path(protocol.reference), protocol.num_reference)
     if reference.statistics is not None:
         Judge(protocol, reference.statistics)

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -60,8 +60,7 @@ def _spread(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
     def run(dataset: DatasetDir, job: Any, parts: Sequence[int]) -> Iterator[ShardReport]:
         futures = [pool.submit(_run_part, stage, dataset, job, part) for part in parts]
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            yield from _all_that_end_well(futures)
         except BrokenProcessPool as error:
             raise UserError(
                 "A process of the evaluation was ended from outside. Is there too little memory? Lower --batch-size, "
@@ -69,6 +68,24 @@ def _spread(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
             ) from error
 
     return replace(stage, run=run)
+
+
+def _all_that_end_well(futures: Sequence[Future[ShardReport]]) -> Iterator[ShardReport]:
+    """Reports as they come; after an error no part is begun, and those under way still count before it is raised."""
+    failed: Exception | None = None
+    for future in as_completed(futures):
+        if future.cancelled():
+            continue
+        try:
+            report = future.result()
+        except Exception as error:
+            failed = failed or error
+            for other in futures:
+                other.cancel()
+            continue
+        yield report
+    if failed is not None:
+        raise failed
 
 
 def _run_part(stage: Stage[Any], dataset: DatasetDir, job: Any, part: int) -> ShardReport:

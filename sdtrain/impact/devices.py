@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 CORE_W = 7.0
 """Assumed for a busy core of a server's CPU, its share of the package included: 225 to 350 W of 32 to 64 cores are 4 to
 10 W a core."""
@@ -14,12 +16,14 @@ _BOARD_W = {
     "A100-PCIE-80GB": 300.0,
     "A100": 400.0,
     "H100 PCIe": 350.0,
+    "H100 NVL": 400.0,
     "H100": 700.0,
     "H200 NVL": 600.0,
     "H200": 700.0,
     "GB200": 1200.0,
     "B200": 1000.0,
     "L40S": 350.0,
+    "L40": 300.0,
     "L4": 72.0,
     "A10G": 300.0,
     "A10": 150.0,
@@ -32,5 +36,11 @@ _BOARD_W = {
 
 
 def board_watts(device: str) -> float | None:
-    """A GPU's stated board power, in W; None for CPUs and for GPUs that are not in the table."""
-    return next((watts for part, watts in _BOARD_W.items() if part.lower() in device.lower()), None)
+    """A GPU's stated board power, in W; None for CPUs and for GPUs that are not in the table, such as laptops'."""
+    if re.search(r"\b(laptop|max-q|mobile)\b", device, re.IGNORECASE):
+        return None
+    return next((watts for part, watts in _BOARD_W.items() if re.search(_whole(part), device, re.IGNORECASE)), None)
+
+
+def _whole(part: str) -> str:
+    return rf"(?<!\w){re.escape(part)}(?!\w)"

@@ -34,7 +34,7 @@ class DatasetFacts(Settings):
     """(stage, reason, meaning, dropped, remaining), the first row being all of the metadata."""
     stage_hours: dict[str, float] = Field(default={})
     """Hours of the workers, added up over the shards."""
-    num_removed: int = 0
+    num_removed: int | None = None
     """Rows of the ledger of what was taken out for good."""
 
     @property
@@ -70,7 +70,7 @@ def dataset_facts(root: Path) -> DatasetFacts:
         **_recipe(dataset.recipe),
         funnel=funnel,
         stage_hours=hours,
-        num_removed=read_ledger(dataset.removed).num_rows,
+        num_removed=read_ledger(dataset.removed).num_rows if dataset.recipe.exists() else None,
     )
 
 

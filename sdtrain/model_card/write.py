@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from sdtrain import __version__
 from sdtrain.config import TrainConfig
 from sdtrain.data.files import publish
+from sdtrain.data.remote.location import is_s3, parse_url, work_folder
 from sdtrain.impact.energy_log import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
@@ -64,11 +65,16 @@ def write_card(run: Path) -> Path:
 def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
     """The facts of the datasets; kept beside the run, for the time when these have gone or moved."""
     kept = _kept(run / _KEPT_FACTS)
-    found = [dataset_facts(Path(source.root)) for source in config.data.all_sources]
+    found = [dataset_facts(_here(source.root)) for source in config.data.all_sources]
     facts = [fact if fact.name or fact.root not in kept else kept[fact.root] for fact in found]
     with publish(run / _KEPT_FACTS) as temporary:
         temporary.write_text(json.dumps([fact.model_dump(mode="json") for fact in facts], indent=1) + "\n")
     return facts
+
+
+def _here(root: str) -> Path:
+    """Where a dataset is on this machine: of one on S3, its work folder."""
+    return work_folder(parse_url(root)) if is_s3(root) else Path(root)
 
 
 def _kept(path: Path) -> dict[str, DatasetFacts]:

@@ -114,6 +114,7 @@ def test_the_command_blackens_or_leaves_out_what_is_flagged_and_counts_it(run, t
     assert f"{len(flagged)} of 2 pictures were flagged by the safety checker and are black" in said
     assert tmp_path / "black" / "00000.png" in flagged
     assert '"flagged": true' in Image.open(flagged[0]).text["sdtrain"]
+    sample(run, tmp_path / "refused")  # without a checker all were written
     said = sample(run, tmp_path / "refused", *checker, "--flagged", "refuse")
     assert f"{len(flagged)} of 2 pictures were flagged by the safety checker and were not written" in said
     assert len(list((tmp_path / "refused").glob("*.png"))) == 2 - len(flagged)

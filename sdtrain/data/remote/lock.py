@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from contextlib import suppress
 from datetime import datetime
 from threading import Event, Thread
@@ -39,6 +40,7 @@ class RemoteLock:
         signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
         self._signed = signed | {"token": secrets.token_hex(8)}
         self._beats, self._is_lost, self._ended = 0, False, Event()
+        self._renewed = _now()
         self._etag = self._take(command)
         self._require_conditions()
         self._pulse = Thread(target=self._beat, daemon=True, name="dataset lock")
@@ -50,6 +52,8 @@ class RemoteLock:
         Raises:
             UserError: another command has taken the dataset over.
         """
+        if not self._is_lost and _now() - self._renewed > EXPIRY_S / 2:
+            self._look()  # this machine slept, or the store did not answer for long: the pulse may not know yet
         if self._is_lost:
             raise UserError(
                 f"{self._store.url}: another command has taken this dataset over, because nothing was heard from here "
@@ -63,6 +67,8 @@ class RemoteLock:
         self._ended.set()
         self._pulse.join()
         with suppress(UserError):  # it expires anyway
+            if not self._is_lost:
+                self._look()
             if not self._is_lost:
                 self._store.delete(LOCK_NAME)
 
@@ -99,15 +105,26 @@ class RemoteLock:
     def _beat(self) -> None:
         while not self._ended.wait(EXPIRY_S / 4):
             try:
-                self._etag = self._write(IfMatch=self._etag)
-            except ConflictError:
-                held = self._store.read(LOCK_NAME)
-                if held is None or not self._is_ours(held):
-                    self._is_lost = True
-                    return
-                self._etag = held.etag
+                self._renew()
             except UserError as error:  # the next beat may come through
                 _log.warning("The lock could not be renewed. %s", error)
+            if self._is_lost:
+                return
+
+    def _renew(self) -> None:
+        try:
+            self._etag = self._write(IfMatch=self._etag)
+        except ConflictError:
+            self._look()
+        self._renewed = _now()
+
+    def _look(self) -> None:
+        """Whether the lock is still ours, as the store has it."""
+        held = self._store.read(LOCK_NAME)
+        if held is None or not self._is_ours(held):
+            self._is_lost = True
+        else:
+            self._etag = held.etag
 
     def _is_ours(self, held: Read) -> bool:
         """After a write whose answer was lost on the way, and which was tried again."""
@@ -117,6 +134,11 @@ class RemoteLock:
         self._beats += 1  # another content, so another ETag
         content = json.dumps(self._signed | {"beat": self._beats}) + "\n"
         return self._store.put_bytes(content.encode(), LOCK_NAME, **condition)
+
+
+def _now() -> float:
+    """Seconds, those during which the machine slept included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def holder(store: ObjectStore) -> str | None:

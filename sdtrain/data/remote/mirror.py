@@ -148,6 +148,8 @@ class Mirror:
         read = self.store.read(name)
         if read is None:  # deleted since the list was made
             return
+        if path.exists() and path.read_bytes() == read.content:  # some stores' ETags are no digests
+            return
         if name.startswith(_MANIFEST):
             self._forget_others(read.content, name)
         with publish(path) as temporary:
@@ -157,7 +159,9 @@ class Mirror:
         """Forgets a shard that another machine has taken back: its entry, and its files here."""
         from sdtrain.data.manifest import parse_entry
 
-        for name in parse_entry(entry.read_bytes(), entry).outputs:
+        # Downloaded pictures stay: they are taken back if they are whole, and may not be had a second time.
+        is_download = entry.parent.name == "download"
+        for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)
         entry.unlink()
 
@@ -219,13 +223,25 @@ def push_files(dataset: DatasetDir, *paths: Path) -> None:
         mirror.push_files(paths)
 
 
-def fetch_file(root: Path, path: Path) -> None:
-    """Brings one file of a dataset here if it is missing; of one that lies on disk alone, nothing."""
+def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
+    """Brings a shard's file here if it is missing; of a dataset that lies on disk alone, nothing.
+
+    Args:
+        root: the dataset's work folder.
+        path: of the file, named by its shard.
+        stage: whose output it is.
+
+    Raises:
+        UserError: it is not, or no longer, what the manifest here says.
+    """
+    from sdtrain.data.manifest import read_entry
+
     if path.exists():
         return
     dataset = DatasetDir(root)
     if mirror := mirror_of(dataset):
-        mirror.pull({dataset.relative(path): None})
+        entry, name = read_entry(dataset, stage, int(path.stem)), dataset.relative(path)
+        mirror.pull({name: entry.outputs.get(name) if entry else None})
 
 
 def _marked(root: Path) -> str:

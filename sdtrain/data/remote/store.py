@@ -153,7 +153,12 @@ class ObjectStore:
         for begin in range(0, len(names), _DELETED_AT_ONCE):
             keys = [{"Key": self.url.key(name)} for name in names[begin : begin + _DELETED_AT_ONCE]]
             with self._sentences("changed"):
-                self._client.delete_objects(Bucket=self.url.bucket, Delete={"Objects": keys, "Quiet": True})
+                answer = self._client.delete_objects(Bucket=self.url.bucket, Delete={"Objects": keys, "Quiet": True})
+            if refused := answer.get("Errors"):  # the request itself succeeded
+                raise UserError(
+                    f"{self.url}: {refused[0].get('Key')} cannot be deleted ({refused[0].get('Code')}). Let the "
+                    "credentials delete objects, and run the same command again."
+                )
 
     def sweep(self) -> None:
         """Gives up uploads in parts that a killed process began: they are no objects yet, and are paid for."""

@@ -1,5 +1,7 @@
 import csv
 import json
+from concurrent.futures import Future
+from threading import Timer
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from evaluation_fixtures import PROMPTS, digests, write_pictures
 from PIL import Image
 
+from sdtrain.checkpoint import find_checkpoint
 from sdtrain.errors import UserError
 from sdtrain.evaluation import draw_stage
 from sdtrain.evaluation.look_stage import read_pictures
@@ -16,7 +19,7 @@ from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
 from sdtrain.evaluation.sweep import plan
-from sdtrain.evaluation.workers import run_sweep
+from sdtrain.evaluation.workers import _all_that_end_well, run_sweep
 from sdtrain.export import export_model
 from sdtrain.networks import load_networks
 from sdtrain.sample import Sampler, SampleSettings
@@ -252,3 +255,21 @@ def test_as_is_the_network_sees_real_pictures_of_any_size(little, run, tmp_path)
     changes["reference_view"] = "as_samples"
     cropped = run_sweep(plan(little.model_copy(update=changes), [run], tmp_path / "out"), say=quiet)
     assert cropped.rows[0]["fid_demo_features"] != whole.rows[0]["fid_demo_features"]
+
+
+def test_a_run_that_still_trains_is_evaluated_at_one_checkpoint(little, run, tmp_path):
+    (model,) = plan(little, [run], tmp_path).models
+    assert model.path == find_checkpoint(run).path
+
+
+def test_parts_under_way_still_count_when_another_fails():
+    failed, under_way, waiting = Future(), Future(), Future()
+    under_way.set_running_or_notify_cancel()
+    failed.set_exception(UserError("no memory"))
+    Timer(0.3, under_way.set_result, ["a report"]).start()
+    Timer(0.3, waiting.set_running_or_notify_cancel).start()
+    reports = _all_that_end_well([failed, under_way, waiting])
+    assert next(reports) == "a report"
+    with pytest.raises(UserError, match="no memory"):
+        next(reports)
+    assert waiting.cancelled()

@@ -67,6 +67,14 @@ def test_longer_names_of_gpus_go_before_shorter_ones():
     assert [board_watts(f"NVIDIA {name}") for name in ("A100-SXM4-80GB", "H100 PCIe", "H200", "GB200", "A10")] == [
         *(400, 350, 700, 1200, 150)
     ]
+    assert [board_watts(f"NVIDIA {name}") for name in ("L40", "L4", "H100 NVL", "H100 80GB HBM3")] == [
+        300,
+        72,
+        400,
+        700,
+    ]
+    assert board_watts("NVIDIA RTX A1000") is None, "no A100"
+    assert board_watts("NVIDIA GeForce RTX 4090 Laptop GPU") is None, "a laptop's draws less"
     assert board_watts("AMD EPYC") is None
 
 

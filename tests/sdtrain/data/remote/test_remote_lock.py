@@ -45,6 +45,45 @@ def test_a_lock_without_a_pulse_expires_and_its_late_holder_may_not_write(store,
     with_next.close()
 
 
+def test_a_holder_that_slept_looks_before_it_writes_and_leaves_the_next_ones_lock(store, monkeypatch):
+    monkeypatch.setattr(module, "EXPIRY_S", 1.0)
+    late = RemoteLock(objects("slept"), "sdtrain build")
+    late._ended.set()  # asleep, main thread and pulse alike
+    late._pulse.join()
+    time.sleep(2.5)
+    with_next = RemoteLock(objects("slept"), "sdtrain decide")
+    with pytest.raises(UserError, match="another command has taken this dataset over"):
+        late.check()  # before its pulse has beaten again
+    late._ended.clear()
+    late.close()
+    assert "sdtrain decide" in holder(objects("slept"))
+    with_next.close()
+
+
+def test_a_pulse_outlives_a_store_that_fails_for_a_moment(store, monkeypatch):
+    held = RemoteLock(objects("shaky"), "sdtrain build")
+
+    def refuse(**_):
+        raise module.ConflictError
+
+    def fail(_):
+        raise UserError("nobody answers")
+
+    with monkeypatch.context() as shaky:
+        shaky.setattr(module, "EXPIRY_S", 0.2)
+        shaky.setattr(held, "_write", refuse)
+        shaky.setattr(held._store, "read", fail)
+        held._ended.set()
+        held._pulse.join()
+        held._ended.clear()
+        held._pulse = module.Thread(target=held._beat, daemon=True)
+        held._pulse.start()
+        time.sleep(0.5)
+        assert held._pulse.is_alive()
+    held.check()
+    held.close()
+
+
 def test_a_pulse_keeps_the_lock_beyond_its_expiry(store, monkeypatch):
     monkeypatch.setattr(module, "EXPIRY_S", 2.0)
     held = RemoteLock(objects("pulse"), "sdtrain build")

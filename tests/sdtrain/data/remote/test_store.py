@@ -65,3 +65,11 @@ def test_work_folders_of_two_stores_with_one_bucket_name_differ(monkeypatch, tmp
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://two")
     assert work_folder(url, tmp_path) != one
     assert one.name.startswith("aesthetics-")
+
+
+def test_an_object_that_may_not_be_deleted_is_a_sentence(store, monkeypatch):
+    objects = ObjectStore(parse_url(f"s3://{BUCKET}/kept"))
+    refusal = {"Errors": [{"Key": "kept/a", "Code": "AccessDenied"}]}
+    monkeypatch.setattr(objects._client, "delete_objects", lambda **_: refusal)
+    with pytest.raises(UserError, match=r"kept/a cannot be deleted \(AccessDenied\)"):
+        objects.delete("a")
