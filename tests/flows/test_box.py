@@ -122,6 +122,9 @@ def test_log_that_is_full_begins_anew_and_keeps_the_last_one(
 
 @needs_postgres
 def test_database_is_made_with_a_password_that_it_asks_for(folder: Path) -> None:
+    half_made = BoxDir(folder).cluster.with_name(".postgres.new")  # by a first start that was cut off
+    half_made.mkdir(parents=True)
+    (half_made / "PG_VERSION").write_text("15")
     server = postgres.find_postgres(BoxDir(folder), free_port())
     server.prepare()
     one = Service(server.program, folder, folder / "postgres.log")
