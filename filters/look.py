@@ -15,6 +15,7 @@ from filters.quality import measure
 from sdtrain.data.clip_view import Preprocess, clip_view, pixels_of
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import decode_rgb, picture_extension
+from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.tars import read_samples
 from sdtrain.errors import UserError
 
@@ -74,6 +75,7 @@ def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
         UserError: the tar is damaged or cut short, or holds other samples than the table beside it says.
     """
     tar, table = dataset.images_tar(shard), dataset.images_table(shard)
+    fetch_shard_file(dataset.root, tar, "download")
     uids = _uids(dataset, shard)
     again = "Delete both and run the build again: they are made anew."
     for key, members in read_samples(tar):

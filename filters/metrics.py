@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from prometheus_client.registry import Collector
 
 from filters.status import DatasetStatus, dataset_status
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.remote.location import is_s3
+from sdtrain.data.remote.opening import dataset_at, open_dataset
 from sdtrain.errors import UserError
 from sdtrain.run_status import RunStatus, is_run_dir, run_status
 
@@ -28,46 +31,57 @@ _FIGURES = {
     "memory_gb": ("sdtrain_training_memory_gigabytes", "memory of the first rank at most"),
     "num_skipped": ("sdtrain_training_skipped_steps", "optimizer steps that were not applied"),
 }
+_LIST_EVERY_S = 60.0
+"""How often a dataset on S3 is listed, a thousand objects a request, however often Prometheus asks."""
 _log = logging.getLogger(__name__)
 
 
 class StatusCollector(Collector):
-    """What `sdtrain status` knows of some directories, as metrics.
+    """What `sdtrain status` knows of some datasets and training runs, as metrics.
 
     Args:
-        paths: datasets and training runs. One that cannot be read is left out, and `sdtrain_up` says so.
+        names: directories, or s3://… of datasets. One that cannot be read is left out, and `sdtrain_up` says so.
     """
 
-    def __init__(self, paths: Sequence[Path]):
-        self._paths = paths
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+        self._listed: dict[str, float] = {}
 
     def collect(self) -> Iterator[Metric]:
         """All metrics as they are now."""
         up = GaugeMetricFamily("sdtrain_up", "whether a directory can be read", labels=["path"])
         datasets, runs = [], []
-        for path in self._paths:
+        for name in self._names:
             try:
-                if is_run_dir(path):
-                    runs.append(run_status(path))
+                if is_run_dir(Path(name)):
+                    runs.append(run_status(Path(name)))
                 else:
-                    datasets.append(dataset_status(DatasetDir(path)))
-                up.add_metric([str(path)], 1)
+                    datasets.append(dataset_status(self._open(name)))
+                up.add_metric([name], 1)
             except (UserError, OSError) as error:
                 _log.warning("%s", error)
-                up.add_metric([str(path)], 0)
+                up.add_metric([name], 0)
         yield up
         yield from _of_datasets(datasets)
         yield from _of_runs(runs)
 
+    def _open(self, name: str) -> DatasetDir:
+        now = time.monotonic()
+        if is_s3(name) and now - self._listed.get(name, -_LIST_EVERY_S) < _LIST_EVERY_S:
+            return dataset_at(name)
+        dataset = open_dataset(name)
+        self._listed[name] = now
+        return dataset
 
-def serve_metrics(paths: Sequence[Path], host: str, port: int) -> tuple[int, threading.Thread]:
+
+def serve_metrics(names: Sequence[str], host: str, port: int) -> tuple[int, threading.Thread]:
     """Answers Prometheus on a thread of its own; returns the port and the thread.
 
     Raises:
         UserError: the port is taken.
     """
     registry = CollectorRegistry()
-    registry.register(StatusCollector(paths))
+    registry.register(StatusCollector(names))
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
@@ -89,7 +103,7 @@ def _of_datasets(datasets: Iterable[DatasetStatus]) -> Iterator[Metric]:
     users = GaugeMetricFamily("sdtrain_dataset_users", "commands at work on a dataset", labels=["dataset"])
     free = GaugeMetricFamily("sdtrain_dataset_free_bytes", "free on its disk", labels=["dataset"])
     for dataset in datasets:
-        name = str(dataset.root)
+        name = dataset.place
         users.add_metric([name], len(dataset.users))
         free.add_metric([name], dataset.free_bytes)
         for stage in dataset.stages:

@@ -10,8 +10,8 @@ from filters.recipe import Recipe
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.data.remote.location import is_s3
-from sdtrain.data.remote.mirror import push_files
 from sdtrain.data.remote.opening import dataset_at
+from sdtrain.data.remote.single_files import push_files
 from sdtrain.errors import UserError
 from sdtrain.settings import dump_settings, load_settings
 
@@ -62,7 +62,7 @@ def read_recipe(dataset: DatasetDir) -> Recipe:
         UserError: there is no dataset, or its recipe is damaged.
     """
     if not dataset.recipe.exists():
-        raise UserError(f"{dataset.root} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
+        raise UserError(f"{dataset} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
     return load_settings(Recipe, dataset.recipe)
 
 

@@ -19,7 +19,7 @@ from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, read_entry, write_entry
 from sdtrain.data.pack_plan import SHORT, num_packed, short_shards
 from sdtrain.data.publish_images import report_images
-from sdtrain.data.remote.mirror import discard
+from sdtrain.data.remote.single_files import discard
 from sdtrain.data.removed import REMOVED, digest_sql, read_ledger
 from sdtrain.data.rewrite import drop_images, drop_latents, drop_packed, drop_rows
 from sdtrain.data.stage import Stage

@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from filters.recipe import Recipe
 from filters.record import read_recipe
@@ -52,14 +51,14 @@ class DatasetStatus:
     """A dataset.
 
     Attributes:
-        root: its directory.
+        place: its directory, or URL.
         recipe: the recipe's name.
         stages: in their order.
         users: a sentence for each command that uses it now.
-        free_bytes: on its disk.
+        free_bytes: on its disk, or that of its work folder.
     """
 
-    root: Path
+    place: str
     recipe: str
     stages: Sequence[StageStatus]
     users: Sequence[str]
@@ -74,7 +73,7 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """
     recipe = read_recipe(dataset)
     stages = [_stage(dataset, recipe, name) for name in STAGE_NAMES]
-    return DatasetStatus(dataset.root, recipe.name, stages, at_work(dataset), shutil.disk_usage(dataset.root).free)
+    return DatasetStatus(str(dataset), recipe.name, stages, at_work(dataset), shutil.disk_usage(dataset.root).free)
 
 
 def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:

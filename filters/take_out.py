@@ -18,7 +18,7 @@ from sdtrain.data.files import publish, scratch_path, sha256_of
 from sdtrain.data.manifest import ShardReport, entries, write_entry
 from sdtrain.data.pack_plan import forget_plan
 from sdtrain.data.remote.inputs import fetch_outputs
-from sdtrain.data.remote.mirror import discard, push_files
+from sdtrain.data.remote.single_files import discard, push_files
 from sdtrain.data.removed import REMOVED, read_ledger, write_ledger
 from sdtrain.data.stage import clear_leftovers, is_finished
 from sdtrain.errors import UserError

@@ -1,5 +1,6 @@
 """From metadata to latents, stage after stage."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,12 +19,26 @@ from flows.failure import fails_with_a_sentence
 from flows.stages import StageOptions, run_stage
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.dataset_lock import lock_to_change
+from sdtrain.data.remote.eviction import keep_local as keep_files
 
 RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
 Count = Annotated[int, Field(ge=1)]
 Workers = Annotated[int, Field(ge=1, le=256)]
 AestheticScore = Annotated[float, Field(ge=0, le=10)]
 Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """Of a dataset on S3.
+
+    Attributes:
+        parent: of all work folders; without, in the user's cache.
+        keep: whether large files stay in it once they are on S3.
+    """
+
+    parent: str | None = None
+    keep: bool = True
 
 
 def _run_name() -> str:
@@ -49,6 +64,7 @@ def build_dataset(
     workers: Workers = 2,
     shards_per_task: Count = 1,
     work_dir: str | None = None,
+    keep_local: bool = True,
     credentials: str | None = None,
 ) -> str:
     """Select, download, score, dedup, keep, pack, encode; what an earlier run finished is not done again.
@@ -71,6 +87,7 @@ def build_dataset(
         workers: Batches of shards at once, unless a running cluster decides that.
         shards_per_task: Shards in one batch.
         work_dir: With output s3://...: where its files lie on this machine; without, the user's cache.
+        keep_local: With output s3://...: whether pictures and latents stay on this machine once they are there.
         credentials: Name of a block AwsCredentials for metadata and output on s3://; without, the environment's.
 
     Returns:
@@ -88,18 +105,23 @@ def build_dataset(
     )
     options = StageOptions(workers, shards_per_task, engine, engine_address)
     with s3_credentials(credentials):
-        return build(load_recipe(recipe, overrides), output, options, retry_failed, work_dir)
+        return build(load_recipe(recipe, overrides), output, options, retry_failed, WorkFolder(work_dir, keep_local))
 
 
 def build(
-    recipe: Recipe, output: str, options: StageOptions, retry_failed: bool = False, work_dir: str | None = None
+    recipe: Recipe,
+    output: str,
+    options: StageOptions,
+    retry_failed: bool = False,
+    work: WorkFolder = WorkFolder(),
 ) -> str:
     """The road, in a flow. Returns the dataset's directory, or its URL."""
     from filters.road import road
 
     require_metadata(recipe)
-    dataset = output_dataset(output, recipe, work_dir)
+    dataset = output_dataset(output, recipe, work.parent)
     with lock_to_change(dataset, "The flow build-dataset"):
+        keep_files(dataset, work.keep)
         _begin(dataset, recipe)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:
             for stage in road():

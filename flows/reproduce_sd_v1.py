@@ -3,16 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
 from flows.failure import fails_with_a_sentence
-from flows.train_unet import train_unet
+from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.config import load_config
 from sdtrain.data.latent_store import require_latents
+from sdtrain.data.remote.opening import training_root
 
 Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
 Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]
@@ -38,7 +39,14 @@ PHASES: tuple[Phase, ...] = (
 )
 
 
-@flow(name="reproduce-sd-v1")
+def _cancel_jobs(flow: Any, flow_run: Any, state: Any) -> None:
+    given = all_parameters(flow, flow_run)
+    if given["launcher"] == "slurm":
+        for phase in chain(given["until"]):
+            cancel_job(Path(given["output"]) / phase.name)
+
+
+@flow(name="reproduce-sd-v1", on_cancellation=[_cancel_jobs])
 @fails_with_a_sentence
 def reproduce_sd_v1(
     laion2b_en: str = "data/laion2b-en",
@@ -48,6 +56,10 @@ def reproduce_sd_v1(
     until: Name = "sd-v1-4",
     configs: str | None = None,
     num_gpus: Annotated[int, Field(ge=1)] | None = None,
+    launcher: Launcher = "deepspeed",
+    hostfile: str | None = None,
+    slurm_options: str = "",
+    slurm_script: str = str(SLURM_SCRIPT),
 ) -> str:
     """Trains Stable Diffusion v1 from nothing, run after run; started again, it goes on where it was.
 
@@ -59,6 +71,10 @@ def reproduce_sd_v1(
         until: The last run; the ones it builds on come before it.
         configs: Folder with configs named after the runs, to change them; by default the model card's.
         num_gpus: GPUs to use; by default all of them. Without GPUs: CPU processes, by default one.
+        launcher: deepspeed on this machine (or, with a hostfile, on several), or a job on SLURM for each run.
+        hostfile: Machines for DeepSpeed, as of the flow train-unet.
+        slurm_options: More options for sbatch, such as "--nodes=4 --partition=gpu".
+        slurm_script: The batch script.
 
     Returns:
         The last run's directory.
@@ -74,6 +90,10 @@ def reproduce_sd_v1(
             output=str(Path(output) / phase.name),
             num_gpus=num_gpus,
             init_from=str(Path(output) / phase.after) if phase.after else None,
+            launcher=launcher,
+            hostfile=hostfile,
+            slurm_options=slurm_options,
+            slurm_script=slurm_script,
         )
     return str((Path(output) / until).absolute())
 
@@ -86,7 +106,7 @@ def check(phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | 
     """
     for phase in phases:
         load_config(_config(phase, configs))
-        require_latents(Path(roots[phase.dataset]))
+        require_latents(training_root(roots[phase.dataset]))
 
 
 def chain(until: Name) -> list[Phase]:

@@ -17,6 +17,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.utilities.callables import get_parameter_defaults
 from pydantic import Field
 
 from flows import slurm
@@ -46,9 +47,19 @@ def _run_name() -> str:
 
 
 def _cancel_job(flow: Any, flow_run: Any, state: Any) -> None:
-    """For a run whose process could not cancel its job itself."""
-    folder = _run_dir(flow_run.parameters["config"], flow_run.parameters.get("output")).path
-    job_id = slurm.recorded_job(folder) if flow_run.parameters.get("launcher") == "slurm" else None
+    given = all_parameters(flow, flow_run)
+    if given["launcher"] == "slurm":
+        cancel_job(_run_dir(given["config"], given["output"]).path)
+
+
+def all_parameters(flow: Any, flow_run: Any) -> dict[str, Any]:
+    """A run's parameters, those that were left at the flow's defaults included."""
+    return get_parameter_defaults(flow.fn) | flow_run.parameters
+
+
+def cancel_job(folder: Path) -> None:
+    """Cancels the SLURM job that trains in a run's directory, for a flow whose process could not do so itself."""
+    job_id = slurm.recorded_job(folder)
     if job_id is not None:
         slurm.cancel(job_id)
 

@@ -15,6 +15,7 @@ from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
     from filters.recipe import Recipe
+    from sdtrain.data.dataset import DatasetDir
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
@@ -26,7 +27,7 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
-DatasetArgument = cli_curate.DatasetArgument
+DatasetArgument = cli_curate.NamedDataset
 
 
 def main() -> None:
@@ -67,9 +68,13 @@ def build(
     work_dir: Annotated[
         str | None, typer.Option(help="With --output s3://…: where its files lie here. Default: the user's cache.")
     ] = None,
+    keep_local: Annotated[
+        bool, typer.Option(help="With --output s3://…: whether pictures and latents stay here once they are there.")
+    ] = True,
 ) -> None:
     """Build a dataset, from metadata to latents; what is finished is not done again."""
     from filters.recipe import Overrides, load_recipe
+    from filters.record import output_dataset
     from sdtrain.settings import parse_settings
 
     given = {
@@ -82,7 +87,8 @@ def build(
         "allow_private_hosts": allow_private_hosts,
         "new_files": new_files,
     }
-    _build(load_recipe(recipe, parse_settings(Overrides, given, "command line")), output, retry_failed, work_dir)
+    chosen = load_recipe(recipe, parse_settings(Overrides, given, "command line"))
+    _build(chosen, output_dataset(output, chosen, work_dir), retry_failed, keep_local)
 
 
 @app.command()
@@ -108,9 +114,9 @@ def funnel(dataset: DatasetArgument) -> None:
     """Show what each rule dropped."""
     from filters import funnel as numbers
     from filters.record import read_recipe
-    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.remote.opening import open_to_ask
 
-    directory = DatasetDir(dataset)
+    directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
     print_table([dict(row) for row in numbers.funnel(directory, recipe)])
     print(*numbers.remarks(directory, recipe), sep="\n")
@@ -127,10 +133,9 @@ def query(
     """Ask a dataset in SQL: it can be read, and nothing else can."""
     from filters.query import VIEWS_SQL, ask
     from sdtrain.answers import form_of, save, show
-    from sdtrain.data.dataset import DatasetDir
 
     form = form or form_of(output)
-    with ask(DatasetDir(dataset.absolute()), sql or VIEWS_SQL, explain) as answer:
+    with ask(_with_views(dataset, "sdtrain query"), sql or VIEWS_SQL, explain) as answer:
         if explain:
             print(answer.read_all().column(1)[0].as_py())
         elif output:
@@ -144,9 +149,9 @@ def views(dataset: DatasetArgument) -> None:
     """Write metadata.duckdb anew, for instance after the dataset was moved."""
     from filters.record import read_recipe
     from filters.views import write_views
-    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.remote.opening import open_to_ask
 
-    directory = DatasetDir(dataset.absolute())
+    directory = open_to_ask(dataset, "sdtrain views")
     write_views(directory, read_recipe(directory))
     print(directory.database)
 
@@ -156,13 +161,24 @@ def report(dataset: DatasetArgument) -> None:
     """Write report.html anew: the funnel, score histograms, examples of what was kept and dropped."""
     from filters.finish import report_on
     from filters.record import read_recipe
-    from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.dataset_lock import lock_to_read
 
-    directory = DatasetDir(dataset.absolute())
+    directory = _with_views(dataset, "sdtrain report")
     recipe = read_recipe(directory)
     with lock_to_read(directory, "sdtrain report"):
         print(report_on(directory, recipe))
+
+
+def _with_views(name: str, command: str) -> DatasetDir:
+    """A dataset with its metadata.duckdb, which is made anew for one on S3: it names files of this machine."""
+    from filters.record import read_recipe
+    from filters.views import write_views
+    from sdtrain.data.remote.opening import open_to_ask
+
+    directory = open_to_ask(name, command)
+    if directory.url:
+        write_views(directory, read_recipe(directory))
+    return directory
 
 
 app.command()(cli_status.status)
@@ -178,17 +194,18 @@ app.command()(cli_search.search)
 app.command()(cli_search.memorised)
 
 
-def _build(recipe: Recipe, output: str, retry_failed: bool, work_dir: str | None) -> None:
+def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: bool) -> None:
     from filters.finish import finish_dataset
-    from filters.record import output_dataset, record_recipe, require_metadata
+    from filters.record import record_recipe, require_metadata
     from filters.road import road
     from sdtrain.data.dataset_lock import lock_to_change
     from sdtrain.data.recovery import recover
+    from sdtrain.data.remote.eviction import keep_local
     from sdtrain.stage_progress import run_with_bar
 
     require_metadata(recipe)
-    dataset = output_dataset(output, recipe, work_dir)
     with lock_to_change(dataset, "sdtrain build"):
+        keep_local(dataset, keep_files)
         changes = record_recipe(dataset, recipe)
         if changes:
             print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")

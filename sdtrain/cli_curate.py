@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
-DatasetArgument = Annotated[Path, typer.Argument(help="The directory of a dataset.")]
 NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
 

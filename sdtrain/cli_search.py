@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def search(
-    dataset: Annotated[Path, typer.Argument(help="The directory of a dataset, scored with stored embeddings.")],
+    dataset: Annotated[str, typer.Argument(help="A dataset, scored with stored embeddings: its directory, or s3://…")],
     caption: Annotated[str, typer.Argument(help="What the pictures are to show.")] = "",
     image: Annotated[Path | None, typer.Option(help="Nearest to this picture, instead of a caption.")] = None,
     words: Annotated[bool, typer.Option("--words", help="By the words of captions, without CLIP.")] = False,
@@ -38,12 +38,12 @@ def search(
     """Find the pictures of a dataset that are nearest to a caption or a picture."""
     from filters.record import read_recipe
     from filters.search.search import Search
-    from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.dataset_lock import lock_to_read
+    from sdtrain.data.remote.opening import open_to_ask
 
     if sum((bool(caption), image is not None, serve)) != 1 or (words and not caption):
         raise UserError("Give one of: a caption (with --words, if you like), --image FILE, or --serve.")
-    directory = DatasetDir(dataset.absolute())
+    directory = open_to_ask(dataset, "sdtrain search")
     read_recipe(directory)  # says so if there is no dataset
     with lock_to_read(directory, "sdtrain search"):
         asked = Search(directory)
@@ -58,7 +58,7 @@ def search(
 
 def memorised(
     source: Annotated[Path, typer.Argument(help="A folder of samples; with --repeated-prompts, a model.")],
-    data: Annotated[Path, typer.Option(help="The dataset that the model was trained on.")],
+    data: Annotated[str, typer.Option(help="The dataset that the model was trained on.")],
     repeated_prompts: Annotated[
         int | None, typer.Option(help="Draw for this many of the captions that repeat most in training.", min=1)
     ] = None,
@@ -79,11 +79,11 @@ def memorised(
     from filters.search.repeated import draw_samples
     from filters.search.samples import read_samples
     from filters.search.search import Search
-    from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.dataset_lock import lock_to_read
+    from sdtrain.data.remote.opening import open_to_ask
     from sdtrain.sample import SampleSettings
 
-    directory = DatasetDir(data.absolute())
+    directory = open_to_ask(data, "sdtrain memorised")
     read_recipe(directory)
     if not source.is_dir() and not repeated_prompts:
         raise UserError(f"There is no folder {source}. Name one with samples, or a model and --repeated-prompts N.")
@@ -138,7 +138,7 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
             Cell(picture_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
             for hit in hits
         ]
-        write_sheet(output, title, [str(asked.dataset.root)], [Row("", cells)])
+        write_sheet(output, title, [str(asked.dataset)], [Row("", cells)])
     if as_json:
         print(lines, end="")
     elif output is None:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def status(
-    directory: Annotated[Path, typer.Argument(help="A dataset's directory, or a training run's.")],
+    directory: Annotated[str, typer.Argument(help="A dataset (its directory, or s3://…), or a training run.")],
     watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds, until Ctrl-C.")] = None,
 ) -> None:
     """Show how far a dataset or a training run is, who is at work on it, and how long it will take."""
     from sdtrain.run_status import is_run_dir
 
     while True:
-        if is_run_dir(directory):
-            _show_run(directory)
+        if is_run_dir(Path(directory)):
+            _show_run(Path(directory))
         else:
             _show_dataset(directory)
         if watch is None:
@@ -37,26 +37,28 @@ def status(
 
 
 def metrics(
-    directories: Annotated[list[Path], typer.Argument(help="Datasets and training runs.")],
+    names: Annotated[list[str], typer.Argument(help="Datasets (directories, or s3://…) and training runs.")],
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 9464,
 ) -> None:
     """Answer Prometheus with what `status` shows, until Ctrl-C; infra/grafana has a dashboard for it."""
     from filters.metrics import serve_metrics
+    from sdtrain.data.remote.location import is_s3
 
-    missing = [str(path) for path in directories if not path.is_dir()]
+    missing = [name for name in names if not is_s3(name) and not Path(name).is_dir()]
     if missing:
         raise UserError(f"There is no directory {missing[0]}.")
-    port, thread = serve_metrics([path.absolute() for path in directories], host, port)
+    places = [name if is_s3(name) else str(Path(name).absolute()) for name in names]
+    port, thread = serve_metrics(places, host, port)
     print(f"http://{host}:{port}/metrics  (Ctrl-C ends it)", flush=True)
     thread.join()
 
 
-def _show_dataset(directory: Path) -> None:
+def _show_dataset(name: str) -> None:
     from filters.status import dataset_status
-    from sdtrain.data.dataset import DatasetDir
+    from sdtrain.data.remote.opening import open_dataset
 
-    found: DatasetStatus = dataset_status(DatasetDir(directory))
+    found: DatasetStatus = dataset_status(open_dataset(name))
     print(f"recipe: {found.recipe}")
     print_table([_row(stage) for stage in found.stages])
     for sentence in found.users or ["Nobody is at work on it."]:

@@ -16,6 +16,7 @@ from PIL import Image
 from filters.tables import SCORE_COLUMNS
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import PICTURE_EXTENSIONS, decode_rgb
+from sdtrain.data.remote.single_files import read_part
 
 KEY = re.compile(r"[0-9]{1,18}")
 _IMAGES: tuple[str, ...] = ("url", "caption", "sha256", "original_width", "original_height")
@@ -76,9 +77,7 @@ def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
     """
     if hit.offset is None or hit.num_bytes is None or hit.extension not in PICTURE_EXTENSIONS:
         raise FileNotFoundError(f"{hit.place} has no picture")
-    with dataset.images_tar(hit.shard).open("rb") as file:
-        file.seek(hit.offset)
-        return file.read(hit.num_bytes)
+    return read_part(dataset, dataset.images_tar(hit.shard), hit.offset, hit.num_bytes)
 
 
 def picture_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:

@@ -199,7 +199,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     loopback = host in ("127.0.0.1", "::1", "localhost")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if loopback else ["*"]
     app = SearchPage(search, top).app(hosts)
-    print(f"{search.num_pictures:,} pictures of {search.dataset.root}", flush=True)
+    print(f"{search.num_pictures:,} pictures of {search.dataset}", flush=True)
     if not loopback:
         print("Everyone who reaches this address sees the pictures; there is no password.", flush=True)
     print(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)

@@ -18,7 +18,8 @@ from typing import IO, Any
 import psutil
 
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.remote.lock import RemoteLock
+from sdtrain.data.remote.hold import leave_token
+from sdtrain.data.remote.lock import RemoteLock, holder
 from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.errors import UserError
 
@@ -81,9 +82,14 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 
 def at_work(dataset: DatasetDir) -> list[str]:
     """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody."""
+    users: list[str] = []
     with suppress(OSError), dataset.lock.open() as file:
-        return list(_users(file))
-    return []
+        users += _users(file)
+    mirror = mirror_of(dataset)
+    elsewhere = holder(mirror.store) if mirror else None
+    if elsewhere and not any(user.startswith(elsewhere.partition(", since ")[0]) for user in users):
+        users.append(elsewhere)
+    return users
 
 
 def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
@@ -94,6 +100,7 @@ def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
     lock = RemoteLock(mirror.store, command)
     try:
         mirror.may_write = lock.check
+        leave_token(dataset.root, lock.token)
         mirror.store.sweep()
         mirror.sync()
     except UserError:
@@ -103,7 +110,7 @@ def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
 
 
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
-    """Takes a dataset for a command that only reads, beside others that do.
+    """Takes a dataset for a command that only reads, beside others that do; from other machines S3 does not see it.
 
     Args:
         dataset: whose files are to stay as they are meanwhile.

@@ -19,7 +19,7 @@ from sdtrain.data.files import sha256_of
 from sdtrain.data.latent_catalogue import Catalogue, whole_tables_digest
 from sdtrain.data.latent_index import ShardIndex, read_index
 from sdtrain.data.manifest import read_entry
-from sdtrain.data.remote.mirror import fetch_shard_file
+from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.errors import UserError
 

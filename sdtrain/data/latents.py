@@ -29,6 +29,7 @@ from sdtrain.data.latent_index import index_path
 from sdtrain.data.latents_info import CHECK_KEY, sizes_px, write_info
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.pictures import decode_rgb, picture_extension
+from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import SampleIndex, read_samples, write_samples
 from sdtrain.data.vae import encode_pixels, shared_vae
@@ -59,6 +60,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
+    fetch_shard_file(dataset.root, source, "pack")
     encoder = _ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard))
     with publish(dataset.latents_tar(shard)) as temporary:
         index = write_samples(temporary, encoder.encoded(read_samples(source)))

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, sha256_of
-from sdtrain.data.remote.mirror import discard, mirror_of
+from sdtrain.data.remote.mirror import mirror_of
+from sdtrain.data.remote.single_files import discard
 from sdtrain.errors import UserError
 
 SCHEMA_VERSION = 1

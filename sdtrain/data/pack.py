@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +21,8 @@ from sdtrain.data.image_shards import PLACE, picture_place
 from sdtrain.data.latent_index import index_path
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
 from sdtrain.data.pack_plan import PROVENANCE, planned, shard_sizes
-from sdtrain.data.remote.mirror import discard
+from sdtrain.data.remote.mirror import mirror_of
+from sdtrain.data.remote.single_files import discard, read_part
 from sdtrain.data.stage import Stage
 from sdtrain.data.tars import SampleIndex, write_samples
 from sdtrain.errors import UserError
@@ -27,6 +30,9 @@ from sdtrain.errors import UserError
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
 # Far below what a process may have open, and there are far more image shards than any number that could be.
 _OPEN_TARS = 128
+# Of tars that lie on S3: requests at once, and pictures asked for ahead.
+_THREADS, _AHEAD = 16, 64
+_HEADER_BYTES = 512
 
 
 class SourceTars:
@@ -40,43 +46,74 @@ class SourceTars:
     def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:
         self._dataset, self._max_open = dataset, max_open
         self._open = OrderedDict[int, IO[bytes]]()
+        self._threads = ThreadPoolExecutor(_THREADS, "pack")
 
-    def read(self, row: dict[str, Any]) -> bytes:
-        """The picture of a planned row.
+    def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Planned rows and their pictures, in the same order.
 
         Raises:
-            UserError: the tar is missing, cut short or another one than its table describes.
+            UserError: a tar is missing, cut short or another one than its table describes.
         """
-        file = self._file(row["shard"])
-        name = f"{row['key']}.{row['extension']}".encode()
-        file.seek(row["picture_offset"] - 512)  # where its header is, which begins with its name
-        content = file.read(512 + row["picture_bytes"])
-        if not content.startswith(name + b"\0") or len(content) < 512 + row["picture_bytes"]:
-            raise UserError(
-                f"{file.name} is damaged or cut short: the picture of {row['key']} is not where its table says. "
-                "Delete it and run the build again: it downloads the shard anew."
-            )
-        return content[512:]
+        waiting = deque[tuple[dict[str, Any], Callable[[], bytes]]]()
+        for row in rows:
+            waiting.append((row, self._asked(row)))
+            if len(waiting) > _AHEAD:
+                yield _checked(self._dataset, *waiting.popleft())
+        while waiting:
+            yield _checked(self._dataset, *waiting.popleft())
 
     def close(self) -> None:
         """Closes all that are open."""
+        self._threads.shutdown(cancel_futures=True)
         while self._open:
             self._open.popitem()[1].close()
+
+    def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
+        """What gives the bytes of a picture and of the header before it; of a tar on S3 they are on their way."""
+        tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
+        place = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
+        if shard in self._open or tar.exists() or not mirror_of(self._dataset):
+            return partial(self._read_here, shard, *place)
+        return self._threads.submit(read_part, self._dataset, tar, *place).result
+
+    def _read_here(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        file = self._file(shard)
+        file.seek(offset)
+        return file.read(num_bytes)
 
     def _file(self, shard: int) -> IO[bytes]:
         if shard not in self._open:
             while len(self._open) >= self._max_open:
                 self._open.popitem(last=False)[1].close()
-            self._open[shard] = _opened(self._dataset.images_tar(shard))
+            self._open[shard] = self._dataset.images_tar(shard).open("rb")
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]) -> tuple[dict[str, Any], bytes]:
+    tar = dataset.images_tar(row["shard"])
+    try:
+        content = read()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no file {tar}, whose pictures are to be packed. Run the build again: it makes the shard anew."
+        ) from error
+    # The header begins with the name.
+    is_named = content.startswith(f"{row['key']}.{row['extension']}".encode() + b"\0")
+    if not is_named or len(content) < _HEADER_BYTES + row["picture_bytes"]:
+        raise UserError(
+            f"{tar} is damaged or cut short: the picture of {row['key']} is not where its table says. "
+            "Delete it and run the build again: it downloads the shard anew."
+        )
+    return row, content[_HEADER_BYTES:]
 
 
 def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardReport:
     """Copies the samples of one packed shard out of the image shards, one after the other, without re-encoding."""
     rows = planned(dataset, config, shard)
     with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
-        written = write_samples(temporary, ((row["key"], _members(row, tars.read(row))) for row in rows))
+        samples = ((row["key"], _members(row, picture)) for row, picture in tars.read(rows))
+        written = write_samples(temporary, samples)
     with publish(dataset.packed_table(shard)) as temporary:
         table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
         pq.write_table(pa.Table.from_pylist(table, _TABLE), temporary, compression="zstd")
@@ -96,15 +133,6 @@ def write_index(dataset: DatasetDir) -> Path:
     with publish(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def _opened(tar: Path) -> IO[bytes]:
-    try:
-        return tar.open("rb")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"There is no file {tar}, whose pictures are to be packed. Run the build again: it makes the shard anew."
-        ) from error
 
 
 def _members(row: dict[str, Any], picture: bytes) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from sdtrain.data.dataset_lock import lock_to_read
 from sdtrain.data.image_rows import read_parquet
 from sdtrain.data.latent_catalogue import Catalogue
 from sdtrain.data.pictures import decode_rgb, picture_extension
-from sdtrain.data.remote.mirror import fetch_shard_file
+from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.sample_store import Fetched, SampleStore
 from sdtrain.errors import UserError
 

@@ -9,7 +9,9 @@ from typing import Generic, TypeVar
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import sweep
-from sdtrain.data.manifest import ShardReport, forget_entry, is_whole, read_entry, write_entry
+from sdtrain.data.manifest import ShardReport, forget_entry, is_whole, read_entry
+from sdtrain.data.recorder import Recorder
+from sdtrain.data.remote.hold import working_for_holder
 from sdtrain.data.remote.inputs import fetch_inputs, fetch_plan
 from sdtrain.data.remote.mirror import mirror_of
 
@@ -55,22 +57,30 @@ def run_batch(
     on_report: Callable[[ShardReport], None] = lambda report: None,
 ) -> list[ShardReport]:
     """Runs the stage over `shards` and records each as finished, the entry written last."""
-    reports, started = [], time.monotonic()
+    with working_for_holder(dataset.root):
+        return _run_batch(stage, dataset, recipe, shards, on_report)
+
+
+def _run_batch(
+    stage: Stage[RecipeT],
+    dataset: DatasetDir,
+    recipe: RecipeT,
+    shards: Sequence[int],
+    on_report: Callable[[ShardReport], None],
+) -> list[ShardReport]:
     for shard in shards:
         # What is about to be overwritten must not look finished if this run is killed.
         forget_entry(dataset, stage.name, shard)
+    started = time.monotonic()
     fetch_inputs(dataset, stage.name, shards)
-    for report in stage.run(dataset, recipe, shards):
-        now = time.monotonic()
-        digest = stage.fingerprint(dataset, recipe, report.shard)
-        report = report.model_copy(
-            update={"fingerprint": digest, "seconds": round(now - started, 3), "finished_at": round(time.time(), 3)}
-        )
-        write_entry(dataset, report)
-        on_report(report)
-        reports.append(report)
-        started = now
-    return reports
+    with Recorder(dataset, on_report) as recorder:
+        for report in stage.run(dataset, recipe, shards):
+            now = time.monotonic()
+            digest = stage.fingerprint(dataset, recipe, report.shard)
+            times = {"seconds": round(now - started, 3), "finished_at": round(time.time(), 3)}
+            recorder.add(report.model_copy(update={"fingerprint": digest} | times))
+            started = now
+    return recorder.reports
 
 
 def begin(stage: Stage[RecipeT], dataset: DatasetDir) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import decode_rgb
+from sdtrain.data.remote.single_files import read_part
 
 THUMBNAIL_PX = 160
 
@@ -28,13 +29,10 @@ class Thumbnails:
         path = self._folder / f"{key}.jpg"
         if path.exists():
             return path
-        tar = self._dataset.images_tar(shard)
-        if offset is None or num_bytes is None or not tar.exists():
+        if offset is None or num_bytes is None:
             return None
-        with tar.open("rb") as file:
-            file.seek(offset)
-            content = file.read(num_bytes)
         try:
+            content = read_part(self._dataset, self._dataset.images_tar(shard), offset, num_bytes)
             return save_thumbnail(decode_rgb(content), path)
         except OSError:
             return None

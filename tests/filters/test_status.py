@@ -112,7 +112,7 @@ def scrape(port):
 def test_prometheus_gets_what_dashboard_and_alerts_ask_for(dataset, run, tmp_path):
     dataset_status(dataset)
     (tmp_path / "nothing").mkdir()
-    port, _ = serve_metrics([dataset.root, run.path, tmp_path / "nothing"], "127.0.0.1", 0)
+    port, _ = serve_metrics([str(dataset.root), str(run.path), str(tmp_path / "nothing")], "127.0.0.1", 0)
     families = scrape(port)
     values = {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
     assert values["sdtrain_stage_shards_done", str(dataset.root), "download"] == 3

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import BIN, REPOSITORY, deepspeed, finish, log_of, start
-from slurm_fixtures import slurm, why_not
+from slurm_fixtures import why_not
 from training_fixtures import write_config, write_latents, write_models
 
 from flows.slurm import STATE_FILE, active_job, recorded_job, state_of
@@ -22,6 +22,7 @@ from sdtrain.checkpoint import find_checkpoint
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(600),
+    pytest.mark.usefixtures("slurm_cluster"),
     pytest.mark.skipif(why_not() is not None, reason=f"needs SLURM: {why_not()}"),
 ]
 
@@ -49,15 +50,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     models = write_models(folder / "models")
     data = write_latents(folder / "data", models)
     return write_config(folder / "toy.yaml", models, data, steps=1000, checkpoint={"every": 5, "keep_last": 3})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with slurm(tmp_path_factory.mktemp("slurm")) as environment, pytest.MonkeyPatch.context() as patch:
-        for name, value in (environment | ours).items():
-            patch.setenv(name, value)
-        yield
 
 
 class Flow:

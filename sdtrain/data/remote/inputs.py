@@ -1,4 +1,4 @@
-"""Which files a stage reads, and bringing them from S3 before it does."""
+"""Which files a stage reads, and bringing them from S3 before it does: tables at once, tars when each is opened."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from sdtrain.data.remote.mirror import Stored, mirror_of
 if TYPE_CHECKING:
     from sdtrain.data.dataset import DatasetDir
 
-_SHARDS = {
-    "download": (("select", False),),
-    "score": (("download", True),),
-    "dedup": (("score", False), ("download", False)),
-    "keep": (("select", False), ("download", False), ("score", False), ("dedup", False)),
-    # A packed shard holds samples of nearly every downloaded one.
-    "pack": (("download", True), ("keep", False)),
-    "encode": (("pack", True),),
-    "select": (("select", False),),
+_INPUTS = {
+    "select": ("select",),
+    "download": ("select",),
+    "score": ("download",),
+    "dedup": ("score", "download"),
+    "keep": ("select", "download", "score", "dedup"),
+    "pack": ("download", "keep"),
+    "encode": ("pack",),
 }
-"""By stage, the stages whose outputs it reads, and whether their tars too."""
-_OWN_SHARD = ("score", "encode")
+"""By stage, the stages whose outputs it reads."""
+OWN_SHARD = {"score": "download", "encode": "pack"}
+"""Stages of which each shard reads the one of its own number, and nobody else does afterwards but `pack`, in parts."""
 _PLANNED_BY = ("pack", "encode")
 
 
@@ -29,8 +29,8 @@ def fetch_inputs(dataset: DatasetDir, stage: str, shards: Sequence[int]) -> None
     """Brings here what some shards of a stage read; nothing, for a dataset that lies on disk alone."""
     if mirror_of(dataset) is None:
         return
-    for name, with_tars in _SHARDS.get(stage, ()):
-        fetch_outputs(dataset, name, shards if stage in _OWN_SHARD else None, with_tars)
+    for name in _INPUTS.get(stage, ()):
+        fetch_outputs(dataset, name, shards if stage in OWN_SHARD else None, tars=False)
     if stage == "encode":
         _fetch_first_latents(dataset)
 
@@ -43,7 +43,7 @@ def fetch_plan(dataset: DatasetDir, stage: str) -> None:
 
 def fetch_tables(dataset: DatasetDir) -> None:
     """Brings here the tables of all stages, for questions about all of them."""
-    for stage in (*_SHARDS, "dedup"):
+    for stage in _INPUTS:
         fetch_outputs(dataset, stage, tars=False)
 
 

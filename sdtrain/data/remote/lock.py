@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 class RemoteLock:
     """A hold on a dataset on S3, until it is closed or its pulse ends.
 
+    Attributes:
+        token: what tells it from every other hold.
+
     Raises:
         UserError: another command holds it, or the store knows no conditional writes.
     """
@@ -38,7 +41,8 @@ class RemoteLock:
         self._store, self._pid = store, os.getpid()
         since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
         signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        self._signed = signed | {"token": secrets.token_hex(8)}
+        self.token = secrets.token_hex(8)
+        self._signed = signed | {"token": self.token}
         self._beats, self._is_lost, self._ended = 0, False, Event()
         self._renewed = _now()
         self._etag = self._take(command)
@@ -128,7 +132,7 @@ class RemoteLock:
 
     def _is_ours(self, held: Read) -> bool:
         """After a write whose answer was lost on the way, and which was tried again."""
-        return str(self._signed["token"]).encode() in held.content
+        return self.token.encode() in held.content
 
     def _write(self, **condition: str) -> str:
         self._beats += 1  # another content, so another ETag

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, sha256_of
+from sdtrain.data.remote.hold import check_hold
 from sdtrain.data.remote.location import MARKER, S3Url, parse_url
 from sdtrain.data.remote.store import Object, ObjectStore
 from sdtrain.errors import UserError
@@ -48,7 +49,7 @@ class Mirror:
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
         self.dataset, self.store = dataset, ObjectStore(url)
-        self.may_write: Callable[[], None] = lambda: None
+        self.may_write: Callable[[], None] = lambda: check_hold(self.store, dataset.root)
         self._known: dict[str, Object] | None = None
         self._guard = Lock()
 
@@ -208,40 +209,6 @@ def mirror_of(dataset: DatasetDir) -> Mirror | None:
     """The mirror of a dataset; None for one that lies on disk alone."""
     url = dataset.url or _marked(dataset.root)
     return _mirror(dataset.root, url) if url else None
-
-
-def discard(dataset: DatasetDir, path: Path) -> None:
-    """Deletes a file of a dataset, on S3 first."""
-    if mirror := mirror_of(dataset):
-        mirror.discard(path)
-    path.unlink(missing_ok=True)
-
-
-def push_files(dataset: DatasetDir, *paths: Path) -> None:
-    """Writes files of a dataset to S3 that no manifest entry lists."""
-    if mirror := mirror_of(dataset):
-        mirror.push_files(paths)
-
-
-def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
-    """Brings a shard's file here if it is missing; of a dataset that lies on disk alone, nothing.
-
-    Args:
-        root: the dataset's work folder.
-        path: of the file, named by its shard.
-        stage: whose output it is.
-
-    Raises:
-        UserError: it is not, or no longer, what the manifest here says.
-    """
-    from sdtrain.data.manifest import read_entry
-
-    if path.exists():
-        return
-    dataset = DatasetDir(root)
-    if mirror := mirror_of(dataset):
-        entry, name = read_entry(dataset, stage, int(path.stem)), dataset.relative(path)
-        mirror.pull({name: entry.outputs.get(name) if entry else None})
 
 
 def _marked(root: Path) -> str:

@@ -38,6 +38,24 @@ def open_dataset(name: str) -> DatasetDir:
     return dataset
 
 
+def open_to_ask(name: str, command: str) -> DatasetDir:
+    """A dataset as its user names it; of one on S3, the tables of all stages are brought here.
+
+    Args:
+        name: a directory, or s3://…
+        command: that asks, such as "sdtrain search".
+
+    Raises:
+        UserError: the dataset is being changed, or cannot be read.
+    """
+    from sdtrain.data.remote.inputs import fetch_tables
+
+    dataset = open_dataset(name)
+    _refuse_while_held(dataset, f"run {command} again")
+    fetch_tables(dataset)
+    return dataset
+
+
 def training_root(name: str, online_vae: bool = False) -> Path:
     """The directory to train from: of a dataset on S3 its work folder, with the tables; tars come when first needed.
 
@@ -53,11 +71,15 @@ def training_root(name: str, online_vae: bool = False) -> Path:
     from sdtrain.data.remote.inputs import fetch_outputs
 
     dataset = open_dataset(name)
-    mirror = mirror_of(dataset)
-    if mirror and (said := holder(mirror.store)):
-        raise UserError(f"{dataset} is in use: {said} Wait for the end, and start the training again.")
+    _refuse_while_held(dataset, "start the training again")
     fetch_outputs(dataset, "pack" if online_vae else "encode", tars=False)
     return dataset.root
+
+
+def _refuse_while_held(dataset: DatasetDir, again: str) -> None:
+    mirror = mirror_of(dataset)
+    if mirror and (said := holder(mirror.store)):
+        raise UserError(f"{dataset} is in use: {said} Wait for the end, and {again}.")
 
 
 def _nobody_writes(dataset: DatasetDir) -> bool:

@@ -73,7 +73,7 @@ class ObjectStore:
         return found
 
     def digest(self, name: str) -> str | None:
-        """The sha256 that was stored with an object; None without one, or without the object."""
+        """The sha256 that was stored with an object; empty if others wrote it without one, None if it is not there."""
         with self._sentences(f"read ({name})"):
             try:
                 head = self._client.head_object(Bucket=self.url.bucket, Key=self.url.key(name))
@@ -81,8 +81,7 @@ class ObjectStore:
                 if _code(error) in _MISSING:
                     return None
                 raise
-        digest: str | None = head["Metadata"].get(SHA256)
-        return digest
+        return str(head["Metadata"].get(SHA256, ""))
 
     def put(self, path: Path, name: str, sha256: str | None = None) -> None:
         """Writes a file as an object, which appears whole or not at all, however long it is."""
@@ -128,6 +127,23 @@ class ObjectStore:
                 raise
         return Read(content, answer["ETag"].strip('"'), _age_s(answer))
 
+    def read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
+        """A part of a large object.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        part = f"bytes={offset}-{offset + num_bytes - 1}"
+        with self._sentences(f"read ({name})"):
+            try:
+                answer = self._client.get_object(Bucket=self.url.bucket, Key=self.url.key(name), Range=part)
+            except self._client.exceptions.ClientError as error:
+                if _code(error) in _MISSING:
+                    raise FileNotFoundError(f"{self.url}/{name}") from None
+                raise
+            content: bytes = answer["Body"].read()
+        return content
+
     def fetch(self, name: str, path: Path, sha256: str | None = None) -> None:
         """Brings an object here, under its final name once its content is known to be right.
 
@@ -142,7 +158,7 @@ class ObjectStore:
         with self._sentences(f"read ({name})"), publish(path) as temporary:
             wanted = sha256 or self.digest(name)
             self._client.download_file(self.url.bucket, self.url.key(name), str(temporary))
-            if wanted is not None and sha256_of(temporary) != wanted:
+            if wanted and sha256_of(temporary) != wanted:
                 raise UserError(
                     f"{self.url}/{name} has another content than the manifest says: it was changed while it was in "
                     "use, or is damaged. Run the command again; if it stays so, delete the object and build again."

@@ -18,11 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from s3_fixtures import BUCKET, KEY_ID, SECRET
+from typer.testing import CliRunner
 
 from filters.recipe import RECIPES_DIR
+from sdtrain.cli import app
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world
 
+LEAN = ["--no-keep-local"]
 KEPT = re.compile(r"(selection|images|scores|dataset|latents)/|(duplicates|decisions)\.parquet")
 
 
@@ -83,18 +86,22 @@ def kill_after(server, process: subprocess.Popen, prefix: str, stage: str, delay
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identical_objects(server, recipe, tmp_path):
+def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identical_objects(
+    server, store, recipe, tmp_path
+):
     log, chance = tmp_path / "log", random.Random(3)
     run(server, ["build", str(recipe), "--output", f"s3://{BUCKET}/whole"], tmp_path / "a", log)
     whole = server.objects("whole")
 
     arguments = ["build", str(recipe), "--output", f"s3://{BUCKET}/killed"]
     for number, stage in enumerate(("download", "pack")):
-        process = start(server, arguments, tmp_path / f"machine-{number}", log)
+        process = start(server, [*arguments, *(LEAN if number else [])], tmp_path / f"machine-{number}", log)
         kill_after(server, process, "killed", stage, chance.uniform(0, 0.2))
         time.sleep(3.5)  # until the lock of the killed one has expired
-    run(server, arguments, tmp_path / "machine-last", log)
+    run(server, [*arguments, *LEAN], tmp_path / "machine-last", log)
     killed = server.objects("killed")
+    assert list((tmp_path / "a").rglob("*.tar"))
+    assert not list((tmp_path / "machine-last").rglob("*.tar"))
 
     assert digests(killed) == digests(whole)
     assert digests(whole).keys() >= {"latents/00000.tar", "decisions.parquet", "selection/00000.parquet"}
@@ -120,3 +127,25 @@ def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identica
     before = digests(left)
     run(server, arguments, tmp_path / "afterwards", log)
     assert digests(server.objects("killed")) == before
+    check_questions(target, tmp_path)
+
+
+def check_questions(target: str, folder: Path) -> None:
+    """A machine that has nothing of a dataset can ask it anything."""
+
+    def asked(*arguments: str) -> str:
+        done = CliRunner().invoke(app, [arguments[0], target, *arguments[1:]], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    status = asked("status")
+    assert "Nobody is at work on it." in status
+    num_packed = int(asked("query", "SELECT count(*) FROM packed", "--format", "csv").split()[-1])
+    assert re.search(rf"(?m)^ *pack\b.*\b{num_packed}\b", status)
+    assert "http_404" in asked("funnel")
+    words = [json.loads(line) for line in asked("search", "red", "--words", "--json", "--top", "3").splitlines()]
+    assert [word["nearness"] for word in words] == [1.0] * 3
+    asked("report")
+    (work,) = (folder / "work").iterdir()
+    assert list(work.glob("pictures/*.jpg")), "thumbnails of pictures that were never brought here whole"
+    assert not list(work.rglob("*.tar"))

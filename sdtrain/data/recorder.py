@@ -1,0 +1,74 @@
+"""Records finished shards while their stage works on the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from types import TracebackType
+
+from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.manifest import ShardReport, write_entry
+from sdtrain.data.remote.eviction import evict_after
+from sdtrain.data.remote.mirror import mirror_of
+
+
+class Recorder:
+    """Makes shards count as finished; their upload to S3 goes on beside the work, one at a time.
+
+    Attributes:
+        reports: of the shards that are recorded.
+
+    Args:
+        dataset: whose shards.
+        on_report: called for each of them, in the thread that reports.
+    """
+
+    def __init__(self, dataset: DatasetDir, on_report: Callable[[ShardReport], None]) -> None:
+        self.reports: list[ShardReport] = []
+        self._dataset, self._on_report = dataset, on_report
+        self._thread = ThreadPoolExecutor(1, "upload") if mirror_of(dataset) else None
+        self._waiting: tuple[ShardReport, Future[None]] | None = None
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._tell(self._ended())
+        finally:
+            if self._thread:
+                self._thread.shutdown()  # after an error too, what is finished is recorded
+
+    def add(self, report: ShardReport) -> None:
+        """Records a shard whose outputs have their final names.
+
+        Raises:
+            UserError: it, or the one before, cannot be written.
+        """
+        if self._thread is None:
+            write_entry(self._dataset, report)
+            self._tell(report)
+            return
+        before = self._ended()
+        self._waiting = report, self._thread.submit(copy_context().run, self._upload, report)
+        self._tell(before)
+
+    def _upload(self, report: ShardReport) -> None:
+        write_entry(self._dataset, report)
+        evict_after(self._dataset, report)
+
+    def _ended(self) -> ShardReport | None:
+        """Waits for the shard that is being written, if there is one."""
+        if self._waiting is None:
+            return None
+        report, upload = self._waiting
+        upload.result()
+        self._waiting = None
+        return report
+
+    def _tell(self, report: ShardReport | None) -> None:
+        if report:
+            self.reports.append(report)
+            self._on_report(report)

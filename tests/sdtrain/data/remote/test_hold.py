@@ -1,0 +1,139 @@
+"""Who works for the command that holds a dataset on S3 stops when that command does not hold it any more."""
+
+import json
+import threading
+
+import pytest
+from s3_fixtures import BUCKET
+
+from sdtrain.data.dataset_lock import lock_to_change
+from sdtrain.data.files import publish
+from sdtrain.data.manifest import ShardReport, describe_outputs, read_entry
+from sdtrain.data.remote.hold import check_hold, working_for_holder
+from sdtrain.data.remote.location import parse_url
+from sdtrain.data.remote.lock import LOCK_NAME
+from sdtrain.data.remote.mirror import Mirror, mirror_of
+from sdtrain.data.remote.opening import dataset_at
+from sdtrain.data.remote.store import ObjectStore
+from sdtrain.data.stage import Stage, run_batch
+from sdtrain.errors import UserError
+
+
+@pytest.fixture
+def dataset(store, tmp_path):
+    return dataset_at(f"s3://{BUCKET}/{tmp_path.name}", tmp_path / "work")
+
+
+def objects_of(dataset):
+    return ObjectStore(parse_url(dataset.url))
+
+
+def take_over(dataset):
+    """As another machine does once the lock has expired."""
+    objects_of(dataset).put_bytes(json.dumps({"token": "another"}).encode(), LOCK_NAME)
+
+
+def rows(dataset, recipe, shards):
+    """A stage's work."""
+    for shard in shards:
+        with publish(dataset.selection(shard)) as temporary:
+            temporary.write_text("rows")
+        outputs = describe_outputs(dataset, [dataset.selection(shard)])
+        yield ShardReport(stage="rows", shard=shard, num_in=1, num_out=1, outputs=outputs)
+
+
+ROWS = Stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
+
+
+@pytest.fixture
+def worker(dataset, monkeypatch):
+    """A dataset as a process sees it that has not taken the lock itself: with a mirror of its own."""
+    with lock_to_change(dataset, "sdtrain build"):
+        own = Mirror(dataset, parse_url(dataset.url))
+        monkeypatch.setattr("sdtrain.data.manifest.mirror_of", lambda _: own)
+        monkeypatch.setattr("sdtrain.data.remote.single_files.mirror_of", lambda _: own)
+        yield dataset
+
+
+def test_a_worker_writes_for_the_holder(worker):
+    assert [report.shard for report in run_batch(ROWS, worker, None, [0, 1])] == [0, 1]
+    assert objects_of(worker).read("manifest/rows/00001.json")
+
+
+def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
+    taken = threading.Event()
+
+    def lose(dataset, recipe, shards):
+        for report in rows(dataset, recipe, shards):
+            yield report
+            if not taken.is_set():
+                while read_entry(dataset, "rows", 0) is None:
+                    pass
+                take_over(dataset)
+                taken.set()
+
+    with pytest.raises(UserError, match="another one has taken the dataset over"):
+        run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, lose), worker, None, [0, 1, 2])
+    assert objects_of(worker).read("manifest/rows/00000.json")
+    assert objects_of(worker).read("manifest/rows/00001.json") is None
+
+
+def test_a_batch_does_not_take_the_next_holder_of_the_same_folder_for_its_own(dataset):
+    with lock_to_change(dataset, "sdtrain build"):
+        working = working_for_holder(dataset.root)
+        working.__enter__()
+        check_hold(objects_of(dataset), dataset.root)
+    with lock_to_change(dataset, "sdtrain build"):
+        with pytest.raises(UserError, match="has ended, or another one"):
+            check_hold(objects_of(dataset), dataset.root)
+        working.__exit__(None, None, None)
+        check_hold(objects_of(dataset), dataset.root)
+
+
+def test_without_a_holder_nothing_is_written(dataset):
+    objects = objects_of(dataset)
+    with pytest.raises(UserError, match="has ended, or another one"):
+        check_hold(objects, dataset.root)
+    mirror = mirror_of(dataset)
+    (dataset.root / "report.html").write_text("a report")
+    with pytest.raises(UserError, match="run the command again when nobody is at work"):
+        mirror.push_files([dataset.root / "report.html"])
+
+
+def test_a_shard_is_written_while_the_next_one_is_made(dataset, monkeypatch):
+    next_is_made, put, seen = threading.Event(), ObjectStore.put, []
+
+    def slow(self, path, name, sha256=None):
+        if name == "selection/00000.parquet":
+            seen.append(next_is_made.wait(30))
+        put(self, path, name, sha256)
+
+    def run(dataset, recipe, shards):
+        for report in rows(dataset, recipe, shards):
+            if report.shard == 1:
+                next_is_made.set()
+            yield report
+
+    monkeypatch.setattr(ObjectStore, "put", slow)
+    with lock_to_change(dataset, "sdtrain build"):
+        reports = run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, run), dataset, None, [0, 1, 2])
+    assert seen == [True]
+    assert [report.shard for report in reports] == [0, 1, 2]
+
+
+def test_an_upload_that_fails_ends_the_batch_and_keeps_the_shards_before(dataset, monkeypatch):
+    put = ObjectStore.put
+
+    def fail(self, path, name, sha256=None):
+        if name == "selection/00001.parquet":
+            raise UserError("The store is full.")
+        put(self, path, name, sha256)
+
+    monkeypatch.setattr(ObjectStore, "put", fail)
+    told = []
+    with lock_to_change(dataset, "sdtrain build"), pytest.raises(UserError, match="The store is full"):
+        run_batch(ROWS, dataset, None, [0, 1, 2], told.append)
+    assert [report.shard for report in told] == [0]
+    assert read_entry(dataset, "rows", 0)
+    assert read_entry(dataset, "rows", 1) is None
+    assert objects_of(dataset).read("manifest/rows/00001.json") is None
