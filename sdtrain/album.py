@@ -15,6 +15,7 @@ from PIL import Image
 
 from sdtrain.data.files import publish
 from sdtrain.draw import Job, Model, description, save_picture
+from sdtrain.safety import Flagged
 from sdtrain.sample import SampleSettings, make_grid
 
 _NUM_THREADS, _MAX_WAITING = 4, 64
@@ -30,12 +31,14 @@ class Album:
         model: what they are drawn with.
         settings: how.
         judge: name of the safety checker that sees them first, if one does.
+        flagged: what becomes of those that it flags: a black picture, or a note beside where the picture would be.
     """
 
     folder: Path
     model: Model
     settings: SampleSettings
     judge: str | None = None
+    flagged: Flagged = "black"
 
     def path(self, job: Job) -> Path:
         """Where a job's picture is, or will be."""
@@ -43,15 +46,26 @@ class Album:
 
     def has(self, job: Job) -> bool:
         """Whether the picture is there, is younger than the model, and says that it was made and judged as now."""
+        wanted = description(job, self.model, self.settings)
+        if self._made(self._refusal(job)) == wanted | self._judged(True):
+            return self.flagged == "refuse"
+        made = self._made(self.path(job))
+        return made == wanted | self._judged(False) or (self.flagged == "black" and made == wanted | self._judged(True))
+
+    def _made(self, path: Path) -> dict[str, Any] | None:
+        """What a picture or a note says of itself; None if there is none, or if it is older than the model."""
         try:
-            if self.path(job).stat().st_mtime < self._model_changed:
-                return False
-            with Image.open(self.path(job)) as picture:
-                made = json.loads(picture.text["sdtrain"])  # type: ignore[attr-defined]
-        except (OSError, KeyError, ValueError, AttributeError):
-            return False
-        made.pop("flagged", None)
-        return bool(made == description(job, self.model, self.settings) | self._judged(False))
+            if path.stat().st_mtime < self._model_changed:
+                return None
+            if path.suffix == ".json":
+                return dict(json.loads(path.read_text()))
+            with Image.open(path) as picture:
+                return dict(json.loads(picture.text["sdtrain"]))  # type: ignore[attr-defined]
+        except (OSError, KeyError, ValueError, AttributeError, TypeError):
+            return None
+
+    def _refusal(self, job: Job) -> Path:
+        return self.path(job).with_suffix(".refused.json")
 
     @cached_property
     def _model_changed(self) -> float:
@@ -62,7 +76,14 @@ class Album:
 
     def save(self, job: Job, picture: Image.Image, flagged: bool = False) -> None:
         """Writes a job's picture."""
+        self._refusal(job).unlink(missing_ok=True)
         save_picture(self.path(job), picture, job, self.model, self.settings, self._judged(flagged))
+
+    def refuse(self, job: Job) -> None:
+        """Notes that a job's picture was drawn and is not to be shown; one that an earlier run left is deleted."""
+        self.path(job).unlink(missing_ok=True)
+        with publish(self._refusal(job)) as temporary:
+            temporary.write_text(json.dumps(description(job, self.model, self.settings) | self._judged(True)) + "\n")
 
     def _judged(self, flagged: bool) -> dict[str, Any]:
         return ({"safety_checker": self.judge} if self.judge else {}) | ({"flagged": True} if flagged else {})

@@ -61,14 +61,14 @@ def sample(
         raise UserError("There is no prompt. Name some, or give --prompts-file.")
     speed = SpeedConfig(compile=compile_unet)
     chosen = Model(pinned(model), weights, DTYPES[dtype], tokenizer, speed)
-    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker)
+    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker, flagged)
     jobs = make_jobs(wanted, seed, per_prompt)
-    _fill(album, jobs, keep, processes, flagged)
+    _fill(album, jobs, keep, processes)
     if grid:
         _write_sheet(album, jobs, per_prompt if per_prompt > 1 else None)
 
 
-def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None, flagged: Flagged) -> None:
+def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
     """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
     from sdtrain.album import Writer
     from sdtrain.draw import all_devices, cut, draw_batches, place_of_rank
@@ -81,17 +81,17 @@ def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None, 
     pending = album.pending(batches) if keep else batches
     drawn, num_flagged = draw_batches(album.model, pending, album.settings, devices), 0
     with Writer(album) as writer:
-        for result in judged(drawn, judge, flagged):
+        for result in judged(drawn, judge, album.flagged):
             num_flagged += result.flagged
             if result.picture is not None:
                 print(writer.save(result.job, result.picture, result.flagged))
             else:
-                album.path(result.job).unlink(missing_ok=True)  # as an earlier run without a checker may have left it
+                album.refuse(result.job)
     num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
     if keep:
         print(f"{num_drawn} pictures drawn, {num - num_drawn} kept")
     if judge:
-        what = "are black" if flagged == "black" else "were not written"
+        what = "are black" if album.flagged == "black" else "were not written"
         print(f"{num_flagged} of {num_drawn} pictures were flagged by the safety checker and {what}")
 
 

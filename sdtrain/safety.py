@@ -18,6 +18,8 @@ from sdtrain.model import find_weights
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
 """Pictures -> which of them are not to be shown."""
+Flagged = Literal["black", "refuse"]
+"""What becomes of those that are not to be shown."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Judged:
 
 
 def judged(
-    drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Literal["black", "refuse"] = "black"
+    drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Flagged = "black"
 ) -> Iterator[Judged]:
     """Every picture, one judged at a time, so that the verdict does not depend on the others.
 

@@ -16,7 +16,7 @@ fi
 
 ray start --head --port "${RAY_HEAD#*:}" --include-dashboard=false "${quiet[@]}" "${RAY_HEAD%:*}" --block &
 head=$!
-trap 'kill "$head" 2>/dev/null; wait "$head"' EXIT
+trap 'kill "$head" 2>/dev/null || true; wait "$head" || true' EXIT # the flow's exit code, not that of Ray's end
 for _ in $(seq 60); do
   if ray health-check --address "$RAY_HEAD" 2>/dev/null; then break; fi
   sleep 1

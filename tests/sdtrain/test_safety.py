@@ -118,6 +118,12 @@ def test_the_command_blackens_or_leaves_out_what_is_flagged_and_counts_it(run, t
     said = sample(run, tmp_path / "refused", *checker, "--flagged", "refuse")
     assert f"{len(flagged)} of 2 pictures were flagged by the safety checker and were not written" in said
     assert len(list((tmp_path / "refused").glob("*.png"))) == 2 - len(flagged)
+    refusing = [*checker, "--flagged", "refuse", "--keep"]
+    assert "0 pictures drawn, 2 kept" in sample(run, tmp_path / "refused", *refusing), "a refusal is an answer too"
+    assert "2 pictures drawn, 0 kept" in sample(run, tmp_path / "black", *refusing), "a black picture is another answer"
+    assert len(list((tmp_path / "black").glob("*.png"))) == 2 - len(flagged)
+    assert "2 pictures drawn, 0 kept" in sample(run, tmp_path / "refused", *checker, "--keep")
+    assert len(list((tmp_path / "refused").iterdir())) == 2
     said = sample(run, tmp_path / "all", *checker, "--keep")
     assert "2 pictures drawn, 0 kept" in said, "those that nobody judged are not kept"
     assert "0 pictures drawn, 2 kept" in sample(run, tmp_path / "all", *checker, "--keep")

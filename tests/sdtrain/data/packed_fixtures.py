@@ -56,7 +56,7 @@ def write_packed(
         ]
         pq.write_table(pa.Table.from_pylist(rows), dataset.packed_table(shard))
         report = ShardReport(stage="pack", shard=shard, num_in=num_samples, num_out=num_samples)
-        outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
+        outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
         write_entry(dataset, report.model_copy(update={"outputs": outputs}))
     pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
     write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=number, num_out=number))

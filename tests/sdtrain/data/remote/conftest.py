@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from s3_fixtures import BUCKET, Store
+
+sys.path.append(str(Path(__file__).parents[1]))  # the fixtures of datasets on disk
 
 
 @pytest.fixture(scope="session")

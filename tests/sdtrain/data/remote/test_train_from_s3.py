@@ -4,12 +4,14 @@ import shutil
 
 import numpy as np
 import pytest
+from packed_fixtures import write_packed
 from s3_fixtures import BUCKET
 from training_fixtures import write_latents, write_models
 
 from sdtrain.data.dataset_lock import lock_to_change
 from sdtrain.data.latent_store import LatentStore
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.data.manifest import ShardReport, describe_outputs, entries, write_entry
+from sdtrain.data.picture_store import OnlineVae, PictureStore
 from sdtrain.data.remote.opening import dataset_at, training_root
 from sdtrain.errors import UserError
 
@@ -42,6 +44,26 @@ def test_latents_from_s3_are_those_of_the_disk_and_tars_come_when_needed(written
     assert [path.name for path in root.glob("latents/*.tar")] == ["00000.tar"]
     everything = np.arange(NUM_SAMPLES)
     assert there.get(everything).equal(here.get(everything))
+
+
+def test_packed_pictures_from_s3_are_those_of_the_disk_and_tars_come_when_needed(store, tmp_path):
+    local = write_packed(tmp_path / "local")
+    url = f"s3://{BUCKET}/{tmp_path.name}-pictures"
+    dataset = dataset_at(url, tmp_path / "writer")
+    with lock_to_change(dataset, "sdtrain build"):
+        shutil.copytree(local.root / "dataset", dataset.root / "dataset")
+        for entry in entries(local, "pack"):
+            write_entry(dataset, entry)
+    root = training_root(url, online_vae=True)
+    there, here = PictureStore(root, 32, OnlineVae("demo")), PictureStore(local.root, 32, OnlineVae("demo"))
+    assert there.digest == here.digest
+    assert not list(root.glob("dataset/*.tar"))
+    for indices in (np.arange(2), np.arange(len(here))):
+        seen, expected = there.buffer(len(indices), 0), here.buffer(len(indices), 0)
+        there.fetch(indices, np.zeros_like(indices), 0, seen).require_whole()
+        here.fetch(indices, np.zeros_like(indices), 0, expected).require_whole()
+        np.testing.assert_array_equal(seen, expected)
+        assert len(list(root.glob("dataset/*.tar"))) == (1 if len(indices) == 2 else 2)
 
 
 def test_training_is_told_who_changes_the_dataset(written, tmp_path):
