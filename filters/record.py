@@ -78,7 +78,12 @@ def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> 
         output: where it is to be.
         recipe: what it is built by.
         work_dir: parent of the work folders of datasets on S3.
+
+    Raises:
+        UserError: a work folder for a directory.
     """
+    if work_dir and not is_s3(output):
+        raise UserError(f"{output} lies on this machine and has no work folder. Leave out --work-dir.")
     if is_s3(output):
         return dataset_at(output.replace("{recipe}", recipe.name), Path(work_dir) if work_dir else None)
     return DatasetDir(dataset_path(output, recipe))

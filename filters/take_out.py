@@ -17,6 +17,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, scratch_path, sha256_of
 from sdtrain.data.manifest import ShardReport, entries, write_entry
 from sdtrain.data.pack_plan import forget_plan
+from sdtrain.data.remote.eviction import TAR_STAGES, evict_finished
 from sdtrain.data.remote.inputs import fetch_outputs
 from sdtrain.data.remote.single_files import discard, push_files
 from sdtrain.data.removed import REMOVED, read_ledger, write_ledger
@@ -86,7 +87,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     recipe = read_recipe(dataset)
     for stage_name, shards in journal.touched.items():
         # As they are: the run before may have replaced some of them already.
-        fetch_outputs(dataset, stage_name, shards, as_they_are=True)
+        fetch_outputs(dataset, stage_name, None if stage_name == "select" else shards, as_they_are=True)
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in road():
@@ -95,6 +96,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     _record(dataset, journal)
     _refresh(dataset, recipe)
     discard(dataset, dataset.removal)
+    evict_finished(dataset, [stage for stage in journal.touched if stage in TAR_STAGES])
     return [f"Removed: {journal.note}.", *journal.notes]
 
 

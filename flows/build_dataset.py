@@ -121,8 +121,8 @@ def build(
     require_metadata(recipe)
     dataset = output_dataset(output, recipe, work.parent)
     with lock_to_change(dataset, "The flow build-dataset"):
-        keep_files(dataset, work.keep)
         _begin(dataset, recipe)
+        keep_files(dataset, work.keep)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:
             for stage in road():
                 if retry_failed and stage.name == "download":

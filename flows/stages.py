@@ -18,7 +18,7 @@ from flows.engines import Engine, lost_its_worker, start_engine
 from flows.progress import ProgressArtifact
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import ShardReport
-from sdtrain.data.stage import Stage, begin, pending, run_batch
+from sdtrain.data.stage import Stage, begin, hold_of, pending, run_batch
 from sdtrain.data.steps import listening, seldom
 from sdtrain.data.totals import StageTotals, add_up
 from sdtrain.errors import UserError
@@ -91,7 +91,7 @@ def _run_batches(
     stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: list[list[int]], runner: TaskRunner[Any]
 ) -> list[ShardReport]:
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
-    common = {"stage": stage, "dataset": dataset, "recipe": recipe}
+    common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
     with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
         with needs_of(stage.name):
             futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
@@ -127,12 +127,12 @@ def _collect(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _run_batch(
-    stage: Stage[Any], dataset: DatasetDir, recipe: Any, shards: list[int], first: str
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, hold: str, shards: list[int], first: str
 ) -> list[ShardReport] | State[Any]:
     logger = get_run_logger()
     try:
         with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
-            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up)
+            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
     except UserError as error:
         time.sleep(_HEARING_S)
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback

@@ -27,7 +27,6 @@ app = typer.Typer(
 )
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
-DatasetArgument = cli_curate.NamedDataset
 
 
 def main() -> None:
@@ -110,7 +109,7 @@ def recipe(name: RecipeArgument) -> None:
 
 
 @app.command()
-def funnel(dataset: DatasetArgument) -> None:
+def funnel(dataset: cli_curate.NamedDataset) -> None:
     """Show what each rule dropped."""
     from filters import funnel as numbers
     from filters.record import read_recipe
@@ -124,7 +123,7 @@ def funnel(dataset: DatasetArgument) -> None:
 
 @app.command()
 def query(
-    dataset: DatasetArgument,
+    dataset: cli_curate.NamedDataset,
     sql: Annotated[str, typer.Argument(help="One SELECT over the views; leave it out to see them.")] = "",
     explain: Annotated[bool, typer.Option("--explain", help="Show the plan and what each step took.")] = False,
     form: Annotated[Form | None, typer.Option("--format", help="Default: as the output file ends, or a table.")] = None,
@@ -145,7 +144,7 @@ def query(
 
 
 @app.command()
-def views(dataset: DatasetArgument) -> None:
+def views(dataset: cli_curate.NamedDataset) -> None:
     """Write metadata.duckdb anew, for instance after the dataset was moved."""
     from filters.record import read_recipe
     from filters.views import write_views
@@ -157,7 +156,7 @@ def views(dataset: DatasetArgument) -> None:
 
 
 @app.command()
-def report(dataset: DatasetArgument) -> None:
+def report(dataset: cli_curate.NamedDataset) -> None:
     """Write report.html anew: the funnel, score histograms, examples of what was kept and dropped."""
     from filters.finish import report_on
     from filters.record import read_recipe
@@ -205,10 +204,10 @@ def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: 
 
     require_metadata(recipe)
     with lock_to_change(dataset, "sdtrain build"):
-        keep_local(dataset, keep_files)
         changes = record_recipe(dataset, recipe)
         if changes:
             print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
+        keep_local(dataset, keep_files)
         for stage in road():
             if retry_failed and stage.name == "download":
                 print(recover(dataset, recipe), flush=True)

@@ -15,7 +15,9 @@ from sdtrain.errors import UserError
 
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
-    reference: Annotated[Path, typer.Option(help="Real pictures: a dataset, a folder, or an .npz of statistics.")],
+    reference: Annotated[
+        str, typer.Option(help="Real pictures: a dataset (s3://… too), a folder, or an .npz of statistics.")
+    ],
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line, or COCO's captions (.json).")],
     output: Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")] = None,
     num: Annotated[int, typer.Option(help="Prompts, and pictures for each scale.", min=2)] = 10_000,
@@ -56,7 +58,7 @@ def evaluate(
     given: dict[str, Any] = {
         "prompts": str(prompts),
         "num_prompts": num,
-        "reference": str(reference),
+        "reference": reference,
         "num_reference": num_reference,
         "reference_view": reference_view,
         "scales": parse_scales(scales),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from filters.status import DatasetStatus, StageStatus
     from sdtrain.run_status import RunStatus
 
+_LIST_EVERY_S = 30.0
+"""A dataset on S3 is listed, a thousand objects a request."""
+
 # Imports of our own code are inside the commands, so that a help text does not wait for them.
 
 
@@ -24,6 +27,7 @@ def status(
     watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds, until Ctrl-C.")] = None,
 ) -> None:
     """Show how far a dataset or a training run is, who is at work on it, and how long it will take."""
+    from sdtrain.data.remote.location import is_s3
     from sdtrain.run_status import is_run_dir
 
     while True:
@@ -33,7 +37,7 @@ def status(
             _show_dataset(directory)
         if watch is None:
             return
-        time.sleep(max(1.0, watch))
+        time.sleep(max(_LIST_EVERY_S if is_s3(directory) else 1.0, watch))
 
 
 def metrics(
@@ -43,12 +47,12 @@ def metrics(
 ) -> None:
     """Answer Prometheus with what `status` shows, until Ctrl-C; infra/grafana has a dashboard for it."""
     from filters.metrics import serve_metrics
-    from sdtrain.data.remote.location import is_s3
+    from sdtrain.data.remote.location import is_s3, parse_url
 
     missing = [name for name in names if not is_s3(name) and not Path(name).is_dir()]
     if missing:
         raise UserError(f"There is no directory {missing[0]}.")
-    places = [name if is_s3(name) else str(Path(name).absolute()) for name in names]
+    places = [str(parse_url(name)) if is_s3(name) else str(Path(name).absolute()) for name in names]
     port, thread = serve_metrics(places, host, port)
     print(f"http://{host}:{port}/metrics  (Ctrl-C ends it)", flush=True)
     thread.join()

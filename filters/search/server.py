@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from filters.search.hits import KEY, Hit, picture_bytes, picture_of
@@ -147,13 +147,18 @@ class SearchPage:
     async def _picture(self, request: Request) -> Response:
         hit = await asyncio.to_thread(self._hit, request.path_params["key"])
         try:
-            content = picture_bytes(self.search.dataset, hit) if hit else b""
+            content = await asyncio.to_thread(picture_bytes, self.search.dataset, hit) if hit else b""
         except OSError:
             content = b""
+        except UserError as error:
+            return PlainTextResponse(str(error), 502)
         return Response(content, media_type=_TYPES[hit.extension]) if hit and content else _not_there()
 
     async def _thumb(self, request: Request) -> Response:
-        content = await asyncio.to_thread(self._thumbnail, request.path_params["key"])
+        try:
+            content = await asyncio.to_thread(self._thumbnail, request.path_params["key"])
+        except UserError as error:
+            return PlainTextResponse(str(error), 502)
         return Response(content, media_type="image/jpeg") if content else _not_there()
 
     async def _asset(self, request: Request) -> Response:

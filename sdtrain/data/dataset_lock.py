@@ -18,7 +18,6 @@ from typing import IO, Any
 import psutil
 
 from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.remote.hold import leave_token
 from sdtrain.data.remote.lock import RemoteLock, holder
 from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.errors import UserError
@@ -81,11 +80,14 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def at_work(dataset: DatasetDir) -> list[str]:
-    """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody."""
+    """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody.
+
+    The store is asked where the dataset is named by its URL, and not where its work folder is.
+    """
     users: list[str] = []
     with suppress(OSError), dataset.lock.open() as file:
         users += _users(file)
-    mirror = mirror_of(dataset)
+    mirror = mirror_of(dataset) if dataset.url else None
     elsewhere = holder(mirror.store) if mirror else None
     if elsewhere and not any(user.startswith(elsewhere.partition(", since ")[0]) for user in users):
         users.append(elsewhere)
@@ -99,8 +101,7 @@ def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
         return None
     lock = RemoteLock(mirror.store, command)
     try:
-        mirror.may_write = lock.check
-        leave_token(dataset.root, lock.token)
+        mirror.may_write, mirror.token = lock.check, lock.token
         mirror.store.sweep()
         mirror.sync()
     except UserError:

@@ -92,17 +92,18 @@ class SourceTars:
 
 def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]) -> tuple[dict[str, Any], bytes]:
     tar = dataset.images_tar(row["shard"])
+    place = tar if tar.exists() or not dataset.url else f"{dataset}/{dataset.relative(tar)}"
     try:
         content = read()
     except FileNotFoundError as error:
         raise UserError(
-            f"There is no file {tar}, whose pictures are to be packed. Run the build again: it makes the shard anew."
+            f"There is no file {place}, whose pictures are to be packed. Run the build again: it makes the shard anew."
         ) from error
     # The header begins with the name.
     is_named = content.startswith(f"{row['key']}.{row['extension']}".encode() + b"\0")
     if not is_named or len(content) < _HEADER_BYTES + row["picture_bytes"]:
         raise UserError(
-            f"{tar} is damaged or cut short: the picture of {row['key']} is not where its table says. "
+            f"{place} is damaged or cut short: the picture of {row['key']} is not where its table says. "
             "Delete it and run the build again: it downloads the shard anew."
         )
     return row, content[_HEADER_BYTES:]

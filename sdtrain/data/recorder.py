@@ -36,7 +36,7 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             if error is None:
-                self._tell(self._ended())
+                self._end(self._waiting)
         finally:
             if self._thread:
                 self._thread.shutdown()  # after an error too, what is finished is recorded
@@ -51,24 +51,21 @@ class Recorder:
             write_entry(self._dataset, report)
             self._tell(report)
             return
-        before = self._ended()
+        before = self._waiting
         self._waiting = report, self._thread.submit(copy_context().run, self._upload, report)
-        self._tell(before)
+        self._end(before)
 
     def _upload(self, report: ShardReport) -> None:
         write_entry(self._dataset, report)
         evict_after(self._dataset, report)
 
-    def _ended(self) -> ShardReport | None:
-        """Waits for the shard that is being written, if there is one."""
-        if self._waiting is None:
-            return None
-        report, upload = self._waiting
-        upload.result()
-        self._waiting = None
-        return report
+    def _end(self, waiting: tuple[ShardReport, Future[None]] | None) -> None:
+        """Waits for a shard that is being written, if there is one."""
+        if waiting:
+            report, upload = waiting
+            upload.result()
+            self._tell(report)
 
-    def _tell(self, report: ShardReport | None) -> None:
-        if report:
-            self.reports.append(report)
-            self._on_report(report)
+    def _tell(self, report: ShardReport) -> None:
+        self.reports.append(report)
+        self._on_report(report)

@@ -13,8 +13,9 @@ from sdtrain.data.download_request import Finished, Request, RetryRequest, Shard
 from sdtrain.data.failures import is_worth_another_try
 from sdtrain.data.files import scratch
 from sdtrain.data.image_shards import read_shard_table
-from sdtrain.data.manifest import ShardReport, forget_entry, write_entry
+from sdtrain.data.manifest import ShardReport, forget_entry, read_entry, write_entry
 from sdtrain.data.publish_images import forget_next_table
+from sdtrain.data.remote.eviction import evict_after
 from sdtrain.data.remote.inputs import fetch_outputs
 from sdtrain.data.stage import clear_leftovers, is_finished
 
@@ -49,9 +50,14 @@ def retry_failed(
     ]
     size, reports = recipe.download.shards_per_process, []
     for begin in range(0, len(asked), size):
-        for report in _retry(dataset, recipe, asked[begin : begin + size]):
+        group = asked[begin : begin + size]
+        fetch_outputs(dataset, "download", [request.shard for request in group])
+        for report in _retry(dataset, recipe, group):
             on_report(report)
             reports.append(report)
+        for entry in (read_entry(dataset, "download", request.shard) for request in group):
+            if entry:
+                evict_after(dataset, entry)
     return reports
 
 
@@ -66,7 +72,6 @@ def _ask(
     wanted = failures & set(reasons) if reasons is not None else set(filter(may_have_passed, failures))
     if not wanted:
         return None
-    fetch_outputs(dataset, "download", [shard])
     fetch_outputs(dataset, "select")
     retry = RetryRequest(tar=dataset.images_tar(shard), table=dataset.images_table(shard), reasons=sorted(wanted))
     digest = DOWNLOAD.fingerprint(dataset, recipe, shard)

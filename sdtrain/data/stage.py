@@ -11,7 +11,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import sweep
 from sdtrain.data.manifest import ShardReport, forget_entry, is_whole, read_entry
 from sdtrain.data.recorder import Recorder
-from sdtrain.data.remote.hold import working_for_holder
+from sdtrain.data.remote.hold import working_for
 from sdtrain.data.remote.inputs import fetch_inputs, fetch_plan
 from sdtrain.data.remote.mirror import mirror_of
 
@@ -55,10 +55,26 @@ def run_batch(
     recipe: RecipeT,
     shards: Sequence[int],
     on_report: Callable[[ShardReport], None] = lambda report: None,
+    hold: str = "",
 ) -> list[ShardReport]:
-    """Runs the stage over `shards` and records each as finished, the entry written last."""
-    with working_for_holder(dataset.root):
+    """Runs the stage over `shards` and records each as finished, the entry written last.
+
+    Args:
+        stage: what is done.
+        dataset: whose shards.
+        recipe: what the stage's functions take.
+        shards: their numbers.
+        on_report: called for each that is recorded.
+        hold: what `hold_of` gives in the process that has locked the dataset, where this is another one.
+    """
+    with working_for(hold):
         return _run_batch(stage, dataset, recipe, shards, on_report)
+
+
+def hold_of(dataset: DatasetDir) -> str:
+    """What this process gives to others that are to write for it; empty for a dataset that lies on disk alone."""
+    mirror = mirror_of(dataset)
+    return mirror.token if mirror else ""
 
 
 def _run_batch(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,8 +19,12 @@ from PIL import Image
 from sdtrain.data.clip_view import Preprocess, clip_view
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import sha256_of
+from sdtrain.data.image_rows import read_parquet
 from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
 from sdtrain.data.pictures import decode_rgb, picture_extension
+from sdtrain.data.remote.location import is_s3
+from sdtrain.data.remote.opening import open_to_ask
+from sdtrain.data.remote.single_files import read_part
 from sdtrain.data.stage import Stage
 from sdtrain.data.steps import told
 from sdtrain.data.tars import index_samples
@@ -42,10 +47,11 @@ class Place(NamedTuple):
     size: int = -1
 
     def read(self) -> bytes:
-        """The bytes."""
-        with Path(self.path).open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """The bytes, also of a dataset on S3 whose shard is not here."""
+        path = Path(self.path)
+        if self.size < 0:
+            return path.read_bytes()
+        return read_part(DatasetDir(path.parent.parent), path, self.offset, self.size)
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,21 @@ class ReferenceJob:
     num: int
 
 
-def open_reference(path: Path, num: int, seed: int = 0) -> Reference:
+def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
     """At most `num` pictures of a dataset or folder, or the statistics in an .npz.
 
     Raises:
         UserError: there is nothing of the kind, or fewer than two pictures.
     """
+    path = open_to_ask(str(name), "the evaluation").root if is_s3(str(name)) else Path(name)
     if path.suffix == ".npz":
         return Reference(f"{path.name}: statistics", sha256_of(_file(path)), statistics=_statistics(path))
     if not path.is_dir():
         raise UserError(f"There is no {path}. A reference is a dataset, a folder of pictures, or an .npz.")
     dataset = DatasetDir(path.absolute())
     places, kind = _dataset_places(dataset), "dataset"
+    if not places and dataset.recipe.exists():
+        raise UserError(f"{path} is a dataset that holds no pictures yet. Run its build first.")
     if not places:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         places, kind = [Place(str(file.absolute())) for file in files], "folder"
@@ -140,21 +149,26 @@ def _statistics(path: Path) -> Gaussian:
 
 
 def _dataset_places(dataset: DatasetDir) -> list[Place]:
-    """The packed pictures of a dataset, or else the downloaded ones."""
-    for folder in (dataset.packed_tar(0).parent, dataset.images_tar(0).parent):
-        tars = sorted(folder.glob("[0-9]*.tar"))
+    """The packed pictures of a dataset, or else the downloaded ones: of finished shards, wherever these lie."""
+    for stage, folder in (("pack", dataset.packed_tar(0).parent), ("download", dataset.images_tar(0).parent)):
+        finished = [name for entry in entries(dataset, stage) for name in entry.outputs if name.endswith(".tar")]
+        tars = [dataset.root / name for name in finished] or sorted(folder.glob("[0-9]*.tar"))
         if tars:
-            return [place for tar in tars for place in _tar_places(tar)]
+            return [Place(str(tar), *place) for tar in tars for place in _pictures_in(tar)]
     return []
 
 
-def _tar_places(tar: Path) -> Iterator[Place]:
+def _pictures_in(tar: Path) -> Iterator[tuple[int, int]]:
+    """Offset and size of each picture, in their order: from the table beside the tar, or else from its headers."""
+    table = tar.with_suffix(".parquet")
+    if table.exists():
+        rows = read_parquet(table, ["picture_offset", "picture_bytes"]).to_pylist()
+        yield from sorted((r["picture_offset"], r["picture_bytes"]) for r in rows if r["picture_bytes"] is not None)
+        return
     for sample in index_samples(tar):
-        try:
+        with suppress(KeyError):  # a sample without a picture
             member = sample.members[picture_extension(sample.members)]
-        except KeyError:
-            continue
-        yield Place(str(tar.absolute()), member.offset, member.size)
+            yield member.offset, member.size
 
 
 def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:

@@ -130,7 +130,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     features_digest(protocol), agreement_digest(protocol)  # the weights are there
     # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
     found = identify_all([pinned(path.absolute()) for path in models], protocol)
-    reference = open_reference(Path(protocol.reference), protocol.num_reference)
+    reference = open_reference(protocol.reference, protocol.num_reference)
     if reference.statistics is not None:
         Judge(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))

@@ -137,3 +137,10 @@ def test_a_port_that_is_taken_is_a_sentence(tmp_path):
     port, _ = serve_metrics([], "127.0.0.1", 0)
     with pytest.raises(UserError, match="Choose another --port"):
         serve_metrics([], "127.0.0.1", port)
+
+
+def test_a_secret_in_a_url_is_refused_before_it_is_served(monkeypatch):
+    monkeypatch.setattr("filters.metrics.serve_metrics", lambda *_: pytest.fail("it was served"))
+    with pytest.raises(UserError, match="bucket and prefix alone") as refused:
+        CliRunner().invoke(app, ["metrics", "s3://KEY:s3cr3t@bucket/x"], catch_exceptions=False)
+    assert "s3cr3t" not in str(refused.value)

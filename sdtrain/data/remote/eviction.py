@@ -5,17 +5,19 @@ Whether they do is said by a file in the work folder, so that all who work for o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from sdtrain.data.remote.inputs import OWN_SHARD
 from sdtrain.data.remote.mirror import mirror_of
+from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
     from sdtrain.data.dataset import DatasetDir
     from sdtrain.data.manifest import ShardReport
 
 _FILE = ".s3-evict"
-_STAGES = ("download", "pack", "encode")
+TAR_STAGES = ("download", "pack", "encode")
 """Those that write tars."""
 
 
@@ -23,27 +25,38 @@ def keep_local(dataset: DatasetDir, kept: bool) -> None:
     """Says what becomes of the large files of finished shards; of a dataset that lies on disk alone, nothing.
 
     Args:
-        dataset: of which nothing is being read.
+        dataset: locked, with no removal that is under way.
         kept: they stay in the work folder. If not, those that are there now leave it too.
-    """
-    from sdtrain.data.manifest import entries
 
+    Raises:
+        UserError: they are to leave a dataset that lies on disk alone.
+    """
     if mirror_of(dataset) is None:
+        if not kept:
+            raise UserError("Only files of a dataset on s3:// can leave this machine. Leave out --no-keep-local.")
         return
     marker = dataset.root / _FILE
     if kept:
         marker.unlink(missing_ok=True)
         return
     marker.touch()
-    for entry in (entry for stage in _STAGES for entry in entries(dataset, stage)):
-        _evict(dataset, entry)
+    evict_finished(dataset)
+
+
+def evict_finished(dataset: DatasetDir, stages: Iterable[str] = TAR_STAGES) -> None:
+    """Lets go of the large files of all finished shards, where they are not to stay."""
+    from sdtrain.data.manifest import entries
+
+    if (dataset.root / _FILE).exists():
+        for entry in (entry for stage in stages for entry in entries(dataset, stage)):
+            _evict(dataset, entry)
 
 
 def evict_after(dataset: DatasetDir, entry: ShardReport) -> None:
     """Lets go of what a shard that was just recorded consists of, and of what only it reads."""
     from sdtrain.data.manifest import read_entry
 
-    if not (dataset.root / _FILE).exists() or dataset.removal.exists():
+    if not (dataset.root / _FILE).exists():
         return
     _evict(dataset, entry)
     if source := OWN_SHARD.get(entry.stage):
@@ -53,7 +66,11 @@ def evict_after(dataset: DatasetDir, entry: ShardReport) -> None:
 
 
 def _evict(dataset: DatasetDir, entry: ShardReport) -> None:
-    """What has an entry here is whole on S3."""
-    for name in entry.outputs:
-        if name.endswith(".tar"):
-            (dataset.root / name).unlink(missing_ok=True)
+    """Only what S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
+    mirror = mirror_of(dataset)
+    if mirror is None or dataset.removal.exists():  # a removal's files are ahead of their entries
+        return
+    for name, output in entry.outputs.items():
+        path = dataset.root / name
+        if name.endswith(".tar") and path.exists() and mirror.store.digest(name) == output.sha256:
+            path.unlink()

@@ -45,11 +45,13 @@ class Mirror:
         dataset: the work folder.
         store: the objects.
         may_write: raises where this process may not change the dataset any more.
+        token: of the lock, in the process that has taken it.
     """
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
         self.dataset, self.store = dataset, ObjectStore(url)
-        self.may_write: Callable[[], None] = lambda: check_hold(self.store, dataset.root)
+        self.may_write: Callable[[], None] = lambda: check_hold(self.store)
+        self.token = ""
         self._known: dict[str, Object] | None = None
         self._guard = Lock()
 
@@ -119,10 +121,11 @@ class Mirror:
     def discard(self, path: Path) -> None:
         """Deletes a file there."""
         name = self.dataset.relative(path)
-        if path.exists() or name in self._objects():
-            self.may_write()
-            self.store.delete(name)
-            self._objects().pop(name, None)
+        if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
+            return  # entries that are there are here too; all shards of a build are asked for before the first is made
+        self.may_write()
+        self.store.delete(name)
+        self._objects().pop(name, None)
 
     def has(self, name: str, num_bytes: int) -> bool:
         """Whether an object of that size is there."""

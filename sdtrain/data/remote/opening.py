@@ -51,8 +51,9 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
     from sdtrain.data.remote.inputs import fetch_tables
 
     dataset = open_dataset(name)
-    _refuse_while_held(dataset, f"run {command} again")
-    fetch_tables(dataset)
+    if dataset.url:
+        _refuse_while_held(dataset, f"run {command} again")
+        fetch_tables(dataset)
     return dataset
 
 

@@ -6,8 +6,9 @@ import hashlib
 import importlib.util
 import logging
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -22,9 +23,13 @@ SHA256 = "sha256"
 """The metadata of each object that we write: the digest of its content."""
 _DELETED_AT_ONCE = 1000
 _MULTIPART_BYTES = 64 * 2**20
+_CONNECTIONS = 64
 _MISSING = ("404", "NoSuchKey", "NotFound")
 # 409: another conditional write was under way. Missing: there was to be one, and it is gone.
 _CONFLICTS = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict", *_MISSING)
+_BEYOND = ("416", "InvalidRange")
+_PAUSES_S = (0.2, 1.0, 3.0)
+"""Between attempts at content whose connection ends before it does."""
 _REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 
 
@@ -117,32 +122,41 @@ class ObjectStore:
 
     def read(self, name: str) -> Read | None:
         """A small object; None if there is none."""
-        with self._sentences(f"read ({name})"):
-            try:
-                answer = self._client.get_object(Bucket=self.url.bucket, Key=self.url.key(name))
-                content = answer["Body"].read()
-            except self._client.exceptions.ClientError as error:
-                if _code(error) in _MISSING:
-                    return None
-                raise
+        try:
+            content, answer = self._get(name)
+        except FileNotFoundError:
+            return None
         return Read(content, answer["ETag"].strip('"'), _age_s(answer))
 
     def read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
-        """A part of a large object.
+        """A part of a large object, shorter where that ends before.
 
         Raises:
             FileNotFoundError: it is not there.
         """
-        part = f"bytes={offset}-{offset + num_bytes - 1}"
+        return self._get(name, Range=f"bytes={offset}-{offset + num_bytes - 1}")[0]
+
+    def _get(self, name: str, **part: str) -> tuple[bytes, dict[str, Any]]:
+        """Content and answer; asked again when the connection ends within the content, which boto3 does not do."""
+        from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
+
         with self._sentences(f"read ({name})"):
-            try:
-                answer = self._client.get_object(Bucket=self.url.bucket, Key=self.url.key(name), Range=part)
-            except self._client.exceptions.ClientError as error:
-                if _code(error) in _MISSING:
-                    raise FileNotFoundError(f"{self.url}/{name}") from None
-                raise
-            content: bytes = answer["Body"].read()
-        return content
+            for pause_s in _PAUSES_S:
+                with suppress(IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                    return self._get_once(name, part)
+                time.sleep(pause_s)
+            return self._get_once(name, part)
+
+    def _get_once(self, name: str, part: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
+        try:
+            answer = self._client.get_object(Bucket=self.url.bucket, Key=self.url.key(name), **part)
+        except self._client.exceptions.ClientError as error:
+            if _code(error) in _MISSING:
+                raise FileNotFoundError(f"{self.url}/{name}") from None
+            if _code(error) in _BEYOND:
+                return b"", {}
+            raise
+        return answer["Body"].read(), answer
 
     def fetch(self, name: str, path: Path, sha256: str | None = None) -> None:
         """Brings an object here, under its final name once its content is known to be right.
@@ -204,6 +218,8 @@ def _why(error: BaseException) -> str:
     cause = error.__cause__ or error.__context__
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         return "there are no credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
+    if isinstance(error, exceptions.ResponseStreamingError | exceptions.IncompleteReadError):
+        return "the connection ended before the content did. Run the same command again; what is finished is kept."
     if isinstance(error, exceptions.ConnectionError | exceptions.HTTPClientError):
         return "nobody answers at the store's address. Is the network up, and is AWS_ENDPOINT_URL right?"
     if not isinstance(error, exceptions.ClientError) and isinstance(cause, exceptions.ClientError):
@@ -244,11 +260,12 @@ def _client(pid: int) -> Any:
 
     for name in ("boto3", "botocore", "s3transfer"):
         logging.getLogger(name).setLevel(logging.WARNING)  # what they say below it holds signed requests
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a pool that is full is no news
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     # Buckets as a part of the path: a store of one's own seldom has a host name for each bucket.
     style = {"addressing_style": "path"} if endpoint else None
     config = Config(
-        retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10, max_pool_connections=32, s3=style
+        retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10, max_pool_connections=_CONNECTIONS, s3=style
     )
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     session = boto3.session.Session(region_name=region)

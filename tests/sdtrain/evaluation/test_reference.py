@@ -38,13 +38,22 @@ def test_a_dataset_is_its_packed_pictures(tmp_path):
     found = open_reference(dataset.root, 100)
     assert [place.read() for place in found.places] == bodies
     # Where the manifest has a shard's digest, its pictures need not be read to know them.
-    outputs = describe_outputs(dataset, [dataset.packed_tar(0)])
-    write_entry(dataset, ShardReport(stage="pack", shard=0, num_in=2, num_out=2, outputs=outputs))
+    for shard in range(2):
+        outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
+        write_entry(dataset, ShardReport(stage="pack", shard=shard, num_in=2, num_out=2, outputs=outputs))
     known = open_reference(dataset.root, 100)
     assert (known.places, known.digest == found.digest) == (found.places, False)
-    outputs[dataset.relative(dataset.packed_tar(0))].sha256 = "0" * 64
-    write_entry(dataset, ShardReport(stage="pack", shard=0, num_in=2, num_out=2, outputs=outputs))
+    outputs[dataset.relative(dataset.packed_tar(1))].sha256 = "0" * 64
+    write_entry(dataset, ShardReport(stage="pack", shard=1, num_in=2, num_out=2, outputs=outputs))
     assert open_reference(dataset.root, 100).digest != known.digest
+
+
+def test_a_dataset_without_pictures_is_not_taken_for_a_folder(tmp_path):
+    dataset = DatasetDir(tmp_path / "data")
+    write_pictures(dataset.root / "pictures", 3)  # as a report has them
+    dataset.recipe.write_text("name: little\n")
+    with pytest.raises(UserError, match="is a dataset that holds no pictures yet"):
+        open_reference(dataset.root, 100)
 
 
 def test_statistics_in_pytorch_fids_form(tmp_path):

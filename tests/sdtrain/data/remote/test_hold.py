@@ -9,13 +9,13 @@ from s3_fixtures import BUCKET
 from sdtrain.data.dataset_lock import lock_to_change
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, read_entry
-from sdtrain.data.remote.hold import check_hold, working_for_holder
+from sdtrain.data.remote.hold import check_hold, working_for
 from sdtrain.data.remote.location import parse_url
 from sdtrain.data.remote.lock import LOCK_NAME
 from sdtrain.data.remote.mirror import Mirror, mirror_of
 from sdtrain.data.remote.opening import dataset_at
 from sdtrain.data.remote.store import ObjectStore
-from sdtrain.data.stage import Stage, run_batch
+from sdtrain.data.stage import Stage, hold_of, run_batch
 from sdtrain.errors import UserError
 
 
@@ -47,20 +47,25 @@ ROWS = Stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
 
 @pytest.fixture
 def worker(dataset, monkeypatch):
-    """A dataset as a process sees it that has not taken the lock itself: with a mirror of its own."""
+    """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and its hold."""
     with lock_to_change(dataset, "sdtrain build"):
-        own = Mirror(dataset, parse_url(dataset.url))
-        monkeypatch.setattr("sdtrain.data.manifest.mirror_of", lambda _: own)
-        monkeypatch.setattr("sdtrain.data.remote.single_files.mirror_of", lambda _: own)
-        yield dataset
+        hold, own = hold_of(dataset), Mirror(dataset, parse_url(dataset.url))
+        for module in ("manifest", "recorder", "remote.single_files"):
+            monkeypatch.setattr(f"sdtrain.data.{module}.mirror_of", lambda _: own)
+        yield dataset, hold
 
 
 def test_a_worker_writes_for_the_holder(worker):
-    assert [report.shard for report in run_batch(ROWS, worker, None, [0, 1])] == [0, 1]
-    assert objects_of(worker).read("manifest/rows/00001.json")
+    dataset, hold = worker
+    reports = run_batch(ROWS, dataset, None, [0, 1], hold=hold)
+    assert [report.shard for report in reports] == [0, 1]
+    assert objects_of(dataset).read("manifest/rows/00001.json")
+    with pytest.raises(UserError, match="has ended, or another one"):
+        run_batch(ROWS, dataset, None, [2], hold="of a command before")
 
 
 def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
+    dataset, hold = worker
     taken = threading.Event()
 
     def lose(dataset, recipe, shards):
@@ -73,27 +78,27 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
                 taken.set()
 
     with pytest.raises(UserError, match="another one has taken the dataset over"):
-        run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, lose), worker, None, [0, 1, 2])
-    assert objects_of(worker).read("manifest/rows/00000.json")
-    assert objects_of(worker).read("manifest/rows/00001.json") is None
+        run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
+    assert objects_of(dataset).read("manifest/rows/00000.json")
+    assert objects_of(dataset).read("manifest/rows/00001.json") is None
 
 
 def test_a_batch_does_not_take_the_next_holder_of_the_same_folder_for_its_own(dataset):
     with lock_to_change(dataset, "sdtrain build"):
-        working = working_for_holder(dataset.root)
-        working.__enter__()
-        check_hold(objects_of(dataset), dataset.root)
+        before = hold_of(dataset)
+        with working_for(before):
+            check_hold(objects_of(dataset))
     with lock_to_change(dataset, "sdtrain build"):
-        with pytest.raises(UserError, match="has ended, or another one"):
-            check_hold(objects_of(dataset), dataset.root)
-        working.__exit__(None, None, None)
-        check_hold(objects_of(dataset), dataset.root)
+        with working_for(before), pytest.raises(UserError, match="has ended, or another one"):
+            check_hold(objects_of(dataset))
+        with working_for(hold_of(dataset)):
+            check_hold(objects_of(dataset))
 
 
 def test_without_a_holder_nothing_is_written(dataset):
     objects = objects_of(dataset)
     with pytest.raises(UserError, match="has ended, or another one"):
-        check_hold(objects, dataset.root)
+        check_hold(objects)
     mirror = mirror_of(dataset)
     (dataset.root / "report.html").write_text("a report")
     with pytest.raises(UserError, match="run the command again when nobody is at work"):
@@ -134,6 +139,6 @@ def test_an_upload_that_fails_ends_the_batch_and_keeps_the_shards_before(dataset
     with lock_to_change(dataset, "sdtrain build"), pytest.raises(UserError, match="The store is full"):
         run_batch(ROWS, dataset, None, [0, 1, 2], told.append)
     assert [report.shard for report in told] == [0]
-    assert read_entry(dataset, "rows", 0)
-    assert read_entry(dataset, "rows", 1) is None
+    assert [read_entry(dataset, "rows", shard) is not None for shard in (0, 1, 2)] == [True, False, True]
     assert objects_of(dataset).read("manifest/rows/00001.json") is None
+    assert objects_of(dataset).read("manifest/rows/00002.json"), "it was finished when the error came"

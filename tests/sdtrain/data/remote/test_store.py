@@ -1,10 +1,13 @@
 """What goes wrong with a store is a sentence without secrets; what comes from it is checked."""
 
 import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from s3_fixtures import BUCKET, KEY_ID, SECRET
 
+from sdtrain.data.remote import store as module
 from sdtrain.data.remote.location import parse_url, work_folder
 from sdtrain.data.remote.store import ObjectStore, _client
 from sdtrain.errors import UserError
@@ -73,3 +76,56 @@ def test_an_object_that_may_not_be_deleted_is_a_sentence(store, monkeypatch):
     monkeypatch.setattr(objects._client, "delete_objects", lambda **_: refusal)
     with pytest.raises(UserError, match=r"kept/a cannot be deleted \(AccessDenied\)"):
         objects.delete("a")
+
+
+class Cutting(BaseHTTPRequestHandler):
+    """Cuts the first `num_cuts` bodies off; 416 for what begins behind the end."""
+
+    num_cuts, asked = 1, 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        body = b"the content of an object"
+        if self.headers.get("Range", "").startswith("bytes=100-"):
+            self.send_error(416)
+            return
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[:5] if self.asked <= self.num_cuts else body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def cutting(store, monkeypatch):
+    handler = type("Handler", (Cutting,), {})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(module, "_PAUSES_S", (0.0, 0.0))
+    _client.cache_clear()
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_connection_that_ends_within_the_content_is_asked_again(cutting):
+    objects = ObjectStore(parse_url(f"s3://{BUCKET}/x"))
+    assert objects.read_part("a.tar", 0, 24) == b"the content of an object"
+    assert cutting.asked == 2
+    cutting.num_cuts = 99
+    with pytest.raises(UserError, match="the connection ended before the content did"):
+        objects.read_part("a.tar", 0, 24)
+    assert cutting.asked == 5
+
+
+def test_a_part_beyond_the_end_is_empty_and_one_of_nothing_is_no_file(cutting, store, monkeypatch):
+    assert ObjectStore(parse_url(f"s3://{BUCKET}/x")).read_part("a.tar", 100, 24) == b""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", store.url)
+    _client.cache_clear()
+    with pytest.raises(FileNotFoundError, match=r"s3://bucket/x/a\.tar"):
+        ObjectStore(parse_url(f"s3://{BUCKET}/x")).read_part("a.tar", 0, 24)
