@@ -31,7 +31,7 @@ KEPT = re.compile(r"(selection|images|scores|dataset|latents)/|(duplicates|decis
 
 @pytest.fixture(scope="module")
 def recipe(server, tmp_path_factory) -> Path:
-    world = make_world(tmp_path_factory.mktemp("world"), num_rows=120)
+    world = make_world(tmp_path_factory.mktemp("world"), num_rows=120, http_port=0, https_port=0)
     for path in Path(world.metadata).rglob("*.parquet") if Path(world.metadata).is_dir() else [Path(world.metadata)]:
         server.put(path, f"metadata/{path.name}")
     content = yaml.safe_load((RECIPES_DIR / "demo.yaml").read_text())
