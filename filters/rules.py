@@ -180,4 +180,6 @@ def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
         value = rules[reason]
         shown = ", ".join(value) if isinstance(value, list) else f"{value:g}"
         return RULES[reason].meaning.replace("{value}", shown)
+    if reason.endswith("_missing"):
+        return f"no value for {reason.removesuffix('_missing')}"
     return reason.replace("_", " ")

@@ -64,7 +64,7 @@ class DemoDir:
     def training(self) -> RunDir:
         """The training run; other latents, or another config, get another one."""
         made = "".join(entry.fingerprint for entry in entries(self.data, "encode")) + load_config(CONFIG).digest()
-        return RunDir(self.root / "training" / hashlib.sha256(made.encode()).hexdigest()[:8])
+        return RunDir(self.root / "training" / f"{CONFIG}-{hashlib.sha256(made.encode()).hexdigest()[:8]}")
 
     @property
     def samples(self) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -37,6 +38,7 @@ from sdtrain.evaluation.protocol import Protocol
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PART_SIZE = 512
+_PLACE = ["picture_offset", "picture_bytes"]
 
 
 class Place(NamedTuple):
@@ -159,11 +161,11 @@ def _dataset_places(dataset: DatasetDir) -> list[Place]:
 
 
 def _pictures_in(tar: Path) -> Iterator[tuple[int, int]]:
-    """Offset and size of each picture, in their order: from the table beside the tar, or else from its headers."""
+    """Offset and size of each picture, in their order: from our table beside the tar, or else from its headers."""
     table = tar.with_suffix(".parquet")
-    if table.exists():
-        rows = read_parquet(table, ["picture_offset", "picture_bytes"]).to_pylist()
-        yield from sorted((r["picture_offset"], r["picture_bytes"]) for r in rows if r["picture_bytes"] is not None)
+    if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names):  # img2dataset's own has no places
+        rows = read_parquet(table, _PLACE).to_pylist()
+        yield from sorted((row[_PLACE[0]], row[_PLACE[1]]) for row in rows if row[_PLACE[1]] is not None)
         return
     for sample in index_samples(tar):
         with suppress(KeyError):  # a sample without a picture

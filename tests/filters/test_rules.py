@@ -131,7 +131,7 @@ def test_reasons_are_told_in_words_with_their_value():
     assert explain("min_side", rules) == "shorter side under 512 px"
     assert explain("languages", rules) == "language not one of en, de"
     assert "name of a file" in explain("no_filename_captions", rules)
-    assert explain("aesthetic_missing", rules) == "aesthetic missing"
+    assert explain("aesthetic_missing", rules) == "no value for aesthetic"
 
 
 FLOATS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 5.0, 511.2, 512.0, 513.7, -1.0]) | st.floats(-600, 600)

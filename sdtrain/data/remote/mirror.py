@@ -114,9 +114,8 @@ class Mirror:
         """Makes a folder there what it is here: what is not here is deleted there."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
         self.push_files(paths)
-        prefix = f"{self.dataset.relative(folder)}/"
         kept = {self.dataset.relative(path) for path in paths}
-        self.store.delete(*(name for name in self.store.list() if name.startswith(prefix) and name not in kept))
+        self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
 
     def discard(self, path: Path) -> None:
         """Deletes a file there."""

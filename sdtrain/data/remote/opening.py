@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 
 from sdtrain.data.dataset import DatasetDir
@@ -57,8 +58,11 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
     return dataset
 
 
+@lru_cache(maxsize=64)
 def training_root(name: str, online_vae: bool = False) -> Path:
     """The directory to train from: of a dataset on S3 its work folder, with the tables; tars come when first needed.
+
+    The store is asked once in a process: each rank names its datasets twice, and a list of a large one takes long.
 
     Args:
         name: a directory, or s3://…

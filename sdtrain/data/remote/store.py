@@ -65,16 +65,16 @@ class ObjectStore:
         self.url = url
         self._client = _client(os.getpid())
 
-    def list(self) -> dict[str, Object]:
-        """Everything there is."""
-        found, begin = dict[str, Object](), len(self.url.key(""))
+    def list(self, begin: str = "") -> dict[str, Object]:
+        """Everything there is whose name begins so."""
+        found, num_before = dict[str, Object](), len(self.url.key(""))
         with self._sentences("listed"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.url.bucket, Prefix=self.url.key("")
+                Bucket=self.url.bucket, Prefix=self.url.key(begin)
             )
             for page in pages:
                 for item in page.get("Contents", ()):
-                    found[item["Key"][begin:]] = Object(item["Size"], item["ETag"].strip('"'))
+                    found[item["Key"][num_before:]] = Object(item["Size"], item["ETag"].strip('"'))
         return found
 
     def digest(self, name: str) -> str | None:

@@ -1,4 +1,6 @@
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from evaluation_fixtures import write_pictures
 
@@ -46,6 +48,16 @@ def test_a_dataset_is_its_packed_pictures(tmp_path):
     outputs[dataset.relative(dataset.packed_tar(1))].sha256 = "0" * 64
     write_entry(dataset, ShardReport(stage="pack", shard=1, num_in=2, num_out=2, outputs=outputs))
     assert open_reference(dataset.root, 100).digest != known.digest
+
+
+def test_tars_beside_tables_of_others_are_read_by_their_headers(tmp_path):
+    """As img2dataset writes them: its tables do not say where in the tar a picture lies."""
+    bodies = [path.read_bytes() for path in sorted(write_pictures(tmp_path / "a", 3).iterdir())]
+    tar = DatasetDir(tmp_path / "data").images_tar(0)
+    tar.parent.mkdir(parents=True)
+    write_samples(tar, [(f"{i:09d}", {"png": body, "txt": b"a"}) for i, body in enumerate(bodies)])
+    pq.write_table(pa.table({"url": ["u"] * 3, "status": ["success"] * 3}), tar.with_suffix(".parquet"))
+    assert [place.read() for place in open_reference(tmp_path / "data", 100).places] == bodies
 
 
 def test_a_dataset_without_pictures_is_not_taken_for_a_folder(tmp_path):

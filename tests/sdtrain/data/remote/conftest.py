@@ -43,7 +43,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def store(server, monkeypatch, tmp_path):
     """The server, with credentials in this process's environment and work folders of this test's own."""
-    from sdtrain.data.remote import mirror
+    from sdtrain.data.remote import mirror, opening
     from sdtrain.data.remote import store as module
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -51,8 +51,9 @@ def store(server, monkeypatch, tmp_path):
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SDTRAIN_WORK_DIR", str(tmp_path / "work"))
-    mirror._mirror.cache_clear()
-    module._client.cache_clear()
+    caches = (mirror._mirror, module._client, opening.training_root)
+    for cache in caches:
+        cache.cache_clear()
     yield server
-    mirror._mirror.cache_clear()
-    module._client.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
