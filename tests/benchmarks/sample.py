@@ -10,8 +10,9 @@ default attention, PyTorch's fused one. Ours draws the same prompts in batches.
 
 On CUDA the networks are SD v1's at their real sizes, pictures are of 512 px, ours in bf16 with compiled blocks, the
 peer's in fp16. On a CPU the UNet has 37.5 million parameters, pictures are of 128 px, and the peer runs in the
-precision that ours has (`auto`), and in float32, in which diffusers loads by default. The sides take turns, batch by batch, so that other work on
-the machine slows all of them; each ratio is the median over the batches. Loading and a warm-up are not counted.
+precision that ours has (`auto`), and in float32, in which diffusers loads by default. The sides take turns, batch by
+batch, so that other work on the machine slows all of them; each ratio is the median over the batches. Loading and a
+warm-up are not counted.
 """
 
 from __future__ import annotations
