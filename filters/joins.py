@@ -67,7 +67,7 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
     filled, notes = [], list[str]()
     for number, join in enumerate(joins):
         files = join_files(join)
-        columns = _columns_of(join, files)
+        columns = columns_of(join, files)
         if join.by == "hash":
             check_hashes(connection, files)
         prepare(connection, (file.path for file in files))
@@ -91,7 +91,12 @@ def join_files(join: JoinConfig) -> list[MetadataFile]:
     return turn_sizes(read_footers(find_files(join.files, "score files (select.joins)")), "auto")
 
 
-def _columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:
+def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:
+    """The columns that a join brings, by our names.
+
+    Raises:
+        UserError: the files lack what the join goes by, or what it is to bring.
+    """
     for file in files:
         needed = {"url", "caption"} - set(file.columns)
         if needed and not (join.by == "hash" and "hash" in file.columns):

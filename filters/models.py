@@ -163,6 +163,18 @@ def load_models(config: ScoreConfig) -> Models:
         return _load_models(config)
 
 
+def load_network(config: ScoreConfig, name: str) -> Any:
+    """One of a recipe's networks by its name in `NETWORKS`, on the CPU.
+
+    Raises:
+        UserError: weights that are missing or of another network.
+    """
+    if name == "clip":
+        return load_clip(config.clip_model, str(config.clip_weights))[0]
+    load = {"watermark": load_watermark, "aesthetic": load_aesthetic, "aesthetic_v1": load_aesthetic_v1}
+    return (load | {"safety": load_safety})[name](getattr(config, f"{name}_weights"))
+
+
 @lru_cache(maxsize=1)
 def _load_models(config: ScoreConfig) -> Models:
     check_heads(config)

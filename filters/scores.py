@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from filters.look import UNDECODABLE
 from filters.models import load_models
 from filters.quality import QUALITY
-from filters.recipe import Recipe, ScoreConfig
+from filters.recipe import NETWORKS, Recipe, ScoreConfig
 from filters.score_pipeline import score_rows
 from filters.tables import SCORE_COLUMNS
 from filters.weights import digest_of
@@ -86,22 +86,28 @@ def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
     Raises:
         UserError: weights that cannot be had, or are not those that the recipe pins.
     """
-    with_clip = config.clip_weights is not None
-    heads = {
-        "aesthetic": config.aesthetic_weights if with_clip else None,
-        "aesthetic_v1": config.aesthetic_v1_weights if with_clip else None,
-        "safety": config.safety_weights if with_clip else None,
-        "watermark": config.watermark_weights,
-    }
-    digests = {"clip": clip_digest(config.clip_model, config.clip_weights)}
-    digests |= {name: digest_of(weights) for name, weights in heads.items()}
-    for name, pinned in config.pins.items():
-        if digests[name] not in (pinned, "none"):
-            raise UserError(
-                f"score.{name}_sha256 is {pinned}, and that of {name}_weights is {digests[name]}. Put the right file "
-                "there, or leave the pin out. (For a name of open_clip's the digest of its file is not known.)"
-            )
-    return tuple(digests.items())
+    return tuple((name, weight_digest(config, name)) for name in NETWORKS)
+
+
+@lru_cache
+def weight_digest(config: ScoreConfig, name: str) -> str:
+    """What identifies the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
+
+    Raises:
+        UserError: weights that cannot be had, or are not those that the recipe pins.
+    """
+    weights = getattr(config, f"{name}_weights")
+    if name == "clip":
+        digest = clip_digest(config.clip_model, weights)
+    else:
+        digest = digest_of(weights if name == "watermark" or config.clip_weights is not None else None)
+    pinned = config.pins.get(name)
+    if pinned and digest not in (pinned, "none"):
+        raise UserError(
+            f"score.{name}_sha256 is {pinned}, and that of {name}_weights is {digest}. Put the right file there, or "
+            "leave the pin out. (For a name of open_clip's the digest of its file is not known.)"
+        )
+    return digest
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:

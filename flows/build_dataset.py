@@ -116,6 +116,7 @@ def build(
     work: WorkFolder = WorkFolder(),
 ) -> str:
     """The road, in a flow. Returns the dataset's directory, or its URL."""
+    from filters.preflight import BuildPreflight
     from filters.road import road
 
     require_metadata(recipe)
@@ -124,11 +125,12 @@ def build(
         recipe = with_precision(dataset, recipe)
         _begin(dataset, recipe)
         keep_files(dataset, work.keep)
+        preflight = BuildPreflight(dataset, recipe)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:
             for stage in road():
                 if retry_failed and stage.name == "download":
                     _retry_failed(dataset, recipe)
-                run_stage(stage, dataset, recipe, options, runner)
+                run_stage(stage, dataset, recipe, options, runner, preflight)
         _finish(dataset, recipe)
     return str(dataset)
 

@@ -16,6 +16,7 @@ from flows.stages import StageOptions, run_stage
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.evaluation.sweep import Step, plan
+from sdtrain.preflight.checks import require
 from sdtrain.settings import parse_settings
 
 Count = Annotated[int, Field(ge=1)]
@@ -77,6 +78,7 @@ def evaluate(models: list[str], protocol: Protocol, output: str | None, options:
         UserError: a mistake that the user can put right; what was finished is kept.
     """
     sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
+    require(sweep.checks())
     with start_engine(options.engine, options.engine_address, options.workers) as runner:
         for step in sweep.steps():
             _run_step(step, options, runner, retries)

@@ -11,9 +11,10 @@ from pydantic import Field
 
 from flows.failure import fails_with_a_sentence
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
-from sdtrain.config import load_config
-from sdtrain.data.latent_store import require_latents
-from sdtrain.data.remote.opening import training_root
+from sdtrain.preflight.checks import require
+from sdtrain.preflight.training import training_checks
+from sdtrain.run_dir import RunDir
+from sdtrain.train import configure
 
 Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
 Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]
@@ -81,7 +82,7 @@ def reproduce_sd_v1(
     """
     roots: dict[Dataset, str] = {"laion2b_en": laion2b_en, "high_resolution": high_resolution, "aesthetics": aesthetics}
     phases = chain(until)
-    check(phases, roots, configs)
+    check(phases, roots, configs, Path(output))
     for phase in phases:
         get_run_logger().info("%s, from %s", phase.name, phase.after or "nothing")
         train_unet(
@@ -98,15 +99,18 @@ def reproduce_sd_v1(
     return str((Path(output) / until).absolute())
 
 
-def check(phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | None = None) -> None:
+def check(
+    phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | None = None, output: Path = Path("runs")
+) -> None:
     """Says what is missing for the last run before the first one has trained for a month.
 
     Raises:
-        UserError: no config, or no latents.
+        UserError: a config, latents, networks, trackers or room for checkpoints that are missing or do not fit.
     """
     for phase in phases:
-        load_config(_config(phase, configs))
-        require_latents(training_root(roots[phase.dataset]))
+        config = configure(_config(phase, configs), roots[phase.dataset])
+        if RunDir(output / phase.name).finished_step() is None:
+            require(training_checks(config, output / phase.name, is_later_in_chain=phase.after is not None))
 
 
 def chain(until: Name) -> list[Phase]:

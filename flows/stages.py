@@ -1,7 +1,7 @@
 """Runs a stage over its pending shards: batches become Prefect tasks."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +51,7 @@ def run_stage(
     recipe: Any,
     options: StageOptions,
     runner: TaskRunner[Any] | None = None,
+    before_work: Callable[[str, int, int], None] = lambda stage, num_pending, num_shards: None,
 ) -> StageTotals:
     """Does the stage's shards that are not finished. Must be called in a flow.
 
@@ -62,6 +63,7 @@ def run_stage(
         recipe: what the stage's functions take.
         options: how the work is spread.
         runner: from `start_engine`, where several stages are to use one engine.
+        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
 
     Raises:
         UserError: a batch failed for a reason that the user can put right.
@@ -73,6 +75,7 @@ def run_stage(
     shards = pending(stage, dataset, recipe)
     reports: list[ShardReport] = []
     if shards:
+        before_work(stage.name, len(shards), len(all_shards))
         engine = (
             nullcontext(runner) if runner else start_engine(options.engine, options.engine_address, options.workers)
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain import cli_card, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search, cli_status
+from sdtrain import cli_card, cli_check, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search, cli_status
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
 
@@ -184,6 +184,7 @@ app.command()(cli_status.status)
 app.command()(cli_status.metrics)
 app.command()(cli_card.card)
 app.command()(cli_card.plan)
+app.command()(cli_check.check)
 app.command()(cli_curate.decide)
 app.command()(cli_curate.remove)
 app.command()(cli_draw.sample)
@@ -195,6 +196,7 @@ app.command()(cli_search.memorised)
 
 def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: bool) -> None:
     from filters.finish import finish_dataset
+    from filters.preflight import BuildPreflight
     from filters.record import record_recipe, require_metadata, with_precision
     from filters.road import road
     from sdtrain.data.dataset_lock import lock_to_change
@@ -209,10 +211,11 @@ def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: 
         if changes:
             print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
         keep_local(dataset, keep_files)
+        preflight = BuildPreflight(dataset, recipe)
         for stage in road():
             if retry_failed and stage.name == "download":
                 print(recover(dataset, recipe), flush=True)
-            print(run_with_bar(stage, dataset, recipe), flush=True)
+            print(run_with_bar(stage, dataset, recipe, preflight), flush=True)
         finish_dataset(dataset, recipe)
     print(f"{recipe.name}: {dataset}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,16 +17,29 @@ from sdtrain.data.totals import StageTotals, add_up
 _LINE_INTERVAL_S = 10.0
 
 
-def run_with_bar(stage: Stage[Any], dataset: DatasetDir, recipe: Any) -> StageTotals:
+def run_with_bar(
+    stage: Stage[Any],
+    dataset: DatasetDir,
+    recipe: Any,
+    before_work: Callable[[str, int, int], None] = lambda stage, num_pending, num_shards: None,
+) -> StageTotals:
     """Does the shards of `stage` that are not finished; the bar counts shards, on standard error.
 
     What a shard tells of itself (`sdtrain.data.steps`) stands beside the bar; without a terminal it is a line now and
     then.
+
+    Args:
+        stage: what is done.
+        dataset: whose shards.
+        recipe: what the stage's functions take.
+        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
     """
     started = time.monotonic()
     begin(stage, dataset)
     all_shards = stage.shards(dataset, recipe)
     shards = pending(stage, dataset, recipe)
+    if shards:
+        before_work(stage.name, len(shards), len(all_shards))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from sdtrain.config import TrainConfig, load_config
 from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
 from sdtrain.precision import choose, warning_if_slow
+from sdtrain.preflight.checks import Check, require
+from sdtrain.preflight.training import late_checks
 from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
@@ -56,6 +58,7 @@ def train(
     from sdtrain.watchdog import Watchdog
 
     config = _with_precision(config, run_dir, ranks)
+    _require(late_checks(config, run_dir.path), ranks)
     energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
     first_step = state.saves.restore()
@@ -98,6 +101,23 @@ def train(
     if ranks.is_first:
         _write_card(run_dir.path)
     return step
+
+
+def _require(checks: Sequence[Check], ranks: Ranks) -> None:
+    """Makes the checks on the first rank; all ranks raise what it found, so that none waits for it.
+
+    Raises:
+        UserError: a check failed.
+    """
+    problem = ""
+    if ranks.is_first:
+        try:
+            require(checks)
+        except UserError as error:
+            problem = str(error)
+    (said,) = ranks.gather([problem] if ranks.is_first else [])
+    if said:
+        raise UserError(said)
 
 
 def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> TrainConfig:

@@ -93,7 +93,7 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(tmp_path):
         pytest.skip("a full disk is made with `unshare -m` and tmpfs, which needs root on Linux")
     metadata, full = write_many_rows(tmp_path / "m.parquet"), tmp_path / "full"
     full.mkdir()
-    build = f"{sys.executable} -m sdtrain.cli build laion-aesthetics --metadata {metadata} --output {full}/data"
+    build = f"{sys.executable} -m sdtrain.cli build demo --metadata {metadata} --output {full}/data"
     script = f"mount -t tmpfs -o size=600k tmpfs {full}; {build}; code=$?; find {full} -name '*.parquet'; exit $code"
     ended = subprocess.run(["unshare", "-m", "sh", "-c", script], check=False, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr

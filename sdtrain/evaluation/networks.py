@@ -73,6 +73,18 @@ def features_of(pictures: Sequence[Image.Image], protocol: Protocol) -> Tensor:
     return _finite(torch.cat(parts), f"The features of network '{protocol.network}'")
 
 
+def check_networks(protocol: Protocol) -> str:
+    """Loads what will look at the pictures, to see that it is there; it goes to no GPU and is not kept.
+
+    Raises:
+        UserError: a network that cannot be loaded.
+    """
+    load_vae("demo") if protocol.network == "demo" else load_inception(protocol.network_weights)
+    if protocol.agreement == "clip":
+        load_clip(protocol.clip_model, protocol.clip_weights)
+    return f"{protocol.network}, {protocol.agreement}"
+
+
 def _feature_network(protocol: Protocol) -> FeatureNetwork:
     return _load_features(protocol.network, protocol.network_weights, protocol.resize)
 

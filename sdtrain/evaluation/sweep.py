@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write
 from sdtrain.evaluation.look_stage import caption_stage, look_stage
 from sdtrain.evaluation.metrics import Judge
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
-from sdtrain.evaluation.networks import agreement_digest, features_digest
+from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.reference import (
@@ -29,6 +30,10 @@ from sdtrain.evaluation.reference import (
 from sdtrain.evaluation.results import Results, write_results
 from sdtrain.exchange.sources import pinned
 from sdtrain.precision import Fixed, resolve
+from sdtrain.preflight.checks import Check, check_room, check_writable
+
+_PICTURE_BYTES_PER_PIXEL = 2.0
+"""Of a PNG of a photograph, about."""
 
 
 class Step(NamedTuple):
@@ -66,6 +71,27 @@ class Sweep:
                 at_scale = replace(drawing, scale=scale)
                 steps += [self._step(draw_stage, at_scale), self._step(look_stage, at_scale)]
         return steps
+
+    def checks(self) -> list[Check]:
+        """The networks that will look at the pictures, and where these go; none once all pictures were looked at."""
+        left = self._num_pending()
+        if not left:
+            return []
+        wanted = left * _PICTURE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
+        return [
+            Check("output", lambda: check_writable(self.directory.root)),
+            Check("disk", lambda: check_room(self.directory.root, wanted, "The pictures")),
+            Check("networks", lambda: check_networks(self.protocol)),
+        ]
+
+    def _num_pending(self) -> int:
+        """Pictures that nobody has looked at yet."""
+        scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
+        return sum(
+            len(self.protocol.places(part))
+            for model, scale, part in itertools.product(self.models, scales, parts)
+            if not self.directory.features(model.key, scale, part).exists()
+        )
 
     def finish(self) -> Results:
         """Computes the numbers and writes them, with the plot. Every step has to be finished."""

@@ -20,6 +20,7 @@ from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import Sweep
+from sdtrain.preflight.checks import require
 from sdtrain.stage_progress import run_with_bar
 
 
@@ -36,6 +37,7 @@ def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] =
     Raises:
         UserError: a mistake that the user can put right; what was finished is kept.
     """
+    require(sweep.checks())
     with _pool(num_processes) if num_processes > 1 else nullcontext() as pool:
         for step in sweep.steps():
             stage = step.stage if pool is None else _spread(step.stage, pool)

@@ -51,6 +51,7 @@ def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
                 stage="select", shard=shard, num_in=5, num_out=3, dropped={"min_side": 2}, outputs=outputs
             )
 
+    monkeypatch.setattr("filters.preflight.BuildPreflight", lambda dataset, recipe: lambda *_: None)
     monkeypatch.setattr("filters.road.road", lambda: (Stage("select", shards, digest, do),))
     finish = SimpleNamespace(finish_dataset=lambda dataset, recipe: dataset.database.write_text(""))
     monkeypatch.setitem(sys.modules, "filters.finish", finish)

@@ -1,0 +1,1 @@
+"""What a run will need later is opened before its work begins."""

@@ -1,0 +1,104 @@
+"""Checks of a training run: networks, latents, the model to start from, trackers, and room for checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.preflight.checks import Check, check_room, check_writable
+from sdtrain.preflight.networks import check_text_encoder, check_vae
+
+_STATE_BYTES = 16
+"""Of a checkpoint, for each parameter: weights, their average and two moments, float32."""
+
+
+def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool = False) -> list[Check]:
+    """Everything that a run reads or writes from its first step to its last.
+
+    Args:
+        config: the run.
+        output: its directory.
+        is_later_in_chain: the model that it starts from is made by a run that has not ended yet.
+    """
+    checks = [
+        Check("unet", lambda: f"{_num_parameters(config):,} parameters"),
+        Check("vae", lambda: check_vae(config.vae)),
+        Check("text_encoder", lambda: check_text_encoder(config.text_encoder, config.unet.cross_attention_dim)),
+        Check("data", lambda: _check_data(config)),
+        Check("optimizer.moments", lambda: _check_moments(config)),
+    ]
+    if config.init_from is not None and not is_later_in_chain:
+        checks.append(Check("init_from", lambda: _check_start(config)))
+    return [*checks, *(check for check in late_checks(config, output) if check.name != "vae")]
+
+
+def late_checks(config: TrainConfig, output: Path) -> list[Check]:
+    """What training itself would open only after hours: a trainer makes these, and all others by its first step."""
+    checks = [
+        Check("output", lambda: check_writable(output)),
+        Check("checkpoint", lambda: _check_room(config, output)),
+        Check("tracking", lambda: _check_trackers(config)),
+    ]
+    return [Check("vae", lambda: check_vae(config.vae)), *checks] if config.previews.every else checks
+
+
+def _num_parameters(config: TrainConfig) -> int:
+    import torch
+
+    from sdtrain.model import build_unet
+
+    try:
+        with torch.device("meta"):
+            return int(build_unet(config.unet, config.latent_size).num_parameters())
+    except ValueError as error:
+        raise UserError(f"diffusers cannot build the config's `unet`: {error}") from error
+
+
+def _check_data(config: TrainConfig) -> str:
+    from sdtrain.data.sources import make_plan, open_samples, require_samples
+    from sdtrain.model import vae_scaling_factor
+
+    require_samples(config.data)
+    store = open_samples(config, vae_scaling_factor(config.vae))
+    make_plan(store, config, config.validation.num_samples)
+    return f"{config.data.name}: {int(store.counts.sum()):,} samples"
+
+
+def _check_moments(config: TrainConfig) -> str:
+    if config.optimizer.moments != "fp32" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("optimizer.moments: int8 needs bitsandbytes: pip install 'sdtrain[eight-bit]'.")
+    return config.optimizer.moments
+
+
+def _check_start(config: TrainConfig) -> str:
+    from sdtrain.exchange.sources import open_model
+
+    path = Path(str(config.init_from))
+    if not path.exists():
+        raise UserError(f"There is no run or model {path}, which init_from names.")
+    model = open_model(path)
+    theirs = model.unet_config["block_out_channels"]
+    if tuple(theirs) != tuple(config.unet.block_out_channels):
+        raise UserError(
+            f"init_from: the UNet in {path} has {tuple(theirs)} channels, and the config's `unet` "
+            f"{tuple(config.unet.block_out_channels)}."
+        )
+    return model.source
+
+
+def _check_trackers(config: TrainConfig) -> str:
+    if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("tracking.wandb_project needs the package wandb: pip install wandb, or set it to null.")
+    return "TensorBoard" + (" and Weights & Biases" if config.tracking.wandb_project else "")
+
+
+def _check_room(config: TrainConfig, output: Path) -> str:
+    chosen = config.checkpoint
+    kept = config.steps // chosen.keep_every if chosen.keep_every else 0
+    present = output / "checkpoints"
+    there = len(list(present.iterdir())) if present.is_dir() else 0
+    number = max(1, min(chosen.keep_last + 1 + kept, config.steps // chosen.every + 1) - there)
+    wanted = number * _STATE_BYTES * _num_parameters(config)
+    return check_room(output, wanted, f"{number} more checkpoints")
