@@ -23,6 +23,7 @@ from sdtrain.config import TrainConfig, load_config
 from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
 from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
+from sdtrain.redaction import hide_secrets_in_logs
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
 
@@ -184,6 +185,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """The exit code: 0 when finished or stopped with a checkpoint, 2 for a mistake that a sentence explains."""
+    hide_secrets_in_logs()
     try:
         run(parse_arguments())
     except UserError as error:
