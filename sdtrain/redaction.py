@@ -9,12 +9,12 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import parse_qsl, quote, quote_plus, unquote, unquote_plus
+from urllib.parse import parse_qsl, unquote, unquote_plus
 
 LEFT_OUT = "credential-not-recorded"
 """Stands in records for the query and the password of a URL."""
@@ -67,13 +67,13 @@ def remember_secrets(content: Any) -> None:
     """
     for text in _texts(content):
         for secret in _secrets_of(text):
-            _known.update(_spellings(secret))
+            _known.update(_decoded(secret))
 
 
 def holds_secret(location: str) -> bool:
     """Whether a path or URL has a user, a password, a query or a fragment."""
     url = _WHOLE.fullmatch(location.strip())
-    return bool(url) and _stripped(url[1], url[2]) != url[2]
+    return url is not None and _stripped(url[1], url[2]) != url[2]
 
 
 def as_recorded(content: Any) -> Any:
@@ -82,9 +82,10 @@ def as_recorded(content: Any) -> Any:
         return {name: as_recorded(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
         return type(content)(map(as_recorded, content))
-    if not isinstance(content, str) or not holds_secret(content):
+    url = _WHOLE.fullmatch(content.strip()) if isinstance(content, str) else None
+    if not url or not holds_secret(content):
         return content
-    scheme, rest = _WHOLE.fullmatch(content.strip()).groups()  # type: ignore[union-attr]
+    scheme, rest = url.groups()
     return f"{scheme}://{_stripped(scheme, rest)}?{LEFT_OUT}"
 
 
@@ -218,17 +219,15 @@ def _of_environment() -> Iterator[str]:
     for name, value in os.environ.items():
         if "://" in value:
             for secret in _secrets_of(value):
-                yield from _spellings(secret)
+                yield from _decoded(secret)
         elif _REVEALING_VARIABLE.search(name) and len(value) >= _LEAST_CHARS and not _is_path(value):
-            yield from _spellings(value)
+            yield from _decoded(value)
 
 
 @lru_cache(maxsize=16)
 def _any_of(secrets: frozenset[str]) -> re.Pattern[str]:
     """The longest first; short ones only as words of their own, because they may be a part of others."""
-    ordered = sorted(secrets, key=lambda word: (-len(word), word))
-    patterns = [re.escape(w) if len(w) >= _LEAST_CHARS else rf"(?<!\w){re.escape(w)}(?!\w)" for w in ordered]
-    return re.compile("|".join(patterns), re.I)
+    return re.compile("|".join(map(_any_spelling, sorted(secrets, key=lambda word: (-len(word), word)))), re.I)
 
 
 def _is_path(value: str) -> bool:
@@ -238,10 +237,18 @@ def _is_path(value: str) -> bool:
         return False
 
 
-def _spellings(secret: str) -> Iterable[str]:
-    spelt = {secret, unquote(secret), unquote_plus(secret)}
-    spelt |= {
-        change(word) for word in tuple(spelt) for change in (quote, quote_plus, lambda word: quote(word, safe=""))
-    }
-    spelt |= {html.escape(word) for word in spelt}
-    return {word for word in spelt if len(word) >= 4}
+def _decoded(secret: str) -> set[str]:
+    """The secret as it stands, and what it stands for."""
+    return {word for word in (secret, unquote(secret), unquote_plus(secret)) if len(word) >= 4}
+
+
+def _any_spelling(secret: str) -> str:
+    """A pattern of the secret, each of its characters as it is or escaped for URLs, also twice, or for HTML."""
+    spelt = "".join(char if char.isascii() and char.isalnum() else f"(?:{_any_escape(char)})" for char in secret)
+    return spelt if len(secret) >= _LEAST_CHARS else rf"(?<!\w){spelt}(?!\w)"
+
+
+def _any_escape(char: str) -> str:
+    escaped = "".join(f"%(?:25)*{byte:02X}" for byte in char.encode(errors="surrogatepass"))
+    known = [re.escape(char), escaped, *([r"\+"] if char == " " else []), re.escape(html.escape(char))]
+    return "|".join(dict.fromkeys(known))
