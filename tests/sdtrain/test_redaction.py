@@ -34,7 +34,7 @@ def hooks():
     ("text", "wanted"),
     [
         ("https://me:pw@e.com:8/x/*.parquet?sig=1#f", "https://e.com:8/x/*.parquet"),
-        ("HTTP GET error on 'https://h/x?X-Amz-Signature=a%2Fb' (HTTP 403).", "HTTP GET error on 'https://h/x' (HTTP 403)."),
+        ("GET error on 'https://h/x?X-Amz-Signature=a%2Fb' (HTTP 403).", "GET error on 'https://h/x' (HTTP 403)."),
         ("Max retries exceeded with url: /x?sig=abc (Caused by", "Max retries exceeded with url: /x (Caused by"),
         ("s3://b/x.parquet?s3_access_key_id=A&s3_secret_access_key=B: no", "s3://b/x.parquet: no"),
         ("postgresql://u:p/w@db:5432/x?sslpassword=q", "postgresql://db:5432/x"),
