@@ -22,8 +22,9 @@ HIDDEN = "…"
 PLAIN_LOCATION = r"^(?!.*://[^/?#]*@)(?!.*\?[^/]*=).*$"
 """JSON schema's pattern of a path or URL without a credential, for records that keep what they are given."""
 
-# `?` begins a query there only before `name=`; elsewhere it stands for one character, in patterns of names.
-_GLOB_SCHEMES = ("s3", "s3a", "s3n", "gs", "gcs", "hf", "r2", "file")
+# `?` begins a query there only before `name=`; elsewhere it stands for one character of a name. DuckDB's s3:// has
+# queries, and no such character.
+_GLOB_SCHEMES = ("hf", "file")
 _RUN = r"[^\s\"'<>`“”]+"
 # One slash: what pathlib makes of a URL.
 _URL = re.compile(

@@ -23,7 +23,7 @@ from sdtrain.config import TrainConfig, load_config
 from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
 from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
-from sdtrain.redaction import hide_secrets_in_logs
+from sdtrain.redaction import hide_secrets_in_logs, holds_secret
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
 
@@ -156,7 +156,14 @@ def configure(
         content["steps"] = steps
     if init_from is not None:
         content["init_from"] = init_from
-    return parse_settings(TrainConfig, content, f"config '{name}' with overrides")
+    config = parse_settings(TrainConfig, content, f"config '{name}' with overrides")
+    for place in (config.init_from, *(source.root for source in config.data.all_sources)):
+        if place and holds_secret(place):  # it would be in the launcher's command line, which everybody may read
+            raise UserError(
+                f"{place} was given with a password or query, which training does not use: give a directory, or "
+                "s3://BUCKET/PREFIX with credentials in the environment."
+            )
+    return config
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -57,7 +57,7 @@ def test_secrets_leave_a_text(text, wanted):
 @pytest.mark.parametrize(
     "text",
     [
-        "s3://bucket/part-?.parquet, /data/part-?/year=2020/x.parquet",
+        "hf://datasets/a/b/part-?.parquet, /data/part-?/year=2020/x.parquet",
         "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE.",
         "unknown key 'limmit'. Did you mean 'limit'? Known: a=1",
         "ray://HEAD:10001 and http://127.0.0.1:4200/api do not answer: token 5 of 7",
@@ -86,8 +86,8 @@ def test_a_secret_of_the_environment_leaves(monkeypatch):
 
 def test_records_keep_where_a_url_leads_and_not_its_credential():
     url = "s3://b/x.parquet?s3_secret_access_key=abc"
-    recorded = as_recorded({"a": [url, "s3://b/?.parquet", "https://h/x"], "b": 1})
-    assert recorded == {"a": ["s3://b/x.parquet?credential-not-recorded", "s3://b/?.parquet", "https://h/x"], "b": 1}
+    recorded = as_recorded({"a": [url, "hf://b/?.parquet", "https://h/x"], "b": 1})
+    assert recorded == {"a": ["s3://b/x.parquet?credential-not-recorded", "hf://b/?.parquet", "https://h/x"], "b": 1}
     assert as_recorded(recorded) == recorded
     assert [holds_secret(u) for u in (url, "https://u@h/x", "https://h/x?a", "https://h/x")] == [
         True,

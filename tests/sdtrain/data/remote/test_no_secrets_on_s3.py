@@ -49,7 +49,7 @@ def signed(store, tmp_path, monkeypatch):
     return store
 
 
-@pytest.mark.parametrize("name", ["signed/part-0.parquet", "signed/part-*.parquet", "signed/part-?.parquet"])
+@pytest.mark.parametrize("name", ["signed/part-0.parquet", "signed/part-*.parquet"])
 def test_metadata_is_selected_and_its_keys_are_recorded_nowhere(signed, tmp_path, name):
     recipe = Recipe.model_validate({"name": "x", "select": {"metadata": url_of(signed, name)}})
     dataset = DatasetDir(tmp_path / "data")
@@ -63,16 +63,10 @@ def test_metadata_is_selected_and_its_keys_are_recorded_nowhere(signed, tmp_path
         find_metadata(read_recipe(dataset).select.metadata)
 
 
-@pytest.mark.parametrize(
-    ("name", "secret"),
-    [("signed/none.parquet", SECRET), ("none/*.parquet", SECRET), ("signed/part-0.parquet", "wr0ng-s3cr3t/of+mine")],
-)
-def test_what_goes_wrong_shows_no_key(signed, name, secret):
-    try:
-        find_metadata(url_of(signed, name, secret))
-    except UserError as error:
-        said = str(error)
-    else:
-        said = ""  # the test's server believes every signature
-        assert secret != SECRET
-    assert [word for word in (secret, secret.replace("/", "%2F"), KEY_ID, "s3_secret") if word in said] == []
+@pytest.mark.parametrize("name", ["signed/none.parquet", "none/*.parquet", "signed/part-?.parquet"])
+def test_what_goes_wrong_shows_no_key(signed, name):
+    with pytest.raises(UserError, match=f"s3://{BUCKET}/(signed|none)/") as raised:
+        find_metadata(url_of(signed, name))
+    assert [
+        word for word in (SECRET, SECRET.replace("/", "%2F"), KEY_ID, "s3_secret") if word in str(raised.value)
+    ] == []
