@@ -31,7 +31,8 @@ def run_tree(
     """Runs `command` to its end and returns its exit code; call it in the main thread.
 
     Output goes to `log_file`, appended, and line by line to `on_line`, without secrets. When this returns or raises (as
-    Prefect does in the main thread when a run is cancelled) no process of the tree is left, orphans included. The child stays in our process group, so that a signal to the group reaches it even if we are killed.
+    Prefect does in the main thread when a run is cancelled) no process of the tree is left, orphans included.
+    The child stays in our process group, so that a signal to the group reaches it even if we are killed.
 
     Raises:
         UserError: there is no such program.

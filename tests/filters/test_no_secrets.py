@@ -402,6 +402,12 @@ def test_training_shows_no_secret_of_its_arguments(monkeypatch, capfd, records, 
     assert [path for path in tmp_path.rglob("*") if "data.example" in str(path)] == []
 
 
+def test_metrics_have_no_secret_in_their_labels(records):
+    metrics = repr(list(StatusCollector([PLANTED]).collect()))
+    assert "data.example/x.parquet" in metrics
+    assert_hidden(metrics + records.getvalue())
+
+
 def test_a_run_is_recorded_without_the_secrets_of_its_config(tmp_path):
     from sdtrain.config import TrainConfig, load_config
     from sdtrain.run_dir import RunDir
