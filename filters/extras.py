@@ -17,10 +17,11 @@ from filters.joins import Joins, join_files, load_joins
 from filters.keys import register_laion_hash
 from filters.lists import Lists, list_files, load_lists
 from filters.recipe import SelectConfig
-from filters.remote import is_remote, without_secrets
+from filters.remote import is_remote
 from filters.schema import MetadataFile
-from filters.sources import PARQUET, prepare, read_footers
+from filters.sources import is_parquet, prepare, read_footers
 from sdtrain.data.removed import LEDGER, REMOVED
+from sdtrain.redaction import without_secrets
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def extra_inputs(select: SelectConfig) -> list[list[object]]:
     for kind, configs in (("blocklist", select.blocklists), ("allowlist", select.allowlists)):
         for config in configs:
             paths = list_files(config)
-            parquet = read_footers([path for path in paths if path.endswith(PARQUET)])
-            texts = [_text_identity(path) for path in paths if not path.endswith(PARQUET)]
+            parquet = read_footers([path for path in paths if is_parquet(path)])
+            texts = [_text_identity(path) for path in paths if not is_parquet(path)]
             found.append([kind, config.by, _named(parquet), sorted(texts)])
     return found
 

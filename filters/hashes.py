@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import duckdb
 
 from filters.keys import laion_hash
-from filters.remote import without_secrets
 from filters.schema import MetadataFile, normalised_sql
 from sdtrain.errors import UserError
 
@@ -39,8 +38,8 @@ def _check_file(connection: duckdb.DuckDBPyConnection, file: MetadataFile, num_r
         compared += 1
         if found != laion_hash(url, caption):
             raise UserError(
-                f"Column '{file.columns['hash']}' of {without_secrets(file.path)} is not the hash of URL and TEXT: for "
-                f"{without_secrets(str(url))} it holds {found}, not {laion_hash(url, caption)}. Go by url_caption "
+                f"Column '{file.columns['hash']}' of {file.path} is not the hash of URL and TEXT: for "
+                f"{url} it holds {found}, not {laion_hash(url, caption)}. Go by url_caption "
                 "instead of hash."
             )
     return compared

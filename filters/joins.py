@@ -10,10 +10,10 @@ import duckdb
 from filters.hashes import check_hashes
 from filters.keys import URL_CAPTION
 from filters.recipe import JOINABLE, JoinConfig
-from filters.remote import without_secrets
 from filters.schema import ALIASES, MetadataFile, normalised_sql, turn_sizes
 from filters.sources import find_files, first_line, prepare, read_footers
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 
 _KEYS = {"hash": "hash", "url_caption": URL_CAPTION}
 
@@ -74,9 +74,7 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
         try:
             num_rows, num_more = _load(connection, number, join, files, columns)
         except duckdb.Error as error:
-            raise UserError(
-                f"The score files {without_secrets(join.files)} cannot be read: {first_line(error)}"
-            ) from error
+            raise UserError(f"The score files {join.files} cannot be read: {first_line(error)}") from error
         notes.append(_note(join, columns, num_rows, num_more))
         filled.append(columns)
     return Joins(tuple(join.by for join in joins), tuple(filled), tuple(notes))
@@ -101,16 +99,16 @@ def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ..
         needed = {"url", "caption"} - set(file.columns)
         if needed and not (join.by == "hash" and "hash" in file.columns):
             raise UserError(
-                f"{without_secrets(file.path)} cannot be joined by {join.by}: it has no column "
+                f"{file.path} cannot be joined by {join.by}: it has no column "
                 f"{' or '.join(sorted(needed))}. It has: {', '.join(file.all_columns)}."
             )
     there = {column for file in files for column in file.columns} & JOINABLE
     for column in join.columns or []:
         if column not in there:
-            raise UserError(f"The score files {without_secrets(join.files)} have no column for '{column}'.")
+            raise UserError(f"The score files {join.files} have no column for '{column}'.")
     wanted = there & set(join.columns or there)
     if not wanted:
-        raise UserError(f"The score files {without_secrets(join.files)} hold no scores, only {files[0].all_columns}.")
+        raise UserError(f"The score files {join.files} hold no scores, only {files[0].all_columns}.")
     return tuple(column for column in ALIASES if column in wanted)
 
 

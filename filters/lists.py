@@ -15,10 +15,11 @@ from filters.hashes import check_hashes
 from filters.hosts import host_sql, register_host_of
 from filters.keys import URL_CAPTION, hash_sql
 from filters.recipe import ListConfig, SelectConfig
-from filters.remote import is_remote, without_secrets
+from filters.remote import is_remote
 from filters.schema import MetadataFile, normalised_sql, quoted
-from filters.sources import PARQUET, find_files, first_line, prepare, read_footers
+from filters.sources import PARQUET, find_files, first_line, is_parquet, prepare, read_footers
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 
 # A row's key, from our columns; a host has one for each number of labels that listed hosts have.
 _KEYS = {
@@ -121,7 +122,7 @@ def load_lists(
         try:
             num_entries, num_unusable = _load(connection, number, config)
         except duckdb.Error as error:
-            raise UserError(f"The list {without_secrets(config.files)} cannot be read: {first_line(error)}") from error
+            raise UserError(f"The list {config.files} cannot be read: {first_line(error)}") from error
         tables.append(_Table(number, config.by, allows, _num_labels(connection, number, config)))
         notes.append(_note(config, allows, num_entries, num_unusable))
     return Lists(tuple(tables), tuple(notes))
@@ -142,12 +143,11 @@ def _check_key(config: ListConfig, files: Sequence[MetadataFile], joined: Collec
     num_without = sum(config.by not in file.columns for file in files)
     if num_without == len(files):
         raise UserError(
-            f"The list {without_secrets(config.files)} goes by {config.by}, which the metadata does not have. Bring it "
+            f"The list {config.files} goes by {config.by}, which the metadata does not have. Bring it "
             "with `select.joins`, or use a list of URLs or hashes."
         )
-    without = (
-        f"{num_without} of {len(files)} files have no {config.by}: the list {config.files} knows none of their rows"
-    )
+    shown = without_secrets(config.files)
+    without = f"{num_without} of {len(files)} files have no {config.by}: the list {shown} knows none of their rows"
     return [without] if num_without else []
 
 
@@ -161,12 +161,12 @@ def _load(connection: duckdb.DuckDBPyConnection, number: int, config: ListConfig
     paths = list_files(config)
     prepare(connection, paths)
     for path in paths:
-        if not path.endswith(PARQUET):
+        if not is_parquet(path):
             _insert(connection, f"{table}_all", config.by, read_entries(_lines(connection, path), config.by, path))
-    parquet = read_footers([path for path in paths if path.endswith(PARQUET)])
+    parquet = read_footers([path for path in paths if is_parquet(path)])
     if config.by in _ENTRY_COLUMNS:
         for file in parquet:
-            entries = read_entries(_column(connection, file, config.by), config.by, without_secrets(file.path))
+            entries = read_entries(_column(connection, file, config.by), config.by, file.path)
             _insert(connection, f"{table}_all", config.by, entries)
     elif parquet:
         _insert_keys(connection, f"{table}_all", config.by, parquet)
@@ -207,7 +207,7 @@ def _column(connection: duckdb.DuckDBPyConnection, file: MetadataFile, by: str) 
 
 def _no_column(file: MetadataFile, by: str, needed: Sequence[str]) -> str:
     return (
-        f"{without_secrets(file.path)} is no list by {by}: it has no column {' and '.join(needed)}. "
+        f"{file.path} is no list by {by}: it has no column {' and '.join(needed)}. "
         f"It has: {', '.join(file.all_columns)}."
     )
 

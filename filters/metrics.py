@@ -18,6 +18,7 @@ from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.remote.location import is_s3
 from sdtrain.data.remote.opening import dataset_at, open_dataset
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 from sdtrain.run_status import RunStatus, is_run_dir, run_status
 
 # The log's name of a figure -> the metric's, and what it is.
@@ -57,10 +58,10 @@ class StatusCollector(Collector):
                     runs.append(run_status(Path(name)))
                 else:
                     datasets.append(dataset_status(self._open(name)))
-                up.add_metric([name], 1)
+                up.add_metric([without_secrets(name)], 1)
             except (UserError, OSError) as error:
                 _log.warning("%s", error)
-                up.add_metric([name], 0)
+                up.add_metric([without_secrets(name)], 0)
         yield up
         yield from _of_datasets(datasets)
         yield from _of_runs(runs)

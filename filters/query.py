@@ -12,6 +12,7 @@ from filters.record import read_recipe
 from filters.sources import find_metadata, first_line, prepare
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.errors import UserError
+from sdtrain.redaction import holds_secret
 
 VIEWS_SQL = """
     SELECT name, comment FROM (
@@ -54,6 +55,8 @@ def _open(dataset: DatasetDir) -> duckdb.DuckDBPyConnection:
         raise UserError(f"{dataset.root} has no metadata.duckdb yet. Finish the build, or run `sdtrain views`.")
     try:
         metadata = [file.path for file in find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)]
+        if any(map(holds_secret, metadata)):  # then the view is empty, see `filters.views`
+            metadata = []
     except UserError:  # the dataset can be asked without what it was made from
         metadata = []
     connection = duckdb.connect(dataset.database, read_only=True)

@@ -11,7 +11,7 @@ from filters.rules import RuleValue, check_rules
 from filters.schema import ALIASES, SwappedSizes
 from sdtrain.data.config import DownloadConfig, EncodeConfig, PackConfig
 from sdtrain.errors import UserError
-from sdtrain.settings import Settings, load_settings, nearest, parse_settings
+from sdtrain.settings import Location, Settings, load_settings, nearest, parse_settings
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -73,7 +73,8 @@ class SelectConfig(Settings):
     """Which metadata rows are worth downloading."""
 
     metadata: str = ""
-    """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://."""
+    """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://. Records
+    keep no query or password of a URL: give it again, or write ${NAME} and set that environment variable."""
     swapped_sizes: SwappedSizes = "auto"
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
     joins: list[JoinConfig] = Field(default=[])
@@ -194,7 +195,7 @@ class Recipe(Settings):
 class Overrides(Settings):
     """The flat settings that flows and command line offer on top of a recipe; None leaves the recipe's."""
 
-    metadata: str | None = None
+    metadata: Location | None = None
     limit: int | None = Field(default=None, ge=1)
     min_side: int | None = Field(default=None, ge=1)
     min_aesthetic: float | None = Field(default=None, ge=0, le=10)

@@ -14,6 +14,7 @@ from sdtrain.data.remote.opening import dataset_at
 from sdtrain.data.remote.single_files import push_files
 from sdtrain.errors import UserError
 from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow
+from sdtrain.redaction import as_recorded
 from sdtrain.settings import dump_settings, load_settings
 
 _log = logging.getLogger(__name__)
@@ -95,7 +96,13 @@ def read_recipe(dataset: DatasetDir) -> Recipe:
 
 
 def dataset_path(output: str, recipe: Recipe) -> Path:
-    """The directory that `output` means: `{recipe}` in it stands for the recipe's name."""
+    """The directory that `output` means: `{recipe}` in it stands for the recipe's name.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if "://" in output:
+        raise UserError(f"Nothing can be written to {output}: an output is a directory, or s3://BUCKET/PREFIX.")
     return Path(output.replace("{recipe}", recipe.name)).expanduser().absolute()
 
 
@@ -119,7 +126,7 @@ def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
     """Settings in which two recipes differ, as "select.limit: 100 -> 200"; names and descriptions aside."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    old, new = (_flat(as_recorded(recipe.model_dump(mode="json"))) for recipe in (before, after))
     names = [n for n in dict.fromkeys([*old, *new]) if n not in ("name", "description", "expected_rows")]
     return [f"{n}: {old.get(n, '-')} -> {new.get(n, '-')}" for n in names if old.get(n, "-") != new.get(n, "-")]
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import duckdb
 
 from sdtrain.errors import UserError
+from sdtrain.redaction import LEFT_OUT, remember_secrets, without_secrets
 
 SCHEMES = ("s3", "s3a", "gs", "gcs", "hf", "http", "https")
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 _ADVICE = "pip install 'sdtrain[remote]'"
 
 
@@ -28,12 +31,34 @@ def is_remote(path: str) -> bool:
     return bool(separator)
 
 
-def without_secrets(path: str) -> str:
-    """A path or URL as it may be shown: without user, password and query, which may hold a signature."""
-    if "://" not in path:
-        return path
-    parts = urlsplit(path)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def whole_location(location: str, purpose: str) -> str:
+    """A path or URL as it can be opened: `${NAME}` becomes what the environment variable holds.
+
+    Args:
+        location: as a recipe names it.
+        purpose: what it is, for the sentence.
+
+    Raises:
+        UserError: there is no such variable, or the URL is from a record, which does not hold its credential.
+    """
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in os.environ:
+            raise UserError(
+                f"The recipe names {location} as {purpose}, and there is no environment variable {found[1]}."
+            )
+        return os.environ[found[1]]
+
+    whole = _VARIABLE.sub(value, location)
+    if whole.endswith(f"?{LEFT_OUT}"):
+        shown = whole.removesuffix(f"?{LEFT_OUT}")
+        raise UserError(
+            f"{shown}, which the recipe names as {purpose}, needs its query or password, which a record never holds. "
+            "Give the whole URL again (--metadata URL, or in a recipe file of your own), or write ${NAME} for it and "
+            "set an environment variable of that name."
+        )
+    remember_secrets(whole)
+    return whole
 
 
 def load_remote(connection: duckdb.DuckDBPyConnection) -> None:

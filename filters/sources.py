@@ -11,9 +11,10 @@ from typing import Any
 
 import duckdb
 
-from filters.remote import is_remote, load_remote, without_secrets
+from filters.remote import is_remote, load_remote, whole_location
 from filters.schema import MetadataFile, SwappedSizes, describe_file, turn_sizes
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 
 PARQUET = ".parquet"
 _GLOB = frozenset("*?[")
@@ -24,7 +25,7 @@ def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[Me
 
     Args:
         pattern: a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
-            a slash; or one https:// file.
+            a slash; or one https:// file. `${NAME}` stands for an environment variable.
         swapped_sizes: whether WIDTH and HEIGHT are exchanged, see `turn_sizes`.
 
     Raises:
@@ -34,8 +35,7 @@ def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[Me
         raise UserError("The recipe names no metadata. Give Parquet files with LAION's columns: --metadata PATH.")
     files = turn_sizes(read_footers(find_files(pattern, "metadata. Check --metadata")), swapped_sizes)
     if not sum(file.num_rows for file in files):
-        shown = without_secrets(pattern)
-        raise UserError(f"The metadata in {shown} has no rows ({len(files)} Parquet file(s), all empty).")
+        raise UserError(f"The metadata in {pattern} has no rows ({len(files)} Parquet file(s), all empty).")
     return files
 
 
@@ -50,6 +50,7 @@ def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,
     Raises:
         UserError: nothing matches.
     """
+    pattern = whole_location(pattern, purpose)
     if is_remote(pattern):
         found, is_folder = _matching_urls(pattern, suffixes), pattern.endswith("/")
     else:
@@ -57,7 +58,7 @@ def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,
         found, is_folder = [str(p.absolute()) for p in _matching(path, suffixes)], path.is_dir()
     if not found:
         kind = f"no {' or '.join(suffixes)} file in the folder" if is_folder else "no file or folder"
-        raise UserError(f"There is {kind} {without_secrets(pattern)}, which the recipe names as {purpose}.")
+        raise UserError(f"There is {kind} {pattern}, which the recipe names as {purpose}.")
     return sorted(found)
 
 
@@ -74,7 +75,7 @@ def _matching_urls(pattern: str, suffixes: Collection[str]) -> list[str]:
     if pattern.startswith(("http://", "https://")):
         # Web servers list nothing, and `?` begins a query there.
         if _GLOB - {"?"} & set(without_secrets(pattern)) or pattern.endswith("/"):
-            raise UserError(f"{without_secrets(pattern)} must be one file: web servers cannot be asked for a list.")
+            raise UserError(f"{pattern} must be one file: web servers cannot be asked for a list.")
         return [pattern]
     patterns = [pattern]
     if pattern.endswith("/"):
@@ -88,7 +89,12 @@ def _matching_urls(pattern: str, suffixes: Collection[str]) -> list[str]:
                 file for p in patterns for (file,) in connection.execute("SELECT file FROM glob(?)", [p]).fetchall()
             ]
         except duckdb.Error as error:
-            raise UserError(f"{without_secrets(pattern)} cannot be listed: {first_line(error)}") from error
+            raise UserError(f"{pattern} cannot be listed: {first_line(error)}") from error
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a path or URL, which may go on with a query, names a Parquet file."""
+    return without_secrets(path).endswith(PARQUET)
 
 
 def read_footers(paths: Sequence[str]) -> list[MetadataFile]:
@@ -121,8 +127,7 @@ def _try_footer(connection: duckdb.DuckDBPyConnection, path: str) -> None:
         connection.execute("SELECT num_rows FROM parquet_file_metadata(?)", [path]).fetchall()
         connection.execute("SELECT name, duckdb_type FROM parquet_schema(?)", [path]).fetchall()
     except duckdb.Error as error:
-        shown = without_secrets(path)
-        raise UserError(f"{shown} cannot be read as Parquet: {first_line(error).replace(path, shown)}") from error
+        raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
 
 
 def _described(connection: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> list[MetadataFile]:

@@ -20,6 +20,7 @@ from sdtrain.data.manifest import ShardReport, entries, read_entry
 from sdtrain.data.remote.inputs import fetch_tables
 from sdtrain.data.selection import selected_shards
 from sdtrain.errors import UserError
+from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 
 # Oldest DuckDB whose shell shall read the file.
 _STORAGE_VERSION = "v1.2.0"
@@ -51,7 +52,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
         _write_funnel(connection, root, recipe)
         _write_remarks(connection, root, recipe)
         _write_stages(connection, root)
-        for name, comment in COMMENTS.items():
+        for name, comment in (COMMENTS | _left_out(recipe)).items():
             kind = "TABLE" if name in ("funnel", "remarks", "stages") else "VIEW"
             connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
     return root.database
@@ -101,11 +102,20 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
         prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is of use without what it was made from
         return _over(connection, [], TYPES)
+    if any(holds_secret(file.path) for file in files):  # a view would hold them
+        return _over(connection, [], TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
         listed = ", ".join(map(_literal, paths))
         statement = statement.replace("read_parquet(?", f"read_parquet([{listed}]", 1)
     return statement
+
+
+def _left_out(recipe: Recipe) -> dict[str, str]:
+    """Says why there is no metadata to ask, where its URL may not be written into the database."""
+    if as_recorded(recipe.select.metadata) == recipe.select.metadata and not recipe.select.metadata.endswith(LEFT_OUT):
+        return {}
+    return {"metadata": "Empty: the metadata's URL has a query or password, which is not written down"}
 
 
 def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:

@@ -1,1 +1,6 @@
 """What runs, in which order, where: thin Prefect flows."""
+
+from sdtrain.redaction import hide_secrets_in_logs
+
+# Here, because whatever process runs a flow or a part of one, Prefect's or an engine's, imports this first.
+hide_secrets_in_logs()

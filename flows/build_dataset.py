@@ -16,10 +16,12 @@ from filters.record import output_dataset, record_recipe, require_metadata, with
 from flows.credentials import s3_credentials
 from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
+from flows.parameters import records_no_secrets
 from flows.stages import StageOptions, run_stage
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.dataset_lock import lock_to_change
 from sdtrain.data.remote.eviction import keep_local as keep_files
+from sdtrain.settings import Location
 
 RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
 Count = Annotated[int, Field(ge=1)]
@@ -45,12 +47,13 @@ def _run_name() -> str:
     return Path(flow_run.parameters["recipe"]).stem
 
 
+@records_no_secrets
 @flow(name="build-dataset", flow_run_name=_run_name)
 @fails_with_a_sentence
 def build_dataset(
     recipe: RecipeName = "laion-aesthetics",
-    metadata: str | None = None,
-    output: str = "data/{recipe}",
+    metadata: Location | None = None,
+    output: Location = "data/{recipe}",
     limit: Count | None = None,
     min_side: Count | None = None,
     min_aesthetic: AestheticScore | None = None,
@@ -60,7 +63,7 @@ def build_dataset(
     new_files: Literal["append", "reshuffle"] | None = None,
     retry_failed: bool = False,
     engine: Engine = "threads",
-    engine_address: str | None = None,
+    engine_address: Location | None = None,
     workers: Workers = 2,
     shards_per_task: Count = 1,
     work_dir: str | None = None,
@@ -71,7 +74,8 @@ def build_dataset(
 
     Args:
         recipe: A recipe's name, or a YAML file.
-        metadata: Parquet with LAION's columns: a file, a folder or a glob.
+        metadata: Parquet with LAION's columns: a file, a folder or a glob. Prefect keeps parameters: for a URL with a
+            query or password write ${NAME} and set that environment variable for the worker, from a Secret block.
         output: The dataset's directory; {recipe} stands for the recipe's name.
         limit: At most this many rows, the first in shuffled order.
         min_side: Shorter side in pixels, at least.

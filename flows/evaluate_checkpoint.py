@@ -12,12 +12,13 @@ from pydantic import Field
 
 from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
+from flows.parameters import records_no_secrets
 from flows.stages import StageOptions, run_stage
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.evaluation.sweep import Step, plan
 from sdtrain.preflight.checks import require
-from sdtrain.settings import parse_settings
+from sdtrain.settings import Location, parse_settings
 
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
@@ -30,18 +31,19 @@ def _run_name() -> str:
     return Path(models if isinstance(models, str) else models[0]).name
 
 
+@records_no_secrets
 @flow(name="evaluate-checkpoint", flow_run_name=_run_name)
 @fails_with_a_sentence
 def evaluate_checkpoint(
-    model: str | list[str] = "runs/sd-v1-4",
-    prompts: str = "data/coco/captions_val2017.json",
-    reference: str = "data/coco/val2017",
-    output: str | None = None,
+    model: Location | list[Location] = "runs/sd-v1-4",
+    prompts: Location = "data/coco/captions_val2017.json",
+    reference: Location = "data/coco/val2017",
+    output: Location | None = None,
     num_prompts: Several = 10_000,
     scales: list[Scale] = list(CARD_SCALES),  # noqa: B006  # Prefect copies the defaults
     protocol: dict[str, Any] | None = None,
     engine: Engine = "threads",
-    engine_address: str | None = None,
+    engine_address: Location | None = None,
     workers: Workers = 1,
     parts_per_task: Count = 1,
     retries: Annotated[int, Field(ge=0, le=10)] = 1,

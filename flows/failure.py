@@ -8,12 +8,13 @@ from prefect.logging import get_run_logger
 from prefect.states import Failed
 
 from sdtrain.errors import UserError
+from sdtrain.redaction import safe_error
 
 ParamsT = ParamSpec("ParamsT")
 
 
 def fails_with_a_sentence(function: Callable[ParamsT, Any]) -> Callable[ParamsT, Any]:
-    """Lets a flow end as Failed with the sentence of a UserError. Goes below `@flow`."""
+    """Lets a flow end as Failed with the sentence of a UserError, and never with a secret. Goes below `@flow`."""
 
     @functools.wraps(function)
     def wrapped(*arguments: ParamsT.args, **named: ParamsT.kwargs) -> Any:
@@ -22,5 +23,7 @@ def fails_with_a_sentence(function: Callable[ParamsT, Any]) -> Callable[ParamsT,
         except UserError as error:
             get_run_logger().error("%s", error)
             return Failed(message=str(error), data=UserError(str(error)))  # anew: Prefect prints its traceback
+        except Exception as error:
+            raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 
     return wrapped

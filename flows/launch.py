@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 
 GRACE_S = 20.0
 """Time to end after SIGTERM. With the wait after SIGKILL: under the 30 s that Prefect leaves a cancelled run."""
@@ -29,7 +30,7 @@ def run_tree(
 ) -> int:
     """Runs `command` to its end and returns its exit code; call it in the main thread.
 
-    Output goes to `log_file`, appended, and line by line to `on_line`. When this returns or raises (as
+    Output goes to `log_file`, appended, and line by line to `on_line`, without secrets. When this returns or raises (as
     Prefect does in the main thread when a run is cancelled) no process of the tree is left, orphans included.
     The child stays in our process group, so that a signal to the group reaches it even if we are killed.
 
@@ -100,7 +101,8 @@ def _start(command: Sequence[str | Path], environment: Mapping[str, str]) -> "su
 
 def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.SimpleQueue[str | None]") -> None:
     with suppress(OSError), log_file.open("a", buffering=1) as log:
-        for line in process.stdout or ():
+        for said in process.stdout or ():
+            line = without_secrets(said)  # launchers print the commands that they start
             lines.put(line.rstrip("\n"))
             with suppress(OSError):  # a full disk must not stop the child at its next print
                 log.write(line)

@@ -10,10 +10,12 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from flows.failure import fails_with_a_sentence
+from flows.parameters import records_no_secrets
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
 from sdtrain.run_dir import RunDir
+from sdtrain.settings import Location
 from sdtrain.train import configure
 
 Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
@@ -47,13 +49,14 @@ def _cancel_jobs(flow: Any, flow_run: Any, state: Any) -> None:
             cancel_job(Path(given["output"]) / phase.name)
 
 
+@records_no_secrets
 @flow(name="reproduce-sd-v1", on_cancellation=[_cancel_jobs])
 @fails_with_a_sentence
 def reproduce_sd_v1(
-    laion2b_en: str = "data/laion2b-en",
-    high_resolution: str = "data/laion-high-resolution",
-    aesthetics: str = "data/laion-aesthetics",
-    output: str = "runs",
+    laion2b_en: Location = "data/laion2b-en",
+    high_resolution: Location = "data/laion-high-resolution",
+    aesthetics: Location = "data/laion-aesthetics",
+    output: Location = "runs",
     until: Name = "sd-v1-4",
     configs: str | None = None,
     num_gpus: Annotated[int, Field(ge=1)] | None = None,

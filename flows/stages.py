@@ -22,6 +22,7 @@ from sdtrain.data.stage import Stage, begin, hold_of, pending, run_batch
 from sdtrain.data.steps import listening, seldom
 from sdtrain.data.totals import StageTotals, add_up
 from sdtrain.errors import UserError
+from sdtrain.redaction import safe_error
 
 LOG_INTERVAL_S = 10.0
 # A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
@@ -139,9 +140,9 @@ def _run_batch(
     except UserError as error:
         time.sleep(_HEARING_S)
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
-    except Exception:
+    except Exception as error:
         time.sleep(_HEARING_S)  # else the next batch might begin in a flow that is about to end
-        raise
+        raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 
 
 def _stop_if_given_up(report: ShardReport) -> None:

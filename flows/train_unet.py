@@ -23,10 +23,12 @@ from pydantic import Field
 from flows import slurm
 from flows.failure import fails_with_a_sentence
 from flows.launch import run_tree
+from flows.parameters import records_no_secrets
 from flows.progress import ProgressArtifact, Throttle
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.run_dir import RunDir
+from sdtrain.settings import Location
 from sdtrain.train import configure
 
 REPOSITORY = Path(__file__).parents[1]
@@ -64,15 +66,16 @@ def cancel_job(folder: Path) -> None:
         slurm.cancel(job_id)
 
 
+@records_no_secrets
 @flow(name="train-unet", flow_run_name=_run_name, on_cancellation=[_cancel_job])
 @fails_with_a_sentence
 def train_unet(
     config: str = "tiny",
-    data: str = "demo-output/data",
-    output: str | None = None,
+    data: Location = "demo-output/data",
+    output: Location | None = None,
     steps: Count | None = None,
     num_gpus: Count | None = None,
-    init_from: str | None = None,
+    init_from: Location | None = None,
     launcher: Launcher = "deepspeed",
     hostfile: str | None = None,
     slurm_options: str = "",

@@ -12,6 +12,7 @@ import typer
 from sdtrain import cli_card, cli_check, cli_curate, cli_draw, cli_evaluate, cli_exchange, cli_search, cli_status
 from sdtrain.answers import Form, print_table
 from sdtrain.errors import UserError
+from sdtrain.redaction import hide_secrets_in_logs, print_error
 
 if TYPE_CHECKING:
     from filters.recipe import Recipe
@@ -31,11 +32,15 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtra
 
 def main() -> None:
     """The console script: a mistake that the user can put right is one sentence and exit code 2."""
+    hide_secrets_in_logs()
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Exception as error:  # typer would print it itself, as it is
+        print_error(type(error), error, error.__traceback__)
+        sys.exit(1)
 
 
 class NewFiles(StrEnum):

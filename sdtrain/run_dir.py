@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from sdtrain.config import TrainConfig, differences
-from sdtrain.data.files import publish
+from sdtrain.data.files import publish, refuse_url
 from sdtrain.errors import UserError
 from sdtrain.settings import dump_settings, load_settings
 from sdtrain.step_table import StepTable
@@ -30,7 +30,7 @@ class RunDir:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path = refuse_url(path)
         self.log = StepTable(path / "log.csv", _LOG)
         self.validation = StepTable(path / "validation.csv", ("step", "weights", "timestep", "loss"))
         self.previews = path / "previews"

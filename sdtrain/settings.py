@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sdtrain.errors import UserError
+from sdtrain.redaction import PLAIN_LOCATION, as_recorded, remember_secrets
 
 
 class Settings(BaseModel):
@@ -17,6 +18,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+
+Location = Annotated[str, Field(json_schema_extra={"pattern": PLAIN_LOCATION})]
+"""A path or URL; as a flow's parameter the server takes it only without a password or query, which it would keep."""
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -31,8 +35,12 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
+    except yaml.MarkedYAMLError as error:
+        # Not what it quotes: the line may hold half of a URL.
+        place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{path} is not valid YAML: {place}{error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: it is no text in UTF-8.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold settings as `key: value` lines.")
     return parse_settings(model, content, str(path))
@@ -44,6 +52,7 @@ def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) 
     Raises:
         UserError: an unknown key or a bad value.
     """
+    remember_secrets(content)
     try:
         return model.model_validate(content)
     except ValidationError as error:
@@ -51,8 +60,8 @@ def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) 
 
 
 def dump_settings(settings: Settings) -> str:
-    """The settings as YAML, defaults included, in the order in which they are declared."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The settings as YAML, defaults included, in the order in which they are declared, without the secrets of URLs."""
+    return yaml.safe_dump(as_recorded(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -68,7 +77,9 @@ def _sentence(model: type[BaseModel], detail: Any) -> str:
         return f"unknown key '{name}'.{nearest(location[-1], _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
         return f"'{name}' is missing"
-    return f"'{name}' is {detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
+    why = detail["msg"].removeprefix("Value error, ")
+    # Without a name it is all of the settings together, and the sentence says which of them.
+    return f"'{name}' is {detail['input']!r}: {why}" if name else why
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:

@@ -13,6 +13,7 @@ from PIL import Image
 from sdtrain.config import TrainConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
+from sdtrain.redaction import as_recorded
 
 
 class Trackers:
@@ -70,7 +71,7 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
             id=_run_id(folder),
             resume="allow",
             dir=folder,
-            config=config.model_dump(mode="json"),
+            config=as_recorded(config.model_dump(mode="json")),
             settings=wandb.Settings(silent=True, init_timeout=60),
         )
     except (wandb.errors.Error, OSError) as error:

@@ -26,6 +26,7 @@ from sdtrain.precision import choose, warning_if_slow
 from sdtrain.preflight.checks import Check, require
 from sdtrain.preflight.training import late_checks
 from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
+from sdtrain.redaction import hide_secrets_in_logs, holds_secret
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
 
@@ -191,7 +192,14 @@ def configure(
         content["steps"] = steps
     if init_from is not None:
         content["init_from"] = init_from
-    return parse_settings(TrainConfig, content, f"config '{name}' with overrides")
+    config = parse_settings(TrainConfig, content, f"config '{name}' with overrides")
+    for place in (config.init_from, *(source.root for source in config.data.all_sources)):
+        if place and holds_secret(place):  # it would be in the launcher's command line, which everybody may read
+            raise UserError(
+                f"{place} was given with a password or query, which training does not use: give a directory, or "
+                "s3://BUCKET/PREFIX with credentials in the environment."
+            )
+    return config
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -220,6 +228,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main() -> int:
     """The exit code: 0 when finished or stopped with a checkpoint, 2 for a mistake that a sentence explains."""
+    hide_secrets_in_logs()
     try:
         run(parse_arguments())
     except UserError as error:

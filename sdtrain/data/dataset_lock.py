@@ -18,6 +18,7 @@ from typing import IO, Any
 import psutil
 
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import refuse_url
 from sdtrain.data.remote.lock import RemoteLock, holder
 from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.errors import UserError
@@ -65,7 +66,7 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
         UserError: it is in use, or cannot be written.
     """
     try:
-        dataset.root.mkdir(parents=True, exist_ok=True)
+        refuse_url(dataset.root).mkdir(parents=True, exist_ok=True)
         file = dataset.lock.open("a+")
     except OSError as error:
         raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error

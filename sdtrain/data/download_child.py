@@ -27,6 +27,7 @@ from sdtrain.data.image_rows import Selected, failed_row
 from sdtrain.data.pixels import PictureMaker
 from sdtrain.data.shard_work import ShardWork
 from sdtrain.data.web.client import Fetcher
+from sdtrain.redaction import hide_secrets_in_logs
 
 _ROWS_PER_CONNECTION = 2
 """Rows under way at once for each connection: while one is fetched, another is made into a picture."""
@@ -36,6 +37,7 @@ Report = Callable[[Finished], None]
 
 def main() -> None:
     """Does the request in the file named on the command line."""
+    hide_secrets_in_logs()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # Libraries print; the lines for the parent must not be mixed with that.
     lines = os.fdopen(os.dup(1), "w")

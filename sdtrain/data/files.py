@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,17 @@ from sdtrain.errors import UserError
 _TEMPORARY = ".partial"
 
 
+def refuse_url(path: Path) -> Path:
+    """The path, unless it is what is left of a URL, of which a folder would be made that bears its name.
+
+    Raises:
+        UserError: it is.
+    """
+    if re.search(r"(^|/)[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):
+        raise UserError(f"{path} is a URL, and this must be a file or folder of this machine. Copy it here first.")
+    return path
+
+
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target` and renames it to `target` when the block ends well.
@@ -26,9 +38,9 @@ def publish(target: Path) -> Iterator[Path]:
     final name. A block that raises leaves nothing.
 
     Raises:
-        UserError: the disk is full.
+        UserError: the disk is full, or the path is a URL.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    refuse_url(target).parent.mkdir(parents=True, exist_ok=True)
     # Threads that do different shards may write one shared file, such as latents/info.json, at the same time.
     temporary = target.with_name(f".{target.name}.{threading.get_ident()}.{os.getpid()}{_TEMPORARY}")
     try:

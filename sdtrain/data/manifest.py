@@ -6,15 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish, sha256_of
 from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.data.remote.single_files import discard
 from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
 
 SCHEMA_VERSION = 1
 
@@ -41,7 +42,7 @@ class ShardReport(BaseModel):
     outputs: dict[str, Output] = {}
     inputs: list[str] = []
     """Files from outside that were read, by name, size and digest."""
-    notes: list[str] = []
+    notes: list[Annotated[str, AfterValidator(without_secrets)]] = []
     """What was done on purpose with odd input, as sentences."""
     seconds: float = 0.0
     finished_at: float = 0.0

@@ -13,6 +13,7 @@ from PIL import Image
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.removed import RemovedRows, read_ledger
+from sdtrain.redaction import without_secrets
 from sdtrain.report.thumbnails import Thumbnails, save_thumbnail
 
 EXAMPLES_PER_GALLERY = 12
@@ -134,7 +135,11 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
         [reason, EXAMPLES_PER_GALLERY],
     ).fetchall()
     shown = _shown(thumbnails, (row[:5] for row in rows), kept=False)
-    lines = [] if shown else [f"{_cut(url)}  {_cut(message)}".strip() for *_, url, message in rows[:4]]
+    lines = (
+        []
+        if shown
+        else [f"{_cut(without_secrets(url or ''))}  {_cut(message)}".strip() for *_, url, message in rows[:4]]
+    )
     return Gallery(f"Dropped: {reason} ({count:,})", "dropped", [shown], lines)
 
 
@@ -154,7 +159,7 @@ def _never_fetched(
         figures = f"{scores}, {width}x{height}: {_cut(caption)}"
         path = find_picture(url) if find_picture else None
         if path is None:
-            lines.append(f"{_cut(url)}  {figures}")
+            lines.append(f"{_cut(without_secrets(url or ''))}  {figures}")
         else:
             picture: Image.Image = decode_rgb(path.read_bytes())
             thumbnail = save_thumbnail(picture, pictures / f"never-fetched-{number:02d}.jpg")

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdtrain.data.files import refuse_url
 from sdtrain.errors import UserError
 
 MARKER = ".s3"
@@ -64,10 +65,13 @@ def work_folder(url: S3Url, parent: Path | None = None) -> Path:
     Args:
         url: where the dataset lies.
         parent: of all work folders; default: SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache.
+
+    Raises:
+        UserError: that is a URL.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parent = parent or Path(os.environ.get("SDTRAIN_WORK_DIR") or cache / "sdtrain" / "datasets")
     # Two stores may have buckets of one name.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     digest = hashlib.sha256(f"{endpoint} {url}".encode()).hexdigest()[:12]
-    return parent.expanduser().absolute() / f"{url.prefix.rpartition('/')[2]}-{digest}"
+    return refuse_url(parent).expanduser().absolute() / f"{url.prefix.rpartition('/')[2]}-{digest}"

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.files import refuse_url
 from sdtrain.data.remote.location import is_s3, parse_url, work_folder
 from sdtrain.data.remote.lock import holder
 from sdtrain.data.remote.mirror import mirror_of
@@ -31,7 +32,7 @@ def open_dataset(name: str) -> DatasetDir:
         UserError: the store cannot be reached, or refuses.
     """
     if not is_s3(name):
-        return DatasetDir(Path(name).absolute())
+        return DatasetDir(refuse_url(Path(name)).absolute())
     dataset = dataset_at(name)
     mirror = mirror_of(dataset)
     if mirror:
@@ -72,7 +73,7 @@ def training_root(name: str, online_vae: bool = False) -> Path:
         UserError: the dataset is being changed, or cannot be read.
     """
     if not is_s3(name):
-        return Path(name)
+        return refuse_url(Path(name))
     from sdtrain.data.remote.inputs import fetch_outputs
 
     dataset = open_dataset(name)
