@@ -29,9 +29,6 @@ OPEN_SHARDS = 256
 _SMALL = 1_000_000
 _EXPONENT = np.uint16(0x7C00)
 
-NORMALISATION = "x / 127.5 - 1"
-"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
-
 
 class LatentStore(SampleStore):
     """The latents of one dataset.

@@ -16,9 +16,10 @@ from sdtrain.data.config import EncodeConfig
 from sdtrain.data.crops import Size, bucket_sizes
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
-from sdtrain.data.latent_store import NORMALISATION
 
 SCHEMA_VERSION = 1
+NORMALISATION = "x / 127.5 - 1"
+"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 CHECK_KEY = "sdtrain.check"
 """In the tables' metadata: JSON, the figures of the latents that were decoded again."""
 
