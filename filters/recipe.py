@@ -115,8 +115,9 @@ class ScoreConfig(Settings):
     safety_sha256: Digest | None = None
     batch_size: int = Field(default=32, ge=1)
     """Pictures that the networks see at once; a large GPU wants 256."""
-    dtype: Literal["float32", "bf16", "fp16"] = "float32"
-    """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01."""
+    dtype: Literal["float32", "bf16", "fp16", "auto"] = "float32"
+    """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01. auto: bf16
+    where the machine that begins the dataset computes faster in it, else float32; the dataset keeps it."""
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
     """Who decodes and resizes: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
     pixels differ slightly. Digests of pixels, by which exact copies are found, then differ too: never mix the two."""

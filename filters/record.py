@@ -13,6 +13,7 @@ from sdtrain.data.remote.location import is_s3
 from sdtrain.data.remote.opening import dataset_at
 from sdtrain.data.remote.single_files import push_files
 from sdtrain.errors import UserError
+from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow
 from sdtrain.settings import dump_settings, load_settings
 
 _log = logging.getLogger(__name__)
@@ -40,6 +41,33 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
     return differences(before, recipe)
+
+
+def with_precision(dataset: DatasetDir, recipe: Recipe) -> Recipe:
+    """The recipe with each `auto` replaced by what the dataset was begun with, or by what this machine is fast at.
+
+    So a build that goes on elsewhere makes the same bytes.
+    """
+    if "auto" not in (recipe.score.dtype, recipe.encode.precision):
+        return recipe
+    kept = read_recipe(dataset) if dataset.recipe.exists() else recipe
+    score, encode = recipe.score, recipe.encode
+    if score.dtype == "auto":
+        begun = _begun_in("score.dtype", "fp32" if kept.score.dtype == "float32" else kept.score.dtype)
+        score = score.model_copy(update={"dtype": "float32" if begun == "fp32" else begun})
+    if encode.precision == "auto":
+        encode = encode.model_copy(update={"precision": _begun_in("encode.precision", kept.encode.precision)})
+    return recipe.model_copy(update={"score": score, "encode": encode})
+
+
+def _begun_in(setting: str, kept: Precision) -> Fixed:
+    if kept == "auto":
+        choice = choose(default_device())
+        _log.info("%s: %s (auto; %s)", setting, choice.precision, choice.reason)
+        return choice.precision
+    if warning := warning_if_slow(kept, default_device()):
+        _log.warning("%s stays as the dataset was begun: %s", setting, warning)
+    return kept
 
 
 def require_metadata(recipe: Recipe) -> None:

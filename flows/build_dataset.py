@@ -12,7 +12,7 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
-from filters.record import output_dataset, record_recipe, require_metadata
+from filters.record import output_dataset, record_recipe, require_metadata, with_precision
 from flows.credentials import s3_credentials
 from flows.engines import Engine, start_engine
 from flows.failure import fails_with_a_sentence
@@ -121,6 +121,7 @@ def build(
     require_metadata(recipe)
     dataset = output_dataset(output, recipe, work.parent)
     with lock_to_change(dataset, "The flow build-dataset"):
+        recipe = with_precision(dataset, recipe)
         _begin(dataset, recipe)
         keep_files(dataset, work.keep)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:

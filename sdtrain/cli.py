@@ -195,7 +195,7 @@ app.command()(cli_search.memorised)
 
 def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: bool) -> None:
     from filters.finish import finish_dataset
-    from filters.record import record_recipe, require_metadata
+    from filters.record import record_recipe, require_metadata, with_precision
     from filters.road import road
     from sdtrain.data.dataset_lock import lock_to_change
     from sdtrain.data.recovery import recover
@@ -204,6 +204,7 @@ def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: 
 
     require_metadata(recipe)
     with lock_to_change(dataset, "sdtrain build"):
+        recipe = with_precision(dataset, recipe)
         changes = record_recipe(dataset, recipe)
         if changes:
             print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")

@@ -9,6 +9,7 @@ import typer
 
 from sdtrain.answers import print_table
 from sdtrain.errors import UserError
+from sdtrain.precision import Precision
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
@@ -26,7 +27,9 @@ def evaluate(
     sampler: Annotated[Literal["plms", "ddim", "dpm"], typer.Option(help="The sampler.")] = "plms",
     seed: Annotated[int, typer.Option(help="Of the first picture; each next one has the next.", min=0)] = 0,
     weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged weights, or raw ones.")] = "ema",
-    dtype: Annotated[Literal["bf16", "fp16", "fp32"], typer.Option(help="Of the UNet.")] = "bf16",
+    dtype: Annotated[
+        Precision, typer.Option(help="Of the UNet; auto: as the evaluation began, or bf16 where it is faster here.")
+    ] = "auto",
     tokenizer: Annotated[str | None, typer.Option(help="For a CompVis file: folder, hub id or `demo`.")] = None,
     network: Annotated[Literal["inception", "demo"], typer.Option(help="Whose features FID compares.")] = "inception",
     network_weights: Annotated[str, typer.Option(help="Inception's weights, by name or file.")] = "inception-fid",

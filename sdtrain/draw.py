@@ -22,6 +22,7 @@ from sdtrain import __version__
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
+from sdtrain.exchange.dtypes import fast_dtype
 from sdtrain.exchange.stored_model import Weights
 from sdtrain.networks import load_networks
 from sdtrain.sample import Sampler, SampleSettings
@@ -41,7 +42,7 @@ class Model:
 
     path: Path
     weights: Weights = "ema"
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype = field(default_factory=fast_dtype)
     tokenizer: str | None = None
     speed: SpeedConfig = field(default_factory=SpeedConfig)
 

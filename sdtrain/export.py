@@ -18,10 +18,11 @@ from sdtrain.config import TrainConfig
 from sdtrain.data.files import raise_if_disk_full
 from sdtrain.errors import UserError
 from sdtrain.exchange.compvis import write_compvis
-from sdtrain.exchange.dtypes import DTYPES, DtypeName, cast
+from sdtrain.exchange.dtypes import DTYPES, cast
 from sdtrain.exchange.sources import RAW_VARIANT, frozen_of, open_model
 from sdtrain.exchange.stored_model import Frozen, StoredModel, Weights
 from sdtrain.exchange.tensor_files import SUFFIXES
+from sdtrain.precision import Fixed
 from sdtrain.samplers import make_scheduler, sampling_scheduler
 
 Network = TypeVar("Network", bound=torch.nn.Module)
@@ -39,7 +40,7 @@ class ExportSettings:
     """
 
     weights: Literal["ema", "raw", "both"] = "ema"
-    dtype: DtypeName = "fp32"
+    dtype: Fixed = "fp32"
     tokenizer: str | None = None
 
 
@@ -88,7 +89,7 @@ def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings
         _forget_places(temporary)
 
 
-def _cast(network: Network, dtype: DtypeName) -> Network:
+def _cast(network: Network, dtype: Fixed) -> Network:
     state = {name: cast(tensor, DTYPES[dtype], name) for name, tensor in network.state_dict().items()}
     network.load_state_dict(state, assign=True)
     return network

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from sdtrain.config.sections import SpeedConfig
+from sdtrain.exchange.dtypes import fast_dtype
 from sdtrain.exchange.sources import open_model
 from sdtrain.exchange.stored_model import Weights
 from sdtrain.model import prepare_for
@@ -47,7 +48,7 @@ class Networks:
 def load_networks(
     path: Path | str,
     device: str | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     weights: Weights = "ema",
     speed: SpeedConfig | None = None,
     tokenizer: str | None = None,
@@ -57,7 +58,7 @@ def load_networks(
     Args:
         path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder, or a CompVis file.
         device: where to run; CUDA if there is one, by default.
-        dtype: of UNet and text encoder.
+        dtype: of UNet and text encoder; by default what the device computes fast, as `precision: auto`.
         weights: averaged or raw ones; a model that was given away mostly has one kind only, which counts as averaged.
         speed: attention kernel, memory layout, compilation.
         tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
@@ -68,6 +69,7 @@ def load_networks(
     place, speed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), speed or SpeedConfig()
     if speed.attention == "auto":  # nothing goes backward here, so that the fused one is fast on CPUs too
         speed = speed.model_copy(update={"attention": "sdpa"})
+    dtype = dtype or fast_dtype(place)
     model = open_model(path, tokenizer)
     unet, frozen = model.unet(weights), model.frozen()
     set_backends(speed)

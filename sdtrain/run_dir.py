@@ -51,12 +51,18 @@ class RunDir:
         """
         if not self._config.exists():
             return
-        changed = differences(load_settings(TrainConfig, self._config), config)
+        changed = differences(load_settings(TrainConfig, self._config), self.with_kept_precision(config))
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({'; '.join(changed)}). Choose another --output, or "
                 "delete it to start anew."
             )
+
+    def with_kept_precision(self, config: TrainConfig) -> TrainConfig:
+        """The config with the precision that the run began with, where it says `auto` and there is a run."""
+        if config.precision != "auto" or not self._config.exists():
+            return config
+        return config.model_copy(update={"precision": load_settings(TrainConfig, self._config).precision})
 
     def begin(self, config: TrainConfig, step: int) -> float:
         """Writes the config and cuts the logs back to `step`; returns the seconds trained until then."""

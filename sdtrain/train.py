@@ -21,6 +21,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
+from sdtrain.precision import choose, warning_if_slow
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
 
@@ -57,6 +58,7 @@ def train(
     from sdtrain.training_state import TrainingState
     from sdtrain.watchdog import Watchdog
 
+    config = _with_precision(config, run_dir, ranks)
     energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
     first_step = state.saves.restore()
@@ -99,6 +101,20 @@ def train(
     if ranks.is_first:
         _write_card(run_dir.path)
     return step
+
+
+def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> TrainConfig:
+    """The config with `precision: auto` replaced by what the run began with, or by what the first rank is fast at."""
+    config = run_dir.with_kept_precision(config)
+    if config.precision != "auto":
+        if ranks.is_first and (warning := warning_if_slow(config.precision, ranks.device)):
+            print(f"warning: {warning}", flush=True)
+        return config
+    choice = choose(ranks.device) if ranks.is_first else None
+    if choice:
+        print(f"precision {choice.precision} (auto): {choice.reason}", flush=True)
+    is_half = ranks.any(choice is not None and choice.precision == "bf16")
+    return config.model_copy(update={"precision": "bf16" if is_half else "fp32"})
 
 
 def _write_card(run: Path) -> None:

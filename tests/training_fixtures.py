@@ -123,6 +123,7 @@ def write_config(path: Path, models: Path, latents: Path, **changes: object) -> 
             "cross_attention_dim": 64,
         },
         "data": {"root": str(latents), "resolution": 64},
+        "precision": "bf16",  # the same on every machine, and what a GPU trains in
         "global_batch_size": 8,
         "micro_batch_size": 4,
         "steps": 8,

@@ -15,6 +15,7 @@ from sdtrain.config.safety import CheckpointConfig, GuardConfig
 from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
 from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
 from sdtrain.errors import UserError
+from sdtrain.precision import Precision
 from sdtrain.settings import Settings, load_settings, nearest
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
@@ -84,9 +85,10 @@ class TrainConfig(Settings):
     card: CardConfig = CardConfig()
     zero_stage: Literal[1, 2] = 1
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too (for small cards; more communication)."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Weights and activations in the network; master weights, loss and average are always fp32. fp16 scales the loss by
-    what its gradients allow (dynamic loss scaling), and repeats a step whose gradients overflow."""
+    precision: Precision = "auto"
+    """Weights and activations in the network; master weights, loss and average are always fp32. auto: bf16 where the
+    first rank's device computes faster in it, else fp32; a run keeps what it began with. fp16 scales the loss by what
+    its gradients allow (dynamic loss scaling), and repeats a step whose gradients overflow."""
     global_batch_size: int = Field(default=2048, ge=1)
     """Samples in one optimizer step, however many ranks share them."""
     micro_batch_size: int = Field(default=32, ge=1)

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from pydantic import Field, model_validator
 
+from sdtrain.precision import Precision
 from sdtrain.settings import Settings
 
 
@@ -76,9 +77,10 @@ class EncodeConfig(Settings):
     """A diffusers folder (with or without a `vae` subfolder) or a hub id."""
     resolution: int = Field(default=512, ge=8, multiple_of=8)
     batch_size: int = Field(default=8, ge=1)
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the VAE's weights and activations. GPUs multiply halves faster; fp16 rounds eight times finer than bf16, and
-    latents that overflow are refused."""
+    latents that overflow are refused. auto: bf16 where the machine that begins the dataset computes faster in it, else
+    fp32; the dataset keeps it."""
     num_crops: int = Field(default=1, ge=1)
     """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
     an epoch, each in its turn."""

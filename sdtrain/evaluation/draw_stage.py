@@ -28,8 +28,9 @@ from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_
 from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.exchange.dtypes import DTYPES, DtypeName
+from sdtrain.exchange.dtypes import DTYPES
 from sdtrain.networks import Networks, load_networks
+from sdtrain.precision import Fixed, resolve
 from sdtrain.sample import Sampler, SampleSettings
 
 # Parts may be drawn by several threads of a process; they take turns at the networks.
@@ -165,10 +166,10 @@ class _StoredContexts:
 
 def _networks(job: Drawing) -> Networks:
     protocol = job.protocol
-    return _load(job.model.path, job.model.digest, protocol.weights, protocol.dtype, protocol.tokenizer)
+    return _load(job.model.path, job.model.digest, protocol.weights, resolve(protocol.dtype), protocol.tokenizer)
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, digest: str, weights: Any, dtype: DtypeName, tokenizer: str | None) -> Networks:
+def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
     """The networks, kept for the next part; the digest tells a run's newest checkpoint from the one before."""
     return load_networks(path, str(claim_device()), DTYPES[dtype], weights, tokenizer=tokenizer)

@@ -53,6 +53,11 @@ class EvaluationDir(DatasetDir):
         return self.root / "reference" / f"{part:05d}.safetensors"
 
     @property
+    def protocol(self) -> Path:
+        """The settings that this evaluation began with; what was measured is of these."""
+        return self.root / "protocol.json"
+
+    @property
     def results(self) -> Path:
         """Protocol and numbers."""
         return self.root / "results.json"

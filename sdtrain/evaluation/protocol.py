@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from sdtrain.evaluation.inception import Resize
-from sdtrain.exchange.dtypes import DtypeName
 from sdtrain.exchange.stored_model import Weights
+from sdtrain.precision import Precision
 from sdtrain.samplers import SamplerName
 from sdtrain.settings import Settings
 
@@ -41,8 +41,9 @@ class Protocol(Settings):
     """Of the first picture; each next one has the next, and all scales and models have the same."""
     weights: Weights = "ema"
     """Averaged weights, or raw ones."""
-    dtype: DtypeName = "bf16"
-    """Of UNet and text encoder."""
+    dtype: Precision = "auto"
+    """Of UNet and text encoder. auto: as this evaluation began, or bf16 where this machine computes faster in it, else
+    fp32."""
     tokenizer: str | None = None
     """For a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's."""
     batch_size: int = Field(default=16, ge=1)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sdtrain.data.stage import Stage
 from sdtrain.errors import UserError
@@ -27,6 +28,7 @@ from sdtrain.evaluation.reference import (
 )
 from sdtrain.evaluation.results import Results, write_results
 from sdtrain.exchange.sources import pinned
+from sdtrain.precision import Fixed, resolve
 
 
 class Step(NamedTuple):
@@ -126,6 +128,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
         UserError: what is missing or does not fit.
     """
     directory = EvaluationDir(_output(models, output).absolute())
+    protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
     features_digest(protocol), agreement_digest(protocol)  # the weights are there
     # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
@@ -134,8 +137,18 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     if reference.statistics is not None:
         Judge(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
+    write_json(directory.protocol, protocol.model_dump(mode="json"))
     real = None if reference.statistics else prepare_reference(reference, protocol, found[0].size_px)
     return Sweep(protocol, directory, tuple(found), prompts, reference, real)
+
+
+def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:
+    """The precision asked for; for `auto` the one that this evaluation began with, maybe on another machine."""
+    if protocol.dtype == "auto":
+        for file, settings in ((directory.protocol, lambda it: it), (directory.results, lambda it: it["protocol"])):
+            if file.exists():
+                return cast(Fixed, settings(json.loads(file.read_text()))["dtype"])
+    return resolve(protocol.dtype)
 
 
 def _output(models: Sequence[Path], output: Path | None) -> Path:

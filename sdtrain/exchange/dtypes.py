@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from sdtrain.errors import UserError
+from sdtrain.precision import Fixed, resolve
 
-DtypeName = Literal["fp32", "fp16", "bf16"]
-DTYPES: dict[DtypeName, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Fixed, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """What `precision: auto` means on `device`, by default the GPU, if there is one."""
+    return DTYPES[resolve("auto", device)]
 
 
 def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -9,9 +9,10 @@ the folder by `StableDiffusionPipeline.from_pretrained`, and for every prompt do
 default attention, PyTorch's fused one. Ours draws the same prompts in batches.
 
 On CUDA the networks are SD v1's at their real sizes, pictures are of 512 px, ours in bf16 with compiled blocks, the
-peer's in fp16. On a CPU the UNet has 37.5 million parameters, pictures are of 128 px, and the peer runs in bf16 as ours
-does, and in float32, in which diffusers loads by default. The sides take turns, batch by batch, so that other work on
-the machine slows all of them; each ratio is the median over the batches. Loading and a warm-up are not counted.
+peer's in fp16. On a CPU the UNet has 37.5 million parameters, pictures are of 128 px, and the peer runs in the
+precision that ours has (`auto`), and in float32, in which diffusers loads by default. The sides take turns, batch by
+batch, so that other work on the machine slows all of them; each ratio is the median over the batches. Loading and a
+warm-up are not counted.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import SpeedConfig, UNetConfig
 from sdtrain.draw import Job, Model, make_jobs
 from sdtrain.exchange.architecture import sd_v1
+from sdtrain.exchange.dtypes import fast_dtype
 from sdtrain.model import build_unet, load_tokenizer
 from sdtrain.networks import load_networks
+from sdtrain.precision import resolve
 from sdtrain.sample import Sampler, SampleSettings
 from sdtrain.samplers import sampling_scheduler
 from tests.benchmarks.training_loops import CUDA, DEVICE
 
 SIDE_PX = 512 if CUDA else 128
 SCALE = 7.5
-PEERS = {"fp16": torch.float16} if CUDA else {"bf16": torch.bfloat16, "fp32": torch.float32}
+# On a CPU the peer has the precision that `auto` gives us, and float32, in which diffusers loads by default.
+PEERS = {"fp16": torch.float16} if CUDA else {resolve("auto"): fast_dtype(), "fp32": torch.float32}
 Draw = Callable[[Sequence[Job], int], None]
 
 

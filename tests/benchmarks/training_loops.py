@@ -81,18 +81,22 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
     from transformers import CLIPTextModel
 
     from sdtrain.config import load_config
+    from sdtrain.exchange.dtypes import DTYPES
     from sdtrain.model import build_unet, vae_scaling_factor
+    from sdtrain.precision import resolve
 
     config = load_config(settings)
     accumulation = config.accumulation(1)
-    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=accumulation, cpu=not CUDA)
+    precision = resolve(config.precision)
+    mixed = "no" if precision == "fp32" else precision
+    accelerator = Accelerator(mixed_precision=mixed, gradient_accumulation_steps=accumulation, cpu=not CUDA)
     torch.manual_seed(config.seed)
     unet = build_unet(config.unet, config.latent_size)
     unet.train()
     average = EMAModel(unet.parameters(), decay=config.ema.decay)
     average.to(accelerator.device)
     text_encoder = CLIPTextModel.from_pretrained(Path(config.text_encoder, "text_encoder"))
-    text_encoder.requires_grad_(False).to(accelerator.device, torch.bfloat16)
+    text_encoder.requires_grad_(False).to(accelerator.device, DTYPES[precision])
     chosen = config.optimizer
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=chosen.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, eps=chosen.eps
@@ -111,7 +115,7 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
                     latents = scale * (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
                     noise = torch.randn_like(latents)
                     timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
-                    noisy = scheduler.add_noise(latents, noise, timesteps).to(torch.bfloat16)
+                    noisy = scheduler.add_noise(latents, noise, timesteps).to(DTYPES[precision])
                     context = text_encoder(token_ids).last_hidden_state
                     loss = F.mse_loss(unet(noisy, timesteps, context).sample.float(), noise)
                     train_loss += accelerator.gather(loss.repeat(len(latents))).mean().item()

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from evaluation_fixtures import PROMPTS, digests, write_pictures
 from PIL import Image
 
+from sdtrain import precision
 from sdtrain.checkpoint import find_checkpoint
 from sdtrain.errors import UserError
 from sdtrain.evaluation import draw_stage
@@ -22,6 +23,7 @@ from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import _all_that_end_well, run_sweep
 from sdtrain.export import export_model
 from sdtrain.networks import load_networks
+from sdtrain.precision import Speedup
 from sdtrain.sample import Sampler, SampleSettings
 
 
@@ -273,3 +275,14 @@ def test_parts_under_way_still_count_when_another_fails():
     with pytest.raises(UserError, match="no memory"):
         next(reports)
     assert waiting.cancelled()
+
+
+def test_auto_is_decided_once_for_an_evaluation_even_before_it_has_results(little, run, tmp_path, monkeypatch):
+    automatic = little.model_copy(update={"dtype": "auto"})
+    for speed, expected in ((2.0, "bf16"), (0.01, "bf16")):  # it goes on where bf16 is slow
+        monkeypatch.setattr(precision, "cpu_speedup", lambda speed=speed: Speedup(speed, speed))
+        assert plan(automatic, [run], tmp_path / "out").protocol.dtype == expected
+    assert plan(automatic, [run], tmp_path / "other").protocol.dtype == "fp32"
+    (tmp_path / "out" / "protocol.json").unlink()  # as one that was finished before there was such a file
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"protocol": {"dtype": "fp16"}}))
+    assert plan(automatic, [run], tmp_path / "out").protocol.dtype == "fp16"

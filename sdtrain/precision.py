@@ -1,0 +1,143 @@
+"""Numerical precision of networks: set by the user, or chosen by what this machine computes fast."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Fixed = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+_FASTER = 1.1  # what the rounding of bf16 must gain at least, and more than measurements differ by
+_HOPELESS = 0.25  # of fp32's speed: without bf16 units a large product would take most of a second
+_SMALL, _LARGE, _NUM_ROUNDS = 64, 256, 6  # widths
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times as fast as fp32 a device computes in bf16, forward and backward.
+
+    Attributes:
+        product: matrix products.
+        convolution: 3 x 3 convolutions.
+    """
+
+    product: float
+    convolution: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether a network of both is faster in bf16."""
+        return min(self.product, self.convolution) >= 1 and (self.product * self.convolution) ** 0.5 >= _FASTER
+
+    def __str__(self) -> str:
+        return f"in bf16 products run at {self.product:.2g} and convolutions at {self.convolution:.2g} times the speed"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A precision and the reason for it."""
+
+    precision: Fixed
+    reason: str
+
+
+def choose(device: torch.device | str, measure: Callable[[], Speedup] | None = None) -> Choice:
+    """What `auto` means on a device: bf16 where it is really faster, else fp32.
+
+    GPUs are asked whether they have bf16 units. CPUs are measured, for a fraction of a second: names and flags do not
+    tell whether the installed libraries use what a CPU has.
+
+    Args:
+        device: where the network will run.
+        measure: replaces the measurement of the CPU.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bf16", "the GPU has bf16 units")
+        return Choice("fp32", "the GPU has no bf16 units")
+    speedup = (measure or cpu_speedup)()
+    return Choice("bf16" if speedup.pays else "fp32", f"on this CPU {speedup}")
+
+
+def resolve(precision: Precision, device: torch.device | str | None = None) -> Fixed:
+    """The precision itself, or what `auto` means on `device` (by default the GPU, if there is one)."""
+    return choose(device or default_device()).precision if precision == "auto" else precision
+
+
+def warning_if_slow(precision: Fixed, device: torch.device | str, measure: Callable[[], Speedup] | None = None) -> str:
+    """A sentence where a device computes much more slowly in `precision` than in another one; else nothing."""
+    if precision == "fp32":
+        return ""
+    choice = choose(device, measure)
+    if choice.precision == "bf16":
+        return ""
+    return f"precision {precision} is slow here: {choice.reason}. Set precision to fp32 if that matters."
+
+
+@lru_cache(maxsize=1)
+def cpu_speedup() -> Speedup:
+    """Measures the CPU, once in a process."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for one another on a busy machine would be measured instead
+    try:
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+            torch.manual_seed(0)
+            return Speedup(product=_ratio(_product), convolution=_ratio(_convolution))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _ratio(make: Callable[[torch.dtype, int], Callable[[], None]]) -> float:
+    """Seconds in fp32 over seconds in bf16; the best of some rounds, taken in turns so that other load hits both."""
+    import torch
+
+    ratio = 1.0
+    for side, num_rounds in ((_SMALL, 2), (_LARGE, _NUM_ROUNDS)):
+        single, half = make(torch.float32, side), make(torch.bfloat16, side)
+        single(), half()  # kernels are made at their first call
+        rounds = [(_seconds(single), _seconds(half)) for _ in range(num_rounds)]
+        best_single, best_half = (min(times) for times in zip(*rounds, strict=True))
+        ratio = best_single / best_half
+        if ratio < _HOPELESS:
+            break
+    return ratio
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    work()
+    return max(time.perf_counter() - began, 1e-9)
+
+
+def _product(dtype: torch.dtype, side: int) -> Callable[[], None]:
+    import torch
+
+    inputs, weight = (torch.randn(side, side, dtype=dtype, requires_grad=True) for _ in range(2))
+    return lambda: (inputs @ weight).sum().backward()
+
+
+def _convolution(dtype: torch.dtype, side: int) -> Callable[[], None]:
+    import torch
+
+    channels = side // 4
+    inputs = torch.randn(4, channels, 16, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(channels, channels, 3, 3, dtype=dtype, requires_grad=True)
+    return lambda: torch.nn.functional.conv2d(inputs, weight, padding=1).sum().backward()
+
+
+def default_device() -> str:
+    """The GPU, if there is one, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
