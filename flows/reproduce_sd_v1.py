@@ -12,7 +12,7 @@ from pydantic import Field
 from flows.failure import fails_with_a_sentence
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.config import load_config
-from sdtrain.data.latent_store import require_latents
+from sdtrain.data.latents_info import require_latents
 from sdtrain.data.remote.opening import training_root
 
 Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]

@@ -28,7 +28,7 @@ from sdtrain.settings import parse_settings
 if TYPE_CHECKING:
     from sdtrain.ranks import Ranks
 
-# What needs torch is imported inside the functions: the flows take `configure` from here, and a mistake is told at once.
+# Imports that need torch are inside the functions: the flows take `configure` from here, and mistakes are told at once.
 
 
 def train(

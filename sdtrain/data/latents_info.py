@@ -16,6 +16,7 @@ from sdtrain.data.config import EncodeConfig
 from sdtrain.data.crops import Size, bucket_sizes
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
+from sdtrain.errors import UserError
 
 SCHEMA_VERSION = 1
 NORMALISATION = "x / 127.5 - 1"
@@ -82,3 +83,18 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def require_latents(root: Path) -> None:
+    """Says so at once where a dataset has no latents.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not DatasetDir(root).latents_info.exists():
+        raise no_latents(root)
+
+
+def no_latents(root: Path) -> UserError:
+    """The sentence for a dataset that has not been encoded."""
+    return UserError(f"There are no latents in {root / 'latents'}: run `make demo` first, or pass --data DIR.")
