@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from filters.borders import borders
 from filters.recipe import NETWORKS, Recipe
 from filters.sources import prepare
 from filters.views import write_views
@@ -13,7 +12,6 @@ from sdtrain.data.pack import write_index
 from sdtrain.data.pack_plan import forget_plan
 from sdtrain.data.remote.mirror import mirror_of
 from sdtrain.data.weights import RANDOM, RANDOM_FULL
-from sdtrain.report.page import Report, write_report
 
 
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
@@ -44,6 +42,10 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     Raises:
         UserError: the build has not come to its decisions yet.
     """
+    # Not above: a build that finds nothing to do would wait for matplotlib and jinja2.
+    from filters.borders import borders
+    from sdtrain.report.page import Report, write_report
+
     report = Report(
         title=f"Dataset {recipe.name}",
         lead=recipe.description,

@@ -12,14 +12,13 @@ from torch import Tensor
 
 from filters.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
 from filters.quality import measure
+from filters.tables import UNDECODABLE
 from sdtrain.data.clip_view import Preprocess, clip_view, pixels_of
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.tars import read_samples
 from sdtrain.errors import UserError
-
-UNDECODABLE = "undecodable"
 
 
 class Sample(NamedTuple):

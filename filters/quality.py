@@ -20,7 +20,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-QUALITY = ("sharpness", "entropy", "border", "contrast")
 # Gray levels by which pixels of "one colour" may differ: what JPEG leaves of a flat border.
 _FUZZ = 8
 

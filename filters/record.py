@@ -66,7 +66,7 @@ def _begun_in(setting: str, kept: Precision) -> Fixed:
         choice = choose(default_device())
         _log.info("%s: %s (auto; %s)", setting, choice.precision, choice.reason)
         return choice.precision
-    if warning := warning_if_slow(kept, default_device()):
+    if kept != "fp32" and (warning := warning_if_slow(kept, default_device())):  # which would import torch
         _log.warning("%s stays as the dataset was begun: %s", setting, warning)
     return kept
 

@@ -9,15 +9,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.look import UNDECODABLE
-from filters.models import load_models
-from filters.quality import QUALITY
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
-from filters.score_pipeline import score_rows
-from filters.tables import SCORE_COLUMNS
+from filters.tables import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
 from filters.weights import digest_of
-from sdtrain.data.clip import clip_digest, embedding_size
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.digests import clip_digest
 from sdtrain.data.files import publish
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.selection import selected_shards
@@ -31,7 +27,7 @@ _TABLE = pa.schema(
         ("thumbnail", pa.binary()),
         ("image_width", pa.int32()),
         ("image_height", pa.int32()),
-        *((name, pa.float32()) for name in (*SCORE_COLUMNS, *QUALITY)),
+        *((name, pa.float32()) for name in (*SCORE_COLUMNS, *QUALITY_COLUMNS)),
         ("reason", pa.string()),
     ]
 )
@@ -43,6 +39,10 @@ def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]
     Raises:
         UserError: weights cannot be had, or a shard is damaged.
     """
+    # Not above: whoever asks only whether a shard is finished would wait for torch, open_clip and timm.
+    from filters.models import load_models
+    from filters.score_pipeline import score_rows
+
     weight_digests(config)  # first, because other weights than the recipe pins need not be loaded
     models = load_models(config)
     on_gpu = config.decode != "cpu" and models.device.type == "cuda"
@@ -69,6 +69,8 @@ def _schema(config: ScoreConfig) -> pa.Schema:
     """The table's columns; embeddings, the size of all others together many times over, only where they are wanted."""
     if not config.store_embeddings or config.clip_weights is None:
         return _TABLE
+    from sdtrain.data.clip import embedding_size
+
     return _TABLE.append(pa.field("embedding", pa.list_(pa.float16(), embedding_size(config.clip_model))))
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 _TEXT, _INT, _LONG, _REAL = "VARCHAR", "INTEGER", "BIGINT", "DOUBLE"
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
+QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
+UNDECODABLE = "undecodable"
+"""The reason of a picture that no decoder reads."""
 
 # Columns of a view whose stage is not finished; finished ones show what their files hold.
 EMPTY: dict[str, dict[str, str]] = {
@@ -31,7 +34,7 @@ EMPTY: dict[str, dict[str, str]] = {
         "thumbnail": "BLOB",
         **dict.fromkeys(("image_width", "image_height"), _INT),
         **dict.fromkeys(SCORE_COLUMNS, "FLOAT"),
-        **dict.fromkeys(("sharpness", "entropy", "border", "contrast"), "FLOAT"),
+        **dict.fromkeys(QUALITY_COLUMNS, "FLOAT"),
         "reason": _TEXT,
         "shard": _INT,
     },

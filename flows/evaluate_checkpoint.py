@@ -1,7 +1,7 @@
 """Evaluates checkpoints: draws pictures over guidance scales, measures them, plots FID against agreement."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
@@ -16,9 +16,11 @@ from flows.parameters import records_no_secrets
 from flows.stages import StageOptions, run_stage
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
-from sdtrain.evaluation.sweep import Step, plan
 from sdtrain.preflight.checks import require
 from sdtrain.settings import Location, parse_settings
+
+if TYPE_CHECKING:
+    from sdtrain.evaluation.sweep import Step
 
 Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
@@ -79,6 +81,8 @@ def evaluate(models: list[str], protocol: Protocol, output: str | None, options:
     Raises:
         UserError: a mistake that the user can put right; what was finished is kept.
     """
+    from sdtrain.evaluation.sweep import plan  # late: it brings all networks
+
     sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
     require(sweep.checks())
     with start_engine(options.engine, options.engine_address, options.workers) as runner:
@@ -89,7 +93,7 @@ def evaluate(models: list[str], protocol: Protocol, output: str | None, options:
     return str(sweep.directory.root)
 
 
-def _run_step(step: Step, options: StageOptions, runner: TaskRunner[Any], retries: int) -> None:
+def _run_step(step: "Step", options: StageOptions, runner: TaskRunner[Any], retries: int) -> None:
     """The parts that are not finished; when some fail, these once more."""
     for left in range(retries, -1, -1):
         try:

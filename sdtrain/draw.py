@@ -19,11 +19,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdtrain import __version__
+from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.exchange.dtypes import fast_dtype
-from sdtrain.exchange.stored_model import Weights
 from sdtrain.networks import load_networks
 from sdtrain.sample import Sampler, SampleSettings
 

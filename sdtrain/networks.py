@@ -11,10 +11,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.exchange.dtypes import fast_dtype
 from sdtrain.exchange.sources import open_model
-from sdtrain.exchange.stored_model import Weights
 from sdtrain.model import prepare_for
 from sdtrain.speed import compile_unet, set_backends
 

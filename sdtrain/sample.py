@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from sdtrain.choices import SamplerName
 from sdtrain.data.loader import tokenize
 from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
 from sdtrain.model import LATENT_CHANNELS
 from sdtrain.networks import Networks
-from sdtrain.samplers import SamplerName, make_scheduler
+from sdtrain.samplers import make_scheduler
 from sdtrain.speed import attention_kernels, begin_graphs
 
 _DECODED_AT_ONCE = 8

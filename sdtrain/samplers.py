@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
+from sdtrain.choices import SamplerName
 from sdtrain.config import DiffusionConfig
 from sdtrain.errors import UserError
-
-SamplerName = Literal["plms", "ddim", "dpm"]
 
 
 def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler:

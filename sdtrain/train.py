@@ -13,22 +13,25 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Launchers put this file's folder first on the path, where our modules would hide others of the same name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.config import TrainConfig, load_config
-from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
 from sdtrain.precision import choose, warning_if_slow
 from sdtrain.preflight.checks import Check, require
 from sdtrain.preflight.training import late_checks
-from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
 from sdtrain.redaction import hide_secrets_in_logs, holds_secret
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
+
+if TYPE_CHECKING:
+    from sdtrain.ranks import Ranks
+
+# Imports that need torch are inside the functions: the flows take `configure` from here, and mistakes are told at once.
 
 
 def train(
@@ -209,6 +212,9 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: something that the user can put right.
     """
     config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
+    from sdtrain.data.sources import require_samples
+    from sdtrain.ranks import join, rank_from_environment, world_size_from_environment
+
     config.accumulation(world_size_from_environment())
     run_dir = RunDir(Path(arguments.output or Path("runs") / config.name))
     run_dir.check_config(config)
@@ -232,6 +238,8 @@ def main() -> int:
     try:
         run(parse_arguments())
     except UserError as error:
+        from sdtrain.ranks import rank_from_environment
+
         if rank_from_environment() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

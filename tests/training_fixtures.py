@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from sdtrain.data.latent_catalogue import VAE_KEY
-from sdtrain.data.latent_store import NORMALISATION
+from sdtrain.data.latents_info import NORMALISATION
 from sdtrain.model import vae_digest, vae_scaling_factor
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "square")

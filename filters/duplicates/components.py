@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 Nodes = NDArray[np.signedinteger]
 _ROWS_AT_ONCE = 1 << 22
@@ -37,6 +35,10 @@ class Components:
 
     def link(self, ones: Nodes, others: Nodes) -> None:
         """Joins the components of each of `ones` and the one of `others` at its place."""
+        # Not above: a build that finds nothing to do would wait for scipy.
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
         tops, bottoms = self.roots(ones), self.roots(others)
         apart = tops != bottoms
         if not apart.any():

@@ -8,7 +8,6 @@ from typing import Any
 import open_clip
 
 from sdtrain.data.clip_view import Preprocess
-from sdtrain.data.files import sha256_of
 from sdtrain.data.weights import find_weights, random_seed, seeded
 from sdtrain.errors import UserError
 
@@ -70,14 +69,6 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
             "squares by 'shortest' or 'squash' are made here. Choose another model."
         )
     return Preprocess(int(sides[0]), tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"], squash)
-
-
-def clip_digest(model: str, weights: str | None) -> str:
-    """What identifies CLIP's weights in a fingerprint: open_clip's tag, a seed, or a file's digest."""
-    is_tag = weights is not None and bool(open_clip.get_pretrained_cfg(model, weights))
-    if weights is None or is_tag or random_seed(weights) is not None:
-        return str(weights or "none")
-    return sha256_of(find_weights(weights, {}))
 
 
 def _config(model: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from sdtrain.data.dataset_lock import lock_to_read
 from sdtrain.data.files import sha256_of
 from sdtrain.data.latent_catalogue import Catalogue, whole_tables_digest
 from sdtrain.data.latent_index import ShardIndex, read_index
+from sdtrain.data.latents_info import no_latents, require_latents
 from sdtrain.data.manifest import read_entry
 from sdtrain.data.remote.single_files import fetch_shard_file
 from sdtrain.data.sample_store import Fetched, SampleStore
@@ -28,9 +29,6 @@ OPEN_SHARDS = 256
 # Up to here indexes stay in memory and nothing is written beside the tables.
 _SMALL = 1_000_000
 _EXPONENT = np.uint16(0x7C00)
-
-NORMALISATION = "x / 127.5 - 1"
-"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 
 
 class LatentStore(SampleStore):
@@ -66,7 +64,7 @@ class LatentStore(SampleStore):
         self.digest = self._catalogue.digest
         self.counts = self._catalogue.counts()
         if self.counts.sum() == 0:
-            raise _no_latents(root)
+            raise no_latents(root)
         self._ends = np.cumsum(self.counts, axis=0)
         self._size_ends = np.cumsum(self._ends[-1])
         self._index = lru_cache(maxsize=open_shards)(self._read_index)
@@ -212,16 +210,6 @@ def check_cache(info: dict[str, Any], expected: dict[str, Any], where: Path) -> 
         )
 
 
-def require_latents(root: Path) -> None:
-    """Says so at once where a dataset has no latents.
-
-    Raises:
-        UserError: it has none.
-    """
-    if not DatasetDir(root).latents_info.exists():
-        raise _no_latents(root)
-
-
 def _read_info(dataset: DatasetDir) -> dict[str, Any]:
     require_latents(dataset.root)
     try:
@@ -229,7 +217,3 @@ def _read_info(dataset: DatasetDir) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{dataset.latents_info} is damaged: {error}. Run the build again.") from error
     return dict(info)
-
-
-def _no_latents(root: Path) -> UserError:
-    return UserError(f"There are no latents in {root / 'latents'}: run `make demo` first, or pass --data DIR.")

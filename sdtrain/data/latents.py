@@ -7,7 +7,6 @@ import json
 from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +21,7 @@ from sdtrain.data.config import EncodeConfig, PictureRecipe
 from sdtrain.data.crops import Crop, bucket_of, chance, cut
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.devices import cores_of_process
+from sdtrain.data.digests import compute_vae_digest, vae_digest
 from sdtrain.data.encode_check import Figures, chosen_rows, measure, require_good
 from sdtrain.data.files import publish
 from sdtrain.data.latent_catalogue import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
@@ -162,7 +162,7 @@ def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, 
 def _described(rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None) -> dict[str, str]:
     """The table's own metadata."""
     columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
-    described = {VAE_KEY: _digest(config.vae), ROWS_KEY: describe_rows(*columns)}
+    described = {VAE_KEY: compute_vae_digest(config.vae), ROWS_KEY: describe_rows(*columns)}
     if len(sizes := sizes_px(config)) > 1:
         sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
         described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
@@ -196,13 +196,6 @@ def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
 
 
-@lru_cache(maxsize=4)
-def _digest(name: str) -> str:
-    from sdtrain.model import vae_digest
-
-    return vae_digest(name)
-
-
 def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
     from sdtrain.data.pack import PACK
 
@@ -213,10 +206,11 @@ def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
     # Only what was set: options that came later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
-    return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], [_digest(recipe.encode.vae)])
+    return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest(recipe.encode.vae)])
 
 
 def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    compute_vae_digest(recipe.encode.vae)  # from here on fingerprints are of what is loaded, not of what is remembered
     for shard in shards:
         yield encode_shard(dataset, recipe.encode, shard)
 

@@ -16,9 +16,11 @@ from sdtrain.data.config import EncodeConfig
 from sdtrain.data.crops import Size, bucket_sizes
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
-from sdtrain.data.latent_store import NORMALISATION
+from sdtrain.errors import UserError
 
 SCHEMA_VERSION = 1
+NORMALISATION = "x / 127.5 - 1"
+"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 CHECK_KEY = "sdtrain.check"
 """In the tables' metadata: JSON, the figures of the latents that were decoded again."""
 
@@ -81,3 +83,18 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def require_latents(root: Path) -> None:
+    """Says so at once where a dataset has no latents.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not DatasetDir(root).latents_info.exists():
+        raise no_latents(root)
+
+
+def no_latents(root: Path) -> UserError:
+    """The sentence for a dataset that has not been encoded."""
+    return UserError(f"There are no latents in {root / 'latents'}: run `make demo` first, or pass --data DIR.")

@@ -16,7 +16,8 @@ from sdtrain.config import TrainConfig
 from sdtrain.config.data import DataConfig
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.interleave import whole_shares
-from sdtrain.data.latent_store import NORMALISATION, OPEN_SHARDS, LatentStore, check_cache, require_latents
+from sdtrain.data.latent_store import OPEN_SHARDS, LatentStore, check_cache
+from sdtrain.data.latents_info import NORMALISATION, require_latents
 from sdtrain.data.picture_store import OnlineVae, PictureStore, no_pictures
 from sdtrain.data.remote.opening import training_root
 from sdtrain.data.sample_plan import SamplePlan, SourcePlan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
+from sdtrain.choices import Resize
 from sdtrain.data.clip_view import pixels_of
 from sdtrain.data.weights import Published, find_weights, random_seed, read_state, seeded
 from sdtrain.errors import UserError
@@ -29,8 +29,6 @@ PUBLISHED: Mapping[str, Published] = {
 }
 _NUM_CLASSES = 1008
 _NOT_WEIGHTS = ".num_batches_tracked"
-
-Resize = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
 
 class _PooledA(InceptionA):

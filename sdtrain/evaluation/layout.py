@@ -6,16 +6,15 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.evaluation.prompts import digest_of
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,8 @@ def read_texts(path: Path, digest: str) -> tuple[str, ...]:
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Publishes tensors by name."""
+    from safetensors.torch import save_file
+
     with publish(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
@@ -112,6 +113,9 @@ def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str,
     Raises:
         UserError: a file is missing or damaged.
     """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
     loaded: list[dict[str, torch.Tensor]] = []
     for path in paths:
         try:

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdtrain.data.clip import clip_digest, clip_preprocess, load_clip
+from sdtrain.data.clip import clip_preprocess, load_clip
 from sdtrain.data.clip_view import Preprocess, clip_view, normalised, pixels_of
 from sdtrain.data.devices import claim_device, cores_of_process
+from sdtrain.data.digests import clip_digest
 from sdtrain.data.files import sha256_of
 from sdtrain.demo.checker import judge
 from sdtrain.demo.pictures import COLORS, SHAPES

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from sdtrain.draw import read_prompts
 from sdtrain.errors import UserError
 
 
@@ -63,6 +62,8 @@ def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
         most = -(-num // num_images)
         source = f"{path.name}: COCO captions of {num_images:,} images, at most {most} an image, seed {seed}"
     else:
+        from sdtrain.draw import read_prompts  # late: torch
+
         lines = read_prompts(path)
         texts = [lines[place] for place in rng.permutation(len(lines))]
         source = f"{path.name}: {len(lines):,} prompts, seed {seed}"

@@ -6,10 +6,8 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from sdtrain.evaluation.inception import Resize
-from sdtrain.exchange.stored_model import Weights
+from sdtrain.choices import Resize, SamplerName, Weights
 from sdtrain.precision import Precision
-from sdtrain.samplers import SamplerName
 from sdtrain.settings import Settings
 
 # Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Evaluation Results".

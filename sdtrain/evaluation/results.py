@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
-from sdtrain.evaluation.curve import Axis, draw_curve
 from sdtrain.evaluation.layout import EvaluationDir, write_json
 from sdtrain.settings import Settings
 
@@ -72,6 +71,8 @@ def write_results(directory: EvaluationDir, results: Results, x: str | None, y: 
         y: the column of distance from real pictures.
     """
     if x is not None:
+        from sdtrain.evaluation.curve import Axis, draw_curve  # late: matplotlib
+
         axes = Axis(x, _LABELS[x]), Axis(y, _LABELS[y])
         draw_curve(results.rows, *axes, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sdtrain.choices import Weights
 from sdtrain.errors import UserError
 
-Weights = Literal["ema", "raw"]
 State = dict[str, torch.Tensor]
 
 

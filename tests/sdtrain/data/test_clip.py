@@ -3,8 +3,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sdtrain.data.clip import clip_digest, clip_preprocess, embedding_size, load_clip
+from sdtrain.data.clip import clip_preprocess, embedding_size, load_clip
 from sdtrain.data.clip_view import Preprocess
+from sdtrain.data.digests import clip_digest
 from sdtrain.errors import UserError
 
 
