@@ -122,7 +122,8 @@ class StoredVae:
         Raises:
             UserError: they are not those of the config's network.
         """
-        return fit(self.files, self.empty(), vae_name(vae_modules(self.empty().config)), str(self.where))
+        empty = self.empty()
+        return fit(self.files, empty, vae_name(vae_modules(empty.config)), str(self.where))
 
     def empty(self) -> AutoencoderKL:
         """The network, whose parameters have shapes but no memory.

@@ -66,9 +66,14 @@ class Architecture:
             raise UserError(f"{where} has notes of sdtrain that cannot be read: {error}") from error
 
     @cached_property
+    def unet_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The UNet's tensors by diffusers' names."""
+        return {name: tuple(tensor.shape) for name, tensor in empty_unet(self.unet).state_dict().items()}
+
+    @cached_property
     def unet_names(self) -> dict[str, str]:
         """The UNet's tensors: diffusers' name -> name in a file."""
-        return renamed(empty_unet(self.unet).state_dict(), unet_modules(self.unet), UNET)
+        return renamed(self.unet_shapes, unet_modules(self.unet), UNET)
 
     @cached_property
     def vae_names(self) -> dict[str, str]:

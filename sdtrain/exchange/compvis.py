@@ -17,7 +17,7 @@ from sdtrain.exchange.buffers import average_buffers, position_ids, schedule_buf
 from sdtrain.exchange.dtypes import cast
 from sdtrain.exchange.names import TEXT, TEXT_STAGE, average_name
 from sdtrain.exchange.spellings import Fitted, PartOf, compvis_name, one_name_each
-from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights, empty_unet
+from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights
 from sdtrain.exchange.tensor_files import NOTES, TensorFile
 from sdtrain.model import load_tokenizer, text_encoder_of, vae_of
 
@@ -43,12 +43,10 @@ def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
         stored |= {names[name]: there for name, there in average_names.items()}
         average = None
     architecture.require(stored, str(path))
-    unet = empty_unet(architecture.unet)
-    unet_shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
 
     def taken(names: Mapping[str, str]) -> Fitted:
         there = {name: stored.get(compvis, compvis) for name, compvis in names.items()}
-        return Fitted(file, there, unet_shapes, str(path))
+        return Fitted(file, there, architecture.unet_shapes, str(path))
 
     plain: Weights = "ema" if average is None else "raw"
     weights = {plain: taken(names)}

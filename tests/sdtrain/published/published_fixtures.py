@@ -7,6 +7,7 @@ differ are written down here, so that nothing depends on it.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def randomised(network: torch.nn.Module, seed: int) -> State:
     return {name: t + 0.02 * torch.randn(t.shape, generator=generator) for name, t in state.items()}
 
 
+@lru_cache
 def vae_state(version: str = "v1-4", seed: int = 0) -> State:
     """A VAE's tensors by the names that diffusers has for them today."""
     torch.manual_seed(seed)
@@ -164,6 +166,7 @@ def former(state: State) -> State:
     return found
 
 
+@lru_cache
 def text_state(version: str = "v1-4") -> State:
     """The text encoder's tensors as published: `text_model.`, and the positions as int64."""
     torch.manual_seed(1)
@@ -172,6 +175,7 @@ def text_state(version: str = "v1-4") -> State:
     return named | {"text_model.embeddings.position_ids": torch.arange(POSITIONS)[None]}
 
 
+@lru_cache
 def unet_state(version: str = "v1-4") -> State:
     torch.manual_seed(2)
     return randomised(UNet2DConditionModel.from_config(config_of(version, "unet")), 2)
