@@ -45,8 +45,8 @@ def _readable(path: Path) -> str:
             if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
                 raise UserError(
                     f"{path} is a program for TorchScript, as OpenAI published CLIP, and to read it could run "
-                    "someone's code. Take open_clip_model.safetensors, of timm/vit_large_patch14_clip_224.openai on the hub "
-                    "for ViT-L-14-quickgelu, which has the same weights."
+                    "someone's code. Take open_clip_model.safetensors; for ViT-L-14-quickgelu it lies on the hub in "
+                    "timm/vit_large_patch14_clip_224.openai and has the same weights."
                 )
     return str(path)
 
