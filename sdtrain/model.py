@@ -315,12 +315,11 @@ def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
 
 
 def vae_digest(name: str) -> str:
-    """What identifies a VAE: hex sha256 over its tensors in fp32, by the names that diffusers gives them today.
+    """What identifies a VAE: hex sha256 over its tensors, by the names that diffusers gives them today.
 
-    It is the digest of the function and not of a file: other tensor names, another file format, a folder or an SD v1 in
-    one file change nothing. A file of fp16 weights is another function, for its numbers were rounded, and has another
-    digest; the rounded numbers in a file of fp32 are the same function again. In which precision the network then
-    computes is not part of it: latents/info.json says that beside it.
+    Other tensor names, another file format, a folder or an SD v1 in one file change nothing. The dtype counts: a file
+    of fp16 weights is another function, for its numbers were rounded. In which precision the network then computes is
+    not part of it: latents/info.json says that beside it.
 
     Raises:
         UserError: no such VAE.
@@ -329,15 +328,18 @@ def vae_digest(name: str) -> str:
 
 
 def vae_digests(name: str) -> Iterator[str]:
-    """`vae_digest`, then what identified the same VAE in earlier versions: its file's names and dtype counted.
+    """`vae_digest`, then what else means the same VAE.
+
+    Earlier versions reckoned with the names in the file, which are those of before 2023 in public ones; and the numbers
+    of a file of fp16 are the same function when another file holds them in fp32.
 
     Raises:
         UserError: no such VAE.
     """
     tensors = open_vae(name).tensors
-    yield _digest(tensors, str, torch.float32)
-    yield _digest(tensors, str, None)
-    yield _digest(tensors, former_vae_name, None)
+    for dtype in (None, torch.float32):
+        for spelling in (str, former_vae_name):
+            yield _digest(tensors, spelling, dtype)
 
 
 def recorded_vae_digest(name: str, recorded: str | None) -> str:

@@ -232,7 +232,7 @@ def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_dige
     for name in sorted(former):
         earlier.update(f"{name} {former[name].dtype} {tuple(former[name].shape)}\n".encode())
         earlier.update(former[name].numpy().tobytes())
-    assert vae_digest(str(folder)) == vae_digest("demo") != earlier.hexdigest()
+    assert vae_digest(str(folder)) != earlier.hexdigest()
 
     dataset, recipe = write_packed(tmp_path / "data"), Recipe(folder)
     with monkeypatch.context() as before:
