@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import CLIPConfig, CLIPImageProcessor
-from transformers.utils import logging as transformers_logging
 
 from sdtrain.draw import Job
 from sdtrain.errors import UserError
+from sdtrain.exchange.part_files import open_part
+from sdtrain.exchange.spellings import checker_name, fit
 from sdtrain.model import find_weights
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
@@ -68,23 +68,18 @@ def load_safety_checker(name: str, device: str = "cpu") -> Judge:
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     folder = find_weights(name, "safety_checker")
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} holds no safety checker: there is no model.safetensors in it.")
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # what it would warn of is an error here
     try:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        network, report = StableDiffusionSafetyChecker.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        with torch.device("meta"):
+            empty = StableDiffusionSafetyChecker(config)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{folder} is not a safety checker of Stable Diffusion v1: {error}") from error
-    finally:
-        transformers_logging.set_verbosity(before)
-    if report["missing_keys"]:
-        raise UserError(
-            f"{folder} is not a safety checker of Stable Diffusion v1: {sorted(report['missing_keys'])[0]} is missing."
-        )
+    is_nested = any(key.startswith("vision_model.vision_model.") for key in empty.state_dict())
+    try:
+        tensors = dict(fit(open_part(folder, "safety_checker"), empty, checker_name(is_nested), str(folder)))
+    except UserError as error:
+        raise UserError(f"{folder} is not a safety checker of Stable Diffusion v1: {error}") from error
+    network = StableDiffusionSafetyChecker.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
     return _SafetyChecker(network.to(device).eval(), _processor(name, config))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     if known.get("quick_gelu") and not config.get("quick_gelu"):
         raise UserError(f"The weights '{weights}' need QuickGELU: set clip_model to {model}-quickgelu.")
     seed = random_seed(weights)
-    source = None if seed is not None else weights if known else str(find_weights(weights, {}))
+    source = None if seed is not None else weights if known else _readable(find_weights(weights, {}))
     try:
         with seeded(seed):
             network = open_clip.create_model(model, pretrained=source)
@@ -35,6 +36,18 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
             f"CLIP {model} with weights '{weights}' cannot be loaded ({error}). Without a connection, set "
             "clip_weights to a file, or do without the CLIP scores."
         ) from error
+
+
+def _readable(path: Path) -> str:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
+                raise UserError(
+                    f"{path} is a program for TorchScript, as OpenAI published CLIP, and to read it could run "
+                    "someone's code. Take open_clip_model.safetensors; for ViT-L-14-quickgelu it lies on the hub in "
+                    "timm/vit_large_patch14_clip_224.openai and has the same weights."
+                )
+    return str(path)
 
 
 def embedding_size(model: str) -> int:

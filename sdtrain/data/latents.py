@@ -21,12 +21,12 @@ from sdtrain.data.config import EncodeConfig, PictureRecipe
 from sdtrain.data.crops import Crop, bucket_of, chance, cut
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.devices import cores_of_process
-from sdtrain.data.digests import compute_vae_digest, vae_digest
+from sdtrain.data.digests import compute_vae_digest
 from sdtrain.data.encode_check import Figures, chosen_rows, measure, require_good
 from sdtrain.data.files import publish
 from sdtrain.data.latent_catalogue import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
 from sdtrain.data.latent_index import index_path
-from sdtrain.data.latents_info import CHECK_KEY, sizes_px, write_info
+from sdtrain.data.latents_info import CHECK_KEY, sizes_px, vae_digest_in, write_info
 from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.data.pictures import decode_rgb, picture_extension
 from sdtrain.data.remote.single_files import fetch_shard_file
@@ -66,7 +66,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
         index = write_samples(temporary, encoder.encoded(read_samples(source)))
         placed = [row | latent_place(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
         figures = _checked(temporary, placed, encoder, config)
-    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(placed, config, figures)))
+    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, figures)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
@@ -159,10 +159,12 @@ def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, 
     return figures
 
 
-def _described(rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None) -> dict[str, str]:
+def _described(
+    dataset: DatasetDir, rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None
+) -> dict[str, str]:
     """The table's own metadata."""
     columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
-    described = {VAE_KEY: compute_vae_digest(config.vae), ROWS_KEY: describe_rows(*columns)}
+    described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: describe_rows(*columns)}
     if len(sizes := sizes_px(config)) > 1:
         sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
         described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
@@ -206,7 +208,9 @@ def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
     # Only what was set: options that came later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
-    return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest(recipe.encode.vae)])
+    return fingerprint(
+        "encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest_in(dataset, recipe.encode.vae)]
+    )
 
 
 def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from sdtrain.data.config import EncodeConfig
 from sdtrain.data.crops import Size, bucket_sizes
 from sdtrain.data.dataset import DatasetDir
+from sdtrain.data.digests import vae_digest
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 
@@ -32,15 +34,40 @@ def sizes_px(config: EncodeConfig) -> list[Size]:
     return list(config.buckets) or [(config.resolution, config.resolution)]
 
 
-def latents_info(config: EncodeConfig) -> dict[str, Any]:
+def vae_digest_in(dataset: DatasetDir, name: str) -> str:
+    """The digest by which a dataset knows a VAE; one that an earlier version wrote stays, lest all is encoded anew.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    recorded, digest = _recorded(dataset.latents_info), vae_digest(name)
+    return digest if recorded in (None, digest) else _known_digest(name, recorded, digest)
+
+
+def _recorded(path: Path) -> str | None:
+    try:
+        digest = json.loads(path.read_text()).get("vae_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None  # not there yet, or damaged: it is written again with the next shard
+    return digest if isinstance(digest, str) else None
+
+
+@lru_cache(maxsize=4)
+def _known_digest(name: str, recorded: str, digest: str) -> str:
+    from sdtrain.model import recorded_vae_digest  # late: it brings torch
+
+    return recorded_vae_digest(name, recorded)
+
+
+def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     """What training must know of the latents, and checks."""
-    from sdtrain.model import vae_digest, vae_scaling_factor
+    from sdtrain.model import vae_scaling_factor
 
     sizes = sizes_px(config)
     content = {
         "schema_version": SCHEMA_VERSION,
         "vae": config.vae,
-        "vae_sha256": vae_digest(config.vae),
+        "vae_sha256": vae_digest_in(dataset, config.vae),
         "scaling_factor": vae_scaling_factor(config.vae),
         "resolution": config.resolution,
         "normalisation": NORMALISATION,
@@ -61,7 +88,7 @@ def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
     """Writes latents/info.json, with the figures of the first shard that is finished."""
     with _alone(dataset.latents_info.parent):
         figures = _figures(dataset.latents_info.parent)
-        content = latents_info(config) | ({"check": figures} if figures else {})
+        content = latents_info(dataset, config) | ({"check": figures} if figures else {})
         with publish(dataset.latents_info) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 

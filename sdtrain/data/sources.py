@@ -179,12 +179,12 @@ def _group(store: SampleStore, config: TrainConfig) -> int:
 
 
 def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
-    from sdtrain.model import vae_digest  # late: DeepSpeed must not come in before the ranks are joined
+    from sdtrain.model import recorded_vae_digest  # late: DeepSpeed must not come in before the ranks are joined
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
     store = LatentStore(root, config.data.resolution, config.data.verify, open_shards)
     expected = {
-        "vae_sha256": vae_digest(config.vae),
+        "vae_sha256": recorded_vae_digest(config.vae, store.info.get("vae_sha256")),
         "resolution": config.data.resolution,
         "scaling_factor": scaling_factor,
         "normalisation": NORMALISATION,

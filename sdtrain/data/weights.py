@@ -64,7 +64,10 @@ def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "na
         _download(published, path, otherwise)
     digest = sha256_of(path)
     if published.sha256 and digest != published.sha256:
-        raise UserError(f"{path} is not the published '{name}' (its sha256 differs). Delete it to fetch it again.")
+        raise UserError(
+            f"{path} is not the published '{name}' (its sha256 differs): expected {published.sha256}, found {digest}. "
+            "Delete it to fetch it again."
+        )
     if not published.sha256:
         _check_first_seen(path, digest)
     return path
@@ -145,7 +148,11 @@ def _download(published: Published, path: Path, otherwise: str) -> None:
             f"The weights {published.file} are not in {path.parent} and could not be fetched ({error}). Download "
             f"{published.url} elsewhere and put it there, or {otherwise}."
         ) from error
-    if published.sha256 and hashlib.sha256(content).hexdigest() != published.sha256:
-        raise UserError(f"{published.url} gave other bytes than the published {published.file}; nothing was kept.")
+    digest = hashlib.sha256(content).hexdigest()
+    if published.sha256 and digest != published.sha256:
+        raise UserError(
+            f"{published.url} gave other bytes than the published {published.file}: expected sha256 "
+            f"{published.sha256}, found {digest}; nothing was kept."
+        )
     with publish(path) as temporary:
         temporary.write_bytes(content)

@@ -15,6 +15,7 @@ from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import UNetConfig
 from sdtrain.errors import UserError
 from sdtrain.exchange.names import TEXT, UNET, VAE, renamed, text_names, unet_modules, vae_modules
+from sdtrain.exchange.published import TEXT_CONFIG, VAE_CONFIG
 from sdtrain.exchange.stored_model import empty_unet, empty_vae
 from sdtrain.model import build_unet
 from sdtrain.samplers import sampling_scheduler
@@ -30,9 +31,11 @@ _TELLTALE = {
 # Left in some files by other tools; no network of SD v1 has them.
 _SUPERFLUOUS = (
     TEXT + "embeddings.position_ids",
+    TEXT + "text_projection",
     "first_stage_model.loss.",
-    "cond_stage_model.logit_scale",
-    "cond_stage_model.transformer.text_projection.",
+    "first_stage_model.model_ema.",
+    *("cond_stage_model." + name for name in ("logit_scale", "text_projection", "transformer.logit_scale")),
+    *("cond_stage_model.transformer." + name for name in ("text_projection", "vision_model.", "visual_projection")),
 )
 
 
@@ -63,9 +66,14 @@ class Architecture:
             raise UserError(f"{where} has notes of sdtrain that cannot be read: {error}") from error
 
     @cached_property
+    def unet_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The UNet's tensors by diffusers' names."""
+        return {name: tuple(tensor.shape) for name, tensor in empty_unet(self.unet).state_dict().items()}
+
+    @cached_property
     def unet_names(self) -> dict[str, str]:
         """The UNet's tensors: diffusers' name -> name in a file."""
-        return renamed(empty_unet(self.unet).state_dict(), unet_modules(self.unet), UNET)
+        return renamed(self.unet_shapes, unet_modules(self.unet), UNET)
 
     @cached_property
     def vae_names(self) -> dict[str, str]:
@@ -81,8 +89,13 @@ class Architecture:
     def require(self, names: Collection[str], where: str) -> None:
         """Checks that a file's tensors are this model's, all of them and no others.
 
+        Args:
+            names: as CompVis writes them; see `spellings.compvis_name`.
+            where: names the file.
+
         Raises:
-            UserError: they are those of another model; says which, where that can be seen. `where` names the file.
+            UserError: they are those of another model; names the first tensor that shows it, and says which model it
+                is, where that can be seen.
         """
         wanted = {name for part in (self.unet_names, self.vae_names, self.text_names) for name in part.values()}
         found = {name for name in names if name.startswith((UNET, VAE, "cond_stage_model."))}
@@ -91,8 +104,9 @@ class Architecture:
         if not missing and not unexpected:
             return
         for part, description in _TELLTALE.items():
-            if any(part in name for name in names):
-                raise UserError(f"{where} {description}, not a Stable Diffusion v1 in one file.")
+            telling = min((name for name in names if part in name), default=None)
+            if telling:
+                raise UserError(f"{where} {description}, not a Stable Diffusion v1 in one file: it holds {telling}.")
         example = f"{missing[0]} is missing" if missing else f"{unexpected[0]} is unknown"
         raise UserError(
             f"{where} is not a Stable Diffusion v1 in one file: of {len(wanted)} tensors {len(missing)} are missing, "
@@ -108,27 +122,6 @@ def _public(config: Any) -> Any:
 
 def sd_v1() -> Architecture:
     """The model that public files without notes hold: configs/stable-diffusion/v1-inference.yaml of CompVis."""
-    vae = {
-        "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "sample_size": 512,
-        "scaling_factor": 0.18215,
-    }
-    text_encoder = {
-        "vocab_size": 49_408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "projection_dim": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "bos_token_id": 49_406,
-        "eos_token_id": 49_407,
-    }
     with torch.device("meta"):
         unet = build_unet(UNetConfig(), latent_size=64)
-    return Architecture(dict(unet.config), vae, text_encoder, dict(sampling_scheduler(DiffusionConfig()).config))
+    return Architecture(dict(unet.config), VAE_CONFIG, TEXT_CONFIG, dict(sampling_scheduler(DiffusionConfig()).config))

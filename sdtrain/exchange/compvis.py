@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.exchange.architecture import Architecture, sd_v1
 from sdtrain.exchange.buffers import average_buffers, position_ids, schedule_buffers
 from sdtrain.exchange.dtypes import cast
-from sdtrain.exchange.names import TEXT, average_name
-from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights, empty_vae
+from sdtrain.exchange.names import TEXT, TEXT_STAGE, average_name
+from sdtrain.exchange.spellings import Fitted, PartOf, compvis_name, one_name_each
+from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights
 from sdtrain.exchange.tensor_files import NOTES, TensorFile
-from sdtrain.model import load_tokenizer
+from sdtrain.model import load_tokenizer, text_encoder_of, vae_of
 
 
 def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
@@ -32,28 +34,34 @@ def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     """
     file = TensorFile(path)
     architecture = sd_v1() if file.notes is None else Architecture.from_json(file.notes, str(path))
-    architecture.require(file, str(path))
+    stored = one_name_each(file, compvis_name, str(path))
     names = architecture.unet_names
-    average_names = {name: average_name(stored) for name, stored in names.items()}
+    average_names = {name: average_name(there) for name, there in names.items()}
     average = _average_of(file, average_names)
+    if average is not None and not any(there in stored for there in names.values()):
+        # The average alone, under its own names: it is what the file has to give.
+        stored |= {names[name]: there for name, there in average_names.items()}
+        average = None
+    architecture.require(stored, str(path))
+
+    def taken(names: Mapping[str, str]) -> Fitted:
+        there = {name: stored.get(compvis, compvis) for name, compvis in names.items()}
+        return Fitted(file, there, architecture.unet_shapes, str(path))
+
     plain: Weights = "ema" if average is None else "raw"
-    states = {plain: lambda: _taken(file, names)}
+    weights = {plain: taken(names)}
     if average is not None:
-        states["ema"] = lambda: _taken(file, average_names)
+        weights["ema"] = taken(average_names)
     name = tokenizer or architecture.tokenizer
     return StoredModel(
         source=str(path),
         unet_config=architecture.unet,
         scheduler_config=architecture.scheduler,
-        states=states,
+        states={kind: partial(dict, tensors) for kind, tensors in weights.items()},
         frozen=lambda: _frozen(file, architecture, name),
         average=average,
         tokenizer_name=architecture.tokenizer,
     )
-
-
-def _taken(file: TensorFile, names: Mapping[str, str]) -> State:
-    return {name: file[stored] for name, stored in names.items()}
 
 
 def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
@@ -69,23 +77,15 @@ def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
 def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> Frozen:
     if tokenizer is None:
         raise UserError(f"{file.path} does not say which tokenizer belongs to it; name one with --tokenizer.")
-    vae, state = empty_vae(architecture.vae), _taken(file, architecture.vae_names)
-    shapes = {name: tensor.shape for name, tensor in vae.state_dict().items()}
     text_config = CLIPTextConfig.from_dict(dict(architecture.text_encoder))
-    text = _taken(file, architecture.text_names)
-    try:
-        state = {name: tensor.float().reshape(shapes[name]) for name, tensor in state.items()}
-        vae.load_state_dict(state, assign=True)
-        encoder = CLIPTextModel.from_pretrained(None, config=text_config, state_dict=text, dtype=torch.float32)
-    except RuntimeError as error:
-        raise UserError(f"{file.path} is not a Stable Diffusion v1 in one file: its shapes are others.") from error
+    encoder = text_encoder_of(PartOf(file, TEXT_STAGE), text_config, str(file.path))
     found = load_tokenizer(tokenizer)
     if len(found) > text_config.vocab_size:
         raise UserError(
             f"The tokenizer '{tokenizer}' has {len(found)} tokens, but the text encoder in {file.path} knows "
             f"{text_config.vocab_size}; name the one that belongs to it with --tokenizer."
         )
-    return Frozen(vae.requires_grad_(False).eval(), found, encoder.requires_grad_(False).eval())
+    return Frozen(vae_of(file, architecture.vae).load(), found, encoder)
 
 
 def write_compvis(

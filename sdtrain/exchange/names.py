@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+UNET, VAE, TEXT_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+TEXT = TEXT_STAGE + "transformer.text_model."
 
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import PNDMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
 
 from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.exchange.compvis import open_compvis
-from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights
-from sdtrain.model import VAE_WEIGHTS, build_unet, load_text_encoder, load_vae
+from sdtrain.exchange.part_files import find_part, open_part
+from sdtrain.exchange.spellings import fit
+from sdtrain.exchange.stored_model import Average, Frozen, State, StoredModel, Weights, empty_unet
+from sdtrain.model import build_unet, load_text_encoder, load_vae
 from sdtrain.samplers import sampling_scheduler
 from sdtrain.settings import load_settings
 
 RAW_VARIANT = "non_ema"
 """Under this name public diffusers folders hold raw weights beside the averaged ones."""
-_RAW_FILE = VAE_WEIGHTS.replace(".safetensors", f".{RAW_VARIANT}.safetensors")
 
 
 def is_run(path: Path) -> bool:
@@ -99,21 +99,23 @@ def open_folder(path: Path) -> StoredModel:
         raise UserError(
             f"{path} is neither a diffusers folder with a Stable Diffusion pipeline nor a training run: {error}"
         ) from error
-    states: dict[Weights, Any] = {"ema": lambda: _folder_state(unet_folder, None)}
-    if (unet_folder / _RAW_FILE).exists():
-        states["raw"] = lambda: _folder_state(unet_folder, RAW_VARIANT)
+    # Missing in configs of 2022, and what their model was trained with; diffusers' pipeline corrects them likewise.
+    unet_config = dict(unet_config)
+    if unet_config.get("sample_size") is None:
+        unet_config["sample_size"] = 64
+    scheduler_config = {"steps_offset": 1, "set_alpha_to_one": False, **scheduler_config}
+    states: dict[Weights, Any] = {"ema": lambda: _folder_state(unet_folder, unet_config, None)}
+    if find_part(unet_folder, "unet", RAW_VARIANT):
+        states["raw"] = lambda: _folder_state(unet_folder, unet_config, RAW_VARIANT)
     return StoredModel(str(path), unet_config, scheduler_config, states, lambda: _folder_frozen(path))
 
 
-def _folder_state(folder: Path, variant: str | None) -> State:
+def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) -> State:
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder, variant=variant, torch_dtype=torch.float32, local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        tensors = fit(open_part(folder, "unet", variant), empty_unet(config), str, str(folder))
+        return {name: tensor.float() for name, tensor in tensors.items()}
+    except UserError as error:
         raise UserError(f"{folder} is not a UNet that diffusers can load: {error}") from error
-    state: State = unet.state_dict()
-    return state
 
 
 def _folder_frozen(path: Path) -> Frozen:

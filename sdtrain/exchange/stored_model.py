@@ -68,12 +68,12 @@ class StoredModel:
         return self.states[weights]()
 
     def unet(self, weights: Weights) -> UNet2DConditionModel:
-        """The UNet with these weights.
+        """The UNet with these weights, in fp32: a file may have several dtypes, in which no network computes.
 
         Raises:
             UserError: as `state`; or the weights do not fit the UNet's config.
         """
-        state = self.state(weights)
+        state = {name: tensor.float() for name, tensor in self.state(weights).items()}
         unet = empty_unet(self.unet_config)
         try:
             unet.load_state_dict(state, assign=True)

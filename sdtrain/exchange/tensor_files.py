@@ -50,6 +50,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
         self.path = path
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
+        if _is_pointer(path):
+            raise UserError(f"{path} is what Git keeps in the place of a large file. Fetch the file: `git lfs pull`.")
         is_pickle = path.suffix != ".safetensors"
         self._tensors, self.notes = _read_pickle(path) if is_pickle else _open_safetensors(path)
         if not self._tensors:
@@ -64,6 +66,23 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        if isinstance(self._tensors, _Lazy):
+            return self._tensors.described(name)[0]
+        return tuple(self._tensors[name].shape)
+
+    def is_floating(self, name: str) -> bool:
+        """Whether its numbers are floating-point ones, of any width."""
+        if isinstance(self._tensors, _Lazy):
+            return self._tensors.described(name)[1].startswith(("F", "BF"))
+        return self._tensors[name].is_floating_point()
+
+
+def _is_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."
+
 
 class _Lazy(Mapping[str, torch.Tensor]):
     """Tensors of an open safetensors file."""
@@ -76,6 +95,11 @@ class _Lazy(Mapping[str, torch.Tensor]):
             raise KeyError(name)
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
+
+    def described(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype, the latter in safetensors' words."""
+        part = self._file.get_slice(name)
+        return tuple(part.get_shape()), str(part.get_dtype())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

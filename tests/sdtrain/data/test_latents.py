@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import mmap
@@ -13,12 +14,14 @@ import torch
 from packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
 from picture_fixtures import scene_picture
 from PIL import Image
+from safetensors.torch import save_file
 
 from sdtrain.data import vae as vae_at_work
 from sdtrain.data.crops import cut
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.latent_store import LatentStore
 from sdtrain.data.latents import ENCODE
+from sdtrain.data.latents_info import _vae_digest
 from sdtrain.data.manifest import require_entry, write_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
@@ -26,7 +29,7 @@ from sdtrain.data.tars import read_samples
 from sdtrain.data.vae import encode_pixels
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.errors import UserError
-from sdtrain.model import load_vae, vae_digest
+from sdtrain.model import DEMO_WEIGHTS, load_vae, vae_digest
 
 
 @pytest.fixture(scope="module")
@@ -212,3 +215,34 @@ def test_threads_that_need_the_vae_load_it_once_and_leave_torch_as_it_was():
         loaded = list(pool.map(vae_at_work.shared_vae, ["demo"] * 8))
     assert all(vae is loaded[0] for vae in loaded)
     assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_digest(tmp_path, monkeypatch):
+    """Public VAE files have the names of before 2023, over which their digest was reckoned."""
+    state, folder = load_vae("demo").state_dict(), tmp_path / "vae"
+    former = {}
+    for name, tensor in state.items():
+        for today, before in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{today}.", f".{before}.")
+        former[name] = tensor
+    folder.mkdir()
+    (folder / "config.json").write_text((DEMO_WEIGHTS / "vae" / "config.json").read_text())
+    save_file(former, folder / "diffusion_pytorch_model.safetensors")
+    earlier = hashlib.sha256()
+    for name in sorted(former):
+        earlier.update(f"{name} {former[name].dtype} {tuple(former[name].shape)}\n".encode())
+        earlier.update(former[name].numpy().tobytes())
+    assert vae_digest(str(folder)) != earlier.hexdigest()
+
+    dataset, recipe = write_packed(tmp_path / "data"), Recipe(folder)
+    with monkeypatch.context() as before:
+        before.setattr("sdtrain.model.vae_digests", lambda name: iter([earlier.hexdigest()]))
+        run_batch(ENCODE, dataset, recipe, [0])
+        _vae_digest.cache_clear()
+    assert json.loads(dataset.latents_info.read_text())["vae_sha256"] == earlier.hexdigest()
+    assert pending(ENCODE, dataset, recipe) == [1]
+    assert pending(ENCODE, dataset, Recipe("demo")) == [1]
+    run_batch(ENCODE, dataset, recipe, [1])
+    assert pending(ENCODE, dataset, recipe) == []
+    assert json.loads(dataset.latents_info.read_text())["vae_sha256"] == earlier.hexdigest()
+    LatentStore(dataset.root, RESOLUTION).check_shards()
