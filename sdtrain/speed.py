@@ -23,8 +23,14 @@ _MAX_SHAPES = 64
 
 
 def set_backends(config: SpeedConfig) -> None:
-    """Sets what cuDNN and matrix products may do, in this process."""
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    """Sets what cuDNN, matrix products and every other operation may do, in this process.
+
+    With `deterministic`, PyTorch's flash and memory-efficient attention take backward passes without atomic additions,
+    cuDNN's attention is not taken, and an operation that has no deterministic algorithm raises an error.
+    """
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch._inductor.config.deterministic = config.deterministic
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
     torch.backends.cudnn.allow_tf32 = config.tf32
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
 

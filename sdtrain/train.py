@@ -12,6 +12,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.data.sources import require_samples
 from sdtrain.errors import UserError
-from sdtrain.ranks import Ranks, join, rank_from_environment, world_size_from_environment
+from sdtrain.ranks import (
+    Ranks,
+    join,
+    make_cublas_deterministic,
+    rank_from_environment,
+    world_size_from_environment,
+)
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
 
@@ -73,13 +80,14 @@ def train(
                 state.engine.step()
                 seen.append((unweighted, batch.timesteps))
             if was_applied := state.step_was_applied(step):
-                state.ema.update(step)
+                state.ema.update()
             progress.add(seen[-state.accumulation :], was_applied)  # fp16 may have repeated the step
             step += 1
             watchdog.at(step, "logging")
             if step % config.log_every == 0 or step == config.steps:
                 figures = state.figures(lr)
                 observer.log(step, figures, progress.line(step, figures))
+                state.guard.check(step)
                 energy.add(step)
             observer.look(step, progress, watchdog.at)
             if step % config.checkpoint.every == 0 and step < config.steps:
@@ -148,9 +156,9 @@ def configure(
     Raises:
         UserError: an unknown config or a bad value.
     """
-    content = load_config(name).model_dump()
+    content = load_config(name).model_dump(exclude_unset=True)  # what the config names counts as asked for
     if data is not None:
-        content["data"] |= {"root": data, "sources": ()}
+        content["data"] = content.get("data", {}) | {"root": data, "sources": ()}
     if steps is not None:
         content["steps"] = steps
     if init_from is not None:
@@ -174,12 +182,15 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{run_dir.path} is finished: {done} steps. Give a larger --steps to go on, or another --output.")
         return
     require_samples(config.data)
-    stop_requested = StopRequest()
-    ranks = join(arguments.local_rank)
-    try:
-        train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
-    finally:
-        ranks.close()
+    if config.speed.deterministic:
+        make_cublas_deterministic()
+    with run_dir.lock() if rank_from_environment() == 0 else nullcontext():
+        stop_requested = StopRequest()
+        ranks = join(arguments.local_rank)
+        try:
+            train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
+        finally:
+            ranks.close()
 
 
 def main() -> int:
