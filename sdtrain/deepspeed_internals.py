@@ -59,7 +59,7 @@ def missing(optimizer: Any) -> list[str]:
     said = []
     for name, expected in _METHODS.items():
         method = getattr(kind, name, None)
-        if method is None:
+        if not callable(method):
             said.append(f"{kind.__name__} has no method {name}; {_OURS}.")
         elif (found := tuple(inspect.signature(method).parameters)) != expected:
             said.append(f"{kind.__name__}.{name} takes {', '.join(found)}, not {', '.join(expected)}; {_OURS}.")
