@@ -48,6 +48,7 @@ _ATTRIBUTES = (
     "use_grad_accum_attribute",
     "use_separate_grad_accum",
 )
+_MASK, _MASK_TAKES = "mask_nan_or_inf_with_val_inplace", ("input", "device", "val")
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _SCALER = (*_SCALER_STATE, "min_scale", "update_scale")
 _OURS = "sdtrain.deepspeed_internals relies on it"
@@ -67,6 +68,21 @@ def missing(optimizer: Any) -> list[str]:
     scaler = getattr(optimizer, "loss_scaler", None)
     wanted = () if scaler is None else _SCALER if getattr(scaler, "dynamic", True) else ("dynamic", "cur_scale")
     return said + [f"{type(scaler).__name__} has no attribute {name}; {_OURS}." for name in _absent(scaler, wanted)]
+
+
+def changed_functions(module: Any) -> list[str]:
+    """A sentence for the function of `module`, where ZeRO-1 and 2 are, that `_mask_nonfinite` takes the place of."""
+    found = getattr(module, _MASK, None)
+    if found is None:
+        return [f"{module.__name__} has no function {_MASK}; {_OURS}."]
+    if found is not _mask_nonfinite and (takes := tuple(inspect.signature(found).parameters)) != _MASK_TAKES:
+        return [f"{_MASK} takes {', '.join(takes)}, not {', '.join(_MASK_TAKES)}; {_OURS}."]
+    return []
+
+
+def _mask_nonfinite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """As DeepSpeed's own, which makes a tensor on the device for it, so that the host waits in each step."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
 
 
 def _absent(thing: Any, names: Iterable[str]) -> list[str]:
@@ -117,16 +133,17 @@ class ZeroInternals:
     """
 
     def __init__(self, engine: Any):
-        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+        from deepspeed.runtime.zero import stage_1_and_2
 
         zero = engine.optimizer
-        if not isinstance(zero, DeepSpeedZeroOptimizer):
+        if not isinstance(zero, stage_1_and_2.DeepSpeedZeroOptimizer):
             raise UserError(
                 f"DeepSpeed took {type(zero).__name__} in the place of ZeRO-1 or 2, which checkpoints are made of. "
                 "Remove from --deepspeed_config what asks for it."
             )
-        if said := missing(zero):
+        if said := missing(zero) + changed_functions(stage_1_and_2):
             raise UserError(f"DeepSpeed {version('deepspeed')} is not the tested one. {' '.join(said)}")
+        stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_nonfinite
         self._zero: Any = zero
         self.master: torch.Tensor = zero.single_partition_of_fp32_groups[0]
         self.offsets: list[int] = zero.round_robin_bit16_offsets[0]

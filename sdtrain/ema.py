@@ -46,4 +46,5 @@ class Ema:
 
 def _warm_up_updates(config: EmaConfig) -> int:
     """Updates after which the decay is the largest: the first n with (1 + n) / (10 + n) >= decay."""
-    return max(0, math.ceil((10 * config.decay - 1) / (1 - config.decay)))
+    exactly = (10 * config.decay - 1) / (1 - config.decay)
+    return max(0, math.ceil(round(exactly, 6)))  # 0.9 is 80, not a little more

@@ -1,6 +1,8 @@
 """The contract with DeepSpeed's internals: what changes in it is told in a sentence."""
 
+import math
 import re
+import sys
 import tomllib
 from types import SimpleNamespace
 
@@ -12,7 +14,13 @@ from training_fixtures import write_config
 
 from sdtrain import deepspeed_internals
 from sdtrain.config import load_config
-from sdtrain.deepspeed_internals import TESTED_VERSION, ZeroInternals, missing, require_tested_version
+from sdtrain.deepspeed_internals import (
+    TESTED_VERSION,
+    ZeroInternals,
+    changed_functions,
+    missing,
+    require_tested_version,
+)
 from sdtrain.errors import UserError
 
 
@@ -67,6 +75,21 @@ def test_a_loss_scaler_without_its_state_is_named(zero, name, monkeypatch):
     scaler = {other: 1.0 for other in deepspeed_internals._SCALER if other != name} | {"dynamic": True}
     monkeypatch.setattr(zero, "loss_scaler", SimpleNamespace(**scaler))
     assert missing(zero)[-1] == f"SimpleNamespace has no attribute {name}; sdtrain.deepspeed_internals relies on it."
+
+
+def test_what_takes_the_place_of_a_function_does_the_same(zero):
+    from deepspeed.runtime import utils
+
+    theirs = utils.mask_nan_or_inf_with_val_inplace
+    assert changed_functions(utils) == changed_functions(sys.modules[type(zero).__module__]) == []
+    for value in (0.0, 3.5, math.nan, math.inf, -math.inf):
+        ours, expected = torch.tensor(value), torch.tensor(value)
+        deepspeed_internals._mask_nonfinite(ours, device="cpu")
+        theirs(expected, device="cpu")
+        assert torch.equal(ours, expected)
+    other = SimpleNamespace(__name__="other", mask_nan_or_inf_with_val_inplace=lambda norm: None)
+    assert changed_functions(other)[0].startswith("mask_nan_or_inf_with_val_inplace takes norm, not input, device, val")
+    assert changed_functions(math)[0].startswith("math has no function mask_nan_or_inf_with_val_inplace; ")
 
 
 def test_training_does_not_start_on_other_internals(zero, monkeypatch):

@@ -9,7 +9,7 @@ import time
 import psutil
 import pytest
 import yaml
-from launching import SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
+from launching import BIN, SCRIPT, deepspeed, finish, free_port, log_of, start, torchrun, wait_for_step
 from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.checkpoint import find_checkpoint
@@ -136,3 +136,22 @@ def test_a_mistake_is_one_sentence_from_the_first_rank(config, tmp_path):
 def test_a_finished_run_ends_at_once(config, undisturbed):
     code, text = finish(start([sys.executable, SCRIPT], config, undisturbed))
     assert (code, f"is finished: {STEPS} steps" in text) == (0, True)
+
+
+def test_two_jobs_with_one_port_and_a_second_one_in_the_run_directory_are_refused_in_a_sentence(config, tmp_path):
+    port = free_port()
+    launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(port), SCRIPT]
+    first = start(launcher, config, tmp_path / "first")
+    try:
+        wait_for_step(first, tmp_path / "first", 2)
+        code, text = finish(start(launcher, config, tmp_path / "second"))
+        assert code != 0
+        assert f"error: Port {port} of this machine is in use" in text
+        assert "deepspeed --master_port" in text
+        assert "Traceback" not in text
+        code, text = finish(start(deepspeed(2), config, tmp_path / "first"))
+        assert code != 0
+        assert f"error: {tmp_path / 'first'} is in use: training is at work (process " in text
+    finally:
+        code, text = finish(first)
+    assert code == 0, text
