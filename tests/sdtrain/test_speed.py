@@ -189,15 +189,23 @@ def test_deterministic_reaches_pytorch_and_is_taken_back(backends):
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.backends.cudnn.benchmark,
-            torch._inductor.config.deterministic,
         )
 
     set_backends(SpeedConfig(deterministic=True))
-    assert now() == (True, False, False, True)
+    assert now() == (True, False, False)
     set_backends(SpeedConfig().model_copy(update={"deterministic": True}))
-    assert now() == (True, False, False, True)
+    assert now() == (True, False, False)
     set_backends(SpeedConfig())
-    assert now() == (False, False, True, False)
+    assert now() == (False, False, True)
+
+
+def test_compiled_code_is_deterministic_or_refused(monkeypatch):
+    for wanted in (True, False):
+        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=wanted))
+        assert torch._inductor.config.deterministic is wanted
+    monkeypatch.setattr("torch._inductor.config", object())
+    with pytest.raises(UserError, match=r"holds for compiled code from PyTorch 2\.10 on; set speed\.compile to off"):
+        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=True))
 
 
 def test_cublas_is_told_before_cuda_starts_unless_the_environment_forbids_it(monkeypatch):
