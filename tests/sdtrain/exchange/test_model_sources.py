@@ -59,7 +59,7 @@ def test_a_published_model_of_one_kind_begins_both(run, tmp_path, world, ranks):
     ],
     ids=str,
 )
-def test_the_number_of_updates_is_read_however_a_file_has_it(run, tmp_path, stored, expected):
+def test_the_number_of_updates_is_read_however_a_file_has_it(run, tokenizer, tmp_path, stored, expected):
     source = export_model(run, tmp_path / "both.safetensors", ExportSettings("both"))
     with safe_open(source, "pt") as file:
         notes = file.metadata()
@@ -67,7 +67,7 @@ def test_the_number_of_updates_is_read_however_a_file_has_it(run, tmp_path, stor
     del tensors["model_ema.num_updates"]
     save_file(tensors if stored is None else tensors | {"model_ema.num_updates": stored}, source, metadata=notes)
     assert training_weights(source)[2] == expected
-    again = export_model(source, tmp_path / "again.safetensors", ExportSettings("both", tokenizer="demo"))
+    again = export_model(source, tmp_path / "again.safetensors", ExportSettings("both", tokenizer=tokenizer))
     assert int(load_file(again)["model_ema.num_updates"]) == (-1 if expected is None else expected)
 
 
