@@ -57,6 +57,18 @@ class Layout(Settings):
     """Steps that were skipped, and the norms that decide about the next."""
     loss_scaler: dict[str, float] = Field(default={})
     """The dynamic loss scaler of fp16; empty for other precisions."""
+    num_ema_updates: int | None = Field(default=None, ge=0)
+    """Updates of the average, those of the runs before included that it began from; None in old checkpoints."""
+
+    @property
+    def num_applied(self) -> int:
+        """Optimizer steps that changed the weights."""
+        return self.step - self.guard.num_skipped
+
+    @property
+    def ema_updates(self) -> int:
+        """Updates of the average, as far as the checkpoint knows: old ones knew of their own run only."""
+        return self.num_applied if self.num_ema_updates is None else self.num_ema_updates
 
 
 def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterSlot]:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sdtrain.checkpoint import STATE, Checkpoint, Layout, finished, folder_of, newest_whole
+from sdtrain.checkpoint import STATE, Checkpoint, Layout, ParameterSlot, finished, folder_of, newest_whole
 from sdtrain.config.safety import CheckpointConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
+from sdtrain.guards import ADVICE
 from sdtrain.tensor_file import write_tensors
+
+_CHUNK = 2**24
+_MEANINGS = {
+    "master": "The weight",
+    "exp_avg": "Adam's first moment",
+    "exp_avg_sq": "Adam's second moment",
+    "ema": "The average",
+}
 
 
 class CheckpointStore:
@@ -43,8 +53,9 @@ class CheckpointStore:
             layout: the other fields of Layout.
 
         Raises:
-            UserError: the disk is full, on any rank.
+            UserError: a value that is not finite, or a full disk, on any rank; the checkpoint before stays.
         """
+        self._all_ranks(lambda: self._require_finite(state, layout["parameters"]))
         final = folder_of(self.run_dir) / f"step-{step:08d}"
         partial = _partial(final)
         self._on_first_rank(lambda: _fresh(partial))
@@ -65,6 +76,16 @@ class CheckpointStore:
 
         path = self._on_first_rank(choose)
         return Checkpoint(Path(path)) if path else None
+
+    def _require_finite(self, state: Mapping[str, torch.Tensor], parameters: Sequence[ParameterSlot]) -> None:
+        for name in STATE:
+            if (position := first_nonfinite(state[name])) is not None:
+                place = position + self._rank * len(state[name])
+                inside = (slot.name for slot in parameters if slot.offset <= place < slot.offset + slot.numel)
+                raise UserError(
+                    f"{_MEANINGS[name]} of {next(inside, 'the padding')} is {float(state[name][position])}, so this "
+                    f"state was not written; the checkpoint before it is whole. {ADVICE}"
+                )
 
     def _finish(self, partial: Path, final: Path, layout: Layout) -> None:
         with publish(partial / "layout.json") as temporary:
@@ -100,6 +121,14 @@ class CheckpointStore:
         if failures := [failed for _, failed in outcomes if failed]:
             raise UserError(f"The checkpoint failed. {failures[0]}")
         return [result for result, _ in outcomes]
+
+
+def first_nonfinite(vector: torch.Tensor) -> int | None:
+    """Position of the first NaN or infinity of a flat vector, or None. One pass; no second vector of its size."""
+    for number, chunk in enumerate(vector.split(_CHUNK)):
+        if not all(math.isfinite(extreme) for extreme in torch.aminmax(chunk)):
+            return number * _CHUNK + int((~torch.isfinite(chunk)).nonzero()[0])
+    return None
 
 
 class CheckpointSaver:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from sdtrain.config import EmaConfig
@@ -22,13 +24,27 @@ class Ema:
 
     Attributes:
         average: the flat average, fp32, on the partition's device.
+        num_updates: updates that it is the result of, those of the runs before included that it began from.
     """
 
     def __init__(self, master: torch.Tensor, config: EmaConfig):
         self._master, self._config = master, config
         self.average = master.detach().clone()
+        self.num_updates = 0
 
     @torch.no_grad()
-    def update(self, num_updates: int) -> None:
-        """Moves the average towards the weights, after optimizer step `num_updates` (from 0)."""
-        self.average.lerp_(self._master.detach(), 1.0 - ema_decay(num_updates, self._config))
+    def update(self) -> None:
+        """Moves the average towards the weights, after an optimizer step that was applied."""
+        self.average.lerp_(self._master.detach(), 1.0 - ema_decay(self.num_updates, self._config))
+        self.num_updates += 1
+
+    def go_on_from(self, average: torch.Tensor, num_updates: int | None) -> None:
+        """Takes over an average and its count; None where it was never counted: then its warm-up is over."""
+        self.average.copy_(average)
+        self.num_updates = _warm_up_updates(self._config) if num_updates is None else num_updates
+
+
+def _warm_up_updates(config: EmaConfig) -> int:
+    """Updates after which the decay is the largest: the first n with (1 + n) / (10 + n) >= decay."""
+    exactly = (10 * config.decay - 1) / (1 - config.decay)
+    return max(0, math.ceil(round(exactly, 6)))  # 0.9 is 80, not a little more

@@ -13,7 +13,15 @@ from sdtrain.adam import make_adamw
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 
-_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "scheduler")
+_OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "data_types",
+)
 _BUCKET_NUMEL = 200_000_000
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,7 +45,7 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
         UserError: the file is not JSON, or sets what the training config decides.
     """
     bucket = min(_BUCKET_NUMEL, num_parameters)
-    settings = {
+    settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm,
@@ -45,10 +53,14 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": config.precision == "fp16", "hysteresis": 1},
         "data_types": {"grad_accum_dtype": _gradient_dtype(config)},
+        "communication_data_type": "fp32" if config.speed.fp32_gradients else config.precision,
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": config.optimizer.moments != "fp32",
     }
+    if config.speed.fp32_gradients and config.zero_stage == 2:
+        # Told to scatter, it divides by the number of ranks before it casts to float32; it sends as much either way.
+        settings = _overlay(settings, {"zero_optimization": {"reduce_scatter": False}})
     return _overlay(settings, _read_extra(extra)) if extra else settings
 
 
@@ -56,7 +68,7 @@ def _gradient_dtype(config: TrainConfig) -> str:
     """In which gradients are added up, as far as DeepSpeed is told.
 
     Told of float32 under bf16 and ZeRO-1 it would take another optimizer, without the partitions that checkpoints are
-    made of; there ZeroPartition.add_up_in_fp32 sets it.
+    made of; there ZeroInternals.add_up_in_fp32 sets it.
     """
     is_set_later = config.precision == "bf16" and config.zero_stage == 1
     return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision

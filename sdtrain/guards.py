@@ -11,7 +11,7 @@ from sdtrain.config.safety import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings
 
-_ADVICE = (
+ADVICE = (
     "Lower optimizer.lr, set optimizer.max_grad_norm to 1, look for damaged latents, or let such steps be skipped "
     "(guard.on_nonfinite, guard.on_spike, guard.max_skips_in_a_row)."
 )
@@ -48,12 +48,16 @@ class StepGuard:
         self.applied, self.must_repeat, self.is_finite = True, False, True
         self.norm: float | None = None
         self._refusal = ""
-        self._worst: torch.Tensor | None = None
+        self._any_nonfinite: torch.Tensor | None = None
 
     def note(self, norm: torch.Tensor) -> None:
-        """Remembers a norm (negative: not finite) for `check`, without waiting for the device."""
+        """Remembers for `check` whether a norm shows a gradient that is not finite, without waiting for the device.
+
+        Such a norm is infinite, NaN or negative: versions of DeepSpeed differ in it.
+        """
         norm = norm.detach()
-        self._worst = norm if self._worst is None else torch.minimum(self._worst, norm)
+        is_nonfinite = ~(torch.isfinite(norm) & (norm >= 0))
+        self._any_nonfinite = is_nonfinite if self._any_nonfinite is None else self._any_nonfinite | is_nonfinite
 
     def may_apply(self, norm: float, can_rescale: bool = False) -> bool:
         """The verdict on a step.
@@ -85,23 +89,20 @@ class StepGuard:
         if self._stops():
             raise UserError(
                 f"Step {step} was not applied: {self._refusal}. Training stopped, after {self.state.num_in_a_row} such "
-                f"steps in a row; the last checkpoint is from before. {_ADVICE}"
+                f"steps in a row; the last checkpoint is from before. {ADVICE}"
             )
         return f"step {step} skipped: {self._refusal} ({self.state.num_skipped} skipped so far)"
 
     def check(self, step: int) -> None:
-        """Waits for the device and looks at the norms noted since the last time.
+        """Waits for the device and asks about the norms noted until now; one that was not finite is never forgotten.
 
         Raises:
             UserError: one was not finite.
         """
-        if self._worst is None:
-            return
-        worst, self._worst = float(self._worst), None
-        if not (math.isfinite(worst) and worst >= 0):
+        if self._any_nonfinite is not None and bool(self._any_nonfinite):
             raise UserError(
                 f"A gradient was not finite at or shortly before step {step}. Training stopped; the last checkpoint is "
-                f"from before. {_ADVICE}"
+                f"from before. {ADVICE}"
             )
 
     def _recent_with(self, norm: float) -> tuple[float, ...]:

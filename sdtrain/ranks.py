@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -13,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from sdtrain.deepspeed_internals import import_deepspeed, require_tested_version
 from sdtrain.errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
+_CUBLAS, _CUBLAS_SIZES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 ItemT = TypeVar("ItemT")
 
 
@@ -64,7 +64,7 @@ class Ranks:
         """Leaves the process group."""
         if dist.is_initialized():
             # Through DeepSpeed, or it would go on with groups that are gone if this process joined again.
-            _import_deepspeed().comm.destroy_process_group()
+            import_deepspeed().comm.destroy_process_group()
 
 
 def rank_from_environment() -> int:
@@ -84,18 +84,58 @@ def join(local_rank: int | None) -> Ranks:
         local_rank: the launcher's --local_rank, where the environment does not say it.
 
     Raises:
-        UserError: more ranks on this machine than GPUs.
+        UserError: more ranks on this machine than GPUs; another DeepSpeed than the tested one; a port that is taken.
     """
+    require_tested_version()
     rank, world_size = rank_from_environment(), world_size_from_environment()
     local = int(os.environ.get("LOCAL_RANK", local_rank or 0))
     _fill_environment(rank, world_size, local)
     device = _device(local)
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=_TIMEOUT, verbose=False)
+    except dist.DistNetworkError as error:
+        raise _unreachable(error) from error
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if backend == "nccl" else None
     checkpoint_group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
     return Ranks(rank, world_size, device, group, checkpoint_group)
+
+
+def _unreachable(error: dist.DistNetworkError) -> UserError:
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if "EADDRINUSE" in str(error):
+        return UserError(
+            f"Port {port} of this machine is in use, as by another training job that was started with the same one. "
+            f"Give each job its own: deepspeed --master_port {_free_port()} sdtrain/train.py ..."
+        )
+    return UserError(
+        f"Rank {os.environ['RANK']} cannot reach the first rank at {address}:{port}. Check --master_addr and "
+        f"--master_port, and that no firewall is between the machines. ({str(error).splitlines()[0]})"
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def make_cublas_deterministic() -> None:
+    """Lets cuBLAS have one workspace a stream, of a fixed size; before CUDA starts.
+
+    https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+
+    Raises:
+        UserError: the environment says otherwise.
+    """
+    chosen = os.environ.setdefault(_CUBLAS, _CUBLAS_SIZES[0])
+    if chosen not in _CUBLAS_SIZES:
+        raise UserError(
+            f"speed.deterministic needs {_CUBLAS} to be {' or '.join(_CUBLAS_SIZES)}, but it is '{chosen}' in the "
+            "environment. Unset it."
+        )
 
 
 def _fill_environment(rank: int, world_size: int, local_rank: int) -> None:
@@ -103,9 +143,7 @@ def _fill_environment(rank: int, world_size: int, local_rank: int) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, str(value))
     if "MASTER_PORT" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+        os.environ["MASTER_PORT"] = str(_free_port())
 
 
 def _device(local_rank: int) -> torch.device:
@@ -125,18 +163,3 @@ def _share_cores() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-
-
-def _import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and told to use the CPU where there is no GPU before it looks for itself."""
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
-    # Its shared-memory all-reduce for CPU ranks would be compiled on first use (20 s, needs g++); gloo does as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -1,14 +1,15 @@
-"""The output directory of one training run: its config, logs and DONE marker."""
+"""The output directory of one training run: its config and what was changed in it, logs, lock and DONE marker."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from sdtrain.config import TrainConfig, differences
+from sdtrain.config import MAY_CHANGE, Change, TrainConfig, changes, differences
+from sdtrain.data.dataset_lock import DatasetLock, lock_folder
 from sdtrain.data.files import publish, refuse_url
 from sdtrain.errors import UserError
-from sdtrain.settings import dump_settings, load_settings
+from sdtrain.settings import Settings, dump_settings, load_settings
 from sdtrain.step_table import StepTable
 
 NUM_LOSS_PARTS = 10
@@ -17,6 +18,14 @@ NUM_LOSS_PARTS = 10
 LOSS_PARTS = tuple(f"loss_part_{part}" for part in range(NUM_LOSS_PARTS))
 _SPEED = ("images_per_s", "seconds", "data_wait", "mfu", "memory_gb")
 _LOG = ("step", "loss", "lr", "grad_norm", *_SPEED, "num_skipped", "num_substituted", *LOSS_PARTS)
+
+
+class ConfigChanges(Settings):
+    """What was changed when a run went on."""
+
+    step: int
+    """The first step that was done with the new settings."""
+    changes: tuple[Change, ...]
 
 
 class RunDir:
@@ -35,6 +44,7 @@ class RunDir:
         self.validation = StepTable(path / "validation.csv", ("step", "weights", "timestep", "loss"))
         self.previews = path / "previews"
         self._config, self._done = path / "config.yaml", path / "DONE"
+        self._changes = path / "config-changes.jsonl"
 
     def finished_step(self) -> int | None:
         """The step at which the run was finished, or None."""
@@ -44,18 +54,19 @@ class RunDir:
             return None
 
     def check_config(self, config: TrainConfig) -> None:
-        """Refuses to go on with a run of other settings.
+        """Refuses to go on with a run if what a run keeps for life has changed.
 
         Raises:
-            UserError: naming every setting that differs.
+            UserError: naming every such setting, why it is kept, and what may change.
         """
         if not self._config.exists():
             return
-        changed = differences(load_settings(TrainConfig, self._config), self.with_kept_precision(config))
-        if changed:
+        if changed := differences(load_settings(TrainConfig, self._config), self.with_kept_precision(config)):
             raise UserError(
-                f"{self.path} holds a run with other settings ({'; '.join(changed)}). Choose another --output, or "
-                "delete it to start anew."
+                f"{self.path} holds a run with other settings ({'; '.join(map(str, changed))}). It keeps them, because "
+                f"{', '.join(change.reason for change in changed)}. Put them back, or choose another --output, with "
+                f"--init_from {self.path} to begin with its weights. A run that goes on may change: "
+                f"{', '.join(MAY_CHANGE)}."
             )
 
     def with_kept_precision(self, config: TrainConfig) -> TrainConfig:
@@ -63,6 +74,34 @@ class RunDir:
         if config.precision != "auto" or not self._config.exists():
             return config
         return config.model_copy(update={"precision": load_settings(TrainConfig, self._config).precision})
+
+    def lock(self) -> DatasetLock:
+        """Keeps other trainings out of the directory until it is closed or this process ends, kill -9 included.
+
+        Raises:
+            UserError: one is at work there, or it cannot be written.
+        """
+        return lock_folder(self.path, self.path / "run.lock", "training")
+
+    def history(self) -> list[ConfigChanges]:
+        """What was changed in the middle of the run, oldest first; `config.yaml` holds what came of it."""
+        lines = self._changes.read_text().splitlines() if self._changes.exists() else []
+        return [ConfigChanges.model_validate_json(line) for line in lines]
+
+    def record_changes(self, config: TrainConfig, step: int) -> list[Change]:
+        """Writes down, before `begin`, in what `config` differs from the run's until now, and returns it.
+
+        What was changed at a later step, which is done again, counts from `step`.
+        """
+        made = changes(load_settings(TrainConfig, self._config), config) if self._config.exists() else []
+        history = [entry.model_copy(update={"step": min(entry.step, step)}) for entry in self.history()]
+        new = ConfigChanges(step=step, changes=tuple(made))
+        if made and new not in history[-1:]:  # else it ended between here and `begin`
+            history.append(new)
+        if history:
+            with publish(self._changes) as temporary:
+                temporary.write_text("".join(f"{entry.model_dump_json()}\n" for entry in history))
+        return made
 
     def begin(self, config: TrainConfig, step: int) -> float:
         """Writes the config and cuts the logs back to `step`; returns the seconds trained until then."""

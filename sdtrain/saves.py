@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sdtrain.checkpoint import Checkpoint, find_checkpoint
-from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore
+from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore, first_nonfinite
 from sdtrain.config import TrainConfig
 from sdtrain.data.sample_store import SampleStore
 from sdtrain.ema import Ema
@@ -58,14 +58,17 @@ class Saves:
             )
         self._check_parameters(checkpoint)
         moments = {name: self._part(checkpoint, name) for name in ("exp_avg", "exp_avg_sq")}
-        self._partition.restore(self._part(checkpoint, "master"), moments, layout.step - layout.guard.num_skipped)
+        self._partition.restore(self._part(checkpoint, "master"), moments, layout.num_applied)
         self._partition.restore_loss_scaler(layout.loss_scaler)
         self._guard.state = layout.guard
-        self._ema.average.copy_(self._part(checkpoint, "ema"))
+        self._ema.go_on_from(self._part(checkpoint, "ema"), layout.ema_updates)
         return layout.step
 
     def _begin_from_other_model(self) -> None:
-        """Takes raw and averaged weights of an earlier run or of a published model; the optimizer begins anew."""
+        """Takes raw and averaged weights of an earlier run or of a published model; the optimizer begins anew.
+
+        The average goes on where that model's ended, with its count of updates, as CompVis' does when it is restored.
+        """
         if self._config.init_from is None:
             return
         path = Path(self._config.init_from)
@@ -73,10 +76,14 @@ class Saves:
             checkpoint = find_checkpoint(path)
             self._check_parameters(checkpoint)
             raw, average = self._part(checkpoint, "master"), self._part(checkpoint, "ema")
+            num_updates: int | None = checkpoint.layout.ema_updates
         else:
-            raw, average = (self._cut(state, path) for state in training_weights(path))
+            raw_state, averaged_state, num_updates = training_weights(path)
+            raw, average = (self._cut(state, path) for state in (raw_state, averaged_state))
+        if self._ranks.any(any(first_nonfinite(part) is not None for part in (raw, average))):
+            raise UserError(f"{path} holds weights that are not finite. Begin with another model.")
         self._partition.load_master(raw)
-        self._ema.average.copy_(average)
+        self._ema.go_on_from(average, num_updates)
 
     def _cut(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
         wanted = {slot.name: slot.shape for slot in self._partition.slots}
@@ -107,6 +114,7 @@ class Saves:
             parameters=self._partition.slots,
             guard=self._guard.state,
             loss_scaler=self._partition.loss_scaler(),
+            num_ema_updates=self._ema.num_updates,
         )
 
     def have_failed(self) -> bool:

@@ -11,6 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrain.config.sections import SpeedConfig
+from sdtrain.errors import UserError
 
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -23,8 +24,13 @@ _MAX_SHAPES = 64
 
 
 def set_backends(config: SpeedConfig) -> None:
-    """Sets what cuDNN and matrix products may do, in this process."""
-    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    """Sets what cuDNN, matrix products and every other operation may do, in this process.
+
+    With `deterministic`, PyTorch's flash and memory-efficient attention take backward passes without atomic additions,
+    cuDNN's attention is not taken, and an operation that has no deterministic algorithm raises an error.
+    """
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
     torch.backends.cudnn.allow_tf32 = config.tf32
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
 
@@ -43,9 +49,16 @@ def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
     """Compiles the UNet in place, at its first forward pass; its class and its parameters' names stay.
 
     Batches have one shape, so every graph is made for that shape only.
+
+    Raises:
+        UserError: it shall be deterministic, which this PyTorch cannot promise of compiled code.
     """
     if config.compile == "off":
         return
+    if hasattr(torch._inductor.config, "deterministic"):
+        torch._inductor.config.deterministic = config.deterministic
+    elif config.deterministic:
+        raise UserError("speed.deterministic holds for compiled code from PyTorch 2.10 on; set speed.compile to off.")
     torch._dynamo.config.recompile_limit = max(_MAX_SHAPES, torch._dynamo.config.recompile_limit)
     mode = None if config.compile_mode == "default" else config.compile_mode
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]

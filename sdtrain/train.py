@@ -12,6 +12,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +83,14 @@ def train(
                 state.engine.step()
                 seen.append((unweighted, batch.timesteps))
             if was_applied := state.step_was_applied(step):
-                state.ema.update(step)
+                state.ema.update()
             progress.add(seen[-state.accumulation :], was_applied)  # fp16 may have repeated the step
             step += 1
             watchdog.at(step, "logging")
             if step % config.log_every == 0 or step == config.steps:
                 figures = state.figures(lr)
                 observer.log(step, figures, progress.line(step, figures))
+                state.guard.check(step)
                 energy.add(step)
             observer.look(step, progress, watchdog.at)
             if step % config.checkpoint.every == 0 and step < config.steps:
@@ -188,9 +190,9 @@ def configure(
     Raises:
         UserError: an unknown config or a bad value.
     """
-    content = load_config(name).model_dump()
+    content = load_config(name).model_dump(exclude_unset=True)  # what the config names counts as asked for
     if data is not None:
-        content["data"] |= {"root": data, "sources": ()}
+        content["data"] = content.get("data", {}) | {"root": data, "sources": ()}
     if steps is not None:
         content["steps"] = steps
     if init_from is not None:
@@ -213,7 +215,12 @@ def run(arguments: argparse.Namespace) -> None:
     """
     config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
     from sdtrain.data.sources import require_samples
-    from sdtrain.ranks import join, rank_from_environment, world_size_from_environment
+    from sdtrain.ranks import (
+        join,
+        make_cublas_deterministic,
+        rank_from_environment,
+        world_size_from_environment,
+    )
 
     config.accumulation(world_size_from_environment())
     run_dir = RunDir(Path(arguments.output or Path("runs") / config.name))
@@ -224,12 +231,15 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{run_dir.path} is finished: {done} steps. Give a larger --steps to go on, or another --output.")
         return
     require_samples(config.data)
-    stop_requested = StopRequest()
-    ranks = join(arguments.local_rank)
-    try:
-        train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
-    finally:
-        ranks.close()
+    if config.speed.deterministic:
+        make_cublas_deterministic()
+    with run_dir.lock() if rank_from_environment() == 0 else nullcontext():
+        stop_requested = StopRequest()
+        ranks = join(arguments.local_rank)
+        try:
+            train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
+        finally:
+            ranks.close()
 
 
 def main() -> int:

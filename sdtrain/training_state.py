@@ -167,7 +167,7 @@ class TrainingState:
         if self.guard.norm is not None:
             return self.guard.norm
         norm = float(self.engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan  # DeepSpeed says -1
+        return norm if math.isfinite(norm) and norm >= 0 else math.nan  # DeepSpeed says infinity, or -1
 
     def step_was_applied(self, step: int) -> bool:
         """Whether the guard let optimizer step `step` change the weights; says so on the first rank if not.
@@ -181,9 +181,13 @@ class TrainingState:
 
     def begin(self, step: int) -> float:
         """Opens the run directory for writing at `step`; returns the seconds trained before."""
-        seconds = self._run_dir.begin(self._config, step) if self._ranks.is_first else 0.0
-        if self._ranks.is_first:
-            print(self._headline(step), flush=True)
+        if not self._ranks.is_first:
+            return 0.0
+        changes = self._run_dir.record_changes(self._config, step)
+        seconds = self._run_dir.begin(self._config, step)
+        print(self._headline(step), flush=True)
+        for change in changes:
+            print(f"changed from step {step} on: {change}", flush=True)
         return seconds
 
     def _headline(self, step: int) -> str:

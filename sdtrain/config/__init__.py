@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,17 @@ from pydantic import Field, field_validator, model_validator
 
 from sdtrain.config.card import CardConfig
 from sdtrain.config.data import DataConfig
+from sdtrain.config.resuming import (
+    DecidesNetwork,
+    DecidesSamples,
+    Free,
+    OnResume,
+    Tunable,
+    TunableOnRequest,
+    changeable,
+    flat,
+    rules_of,
+)
 from sdtrain.config.safety import CheckpointConfig, GuardConfig
 from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
 from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
@@ -20,55 +32,28 @@ from sdtrain.settings import Settings, load_settings, nearest
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 
-# Settings that may change in the middle of a run without making it another run.
-_FREE = (
-    "steps",
-    "log_every",
-    "checkpoint",
-    "guard",
-    "micro_batch_size",
-    "zero_stage",
-    "data",
-    "init_from",
-    "description",
-    "speed",
-    "validation",
-    "previews",
-    "tracking",
-    "card",
-)
-# What makes another run all the same, within those: the size of the latents, and which samples are trained on.
-_FIXED = (
-    "data.resolution",
-    "data.shuffle",
-    "data.window_shards",
-    "data.bucket_group",
-    "data.online_vae",
-    "validation.num_samples",
-)
-
 
 class EmaConfig(Settings):
     """Exponential moving average of the fp32 weights, updated once per optimizer step."""
 
-    decay: float = Field(default=0.9999, ge=0, lt=1)
+    decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
     """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
-    warmup: bool = True
+    warmup: Tunable[bool] = True
     """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
 
 
 class TrainConfig(Settings):
     """Everything that decides a training run."""
 
-    name: str
+    name: Tunable[str]
     """Name of the run; its output goes to runs/NAME unless --output says otherwise."""
-    description: str = ""
+    description: Free[str] = ""
     """One line for people."""
-    init_from: str | None = None
+    init_from: Free[str | None] = None
     """Run directory or checkpoint whose weights (raw and averaged) this run starts from; null: from scratch."""
-    vae: str = "CompVis/stable-diffusion-v1-4"
+    vae: DecidesNetwork[str] = "CompVis/stable-diffusion-v1-4"
     """Autoencoder that made the latents: a diffusers folder, a hub id, or `demo`."""
-    text_encoder: str = "openai/clip-vit-large-patch14"
+    text_encoder: DecidesNetwork[str] = "openai/clip-vit-large-patch14"
     """CLIP text encoder with its tokenizer: a folder, a hub id, or `demo`."""
     unet: UNetConfig = UNetConfig()
     data: DataConfig = DataConfig()
@@ -83,23 +68,23 @@ class TrainConfig(Settings):
     previews: PreviewConfig = PreviewConfig()
     tracking: TrackingConfig = TrackingConfig()
     card: CardConfig = CardConfig()
-    zero_stage: Literal[1, 2] = 1
+    zero_stage: Free[Literal[1, 2]] = 1
     """What DeepSpeed shards: 1 optimizer state, 2 gradients too (for small cards; more communication)."""
-    precision: Precision = "auto"
+    precision: TunableOnRequest[Precision] = "auto"
     """Weights and activations in the network; master weights, loss and average are always fp32. auto: bf16 where the
     first rank's device computes faster in it, else fp32; a run keeps what it began with. fp16 scales the loss by what
     its gradients allow (dynamic loss scaling), and repeats a step whose gradients overflow."""
-    global_batch_size: int = Field(default=2048, ge=1)
+    global_batch_size: DecidesSamples[int] = Field(default=2048, ge=1)
     """Samples in one optimizer step, however many ranks share them."""
-    micro_batch_size: int = Field(default=32, ge=1)
+    micro_batch_size: Free[int] = Field(default=32, ge=1)
     """Samples in one forward pass on one rank."""
-    steps: int = Field(ge=1)
+    steps: Free[int] = Field(ge=1)
     """Optimizer steps of the whole run."""
-    caption_dropout: float = Field(default=0.0, ge=0, le=1)
+    caption_dropout: DecidesSamples[float] = Field(default=0.0, ge=0, le=1)
     """Share of captions replaced by the empty string, for classifier-free guidance."""
-    seed: int = 42
+    seed: DecidesSamples[int] = 42
     """Decides the order of samples, all noise and the initial weights."""
-    log_every: int = Field(default=50, ge=1)
+    log_every: Free[int] = Field(default=50, ge=1)
     """Optimizer steps between lines of the log."""
 
     @field_validator("zero_stage", mode="before")
@@ -150,9 +135,13 @@ class TrainConfig(Settings):
 
     def digest(self) -> str:
         """Hex digest of all settings that make two runs different."""
-        flat = _flat(self.model_dump(mode="json"))
-        content = {name: value for name, value in flat.items() if _decides(name)}
+        content = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+_RULES = rules_of(TrainConfig)
+MAY_CHANGE = changeable(_RULES)
+"""Settings, and whole sections, that a stopped run may change."""
 
 
 def known_configs() -> list[str]:
@@ -174,22 +163,38 @@ def load_config(name_or_file: str) -> TrainConfig:
     return load_settings(TrainConfig, path)
 
 
-def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    """Settings in which two runs differ, as "name: old -> new"; those that may change are left out."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    names = [name for name in after if _decides(name)]
-    return [f"{name}: {before.get(name)} -> {after[name]}" for name in names if before.get(name) != after[name]]
+class Change(Settings):
+    """Another value of a setting."""
+
+    name: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.before} -> {self.after}"
+
+    @property
+    def reason(self) -> str:
+        """Why a run may not make it."""
+        rule = _RULES[self.name]
+        return f"{self.name} decides {rule.value}" if rule.is_fixed else f"the config does not name {self.name}"
 
 
-def _decides(name: str) -> bool:
-    return name.split(".")[0] not in _FREE or name in _FIXED
+def changes(old: TrainConfig, new: TrainConfig) -> list[Change]:
+    """All settings in which two configs differ."""
+    before = dict(_flat(old))
+    return [Change(name=name, before=before[name], after=after) for name, after in _flat(new) if before[name] != after]
 
 
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
+    """The changes that a run which goes on may not make."""
+    named = new.model_fields_set
+    return [
+        change
+        for change in changes(old, new)
+        if _RULES[change.name].is_fixed or (_RULES[change.name] is OnResume.ON_REQUEST and change.name not in named)
+    ]
+
+
+def _flat(config: TrainConfig) -> Iterator[tuple[str, Any]]:
+    return flat(config.model_dump(mode="json"))

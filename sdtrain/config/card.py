@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
+from sdtrain.config.resuming import Free
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import find_region
 from sdtrain.impact.devices import board_watts
@@ -13,21 +14,21 @@ from sdtrain.settings import Settings
 class CardConfig(Settings):
     """Licence of the weights, and where and on what they were made."""
 
-    license: str = "creativeml-openrail-m"
+    license: Free[str] = "creativeml-openrail-m"
     """The weights' licence, as the Hub names it."""
-    gated: bool = True
+    gated: Free[bool] = True
     """Whether the Hub asks people to agree to the licence before they may download."""
-    region: str | None = None
+    region: Free[str | None] = None
     """Where the electricity is from, as in aws/us-east-1; null: CO2 is not computed, unless kg_per_kwh is given."""
-    kg_per_kwh: float | None = Field(default=None, gt=0)
+    kg_per_kwh: Free[float | None] = Field(default=None, gt=0)
     """Carbon intensity of the grid, where you know better than the table of 2019 by region."""
-    pue: float = Field(default=1.0, ge=1)
+    pue: Free[float] = Field(default=1.0, ge=1)
     """What the whole data centre draws over what its computers draw."""
-    gpu_watts: float | None = Field(default=None, gt=0)
+    gpu_watts: Free[float | None] = Field(default=None, gt=0)
     """Power of a GPU where its counter cannot be read; null: as its data sheet says."""
-    data_gpu: str | None = None
+    data_gpu: Free[str | None] = None
     """GPU that scored and encoded the pictures, as in "H200"; null: CPU cores. Manifests hold seconds, not devices."""
-    data_cores: float = Field(default=1.0, gt=0)
+    data_cores: Free[float] = Field(default=1.0, gt=0)
     """CPU cores that each worker of the data stages kept busy."""
 
     @field_validator("region")

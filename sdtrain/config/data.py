@@ -7,44 +7,45 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from sdtrain.config.resuming import DecidesSamples, Free
 from sdtrain.settings import Settings
 
 
 class SourceConfig(Settings):
     """One of several datasets."""
 
-    root: str
+    root: Free[str]
     """Dataset directory, holding `latents/`."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: Free[float] = Field(default=1.0, gt=0)
     """Its share of the samples seen, in proportion to the other weights, whatever its size."""
 
 
 class DataConfig(Settings):
     """Where the latents come from."""
 
-    root: str = "demo-output/data"
+    root: Free[str] = "demo-output/data"
     """Dataset directory, holding `latents/`; `--data` on the command line."""
-    sources: tuple[SourceConfig, ...] = ()
+    sources: Free[tuple[SourceConfig, ...]] = ()
     """Several datasets with weights, in the place of `root`. Each goes through its own epochs, exactly once in each."""
-    resolution: int = Field(default=512, ge=8, multiple_of=8)
+    resolution: DecidesSamples[int] = Field(default=512, ge=8, multiple_of=8)
     """Side of the pictures in pixels; latents are 8 times smaller."""
-    shuffle: Literal["global", "blocks"] = "global"
+    shuffle: DecidesSamples[Literal["global", "blocks"]] = "global"
     """Mix all samples (reads from all shards at once: for local disks), or only those of `window_shards` shards at a
     time, in another choice of shards every epoch (each shard is read in one stretch: for network storage)."""
-    window_shards: int = Field(default=64, ge=1)
+    window_shards: DecidesSamples[int] = Field(default=64, ge=1)
     """Shards that `shuffle: blocks` mixes."""
-    bucket_group: int = Field(default=0, ge=0)
+    bucket_group: DecidesSamples[int] = Field(default=0, ge=0)
     """For latents with aspect-ratio buckets: how many samples in a row have one size. A multiple of the micro-batch
     that divides the global batch; 0 for latents of one size."""
-    online_vae: bool = False
+    online_vae: DecidesSamples[bool] = False
     """Use no latents: read the packed pictures, crop them at random and encode them in the training loop."""
-    verify: bool = False
+    verify: Free[bool] = False
     """Compare each shard with its digest in the manifest before it is first read."""
-    on_corrupt: Literal["stop", "skip"] = "stop"
+    on_corrupt: Free[Literal["stop", "skip"]] = "stop"
     """What to do about a sample that cannot be read: stop training, or take another in its place, counted and named."""
-    num_prefetch: int = Field(default=4, ge=1)
+    num_prefetch: Free[int] = Field(default=4, ge=1)
     """Micro-batches that are prepared ahead."""
-    num_workers: int = Field(default=2, ge=1)
+    num_workers: Free[int] = Field(default=2, ge=1)
     """Threads that prepare them."""
 
     @model_validator(mode="after")

@@ -6,19 +6,20 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from sdtrain.config.resuming import Free
 from sdtrain.settings import Settings
 
 
 class CheckpointConfig(Settings):
     """When the training state is written, and how much of it stays."""
 
-    every: int = Field(default=5000, ge=1)
+    every: Free[int] = Field(default=5000, ge=1)
     """Optimizer steps between checkpoints."""
-    keep_last: int = Field(default=3, ge=2)
+    keep_last: Free[int] = Field(default=3, ge=2)
     """Newest checkpoints that stay; at least two, in case the newest is damaged."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: Free[int] = Field(default=0, ge=0)
     """Checkpoints at multiples of this many steps stay for ever; a multiple of `every`. 0: none do."""
-    mode: Literal["async", "sync"] = "async"
+    mode: Free[Literal["async", "sync"]] = "async"
     """async: training waits only while the state is copied to host memory (16 bytes a parameter, shared by the ranks)
     and goes on while a thread writes it. sync: training waits for the disk."""
 
@@ -35,20 +36,20 @@ class CheckpointConfig(Settings):
 class GuardConfig(Settings):
     """What happens at a step that would ruin the run, or that does not end."""
 
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
     """A gradient with NaN or infinity: stop, or leave the weights as they are and go on with the next batch. `skip`
     reads the gradient's norm from the device in every optimizer step. In fp16 the step is first repeated with smaller
     loss scales."""
-    max_grad_norm_ratio: float = Field(default=0.0, ge=0)
+    max_grad_norm_ratio: Free[float] = Field(default=0.0, ge=0)
     """A gradient norm above this many times the median of the last `norm_window` ones is a spike; 0: no step is, as in
     the original runs. Above 0 the norm is read from the device in every optimizer step."""
-    on_spike: Literal["stop", "skip"] = "skip"
+    on_spike: Free[Literal["stop", "skip"]] = "skip"
     """What happens at a spike."""
-    norm_window: int = Field(default=100, ge=2)
+    norm_window: Free[int] = Field(default=100, ge=2)
     """Applied steps whose norms make the median; no step is a spike before there were that many."""
-    max_skips_in_a_row: int = Field(default=10, ge=1)
+    max_skips_in_a_row: Free[int] = Field(default=10, ge=1)
     """Training stops when so many steps in a row were skipped."""
-    stall_timeout_s: float = Field(default=600, ge=0)
+    stall_timeout_s: Free[float] = Field(default=600, ge=0)
     """Seconds without any progress on a rank after which it says which ranks are behind, and ends the job; 0: never.
     The first steps compile and are slow: leave room."""
 

@@ -38,7 +38,7 @@ class DatasetLock:
     """
 
     def __init__(self, file: IO[str] | None, remote: RemoteLock | None = None) -> None:
-        self._file, self._remote = file, remote
+        self._file, self.remote = file, remote
         _held.add(self)
 
     def __enter__(self) -> DatasetLock:
@@ -49,8 +49,8 @@ class DatasetLock:
 
     def close(self) -> None:
         """Lets go of the dataset."""
-        if self._remote is not None:
-            self._remote.close()
+        if self.remote is not None:
+            self.remote.close()
         if self._file is not None:
             self._file.close()
 
@@ -65,19 +65,35 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
     Raises:
         UserError: it is in use, or cannot be written.
     """
+    lock = lock_folder(dataset.root, dataset.lock, command)
     try:
-        refuse_url(dataset.root).mkdir(parents=True, exist_ok=True)
-        file = dataset.lock.open("a+")
+        lock.remote = _lock_mirror(dataset, command)
+    except UserError:
+        lock.close()
+        raise
+    return lock
+
+
+def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
+    """Takes a folder, which is made if there is none, for the one process that writes there.
+
+    Args:
+        folder: what is taken.
+        file_name: the lock, in the folder; it stays there.
+        command: what others are told.
+
+    Raises:
+        UserError: it is in use, or cannot be written.
+    """
+    try:
+        refuse_url(folder).mkdir(parents=True, exist_ok=True)
+        file = file_name.open("a+")
     except OSError as error:
-        raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
-    if _is_locked(file, fcntl.LOCK_EX, dataset, command):
+        raise UserError(f"{folder} cannot be written ({error.strerror}). Choose another --output.") from error
+    if _is_locked(file, fcntl.LOCK_EX, folder, command):
         file.truncate(0)  # those before have ended
         _sign(file, command)
-    try:
-        return DatasetLock(file, _lock_mirror(dataset, command))
-    except UserError:
-        file.close()
-        raise
+    return DatasetLock(file)
 
 
 def at_work(dataset: DatasetDir) -> list[str]:
@@ -122,7 +138,7 @@ def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
         UserError: it is being changed, or a removal was interrupted, so that its files do not fit each other.
     """
     file = _opened_to_read(dataset.lock)
-    if file and _is_locked(file, fcntl.LOCK_SH, dataset, command) and file.writable():
+    if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():
         _sign(file, command)
     if dataset.removal.exists():
         raise UserError(
@@ -140,7 +156,7 @@ def _opened_to_read(path: Path) -> IO[str] | None:
     return None
 
 
-def _is_locked(file: IO[str], kind: int, dataset: DatasetDir, command: str) -> bool:
+def _is_locked(file: IO[str], kind: int, folder: Path, command: str) -> bool:
     """Whether the lock was had; not where the file system has none, of which the log warns."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -148,13 +164,11 @@ def _is_locked(file: IO[str], kind: int, dataset: DatasetDir, command: str) -> b
     except BlockingIOError as error:
         users = list(_users(file)) or ["Another command uses it."]
         file.close()
-        raise UserError(
-            f"{dataset.root} is in use: {' '.join(users)} Wait for the end, and run {command} again."
-        ) from error
+        raise UserError(f"{folder} is in use: {' '.join(users)} Wait for the end, and run {command} again.") from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _log.warning("The file system of %s has no locks: start nothing else that changes it.", dataset.root)
+        _log.warning("The file system of %s has no locks: start nothing else that changes it.", folder)
         return False
 
 

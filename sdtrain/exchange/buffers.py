@@ -11,6 +11,8 @@ import torch
 from sdtrain.diffusion import Floats, zero_terminal_snr
 
 _SMALLEST = 1e-20
+UNCOUNTED = -1
+"""What `LitEma` in CompVis/stable-diffusion, ldm/modules/ema.py, has for the number of updates if it counts none."""
 
 
 def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -49,11 +51,11 @@ def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
 
 
-def average_buffers(decay: float, num_updates: int) -> dict[str, torch.Tensor]:
-    """What a file says of the average itself: its largest decay, and how often it was updated."""
+def average_buffers(decay: float, num_updates: int | None) -> dict[str, torch.Tensor]:
+    """What a file says of the average itself: its largest decay, and how often it was updated, where that is known."""
     return {
         "model_ema.decay": torch.tensor(decay, dtype=torch.float32),
-        "model_ema.num_updates": torch.tensor(num_updates, dtype=torch.int32),
+        "model_ema.num_updates": torch.tensor(UNCOUNTED if num_updates is None else num_updates, dtype=torch.int32),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import CLIPTextConfig
 from sdtrain.data.files import publish
 from sdtrain.errors import UserError
 from sdtrain.exchange.architecture import Architecture, sd_v1
-from sdtrain.exchange.buffers import average_buffers, position_ids, schedule_buffers
+from sdtrain.exchange.buffers import UNCOUNTED, average_buffers, position_ids, schedule_buffers
 from sdtrain.exchange.dtypes import cast
 from sdtrain.exchange.names import TEXT, TEXT_STAGE, average_name
 from sdtrain.exchange.spellings import Fitted, PartOf, compvis_name, one_name_each
@@ -70,8 +71,10 @@ def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
         return None
     if missing:
         raise UserError(f"{file.path} holds a part of the averaged weights only: {missing[0]} is missing.")
-    decay, num_updates = (file.get(f"model_ema.{name}", torch.zeros(())) for name in ("decay", "num_updates"))
-    return Average(float(decay), int(num_updates))
+    decay = float(file.get("model_ema.decay", torch.zeros(())))
+    counted = float(file.get("model_ema.num_updates", torch.tensor(UNCOUNTED)))
+    # In a file that was cast to half precision, a number above 65,504 is infinite.
+    return Average(decay, int(counted) if math.isfinite(counted) and counted >= 0 else None)
 
 
 def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> Frozen:
@@ -112,7 +115,7 @@ def write_compvis(
     tensors |= schedule_buffers(model.scheduler_config)
     tensors[TEXT + "embeddings.position_ids"] = position_ids(frozen.text_encoder.config.max_position_embeddings)
     if average is not None:
-        how = model.average or Average(0.0, 0)
+        how = model.average or Average(0.0, None)
         tensors |= average_buffers(how.decay, how.num_updates)
     notes = architecture.to_json()
     with publish(path) as temporary:

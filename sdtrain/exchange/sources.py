@@ -69,7 +69,7 @@ def open_run(path: Path) -> StoredModel:
         scheduler_config=sampling_scheduler(config.diffusion).config,
         states={"ema": lambda: dict(checkpoint.weights("ema")), "raw": lambda: dict(checkpoint.weights("master"))},
         frozen=lambda: frozen_of(config),
-        average=Average(config.ema.decay, step - checkpoint.layout.guard.num_skipped),
+        average=Average(config.ema.decay, checkpoint.layout.ema_updates),
         step=step,
         tokenizer_name=None if Path(name).is_dir() else name,
     )
@@ -123,12 +123,17 @@ def _folder_frozen(path: Path) -> Frozen:
     return Frozen(load_vae(str(path)), tokenizer, text_encoder)
 
 
-def training_weights(path: Path) -> tuple[State, State]:
-    """Raw and averaged weights of the UNet to begin training from: twice the same where there is one kind.
+def training_weights(path: Path) -> tuple[State, State, int | None]:
+    """Raw and averaged weights of the UNet to begin training from, and how many updates made the average.
+
+    Where there is one kind of weights it is both, and an average of 0 updates. The number is None where the model has
+    an average but does not know it.
 
     Raises:
         UserError: there is no such model.
     """
     model = open_model(path)
-    average = model.state("ema")
-    return (model.state("raw") if "raw" in model.states else average), average
+    weights = model.state("ema")
+    if "raw" not in model.states:
+        return weights, weights, 0
+    return model.state("raw"), weights, None if model.average is None else model.average.num_updates

@@ -30,7 +30,8 @@ class Average:
     """How the averaged weights came to be."""
 
     decay: float
-    num_updates: int
+    num_updates: int | None
+    """None where they were not counted; CompVis' files then say -1."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def train_plainly(config, skipped=None):
     maker = BatchMaker(open_samples(config, SCALE), tokenizer, config, rank, world_size)
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=config.optimizer.weight_decay)
     schedule, average = NoiseSchedule(config.diffusion), {n: p.detach().clone() for n, p in unet.named_parameters()}
-    means = []
+    means, num_updates = [], 0  # a skipped step updates nothing
     for step in range(config.steps):
         optimizer.param_groups[0]["lr"] = learning_rate(step, config.optimizer, config.schedule)
         total = torch.zeros(())
@@ -46,7 +46,7 @@ def train_plainly(config, skipped=None):
         if step != skipped:
             torch.nn.utils.clip_grad_norm_(unet.parameters(), config.optimizer.max_grad_norm or torch.inf)
             optimizer.step()
-            decay = ema_decay(step, config.ema)
+            decay, num_updates = ema_decay(num_updates, config.ema), num_updates + 1
             for name, parameter in unet.named_parameters():
                 average[name] = decay * average[name] + (1 - decay) * parameter.detach()
         optimizer.zero_grad()

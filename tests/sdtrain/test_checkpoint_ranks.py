@@ -18,20 +18,23 @@ NUM_TALKS = 300
 
 
 def work(rank, port, run_dir, answers):
-    """Saves twice; at the second time the disk of rank 1 is full."""
+    """Saves four times: well; an average of rank 1 is NaN; so again, without a thread; the disk of rank 1 is full."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     store = CheckpointStore(run_dir, CheckpointConfig(every=1), rank, 2, dist.new_group(backend="gloo"))
-    saver, said = CheckpointSaver(store, "async"), []
+    said = []
     layout = {"config_digest": "c", "data_digest": "d", "parameters": slots_of([("weight", (100_000,))])}
-    for step in (1, 2):
-        if (step, rank) == (2, 1):
+    for step, mode in ((1, "async"), (2, "async"), (3, "sync"), (4, "async")):
+        saver = CheckpointSaver(store, mode)
+        if (step, rank) == (4, 1):
             fill_disk()
         state = {name: torch.full((50_000,), float(10 * step + rank)) for name in STATE}
-        saver.start(step, state, **layout)
-        said.append(talk(rank))
+        if step in (2, 3) and rank == 1:
+            state["ema"][7] = torch.nan
         try:
+            saver.start(step, state, **layout)
+            said.append(talk(rank))
             said.append(str(saver.wait().name))
         except UserError as error:
             said.append(str(error))
@@ -70,13 +73,15 @@ def answers(tmp_path):
         process.kill()
 
 
-def test_one_full_disk_is_told_on_all_ranks_and_the_checkpoint_before_stays(tmp_path, answers):
+def test_a_failure_of_one_is_told_on_all_ranks_and_the_checkpoint_before_stays(tmp_path, answers):
     assert answers[0] == answers[1]
     talks = float(3 * sum(range(NUM_TALKS)))
-    first, second = answers[0][1], answers[0][3]
-    assert answers[0][::2] == [talks, talks]
+    first, nonfinite, at_once, full = answers[0][1], answers[0][3], answers[0][4], answers[0][6]
+    assert [answers[0][i] for i in (0, 2, 5)] == [talks] * 3
     assert first == "step-00000001"
-    assert second.startswith("The checkpoint failed. rank 1: The disk is full")
+    assert nonfinite == at_once
+    assert nonfinite.startswith("The checkpoint failed. rank 1: The average of weight is nan, so this state was not")
+    assert full.startswith("The checkpoint failed. rank 1: The disk is full")
     checkpoint = find_checkpoint(tmp_path)
     assert checkpoint.layout.step == 1
     assert checkpoint.read("master", 49_999, 50_001).tolist() == [10.0, 11.0]

@@ -1,4 +1,5 @@
 import hashlib
+import math
 import threading
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdtrain.checkpoint import STATE, find_checkpoint, slots_of
-from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore
+from sdtrain.checkpoint_store import CheckpointSaver, CheckpointStore, first_nonfinite
 from sdtrain.config.safety import CheckpointConfig
 from sdtrain.errors import UserError
 from sdtrain.tensor_file import write_tensors
@@ -30,6 +31,11 @@ def gate(monkeypatch):
 
 def saver_of(run_dir, mode="async"):
     return CheckpointSaver(CheckpointStore(run_dir, CheckpointConfig(every=1), 0, 1), mode)
+
+
+def save_now(saver, step, state):
+    saver.start(step, state, **DESCRIPTION)
+    saver.wait()
 
 
 def state_of(value):
@@ -93,6 +99,30 @@ def test_a_full_disk_is_noticed_and_raised_by_the_thread_that_trains(tmp_path, m
         saver.wait()
     assert not saver.has_failed
     assert written(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("mode", ["async", "sync"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("name", STATE)
+def test_what_is_not_finite_is_never_written_and_the_checkpoint_before_stays(tmp_path, name, bad, mode):
+    saver, state = saver_of(tmp_path, mode), state_of(2.0)
+    save_now(saver, 1, state_of(1.0))
+    state[name][5] = bad
+    meaning = {"master": "The weight", "ema": "The average"}.get(name, "Adam's (first|second) moment")
+    with pytest.raises(UserError, match=rf"{meaning} of weight is {bad}, so this state was not written; .* Lower opti"):
+        save_now(saver, 2, state)
+    assert written(tmp_path)[0] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert (tmp_path / "latest").read_text() == "step-00000001\n"
+
+
+def test_the_first_value_that_is_not_finite_is_found_in_any_chunk(monkeypatch):
+    monkeypatch.setattr("sdtrain.checkpoint_store._CHUNK", 4)
+    assert first_nonfinite(torch.full((10,), 3e38)) is None
+    for position in range(10):
+        vector = torch.zeros(10)
+        vector[position:] = -math.inf
+        assert first_nonfinite(vector) == position
 
 
 def test_files_are_as_the_library_writes_them(tmp_path):

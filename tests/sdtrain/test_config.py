@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from sdtrain.config import differences, known_configs, load_config
+from sdtrain.config import changes, differences, known_configs, load_config
 from sdtrain.errors import UserError
 
 
@@ -58,5 +58,8 @@ def test_only_settings_that_make_another_run_count_as_differences():
     tiny = load_config("tiny")
     assert differences(tiny, tiny.model_copy(update={"steps": 9999, "log_every": 3})) == []
     slower = tiny.model_copy(update={"optimizer": tiny.optimizer.model_copy(update={"lr": 0.5})})
-    assert differences(tiny, slower) == ["optimizer.lr: 0.001 -> 0.5"]
+    assert differences(tiny, slower) == []
+    assert [str(change) for change in changes(tiny, slower)] == ["optimizer.lr: 0.001 -> 0.5"]
     assert tiny.digest() != slower.digest()
+    other = tiny.model_copy(update={"seed": 7})
+    assert [str(change) for change in differences(tiny, other)] == ["seed: 42 -> 7"]

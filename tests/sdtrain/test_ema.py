@@ -13,6 +13,17 @@ def test_decay_warms_up_to_its_limit():
     assert ema_decay(0, EmaConfig(decay=0.9, warmup=False)) == 0.9
 
 
+def test_an_average_that_was_never_counted_is_past_its_warm_up():
+    for decay in (0.9999, 0.999, 0.9, 0.5, 0.05, 0.0):
+        config = EmaConfig(decay=decay)
+        ema = Ema(torch.zeros(2), config)
+        ema.go_on_from(torch.ones(2), None)
+        assert ema_decay(ema.num_updates, config) == pytest.approx(decay)
+        assert ema.num_updates == 0 or ema_decay(ema.num_updates - 1, config) < decay - 1e-12
+        ema.update()
+        assert ema.average.tolist() == pytest.approx([decay] * 2)
+
+
 def test_average_equals_the_formula_and_diffusers_own():
     weights, config = torch.nn.Parameter(torch.zeros(3)), EmaConfig(decay=0.95)
     ours, theirs = Ema(weights, config), EMAModel([weights], decay=0.95)
@@ -21,7 +32,7 @@ def test_average_equals_the_formula_and_diffusers_own():
     for n in range(300):
         with torch.no_grad():
             weights += torch.tensor([1.0, -0.5, 0.1])
-        ours.update(n)
+        ours.update()
         theirs.step([weights])
         decay = min(0.95, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * weights.detach().double()

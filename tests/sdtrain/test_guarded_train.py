@@ -85,3 +85,13 @@ def test_where_the_policy_is_to_stop_no_checkpoint_holds_what_is_not_finite(tmp_
         with pytest.raises(UserError, match=sentence):
             train(config_of(tmp_path, world, {}, precision=precision), run_dir, ranks)
         assert find_checkpoint(run_dir.path).layout.step == 2
+
+
+def test_a_bad_gradient_stops_at_the_next_line_of_the_log_and_not_only_at_the_next_checkpoint(
+    tmp_path, world, ranks, spoil
+):
+    spoil(2)
+    config = config_of(tmp_path, world, {}, checkpoint={"every": 100})
+    with pytest.raises(UserError, match="A gradient was not finite at or shortly before step 3"):
+        train(config, RunDir(tmp_path / "run"), ranks)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -91,6 +91,18 @@ def test_norms_that_nobody_waits_for_are_looked_at_before_a_checkpoint():
         guard.check(5)
 
 
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, NAN, -1.0, -0.5], ids=str)
+@pytest.mark.parametrize("place", range(4))
+def test_no_norm_that_is_not_finite_is_hidden_by_the_ones_before_and_after(bad, place):
+    guard, norms = StepGuard(GuardConfig()), [0.0, 1e30, 0.5]
+    norms.insert(place, bad)
+    for norm in norms:
+        guard.note(torch.tensor(norm))
+    for _ in range(2):  # nor forgotten
+        with pytest.raises(UserError, match="A gradient was not finite"):
+            guard.check(4)
+
+
 @pytest.mark.parametrize(("stage", "why"), [(0, "there is no stage 0"), (3, "stage 3 is not supported: it cuts up")])
 def test_zero_stages_that_do_not_pay_are_refused_with_the_reason(stage, why):
     with pytest.raises(UserError, match=why):

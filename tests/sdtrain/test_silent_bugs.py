@@ -77,6 +77,6 @@ def test_the_average_heeds_its_settings():
         weights = torch.nn.Parameter(torch.zeros(1))
         ema = Ema(weights, EmaConfig(decay=decay, warmup=False))
         torch.nn.init.ones_(weights)
-        ema.update(0)
+        ema.update()
         averages.append(round(float(ema.average), 6))
     assert averages == [0.5, 0.1]

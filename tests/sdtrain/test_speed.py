@@ -1,16 +1,20 @@
 """The levers change how fast a step is and nothing else."""
 
+import os
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import write_config
 
+from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import SpeedConfig, TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.model import build_unet, prepare_for
+from sdtrain.ranks import make_cublas_deterministic
 from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
-from sdtrain.speed import attention_kernels, compile_unet
+from sdtrain.speed import attention_kernels, compile_unet, set_backends
 from sdtrain.train import train
 
 
@@ -129,7 +133,7 @@ def test_a_training_step_never_reads_from_the_device(tmp_path, world, ranks):
                 state.engine.step()
                 seen.append((losses, batch.timesteps))
             was_applied = state.step_was_applied(step)
-            state.ema.update(step)
+            state.ema.update()
             progress.add(seen, was_applied)
     assert reads.count == 0
     batches.close()
@@ -142,3 +146,82 @@ def test_a_mode_without_compilation_is_refused():
     content = {"name": "mine", "steps": 9, "speed": {"compile_mode": "max-autotune"}}
     with pytest.raises(UserError, match="compile_mode has no effect while compile is off; set compile to regional"):
         parse_settings(TrainConfig, content, "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("speed", "why"),
+    [
+        ({"cudnn_benchmark": True}, "cudnn_benchmark takes whichever convolution was fastest this time"),
+        ({"attention": "cudnn"}, "attention: cudnn has no deterministic backward pass"),
+        ({"compile": "whole", "compile_mode": "max-autotune"}, "takes whichever kernel was fastest this time"),
+        (
+            {"compile": "regional", "compile_mode": "max-autotune-no-cudagraphs"},
+            "takes whichever kernel was fastest this time",
+        ),
+    ],
+)
+def test_deterministic_refuses_what_contradicts_it(speed, why):
+    content = {"name": "mine", "steps": 9, "speed": speed}
+    parse_settings(TrainConfig, content, "mine.yaml")
+    content["speed"] = speed | {"deterministic": True}
+    with pytest.raises(UserError, match=why):
+        parse_settings(TrainConfig, content, "mine.yaml")
+
+
+@pytest.mark.parametrize("attention", ["auto", "plain", "sdpa", "flash", "efficient"])
+def test_deterministic_goes_with_every_other_kernel_and_its_config_reads_back(attention):
+    speed = SpeedConfig(deterministic=True, attention=attention)
+    assert not speed.cudnn_benchmark
+    assert SpeedConfig.model_validate(speed.model_dump()) == speed
+    assert SpeedConfig().cudnn_benchmark
+
+
+@pytest.fixture
+def backends():
+    """PyTorch's settings, put back afterwards."""
+    yield
+    set_backends(SpeedConfig())
+
+
+def test_deterministic_reaches_pytorch_and_is_taken_back(backends):
+    def now():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+
+    set_backends(SpeedConfig(deterministic=True))
+    assert now() == (True, False, False)
+    set_backends(SpeedConfig().model_copy(update={"deterministic": True}))
+    assert now() == (True, False, False)
+    set_backends(SpeedConfig())
+    assert now() == (False, False, True)
+
+
+def test_compiled_code_is_deterministic_or_refused(monkeypatch):
+    for wanted in (True, False):
+        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=wanted))
+        assert torch._inductor.config.deterministic is wanted
+    monkeypatch.setattr("torch._inductor.config", object())
+    with pytest.raises(UserError, match=r"holds for compiled code from PyTorch 2\.10 on; set speed\.compile to off"):
+        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=True))
+
+
+def test_cublas_is_told_before_cuda_starts_unless_the_environment_forbids_it(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    make_cublas_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    make_cublas_deterministic()
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    with pytest.raises(UserError, match=r"but it is ':0:0' in the environment\. Unset it"):
+        make_cublas_deterministic()
+
+
+def test_training_takes_no_operation_without_a_deterministic_algorithm(tmp_path, world, ranks, backends):
+    config = load_config(str(write_config(tmp_path / "c.yaml", *world, steps=3, speed={"deterministic": True})))
+    for name in ("first", "second"):
+        train(config, RunDir(tmp_path / name), ranks)
+    files = [find_checkpoint(tmp_path / name).layout.files for name in ("first", "second")]
+    assert files[0] == files[1]

@@ -10,6 +10,7 @@ from training_fixtures import write_config, write_latents
 from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
+from sdtrain.exchange.sources import open_model
 from sdtrain.model import build_unet
 from sdtrain.run_dir import RunDir
 from sdtrain.train import parse_arguments, run, train
@@ -102,6 +103,36 @@ def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, 
     assert torch.equal(state.partition.master, state.partition.cut(weights["master"]))
     assert torch.equal(state.ema.average, state.partition.cut(weights["ema"]))
     assert (state.partition.moments()["exp_avg"] == 0).all()
+
+
+def test_the_average_goes_on_with_its_count_along_a_chain_of_runs(tmp_path, world, ranks):
+    from sdtrain.training_state import TrainingState
+
+    for name, steps, before in (("first", 4, None), ("second", 3, "first"), ("third", 2, "second")):
+        init_from = before and str(tmp_path / before)
+        train(config_of(tmp_path, world, name=name, steps=steps, init_from=init_from), RunDir(tmp_path / name), ranks)
+    counts = [find_checkpoint(tmp_path / name).layout.num_ema_updates for name in ("first", "second", "third")]
+    assert counts == [4, 7, 9]
+    assert open_model(tmp_path / "third").average.num_updates == 9
+    begun = config_of(tmp_path, world, name="fourth", init_from=str(tmp_path / "third"))
+    state = TrainingState(begun, RunDir(tmp_path / "fourth"), ranks)
+    state.saves.restore()
+    average = state.ema.average.clone()
+    state.partition.load_master(state.partition.master + 1)
+    state.ema.update()
+    decay = (1 + 9) / (10 + 9)  # of the tenth update; anew it would be 1/10
+    expected = decay * average + (1 - decay) * state.partition.master.detach()
+    torch.testing.assert_close(state.ema.average, expected)
+
+
+def test_an_old_checkpoint_counts_the_updates_of_its_own_run(tmp_path, world, ranks):
+    train(config_of(tmp_path, world, steps=3), RunDir(tmp_path / "run"), ranks)
+    path = find_checkpoint(tmp_path / "run").path / "layout.json"
+    layout = json.loads(path.read_text())
+    del layout["num_ema_updates"]
+    layout["guard"]["num_skipped"] = 1
+    path.write_text(json.dumps(layout))
+    assert find_checkpoint(tmp_path / "run").layout.ema_updates == 2
 
 
 def test_a_finished_run_says_so_and_goes_on_only_for_more_steps(tmp_path, world, ranks, capsys):

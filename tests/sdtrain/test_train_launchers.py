@@ -3,17 +3,19 @@
 import os
 import random
 import signal
+import socket
 import sys
 import time
 
 import psutil
 import pytest
 import yaml
-from launching import SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
+from launching import BIN, SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
 from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
+from sdtrain.run_dir import RunDir
 from sdtrain.schedules import learning_rate
 
 WATCHED = "tests/sdtrain/watched_train.py"
@@ -136,3 +138,21 @@ def test_a_mistake_is_one_sentence_from_the_first_rank(config, tmp_path):
 def test_a_finished_run_ends_at_once(config, undisturbed):
     code, text = finish(start([sys.executable, SCRIPT], config, undisturbed))
     assert (code, f"is finished: {STEPS} steps" in text) == (0, True)
+
+
+def test_a_port_and_a_run_directory_that_another_job_has_are_told_in_a_sentence(config, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        launcher = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", str(port), SCRIPT]
+        code, text = finish(start(launcher, config, tmp_path / "run"))
+    assert code != 0
+    assert f"error: Port {port} of this machine is in use" in text
+    assert "deepspeed --master_port" in text
+    assert "Traceback" not in text
+    with RunDir(tmp_path / "run").lock():
+        code, text = finish(start(deepspeed(2), config, tmp_path / "run"))
+    assert code != 0
+    assert f"error: {tmp_path / 'run'} is in use: training is at work (process {os.getpid()} on " in text
+    assert "Traceback" not in text

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from training_fixtures import write_config
 
 from sdtrain.checkpoint import STATE, find_checkpoint
 from sdtrain.config import load_config
 from sdtrain.data.files import sha256_of
 from sdtrain.errors import UserError
-from sdtrain.exchange.sources import open_model
+from sdtrain.exchange.sources import open_model, training_weights
 from sdtrain.export import ExportSettings, export_model
 from sdtrain.model import find_weights
 from sdtrain.run_dir import RunDir
@@ -21,25 +22,66 @@ def begun_from(source, tmp_path, world, ranks, **changes):
     path = write_config(tmp_path / "config.yaml", *world, init_from=str(source), **changes)
     state = TrainingState(load_config(str(path)), RunDir(tmp_path / "begun"), ranks)
     assert state.saves.restore() == 0
-    return state.partition, state.ema.average
+    return state.partition, state.ema
 
 
 @pytest.mark.parametrize("name", ["both.ckpt", "both.safetensors", "both"])
 def test_training_begins_with_both_kinds_of_weights_of_a_published_model(run, name, tmp_path, world, ranks):
     source = export_model(run, tmp_path / name, ExportSettings("both"))
-    partition, average = begun_from(source, tmp_path, world, ranks)
+    partition, ema = begun_from(source, tmp_path, world, ranks)
     weights = {which: dict(find_checkpoint(run).weights(which)) for which in ("master", "ema")}
     assert torch.equal(partition.master, partition.cut(weights["master"]))
-    assert torch.equal(average, partition.cut(weights["ema"]))
+    assert torch.equal(ema.average, partition.cut(weights["ema"]))
+    # A folder has no place for the number of updates; then the warm-up is over, (1 + 80) / (10 + 80) being 0.9.
+    assert ema.num_updates == (80 if name == "both" else find_checkpoint(run).layout.step)
     assert (partition.moments()["exp_avg"] == 0).all()
 
 
 def test_a_published_model_of_one_kind_begins_both(run, tmp_path, world, ranks):
     source = export_model(run, tmp_path / "half.safetensors", ExportSettings("ema", "fp16"))
-    partition, average = begun_from(source, tmp_path, world, ranks)
+    partition, ema = begun_from(source, tmp_path, world, ranks)
     wanted = {name: tensor.half() for name, tensor in find_checkpoint(run).weights("ema")}
     assert torch.equal(partition.master, partition.cut(wanted))
-    assert torch.equal(average, partition.master)
+    assert torch.equal(ema.average, partition.master)
+    assert ema.num_updates == 0
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (torch.tensor(470_000, dtype=torch.int32), 470_000),
+        (torch.tensor(470_000.0), 470_000),
+        (torch.tensor(60_000.0).half(), 60_000),
+        (torch.tensor(470_000.0).half(), None),  # infinite
+        (torch.tensor(-1, dtype=torch.int32), None),  # CompVis' own word for an average that does not count
+        (torch.tensor(0), 0),
+        (None, None),
+    ],
+    ids=str,
+)
+def test_the_number_of_updates_is_read_however_a_file_has_it(run, tokenizer, tmp_path, stored, expected):
+    source = export_model(run, tmp_path / "both.safetensors", ExportSettings("both"))
+    with safe_open(source, "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(source)
+    del tensors["model_ema.num_updates"]
+    save_file(tensors if stored is None else tensors | {"model_ema.num_updates": stored}, source, metadata=notes)
+    assert training_weights(source)[2] == expected
+    again = export_model(source, tmp_path / "again.safetensors", ExportSettings("both", tokenizer=tokenizer))
+    assert int(load_file(again)["model_ema.num_updates"]) == (-1 if expected is None else expected)
+
+
+def test_weights_that_are_not_finite_begin_nothing(run, tmp_path, world, ranks):
+    source = export_model(run, tmp_path / "both.safetensors", ExportSettings("both"))
+    with safe_open(source, "pt") as file:
+        notes = file.metadata()
+    for prefix in ("model.diffusion_model.", "model_ema.diffusion_model"):
+        tensors = load_file(source)
+        name = next(name for name in tensors if name.startswith(prefix))
+        tensors[name].view(-1)[-1] = torch.nan
+        save_file(tensors, tmp_path / "bad.safetensors", metadata=notes)
+        with pytest.raises(UserError, match=r"bad\.safetensors holds weights that are not finite"):
+            begun_from(tmp_path / "bad.safetensors", tmp_path, world, ranks)
 
 
 def test_another_unet_is_a_sentence(run, tmp_path, world, ranks):

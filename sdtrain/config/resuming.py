@@ -1,0 +1,84 @@
+"""What a stopped run may change when it goes on. Every training setting says so where it is declared.
+
+seed: DecidesSamples[int] = 42
+lr: Tunable[float] = Field(default=1e-4, gt=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel
+
+ValueT = TypeVar("ValueT")
+
+
+class OnResume(Enum):
+    """What a change of the setting would do to a run; the text completes "it decides ..."."""
+
+    SAMPLES = "which samples, captions and noise a step sees"
+    NETWORK = "which network is trained, or what it is trained on"
+    OBJECTIVE = "what the network learns to predict"
+    TUNES = "how the weights are learned from the same samples"
+    ON_REQUEST = "in what precision they are learned"
+    FREE = "nothing that makes two runs different"
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether a run keeps the value that it began with."""
+        return self in (OnResume.SAMPLES, OnResume.NETWORK, OnResume.OBJECTIVE)
+
+
+DecidesSamples = Annotated[ValueT, OnResume.SAMPLES]
+"""Fixed: with another value a step would no longer be the same function of seed, step and sample."""
+DecidesNetwork = Annotated[ValueT, OnResume.NETWORK]
+"""Fixed: the checkpoint's weights belong to this value."""
+DecidesObjective = Annotated[ValueT, OnResume.OBJECTIVE]
+"""Fixed: the weights learned so far predict this."""
+Tunable = Annotated[ValueT, OnResume.TUNES]
+"""May change; two runs that differ in it are different runs all the same, and have different digests."""
+TunableOnRequest = Annotated[ValueT, OnResume.ON_REQUEST]
+"""As Tunable, but only where the config names it: never because a default or a machine is another."""
+Free = Annotated[ValueT, OnResume.FREE]
+"""May change; it does not make another run."""
+
+
+def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
+    """What each setting of `model` says of itself, by dotted name.
+
+    Raises:
+        TypeError: one says nothing.
+    """
+    rules: dict[str, OnResume] = {}
+    for name, field in model.model_fields.items():
+        said = [mark for mark in field.metadata if isinstance(mark, OnResume)]
+        kind = field.annotation
+        if said:
+            rules[prefix + name] = said[0]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            rules |= rules_of(kind, f"{prefix}{name}.")
+        else:
+            raise TypeError(
+                f"{model.__name__}.{name} does not say what may become of it when a run goes on: declare it as "
+                "Free[...], Tunable[...] or one of the others in sdtrain/config/resuming.py"
+            )
+    return rules
+
+
+def changeable(rules: Mapping[str, OnResume]) -> list[str]:
+    """The settings that may change, a section by its own name where all of its settings may."""
+    fixed = {part for name, rule in rules.items() if rule.is_fixed for part in (name, name.split(".")[0])}
+    names = [name.split(".")[0] if name.split(".")[0] not in fixed else name for name in rules if name not in fixed]
+    asked = {name for name, rule in rules.items() if rule is OnResume.ON_REQUEST}
+    return [f"{name} (if the config names it)" if name in asked else name for name in dict.fromkeys(names)]
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
