@@ -34,7 +34,7 @@ deploy:
 	@$(BIN)/python -m flows.box deploy
 
 test: setup
-	$(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m "slow and not alone and not long" $(ARGS)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 
 import pytest
 
 from sdtrain.data.dataset import DatasetDir
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, which would be asked again and again where there is none
 
 
 @pytest.fixture

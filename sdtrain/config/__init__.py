@@ -28,6 +28,7 @@ from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleCo
 from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
 from sdtrain.errors import UserError
 from sdtrain.precision import Precision
+from sdtrain.redaction import as_recorded
 from sdtrain.settings import Settings, load_settings, nearest
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
@@ -197,4 +198,4 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
 
 
 def _flat(config: TrainConfig) -> Iterator[tuple[str, Any]]:
-    return flat(config.model_dump(mode="json"))
+    return flat(as_recorded(config.model_dump(mode="json")))  # changes are printed and kept

@@ -25,6 +25,7 @@ from filters.recipe import load_recipe
 from filters.record import read_recipe, record_recipe
 from filters.sources import find_metadata
 from sdtrain import cli, redaction, train
+from sdtrain.config import TrainConfig, changes
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.manifest import entries
 from sdtrain.errors import UserError
@@ -59,6 +60,7 @@ LOCATIONS = {
 }  # fmt: skip
 WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
+    "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
     "KeepConfig": {"rules"},
     "PreviewConfig": {"prompts"},
@@ -156,6 +158,13 @@ def test_a_setting_is_recorded_and_refused_without_its_secret(records, name, fie
         assert_hidden(str(raised.value))
         records.write("".join(redaction.without_secrets(str(raised.value.__cause__))))
     assert_hidden(records.getvalue())
+
+
+def test_a_change_of_a_run_is_told_without_its_secret():
+    old, new = (TrainConfig(name="x", steps=1, data={"root": root}) for root in ("/data", PLANTED))
+    (change,) = changes(old, new)
+    assert_hidden(f"{change} {change.model_dump_json()}")
+    assert "data.root: /data -> " in str(change)
 
 
 def test_a_file_that_is_no_yaml_is_not_quoted(tmp_path):

@@ -23,7 +23,7 @@ def run(tmp_path, world, ranks, name, deepspeed_json=None, **changes):
 
 
 def test_deepspeed_neither_waits_for_the_device_nor_skips_steps_by_itself():
-    settings = deepspeed_config(load_config("sd-v1-3"), 4, 10**9, None)
+    settings = deepspeed_config(load_config("sd-v1-3").model_copy(update={"precision": "bf16"}), 4, 10**9, None)
     assert settings["timers"] == {"throughput": {"enabled": False}}
     assert settings["bf16"] == {"enabled": True, "check_grad_overflow": False}
     assert settings["gradient_accumulation_steps"] == 4

@@ -16,12 +16,12 @@ from picture_fixtures import scene_picture
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdtrain.data import digests
 from sdtrain.data import vae as vae_at_work
 from sdtrain.data.crops import cut
 from sdtrain.data.dataset import DatasetDir
 from sdtrain.data.latent_store import LatentStore
 from sdtrain.data.latents import ENCODE
-from sdtrain.data.latents_info import _vae_digest
 from sdtrain.data.manifest import require_entry, write_entry
 from sdtrain.data.pictures import decode_rgb
 from sdtrain.data.stage import pending, run_batch
@@ -237,8 +237,9 @@ def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_dige
     dataset, recipe = write_packed(tmp_path / "data"), Recipe(folder)
     with monkeypatch.context() as before:
         before.setattr("sdtrain.model.vae_digests", lambda name: iter([earlier.hexdigest()]))
+        before.setattr(digests, "_computed", {})
+        before.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
         run_batch(ENCODE, dataset, recipe, [0])
-        _vae_digest.cache_clear()
     assert json.loads(dataset.latents_info.read_text())["vae_sha256"] == earlier.hexdigest()
     assert pending(ENCODE, dataset, recipe) == [1]
     assert pending(ENCODE, dataset, Recipe("demo")) == [1]
