@@ -46,6 +46,12 @@ _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bBea
 _REVEALING_VARIABLE = re.compile(
     r"(?<![A-Z])(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|APIKEY|SECRET_ACCESS_KEY|AUTH_STRING|DSN)(?![A-Z])"
 )
+# Parameters of S3's, GCS's and DuckDB's URLs that are words: taken out wherever they stand, messages would lose sense.
+_HARMLESS_NAME = re.compile(
+    r"(?:s3_)?(?:region|endpoint|url_style|use_ssl)|x-(?:amz|goog)-(?:algorithm|date|expires|signedheaders)|"
+    r"response-content-\w+|versionid|download|sv|sr|sp|spr|st|se",
+    re.I,
+)
 _LEAST_CHARS = 8  # of what is taken out wherever it stands
 
 _known: set[str] = set()
@@ -110,6 +116,10 @@ def hide_secrets_in_logs() -> None:
 
     Where records are made, because handlers come and go, and some libraries bring their own.
     """
+    sys.excepthook = print_error
+    threading.excepthook = lambda raised: print_error(
+        raised.exc_type, raised.exc_value or raised.exc_type(), raised.exc_traceback
+    )
     factory = logging.getLogRecordFactory()
     if getattr(factory, "hides_secrets", False):
         return
@@ -121,10 +131,6 @@ def hide_secrets_in_logs() -> None:
 
     make.hides_secrets = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(make)
-    sys.excepthook = print_error
-    threading.excepthook = lambda raised: print_error(
-        raised.exc_type, raised.exc_value or raised.exc_type(), raised.exc_traceback
-    )
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -206,12 +212,13 @@ def _secrets_of(text: str) -> Iterator[str]:
         yield query
     for name, value in parse_qsl(query.replace("#", "&")):
         is_named = re.fullmatch(_REVEALING_NAME, name, re.I)
-        may_be_one = len(value) >= _LEAST_CHARS and not value.isdigit() and not value.startswith("AWS4-")
+        may_be_one = len(value) >= _LEAST_CHARS and not value.isdigit() and not _HARMLESS_NAME.fullmatch(name)
         if (is_named and len(value) >= 4) or may_be_one:
             yield value
     # As they stand too, because an escape may be wrong and then is no escape for whoever decodes it.
     for part in re.split("[&#]", query):
-        if len(value := part.partition("=")[2]) >= _LEAST_CHARS and not value.isdigit():
+        name, _, value = part.partition("=")
+        if len(value) >= _LEAST_CHARS and not value.isdigit() and not _HARMLESS_NAME.fullmatch(name):
             yield value
 
 

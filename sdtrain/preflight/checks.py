@@ -60,11 +60,11 @@ def require(checks: Iterable[Check]) -> list[Finding]:
         UserError: some failed; it names all of these.
     """
     found = findings(checks)
-    problems = [finding for finding in found if finding.is_problem]
+    problems = list({finding.text: finding for finding in found if finding.is_problem}.values())
     if len(problems) == 1:
         raise UserError(problems[0].text)
     if problems:
-        lines = "\n".join(dict.fromkeys(f"- {finding.name}: {finding.text}" for finding in problems))
+        lines = "\n".join(f"- {finding.name}: {finding.text}" for finding in problems)
         raise UserError(f"{len(problems)} things that this run needs are missing or wrong:\n{lines}")
     return found
 

@@ -194,6 +194,11 @@ FILES = {
     "data/hosts.txt": b"no host at all!\n",
     "data/good.txt": b"e.com\n",
 }
+# Else those that cannot be had here would be the mistake.
+NO_NETWORKS: dict[str, Any] = {
+    "score": {f"{name}_weights": None for name in ("clip", "aesthetic", "safety", "watermark")},
+    "encode": {"vae": "demo", "resolution": 64},
+}
 MISTAKES = [
     ("metadata", {}, "none.parquet"),
     ("metadata", {}, "text.parquet"),
@@ -241,7 +246,7 @@ def test_a_mistake_in_what_a_recipe_reads_shows_no_secret(
         else:
             select[setting] = [{"files": planted} | more]
         recipe = tmp_path / "mine.yaml"
-        recipe.write_text(yaml.safe_dump({"name": "mine", "select": select}))
+        recipe.write_text(yaml.safe_dump({"name": "mine", "select": select, **NO_NETWORKS}))
         code, said = run(monkeypatch, capfd, "build", recipe, "--output", tmp_path / "data")
     assert code == 2, said
     assert said.splitlines()[-1].startswith("error: ")

@@ -141,11 +141,14 @@ def test_the_order_and_the_size_of_samples_are_kept(tmp_path, world, name):
 def test_precision_changes_only_where_the_config_names_it(tmp_path, world):
     run_dir, file = RunDir(tmp_path / "run"), tmp_path / "config.yaml"
     run_dir.begin(config_of(tmp_path, world, precision="fp32"), 3)
-    write_config(file, *world)
-    with pytest.raises(UserError, match=r"precision: fp32 -> bf16\).*the config does not name precision"):
-        run_dir.check_config(configure(str(file), data="elsewhere", steps=9))
-    write_config(file, *world, precision="bf16")
-    run_dir.check_config(configure(str(file), data="elsewhere", steps=9))
+    for precision, expected in (("auto", "fp32"), ("bf16", "bf16")):
+        write_config(file, *world, precision=precision)
+        config = configure(str(file), data="elsewhere", steps=9)
+        run_dir.check_config(config)
+        assert run_dir.with_kept_precision(config).precision == expected
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if not line.startswith("precision")))
+    unnamed = configure(str(file), data="elsewhere", steps=9)
+    assert run_dir.with_kept_precision(unnamed).precision == "fp32", "a default is no request"
     assert "precision (if the config names it)" in MAY_CHANGE
 
 
@@ -176,8 +179,12 @@ def _other_values(model):
 
 
 def test_digests_are_those_of_runs_from_before_settings_said_it_themselves():
-    assert load_config("sd-v1-2").digest() == "a8647279aca3858ac06f8b92a0556018fd62ca4901ce7a1072e2b5b0165f29bf"
-    assert load_config("sd-v1-1-256").digest() == "8cff0c96bd2af9e29b998b078e98c2c12390b638b89f1b04498c94c431a3c32a"
+    expected = {
+        "sd-v1-2": "a8647279aca3858ac06f8b92a0556018fd62ca4901ce7a1072e2b5b0165f29bf",
+        "sd-v1-1-256": "8cff0c96bd2af9e29b998b078e98c2c12390b638b89f1b04498c94c431a3c32a",
+    }
+    for name, digest in expected.items():  # their default precision was bf16
+        assert load_config(name).model_copy(update={"precision": "bf16"}).digest() == digest
 
 
 def test_a_run_folder_from_before_goes_on_bit_for_bit(tmp_path, world, ranks):

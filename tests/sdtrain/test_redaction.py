@@ -62,9 +62,11 @@ def test_secrets_leave_a_text(text, wanted):
         "unknown key 'limmit'. Did you mean 'limit'? Known: a=1",
         "ray://HEAD:10001 and http://127.0.0.1:4200/api do not answer: token 5 of 7",
         "tokens=5, num_tokens: '3', key=00012 at 12:30:05",
+        "There is no region 'us-est-1'. Did you mean 'us-east-1'?",
     ],
 )
 def test_what_is_no_secret_stays(text):
+    remember_secrets("s3://b/x?s3_region=us-east-1&X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Signature=0123456789abcdef")
     assert shown(text) == text
 
 

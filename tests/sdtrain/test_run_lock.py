@@ -25,6 +25,15 @@ def hold(path, ready):
     lock.close()
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """The command takes over two signals; they are given back to the tests that come later."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def holder(tmp_path):
     """Another process that trains in a run directory."""
@@ -51,7 +60,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path, holder):
 
 
 def test_the_command_refuses_before_it_joins_anything(tmp_path, world, holder, monkeypatch):
-    monkeypatch.setattr("sdtrain.train.join", lambda *_: pytest.fail("the ranks were joined"))
+    monkeypatch.setattr("sdtrain.ranks.join", lambda *_: pytest.fail("the ranks were joined"))
     config = write_config(tmp_path / "c.yaml", *world)
     with pytest.raises(UserError, match=r"run is in use: training is at work"):
         run(parse_arguments(["--config", str(config), "--output", str(tmp_path / "run")]))
@@ -68,7 +77,7 @@ def test_the_command_holds_the_lock_while_it_trains_and_not_longer(tmp_path, wor
         def close(self):
             pass
 
-    monkeypatch.setattr("sdtrain.train.join", lambda *_: Ranks())
+    monkeypatch.setattr("sdtrain.ranks.join", lambda *_: Ranks())
     monkeypatch.setattr("sdtrain.train.train", train_beside_another)
     arguments = parse_arguments(["--config", str(config), "--output", str(output)])
     run(arguments)

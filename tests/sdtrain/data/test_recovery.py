@@ -33,6 +33,8 @@ def build(site, tmp_path, monkeypatch, capsys):
         "name": "little",
         "select": {"metadata": str(tmp_path / "metadata.parquet"), "samples_per_shard": 4},
         "download": {"allow_private_hosts": True, "retries": 0, "image_size": 48, "timeout_s": 2},
+        "score": {f"{name}_weights": None for name in ("clip", "aesthetic", "safety", "watermark")},
+        "encode": {"vae": "demo", "resolution": 64},
     }
     (tmp_path / "little.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr("filters.road.road", lambda: (SELECT, DOWNLOAD))

@@ -153,7 +153,7 @@ def test_a_file_of_halves_or_of_mixed_dtypes_loads_and_is_exported(stored, publi
     frozen = model.frozen()
     for network in (model.unet("ema"), frozen.vae, frozen.text_encoder):
         assert {tensor.dtype for tensor in network.state_dict().values()} == {torch.float32}
-    raw, average = training_weights(path)
+    raw, average, _ = training_weights(path)
     assert raw.keys() == average.keys() == unet_state("v1-5").keys()
     again = TensorFile(export_model(path, tmp_path / "again.safetensors", ExportSettings(tokenizer=str(public))))
     for name, tensor in change(bare(tensors)).items():
