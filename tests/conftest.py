@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from sdtrain.data.dataset import DatasetDir
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, which would be asked again and again where there is none
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Commands that are tried in this process take over signals, and later tests' children would inherit that."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

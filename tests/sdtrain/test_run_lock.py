@@ -25,15 +25,6 @@ def hold(path, ready):
     lock.close()
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """The command takes over two signals; they are given back to the tests that come later."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture
 def holder(tmp_path):
     """Another process that trains in a run directory."""
