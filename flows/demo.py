@@ -122,7 +122,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     print("Sampling: 36 prompts, 50 PLMS steps ...", flush=True)
     trained = try_model(export_model(demo.training.path, demo.samples / "model"))
     draw_sheet(trained).save(demo.samples / "samples.png")
-    untrained = try_model(export_untrained(CONFIG, demo.samples / "untrained"), guidance_scales=(3.0,))
+    untrained = try_model(export_untrained(CONFIG, demo.samples / "untrained"), guidance_scales=(3.0,), num_steps=10)
     draw_sheet(untrained).save(demo.samples / "untrained.png")
     found = {"seen": trained.seen, "unseen": trained.unseen, "untrained": untrained.seen}
     write_results(results, checkpoint, found)

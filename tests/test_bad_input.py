@@ -93,7 +93,10 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(tmp_path):
         pytest.skip("a full disk is made with `unshare -m` and tmpfs, which needs root on Linux")
     metadata, full = write_many_rows(tmp_path / "m.parquet"), tmp_path / "full"
     full.mkdir()
-    build = f"{sys.executable} -m sdtrain.cli build demo --metadata {metadata} --output {full}/data"
+    recipe = tmp_path / "mine.yaml"
+    scores = ", ".join(f"{name}_weights: null" for name in ("clip", "aesthetic", "safety", "watermark"))
+    recipe.write_text(f"name: mine\nscore: {{{scores}}}\nencode: {{vae: demo, resolution: 64}}\n")
+    build = f"{sys.executable} -m sdtrain.cli build {recipe} --metadata {metadata} --output {full}/data"
     script = f"mount -t tmpfs -o size=600k tmpfs {full}; {build}; code=$?; find {full} -name '*.parquet'; exit $code"
     ended = subprocess.run(["unshare", "-m", "sh", "-c", script], check=False, capture_output=True, text=True)
     assert ended.returncode == 2, ended.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
@@ -97,7 +98,7 @@ class Search:
         fetched = top
         while True:
             cosines, numbers = self._index.nearest(vectors, min(fetched, self.num_pictures))
-            found = [self._hits(row, ids, kept_only) for row, ids in zip(cosines, numbers, strict=True)]
+            found = self._hits(cosines, numbers, kept_only)
             ends = fetched >= min(self.num_pictures, _MAX_LOOKED_AT) or bool((numbers < 0).any())
             if ends or not kept_only or all(len(hits) >= top for hits in found):
                 return [hits[:top] for hits in found]
@@ -111,14 +112,28 @@ class Search:
         if kept_only and not self.dataset.decisions.exists():
             raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
 
-    def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[Hit]:
-        places = [(float(c), *self._index.place(n)) for c, n in zip(cosines, numbers.tolist(), strict=True) if n >= 0]
-        uids = {
-            shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"]
-            for shard in {shard for _, shard, _ in places}
-        }
-        hits = look_up(self.dataset, [(cosine, shard, uids[shard][row].as_py()) for cosine, shard, row in places])
-        return [hit for hit in hits if hit.reason is None] if kept_only else hits
+    def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
+        """For each question, what is known of the pictures found; all are looked up together."""
+        places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]
+        shards = {place[0] for place in places if place}
+        uids = {shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"] for shard in shards}
+        asked = [
+            (float(cosine), place[0], uids[place[0]][place[1]].as_py())
+            for cosine, place in zip(cosines.ravel(), places, strict=True)
+            if place
+        ]
+        known = {hit.uid: hit for hit in look_up(self.dataset, asked)}
+        by_question: list[list[Hit]] = [[] for _ in numbers]
+        questions = [number for number, row in enumerate(numbers) for _ in row]
+        found = iter(asked)
+        for question, place in zip(questions, places, strict=True):
+            if place is None:
+                continue
+            nearness, _, uid = next(found)
+            hit = known.get(uid)
+            if hit is not None and not (kept_only and hit.reason is not None):
+                by_question[question].append(replace(hit, nearness=nearness))
+        return by_question
 
     @cached_property
     def _index(self) -> PictureIndex:

@@ -39,19 +39,20 @@ class Trial:
     unseen: Agreement
 
 
-def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES) -> Trial:
-    """Samples every pair once for each guidance scale (50 PLMS steps) and judges the pictures.
+def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES, num_steps: int = 50) -> Trial:
+    """Samples every pair once for each guidance scale by PLMS and judges the pictures.
 
     Args:
         folder: a diffusers folder.
         guidance_scales: one round of all pairs for each, with seeds of its own.
+        num_steps: of the sampler.
     """
     sampler = Sampler(load_networks(folder))
     prompts = [f"a {color} {shape}" for color, shape in PAIRS]
-    rounds = [
-        sampler.sample(prompts, range(1000 * i, 1000 * i + len(PAIRS)), SampleSettings(scale, batch_size=len(PAIRS)))
-        for i, scale in enumerate(guidance_scales)
-    ]
+    rounds = []
+    for i, scale in enumerate(guidance_scales):
+        settings = SampleSettings(scale, num_steps, batch_size=len(PAIRS))
+        rounds.append(sampler.sample(prompts, range(1000 * i, 1000 * i + len(PAIRS)), settings))
     return Trial(rounds, _agreement(rounds, unseen=False), _agreement(rounds, unseen=True))
 
 

@@ -12,7 +12,7 @@ from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
+SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 NUM_STEPS, NUM_EACH = 25, 2
 _NUM_REFERENCE = 500
 
