@@ -17,7 +17,7 @@ from filters.road import STAGE_NAMES
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 MADE_ANEW = ("index.json", "console.log", "results.json", "results.csv", "curve.png", "README.md", "datasets.json")
-MADE_ANEW += ("demo-prompts.txt", "prompts.json")
+MADE_ANEW += ("demo-prompts.txt", "prompts.json", "protocol.json")
 
 
 def run_demo(output: Path) -> tuple[dict, str]:
