@@ -31,6 +31,7 @@ from sdtrain.evaluation.results import Results, write_results
 from sdtrain.exchange.sources import pinned
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
+from sdtrain.redaction import as_recorded
 
 _PICTURE_BYTES_PER_PIXEL = 2.0
 """Of a PNG of a photograph, about."""
@@ -130,7 +131,7 @@ class Sweep:
         return int(read_tensors(paths, ["cut"])["cut"].sum())
 
     def _described(self) -> dict[str, Any]:
-        return self.protocol.model_dump(mode="json") | {
+        return as_recorded(self.protocol.model_dump(mode="json")) | {
             "size_px": self.models[0].size_px,
             "prompts_source": self.prompts.source,
             "prompts_sha256": self.prompts.digest,
@@ -163,7 +164,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     if reference.statistics is not None:
         Judge(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
-    write_json(directory.protocol, protocol.model_dump(mode="json"))
+    write_json(directory.protocol, as_recorded(protocol.model_dump(mode="json")))
     real = None if reference.statistics else prepare_reference(reference, protocol, found[0].size_px)
     return Sweep(protocol, directory, tuple(found), prompts, reference, real)
 

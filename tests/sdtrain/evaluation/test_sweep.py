@@ -1,6 +1,7 @@
 import csv
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 from threading import Timer
 from types import SimpleNamespace
 
@@ -286,3 +287,13 @@ def test_auto_is_decided_once_for_an_evaluation_even_before_it_has_results(littl
     (tmp_path / "out" / "protocol.json").unlink()  # as one that was finished before there was such a file
     (tmp_path / "out" / "results.json").write_text(json.dumps({"protocol": {"dtype": "fp16"}}))
     assert plan(automatic, [run], tmp_path / "out").protocol.dtype == "fp16"
+
+
+def test_the_noted_protocol_holds_no_credential(little, run, tmp_path):
+    sweep = plan(little, [run], tmp_path / "out")
+    signed = replace(
+        sweep, protocol=little.model_copy(update={"network_weights": "https://me:pass@h/w.pth?sig=s3cr3t"})
+    )
+    described = json.dumps(signed._described())
+    assert "s3cr3t" not in described
+    assert "pass@" not in described
