@@ -24,14 +24,14 @@ demo: setup
 # One machine for months: PostgreSQL, Prefect's server, a worker for each pool; docs/operating.md says more.
 # SDTRAIN_STATE (.sdtrain-box) and SDTRAIN_PORT (4200) say where.
 up: setup
-	@$(BIN)/python -m flows.box up
+	@$(BIN)/python -m infra.box up
 
 down:
-	@$(BIN)/python -m flows.box down
+	@$(BIN)/python -m infra.box down
 
 # After a change of prefect.yaml or of a flow's parameters, while the box is up.
 deploy:
-	@$(BIN)/python -m flows.box deploy
+	@$(BIN)/python -m infra.box deploy
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)

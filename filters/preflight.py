@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from filters.joins import columns_of, join_files
-from filters.lists import list_files
+from filters.pipeline import STAGE_NAMES
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
-from filters.road import STAGE_NAMES
-from filters.schema import SCORES, check_columns
-from filters.sources import find_metadata
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import entries
+from filters.select.lists import list_files
+from filters.select.metadata_files import find_metadata
+from filters.select.schema import SCORES, check_columns
+from filters.select.score_joins import columns_of, join_files
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import entries
+from sdtrain.plan.estimate import DatasetJob, Machines, Planner
 from sdtrain.plan.rates import load_rates
-from sdtrain.plan.work import DatasetJob, Machines, Planner
 from sdtrain.preflight.checks import ROOM_IS_SURELY_TOO_SMALL, Check, check_room, check_writable, require
 from sdtrain.preflight.networks import check_vae
 from sdtrain.settings import Settings
@@ -146,8 +146,8 @@ def _score_checks(config: ScoreConfig) -> list[Check]:
 
 
 def _check_network(config: ScoreConfig, name: str) -> str:
-    from filters.models import load_network
-    from filters.scores import weight_digest
+    from filters.score.models import load_network
+    from filters.score.stage import weight_digest
 
     digest = weight_digest(config, name)
     load_network(config, name)
@@ -155,14 +155,14 @@ def _check_network(config: ScoreConfig, name: str) -> str:
 
 
 def _check_heads(config: ScoreConfig) -> str:
-    from filters.models import check_heads
+    from filters.score.models import check_heads
 
     check_heads(config)
     return config.clip_model
 
 
 def _check_semantic(recipe: Recipe, num_rows: int) -> str:
-    from filters.duplicates.clusters import load_faiss, num_clusters_for
+    from filters.dedup.clusters import load_faiss, num_clusters_for
 
     num_clusters = num_clusters_for(num_rows, recipe.duplicates.num_clusters)
     if num_clusters > 1:

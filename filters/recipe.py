@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from filters.rules import RuleValue, check_rules
-from filters.schema import ALIASES, SwappedSizes
-from sdtrain.data.config import DownloadConfig, EncodeConfig, PackConfig
+from filters.select.schema import ALIASES, SwappedSizes
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Location, Settings, load_settings, nearest, parse_settings
 

@@ -69,7 +69,7 @@ RULES: dict[str, Rule] = {
     ),
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
-    # What these measure is told in filters.quality.
+    # What these measure is told in filters.score.quality.
     "min_sharpness": _of_picture("sharpness", ">=", "sharpness under {value}"),
     "min_entropy": _of_picture("entropy", ">=", "gray levels of an entropy under {value} bits"),
     "max_border": _of_picture("border", "<=", "more than the share {value} of the picture is border of one colour"),

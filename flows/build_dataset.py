@@ -12,15 +12,15 @@ from prefect.runtime import flow_run
 from pydantic import Field
 
 from filters.recipe import Overrides, Recipe, known_recipes, load_recipe
-from filters.record import output_dataset, record_recipe, require_metadata, with_precision
-from flows.credentials import s3_credentials
-from flows.engines import Engine, start_engine
-from flows.failure import fails_with_a_sentence
-from flows.parameters import records_no_secrets
-from flows.stages import StageOptions, run_stage
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.dataset_lock import lock_to_change
-from sdtrain.data.remote.eviction import keep_local as keep_files
+from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
+from flows.support.credentials import s3_credentials
+from flows.support.parameters import records_no_secrets
+from flows.support.stage_runner import StageOptions, run_stage
+from flows.support.task_runners import Engine, start_engine
+from flows.support.user_errors import fails_with_a_sentence
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import lock_to_change
+from sdtrain.dataset.s3.eviction import keep_local as keep_files
 from sdtrain.settings import Location
 
 RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
@@ -120,8 +120,8 @@ def build(
     work: WorkFolder = WorkFolder(),
 ) -> str:
     """The road, in a flow. Returns the dataset's directory, or its URL."""
+    from filters.pipeline import road
     from filters.preflight import BuildPreflight
-    from filters.road import road
 
     require_metadata(recipe)
     dataset = output_dataset(output, recipe, work.parent)
@@ -149,14 +149,14 @@ def _begin(dataset: DatasetDir, recipe: Recipe) -> None:
 
 @task(name="retry-failed", task_run_name="retry-failed", cache_policy=NO_CACHE, persist_result=False)
 def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
-    from sdtrain.data.recovery import recover
+    from sdtrain.download.recovery import recover
 
     get_run_logger().info("%s", recover(dataset, recipe))
 
 
 def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
-    from filters.finish import finish_dataset
-    from filters.funnel import funnel
+    from filters.decide.funnel import funnel
+    from filters.inspect.report import finish_dataset
 
     finish_dataset(dataset, recipe)
     rows = [dict(row) for row in funnel(dataset, recipe)]

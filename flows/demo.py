@@ -26,17 +26,17 @@ from prefect.settings import (
 
 from filters.recipe import Overrides, Recipe, load_recipe
 from flows.build_dataset import build
-from flows.failure import fails_with_a_sentence
-from flows.stages import StageOptions
+from flows.support.stage_runner import StageOptions
+from flows.support.user_errors import fails_with_a_sentence
 from flows.train_unet import train
 from sdtrain.config import load_config
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import entries
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import entries
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
 from sdtrain.errors import UserError
-from sdtrain.run_dir import RunDir
+from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from sdtrain.report.page import PictureSection
@@ -110,9 +110,9 @@ def demo_recipe(demo: DemoDir) -> Recipe:
 
 def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     """Samples all prompts from the trained and the untrained model and judges them, unless that was done before."""
-    from sdtrain.checkpoint import find_checkpoint
     from sdtrain.demo.agreement import draw_sheet, export_untrained, read_results, try_model, write_results
-    from sdtrain.export import export_model
+    from sdtrain.formats.checkpoint import find_checkpoint
+    from sdtrain.formats.export import export_model
 
     checkpoint = find_checkpoint(demo.training.path).path.name
     results = demo.samples / "agreement.json"
@@ -131,24 +131,24 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 def look_closer(demo: DemoDir) -> "list[PictureSection]":
     """Evaluates the model, searches the data, and looks for training pictures among samples."""
-    from flows import demo_sections
-    from sdtrain.checkpoint import find_checkpoint
+    from flows import demo_report
+    from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
 
     memorised = demo.samples / f"memorised-{find_checkpoint(demo.training.path).path.name}"
-    evaluated = demo_sections.evaluate(demo.training, demo.data)
+    evaluated = demo_report.evaluate(demo.training, demo.data)
     write_card(demo.training.path)  # now with the evaluation
     return [
         evaluated,
-        demo_sections.search(demo.data, demo.root / "search.png"),
-        demo_sections.look_for_memorised(demo.samples / "model", demo.data, memorised),
+        demo_report.search(demo.data, demo.root / "search.png"),
+        demo_report.look_for_memorised(demo.samples / "model", demo.data, memorised),
     ]
 
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[PictureSection]") -> Path:
     """The page that the demo ends with."""
-    from filters.borders import borders
-    from filters.finish import limits_of, scores_note
+    from filters.inspect.borders import borders
+    from filters.inspect.report import limits_of, scores_note
     from sdtrain.report.page import Report, SampleSection, write_report
 
     names = {

@@ -10,10 +10,10 @@ from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner
 from pydantic import Field
 
-from flows.engines import Engine, start_engine
-from flows.failure import fails_with_a_sentence
-from flows.parameters import records_no_secrets
-from flows.stages import StageOptions, run_stage
+from flows.support.parameters import records_no_secrets
+from flows.support.stage_runner import StageOptions, run_stage
+from flows.support.task_runners import Engine, start_engine
+from flows.support.user_errors import fails_with_a_sentence
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.preflight.checks import require

@@ -9,14 +9,14 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from flows.failure import fails_with_a_sentence
-from flows.parameters import records_no_secrets
+from flows.support.parameters import records_no_secrets
+from flows.support.user_errors import fails_with_a_sentence
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
-from sdtrain.run_dir import RunDir
 from sdtrain.settings import Location
 from sdtrain.train import configure
+from sdtrain.training.run_dir import RunDir
 
 Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
 Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]

@@ -20,16 +20,16 @@ from prefect.runtime import flow_run
 from prefect.utilities.callables import get_parameter_defaults
 from pydantic import Field
 
-from flows import slurm
-from flows.failure import fails_with_a_sentence
-from flows.launch import run_tree
-from flows.parameters import records_no_secrets
-from flows.progress import ProgressArtifact, Throttle
+from flows.support import slurm
+from flows.support.parameters import records_no_secrets
+from flows.support.process_tree import run_tree
+from flows.support.progress import ProgressArtifact, Throttle
+from flows.support.user_errors import fails_with_a_sentence
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
-from sdtrain.run_dir import RunDir
 from sdtrain.settings import Location
 from sdtrain.train import configure
+from sdtrain.training.run_dir import RunDir
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN_SCRIPT = REPOSITORY / "sdtrain" / "train.py"

@@ -26,11 +26,11 @@ from sdtrain.precision import choose, warning_if_slow
 from sdtrain.preflight.checks import Check, require
 from sdtrain.preflight.training import late_checks
 from sdtrain.redaction import hide_secrets_in_logs, holds_secret
-from sdtrain.run_dir import RunDir
 from sdtrain.settings import parse_settings
+from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from sdtrain.ranks import Ranks
+    from sdtrain.training.distributed import Ranks
 
 # Imports that need torch are inside the functions: the flows take `configure` from here, and mistakes are told at once.
 
@@ -55,12 +55,12 @@ def train(
         UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
     """
     # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
-    from sdtrain.impact.recorder import EnergyRecorder
-    from sdtrain.observer import Observer
-    from sdtrain.progress import Progress
-    from sdtrain.schedules import learning_rate
-    from sdtrain.training_state import TrainingState
-    from sdtrain.watchdog import Watchdog
+    from sdtrain.training.energy import EnergyRecorder
+    from sdtrain.training.monitor import Observer
+    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.state import TrainingState
+    from sdtrain.training.throughput import Progress
+    from sdtrain.training.watchdog import Watchdog
 
     config = _with_precision(config, run_dir, ranks)
     _require(late_checks(config, run_dir.path), ranks)
@@ -214,8 +214,8 @@ def run(arguments: argparse.Namespace) -> None:
         UserError: something that the user can put right.
     """
     config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
-    from sdtrain.data.sources import require_samples
-    from sdtrain.ranks import (
+    from sdtrain.loading.sources import require_samples
+    from sdtrain.training.distributed import (
         join,
         make_cublas_deterministic,
         rank_from_environment,
@@ -248,7 +248,7 @@ def main() -> int:
     try:
         run(parse_arguments())
     except UserError as error:
-        from sdtrain.ranks import rank_from_environment
+        from sdtrain.training.distributed import rank_from_environment
 
         if rank_from_environment() == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Fixtures for tests of more than one package; that it lies here also lets them import `picture_fixtures`."""
+"""Fixtures for tests of more than one package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from sdtrain.data.dataset import DatasetDir
+from sdtrain.dataset.layout import DatasetDir
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the hub, which would be asked again and again where there is none
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.image_shards import TABLE, picture_place
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.tars import write_samples
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.pictures import SEEN_PAIRS, draw, random_scene
+from sdtrain.download.image_shards import TABLE, picture_place
 
 _SELECTION = pa.schema(
     [

@@ -106,8 +106,8 @@ def test_a_full_disk_stops_with_a_sentence_and_leaves_no_half_file(tmp_path):
 
 
 def test_latents_of_another_vae_are_refused_by_training(tmp_path):
-    from sdtrain.data.latent_store import check_cache
     from sdtrain.errors import UserError
+    from sdtrain.loading.latent_store import check_cache
 
     with pytest.raises(UserError, match=r"vae_sha256 is 'aa' there and 'bb' here.*Encode them again"):
         check_cache({"vae_sha256": "aa"}, {"vae_sha256": "bb"}, tmp_path)

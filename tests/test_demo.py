@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from filters.road import STAGE_NAMES
+from filters.pipeline import STAGE_NAMES
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 

@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
-sys.path.append(str(TESTS / "filters"))
 
-from removal_fixtures import NUM_ROWS, build, make_recipe, serve, write_metadata, write_photos  # noqa: E402
-from training_fixtures import write_config, write_latents, write_models, write_run  # noqa: E402
-
-from sdtrain.data.dataset import DatasetDir  # noqa: E402
+from sdtrain.dataset.layout import DatasetDir  # noqa: E402
 from sdtrain.settings import dump_settings  # noqa: E402
+from tests.filters.removal_fixtures import NUM_ROWS, build, make_recipe, serve, write_metadata, write_photos  # noqa: E402
+from tests.training_fixtures import write_config, write_latents, write_models, write_run  # noqa: E402
 
 PYTHON, BIN = sys.executable, Path(sys.executable).parent
 SDTRAIN = (BIN / "sdtrain",)
@@ -92,8 +90,8 @@ def test_questions_about_a_finished_dataset_load_no_networks(
 
 def views(root: Path) -> None:
     """Writes metadata.duckdb, as the first finished build does."""
-    from filters.record import read_recipe
-    from filters.views import write_views
+    from filters.inspect.views import write_views
+    from filters.recipe_record import read_recipe
 
     if not DatasetDir(root).database.exists():
         write_views(DatasetDir(root), read_recipe(DatasetDir(root)))
@@ -105,7 +103,7 @@ def test_flow_is_known_to_prefect_before_any_network_is_loaded(flow: str) -> Non
 
 
 def test_box_starts_without_prefect() -> None:
-    assert not loaded_by("-m", "flows.box", "--help") & (NETWORKS | OTHERS | PREFECT)
+    assert not loaded_by("-m", "infra.box", "--help") & (NETWORKS | OTHERS | PREFECT)
 
 
 def test_mistake_in_a_training_config_is_told_without_networks() -> None:

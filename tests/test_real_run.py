@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from full_size_vae import write_full_size_vae
 
+from filters.pipeline import road
 from filters.recipe import RECIPES_DIR, load_recipe
-from filters.road import road
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import entries
-from sdtrain.data.stage import pending, run_batch
-from sdtrain.data.tars import read_samples
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import entries
+from sdtrain.dataset.stage import pending, run_batch
+from sdtrain.dataset.tars import read_samples
+from tests.full_size_vae import write_full_size_vae
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 NUM_LAION_ROWS = 3

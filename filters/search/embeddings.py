@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from filters.duplicates.clusters import unit
-from filters.duplicates.columns import Pictures
-from filters.duplicates.stage import scored_pictures
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.image_rows import read_parquet
-from sdtrain.data.manifest import require_entry
-from sdtrain.data.selection import selected_shards
+from filters.dedup.clusters import unit
+from filters.dedup.columns import Pictures
+from filters.dedup.stage import scored_pictures
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import require_entry
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 
 _FORMAT = "search/1"

@@ -11,11 +11,11 @@ from PIL import Image
 
 from filters.recipe import ScoreConfig
 from filters.search.index import IndexInfo
-from sdtrain.data.clip import clip_preprocess, load_clip
-from sdtrain.data.clip_view import clip_view, normalised, pixels_of
-from sdtrain.data.digests import clip_digest
-from sdtrain.data.weights import RANDOM, RANDOM_FULL
 from sdtrain.errors import UserError
+from sdtrain.models.clip import clip_preprocess, load_clip
+from sdtrain.models.clip_view import clip_view, normalised, pixels_of
+from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import RANDOM, RANDOM_FULL
 
 _BATCH = 32
 

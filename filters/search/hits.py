@@ -13,10 +13,10 @@ import duckdb
 import pyarrow.parquet as pq
 from PIL import Image
 
-from filters.tables import SCORE_COLUMNS
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.pictures import PICTURE_EXTENSIONS, decode_rgb
-from sdtrain.data.remote.single_files import read_part
+from filters.inspect.tables import SCORE_COLUMNS
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.files import read_part
+from sdtrain.images.decode import PICTURE_EXTENSIONS, decode_rgb
 
 KEY = re.compile(r"[0-9]{1,18}")
 _IMAGES: tuple[str, ...] = ("url", "caption", "sha256", "original_width", "original_height")

@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-from filters.duplicates.clusters import learn_centers, load_faiss, unit
+from filters.dedup.clusters import learn_centers, load_faiss, unit
 from filters.search.embeddings import Block, Embeddings, embeddings_digest, embeddings_of
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish, raise_if_disk_full, scratch
-from sdtrain.data.steps import told
+from sdtrain.dataset.files import publish, raise_if_disk_full, scratch
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.progress import told
 from sdtrain.errors import UserError
 
 EXACT_UP_TO = 1_000_000

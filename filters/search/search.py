@@ -12,17 +12,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from filters.record import read_recipe
+from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
 from filters.search.encoder import Encoder, is_stand_in
 from filters.search.hits import Hit, look_up
 from filters.search.index import PictureIndex, open_index
 from filters.search.words import by_key, by_words
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.image_rows import read_parquet
-from sdtrain.data.picture_header import read_header
-from sdtrain.data.pictures import PictureError, upright_rgb
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
+from sdtrain.images.decode import PictureError, upright_rgb
+from sdtrain.images.header import read_header
 
 MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 32 * 2**20

@@ -13,7 +13,7 @@ import jinja2
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
 
 PAGES = Path(__file__).parent / "pages"

@@ -7,8 +7,8 @@ from contextlib import closing
 
 import duckdb
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.selection import selected_shards
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.selection import selected_shards
 
 _WORD = re.compile(r"\w+")
 # Captions are cut at all that is neither letter nor digit nor underscore, as `\w` has it.

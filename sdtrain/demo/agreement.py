@@ -10,13 +10,13 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from sdtrain.config import load_config
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import Agreement, agreement
 from sdtrain.demo.pictures import COLORS, SHAPES, UNSEEN_PAIRS
-from sdtrain.export import write_pipeline
-from sdtrain.model import build_unet
-from sdtrain.networks import load_networks
-from sdtrain.sample import Sampler, SampleSettings
+from sdtrain.formats.export import write_pipeline
+from sdtrain.models.build import build_unet
+from sdtrain.sampling.pipeline import load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
 
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 # One a seed, so that the figures cover the scales at which people sample.

@@ -15,7 +15,7 @@ import mmh3
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.data.files import publish, raise_if_disk_full
+from sdtrain.dataset.files import publish, raise_if_disk_full
 from sdtrain.demo.picture_files import draw_files
 from sdtrain.demo.rows import HOSTS, REFUSING_HOST, Row, plan_rows
 from sdtrain.errors import UserError

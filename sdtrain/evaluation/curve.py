@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
 
 _COLORS = ("#1f7a5c", "#d1495b", "#3066be", "#edae49", "#6d597a", "#2b9eb3", "#7f5539", "#5c677d")
 _INK, _PALE = "#24292f", "#e6eaee"

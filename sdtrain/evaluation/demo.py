@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
 from sdtrain.demo.pictures import COLORS, SHAPES
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import Results

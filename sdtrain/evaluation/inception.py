@@ -14,9 +14,9 @@ from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
 from sdtrain.choices import Resize
-from sdtrain.data.clip_view import pixels_of
-from sdtrain.data.weights import Published, find_weights, random_seed, read_state, seeded
 from sdtrain.errors import UserError
+from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.weights import Published, find_weights, random_seed, read_state, seeded
 
 NUM_FEATURES = 2048
 SIDE_PX = 299

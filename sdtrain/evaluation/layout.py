@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 from sdtrain.evaluation.prompts import digest_of
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
-from sdtrain.evaluation.frechet import FrechetDistance, Gaussian, gaussian_of
+from sdtrain.evaluation.distances import FrechetDistance, Gaussian, gaussian_of
 from sdtrain.evaluation.jackknife import half_width_of_mean
 from sdtrain.evaluation.kernels import KID_SUBSETS, cmmd, kid, kid_subset_size
 from sdtrain.evaluation.networks import NUM_FEATURES

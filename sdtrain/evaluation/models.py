@@ -13,7 +13,7 @@ import torch
 
 from sdtrain.errors import UserError
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.exchange.sources import is_run, open_model
+from sdtrain.formats.any_model import is_run, open_model
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sdtrain.data.clip import clip_preprocess, load_clip
-from sdtrain.data.clip_view import Preprocess, clip_view, normalised, pixels_of
-from sdtrain.data.devices import claim_device, cores_of_process
-from sdtrain.data.digests import clip_digest
-from sdtrain.data.files import sha256_of
+from sdtrain.dataset.files import sha256_of
 from sdtrain.demo.checker import judge
 from sdtrain.demo.pictures import COLORS, SHAPES
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import NUM_FEATURES as INCEPTION_FEATURES
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.model import load_vae, vae_digest
+from sdtrain.models.build import load_vae, vae_digest
+from sdtrain.models.clip import clip_preprocess, load_clip
+from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.device import claim_device, cores_of_process
+from sdtrain.models.digests import clip_digest
 
 NUM_FEATURES = {"inception": INCEPTION_FEATURES, "demo": 96}
 """Features of a picture, by network."""

@@ -62,7 +62,7 @@ def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
         most = -(-num // num_images)
         source = f"{path.name}: COCO captions of {num_images:,} images, at most {most} an image, seed {seed}"
     else:
-        from sdtrain.draw import read_prompts  # late: torch
+        from sdtrain.sampling.batch import read_prompts  # late: torch
 
         lines = read_prompts(path)
         texts = [lines[place] for place in rng.permutation(len(lines))]

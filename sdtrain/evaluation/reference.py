@@ -17,24 +17,24 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from sdtrain.data.clip_view import Preprocess, clip_view
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import sha256_of
-from sdtrain.data.image_rows import read_parquet
-from sdtrain.data.manifest import ShardReport, describe_outputs, entries, fingerprint
-from sdtrain.data.pictures import decode_rgb, picture_extension
-from sdtrain.data.remote.location import is_s3
-from sdtrain.data.remote.opening import open_to_ask
-from sdtrain.data.remote.single_files import read_part
-from sdtrain.data.stage import Stage
-from sdtrain.data.steps import told
-from sdtrain.data.tars import index_samples
-from sdtrain.data.weights import cache_dir
+from sdtrain.dataset.files import sha256_of
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint
+from sdtrain.dataset.progress import told
+from sdtrain.dataset.s3.files import read_part
+from sdtrain.dataset.s3.open import open_to_ask
+from sdtrain.dataset.s3.url import is_s3
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.tars import index_samples
+from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
-from sdtrain.evaluation.frechet import Gaussian
+from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
 from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_pictures, features_digest, features_of
 from sdtrain.evaluation.protocol import Protocol
+from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.models.clip_view import Preprocess, clip_view
+from sdtrain.models.weights import cache_dir
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _PART_SIZE = 512

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir, write_json
 from sdtrain.settings import Settings

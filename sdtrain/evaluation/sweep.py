@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from sdtrain.data.stage import Stage
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.evaluation.draw_stage import Drawing, context_stage, draw_stage
+from sdtrain.evaluation.features import caption_stage, look_stage
+from sdtrain.evaluation.generate import Drawing, context_stage, draw_stage
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
-from sdtrain.evaluation.look_stage import caption_stage, look_stage
 from sdtrain.evaluation.metrics import Judge
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
@@ -28,7 +28,7 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Results, write_results
-from sdtrain.exchange.sources import pinned
+from sdtrain.formats.any_model import pinned
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import ShardReport
-from sdtrain.data.stage import Stage
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.terminal_progress import run_with_bar
 from sdtrain.errors import UserError
 from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import Sweep
 from sdtrain.preflight.checks import require
-from sdtrain.stage_progress import run_with_bar
 
 
 def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:

@@ -9,8 +9,8 @@ import duckdb
 import yaml
 from pydantic import Field
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.removed import read_ledger
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.removal_ledger import read_ledger
 from sdtrain.impact.carbon import energy_kwh
 from sdtrain.impact.devices import CORE_W, board_watts
 from sdtrain.settings import Settings

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from sdtrain.config.card import CardConfig
 from sdtrain.impact.carbon import emissions_kg
 from sdtrain.impact.energy_log import Spent
-from sdtrain.impact.footprint import footprint
 from sdtrain.model_card.dataset import DatasetFacts
+from sdtrain.model_card.footprint import footprint
 
 
 @dataclass(frozen=True)

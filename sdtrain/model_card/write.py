@@ -12,16 +12,16 @@ from pydantic import ValidationError
 
 from sdtrain import __version__
 from sdtrain.config import TrainConfig
-from sdtrain.data.files import publish
-from sdtrain.data.remote.location import is_s3, parse_url, work_folder
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.impact.energy_log import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
 from sdtrain.model_card.evaluation import read_evaluation
 from sdtrain.model_card.front_matter import front_matter
 from sdtrain.model_card.lineage import lineage
-from sdtrain.run_dir import RunDir
 from sdtrain.settings import load_settings
+from sdtrain.training.run_dir import RunDir
 
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _KEPT_FACTS = "datasets.json"

@@ -19,7 +19,7 @@ def check_vae(name: str) -> str:
     """
     import torch
 
-    from sdtrain.model import LATENT_CHANNELS, load_vae, vae_digest, vae_scaling_factor
+    from sdtrain.models.build import LATENT_CHANNELS, load_vae, vae_digest, vae_scaling_factor
 
     vae, digest, factor = load_vae(name), vae_digest(name), vae_scaling_factor(name)
     with torch.inference_mode():
@@ -50,8 +50,8 @@ def check_text_encoder(name: str, width: int | None = None) -> str:
     """
     import torch
 
-    from sdtrain.data.loader import tokenize
-    from sdtrain.model import load_text_encoder
+    from sdtrain.loading.loader import tokenize
+    from sdtrain.models.build import load_text_encoder
 
     tokenizer, encoder = load_text_encoder(name)
     config = encoder.config

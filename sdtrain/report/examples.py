@@ -10,9 +10,9 @@ from typing import Any, Literal
 import duckdb
 from PIL import Image
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.pictures import decode_rgb
-from sdtrain.data.removed import RemovedRows, read_ledger
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.removal_ledger import RemovedRows, read_ledger
+from sdtrain.images.decode import decode_rgb
 from sdtrain.redaction import without_secrets
 from sdtrain.report.thumbnails import Thumbnails, save_thumbnail
 

@@ -12,14 +12,14 @@ from typing import Any
 import duckdb
 import jinja2
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 from sdtrain.report.examples import Border, FindPicture, Gallery, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.score_pairs import draw_pairs
 from sdtrain.report.training import draw_training
-from sdtrain.run_dir import RunDir
+from sdtrain.training.run_dir import RunDir
 
 # More would not change a histogram.
 MAX_VALUES = 200_000

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.pictures import decode_rgb
-from sdtrain.data.remote.single_files import read_part
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.files import read_part
+from sdtrain.images.decode import decode_rgb
 
 THUMBNAIL_PX = 160
 

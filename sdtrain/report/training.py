@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sdtrain.report.plots import plot_loss, plot_timesteps
-from sdtrain.run_dir import RunDir
+from sdtrain.training.run_dir import RunDir
 
 _MAX_PREVIEWS = 6
 ItemT = TypeVar("ItemT")

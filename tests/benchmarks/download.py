@@ -28,12 +28,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.data.config import DownloadConfig
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.download import DOWNLOAD
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.stage import run_batch
-from sdtrain.data.tars import index_samples
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.stage import run_batch
+from sdtrain.dataset.tars import index_samples
+from sdtrain.download.stage import DOWNLOAD
 from tests.benchmarks.picture_server import draw_photos, serve_photos
 
 CONNECTIONS, PROCESSES, SHARDS_PER_PROCESS = 32, 2, 4
@@ -161,7 +161,7 @@ def flow_overhead(start: str, size: Size, folder: Path) -> float:
     """How much longer the flow's stage takes than the plain function; the best of some rounds on both sides."""
     from prefect import flow
 
-    from flows.stages import StageOptions, run_stage
+    from flows.support.stage_runner import StageOptions, run_stage
 
     options = StageOptions(workers=PROCESSES, shards_per_task=SHARDS_PER_PROCESS)
 

@@ -28,10 +28,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.duplicates.columns import COLOR_BYTES, Pictures
-from filters.duplicates.groups import group_pictures
-from filters.inputs import perceptual_hash, pixel_sha256, thumbnail
+from filters.dedup.columns import COLOR_BYTES, Pictures
+from filters.dedup.levels import group_pictures
 from filters.recipe import DuplicatesConfig
+from filters.score.inputs import perceptual_hash, pixel_sha256, thumbnail
 from tests.benchmarks.planted import CHANGES, base_pictures
 
 SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)

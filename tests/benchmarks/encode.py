@@ -27,14 +27,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdtrain.data.config import EncodeConfig, PackConfig
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.latents import ENCODE
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.stage import run_batch
-from sdtrain.data.tars import write_samples
-from sdtrain.data.vae import posterior_moments, shared_vae
-from sdtrain.flops import peak_flops
+from sdtrain.dataset.config import EncodeConfig, PackConfig
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.stage import run_batch
+from sdtrain.dataset.tars import write_samples
+from sdtrain.encode.stage import ENCODE
+from sdtrain.encode.vae import posterior_moments, shared_vae
+from sdtrain.training.flops import peak_flops
 from tests.benchmarks.picture_server import draw_photo
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
 from tests.full_size_vae import write_full_size_vae

@@ -30,17 +30,17 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdtrain.album import Album, Writer
 from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import SpeedConfig, UNetConfig
-from sdtrain.draw import Job, Model, make_jobs
-from sdtrain.exchange.architecture import sd_v1
-from sdtrain.exchange.dtypes import fast_dtype
-from sdtrain.model import build_unet, load_tokenizer
-from sdtrain.networks import load_networks
+from sdtrain.formats.compvis_layout import sd_v1
+from sdtrain.formats.dtypes import fast_dtype
+from sdtrain.models.build import build_unet, load_tokenizer
+from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.precision import resolve
-from sdtrain.sample import Sampler, SampleSettings
-from sdtrain.samplers import sampling_scheduler
+from sdtrain.sampling.batch import Job, Model, make_jobs
+from sdtrain.sampling.output_folder import Album, Writer
+from sdtrain.sampling.pipeline import load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
 from tests.benchmarks.training_loops import CUDA, DEVICE
 
 SIDE_PX = 512 if CUDA else 128

@@ -31,14 +31,14 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from filters.inputs import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
-from filters.look import Sample, look, read_shard
-from filters.models import Models, judge, load_models
 from filters.recipe import Recipe, ScoreConfig
-from filters.score_pipeline import num_threads
-from filters.scores import SCORE
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.stage import run_batch
+from filters.score.inputs import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
+from filters.score.models import Models, judge, load_models
+from filters.score.pipeline import num_threads
+from filters.score.preprocess import Sample, look, read_shard
+from filters.score.stage import SCORE
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.stage import run_batch
 from tests.benchmarks.picture_server import draw_photo
 from tests.picture_fixtures import Fetched, write_downloads
 

@@ -118,9 +118,9 @@ def _word(salt: int) -> str:
 
 
 def select_ours(metadata: Path, output: Path) -> int:
-    from filters.metadata import select_rows
     from filters.recipe import SelectConfig
-    from sdtrain.data.dataset import DatasetDir
+    from filters.select.stage import select_rows
+    from sdtrain.dataset.layout import DatasetDir
 
     config = SelectConfig(metadata=str(metadata), rules=RULES, samples_per_shard=SAMPLES_PER_SHARD)
     return select_rows(DatasetDir(output), config).num_out
@@ -168,7 +168,11 @@ def run_contender(name: str, folder: Path) -> dict[str, float]:
 
 
 def be_contender(name: str, folder: Path) -> None:
-    for module in ("filters.metadata", "pandas", "pyarrow.parquet"):  # which DuckDB imports too, for lists of values
+    for module in (
+        "filters.select.stage",
+        "pandas",
+        "pyarrow.parquet",
+    ):  # which DuckDB imports too, for lists of values
         importlib.import_module(module)
     started = time.monotonic()
     selected = CONTENDERS[name](folder / "metadata", folder / name.replace(" ", "-"))

@@ -51,9 +51,9 @@ def _now() -> float:
 def run_ours(settings: str, folder: str, seconds: float) -> dict[str, float]:
     """Our training, as `deepspeed sdtrain/train.py` runs it, with its checks and its log."""
     from sdtrain.config import load_config
-    from sdtrain.ranks import join
-    from sdtrain.run_dir import RunDir
     from sdtrain.train import train
+    from sdtrain.training.distributed import join
+    from sdtrain.training.run_dir import RunDir
 
     config, run_dir = load_config(settings), RunDir(Path(folder) / "ours")
     clock, ranks = Clock(config.log_every, seconds), join(None)
@@ -81,8 +81,8 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
     from transformers import CLIPTextModel
 
     from sdtrain.config import load_config
-    from sdtrain.exchange.dtypes import DTYPES
-    from sdtrain.model import build_unet, vae_scaling_factor
+    from sdtrain.formats.dtypes import DTYPES
+    from sdtrain.models.build import build_unet, vae_scaling_factor
     from sdtrain.precision import resolve
 
     config = load_config(settings)
@@ -135,8 +135,8 @@ class _Latents(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Moments from the shards, and captions tokenised beforehand, as the example's dataset has them."""
 
     def __init__(self, config: Any):
-        from sdtrain.data.loader import tokenize
-        from sdtrain.model import load_text_encoder
+        from sdtrain.loading.loader import tokenize
+        from sdtrain.models.build import load_text_encoder
 
         tokenizer, _ = load_text_encoder(config.text_encoder)
         self._shape = (8, config.latent_size, config.latent_size)

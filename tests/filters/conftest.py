@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from removal_fixtures import NUM_ROWS, build, make_recipe, serve, write_metadata, write_photos
 
-from sdtrain.data.dataset import DatasetDir
+from sdtrain.dataset.layout import DatasetDir
+from tests.filters.embedded_fixtures import embedded_dataset, search  # noqa: F401 (fixtures)
+from tests.filters.removal_fixtures import NUM_ROWS, build, make_recipe, serve, write_metadata, write_photos
 
 
 @pytest.fixture(scope="session")

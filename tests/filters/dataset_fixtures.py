@@ -5,12 +5,12 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.metadata import SELECT
 from filters.recipe import KeepConfig, Recipe, SelectConfig
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.image_rows import SCHEMA
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.stage import run_batch
+from filters.select.stage import SELECT
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.stage import run_batch
+from sdtrain.download.rows import SCHEMA
 
 NUM_ROWS = 40
 # Position in download order -> why it is dropped there; all others are kept.

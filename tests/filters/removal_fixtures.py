@@ -20,15 +20,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from filters.funnel import funnel
+from filters.decide.funnel import funnel
+from filters.pipeline import road
 from filters.recipe import Recipe
-from filters.record import read_recipe, record_recipe
-from filters.removal import Removal, find_removal
-from filters.road import road
-from filters.take_out import finish_removal, start_removal
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import ShardReport, entries, is_whole
-from sdtrain.data.stage import pending, run_batch
+from filters.recipe_record import read_recipe, record_recipe
+from filters.remove.apply import finish_removal, start_removal
+from filters.remove.plan import Removal, find_removal
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, entries, is_whole
+from sdtrain.dataset.stage import pending, run_batch
 
 NUM_ROWS = 40
 SAME_BYTES = {20: 4, 21: 5}

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import duckdb
 import pytest
 
-from filters.remote import load_remote
+from filters.select.httpfs import load_remote
 from sdtrain.errors import UserError
 
 

@@ -16,20 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import BaseModel
-from removal_fixtures import NUM_ROWS, caption_of, files_with, make_recipe, url_of, write_metadata
-from store_fixtures import Store, needs_httpfs, serving
 
-from filters.extras import extra_inputs
-from filters.metrics import StatusCollector
+from filters.inspect.prometheus import StatusCollector
 from filters.recipe import load_recipe
-from filters.record import read_recipe, record_recipe
-from filters.sources import find_metadata
+from filters.recipe_record import read_recipe, record_recipe
+from filters.select.metadata_files import find_metadata
+from filters.select.side_inputs import extra_inputs
 from sdtrain import cli, redaction, train
 from sdtrain.config import TrainConfig, changes
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import entries
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import entries
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, dump_settings, parse_settings
+from tests.filters.removal_fixtures import NUM_ROWS, caption_of, files_with, make_recipe, url_of, write_metadata
+from tests.filters.store_fixtures import Store, needs_httpfs, serving
 
 SIGNATURE, PASSWORD = "S1gn+ature/of=a test", "p4ss,w0rd=of+me"
 QUERY = f"X-Amz-Expires=3600&X-Amz-Signature={quote(SIGNATURE, safe='')}"
@@ -352,7 +352,7 @@ def test_what_identifies_a_file_is_the_same_whatever_its_signature():
 @needs_httpfs
 def test_the_list_that_knows_not_all_files_is_noted_without_its_query(records, tmp_path):
     """A note goes into the manifest."""
-    from metadata_fixtures import select, write
+    from tests.filters.select.metadata_fixtures import select, write
 
     write(tmp_path / "metadata" / "a.parquet", URL=["https://e.com/1.jpg"], TEXT=["a"], md5=["1" * 32])
     write(tmp_path / "metadata" / "b.parquet", URL=["https://e.com/2.jpg"], TEXT=["b"])
@@ -424,7 +424,7 @@ def test_metrics_have_no_secret_in_their_labels(records):
 
 def test_a_run_is_recorded_without_the_secrets_of_its_config(tmp_path):
     from sdtrain.config import TrainConfig, load_config
-    from sdtrain.run_dir import RunDir
+    from sdtrain.training.run_dir import RunDir
 
     content = load_config("tiny").model_dump() | {"init_from": PLANTED}
     config = parse_settings(TrainConfig, content, "a config")

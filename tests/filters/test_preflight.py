@@ -3,15 +3,15 @@ from collections import namedtuple
 
 import pytest
 import yaml
-from metadata_fixtures import url, write
 
 from filters.preflight import BuildPreflight, local_checks, network_checks, size_check_before_selection
 from filters.recipe import ListConfig, Recipe, load_recipe
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import ShardReport, write_entry
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, write_entry
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import findings
 from sdtrain.preflight.networks import check_vae
+from tests.filters.select.metadata_fixtures import url, write
 
 Usage = namedtuple("Usage", "total used free")
 

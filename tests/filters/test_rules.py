@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters.bounds import Prefilter, prefilter_sql
 from filters.recipe import KeepConfig, SelectConfig, load_recipe
 from filters.rules import RULES, derived_sql, explain, reason_case
-from filters.schema import column_sql
+from filters.select.pushdown import Prefilter, prefilter_sql
+from filters.select.schema import column_sql
 from sdtrain.errors import UserError
 
 NAN = float("nan")

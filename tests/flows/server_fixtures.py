@@ -41,13 +41,13 @@ TEST_FLOWS = """
 import subprocess, sys
 from pathlib import Path
 from prefect import flow
-from flows.failure import fails_with_a_sentence
-from flows.stages import StageOptions, run_stage
+from flows.support.user_errors import fails_with_a_sentence
+from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.files import publish
-from sdtrain.data.manifest import ShardReport, describe_outputs, fingerprint
-from sdtrain.data.stage import Stage
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 def run(dataset, bad_shard, shards):

@@ -11,8 +11,8 @@ from filters.recipe import Overrides, known_recipes
 from flows.build_dataset import build_dataset
 from flows.evaluate_checkpoint import evaluate_checkpoint
 from flows.train_unet import train_unet
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.dataset_lock import lock_to_change
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import lock_to_change
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]

@@ -9,8 +9,8 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows import evaluate_checkpoint as flow_module
 from flows.evaluate_checkpoint import _run_step, evaluate_checkpoint
-from flows.stages import StageOptions
-from sdtrain.data.stage import Stage
+from flows.support.stage_runner import StageOptions
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir
 from sdtrain.evaluation.protocol import CARD_SCALES
@@ -61,7 +61,8 @@ def little(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Parameters of an evaluation that takes seconds."""
     import numpy as np
     from PIL import Image
-    from training_fixtures import write_run
+
+    from tests.training_fixtures import write_run
 
     folder = tmp_path_factory.mktemp("evaluation")
     (folder / "prompts.txt").write_text("a red circle\na green square\na blue circle\na red square\n")

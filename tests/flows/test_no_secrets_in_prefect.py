@@ -10,15 +10,13 @@ from urllib.parse import quote, quote_plus
 import pytest
 import yaml
 
-sys.path.append(str(Path(__file__).parents[1] / "filters"))
-from removal_fixtures import NUM_ROWS, files_with, make_recipe, serve, write_metadata, write_photos
-from store_fixtures import needs_httpfs, serving
-
 from flows.build_dataset import build_dataset
 from flows.evaluate_checkpoint import evaluate_checkpoint
-from flows.launch import run_tree
 from flows.reproduce_sd_v1 import reproduce_sd_v1
+from flows.support.process_tree import run_tree
 from flows.train_unet import train_unet
+from tests.filters.removal_fixtures import NUM_ROWS, files_with, make_recipe, serve, write_metadata, write_photos
+from tests.filters.store_fixtures import needs_httpfs, serving
 
 SIGNATURE, PASSWORD = "S1gn+ature/of=a test", "p4ss,w0rd=of+me"
 QUERY = f"X-Amz-Expires=3600&X-Amz-Signature={quote(SIGNATURE, safe='')}"
@@ -37,16 +35,16 @@ WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "
 SCRIPT = """
 import sys
 from flows.build_dataset import build_dataset
-from flows.failure import fails_with_a_sentence
-from flows.stages import StageOptions, run_stage
+from flows.support.user_errors import fails_with_a_sentence
+from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train_unet
 from pathlib import Path
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import fingerprint
-from sdtrain.data.stage import Stage
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import fingerprint
+from sdtrain.dataset.stage import Stage
 
 signed, planted, recipe, folder = sys.argv[1:]
 

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from server_fixtures import (
+
+from filters.pipeline import STAGE_NAMES
+from sdtrain.demo.server import serve_world
+from sdtrain.demo.train_vae import build_vae
+from sdtrain.demo.world import make_world
+from tests.flows.server_fixtures import (
     LITTLE_RECIPE,
     NUM_ROWS,
     SLEEPER,
@@ -29,11 +34,6 @@ from server_fixtures import (
     state_of,
     wait_until,
 )
-
-from filters.road import STAGE_NAMES
-from sdtrain.demo.server import serve_world
-from sdtrain.demo.train_vae import build_vae
-from sdtrain.demo.world import make_world
 
 pytestmark = pytest.mark.slow
 

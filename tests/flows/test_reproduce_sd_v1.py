@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 from prefect.testing.utilities import prefect_test_harness
-from training_fixtures import write_config, write_latents, write_models
 
 from flows.reproduce_sd_v1 import PHASES, chain, check, reproduce_sd_v1
-from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import known_configs, load_config
 from sdtrain.errors import UserError
+from sdtrain.formats.checkpoint import find_checkpoint
+from tests.training_fixtures import write_config, write_latents, write_models
 
 
 def test_the_chain_is_the_model_cards() -> None:

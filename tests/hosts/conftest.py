@@ -1,14 +1,10 @@
-"""Tests on several hosts use the helpers of the tests of one."""
+"""A SLURM for the tests on several hosts."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from slurm_fixtures import slurm
 
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "flows"), str(TESTS / "sdtrain")]
+from tests.hosts.slurm_fixtures import slurm
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from flows import slurm, train_unet
+from flows import train_unet
+from flows.support import slurm
 from sdtrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Bench, make_bench
-from server_fixtures import LITTLE_RECIPE, Running, answers, free_port
-from two_hosts import Host, address_of, hosts, why_not
 
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import World, make_world, open_world
+from tests.flows.server_fixtures import LITTLE_RECIPE, Running, answers, free_port
+from tests.flows.support.engine_fixtures import Bench, make_bench
+from tests.hosts.two_hosts import Host, address_of, hosts, why_not
 
 pytestmark = [
     pytest.mark.long,

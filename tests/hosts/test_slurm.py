@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import BIN, REPOSITORY, deepspeed, finish, log_of, start
-from slurm_fixtures import why_not
-from training_fixtures import write_config, write_latents, write_models
 
-from flows.slurm import STATE_FILE, active_job, recorded_job, state_of
-from sdtrain.checkpoint import find_checkpoint
+from flows.support.slurm import STATE_FILE, active_job, recorded_job, state_of
+from sdtrain.formats.checkpoint import find_checkpoint
+from tests.hosts.slurm_fixtures import why_not
+from tests.sdtrain.launching import BIN, REPOSITORY, deepspeed, finish, log_of, start
+from tests.training_fixtures import write_config, write_latents, write_models
 
 pytestmark = [
     pytest.mark.long,
@@ -34,7 +34,7 @@ ON_CPUS = ["--gpus-per-node=0", "--cpus-per-task=2", "--time=30"]
 FLOW = """
 import json, sys
 from pathlib import Path
-from flows.slurm import Job, run_job
+from flows.support.slurm import Job, run_job
 batch, folder, options, arguments = json.loads(sys.argv[1])
 print(run_job(
     Job(Path(batch), arguments, options, Path(folder), Path(folder) / "console.log"),

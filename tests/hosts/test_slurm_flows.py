@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engine_fixtures import Bench, make_bench
-from launching import BIN, REPOSITORY, log_of
-from server_fixtures import (
+
+from flows.support import slurm
+from sdtrain.demo.server import serve_world
+from sdtrain.demo.train_vae import build_vae
+from sdtrain.demo.world import World, make_world
+from sdtrain.formats.checkpoint import find_checkpoint
+from tests.flows.server_fixtures import (
     LITTLE_RECIPE,
     Environment,
     Running,
@@ -25,15 +29,11 @@ from server_fixtures import (
     state_of,
     wait_until,
 )
-from slurm_fixtures import why_not
-from test_ray_across_hosts import digests
-from training_fixtures import write_config, write_latents, write_models
-
-from flows import slurm
-from sdtrain.checkpoint import find_checkpoint
-from sdtrain.demo.server import serve_world
-from sdtrain.demo.train_vae import build_vae
-from sdtrain.demo.world import World, make_world
+from tests.flows.support.engine_fixtures import Bench, make_bench
+from tests.hosts.slurm_fixtures import why_not
+from tests.hosts.test_ray_across_hosts import digests
+from tests.sdtrain.launching import BIN, REPOSITORY, log_of
+from tests.training_fixtures import write_config, write_latents, write_models
 
 pytestmark = [
     pytest.mark.long,

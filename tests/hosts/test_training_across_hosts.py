@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from launching import BIN, REPOSITORY, finish, log_of, start
-from training_fixtures import write_config, write_latents, write_models
-from two_hosts import INTERFACE, Host, hosts, why_not
 
-from sdtrain.checkpoint import find_checkpoint
+from sdtrain.formats.checkpoint import find_checkpoint
+from tests.hosts.two_hosts import INTERFACE, Host, hosts, why_not
+from tests.sdtrain.launching import BIN, REPOSITORY, finish, log_of, start
+from tests.training_fixtures import write_config, write_latents, write_models
 
 pytestmark = [
     pytest.mark.long,

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from flows.automations import HEARTBEAT_S
-from flows.box.place import Box, BoxDir
-from flows.box.pools import POOLS
-from flows.box.postgres import Postgres
-from flows.box.programs import client_environment, server_program
+from flows.support.automations import HEARTBEAT_S
+from infra.box.layout import Box, BoxDir
+from infra.box.pools import POOLS
+from infra.box.postgres import Postgres
+from infra.box.programs import client_environment, server_program
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "compose"

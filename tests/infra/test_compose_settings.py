@@ -21,12 +21,10 @@ from typing import Any
 
 import pytest
 
-from flows.box.place import BoxDir
-from flows.box.postgres import find_postgres
-from flows.box.services import Program, Service
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "flows"))
-from server_fixtures import ROOT, answers, free_port
+from infra.box.layout import BoxDir
+from infra.box.postgres import find_postgres
+from infra.box.services import Program, Service
+from tests.flows.server_fixtures import ROOT, answers, free_port
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
 FOLDER = ROOT / "infra" / "compose"

@@ -12,12 +12,12 @@ import typer
 import yaml
 
 from filters.recipe import known_recipes
-from flows.box.__main__ import COMMANDS
-from flows.box.services import FAMILY_GRACE_S, Program
 from flows.build_dataset import build_dataset
 from flows.demo import build_demo
 from flows.reproduce_sd_v1 import reproduce_sd_v1
 from flows.train_unet import train_unet
+from infra.box.__main__ import COMMANDS
+from infra.box.services import FAMILY_GRACE_S, Program
 from sdtrain.cli import app
 from sdtrain.config import known_configs
 
@@ -38,26 +38,26 @@ SYSTEM = {"cp", "df", "git", "source", "systemctl", "tail", "tar", "useradd", "f
 
 # Each kind of failure is held by a test that fails, kills or damages for real.
 HELD_BY = {
-    "A worker was killed": "tests/flows/test_box_acceptance.py::test_worker_killed_during_download",
-    "The Prefect server or its database was killed": "tests/flows/test_box_acceptance.py::test_server_and_database",
-    "The supervisor was killed, or the machine": "tests/flows/test_box_acceptance.py::test_killed_supervisor",
-    "Prefect's history is lost": "tests/flows/test_box_acceptance.py::test_lost_history_costs_nothing_but_itself",
-    "The disk is full": "tests/sdtrain/data/test_publish_images.py::test_a_full_disk_is_a_sentence",
-    "A checkpoint is torn": "tests/sdtrain/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over",
-    "A file of the dataset is damaged or gone": "tests/sdtrain/data/test_publish_images.py::test_a_damaged_shard_is_f",
-    "A node or a GPU is lost": "tests/sdtrain/data/test_loader.py::test_a_step_holds_the_same_samples_and_noise_on_any",
-    "A machine is lost in the middle of a build on S3": "tests/sdtrain/data/remote/test_build_on_s3.py::test_a_build",
-    "A rank hangs": "tests/sdtrain/test_watchdog.py::test_a_run_that_hangs_alone",
+    "A worker was killed": "tests/infra/box/test_box_acceptance.py::test_worker_killed_during_download",
+    "The Prefect server or its database was killed": "tests/infra/box/test_box_acceptance.py::test_server_and_database",
+    "The supervisor was killed, or the machine": "tests/infra/box/test_box_acceptance.py::test_killed_supervisor",
+    "Prefect's history is lost": "tests/infra/box/test_box_acceptance.py::test_lost_history_costs_nothing_but_itself",
+    "The disk is full": "tests/sdtrain/download/test_publish.py::test_a_full_disk_is_a_sentence",
+    "A checkpoint is torn": "tests/sdtrain/formats/test_checkpoint.py::test_a_damaged_checkpoint_is_passed_over",
+    "A file of the dataset is damaged or gone": "tests/sdtrain/download/test_publish.py::test_a_damaged_shard_is_f",
+    "A node or a GPU is lost": "tests/sdtrain/loading/test_loader.py::test_a_step_holds_the_same_samples_and_noise_on",
+    "A machine is lost in the middle of a build on S3": "tests/sdtrain/dataset/s3/test_build_on_s3.py::test_a_build",
+    "A rank hangs": "tests/sdtrain/training/test_watchdog.py::test_a_run_that_hangs_alone",
     "The loss or a gradient is not finite": "tests/sdtrain/test_guarded_train.py::test_where_the_policy_is_to_stop",
-    "Pictures failed to download": "tests/sdtrain/data/test_retry.py::test_each_changed_shard",
-    "The recipe was changed": "tests/sdtrain/test_cli.py::test_build_into_the_output_of_another_recipe",
-    "The training config was changed": "tests/sdtrain/test_changed_runs.py::test_a_run_goes_on_from_its_checkpoint",
-    "The run directory is in use": "tests/sdtrain/test_run_lock.py::test_a_second_process_is_refused",
-    "The port is in use": "tests/sdtrain/test_run_lock.py::test_a_port_that_another_job_has",
-    "How exactly a run is repeated": "tests/sdtrain/test_speed.py::test_deterministic_reaches_pytorch",
-    "A removal was interrupted": "tests/sdtrain/data/test_dataset_lock.py::test_where_a_removal_was_interrupted",
-    "The dataset is in use": "tests/sdtrain/data/test_dataset_lock.py::test_the_second_to_change_it_is_told",
-    "The dataset was moved": "tests/filters/test_views.py::test_after_a_move_the_views_follow",
+    "Pictures failed to download": "tests/sdtrain/download/test_retry.py::test_each_changed_shard",
+    "The recipe was changed": "tests/sdtrain/cli/test_cli.py::test_build_into_the_output_of_another_recipe",
+    "The training config was changed": "tests/sdtrain/training/test_changed_runs.py::test_a_run_goes_on_from_its",
+    "The run directory is in use": "tests/sdtrain/training/test_run_lock.py::test_a_second_process_is_refused",
+    "The port is in use": "tests/sdtrain/training/test_run_lock.py::test_a_port_that_another_job_has",
+    "How exactly a run is repeated": "tests/sdtrain/models/test_backends.py::test_deterministic_reaches_pytorch",
+    "A removal was interrupted": "tests/sdtrain/dataset/test_lock.py::test_where_a_removal_was_interrupted",
+    "The dataset is in use": "tests/sdtrain/dataset/test_lock.py::test_the_second_to_change_it_is_told",
+    "The dataset was moved": "tests/filters/inspect/test_views.py::test_after_a_move_the_views_follow",
     "A run should not go on": "tests/flows/test_prefect_server.py::test_cancelled_training_leaves_no_process",
 }
 
@@ -138,7 +138,7 @@ def check_files(rest: list[str]) -> None:
 def check_python(rest: list[str]) -> None:
     assert rest[0] == "-m"
     assert (ROOT / Path(*rest[1].split("."))).exists() or (ROOT / (rest[1].replace(".", "/") + ".py")).exists()
-    if rest[1] == "flows.box":
+    if rest[1] == "infra.box":
         assert rest[2] in COMMANDS
 
 

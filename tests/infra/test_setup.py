@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_docs import PREFECT
 
-from flows.automations import AUTOMATIONS
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "flows"))
-from server_fixtures import ROOT, Environment, Running, answers, api, free_port, wait_until
+from flows.support.automations import AUTOMATIONS
+from tests.flows.server_fixtures import ROOT, Environment, Running, answers, api, free_port, wait_until
+from tests.infra.test_docs import PREFECT
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -60,7 +58,7 @@ def test_setup_job_makes_pools_of_kubernetes_with_our_templates_and_our_deployme
 
 def test_automations_again_change_nothing(server: Environment) -> None:
     def apply() -> dict[str, str]:
-        subprocess.run([sys.executable, "-m", "flows.automations"], cwd=ROOT, env=server, check=True)
+        subprocess.run([sys.executable, "-m", "flows.support.automations"], cwd=ROOT, env=server, check=True)
         return {one["name"]: one["id"] for one in api(server, "/automations/filter", {})}
 
     first = apply()

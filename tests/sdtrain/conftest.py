@@ -2,7 +2,8 @@ import os
 
 import pytest
 import torch
-from training_fixtures import write_latents, write_models
+
+from tests.training_fixtures import write_latents, write_models
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +17,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks():
     """This process as the only rank."""
-    from sdtrain.ranks import join
+    from sdtrain.training.distributed import join
 
     before = dict(os.environ)
     torch.set_num_threads(1)

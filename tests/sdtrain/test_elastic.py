@@ -5,15 +5,15 @@ import os
 
 import pytest
 import torch
-from launching import finish, launch, log_of, start, torchrun
-from plain_training import train_plainly
-from training_fixtures import write_config, write_latents, write_models
 
-from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
-from sdtrain.ranks import join
-from sdtrain.run_dir import RunDir
+from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.train import train
+from sdtrain.training.distributed import join
+from sdtrain.training.run_dir import RunDir
+from tests.sdtrain.launching import finish, launch, log_of, start, torchrun
+from tests.sdtrain.plain_training import train_plainly
+from tests.training_fixtures import write_config, write_latents, write_models
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 WATCHED = "tests/sdtrain/watched_train.py"
@@ -99,11 +99,10 @@ def test_every_step_has_the_same_samples_noise_timesteps_and_drops(legs, alone):
 
 
 def samples_of_one_process(config):
-    from watched_train import digest
-
-    from sdtrain.data.loader import BatchMaker
-    from sdtrain.data.sources import open_samples
-    from sdtrain.model import load_text_encoder
+    from sdtrain.loading.loader import BatchMaker
+    from sdtrain.loading.sources import open_samples
+    from sdtrain.models.build import load_text_encoder
+    from tests.sdtrain.watched_train import digest
 
     tokenizer, _ = load_text_encoder(config.text_encoder)
     maker = BatchMaker(open_samples(config, 0.35), tokenizer, config, 0, 1)
@@ -129,7 +128,7 @@ def test_all_ranks_skip_the_step_that_one_of_them_spoiled(legs):
 def test_two_ranks_equal_distributed_data_parallel_and_their_average(legs):
     output, config = legs.folder / "plain.pt", legs.config_file(steps=FIRST)
     command = [*torchrun(2, "tests/sdtrain/plain_training.py"), config, output, str(SPOILED)]
-    code, text = finish(launch(command, PYTHONPATH="tests/sdtrain"))
+    code, text = finish(launch(command))
     assert code == 0, text
     plain = torch.load(output, weights_only=True)
     losses = log_of(legs.output)

@@ -36,15 +36,15 @@ def test_the_full_unet_takes_an_optimizer_step_with_all_its_state(tmp_path):
 
 def main(folder: Path) -> None:
     """The step, in a process of its own, so that its memory can be told and is given back."""
-    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
-    from training_fixtures import write_config, write_latents, write_models
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from sdtrain.config import UNetConfig, load_config
-    from sdtrain.ranks import join
-    from sdtrain.run_dir import RunDir
-    from sdtrain.schedules import learning_rate
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.distributed import join
+    from sdtrain.training.run_dir import RunDir
+    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.state import TrainingState
+    from tests.training_fixtures import write_config, write_latents, write_models
 
     models = write_models(folder / "models")
     text = CLIPTextConfig.from_pretrained(models / "text_encoder")

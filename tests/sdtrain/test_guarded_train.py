@@ -1,15 +1,15 @@
 """Steps whose gradient must not be applied, in real training."""
 
 import pytest
-from launching import log_of
-from training_fixtures import write_config
 
-from sdtrain.checkpoint import Checkpoint, find_checkpoint
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.run_dir import RunDir
-from sdtrain.schedules import learning_rate
+from sdtrain.formats.checkpoint import Checkpoint, find_checkpoint
 from sdtrain.train import train
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.schedules import learning_rate
+from tests.sdtrain.launching import log_of
+from tests.training_fixtures import write_config
 
 
 def config_of(tmp_path, world, guard, **changes):
@@ -20,7 +20,7 @@ def config_of(tmp_path, world, guard, **changes):
 @pytest.fixture
 def spoil(ranks, monkeypatch):
     """Makes the gradient of one step not a number, while the loss that is shown stays as it is."""
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     losses, step_was_applied = TrainingState.losses, TrainingState.step_was_applied
 

@@ -13,19 +13,19 @@ import pytest
 import torch
 
 from sdtrain.config import TrainConfig, load_config
-from sdtrain.data.config import EncodeConfig, PackConfig
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.latents import ENCODE
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.stage import run_batch
-from sdtrain.data.tars import write_samples
+from sdtrain.dataset.config import EncodeConfig, PackConfig
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.stage import run_batch
+from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
-from sdtrain.export import export_model
-from sdtrain.networks import load_networks
-from sdtrain.run_dir import RunDir
-from sdtrain.sample import Sampler, SampleSettings
+from sdtrain.encode.stage import ENCODE
+from sdtrain.formats.export import export_model
+from sdtrain.sampling.pipeline import load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
 from sdtrain.settings import parse_settings
 from sdtrain.train import train
+from sdtrain.training.run_dir import RunDir
 
 SIDE_PX = 64
 NUM_STEPS = 600

@@ -3,18 +3,18 @@ import math
 import pytest
 import torch
 import yaml
-from training_fixtures import write_config
 
 from filters.recipe import Recipe, ScoreConfig
-from filters.record import record_recipe, with_precision
+from filters.recipe_record import record_recipe, with_precision
 from sdtrain import precision
 from sdtrain.config import load_config
-from sdtrain.data.config import EncodeConfig
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.draw import Model
+from sdtrain.dataset.config import EncodeConfig
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.precision import Speedup, choose, resolve, warning_if_slow
-from sdtrain.run_dir import RunDir
+from sdtrain.sampling.batch import Model
 from sdtrain.train import train
+from sdtrain.training.run_dir import RunDir
+from tests.training_fixtures import write_config
 
 WITHOUT_UNITS = Speedup(product=0.46 / 61, convolution=0.01)  # an AMD EPYC with AVX2 only
 WITH_UNITS = Speedup(product=1.8, convolution=1.6)  # one with avx512_bf16

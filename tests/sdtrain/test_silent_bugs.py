@@ -6,15 +6,15 @@ that steps once a rank and a checkpoint of the first rank only (test_train_launc
 """
 
 import torch
-from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.config import EmaConfig, load_config
-from sdtrain.data.loader import BatchMaker, tokenize
-from sdtrain.data.sources import open_samples
-from sdtrain.ema import Ema
-from sdtrain.model import load_text_encoder
-from sdtrain.run_dir import RunDir
-from sdtrain.schedules import learning_rate
+from sdtrain.loading.loader import BatchMaker, tokenize
+from sdtrain.loading.sources import open_samples
+from sdtrain.models.build import load_text_encoder
+from sdtrain.training.ema import Ema
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.schedules import learning_rate
+from tests.training_fixtures import write_config, write_latents, write_models
 
 SCALE = 0.35
 
@@ -27,7 +27,7 @@ def config_of(tmp_path, **changes):
 
 def test_latents_are_scaled_once(tmp_path, ranks, monkeypatch):
     """mosaicml/diffusion scales cached latents a second time."""
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     state, seen = TrainingState(config_of(tmp_path), RunDir(tmp_path / "run"), ranks), []
     batch = next(state.batches(0))

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain_training import train_plainly
-from training_fixtures import write_config, write_latents
 
-from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.exchange.sources import open_model
-from sdtrain.model import build_unet
-from sdtrain.run_dir import RunDir
+from sdtrain.formats.any_model import open_model
+from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.models.build import build_unet
 from sdtrain.train import parse_arguments, run, train
+from sdtrain.training.run_dir import RunDir
+from tests.sdtrain.plain_training import train_plainly
+from tests.training_fixtures import write_config, write_latents
 
 
 def config_of(tmp_path, world, **changes):
@@ -67,7 +67,7 @@ def test_training_in_fp32_equals_plain_pytorch(tmp_path, world, ranks, diffusion
 def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_path, world, ranks):
     from deepspeed.utils import safe_get_full_fp32_param
 
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     config = config_of(tmp_path, world)
     run_dir = RunDir(tmp_path / "run")
@@ -81,7 +81,7 @@ def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_
 
 
 def test_fresh_master_weights_are_not_rounded_to_bf16(tmp_path, world, ranks):
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     config = config_of(tmp_path, world)
     state = TrainingState(config, RunDir(tmp_path / "run"), ranks)
@@ -92,7 +92,7 @@ def test_fresh_master_weights_are_not_rounded_to_bf16(tmp_path, world, ranks):
 
 
 def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, ranks):
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     first = config_of(tmp_path, world)
     train(first, RunDir(tmp_path / "first"), ranks)
@@ -106,7 +106,7 @@ def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, 
 
 
 def test_the_average_goes_on_with_its_count_along_a_chain_of_runs(tmp_path, world, ranks):
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     for name, steps, before in (("first", 4, None), ("second", 3, "first"), ("third", 2, "second")):
         init_from = before and str(tmp_path / before)
@@ -172,7 +172,7 @@ def test_networks_that_do_not_fit_each_other_are_refused(tmp_path, world, ranks)
 
 
 def test_deepspeed_json_is_laid_over_but_cannot_change_the_batch(tmp_path, world, ranks):
-    from sdtrain.engine import deepspeed_config
+    from sdtrain.training.engine import deepspeed_config
 
     config, extra = config_of(tmp_path, world), tmp_path / "extra.json"
     extra.write_text('{"zero_optimization": {"overlap_comm": true}}')

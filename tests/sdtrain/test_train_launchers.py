@@ -10,13 +10,13 @@ import time
 import psutil
 import pytest
 import yaml
-from launching import BIN, SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
-from training_fixtures import write_config, write_latents, write_models
 
-from sdtrain.checkpoint import find_checkpoint
 from sdtrain.config import load_config
-from sdtrain.run_dir import RunDir
-from sdtrain.schedules import learning_rate
+from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.schedules import learning_rate
+from tests.sdtrain.launching import BIN, SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
+from tests.training_fixtures import write_config, write_latents, write_models
 
 WATCHED = "tests/sdtrain/watched_train.py"
 KILLS = int(os.environ.get("SDTRAIN_KILLS", "1"))  # `make test-kills` asks for 20

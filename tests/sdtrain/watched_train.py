@@ -33,7 +33,7 @@ def write(**line):
 
 def watch():
     """Wraps the functions that see everything: the step begun at, the loss of a batch, the optimizer step."""
-    from sdtrain.training_state import TrainingState
+    from sdtrain.training.state import TrainingState
 
     begin, losses, step_was_applied = TrainingState.begin, TrainingState.losses, TrainingState.step_was_applied
 
@@ -65,16 +65,16 @@ def digest(batch, i):
 
 def slow_down_disk(seconds):
     """Every checkpoint file is half there for so long."""
-    from sdtrain import checkpoint_store
+    from sdtrain.training import checkpoint_writer
 
-    write_tensors = checkpoint_store.write_tensors
+    write_tensors = checkpoint_writer.write_tensors
 
     def slowly(path, tensors):
         path.write_bytes(b"half of it")
         time.sleep(seconds)
         return write_tensors(path, tensors)
 
-    checkpoint_store.write_tensors = slowly
+    checkpoint_writer.write_tensors = slowly
 
 
 def count_collectives():
@@ -93,9 +93,10 @@ def counted(name, operation):
 
 
 if __name__ == "__main__":
-    from sdtrain import ranks, train
+    from sdtrain import train
+    from sdtrain.training import distributed
 
-    join = ranks.join
+    join = distributed.join
 
     def join_and_watch(local_rank):
         joined = join(local_rank)

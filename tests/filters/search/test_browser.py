@@ -7,9 +7,9 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from removal_fixtures import caption_of, copy_of, make_photo, remove
 
 from filters.search.search import Search
+from tests.filters.removal_fixtures import caption_of, copy_of, make_photo, remove
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 WAIT_S = 60

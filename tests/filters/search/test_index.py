@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
-from removal_fixtures import copy_of
 
-from filters.duplicates.columns import Pictures
+from filters.dedup.columns import Pictures
 from filters.search import index
 from filters.search.embeddings import Block, Embeddings
 from filters.search.index import PictureIndex, forget_index, open_index
 from filters.search.search import Search
+from tests.filters.removal_fixtures import copy_of
 
 faiss = pytest.importorskip("faiss")
 NUM, WIDTH, TOP = 20_000, 32, 10

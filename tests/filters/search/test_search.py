@@ -8,13 +8,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from removal_fixtures import ALIKE, SAME_BYTES, build, caption_of, copy_of, make_photo, remove
 
-from filters.record import read_recipe
+from filters.recipe_record import read_recipe
 from filters.search.embeddings import embeddings_of
 from filters.search.search import Search
 from sdtrain import cli
 from sdtrain.errors import UserError
+from tests.filters.removal_fixtures import ALIKE, SAME_BYTES, build, caption_of, copy_of, make_photo, remove
 
 
 def photo(number, quality=90):

@@ -1,8 +1,8 @@
 import pytest
-from evaluation_fixtures import PROMPTS, write_pictures
-from training_fixtures import write_run
 
 from sdtrain.evaluation.protocol import Protocol
+from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, write_pictures
+from tests.training_fixtures import write_run
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from evaluation_fixtures import write_pictures
 from PIL import Image
 
 from sdtrain.errors import UserError
 from sdtrain.evaluation.metrics import clip_scores
 from sdtrain.evaluation.networks import embed_pictures, embed_texts, features_of, shown_by
 from sdtrain.evaluation.protocol import Protocol
+from tests.sdtrain.evaluation.evaluation_fixtures import write_pictures
 
 CLIP = Protocol(prompts="", reference="", clip_model="ViT-demo", clip_weights="random:0")
 TEXTS = ["a red circle", "two dogs on a sofa", "!"]
@@ -43,7 +43,7 @@ def test_it_is_open_clips_own_way(pictures):
     """open_clip's transform, encoders and cosine, called as its README does."""
     import open_clip
 
-    from sdtrain.data.clip import load_clip
+    from sdtrain.models.clip import load_clip
 
     network, tokenizer = load_clip("ViT-demo", "random:0")
     transform = open_clip.image_transform(64, is_train=False)

@@ -8,13 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from evaluation_fixtures import digests
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
 from sdtrain.errors import UserError
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
+from tests.sdtrain.evaluation.evaluation_fixtures import digests
 
 SDTRAIN = Path(sys.executable).with_name("sdtrain")
 

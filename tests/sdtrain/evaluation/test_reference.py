@@ -2,13 +2,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluation_fixtures import write_pictures
 
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.manifest import ShardReport, describe_outputs, write_entry
-from sdtrain.data.tars import write_samples
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.reference import open_reference
+from tests.sdtrain.evaluation.evaluation_fixtures import write_pictures
 
 
 def test_a_folder_is_its_pictures_and_their_digest_is_of_their_bytes(tmp_path):

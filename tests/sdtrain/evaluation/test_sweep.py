@@ -9,23 +9,23 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from evaluation_fixtures import PROMPTS, digests, write_pictures
 from PIL import Image
 
 from sdtrain import precision
-from sdtrain.checkpoint import find_checkpoint
 from sdtrain.errors import UserError
-from sdtrain.evaluation import draw_stage
-from sdtrain.evaluation.look_stage import read_pictures
+from sdtrain.evaluation import generate
+from sdtrain.evaluation.features import read_pictures
 from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import _all_that_end_well, run_sweep
-from sdtrain.export import export_model
-from sdtrain.networks import load_networks
+from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
-from sdtrain.sample import Sampler, SampleSettings
+from sdtrain.sampling.pipeline import load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
+from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, digests, write_pictures
 
 
 def quiet(line):
@@ -109,15 +109,15 @@ def test_all_scales_begin_with_the_same_noise_and_share_their_embeddings(little,
 
 def test_again_does_nothing_and_gives_the_same_bytes(done, little, run, monkeypatch):
     before = digests(done.folder)
-    monkeypatch.setattr(draw_stage, "_draw", None)  # so that drawing would fail
+    monkeypatch.setattr(generate, "_draw", None)  # so that drawing would fail
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert digests(done.folder) == before
 
 
 def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
     before, drawn = digests(done.folder), []
-    real = draw_stage._draw
-    monkeypatch.setattr(draw_stage, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    real = generate._draw
+    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     next(done.folder.glob("samples/*/guidance-3/00001.tar")).unlink()
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert drawn == [(3.0, 1)]
@@ -125,8 +125,8 @@ def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, r
 
 
 def test_more_scales_and_more_prompts_keep_what_was_drawn(done, little, run, monkeypatch):
-    drawn, real = [], draw_stage._draw
-    monkeypatch.setattr(draw_stage, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    drawn, real = [], generate._draw
+    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     run_sweep(plan(little.model_copy(update={"scales": (1.0, 2.0, 3.0)}), [run], done.folder), say=quiet)
     assert drawn == [(2.0, 0), (2.0, 1)]
 

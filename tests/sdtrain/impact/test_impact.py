@@ -6,8 +6,8 @@ from sdtrain.impact.carbon import emissions_kg, energy_kwh, find_region, regions
 from sdtrain.impact.counters import GpuCounter, cpu_counters, gpu_counters
 from sdtrain.impact.devices import CORE_W, board_watts
 from sdtrain.impact.energy_log import EnergyLog, Spent
-from sdtrain.impact.footprint import footprint
-from sdtrain.impact.recorder import EnergyRecorder, Meter
+from sdtrain.model_card.footprint import footprint
+from sdtrain.training.energy import EnergyRecorder, Meter
 
 
 def spent(session="a", step=1, **changes):

@@ -2,10 +2,10 @@ import os
 import signal
 
 import pytest
-from launching import deepspeed, finish, start, wait_for_step
-from training_fixtures import write_config, write_latents, write_models
 
 from sdtrain.impact.energy_log import EnergyLog
+from tests.sdtrain.launching import deepspeed, finish, start, wait_for_step
+from tests.training_fixtures import write_config, write_latents, write_models
 
 
 @pytest.mark.slow

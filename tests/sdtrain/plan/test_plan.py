@@ -9,8 +9,8 @@ from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.plan.chain import CHAINS, RECIPE_OF, chain_of
+from sdtrain.plan.estimate import DatasetJob, Machines, Planner, latent_bytes, total
 from sdtrain.plan.rates import load_rates
-from sdtrain.plan.work import DatasetJob, Machines, Planner, latent_bytes, total
 
 RESULTS = (Path(__file__).parents[2] / "benchmarks" / "RESULTS.md").read_text()
 MEASURED = {name: rate for name, rate in load_rates().items() if rate.kind == "measured"}

@@ -3,15 +3,15 @@ import sys
 from collections import namedtuple
 
 import pytest
-from training_fixtures import write_config, write_run
 
 from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import findings
 from sdtrain.preflight.training import late_checks, training_checks
-from sdtrain.run_dir import RunDir
 from sdtrain.train import train
+from sdtrain.training.run_dir import RunDir
+from tests.training_fixtures import write_config, write_run
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -8,20 +8,20 @@ import shutil
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 from PIL import Image
 
-from filters.borders import borders
-from filters.duplicates.stage import DEDUP
-from filters.finish import report_on
-from filters.keep import KEEP
+from filters.decide.stage import KEEP
+from filters.dedup.stage import DEDUP
+from filters.inspect.borders import borders
+from filters.inspect.report import report_on
+from filters.inspect.views import write_views
 from filters.recipe import Recipe
-from filters.scores import SCORE
-from filters.views import write_views
-from sdtrain.data.dataset import DatasetDir
-from sdtrain.data.stage import run_batch
+from filters.score.stage import SCORE
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.stage import run_batch
 from sdtrain.report.examples import EXAMPLES_PER_SIDE, galleries
 from sdtrain.report.thumbnails import THUMBNAIL_PX
+from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 SIDES = [500 + 10 * i for i in range(20)]  # the limit is 600

@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 
 import pytest
-from picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 
-from filters.duplicates import DEDUP
-from filters.finish import finish_dataset, report_on, scores_note
-from filters.keep import KEEP
+from filters.decide.stage import KEEP
+from filters.dedup import DEDUP
+from filters.inspect.report import finish_dataset, report_on, scores_note
+from filters.inspect.views import write_views
 from filters.recipe import Recipe
-from filters.scores import SCORE
-from filters.views import write_views
-from sdtrain.data.stage import run_batch
+from filters.score.stage import SCORE
+from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from sdtrain.report.page import Report, write_report
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
-from sdtrain.run_dir import RunDir
+from sdtrain.training.run_dir import RunDir
+from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 

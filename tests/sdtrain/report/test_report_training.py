@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from sdtrain.report.training import draw_training
-from sdtrain.run_dir import RunDir
+from sdtrain.training.run_dir import RunDir
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import duckdb
 import pytest
 
-from filters.tables import DERIVED
+from filters.inspect.tables import DERIVED
 from sdtrain.report.plots import plot_pairs
 from sdtrain.report.score_pairs import draw_pairs
 

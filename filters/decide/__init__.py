@@ -1,0 +1,1 @@
+"""Which samples are kept by their scores and their duplicates: the stage KEEP."""

@@ -1,0 +1,172 @@
+"""KEEP: every selected row ends as kept, or with the first reason that drops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from filters.recipe import KeepConfig, Recipe
+from filters.rules import RULES, active_rules, derived_sql, reason_case
+from filters.select.removed_rows import alike_uids
+from filters.select.schema import SCORES
+from sdtrain.dataset.files import publish, scratch_path
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
+from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.stage import Stage
+from sdtrain.errors import UserError
+
+# One row for every selected row, with the columns that rules name. Sizes are those of the picture as it was fetched.
+_JOINED = """
+SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
+       least(i.original_width, i.original_height) AS side,
+       i.original_width::BIGINT * i.original_height AS area,
+       greatest(i.original_width, i.original_height) / least(i.original_width, i.original_height) AS aspect_ratio,
+       b.uid IS NOT NULL AS is_removed, {captions}, {scores}
+FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard
+      FROM read_parquet($selection, filename = true, union_by_name = true)) s
+LEFT JOIN read_parquet($images) i USING (uid)
+LEFT JOIN read_parquet($scores) c USING (uid)
+LEFT JOIN read_parquet($duplicates) d USING (uid)
+LEFT JOIN blocked b USING (uid)
+"""
+_HASHES = """
+SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
+"""
+# The survivor of a group is the largest picture that passed every rule, then the best liked, then the smallest uid.
+_DECIDED = """
+WITH judged AS (SELECT *, {case} AS rule_reason FROM joined),
+ranked AS (
+    SELECT *, row_number() OVER (
+        PARTITION BY group_id, rule_reason IS NULL ORDER BY area DESC, aesthetic DESC NULLS LAST, uid
+    ) AS place FROM judged
+)
+SELECT uid, key, shard, coalesce(
+    rule_reason, CASE WHEN group_id IS NOT NULL AND place > 1 THEN 'duplicate_' || kind END
+) AS reason
+FROM ranked ORDER BY key
+"""
+_BEFORE_RULES = (
+    "WHEN download_reason IS NOT NULL THEN download_reason WHEN score_reason IS NOT NULL THEN score_reason "
+    f"WHEN is_removed THEN '{REMOVED}' "
+)
+
+
+def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
+    """Decides on every selected row; returns how many have each reason (None: kept).
+
+    Args:
+        dataset: finished up to `dedup`.
+        recipe: whose rules.
+        target: the decisions go to this file; without one they are only counted.
+    """
+    case, values = reason_case(recipe.keep.rules)
+    case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
+    scores = ", ".join(_scores(dataset, recipe.keep))
+    captions = derived_sql(("caption_chars", "caption_words", "caption_is_name"), caption="s.caption")
+    # Else what does not fit into memory goes to wherever the user happens to stand.
+    with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
+        connection.register("blocked", _alike_to_removed(connection, dataset))
+        connection.execute(
+            f"CREATE TEMP TABLE joined AS {_JOINED.format(captions=captions, scores=scores)}", _sources(dataset)
+        )
+        # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
+        connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
+        if target:
+            connection.execute("COPY decided TO ? (FORMAT parquet, COMPRESSION zstd)", [str(target)])
+        return dict(
+            connection.execute("SELECT reason, count(*) FROM decided GROUP BY reason ORDER BY reason").fetchall()
+        )
+
+
+def _scores(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
+    """SELECT items of the scores that decide: the survivors' rule wants `aesthetic`, and rules what they look at.
+
+    Raises:
+        UserError: the metadata are to decide, and none has a score.
+    """
+    rules = [RULES[name] for name in active_rules(keep.rules)]
+    wanted = {"aesthetic", *(rule.column for rule in rules)}
+    origin = "s" if keep.decide_by == "metadata" else "c"
+    for name in SCORES:
+        if name in wanted:
+            _check_known(dataset, name, keep)
+            yield f"{origin}.{name}::DOUBLE AS {name}"
+    # Measures of quality, which no metadata has.
+    yield from (f"c.{rule.column}" for rule in rules if not rule.in_select)
+
+
+def _check_known(dataset: DatasetDir, score: str, keep: KeepConfig) -> None:
+    """Selections have a column for V1's scores only where the metadata has it, unlike all others."""
+    files = _sources(dataset)["selection"] if score == "aesthetic_v1" and keep.decide_by == "metadata" else []
+    if files and not any(score in pq.read_schema(path).names for path in files):
+        raise UserError(
+            f"keep.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
+            f"{dataset.root} do not have. Set keep.decide_by: picture and score.aesthetic_v1_weights, or leave it out."
+        )
+
+
+def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+    """The uids of pictures that look like one that was taken out with a radius."""
+    sources = _sources(dataset)
+    return alike_uids(connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed))
+
+
+def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
+    """The Parquet files of each stage, as its manifest lists them."""
+    shards = selected_shards(dataset)
+    return {
+        "selection": [str(dataset.selection(shard)) for shard in shards],
+        "images": [str(dataset.images_table(shard)) for shard in shards],
+        "scores": [str(dataset.scores(shard)) for shard in shards],
+        "duplicates": str(dataset.duplicates),
+    }
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return [0]
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    # The selection too: LAION's scores, which may decide, are nowhere else.
+    select = selection(dataset)
+    shards = selected_shards(dataset)
+    inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
+    # As pairs, because the order of the rules decides the reasons.
+    config: dict[str, object] = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
+    removed = removed_hashes(read_ledger(dataset.removed))
+    config |= {"removed": removed.to_pylist()} if len(removed) else {}
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    with publish(dataset.decisions) as temporary:
+        counts = decide(dataset, recipe, temporary)
+        report = report_of(dataset, counts)
+    yield report.model_copy(update={"outputs": describe_outputs(dataset, [dataset.decisions])})
+
+
+def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardReport:
+    """The stage's report, from how many rows have each reason.
+
+    Raises:
+        UserError: no row is kept.
+    """
+    dropped = {str(reason): count for reason, count in counts.items() if reason is not None}
+    kept = counts.get(None, 0)
+    if not kept:
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+        unknown = any(reason.endswith("_missing") for reason in dropped)
+        hint = " Missing scores: the metadata has none, or their weights are null in score; see decide_by."
+        raise UserError(
+            f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.{hint if unknown else ''}"
+        )
+    return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
+
+
+KEEP: Stage[Recipe] = Stage("keep", _shards, _fingerprint, _run)

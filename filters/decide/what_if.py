@@ -1,0 +1,95 @@
+"""Other thresholds for a finished dataset: what they would keep, and the decision itself, in seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from filters.decide.funnel import FunnelRow, funnel
+from filters.decide.stage import KEEP, decide, report_of
+from filters.recipe import Recipe
+from filters.recipe_record import read_recipe, record_recipe
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, read_entry
+from sdtrain.dataset.stage import clear_leftovers, run_batch
+from sdtrain.errors import UserError
+from sdtrain.settings import parse_settings
+
+
+def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
+    """`name=value` texts as a recipe's rules, the value as YAML would read it.
+
+    Raises:
+        UserError: a text of another form.
+    """
+    rules = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        try:
+            rules[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not equals or not name.strip():
+            raise UserError(f"--rule {text!r}: write name=value, such as --rule min_side=512.")
+    return rules
+
+
+def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | None = None) -> Recipe:
+    """The recipe with these rules in `keep`: those that it has at their place, others behind them.
+
+    Raises:
+        UserError: an unknown rule, or a value that is none.
+    """
+    content: dict[str, Any] = recipe.model_dump()
+    content["keep"]["rules"] |= {name: value for name, value in rules.items() if value is not None}
+    content["keep"]["decide_by"] = decide_by or recipe.keep.decide_by
+    return parse_settings(Recipe, content, "command line")
+
+
+def compare(dataset: DatasetDir, recipe: Recipe) -> list[dict[str, object]]:
+    """The funnel as it is and as `recipe` would make it, reason by reason; nothing is written.
+
+    Raises:
+        UserError: a stage before `keep` is not finished, or nothing would be kept.
+    """
+    after = funnel(dataset, recipe, _decided(dataset, recipe))
+    before = funnel(dataset, read_recipe(dataset)) if read_entry(dataset, "keep", 0) else []
+    old, new = ({(row["stage"], row["reason"]): row for row in rows} for rows in (before, after))
+    # Rows of the old funnel alone stand where their stage ends, which for all of them is `keep`.
+    shown = [_beside(key, old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old]) if key[1]]
+    kept: dict[str, object] = {"stage": "", "reason": "kept", "meaning": "samples to be packed"}
+    shown = [row for row in shown if row["before"] or row["now"]]
+    return [*shown, kept | {"before": _kept(before), "now": _kept(after)}]
+
+
+def decide_again(dataset: DatasetDir, recipe: Recipe) -> list[str]:
+    """Makes `recipe` the dataset's, and its decisions by it; returns what differs from the recipe before.
+
+    Raises:
+        UserError: a stage before `keep` is not finished, or nothing would be kept; nothing is changed then.
+    """
+    _decided(dataset, recipe)
+    changes = record_recipe(dataset, recipe)
+    clear_leftovers(KEEP, dataset)
+    run_batch(KEEP, dataset, recipe, [0])
+    return changes
+
+
+def _decided(dataset: DatasetDir, recipe: Recipe) -> ShardReport:
+    KEEP.fingerprint(dataset, recipe, 0)  # says so if something before is not finished
+    return report_of(dataset, decide(dataset, recipe))
+
+
+def _beside(key: tuple[str, str], old: FunnelRow | None, new: FunnelRow | None) -> dict[str, object]:
+    meaning = (new or old or {"meaning": ""})["meaning"]
+    return {"stage": key[0], "reason": key[1], "meaning": meaning, "before": _count(old), "now": _count(new)}
+
+
+def _count(row: FunnelRow | None) -> int:
+    return row["dropped"] if row else 0
+
+
+def _kept(rows: list[FunnelRow]) -> int | str:
+    return rows[-1]["remaining"] if rows else "-"

@@ -1,0 +1,168 @@
+"""Embeddings sorted into clusters, so that only neighbours need be compared."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from filters.dedup.buckets import Buckets, Embedded
+from filters.dedup.columns import Pictures
+from sdtrain.dataset.progress import told
+from sdtrain.errors import UserError
+
+# Up to here all are compared with all: that takes seconds, and misses nothing between clusters.
+MAX_ONE_CLUSTER = 1 << 14
+_ROWS_AT_ONCE = 4096
+_TRAINING_ROWS_PER_CLUSTER, _MAX_TRAINING_BYTES = 64, 1 << 31
+
+Vectors = NDArray[np.float32]
+
+
+def num_clusters_for(num_pictures: int, wanted: int | None) -> int:
+    """The wanted number of clusters, by default one for few pictures and else the square root of their number."""
+    if wanted is None:
+        wanted = 1 if num_pictures <= MAX_ONE_CLUSTER else round(math.sqrt(num_pictures))
+    return max(1, min(wanted, num_pictures))
+
+
+def cluster(pictures: Pictures, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
+    """The embeddings of each cluster, one cluster after the other; they are written to `folder` in between.
+
+    The same for any number of threads and any order of the pictures: the centres are learnt from the pictures with the
+    smallest uids, which are digests and thus a random sample, and all products are of matrices of one size.
+
+    Raises:
+        UserError: there is more than one cluster, and faiss is not installed.
+    """
+    owned = (
+        _all_in_one(pictures) if num_clusters == 1 else _owned(pictures, learn_centers(pictures, num_clusters, seed))
+    )
+    with Buckets(folder, pictures.num, num_clusters) as buckets:
+        for embedded, owners in told(owned, "dedup: clusters", pictures.num, "embeddings", lambda pair: len(pair[1])):
+            buckets.add(embedded, owners)
+    yield from buckets.clusters()
+
+
+def unit(vectors: NDArray[np.float16]) -> Vectors:
+    """The vectors in float32, scaled to length 1; zero stays zero."""
+    wide = vectors.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, None]
+    unit_vectors: Vectors = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
+    return unit_vectors
+
+
+def learn_centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
+    """(K, D) unit vectors: k-means by cosine, of a sample.
+
+    Raises:
+        UserError: faiss is not installed.
+    """
+    sample = unit(_sample(pictures, num_clusters))
+    options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
+    options["max_points_per_centroid"] = len(sample)  # it is a sample already
+    kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
+    with _one_thread_each(1) as thread:
+        thread.submit(kmeans.train, sample).result()
+    centers: Vectors = kmeans.centroids
+    return centers
+
+
+def load_faiss(
+    wanted_by: str = "duplicates.level: semantic, for so many pictures,",
+    otherwise: str = ", or set duplicates.level to perceptual",
+) -> Any:
+    """The module faiss.
+
+    Args:
+        wanted_by: what needs it, for the sentence when it is missing.
+        otherwise: what one can do without it.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError(
+            f"{wanted_by} needs faiss. Install it with `pip install 'sdtrain[semantic]'`{otherwise}."
+        ) from error
+    return faiss
+
+
+def _all_in_one(pictures: Pictures) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+    for embedded in _blocks(pictures):
+        yield embedded, np.zeros(len(embedded.nodes), np.int32)
+
+
+def _owned(pictures: Pictures, centers: Vectors) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+    """All embeddings with the cluster whose centre is nearest, in order; each processor works at a block of its own."""
+    index = load_faiss().IndexFlatIP(centers.shape[1])
+    index.add(centers)
+
+    def nearest(vectors: NDArray[np.float16]) -> NDArray[np.int32]:
+        # Always the same size: the kernels for edges of matrices round differently.
+        padded = np.zeros((_ROWS_AT_ONCE, vectors.shape[1]), np.float32)
+        padded[: len(vectors)] = unit(vectors)
+        owners: NDArray[np.int32] = index.search(padded, 1)[1][: len(vectors), 0].astype(np.int32)
+        return owners.clip(0)  # -1 is nearest to what is not a number
+
+    num_threads = len(os.sched_getaffinity(0))
+    with _one_thread_each(num_threads) as threads:
+        waiting = deque[tuple[Embedded, Future[NDArray[np.int32]]]]()
+        for embedded in _blocks(pictures):
+            waiting.append((embedded, threads.submit(nearest, embedded.vectors)))
+            if len(waiting) > 2 * num_threads:
+                done, owners = waiting.popleft()
+                yield done, owners.result()
+        yield from ((embedded, owners.result()) for embedded, owners in waiting)
+
+
+def _one_thread_each(num_threads: int) -> ThreadPoolExecutor:
+    """Threads in each of which faiss uses no other: how many it uses changes the last digits."""
+    return ThreadPoolExecutor(num_threads, initializer=load_faiss().omp_set_num_threads, initargs=(1,))
+
+
+def _sample(pictures: Pictures, num_clusters: int) -> NDArray[np.float16]:
+    """The embeddings of the pictures with the smallest uids, in the order of these."""
+    best, num_rows = list[pa.Table](), num_clusters * _TRAINING_ROWS_PER_CLUSTER
+    for table in pictures.read(["uid", "embedding"]):
+        best.append(table.filter(pc.is_valid(table["embedding"])))
+        vector_bytes = 4 * table.schema.field("embedding").type.list_size
+        num_rows = min(num_rows, max(num_clusters, _MAX_TRAINING_BYTES // vector_bytes))
+        if sum(map(len, best)) > 2 * num_rows:
+            best = [_smallest(best, num_rows)]
+    return _vectors(_smallest(best, num_rows)["embedding"])
+
+
+def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
+    rows = pa.concat_tables(tables)
+    chosen = pc.sort_indices(rows["uid"])[:num_rows]
+    return rows.take(chosen).combine_chunks()
+
+
+def _blocks(pictures: Pictures) -> Iterator[Embedded]:
+    """All embeddings, in blocks of `_ROWS_AT_ONCE` at most."""
+    start = 0
+    for table in pictures.read(["embedding"]):
+        embeddings = table["embedding"]
+        nodes = start + np.flatnonzero(pc.is_valid(embeddings).to_numpy())
+        vectors = _vectors(embeddings.drop_null())
+        start += len(table)
+        for low in range(0, len(nodes), _ROWS_AT_ONCE):
+            yield Embedded(nodes[low : low + _ROWS_AT_ONCE], vectors[low : low + _ROWS_AT_ONCE])
+
+
+def _vectors(embeddings: pa.ChunkedArray) -> NDArray[np.float16]:
+    width = embeddings.type.list_size
+    values: NDArray[np.float16] = embeddings.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, width)

@@ -1,0 +1,143 @@
+"""What the search for copies needs of every picture, in plain files: more pictures than memory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from sdtrain.dataset.progress import told
+
+Words = NDArray[np.uint64]
+
+COLOR_BYTES = 48
+_DIGEST_CHARS, _DIGEST_WORDS = 64, 2  # half of a sha256 is enough to tell pictures apart
+_ROWS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """All pictures to look at; node n is the n-th of them.
+
+    Attributes:
+        read: some columns of all of them, table by table, always in the same order. There are uid, pixel_sha256,
+            sha256 (of the file; null where it is not known), phash, thumbnail, and maybe embedding.
+        num: how many there are.
+        has_embeddings: whether there are any embeddings.
+    """
+
+    read: Callable[[Sequence[str]], Iterator[pa.Table]]
+    num: int
+    has_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of one number a picture, as files that are mapped into memory.
+
+    Attributes:
+        folder: where they lie.
+        num: how many pictures there are.
+    """
+
+    folder: Path
+    num: int
+
+    def words(self, name: str) -> Words:
+        """(N,) column `name`: a word of a digest ("pixels0", "bytes1"), "hash", or "color", a digest of the colours."""
+        return np.memmap(self.folder / name, np.uint64, "r", shape=(self.num,))
+
+    def colors(self) -> NDArray[np.uint8]:
+        """(N, 48) channel values of the thumbnails."""
+        return np.memmap(self.folder / "colors", np.uint8, "r", shape=(self.num, COLOR_BYTES))
+
+
+def store_columns(pictures: Pictures, folder: Path, with_looks: bool) -> Columns:
+    """Writes the digests, and with `with_looks` also hashes and thumbnails, of all pictures."""
+    names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_looks else ())]
+    files = dict[str, Any]()
+    try:
+        for table in told(pictures.read(names), "dedup: reading", pictures.num, "pictures", len):
+            for name, values in _arrays(table, with_looks):
+                if name not in files:
+                    files[name] = (folder / name).open("wb")
+                values.tofile(files[name])
+    finally:
+        for file in files.values():
+            file.close()
+    return Columns(folder, pictures.num)
+
+
+def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], Words, Words]]:
+    """All nodes, ordered by two words each, in pieces; nodes of equal words are in one piece and in order.
+
+    Yields:
+        (nodes, first, second): of one piece, about `_ROWS_AT_ONCE` long where no value of `first` is more frequent.
+    """
+    for low, high in _ranges(first):
+        nodes = _within(first, low, high)
+        ones, others = np.asarray(first[nodes]), np.asarray(second[nodes])
+        order = np.lexsort((others, ones))
+        yield nodes[order], ones[order], others[order]
+
+
+def starts_of_runs(ones: Words, others: Words) -> NDArray[np.bool_]:
+    """Which rows of sorted ones differ from the row before."""
+    differs = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
+    return np.concatenate([[True], differs])
+
+
+def _ranges(values: Words) -> Iterator[tuple[int, int]]:
+    """Ranges of values, both ends included, that hold about equally many."""
+    num_parts = -(-len(values) // _ROWS_AT_ONCE)
+    sample = np.sort(values[:: max(1, len(values) // (num_parts * 1024))])
+    inner = np.unique(sample[:: -(-len(sample) // num_parts)][1:]).tolist()
+    lows = [0, *(value for value in inner if value)]
+    return zip(lows, [low - 1 for low in lows[1:]] + [2**64 - 1], strict=True)
+
+
+def _within(values: Words, low: int, high: int) -> NDArray[np.int64]:
+    found = [np.empty(0, np.int64)]
+    for start in range(0, len(values), _ROWS_AT_ONCE):
+        piece = values[start : start + _ROWS_AT_ONCE]
+        found.append(start + np.flatnonzero((piece >= np.uint64(low)) & (piece <= np.uint64(high))))
+    return np.concatenate(found)
+
+
+def _arrays(table: pa.Table, with_looks: bool) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name, column in (("pixels", "pixel_sha256"), ("bytes", "sha256")):
+        digest = _digest_words(table[column])
+        for i in range(_DIGEST_WORDS):
+            yield f"{name}{i}", digest[:, i]
+    if with_looks:
+        colors = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.uint8).reshape(-1, COLOR_BYTES)
+        yield "hash", table["phash"].to_numpy().view(np.uint64)
+        yield "colors", colors
+        yield "color", _mixed(colors.view(np.uint64))
+
+
+def _digest_words(digests: pa.ChunkedArray) -> Words:
+    """(N, 2) the first 128 bits of hex digests; zero where there is none."""
+    known = pc.fill_null(pc.equal(pc.utf8_length(digests), _DIGEST_CHARS), False)
+    given = pc.if_else(known, digests, "0" * _DIGEST_CHARS)
+    text = pa.chunked_array(given).combine_chunks().cast(pa.binary()).cast(pa.binary(_DIGEST_CHARS))
+    chars = np.frombuffer(text.buffers()[1], np.uint8).reshape(-1, _DIGEST_CHARS)[:, : 16 * _DIGEST_WORDS]
+    nibbles = (chars & 15) + 9 * (chars >> 6)  # the letters' codes have bit 6, the digits' have not
+    return np.ascontiguousarray(nibbles[:, ::2] << 4 | nibbles[:, 1::2]).view(np.uint64)
+
+
+def _mixed(words: Words) -> Words:
+    """(N,) a 64-bit digest of each row, by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    mixed = np.zeros(len(words), np.uint64)
+    for i in range(words.shape[1]):
+        mixed = (mixed + np.uint64(0x9E3779B97F4A7C15)) ^ words[:, i]
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed ^= mixed >> np.uint64(31)
+    return mixed

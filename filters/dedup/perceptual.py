@@ -1,0 +1,120 @@
+"""Pictures that look alike: near perceptual hashes, and colours that agree.
+
+This finds copies that were scaled or compressed again, about half of those with a watermark or without 5 % of their
+sides, and none that were mirrored or recoloured: `python -m tests.benchmarks.duplicates` prints the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from filters.dedup.colors import Colors, agree, seeds_of
+from filters.dedup.columns import Columns, Words, in_order, starts_of_runs
+from filters.dedup.hamming import near_pairs
+from filters.dedup.union_find import Components, Nodes
+
+_CHUNK_PAIRS = 1 << 20
+_LARGE_RUN = 64
+
+
+class Looks(NamedTuple):
+    """Pictures of distinct looks, ordered by hash, mapped from files.
+
+    Attributes:
+        nodes: one picture of each look.
+        hashes: the distinct hashes.
+        starts: where in `nodes` the looks of each hash begin, and the end.
+    """
+
+    nodes: NDArray[np.int64]
+    hashes: Words
+    starts: NDArray[np.int64]
+
+
+def link_alike(columns: Columns, radius: int, components: Components) -> None:
+    """Links pictures that look alike, or others that connect the same: hashes within `radius`, and colours agree.
+
+    Blank pictures hash alike whatever their colour, and come by the thousand: those with equal colours are linked to
+    the first of them, which alone is compared with others; of the many of one hash, those linked are not compared
+    again; and only different hashes are compared bit by bit, and by colour only where pictures are not linked already.
+    """
+    colors = columns.colors()
+    looks = _store_looks(columns, components)
+    _link_equal_hashes(looks, colors, components)
+    for ones, others in _batched(near_pairs(looks.hashes, radius)):
+        one, other = np.searchsorted(looks.hashes, ones), np.searchsorted(looks.hashes, others)
+        for left, right in _products(looks.starts, one, other):
+            _link_agreeing(looks.nodes[left], looks.nodes[right], colors, components)
+
+
+def _store_looks(columns: Columns, components: Components) -> Looks:
+    """Links pictures of equal looks, and writes the first of each look in the order of hashes."""
+    folder, num = columns.folder, 0
+    names = [folder / name for name in ("look_nodes", "look_hashes", "look_starts")]
+    with names[0].open("wb") as node_file, names[1].open("wb") as hash_file, names[2].open("wb") as start_file:
+        for nodes, hashes, colors in in_order(columns.words("hash"), columns.words("color")):
+            starts = starts_of_runs(hashes, colors)
+            first = nodes[starts]
+            equal = ~starts
+            components.link(first[np.cumsum(starts) - 1][equal], nodes[equal])
+            distinct, begins = np.unique(hashes[starts], return_index=True)
+            first.tofile(node_file)
+            distinct.tofile(hash_file)
+            (begins + num).tofile(start_file)
+            num += len(first)
+        np.array([num]).tofile(start_file)
+    return Looks(*(_mapped(path, kind) for path, kind in zip(names, (np.int64, np.uint64, np.int64), strict=True)))
+
+
+def _mapped(path: Path, kind: type) -> NDArray:
+    return np.memmap(path, kind, "r")
+
+
+def _link_equal_hashes(looks: Looks, colors: Colors, components: Components) -> None:
+    """Links looks of one hash: the few of most hashes each with each, those of frequent ones by `seeds_of`."""
+    for start in range(0, len(looks.hashes), _CHUNK_PAIRS):
+        counts = np.diff(looks.starts[start : start + _CHUNK_PAIRS + 1])
+        few = start + np.flatnonzero((counts > 1) & (counts <= _LARGE_RUN))
+        for left, right in _products(looks.starts, few, few):
+            upper = left < right
+            _link_agreeing(looks.nodes[left[upper]], looks.nodes[right[upper]], colors, components)
+        for run in (start + np.flatnonzero(counts > _LARGE_RUN)).tolist():
+            nodes = looks.nodes[looks.starts[run] : looks.starts[run + 1]]
+            components.link(nodes, nodes[seeds_of(colors[nodes])])
+
+
+def _link_agreeing(ones: Nodes, others: Nodes, colors: Colors, components: Components) -> None:
+    apart = components.roots(ones) != components.roots(others)
+    ones, others = ones[apart], others[apart]
+    same = agree(colors[ones], colors[others])
+    components.link(ones[same], others[same])
+
+
+def _products(starts: Nodes, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes, Nodes]]:
+    """Positions of all looks of a hash with all looks of the hash at its place in `others`, in bounded pieces."""
+    widths = starts[others + 1] - starts[others]
+    sizes = (starts[ones + 1] - starts[ones]) * widths
+    ends = np.cumsum(sizes)
+    for low in range(0, int(ends[-1]) if len(ends) else 0, _CHUNK_PAIRS):
+        flat = np.arange(low, min(low + _CHUNK_PAIRS, int(ends[-1])))
+        run = np.searchsorted(ends, flat, side="right")
+        row, column = np.divmod(flat - (ends[run] - sizes[run]), widths[run])
+        yield starts[ones[run]] + row, starts[others[run]] + column
+
+
+def _batched(pairs: Iterator[tuple[Words, Words]]) -> Iterator[tuple[Words, Words]]:
+    """The same pairs in fewer pieces, because each piece costs something."""
+    waiting, num = list[tuple[Words, Words]](), 0
+    for piece in pairs:
+        waiting.append(piece)
+        num += len(piece[0])
+        if num >= _CHUNK_PAIRS:
+            yield np.concatenate([one for one, _ in waiting]), np.concatenate([other for _, other in waiting])
+            waiting, num = [], 0
+    if num:
+        yield np.concatenate([one for one, _ in waiting]), np.concatenate([other for _, other in waiting])

@@ -1,0 +1,107 @@
+"""DEDUP: which pictures are copies of one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from filters.dedup.columns import Pictures
+from filters.dedup.levels import LEVELS, Found, group_pictures
+from filters.recipe import Recipe
+from sdtrain.dataset.files import publish, scratch
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.stage import Stage
+from sdtrain.download.rows import read_parquet
+from sdtrain.errors import UserError
+
+_NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are
+
+
+def scored_pictures(dataset: DatasetDir) -> Pictures:
+    """The pictures of a dataset that could be decoded, with what SCORE found out about them.
+
+    Raises:
+        UserError: their embeddings are of different networks.
+    """
+    shards = list(selected_shards(dataset))
+    num = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
+    schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
+    has_embeddings = bool(schemas) and all("embedding" in schema.names for schema in schemas)
+    networks = {tuple((schema.metadata or {}).get(name) for name in _NETWORK) for schema in schemas}
+    if has_embeddings and len(networks) > 1:
+        raise UserError(
+            f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
+            "compared. Run the build again: it scores those shards anew that are not of the recipe."
+        )
+    return Pictures(partial(_read, dataset, shards), num, has_embeddings)
+
+
+def check_decoders(dataset: DatasetDir) -> None:
+    """Refuses shards of which the CPU decoded some and a GPU others: their digests and hashes cannot be compared.
+
+    Raises:
+        UserError: says what to set.
+    """
+    schemas = (pq.read_schema(dataset.scores(shard)) for shard in selected_shards(dataset))
+    if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
+        raise UserError(
+            f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
+            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores anew."
+        )
+
+
+def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) -> Iterator[pa.Table]:
+    for shard in shards:
+        own = [name for name in columns if name != "sha256"]
+        table = read_parquet(dataset.scores(shard), list(dict.fromkeys([*own, "uid", "reason"])))
+        table = table.filter(pc.is_null(table["reason"]))
+        if "sha256" in columns:  # of the bytes as they came, which only the download saw
+            images = read_parquet(dataset.images_table(shard), ["uid", "sha256"])
+            places = pc.index_in(table["uid"], value_set=images["uid"])
+            table = table.append_column("sha256", images["sha256"].take(places))
+        yield table.select(list(columns))
+
+
+def _notes(found: Found) -> list[str]:
+    """What each level would take away, as a sentence."""
+    if not found.removed:
+        return []
+    counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
+    others = [level for level in LEVELS if level not in found.removed]
+    unknown = f"; {' and '.join(others)} not counted" if others else ""
+    return [f"of {found.num_pictures:,} pictures, each level of duplicates would drop: {counted}{unknown}"]
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return [0]
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    inputs = [require_entry(dataset, "score", shard) for shard in selected_shards(dataset)]
+    return fingerprint("dedup/2", recipe.duplicates.model_dump(mode="json"), inputs)
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    pictures = scored_pictures(dataset)
+    if recipe.duplicates.level != "off":
+        check_decoders(dataset)
+    with scratch(dataset.root, "dedup") as folder, publish(dataset.duplicates) as temporary:
+        found = group_pictures(pictures, recipe.duplicates, folder, temporary)
+    yield ShardReport(
+        stage="dedup",
+        shard=0,
+        num_in=pictures.num,
+        num_out=pictures.num - sum(found.dropped.values()),
+        dropped=found.dropped,
+        outputs=describe_outputs(dataset, [dataset.duplicates]),
+        notes=_notes(found),
+    )
+
+
+DEDUP: Stage[Recipe] = Stage("dedup", _shards, _fingerprint, _run)

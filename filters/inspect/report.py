@@ -1,0 +1,74 @@
+"""What a build leaves beside its shards once every stage is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from filters.inspect.views import write_views
+from filters.recipe import NETWORKS, Recipe
+from filters.select.metadata_files import prepare
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.models.weights import RANDOM, RANDOM_FULL
+from sdtrain.pack.plan import forget_plan
+from sdtrain.pack.stage import write_index
+
+
+def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
+    """Writes the index of the packed shards, the DuckDB views and, if anything was done since, the report."""
+    forget_plan(dataset)
+    write_index(dataset)
+    write_views(dataset, recipe)
+    entries = (dataset.root / "manifest").rglob("*.json")
+    newest = max((path.stat().st_mtime_ns for path in entries), default=0)
+    if not dataset.report.exists() or dataset.report.stat().st_mtime_ns < newest:
+        report_on(dataset, recipe)
+    push_rest(dataset)
+
+
+def push_rest(dataset: DatasetDir) -> None:
+    """Writes to S3 what belongs to no shard; not metadata.duckdb, which names files of this machine."""
+    mirror = mirror_of(dataset)
+    if mirror is None:
+        return
+    files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
+    mirror.push_files(path for path in files if path.exists())
+    mirror.push_folder(dataset.report.with_name("pictures"))
+
+
+def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
+    """Writes report.html, and its pictures beside it, from the dataset's views.
+
+    Raises:
+        UserError: the build has not come to its decisions yet.
+    """
+    # Not above: a build that finds nothing to do would wait for matplotlib and jinja2.
+    from filters.inspect.borders import borders
+    from sdtrain.report.page import Report, write_report
+
+    report = Report(
+        title=f"Dataset {recipe.name}",
+        lead=recipe.description,
+        dataset=dataset,
+        limits=limits_of(recipe),
+        borders=list(borders(recipe)),
+        prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
+        scores_note=scores_note(recipe),
+    )
+    return write_report(report, dataset.report)
+
+
+def scores_note(recipe: Recipe) -> str:
+    """Says so where scores come from networks that have learnt nothing, as in the demo; else empty."""
+    weights = {name: getattr(recipe.score, f"{name}_weights") for name in NETWORKS}
+    random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
+    if not random:
+        return ""
+    decides = " The metadata decides." if recipe.keep.decide_by == "metadata" else ""
+    return f"Random weights, here those of {', '.join(random)}, give scores that mean nothing.{decides}"
+
+
+def limits_of(recipe: Recipe) -> dict[str, float]:
+    """Those of the recipe's rules that a diagram can show as a line; what decided first comes before what did later."""
+    rules = recipe.keep.rules | recipe.select.rules
+    return {name: value for name, value in rules.items() if isinstance(value, float)}

@@ -1,0 +1,119 @@
+"""How far a dataset is: told from its manifest alone, so that asking costs nothing and needs no server."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from filters.pipeline import STAGE_NAMES
+from filters.recipe import Recipe
+from filters.recipe_record import read_recipe
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import at_work
+from sdtrain.dataset.manifest import ShardReport, entries, read_entry
+
+_WINDOW_S = 3600.0
+"""How far back the rate looks from the shard that was finished last."""
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage.
+
+    Attributes:
+        stage: its name.
+        num_done: finished shards.
+        num_shards: all; None while an earlier stage decides that.
+        num_in, num_out: samples of the finished ones.
+        dropped: samples, by reason.
+        num_bytes: size of what it wrote.
+        seconds: work on the finished shards, which may have been side by side.
+        samples_per_s: by the clock, over the last hour of its work; None for fewer than two shards.
+        left_s: until its end at that rate.
+    """
+
+    stage: str
+    num_done: int
+    num_shards: int | None
+    num_in: int
+    num_out: int
+    dropped: dict[str, int]
+    num_bytes: int
+    seconds: float
+    samples_per_s: float | None
+    left_s: float | None
+
+
+@dataclass(frozen=True)
+class DatasetStatus:
+    """A dataset.
+
+    Attributes:
+        place: its directory, or URL.
+        recipe: the recipe's name.
+        stages: in their order.
+        users: a sentence for each command that uses it now.
+        free_bytes: on its disk, or that of its work folder.
+    """
+
+    place: str
+    recipe: str
+    stages: Sequence[StageStatus]
+    users: Sequence[str]
+    free_bytes: int
+
+
+def dataset_status(dataset: DatasetDir) -> DatasetStatus:
+    """How far a dataset is.
+
+    Raises:
+        UserError: there is none, or its manifest is damaged.
+    """
+    recipe = read_recipe(dataset)
+    stages = [_stage(dataset, recipe, name) for name in STAGE_NAMES]
+    return DatasetStatus(str(dataset), recipe.name, stages, at_work(dataset), shutil.disk_usage(dataset.root).free)
+
+
+def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:
+    done = entries(dataset, name)
+    num_shards, rate = _num_shards(dataset, recipe, name, len(done)), _rate(done)
+    dropped: Counter[str] = Counter()
+    for entry in done:
+        dropped.update(entry.dropped)
+    num_in = sum(entry.num_in for entry in done)
+    left_s = None
+    if rate and num_shards is not None:
+        left_s = (num_shards - len(done)) * num_in / len(done) / rate
+    return StageStatus(
+        stage=name,
+        num_done=len(done),
+        num_shards=num_shards,
+        num_in=num_in,
+        num_out=sum(entry.num_out for entry in done),
+        dropped=dict(dropped),
+        num_bytes=sum(output.bytes for entry in done for output in entry.outputs.values()),
+        seconds=sum(entry.seconds for entry in done),
+        samples_per_s=rate,
+        left_s=left_s,
+    )
+
+
+def _num_shards(dataset: DatasetDir, recipe: Recipe, name: str, num_done: int) -> int | None:
+    if name in ("select", "dedup", "keep"):
+        return max(1, num_done)
+    if name in ("download", "score"):
+        selected = entries(dataset, "select")
+        return sum(len(entry.outputs) for entry in selected) if selected else None
+    kept = read_entry(dataset, "keep", 0)
+    return -(-kept.num_out // recipe.pack.samples_per_shard) if kept else None
+
+
+def _rate(done: Sequence[ShardReport]) -> float | None:
+    """Samples a second of wall time."""
+    times = sorted((entry.finished_at, entry.num_in) for entry in done if entry.finished_at)
+    recent = [(at, num) for at, num in times if at >= times[-1][0] - _WINDOW_S]
+    if len(recent) < 2 or recent[-1][0] == recent[0][0]:
+        return None
+    return sum(num for _, num in recent[1:]) / (recent[-1][0] - recent[0][0])

@@ -1,0 +1,159 @@
+"""metadata.duckdb: views over all that a dataset holds, for anyone with a DuckDB shell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import duckdb
+
+from filters.decide.funnel import funnel, remarks
+from filters.inspect.tables import COMMENTS, DERIVED, EMPTY
+from filters.recipe import Recipe
+from filters.select.metadata_files import find_metadata, prepare
+from filters.select.schema import TYPES, normalised_sql
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, entries, read_entry
+from sdtrain.dataset.s3.sync import fetch_tables
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.errors import UserError
+from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
+
+# Oldest DuckDB whose shell shall read the file.
+_STORAGE_VERSION = "v1.2.0"
+# Columns that follow from a file's name: the number of its shard, and the tar beside it.
+_FROM_FILE = {
+    "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
+    "tar": "regexp_replace(filename, '[.]parquet$', '.tar') AS tar",
+}
+
+
+def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
+    """Writes metadata.duckdb anew and puts it in place of the old one, whose readers are not disturbed.
+
+    The views name files by absolute paths, because DuckDB looks for relative ones where its
+    user happens to stand. After a dataset was moved, call this again. Stages that are not
+    finished give empty views.
+
+    Returns:
+        The path of the database.
+    """
+    fetch_tables(dataset)
+    root = DatasetDir(dataset.root.absolute())
+    with (
+        publish(root.database) as temporary,
+        closing(duckdb.connect(temporary, config={"storage_compatibility_version": _STORAGE_VERSION})) as connection,
+    ):
+        for name, statement in _views(connection, root, recipe):
+            connection.execute(f'CREATE VIEW "{name}" AS {statement}')
+        _write_funnel(connection, root, recipe)
+        _write_remarks(connection, root, recipe)
+        _write_stages(connection, root)
+        for name, comment in (COMMENTS | _left_out(recipe)).items():
+            kind = "TABLE" if name in ("funnel", "remarks", "stages") else "VIEW"
+            connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
+    return root.database
+
+
+def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    yield "metadata", _metadata(connection, recipe)
+    tables = _tables(dataset)
+    for name, columns in EMPTY.items():
+        yield name, _over(connection, tables.get(name, []), columns)
+    yield from DERIVED.items()
+
+
+def _tables(dataset: DatasetDir) -> dict[str, list[Path]]:
+    """The Parquet files of each view that are finished and belong to the present selection."""
+    shards = selected_shards(dataset) if read_entry(dataset, "select", 0) else {}
+    selected = [dataset.selection(shard) for shard in shards]
+    found = {"selection": selected}
+    for view, stage in (("images", "download"), ("scores", "score")):
+        found[view] = _parquet(dataset, [entry for entry in entries(dataset, stage) if entry.shard in shards])
+    stages = (("duplicates", "dedup"), ("decisions", "keep"), ("packed", "pack"), ("latents", "encode"))
+    for view, stage in stages:
+        found[view] = _parquet(dataset, entries(dataset, stage))
+    return {view: [path for path in paths if path.exists()] for view, paths in found.items()}
+
+
+def _parquet(dataset: DatasetDir, reports: list[ShardReport]) -> list[Path]:
+    return sorted({dataset.root / name for entry in reports for name in entry.outputs if name.endswith(".parquet")})
+
+
+def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: dict[str, str]) -> str:
+    if not paths:
+        nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
+        return f"SELECT {nothing} WHERE false"
+    files = ", ".join(_literal(str(path)) for path in paths)
+    read = f"SELECT * FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
+    known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
+    # Files of an older version may have fewer columns, and so have selections of metadata with fewer.
+    absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
+    extra = "".join(f", {sql}" for name, sql in absent.items() if name not in known)
+    return read.replace("*", f"* EXCLUDE (filename){extra}", 1)
+
+
+def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
+    try:
+        files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+        prepare(connection, (file.path for file in files))
+    except UserError:  # the dataset is of use without what it was made from
+        return _over(connection, [], TYPES)
+    if any(holds_secret(file.path) for file in files):  # a view would hold them
+        return _over(connection, [], TYPES)
+    statement, groups = normalised_sql(files)
+    for paths in groups:
+        listed = ", ".join(map(_literal, paths))
+        statement = statement.replace("read_parquet(?", f"read_parquet([{listed}]", 1)
+    return statement
+
+
+def _left_out(recipe: Recipe) -> dict[str, str]:
+    """Says why there is no metadata to ask, where its URL may not be written into the database."""
+    if as_recorded(recipe.select.metadata) == recipe.select.metadata and not recipe.select.metadata.endswith(LEFT_OUT):
+        return {}
+    return {"metadata": "Empty: the metadata's URL has a query or password, which is not written down"}
+
+
+def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
+    connection.execute(
+        "CREATE TABLE funnel (stage VARCHAR, reason VARCHAR, meaning VARCHAR, dropped BIGINT, remaining BIGINT)"
+    )
+    try:
+        rows = funnel(dataset, recipe)
+    except UserError:  # the build is under way
+        return
+    connection.executemany("INSERT INTO funnel VALUES (?, ?, ?, ?, ?)", [list(row.values()) for row in rows])
+
+
+def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
+    connection.execute("CREATE TABLE remarks (remark VARCHAR)")
+    if read_entry(dataset, "select", 0):
+        connection.executemany("INSERT INTO remarks VALUES (?)", [[text] for text in remarks(dataset, recipe)])
+
+
+def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
+    connection.execute(
+        "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
+        "bytes BIGINT, dropped JSON)"
+    )
+    folders = sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
+    rows = [
+        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
+        for stage in folders
+        for e in entries(dataset, stage)
+    ]
+    if rows:
+        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+
+
+def _num_bytes(entry: ShardReport) -> int:
+    return sum(output.bytes for output in entry.outputs.values())
+
+
+def _literal(text: str) -> str:
+    """Text as a SQL literal: views cannot hold bound values."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,1 @@
+"""Whether a model draws its training pictures again."""

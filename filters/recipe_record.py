@@ -1,0 +1,138 @@
+"""The recipe that a dataset directory was built with, kept beside the data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from filters.recipe import Recipe
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.files import push_files
+from sdtrain.dataset.s3.open import dataset_at
+from sdtrain.dataset.s3.url import is_s3
+from sdtrain.errors import UserError
+from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow
+from sdtrain.redaction import as_recorded
+from sdtrain.settings import dump_settings, load_settings
+
+_log = logging.getLogger(__name__)
+
+
+def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
+    """Writes `recipe` into the dataset; returns what differs from the recipe of the run before.
+
+    Finished work that the differences touch is redone, because its fingerprint no longer fits.
+
+    Raises:
+        UserError: no metadata was named, or the directory cannot be written.
+    """
+    if dataset.removal.exists():
+        # By the recipe before, which is what the files are of.
+        from filters.remove.apply import finish_removal
+
+        _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
+    require_metadata(recipe)
+    try:
+        before = read_recipe(dataset) if dataset.recipe.exists() else recipe
+        with publish(dataset.recipe) as temporary:
+            temporary.write_text(dump_settings(recipe))
+        push_files(dataset, dataset.recipe)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{dataset.root} cannot be written ({error.strerror}). Choose another --output.") from error
+    return differences(before, recipe)
+
+
+def with_precision(dataset: DatasetDir, recipe: Recipe) -> Recipe:
+    """The recipe with each `auto` replaced by what the dataset was begun with, or by what this machine is fast at.
+
+    So a build that goes on elsewhere makes the same bytes.
+    """
+    if "auto" not in (recipe.score.dtype, recipe.encode.precision):
+        return recipe
+    kept = read_recipe(dataset) if dataset.recipe.exists() else recipe
+    score, encode = recipe.score, recipe.encode
+    if score.dtype == "auto":
+        begun = _begun_in("score.dtype", "fp32" if kept.score.dtype == "float32" else kept.score.dtype)
+        score = score.model_copy(update={"dtype": "float32" if begun == "fp32" else begun})
+    if encode.precision == "auto":
+        encode = encode.model_copy(update={"precision": _begun_in("encode.precision", kept.encode.precision)})
+    return recipe.model_copy(update={"score": score, "encode": encode})
+
+
+def _begun_in(setting: str, kept: Precision) -> Fixed:
+    if kept == "auto":
+        choice = choose(default_device())
+        _log.info("%s: %s (auto; %s)", setting, choice.precision, choice.reason)
+        return choice.precision
+    if kept != "fp32" and (warning := warning_if_slow(kept, default_device())):  # which would import torch
+        _log.warning("%s stays as the dataset was begun: %s", setting, warning)
+    return kept
+
+
+def require_metadata(recipe: Recipe) -> None:
+    """Says so where a recipe names no metadata; builds ask before they make a folder.
+
+    Raises:
+        UserError: it names none.
+    """
+    if not recipe.select.metadata:
+        raise UserError(
+            f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
+            "FOLDER or GLOB (in Prefect: -p metadata=...)."
+        )
+
+
+def read_recipe(dataset: DatasetDir) -> Recipe:
+    """The recipe that the dataset was built with last.
+
+    Raises:
+        UserError: there is no dataset, or its recipe is damaged.
+    """
+    if not dataset.recipe.exists():
+        raise UserError(f"{dataset} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
+    return load_settings(Recipe, dataset.recipe)
+
+
+def dataset_path(output: str, recipe: Recipe) -> Path:
+    """The directory that `output` means: `{recipe}` in it stands for the recipe's name.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if "://" in output:
+        raise UserError(f"Nothing can be written to {output}: an output is a directory, or s3://BUCKET/PREFIX.")
+    return Path(output.replace("{recipe}", recipe.name)).expanduser().absolute()
+
+
+def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> DatasetDir:
+    """The dataset that `output` means, a directory or s3://…; `{recipe}` in it stands for the recipe's name.
+
+    Args:
+        output: where it is to be.
+        recipe: what it is built by.
+        work_dir: parent of the work folders of datasets on S3.
+
+    Raises:
+        UserError: a work folder for a directory.
+    """
+    if work_dir and not is_s3(output):
+        raise UserError(f"{output} lies on this machine and has no work folder. Leave out --work-dir.")
+    if is_s3(output):
+        return dataset_at(output.replace("{recipe}", recipe.name), Path(work_dir) if work_dir else None)
+    return DatasetDir(dataset_path(output, recipe))
+
+
+def differences(before: Recipe, after: Recipe) -> list[str]:
+    """Settings in which two recipes differ, as "select.limit: 100 -> 200"; names and descriptions aside."""
+    old, new = (_flat(as_recorded(recipe.model_dump(mode="json"))) for recipe in (before, after))
+    names = [n for n in dict.fromkeys([*old, *new]) if n not in ("name", "description", "expected_rows")]
+    return [f"{n}: {old.get(n, '-')} -> {new.get(n, '-')}" for n in names if old.get(n, "-") != new.get(n, "-")]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return flat

@@ -1,0 +1,1 @@
+"""Takes samples out of a finished dataset for good."""

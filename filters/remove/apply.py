@@ -1,0 +1,157 @@
+"""Carries a removal out: what is to be done is written down first, and done by any number of runs."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import duckdb
+import pyarrow as pa
+from pydantic import BaseModel, ValidationError
+
+from filters.pipeline import road
+from filters.recipe import Recipe
+from filters.recipe_record import read_recipe
+from filters.remove.plan import Removal
+from filters.remove.rewrite import StageRewrite
+from sdtrain.dataset.files import publish, scratch_path, sha256_of
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, entries, write_entry
+from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
+from sdtrain.dataset.s3.eviction import TAR_STAGES, evict_finished
+from sdtrain.dataset.s3.files import discard, push_files
+from sdtrain.dataset.s3.sync import fetch_outputs
+from sdtrain.dataset.stage import clear_leftovers, is_finished
+from sdtrain.errors import UserError
+from sdtrain.pack.plan import forget_plan
+
+
+class Journal(BaseModel):
+    """A removal that is under way.
+
+    Attributes:
+        number: how many there were before.
+        note: what it is, as a sentence.
+        num_samples: how many leave.
+        ledger_sha256: of the ledger that goes with it; with another one, nothing of it has begun.
+        touched: by stage, the shards whose files hold removed samples.
+        finished: by stage, the shards that were finished before, and are so afterwards.
+        notes: what could not be kept finished, as sentences.
+    """
+
+    number: int
+    note: str
+    num_samples: int
+    ledger_sha256: str
+    touched: dict[str, list[int]]
+    finished: dict[str, list[int]]
+    notes: list[str] = []
+
+
+def start_removal(dataset: DatasetDir, removal: Removal) -> None:
+    """Writes down what is to be done, and blocks what is removed; `finish_removal` does it.
+
+    Call that before too, if another removal may have been interrupted.
+    """
+    if dataset.removal.exists():
+        raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
+    ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
+    finished, notes = _finished_shards(dataset, read_recipe(dataset))
+    with publish(dataset.removal) as temporary:
+        # Under the journal's own temporary name first, because its digest is to stand in the journal.
+        write_ledger(temporary, ledger)
+        digest = sha256_of(temporary)
+        journal = Journal(
+            number=len(entries(dataset, "remove")),
+            note=removal.sentences()[0],
+            num_samples=removal.num_samples,
+            ledger_sha256=digest,
+            touched=removal.touched,
+            finished=finished,
+            notes=notes,
+        )
+        temporary.write_text(journal.model_dump_json(indent=1) + "\n")
+    push_files(dataset, dataset.removal)
+    write_ledger(dataset.removed, ledger)
+    push_files(dataset, dataset.removed)
+
+
+def finish_removal(dataset: DatasetDir) -> list[str]:
+    """Does what is written down, if anything is; returns what was done, as sentences.
+
+    Raises:
+        UserError: a file that is to be rewritten is damaged; removal.json cannot be read.
+    """
+    journal = _read_journal(dataset)
+    if journal is None:
+        return []
+    recipe = read_recipe(dataset)
+    for stage_name, shards in journal.touched.items():
+        # As they are: the run before may have replaced some of them already.
+        fetch_outputs(dataset, stage_name, None if stage_name == "select" else shards, as_they_are=True)
+    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
+        rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
+        for stage in road():
+            rewrite.rewrite(stage)
+            rewrite.restamp(stage)
+    _record(dataset, journal)
+    _refresh(dataset, recipe)
+    discard(dataset, dataset.removal)
+    evict_finished(dataset, [stage for stage in journal.touched if stage in TAR_STAGES])
+    return [f"Removed: {journal.note}.", *journal.notes]
+
+
+def _record(dataset: DatasetDir, journal: Journal) -> None:
+    count, notes = journal.num_samples, [journal.note, *journal.notes]
+    counts = {"num_in": count, "num_out": 0, "dropped": {REMOVED: count} if count else {}}
+    entry = {"stage": "remove", "shard": journal.number, "notes": notes}
+    write_entry(dataset, ShardReport.model_validate(entry | counts))
+
+
+def _read_journal(dataset: DatasetDir) -> Journal | None:
+    if not dataset.removal.exists():
+        return None
+    try:
+        journal = Journal.model_validate_json(dataset.removal.read_bytes())
+    except ValidationError as error:
+        raise UserError(
+            f"{dataset.removal}, the plan of a removal that was interrupted, cannot be read. Delete it, and run the "
+            "removal again."
+        ) from error
+    if dataset.removed.exists() and sha256_of(dataset.removed) == journal.ledger_sha256:
+        return journal
+    discard(dataset, dataset.removal)  # killed before anything was blocked or touched: it never began
+    return None
+
+
+def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, list[int]], list[str]]:
+    """By stage, what is finished; and why that cannot be told of some stages."""
+    found: dict[str, list[int]] = {}
+    notes = []
+    for stage in road():
+        recorded = {entry.shard for entry in entries(dataset, stage.name)}
+        try:
+            shards = stage.shards(dataset, recipe) if recorded else []
+            found[stage.name] = [s for s in shards if s in recorded and is_finished(stage, dataset, recipe, s)]
+        except UserError as error:
+            found[stage.name] = []
+            notes.append(f"The next build does stage '{stage.name}' again, since it could not be checked here: {error}")
+    return found, notes
+
+
+def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
+    """Writes anew what is made from all stages together, and sweeps what killed runs left."""
+    from filters.inspect.report import push_rest, report_on
+    from filters.inspect.views import write_views
+    from filters.search.index import forget_index
+    from sdtrain.pack.stage import write_index
+
+    forget_plan(dataset)
+    forget_index(dataset)
+    for stage in road():
+        clear_leftovers(stage, dataset)
+    if entries(dataset, "pack"):
+        write_index(dataset)
+    write_views(dataset, recipe)
+    if dataset.report.exists():
+        report_on(dataset, recipe)
+    push_rest(dataset)

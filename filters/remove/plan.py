@@ -1,0 +1,239 @@
+"""REMOVE: samples leave every stage for good, by rewriting the shards that hold them and no others.
+
+| file | what happens |
+|---|---|
+| selection, images, scores, duplicates, decisions | the rows go; all others keep their keys |
+| images, dataset, latents (tar) | the members go; all others are copied as they are |
+| manifest | counts and digests are those of the files; what was finished stays finished |
+| removed.parquet | digests of what went, by which it is known when it comes again |
+| metadata.duckdb, report.html, pictures/, index.json | written anew |
+
+A removed row counts as one that `select` dropped for the reason `removed`. From then on `select` drops what has a
+removed uid, URL or host, `download` refuses a removed sha256, and `keep` drops what looks like a picture that was
+removed with a radius.
+
+What is to be done is written down (removal.json) before anything is touched. If it is killed, the next `sdtrain
+remove`, `decide` or `build` first brings it to its end; nothing else may use the dataset meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from filters.recipe_record import read_recipe
+from filters.remove.stage_tables import rows_sql, touched_shards
+from filters.select.hosts import host_sql
+from filters.select.list_entries import Entry, read_entries
+from filters.select.removed_rows import Blocked, alike_uids
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
+from sdtrain.download.rows import read_parquet
+from sdtrain.errors import UserError
+
+_COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}
+_KEYS = {"uid": "uid", "url": "trim(url)", "host": host_sql("trim(url)"), "sha256": "sha256"}
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a list takes out of a dataset.
+
+    Attributes:
+        by: what the list goes by.
+        num_entries: of the list.
+        num_listed: samples that an entry names.
+        num_same_bytes: others with the very bytes of one of them.
+        num_alike: others that look like one of them.
+        num_copies_left: others that stay, although the dataset's duplicates count them as copies of one that goes.
+        rows: what the ledger does not hold yet.
+        touched: by stage, the shards whose files hold any of these samples.
+    """
+
+    by: Kind
+    num_entries: int
+    num_listed: int
+    num_same_bytes: int
+    num_alike: int
+    num_copies_left: int
+    rows: pa.Table
+    touched: dict[str, list[int]]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples leave."""
+        return self.num_listed + self.num_same_bytes + self.num_alike
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether anything leaves, or is newly blocked."""
+        return bool(self.num_samples or len(self.rows))
+
+    def sentences(self) -> list[str]:
+        """For the terminal."""
+        others = [
+            f"{number:,} {what}"
+            for number, what in (
+                (self.num_same_bytes, "others with the same bytes"),
+                (self.num_alike, "others that look alike"),
+            )
+            if number
+        ]
+        found = f"{self.num_entries:,} entries by {self.by}: {self.num_listed:,} samples" + "".join(
+            f", {other}" for other in others
+        )
+        shards = ", ".join(f"{stage} {len(shards):,}" for stage, shards in self.touched.items() if shards)
+        rewritten = [f"shards to rewrite: {shards}"] if shards else ["Nothing of it is in the dataset."]
+        copies = (
+            [f"{self.num_copies_left:,} others count as copies of these and stay; --radius takes what looks alike."]
+            if self.num_copies_left
+            else []
+        )
+        blocked = [] if len(self.rows) else ["All of it is blocked already."]
+        return [found, *rewritten, *copies, *blocked]
+
+
+def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
+    """What the entries of a list mean in a dataset; nothing is written.
+
+    Args:
+        dataset: in any state.
+        path: the list.
+        by: what an entry is.
+        radius: take what looks alike too: perceptual hashes that differ in this many bits at most.
+
+    Raises:
+        UserError: there is no dataset, or the list cannot be read.
+    """
+    read_recipe(dataset)  # says so if there is no dataset
+    entries = sorted(set(read_list(path, by)))
+    blocks = _ledger([_entry_row(by, entry, radius or 0) for entry in entries], by)
+    with TemporaryDirectory() as folder, closing(duckdb.connect(Path(folder) / "seen.duckdb")) as connection:
+        search = _Search(connection, dataset)
+        listed = search.blocked(blocks)
+        same = search.same_bytes(listed)
+        near = _ledger([_hash_row(phash, radius) for phash in search.hashes(listed)]) if radius is not None else None
+        alike = search.blocked(near) - listed - same if near is not None else set[str]()
+        found = listed | same | alike
+        follows = [_row("uid", digest=key_digest("uid", uid)) for uid in found]
+        follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
+        rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
+        num_copies = len(search.copies(found) - found)
+        touched = touched_shards(connection, dataset, found)
+    unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
+    return Removal(by, len(entries), len(listed), len(same), len(alike), num_copies, unknown, touched)
+
+
+def read_list(path: Path, by: Kind) -> Iterator[Entry]:
+    """The entries of a list: text with one a line and comments after #, or Parquet with a column named like `by`.
+
+    Raises:
+        UserError: it is missing or unreadable, or holds something else.
+    """
+    try:
+        if path.suffix == ".parquet":
+            yield from read_entries(_column(path, by), by, str(path))
+        else:
+            with path.open(encoding="utf-8-sig") as file:
+                yield from read_entries(file, by, str(path))
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise UserError(f"The list {path} cannot be read: {error}") from error
+
+
+def _column(path: Path, by: Kind) -> Iterable[str]:
+    names = pq.read_schema(path).names
+    named = [name for name in names if name.lower() in _COLUMNS[by]]
+    if not named:
+        raise UserError(
+            f"{path} is no list by {by}: it has no column {' or '.join(_COLUMNS[by])}. It has: {', '.join(names)}."
+        )
+    column = read_parquet(path, named[:1])[named[0]].drop_null()
+    return (str(value) for value in column.to_pylist())
+
+
+class _Search:
+    """Looks for samples in all stages of a dataset; of a file that is stale they count too."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
+        self._connection, self._duplicates = connection, dataset.duplicates
+        rows, values = rows_sql(dataset, ("url", "sha256", "phash"))
+        connection.execute("SET preserve_insertion_order = false")
+        # Once, because each question would read all of it again.
+        connection.execute(f"CREATE TABLE seen AS {rows}", values)
+
+    def blocked(self, ledger: pa.Table) -> set[str]:
+        """Uids that a ledger blocks."""
+        known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", _KEYS)
+        found = self._uids(f"SELECT uid FROM ({known}) WHERE is_removed")  # noqa: S608
+        return found | set(alike_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist())
+
+    def same_bytes(self, uids: set[str]) -> set[str]:
+        """Other uids of pictures that came as the same bytes."""
+        sha256s = "SELECT sha256 FROM seen WHERE sha256 IS NOT NULL AND uid IN (SELECT unnest(?))"
+        return self._uids(f"SELECT uid FROM seen WHERE sha256 IN ({sha256s})", [sorted(uids)]) - uids  # noqa: S608
+
+    def copies(self, uids: set[str]) -> set[str]:
+        """Uids in the same groups of copies."""
+        if not self._duplicates.exists():
+            return set()
+        groups = "SELECT group_id FROM read_parquet($table) WHERE uid IN (SELECT unnest($uids))"
+        values = {"table": str(self._duplicates), "uids": sorted(uids)}
+        return self._uids(f"SELECT uid FROM read_parquet($table) WHERE group_id IN ({groups})", values)  # noqa: S608
+
+    def sha256s(self, uids: set[str]) -> list[str]:
+        """Digests of the bytes that came for some uids."""
+        return self._values("sha256", uids)
+
+    def hashes(self, uids: set[str]) -> list[int]:
+        """Perceptual hashes of some uids."""
+        return self._values("phash", uids)
+
+    def _values(self, column: str, uids: set[str]) -> list[Any]:
+        query = (
+            f"SELECT DISTINCT {column} FROM seen WHERE {column} IS NOT NULL AND uid IN (SELECT unnest(?)) ORDER BY 1"  # noqa: S608
+        )
+        return [value for (value,) in self._connection.execute(query, [sorted(uids)]).fetchall()]
+
+    def _uids(self, query: str, values: list[Any] | dict[str, Any] | None = None) -> set[str]:
+        return {uid for (uid,) in self._connection.execute(query, values).fetchall()}
+
+
+def _entry_row(by: Kind, entry: Entry, radius: int) -> dict[str, Any]:
+    if by == "phash":
+        return _hash_row(int(entry), radius)
+    labels = str(entry).count(".") + 1 if by == "host" else None
+    return _row(by, digest=key_digest(by, str(entry)), labels=labels)
+
+
+def _hash_row(phash: int, radius: int | None) -> dict[str, Any]:
+    return _row("phash", phash=phash, radius=radius)
+
+
+def _row(kind: Kind, **values: Any) -> dict[str, Any]:
+    return {"kind": kind} | values
+
+
+def _ledger(rows: list[dict[str, Any]], listed_by: Kind | None = None) -> pa.Table:
+    return pa.Table.from_pylist([row | {"listed_by": listed_by} for row in rows], LEDGER)
+
+
+def _without_known(rows: pa.Table, ledger: pa.Table) -> pa.Table:
+    """Each row of `rows` that blocks something which neither the ledger nor a row before it blocks."""
+    identity = [tuple(row.values()) for row in pa.concat_tables([ledger, rows]).select(LEDGER.names[:5]).to_pylist()]
+    seen, is_new = set[tuple[Any, ...]](), list[bool]()
+    for known in identity:
+        is_new.append(known not in seen)
+        seen.add(known)
+    new = rows.filter(pa.array(is_new[len(ledger) :], pa.bool_()))
+    now = datetime.now(UTC).replace(microsecond=0)
+    place = LEDGER.get_field_index("removed_at")
+    return new.set_column(place, LEDGER.field(place), pa.array([now] * len(new), LEDGER.field(place).type))

@@ -1,0 +1,159 @@
+"""Takes removed samples out of the files of each stage, and keeps the manifest true."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+
+from filters.recipe import Recipe
+from filters.remove.shard_files import drop_images, drop_latents, drop_packed, drop_rows
+from filters.remove.stage_tables import stage_table
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, read_entry, write_entry
+from sdtrain.dataset.removal_ledger import REMOVED, digest_sql, read_ledger
+from sdtrain.dataset.s3.files import discard
+from sdtrain.dataset.stage import Stage
+from sdtrain.download.publish import report_images
+from sdtrain.download.stage import DOWNLOAD
+from sdtrain.pack.plan import SHORT, num_packed, short_shards
+
+
+@dataclass
+class StageRewrite:
+    """A removal, stage by stage in the order of the road, because a stage's fingerprints hold those before it.
+
+    Each step may be done any number of times.
+
+    Attributes:
+        dataset: whose ledger says what goes.
+        recipe: that it was built with.
+        connection: for looking.
+        touched: by stage, the shards whose files hold removed samples.
+        finished: by stage, the shards that are to be finished afterwards.
+    """
+
+    dataset: DatasetDir
+    recipe: Recipe
+    connection: duckdb.DuckDBPyConnection
+    touched: dict[str, list[int]]
+    finished: dict[str, list[int]]
+
+    def __post_init__(self) -> None:
+        self.connection.register("ledger", read_ledger(self.dataset.removed))
+        self.connection.execute("CREATE TEMP TABLE removed AS SELECT DISTINCT digest FROM ledger WHERE kind = 'uid'")
+
+    def rewrite(self, stage: Stage[Any]) -> None:
+        """Takes removed samples out of a stage's files, and counts anew."""
+        touched = self.touched.get(stage.name, [])
+        for shard in touched:
+            if stage_table(self.dataset, stage.name, shard).exists():
+                self._rewrite_shard(stage.name, shard)
+        if stage.name == "select":
+            self._recount_selections(set(touched))
+            return
+        for shard in touched:
+            entry = read_entry(self.dataset, stage.name, shard)
+            if entry:
+                write_entry(self.dataset, self._recounted(entry))
+
+    def restamp(self, stage: Stage[Any]) -> None:
+        """Gives what was finished the fingerprint that it has with the files before it as they are now."""
+        if stage.name == "select":
+            return  # its fingerprint is of the metadata alone
+        for shard in self.finished.get(stage.name, []):
+            entry = read_entry(self.dataset, stage.name, shard)
+            if entry is None:
+                continue
+            digest = stage.fingerprint(self.dataset, self.recipe, shard)
+            if digest != entry.fingerprint:
+                write_entry(self.dataset, entry.model_copy(update={"fingerprint": digest}))
+
+    def _rewrite_shard(self, stage: str, shard: int) -> None:
+        dataset, table = self.dataset, stage_table(self.dataset, stage, shard)
+        uids = self._removed_in(table)
+        tar = table.with_suffix(".tar")
+        if stage in ("download", "pack", "encode") and not tar.exists():
+            for path in (table, dataset.manifest_entry(stage, shard)):  # of no use without its tar, and made again
+                discard(dataset, path)
+        elif stage == "download":
+            drop_images(dataset, shard, uids, self._wanted_fingerprint(shard))
+        elif uids and stage == "dedup":
+            self._regroup(uids)
+        elif uids and stage == "keep":
+            drop_rows(table, uids, self._short(uids))
+        elif uids and stage == "pack":
+            drop_packed(tar, table, uids)
+        elif uids and stage == "encode":
+            drop_latents(tar, table, uids)
+        elif uids:
+            drop_rows(table, uids)
+
+    def _removed_in(self, table: Path) -> list[str]:
+        query = f"SELECT DISTINCT uid FROM read_parquet(?) WHERE {digest_sql('uid', 'uid')} IN (FROM removed)"  # noqa: S608
+        return [uid for (uid,) in self.connection.execute(query, [str(table)]).fetchall()]
+
+    def _wanted_fingerprint(self, shard: int) -> str | None:
+        is_wanted = shard in self.finished.get("download", [])
+        return DOWNLOAD.fingerprint(self.dataset, self.recipe, shard) if is_wanted else None
+
+    def _regroup(self, uids: list[str]) -> None:
+        """Groups without removed members; one that has a single member left is none."""
+        kept = (
+            "SELECT * REPLACE (min(uid) OVER (PARTITION BY group_id) AS group_id) FROM read_parquet($table) "
+            "WHERE uid NOT IN (SELECT unnest($uids)) QUALIFY count(*) OVER (PARTITION BY group_id) > 1 ORDER BY uid"
+        )
+        with publish(self.dataset.duplicates) as temporary:
+            written = f"COPY ({kept}) TO $target (FORMAT parquet, COMPRESSION zstd)"
+            values = {"table": str(self.dataset.duplicates), "uids": uids, "target": str(temporary)}
+            self.connection.execute(written, values)
+
+    def _short(self, uids: list[str]) -> dict[bytes, bytes]:
+        """What packing must know to make a lost shard again: how many samples each one is short of."""
+        if not self.finished.get("pack"):
+            return {}
+        short = Counter(short_shards(self.dataset.decisions))
+        short.update(num_packed(self.dataset, self.recipe.pack, uids))
+        return {SHORT: json.dumps({str(shard): number for shard, number in sorted(short.items())}).encode()}
+
+    def _recount_selections(self, shards: set[int]) -> None:
+        for entry in entries(self.dataset, "select"):
+            paths = {name: self.dataset.root / name for name in entry.outputs}
+            changed = [path for path in paths.values() if int(path.stem) in shards and path.exists()]
+            if not changed or not all(path.exists() for path in paths.values()):
+                continue
+            left = sum(pq.read_metadata(path).num_rows for path in paths.values())
+            dropped = Counter(entry.dropped)
+            dropped[REMOVED] += entry.num_out - left
+            outputs = entry.outputs | describe_outputs(self.dataset, changed)
+            counts = {"num_out": left, "dropped": dict(sorted((+dropped).items()))}
+            write_entry(self.dataset, entry.model_copy(update=counts | {"outputs": outputs}))
+
+    def _recounted(self, entry: ShardReport) -> ShardReport:
+        """A shard's entry by its files as they are."""
+        if entry.stage == "download":
+            report = report_images(self.dataset, entry.shard)
+            return report.model_copy(update={"fingerprint": entry.fingerprint, "seconds": entry.seconds})
+        num_in, dropped = self._counts(entry)
+        outputs = describe_outputs(self.dataset, [self.dataset.root / name for name in entry.outputs])
+        counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
+        return ShardReport.model_validate(entry.model_dump() | counts | {"outputs": outputs})
+
+    def _counts(self, entry: ShardReport) -> tuple[int, dict[str, int]]:
+        table = stage_table(self.dataset, entry.stage, entry.shard)
+        if entry.stage == "dedup":
+            place = "row_number() OVER (PARTITION BY group_id ORDER BY kind, uid)"
+            rows = f"SELECT kind, {place} AS place FROM read_parquet(?)"  # noqa: S608
+            query = f"SELECT kind, count(*) FROM ({rows}) WHERE place > 1 GROUP BY kind ORDER BY kind"  # noqa: S608
+            num_in = sum(score.num_out for score in entries(self.dataset, "score"))
+            return num_in, dict(self.connection.execute(query, [str(table)]).fetchall())
+        has_reasons = entry.stage in ("score", "keep")
+        query = "SELECT reason, count(*) FROM read_parquet(?) WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
+        dropped = dict(self.connection.execute(query, [str(table)]).fetchall()) if has_reasons else {}
+        return pq.read_metadata(table).num_rows, dropped

@@ -1,0 +1,1 @@
+"""What networks and measurements say of each picture: the stage SCORE."""

@@ -1,0 +1,98 @@
+"""A look at a batch of pictures whose JPEGs a GPU decodes and resizes.
+
+nvJPEG (through torchvision) and the GPU's resizing round otherwise than libjpeg and Pillow: most pixels are equal, the
+others differ by a level or a few, so scores and hashes are not quite those of a look by the CPU. What is no plain JPEG
+(8-bit RGB, upright, whole) is looked at by the CPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from filters.score.inputs import WATERMARK_PX
+from filters.score.preprocess import Looked, Sample, Wanted, caption_of, describe, look
+from sdtrain.images.decode import PictureError
+from sdtrain.images.header import read_header
+from sdtrain.models.clip_view import Preprocess
+
+
+def look_on_device(samples: Sequence[Sample], wanted: Wanted, device: torch.device, pool: Executor) -> list[Looked]:
+    """Looks at a batch; the views stay on `device`, and `pool` does what is left to the CPU."""
+    plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.picture)]
+    pixels = _decoded([samples[i].picture for i in plain], device)
+    found: dict[int, Future[Looked]] = {}
+    for group in _by_shape(pixels):
+        views = _views(torch.stack([pixels[i] for i in group]), wanted)
+        for i, seen in zip(group, views, strict=True):
+            found[plain[i]] = pool.submit(_described, samples[plain[i]], wanted, *seen)
+    for place, sample in enumerate(samples):
+        if place not in found:
+            found[place] = pool.submit(look, sample, wanted)
+    return [found[place].result() for place in range(len(samples))]
+
+
+def _is_plain_jpeg(content: bytes) -> bool:
+    try:
+        header = read_header(content, sys.maxsize)
+    except PictureError:
+        return False
+    return header.is_plain and header.extension == "jpg"
+
+
+def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
+    """(3, H, W) uint8 each; none at all if one is damaged, because the decoder does not say which."""
+    if not contents:
+        return []
+    try:
+        data = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
+        decoded: list[Tensor] = decode_jpeg(data, ImageReadMode.RGB, device=device)
+    except RuntimeError:
+        return []
+    return decoded
+
+
+def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
+    """Positions of equally large pictures, which are resized together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for position, picture in enumerate(pixels):
+        groups.setdefault(picture.shape, []).append(position)
+    return list(groups.values())
+
+
+def _views(pixels: Tensor, wanted: Wanted) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
+    """Of (B, 3, H, W): CLIP's view, the watermark detector's, and in the CPU's memory that and the whole picture."""
+    squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
+    clip = list(_clip_view(pixels, wanted.clip)) if wanted.clip else [None] * len(pixels)
+    squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
+    return zip(clip, squashed, squashed.cpu(), whole.cpu(), strict=True)
+
+
+def _clip_view(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    height, width = pixels.shape[-2:]
+    wide, high = preprocess.resized_px(width, height)
+    left, top = preprocess.centre(wide, high)
+    resized = _resized(pixels, (high, wide), preprocess.resample)
+    side = preprocess.size_px
+    return resized[..., top : top + side, left : left + side].permute(0, 2, 3, 1)
+
+
+def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
+    resized: Tensor = resize(pixels, list(size), InterpolationMode(resample), antialias=True)
+    return resized
+
+
+def _described(
+    sample: Sample, wanted: Wanted, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
+) -> Looked:
+    picture, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
+    row = describe(sample, picture, small)
+    return Looked(row, caption_of(sample), clip, watermark if wanted.watermark else None)

@@ -1,0 +1,235 @@
+"""The networks of a recipe, and what they say of a batch of pictures."""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from filters.recipe import ScoreConfig
+from filters.score.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
+from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD
+from filters.score.preprocess import Looked, Wanted
+from filters.score.weights import PUBLISHED
+from sdtrain.errors import UserError
+from sdtrain.models.clip import clip_preprocess, embedding_size, load_clip
+from sdtrain.models.clip_view import Preprocess, normalised
+from sdtrain.models.device import claim_device
+from sdtrain.models.weights import RANDOM, RANDOM_FULL
+
+_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The published heads judge embeddings of this model by OpenAI, and of no other.
+_HEADS_MODEL = "ViT-L-14-quickgelu"
+# Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
+_ONE_AT_A_TIME = Lock()
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The networks that a recipe asks for; None for those it skips.
+
+    Attributes:
+        dtype: of the large networks' products (autocast); the heads, small, are always float32.
+        heads: by the name of their score; they judge CLIP's embeddings.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    clip: Any | None = None
+    tokenizer: Any | None = None
+    preprocess: Preprocess | None = None
+    heads: tuple[tuple[str, Any], ...] = ()
+    watermark: Any | None = None
+    store_embeddings: bool = False
+
+    @property
+    def wanted(self) -> Wanted:
+        """Which views of a picture the networks want."""
+        return Wanted(self.preprocess, self.watermark is not None)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A batch whose scores are on their way from the device.
+
+    Attributes:
+        looked: the batch, damaged pictures included.
+        scores: by name, one for each picture that is not damaged.
+        embeddings: of these pictures, float16; None where they are not wanted.
+        arrived: when the scores can be read; None where they can be at once.
+    """
+
+    looked: Sequence[Looked]
+    scores: dict[str, Tensor]
+    embeddings: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the batch, with scores."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        rows = [dict(item.row) for item in self.looked]
+        alive = [row for row in rows if row["reason"] is None]
+        for name, values in self.scores.items():
+            for row, value in zip(alive, values.tolist(), strict=True):
+                # NaN is above every limit to SQL, so it would pass rules; NULL is counted as missing.
+                row[name] = value if math.isfinite(value) else None
+        if self.embeddings is not None:
+            for row, embedding in zip(alive, self.embeddings, strict=True):
+                row["embedding"] = embedding.numpy() if embedding.isfinite().all() else None
+        return rows
+
+
+def judge(looked: Sequence[Looked], models: Models) -> Judged:
+    """Starts the networks on a batch; a GPU goes on with the next while this one's rows are made."""
+    whole = [item for item in looked if not item.is_damaged]
+    if not whole:
+        return Judged(looked, {})
+    cuda = models.device.type == "cuda"
+    with _ONE_AT_A_TIME, torch.inference_mode():
+        with _autocast(models):
+            images = _image_embeddings(whole, models)
+            texts = _text_embeddings(whole, models)
+            scores = _watermark_scores(whole, models)
+        if images is not None and texts is not None:
+            scores["similarity"] = (images * texts).sum(dim=-1)
+            scores |= {name: head(images) for name, head in models.heads}
+        # Not waited for: a copy from a GPU that is not blocking goes to pinned memory.
+        here = {name: values.float().to("cpu", non_blocking=cuda) for name, values in scores.items()}
+        kept = images.half().to("cpu", non_blocking=cuda) if models.store_embeddings and images is not None else None
+        arrived = torch.cuda.current_stream().record_event() if cuda else None
+    return Judged(looked, here, kept, arrived)
+
+
+def _autocast(models: Models) -> AbstractContextManager[Any]:
+    if models.dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(models.device.type, models.dtype)
+
+
+def _image_embeddings(looked: Sequence[Looked], models: Models) -> Tensor | None:
+    if models.clip is None or models.preprocess is None:
+        return None
+    pixels = _on_device([item.clip for item in looked], models.device)
+    inputs = normalised(pixels, models.preprocess.mean, models.preprocess.std)
+    return torch.nn.functional.normalize(models.clip.encode_image(inputs).float(), dim=-1)
+
+
+def _text_embeddings(looked: Sequence[Looked], models: Models) -> Tensor | None:
+    if models.clip is None or models.tokenizer is None:
+        return None
+    tokens = _sent(models.tokenizer([item.caption for item in looked]), models.device)
+    return torch.nn.functional.normalize(models.clip.encode_text(tokens).float(), dim=-1)
+
+
+def _watermark_scores(looked: Sequence[Looked], models: Models) -> dict[str, Tensor]:
+    if models.watermark is None:
+        return {}
+    pixels = _on_device([item.watermark for item in looked], models.device)
+    return {"pwatermark": models.watermark(normalised(pixels, WATERMARK_MEAN, WATERMARK_STD))}
+
+
+def _on_device(views: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """The views as one batch, (B, H, W, 3) uint8: a quarter of the bytes that float32 would be on their way."""
+    present = [view for view in views if view is not None]
+    if any(view.device != present[0].device for view in present):
+        present = [view.to(device, non_blocking=True) for view in present]
+    return _sent(torch.stack(present), device)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    if values.device.type == device.type:
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def load_models(config: ScoreConfig) -> Models:
+    """The recipe's networks, once a process, on the GPU that this process holds.
+
+    Raises:
+        UserError: weights that are missing or of another network.
+    """
+    with _ONE_AT_A_TIME:
+        return _load_models(config)
+
+
+def load_network(config: ScoreConfig, name: str) -> Any:
+    """One of a recipe's networks by its name in `NETWORKS`, on the CPU.
+
+    Raises:
+        UserError: weights that are missing or of another network.
+    """
+    if name == "clip":
+        return load_clip(config.clip_model, str(config.clip_weights))[0]
+    load = {"watermark": load_watermark, "aesthetic": load_aesthetic, "aesthetic_v1": load_aesthetic_v1}
+    return (load | {"safety": load_safety})[name](getattr(config, f"{name}_weights"))
+
+
+@lru_cache(maxsize=1)
+def _load_models(config: ScoreConfig) -> Models:
+    check_heads(config)
+    device = claim_device()
+    _warn_of_idle_gpus()
+    if config.decode == "gpu" and device.type != "cuda":
+        raise UserError("score.decode: gpu needs an NVIDIA GPU, and none is seen here. Set it to auto or cpu.")
+    watermark = load_watermark(config.watermark_weights).to(device) if config.watermark_weights else None
+    models = Models(device, _DTYPES[config.dtype], watermark=watermark)
+    if config.clip_weights is None:
+        return models
+    clip, tokenizer = load_clip(config.clip_model, config.clip_weights)
+    preprocess = clip_preprocess(clip, config.clip_model, config.clip_weights)
+    heads = tuple((name, load(weights).to(device)) for name, load, weights in _heads(config) if weights)
+    rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings)
+    return Models(device, _DTYPES[config.dtype], *rest)
+
+
+def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:
+    return (
+        ("aesthetic", load_aesthetic, config.aesthetic_weights),
+        ("aesthetic_v1", load_aesthetic_v1, config.aesthetic_v1_weights),
+        ("punsafe", load_safety, config.safety_weights),
+    )
+
+
+def check_heads(config: ScoreConfig) -> None:
+    """Refuses heads on embeddings that they were not made for: their scores would mean nothing.
+
+    Raises:
+        UserError: names the model and the settings to change.
+    """
+    named = [weights for _, _, weights in _heads(config) if weights]
+    if not named or config.clip_weights is None:
+        return
+    skip = "Set aesthetic_weights, aesthetic_v1_weights and safety_weights to null, or clip_model to " + _HEADS_MODEL
+    size = embedding_size(config.clip_model)
+    if size != EMBEDDING_SIZE:
+        raise UserError(
+            f"score.clip_model: the heads judge embeddings of {EMBEDDING_SIZE} numbers, and those of "
+            f"{config.clip_model} have {size}. {skip}."
+        )
+    trial = config.clip_weights.startswith((RANDOM, RANDOM_FULL))
+    published = [weights for weights in named if weights in PUBLISHED]
+    if published and config.clip_model != _HEADS_MODEL and not trial:
+        raise UserError(
+            f"score.clip_model: {published[0]} judges embeddings of OpenAI's {_HEADS_MODEL}; on those of "
+            f"{config.clip_model} its scores would mean nothing. {skip}."
+        )
+
+
+def _warn_of_idle_gpus() -> None:
+    num_gpus = torch.cuda.device_count()
+    if num_gpus > 1 and multiprocessing.parent_process() is None:
+        _log.warning(
+            "%d GPUs are here and one process uses one. Run the flow with engine=processes and workers=%d to use all.",
+            *(num_gpus, num_gpus),
+        )

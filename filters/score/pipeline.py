@@ -1,0 +1,107 @@
+"""Pictures are decoded ahead, by threads, so that the networks do not wait for them.
+
+A look takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a fifth at
+most: five or six threads, 700 pictures a second, are what one process can do. A GPU that wants more is fed by several
+processes (`sdtrain.models.device` spreads them), or decodes itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from filters.score.models import Models, judge
+from filters.score.preprocess import Looked, Sample, look, read_shard
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.prefetch import in_background
+
+# Batches that are read and being decoded beside the one that the networks have: two even out what takes longer.
+_DEPTH = 2
+Pending = Callable[[], list[Looked]]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some pictures of one shard; batches end with it, so that scores do not depend on what else is scored."""
+
+    shard: int
+    looked: Pending
+    ends_shard: bool
+
+
+def score_rows(
+    dataset: DatasetDir, shards: Sequence[int], models: Models, batch_size: int, on_gpu: bool
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yields (shard, its rows) for each shard, in order; the next shard is read and decoded in the meantime.
+
+    Args:
+        dataset: whose `download` is finished.
+        shards: which ones.
+        models: the networks.
+        batch_size: pictures that the networks see at once.
+        on_gpu: whether the networks' GPU decodes JPEGs.
+
+    Raises:
+        UserError: a shard is damaged; those before it have been yielded.
+    """
+    rows: list[dict[str, Any]] = []
+    waiting = None
+    with _looking(models, on_gpu) as begin, closing(_batches(dataset, shards, batch_size, begin)) as batches:
+        for batch in batches:
+            judged = judge(batch.looked(), models)
+            # The scores of the batch before, while a GPU is busy with this one.
+            rows += waiting.rows() if waiting else []
+            waiting = judged
+            if batch.ends_shard:
+                yield batch.shard, rows + waiting.rows()
+                rows, waiting = [], None
+
+
+def _batches(
+    dataset: DatasetDir, shards: Sequence[int], size: int, begin: Callable[[list[Sample]], Pending]
+) -> Generator[_Batch, None, None]:
+    def made() -> Iterator[_Batch]:
+        for shard in shards:
+            samples = read_shard(dataset, shard)
+            following = list(islice(samples, size))
+            ends = False  # not before the first batch, which an empty shard has too
+            while not ends:
+                part, following = following, list(islice(samples, size))
+                ends = not following
+                yield _Batch(shard, begin(part), ends)
+
+    return in_background(made(), _DEPTH)
+
+
+@contextmanager
+def _looking(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Sample]], Pending]]:
+    """Gives what begins to look at a batch."""
+    pool, decoder = ThreadPoolExecutor(num_threads()), ThreadPoolExecutor(1)
+
+    def by_cpu(samples: list[Sample]) -> Pending:
+        futures = [pool.submit(look, sample, models.wanted) for sample in samples]
+        return lambda: [future.result() for future in futures]
+
+    def by_gpu(samples: list[Sample]) -> Pending:
+        from filters.score.gpu_decode import look_on_device
+
+        return decoder.submit(look_on_device, samples, models.wanted, models.device, pool).result
+
+    try:
+        yield by_gpu if on_gpu else by_cpu
+    finally:
+        decoder.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def num_threads() -> int:
+    """Threads that decode: this process's share of the cores where each GPU has a process."""
+    cores = len(os.sched_getaffinity(0))
+    return max(2, cores // max(1, torch.cuda.device_count()))

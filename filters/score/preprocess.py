@@ -1,0 +1,131 @@
+"""One look at a picture: it is decoded once, and everything that later stages need of it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+
+from filters.inspect.tables import UNDECODABLE
+from filters.score.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
+from filters.score.quality import measure
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.tars import read_samples
+from sdtrain.errors import UserError
+from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
+
+
+class Sample(NamedTuple):
+    """One member of a shard of pictures."""
+
+    key: str
+    uid: str
+    members: dict[str, bytes]
+
+    @property
+    def picture(self) -> bytes:
+        """The picture's bytes; none where the sample has lost them, which no decoder takes for a picture."""
+        try:
+            return self.members[picture_extension(self.members)]
+        except KeyError:
+            return b""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which views of a picture the networks want."""
+
+    clip: Preprocess | None
+    watermark: bool
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What one decode gives.
+
+    Attributes:
+        row: of the table of scores.
+        caption: what CLIP compares the picture with.
+        clip: CLIP's view, (H, W, 3) uint8; None for a damaged picture or where it is not wanted.
+        watermark: the watermark detector's, likewise.
+    """
+
+    row: dict[str, Any]
+    caption: str
+    clip: Tensor | None = None
+    watermark: Tensor | None = None
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether there is nothing to judge."""
+        return self.row["reason"] is not None
+
+
+def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
+    """The downloaded pictures of a shard.
+
+    Raises:
+        UserError: the tar is damaged or cut short, or holds other samples than the table beside it says.
+    """
+    tar, table = dataset.images_tar(shard), dataset.images_table(shard)
+    fetch_shard_file(dataset.root, tar, "download")
+    uids = _uids(dataset, shard)
+    again = "Delete both and run the build again: they are made anew."
+    for key, members in read_samples(tar):
+        if key not in uids:
+            raise UserError(f"{tar} holds a sample {key}, which {table} does not know as downloaded. {again}")
+        yield Sample(key, uids.pop(key), members)
+    if uids:
+        raise UserError(f"{tar} lacks {len(uids)} samples that {table} lists, {next(iter(uids))} for one. {again}")
+
+
+def look(sample: Sample, wanted: Wanted) -> Looked:
+    """Decodes one picture, once."""
+    try:
+        picture = decode_rgb(sample.picture)
+    except OSError:
+        return damaged(sample)
+    squashed = watermark_view(picture)
+    return Looked(
+        describe(sample, picture, squashed),
+        caption_of(sample),
+        pixels_of(clip_view(picture, wanted.clip)) if wanted.clip else None,
+        pixels_of(squashed) if wanted.watermark else None,
+    )
+
+
+def describe(sample: Sample, picture: Image.Image, squashed: Image.Image) -> dict[str, Any]:
+    """The row of a decoded picture, but for the networks' scores; `squashed` is the watermark detector's view."""
+    return {
+        "uid": sample.uid,
+        "key": sample.key,
+        "pixel_sha256": pixel_sha256(picture),
+        "phash": perceptual_hash(picture),
+        "thumbnail": thumbnail(picture),
+        "image_width": picture.width,
+        "image_height": picture.height,
+        **measure(gray_of(squashed)),
+        "reason": None,
+    }
+
+
+def damaged(sample: Sample) -> Looked:
+    """What is known of a picture that cannot be decoded."""
+    return Looked({"uid": sample.uid, "key": sample.key, "reason": UNDECODABLE}, caption_of(sample))
+
+
+def caption_of(sample: Sample) -> str:
+    """The caption, whatever its bytes are."""
+    return sample.members.get("txt", b"").decode("utf-8", "replace")
+
+
+def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
+    """The uids by key of the shard's downloaded pictures."""
+    table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
+    return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}

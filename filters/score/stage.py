@@ -1,0 +1,129 @@
+"""SCORE: downloaded pictures -> scores, hashes, sizes and quality; every picture is decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from filters.inspect.tables import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
+from filters.recipe import NETWORKS, Recipe, ScoreConfig
+from filters.score.weights import digest_of
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.stage import Stage
+from sdtrain.errors import UserError
+from sdtrain.models.digests import clip_digest
+
+_TABLE = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uid", "key", "pixel_sha256")),
+        ("phash", pa.int64()),
+        ("thumbnail", pa.binary()),
+        ("image_width", pa.int32()),
+        ("image_height", pa.int32()),
+        *((name, pa.float32()) for name in (*SCORE_COLUMNS, *QUALITY_COLUMNS)),
+        ("reason", pa.string()),
+    ]
+)
+
+
+def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
+    """Writes, for each shard, one row for every downloaded picture, damaged ones included.
+
+    Raises:
+        UserError: weights cannot be had, or a shard is damaged.
+    """
+    # Not above: whoever asks only whether a shard is finished would wait for torch, open_clip and timm.
+    from filters.score.models import load_models
+    from filters.score.pipeline import score_rows
+
+    weight_digests(config)  # first, because other weights than the recipe pins need not be loaded
+    models = load_models(config)
+    on_gpu = config.decode != "cpu" and models.device.type == "cuda"
+    schema = _schema(config).with_metadata(_described(config, models.device.type, on_gpu))
+    for shard, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
+        yield _write(dataset, shard, rows, schema)
+
+
+def _write(dataset: DatasetDir, shard: int, rows: list[dict[str, Any]], schema: pa.Schema) -> ShardReport:
+    with publish(dataset.scores(shard)) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary, compression="zstd")
+    damaged = sum(row["reason"] is not None for row in rows)
+    return ShardReport(
+        stage="score",
+        shard=shard,
+        num_in=len(rows),
+        num_out=len(rows) - damaged,
+        dropped={UNDECODABLE: damaged} if damaged else {},
+        outputs=describe_outputs(dataset, [dataset.scores(shard)]),
+    )
+
+
+def _schema(config: ScoreConfig) -> pa.Schema:
+    """The table's columns; embeddings, the size of all others together many times over, only where they are wanted."""
+    if not config.store_embeddings or config.clip_weights is None:
+        return _TABLE
+    from sdtrain.models.clip import embedding_size
+
+    return _TABLE.append(pa.field("embedding", pa.list_(pa.float16(), embedding_size(config.clip_model))))
+
+
+def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
+    """Which models gave the scores, and how, for the file's own metadata."""
+    settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
+    digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
+    return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
+
+
+@lru_cache(maxsize=1)
+def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
+    """What identifies the weights of CLIP and of the heads that are used; without CLIP, only one is.
+
+    Raises:
+        UserError: weights that cannot be had, or are not those that the recipe pins.
+    """
+    return tuple((name, weight_digest(config, name)) for name in NETWORKS)
+
+
+@lru_cache
+def weight_digest(config: ScoreConfig, name: str) -> str:
+    """What identifies the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
+
+    Raises:
+        UserError: weights that cannot be had, or are not those that the recipe pins.
+    """
+    weights = getattr(config, f"{name}_weights")
+    if name == "clip":
+        digest = clip_digest(config.clip_model, weights)
+    else:
+        digest = digest_of(weights if name == "watermark" or config.clip_weights is not None else None)
+    pinned = config.pins.get(name)
+    if pinned and digest not in (pinned, "none"):
+        raise UserError(
+            f"score.{name}_sha256 is {pinned}, and that of {name}_weights is {digest}. Put the right file there, or "
+            "leave the pin out. (For a name of open_clip's the digest of its file is not known.)"
+        )
+    return digest
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return list(selected_shards(dataset))
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    config = recipe.score.described()
+    weights = [digest for _, digest in weight_digests(recipe.score)]
+    return fingerprint("score/2", config, [require_entry(dataset, "download", shard)], weights)
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    yield from score_shards(dataset, recipe.score, shards)
+
+
+SCORE: Stage[Recipe] = Stage("score", _shards, _fingerprint, _run)

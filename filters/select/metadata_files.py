@@ -1,0 +1,189 @@
+"""From what a recipe names to Parquet files, on disk or on the web, and what their footers say."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from filters.select.httpfs import is_remote, load_remote, whole_location
+from filters.select.schema import MetadataFile, SwappedSizes, describe_file, turn_sizes
+from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
+
+PARQUET = ".parquet"
+_GLOB = frozenset("*?[")
+
+
+def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[MetadataFile]:
+    """The Parquet files that a recipe's `select.metadata` means, in the order of their names.
+
+    Args:
+        pattern: a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
+            a slash; or one https:// file. `${NAME}` stands for an environment variable.
+        swapped_sizes: whether WIDTH and HEIGHT are exchanged, see `turn_sizes`.
+
+    Raises:
+        UserError: nothing matches, a file is not Parquet, or there are no rows.
+    """
+    if not pattern:
+        raise UserError("The recipe names no metadata. Give Parquet files with LAION's columns: --metadata PATH.")
+    files = turn_sizes(read_footers(find_files(pattern, "metadata. Check --metadata")), swapped_sizes)
+    if not sum(file.num_rows for file in files):
+        raise UserError(f"The metadata in {pattern} has no rows ({len(files)} Parquet file(s), all empty).")
+    return files
+
+
+def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,)) -> list[str]:
+    """Absolute paths or URLs of the files that a pattern means; of a folder, those with one of `suffixes`.
+
+    Args:
+        pattern: see `find_metadata`.
+        purpose: ends the sentence "There is no …, which the recipe names as".
+        suffixes: of the files to take from a folder.
+
+    Raises:
+        UserError: nothing matches.
+    """
+    pattern = whole_location(pattern, purpose)
+    if is_remote(pattern):
+        found, is_folder = _matching_urls(pattern, suffixes), pattern.endswith("/")
+    else:
+        path = Path(pattern).expanduser()
+        found, is_folder = [str(p.absolute()) for p in _matching(path, suffixes)], path.is_dir()
+    if not found:
+        kind = f"no {' or '.join(suffixes)} file in the folder" if is_folder else "no file or folder"
+        raise UserError(f"There is {kind} {pattern}, which the recipe names as {purpose}.")
+    return sorted(found)
+
+
+def _matching(path: Path, suffixes: Collection[str]) -> list[Path]:
+    if path.is_dir():
+        return [p for p in path.rglob("*") if p.suffix in suffixes and not p.name.startswith((".", "_"))]
+    if path.is_file():
+        return [path]
+    # Not Path.glob, which refuses absolute patterns.
+    return [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]  # noqa: PTH207
+
+
+def _matching_urls(pattern: str, suffixes: Collection[str]) -> list[str]:
+    if pattern.startswith(("http://", "https://")):
+        # Web servers list nothing, and `?` begins a query there.
+        if _GLOB - {"?"} & set(without_secrets(pattern)) or pattern.endswith("/"):
+            raise UserError(f"{pattern} must be one file: web servers cannot be asked for a list.")
+        return [pattern]
+    patterns = [pattern]
+    if pattern.endswith("/"):
+        patterns = [f"{pattern}**/*{suffix}" for suffix in suffixes]
+    elif not _GLOB & set(pattern):
+        return [pattern]
+    with closing(duckdb.connect()) as connection:
+        load_remote(connection)
+        try:
+            return [
+                file for p in patterns for (file,) in connection.execute("SELECT file FROM glob(?)", [p]).fetchall()
+            ]
+        except duckdb.Error as error:
+            raise UserError(f"{pattern} cannot be listed: {first_line(error)}") from error
+
+
+def is_parquet(path: str) -> bool:
+    """Whether a path or URL, which may go on with a query, names a Parquet file."""
+    return without_secrets(path).endswith(PARQUET)
+
+
+def read_footers(paths: Sequence[str]) -> list[MetadataFile]:
+    """What the Parquet footers of the files say.
+
+    Raises:
+        UserError: a file is not Parquet or cannot be read.
+    """
+    if not paths:
+        return []
+    # One thread: so the rows of `parquet_schema` come in the order of the files and of their columns.
+    with closing(duckdb.connect(config={"threads": 1})) as connection:
+        prepare(connection, paths)
+        try:
+            return _described(connection, paths)
+        except duckdb.Error:
+            for path in paths:  # to name the one that is to blame
+                _try_footer(connection, path)
+            raise
+
+
+def prepare(connection: duckdb.DuckDBPyConnection, paths: Iterable[str]) -> None:
+    """Loads httpfs into `connection` if one of the paths needs it."""
+    if any(is_remote(path) for path in paths):
+        load_remote(connection)
+
+
+def _try_footer(connection: duckdb.DuckDBPyConnection, path: str) -> None:
+    try:
+        connection.execute("SELECT num_rows FROM parquet_file_metadata(?)", [path]).fetchall()
+        connection.execute("SELECT name, duckdb_type FROM parquet_schema(?)", [path]).fetchall()
+    except duckdb.Error as error:
+        raise UserError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+
+
+def _described(connection: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> list[MetadataFile]:
+    query = "SELECT file_name, name, duckdb_type, num_children FROM parquet_schema(?)"
+    nodes: dict[str, list[tuple[str, str | None, int]]] = {}
+    for path, name, kind, num_children in connection.execute(query, [list(paths)]).fetchall():
+        nodes.setdefault(path, []).append((name, kind, num_children or 0))
+    query = "SELECT file_name, num_rows, file_size_bytes FROM parquet_file_metadata(?)"
+    counts = {path: counted for path, *counted in connection.execute(query, [list(paths)]).fetchall()}
+    digests = _remote_digests(connection, [path for path in paths if is_remote(path)])
+    found = []
+    for path in paths:
+        num_rows, size = counts[path]
+        digest = digests.get(path) or _footer_digest(Path(path))
+        identity = (without_secrets(path).rpartition("/")[2], int(size), digest)
+        found.append(describe_file(path, _top_level(nodes[path]), int(num_rows), identity))
+    return found
+
+
+def _top_level(nodes: Sequence[tuple[str, str | None, int]]) -> dict[str, str]:
+    """Name -> type of the columns; the first node is the root, and children follow their parents."""
+    columns, position = dict[str, str](), 1
+    while position < len(nodes):
+        name, kind, _ = nodes[position]
+        columns[name] = kind or "NESTED"
+        waiting = 1
+        while waiting:
+            waiting += nodes[position][2] - 1
+            position += 1
+    return columns
+
+
+def _footer_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(-8, 2)
+        length = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - length, 2)
+        return hashlib.sha256(file.read(length)).hexdigest()
+
+
+def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) -> dict[str, str]:
+    """Digests of what footers say of every column of every row group: DuckDB does not hand out their bytes."""
+    if not urls:
+        return {}
+    query = """
+        SELECT file_name, sha256(string_agg(said, chr(10) ORDER BY row_group_id, column_id)) FROM (
+            SELECT file_name, row_group_id, column_id, concat_ws('|', row_group_num_rows, path_in_schema, type,
+                num_values, stats_null_count, stats_min_value, stats_max_value, compression, data_page_offset,
+                total_compressed_size, total_uncompressed_size) AS said
+            FROM parquet_metadata(?)
+        ) GROUP BY file_name
+    """
+    digests: dict[str, str] = dict(connection.execute(query, [list(urls)]).fetchall())
+    return {url: digests.get(url, hashlib.sha256(b"").hexdigest()) for url in urls}  # an empty file has no row group
+
+
+def first_line(error: Any) -> str:
+    """The first line of an error of DuckDB's, which may go on with advice for people who write SQL."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,229 @@
+"""The rows that a recipe's rules let pass, read from Parquet by DuckDB, and what dropped the others."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import psutil
+import pyarrow as pa
+
+from filters.recipe import SelectConfig
+from filters.rules import derived_sql, reason_case
+from filters.select.metadata_files import first_line, prepare
+from filters.select.pushdown import Prefilter
+from filters.select.schema import ALIASES, SCORES, MetadataFile, check_columns, normalised_sql
+from filters.select.side_inputs import Extras, has_extras, load_extras
+from filters.select.urls import allowed_sql, register_url_check
+from sdtrain.dataset.files import raise_if_disk_full
+from sdtrain.dataset.removal_ledger import LEDGER
+from sdtrain.errors import UserError
+
+# Rows that one query looks at: enough that starting it does not count.
+_ROWS_AT_ONCE = 1_000_000
+# Rows in one batch: few enough that memory is used again and again, for fresh memory costs more than the work in it.
+_BATCH_ROWS = 32_768
+_READER_MIB = 512  # DuckDB's own memory for reading; it needs far less
+_ALWAYS = ("url", "caption", "width", "height", "similarity", "hash", "pwatermark", "punsafe", "aesthetic")
+# Trimming every URL would take as long as hashing it.
+_TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url) ELSE url END"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and what judges them.
+
+    Attributes:
+        folder: for what does not fit into memory.
+        removed: ledger of what may not come back.
+    """
+
+    files: Sequence[MetadataFile]
+    select: SelectConfig
+    folder: Path
+    allow_private_hosts: bool
+    num_threads: int
+    removed: pa.Table = field(default_factory=LEDGER.empty_table)
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether more than the metadata is read."""
+        return has_extras(self.select) or len(self.removed) > 0
+
+
+@contextmanager
+def open_survivors(source: Source) -> Iterator[Survivors]:
+    """The survivors of `source`, with joins and lists read into a database for as long as the block lasts.
+
+    Raises:
+        UserError: here and in the block: a file is missing, cannot be read, or lacks a column that a rule needs.
+    """
+    # On disk, because score files and lists may be larger than memory.
+    place = source.folder / "extras.duckdb" if source.has_extras else ":memory:"
+    with _readable(source), closing(duckdb.connect(place)) as database:
+        survivors = Survivors(source, database)
+        check_columns(source.files, source.select.rules, survivors.null_passes)
+        yield survivors
+
+
+class Survivors:
+    """Which rows pass; see `open_survivors`."""
+
+    def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
+        self.source = source
+        self._database = database
+        self.extras: Extras | None = None
+        if source.has_extras:
+            memory_mib = max(_READER_MIB, psutil.virtual_memory().available // 2**21)
+            _set_up(database, source, source.num_threads, memory_mib)
+            self.extras = load_extras(database, source.select, source.files, source.removed)
+        joined = self.extras.joins.columns if self.extras else frozenset[str]()
+        score_later = SCORES if source.select.null_policy == "score_later" else ()
+        self._joined = joined
+        self._null_policy = score_later
+        had = {name for file in source.files for name in file.columns} | joined
+        # Those that LAION's later releases have, and others where a file has them.
+        self.columns = [name for name in ALIASES if name in _ALWAYS or name in had]
+
+    @property
+    def null_passes(self) -> set[str]:
+        """Columns that a file may lack although a rule looks at them."""
+        return {*self._null_policy, *self._joined}
+
+    def count(self) -> tuple[int, Counter[str]]:
+        """How many rows pass the rules, and how many each of them drops; reads no column but theirs."""
+        rows, values = self._rows(self.source.files, prefilter=None)
+        reason, bound = self._reason()
+        query = f"SELECT {reason} AS reason, count(*) FROM ({rows}) GROUP BY ALL"  # noqa: S608
+        with self._cursor(self.source.num_threads) as connection:
+            counts = Counter[str | None](dict(connection.execute(query, [*bound, *values]).fetchall()))
+        num_passed = counts.pop(None, 0)
+        return num_passed, Counter({str(reason): count for reason, count in counts.items()})
+
+    def each(self, consume: Callable[[pa.RecordBatch], None]) -> Counter[str]:
+        """Gives all rows that pass to `consume`, in batches of `uid` and `columns`, from several threads.
+
+        Returns:
+            What dropped rows that had passed the rules: their URLs, and lists.
+        """
+        if self.extras:  # one query, because every query would begin by making hash tables of joins and lists
+            with self._cursor(self.source.num_threads) as connection:
+                return self._read(connection, self.source.files, None, consume)
+        local, connections = threading.local(), list[Any]()
+
+        def read(part: tuple[MetadataFile, tuple[int, int]]) -> Counter[str]:
+            if not hasattr(local, "connection"):
+                connections.append(self._cursor(1))
+                local.connection = connections[-1].__enter__()
+            return self._read(local.connection, [part[0]], part[1], consume)
+
+        try:
+            with ThreadPoolExecutor(self.source.num_threads) as threads:
+                return sum(threads.map(read, self._parts()), Counter[str]())
+        finally:
+            for connection in connections:
+                connection.__exit__(None, None, None)
+
+    def _read(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        files: Sequence[MetadataFile],
+        numbers: tuple[int, int] | None,
+        consume: Callable[[pa.RecordBatch], None],
+    ) -> Counter[str]:
+        query, values = self._query(files, numbers)
+        dropped = Counter[str]()
+        for batch in connection.execute(query, values).to_arrow_reader(_BATCH_ROWS):
+            reasons = batch["reason"]
+            if reasons.null_count < len(batch):
+                dropped.update(reasons.drop_null().to_pylist())
+                batch = batch.filter(reasons.is_null())
+            consume(batch.drop_columns(["reason"]))
+        return dropped
+
+    def _query(self, files: Sequence[MetadataFile], numbers: tuple[int, int] | None) -> tuple[str, list[Any]]:
+        rows, values = self._rows(files, Prefilter(self.source.select.rules, self.null_passes), numbers)
+        rule, bound = self._reason()
+        passed = f"SELECT * FROM ({rows}) WHERE {rule} IS NULL"  # noqa: S608
+        listed = self.extras.listed_sql(passed) if self.extras else f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
+        # URLs come after the rules, because looking at all of them takes longer than everything else together.
+        late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
+        query = f"""
+            SELECT coalesce({late}, list_reason) AS reason, md5(url || chr(10) || caption) AS uid,
+                {", ".join(self.columns)}
+            FROM ({listed})
+        """  # noqa: S608 - names are from ALIASES and RULES, values are bound
+        return query, [*values, *bound]
+
+    def _rows(
+        self, files: Sequence[MetadataFile], prefilter: Prefilter | None, numbers: tuple[int, int] | None = None
+    ) -> tuple[str, list[Any]]:
+        """Rows under our names, scores joined, with what the rules look at: sizes and captions in other words."""
+        rows, values = normalised_sql(files, prefilter, bool(self.extras and self.extras.compute_hash), numbers)
+        joined = self.extras.joins.sql(rows) if self.extras else rows
+        cleaned = f"SELECT * REPLACE (coalesce(caption, '') AS caption, {_TRIMMED} AS url) FROM ({joined})"  # noqa: S608
+        return f"SELECT *, {derived_sql()} FROM ({cleaned})", values  # noqa: S608
+
+    def _reason(self) -> tuple[str, list[Any]]:
+        return reason_case(self.source.select.rules, null_passes=self._null_policy)
+
+    def _parts(self) -> Iterator[tuple[MetadataFile, tuple[int, int]]]:
+        """Runs of whole row groups with about `_ROWS_AT_ONCE` rows."""
+        sizes = self._row_groups()
+        for file in self.source.files:
+            begin = end = 0
+            for size in sizes[file.path]:
+                if end > begin and end + size - begin > _ROWS_AT_ONCE:
+                    yield file, (begin, end)
+                    begin = end
+                end += size
+            if end > begin:
+                yield file, (begin, end)
+
+    def _row_groups(self) -> dict[str, list[int]]:
+        query = """
+            SELECT file_name, row_group_id, any_value(row_group_num_rows) FROM parquet_metadata(?)
+            GROUP BY ALL ORDER BY ALL
+        """
+        sizes: dict[str, list[int]] = {file.path: [] for file in self.source.files}
+        with self._cursor(self.source.num_threads) as connection:
+            for path, _, size in connection.execute(query, [list(sizes)]).fetchall():
+                sizes[path].append(size)
+        return sizes
+
+    @contextmanager
+    def _cursor(self, num_threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A connection of the database with joins and lists, or, where there are none, to a database of its own."""
+        if self.extras:
+            yield self._database
+            return
+        with closing(duckdb.connect()) as connection:
+            _set_up(connection, self.source, num_threads, _READER_MIB)
+            yield connection
+
+
+def _set_up(connection: duckdb.DuckDBPyConnection, source: Source, num_threads: int, memory_mib: int) -> None:
+    connection.execute("SET threads = ?", [num_threads])
+    connection.execute("SET memory_limit = ?", [f"{memory_mib}MiB"])
+    connection.execute("SET temp_directory = ?", [str(source.folder / "spill")])
+    connection.execute("SET preserve_insertion_order = false")
+    register_url_check(connection, source.allow_private_hosts)
+    prepare(connection, [file.path for file in source.files])
+
+
+@contextmanager
+def _readable(source: Source) -> Iterator[None]:
+    try:
+        yield
+    except (duckdb.Error, OSError) as error:
+        raise_if_disk_full(error, source.folder)
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"The metadata in {source.select.metadata} cannot be read: {first_line(error)}") from error

@@ -1,0 +1,241 @@
+"""LAION's column names, which differ from release to release, under one set of names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from filters.rules import DERIVED_FROM, RULES
+from filters.select.pushdown import Prefilter, prefilter_sql
+from filters.select.sql_functions import hash_sql
+from sdtrain.errors import UserError
+
+# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
+# a file has counts. img2dataset's `width` is that of the resized picture, so `original_width` comes first.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "url": ("url",),
+    "caption": ("text", "caption"),
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
+    "similarity": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+    "hash": ("hash",),
+    "pwatermark": ("pwatermark", "watermark_score"),
+    "punsafe": ("punsafe",),
+    "aesthetic": ("aesthetic_score", "aesthetic_score_laion_v2"),
+    "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
+    "language": ("language",),
+    "nsfw": ("nsfw",),
+    "md5": ("md5",),  # of the picture's bytes; `hash` is of URL and caption
+    "sha256": ("sha256",),
+}
+TYPES: dict[str, str] = {
+    **dict.fromkeys(("url", "caption"), "VARCHAR"),
+    **dict.fromkeys(("width", "height"), "INTEGER"),
+    "similarity": "DOUBLE",
+    "hash": "BIGINT",
+    **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
+    **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
+}
+SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic", "aesthetic_v1")
+_DIGEST_CHARS = {"md5": 32, "sha256": 64}
+_FLOATS = ("FLOAT", "DOUBLE")
+# Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
+_RAW_RELEASE = {"sample_id", "license"}
+
+SwappedSizes = Literal["auto", "yes", "no"]
+
+
+@dataclass(frozen=True)
+class MetadataFile:
+    """One input file.
+
+    Attributes:
+        path: absolute, or a URL.
+        columns: our name -> its name in this file, for the columns that it has.
+        types: our name -> its DuckDB type in this file.
+        all_columns: the names that the file has.
+        num_rows: from the footer.
+        identity: name, size and digest of the footer, which tell whether the file is still the same wherever it lies.
+        swapped: whether `columns` already turns back WIDTH and HEIGHT.
+    """
+
+    path: str
+    columns: dict[str, str]
+    types: dict[str, str]
+    all_columns: tuple[str, ...]
+    num_rows: int
+    identity: tuple[str, int, str]
+    swapped: bool = False
+
+
+def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: tuple[str, int, str]) -> MetadataFile:
+    """A file as its own column names and types say.
+
+    Raises:
+        UserError: two names differ in case only.
+    """
+    by_lower: dict[str, str] = {}
+    for name in types:
+        if name.lower() in by_lower:
+            raise UserError(f"{path} has two columns that differ in case only: {by_lower[name.lower()]} and {name}.")
+        by_lower[name.lower()] = name
+    columns = {}
+    for ours, aliases in _aliases_in(by_lower).items():
+        found = [by_lower[alias] for alias in aliases if alias in by_lower]
+        if found:
+            columns[ours] = found[0]
+    ours_types = {ours: types[name] for ours, name in columns.items()}
+    return MetadataFile(path, columns, ours_types, tuple(types), num_rows, identity)
+
+
+def _aliases_in(by_lower: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    # A selection of ours has both, and calls the V2 score plainly `aesthetic`.
+    return ALIASES | ({"aesthetic": ("aesthetic",)} if "aesthetic_v1" in by_lower else {})
+
+
+def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
+    """The files with WIDTH and HEIGHT exchanged where they are swapped: "auto" means in raw LAION releases."""
+    return [_turned(file) if _is_swapped(file, swapped_sizes) else file for file in files]
+
+
+def _is_swapped(file: MetadataFile, swapped_sizes: SwappedSizes) -> bool:
+    if swapped_sizes != "auto" or not {"width", "height"} <= set(file.columns):
+        return swapped_sizes == "yes"
+    # Sizes that img2dataset measured (original_width) are right whatever else the file has.
+    return set(map(str.lower, file.all_columns)) >= _RAW_RELEASE and file.columns["width"].lower() == "width"
+
+
+def _turned(file: MetadataFile) -> MetadataFile:
+    other = {"width": "height", "height": "width"}
+    columns = {other.get(ours, ours): name for ours, name in file.columns.items()}
+    types = {other.get(ours, ours): kind for ours, kind in file.types.items()}
+    return replace(file, columns=columns, types=types, swapped=True)
+
+
+def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_passes: Iterable[str] = ()) -> None:
+    """Refuses files without a column that is needed: url, caption and whatever the rules look at.
+
+    Args:
+        files: the input.
+        rules: names of the recipe's rules.
+        missing_passes: our names of columns that may be missing even though a rule looks at them.
+
+    Raises:
+        UserError: names file, column and rule, and the columns that the file has.
+    """
+    needed = {"url": "", "caption": ""}
+    for rule in rules:
+        column = RULES[rule].column
+        for source in DERIVED_FROM.get(column, (column,)):
+            needed.setdefault(source, f", which rule '{rule}' needs")
+    required = {column: purpose for column, purpose in needed.items() if column not in set(missing_passes)}
+    for file in files:
+        for column, purpose in required.items():
+            if column not in file.columns:
+                _refuse_v1(file, column, purpose)
+                raise UserError(_missing(file, column, purpose))
+
+
+def _missing(file: MetadataFile, column: str, purpose: str) -> str:
+    names = " or ".join(name.upper() for name in ALIASES[column])
+    advice = ""
+    if column in ("width", "height"):
+        advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded picture."
+    elif column in SCORES:
+        advice = " Or set `select.null_policy: score_later` and let the picture's own score decide."
+    return (
+        f"{file.path} has no column {names}{purpose}. It has: {', '.join(file.all_columns)}. "
+        f"Use metadata with that column.{advice}"
+    )
+
+
+def _refuse_v1(file: MetadataFile, column: str, purpose: str) -> None:
+    if column == "aesthetic" and "aesthetic_v1" in file.columns:
+        raise UserError(
+            f"{file.path} has the aesthetic scores of LAION's first predictor (column "
+            f"'{file.columns['aesthetic_v1']}'), not the V2 scores (AESTHETIC_SCORE){purpose}. The two scales differ "
+            "and are never mixed: use metadata with AESTHETIC_SCORE, or rule 'min_aesthetic_v1'."
+        )
+
+
+def normalised_sql(
+    files: Sequence[MetadataFile],
+    prefilter: Prefilter | None = None,
+    compute_hash: bool = False,
+    rows: tuple[int, int] | None = None,
+) -> tuple[str, list[Any]]:
+    """SQL for the rows of all files under our column names and types, and the values to bind.
+
+    Files of one schema are read together; what a file does not have is NULL.
+
+    Args:
+        files: the input.
+        prefilter: rules whose bounds are checked while reading, see `prefilter_sql`; rows that pass must still be
+            judged. Without it every row comes.
+        compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
+            (`filters.select.sql_functions.register_laion_hash`). Costs nothing for a query that does not ask for
+            `hash`.
+        rows: of each file, the rows from the first number up to the second alone.
+    """
+    groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}
+    for file in files:
+        groups.setdefault((*file.columns.items(), *file.types.items()), []).append(file)
+    parts, values = [], list[Any]()
+    for group in groups.values():
+        part, bound = _part_sql(group, prefilter, compute_hash, rows)
+        parts.append(part)
+        values += bound
+    return " UNION ALL ".join(parts), values
+
+
+def _part_sql(
+    group: Sequence[MetadataFile],
+    prefilter: Prefilter | None,
+    compute_hash: bool,
+    rows: tuple[int, int] | None,
+) -> tuple[str, list[Any]]:
+    names = {ours: quoted(name) for ours, name in group[0].columns.items()}
+    items = {ours: column_sql(ours, names.get(ours), group[0].types.get(ours, "")) for ours in ALIASES}
+    if compute_hash and "hash" not in names:
+        items["hash"] = hash_sql(items["url"], items["caption"])
+    select = ", ".join(f"{sql} AS {ours}" for ours, sql in items.items())
+    numbered = ", file_row_number = true" if rows else ""
+    part = f"SELECT {select} FROM read_parquet(?, hive_partitioning = false{numbered})"  # noqa: S608 - names are quoted
+    values: list[Any] = [[file.path for file in group]]
+    conditions = []
+    if rows:
+        conditions.append("file_row_number >= ? AND file_row_number < ?")
+        values += rows
+    if prefilter:
+        condition, bound = prefilter_sql(prefilter, names, group[0].types)
+        conditions.append(condition)
+        values += bound
+    return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
+
+
+def column_sql(ours: str, name: str | None, kind: str) -> str:
+    """SQL for one of our columns from a plain column, which it stays where type and meaning are the same."""
+    wanted = TYPES[ours]
+    if name is None:
+        return f"NULL::{wanted}"
+    if ours in _DIGEST_CHARS:
+        text, pattern = f"lower({name}::VARCHAR)", f"[0-9a-f]{{{_DIGEST_CHARS[ours]}}}"
+        return f"CASE WHEN regexp_full_match({text}, '{pattern}') THEN {text} END"
+    if wanted == "DOUBLE":
+        value = name if kind in _FLOATS else f"TRY_CAST({name} AS DOUBLE)"
+        # NaN and infinity are what pandas makes of missing scores.
+        return f"CASE WHEN isfinite({value}) THEN {value}::DOUBLE END"
+    if kind == wanted:
+        return name
+    if wanted == "VARCHAR" and kind == "BLOB":
+        return f"TRY(decode({name}))"
+    if wanted == "INTEGER" and kind not in ("TINYINT", "SMALLINT", "BIGINT"):
+        # Sizes that pandas made floats come with NaN, which no integer can hold: NULL. A cast alone would round up.
+        return f"TRY_CAST(trunc(TRY_CAST({name} AS DOUBLE)) AS INTEGER)"
+    return f"TRY_CAST({name} AS {wanted})"
+
+
+def quoted(name: str) -> str:
+    """A column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,155 @@
+"""Scores from files of their own, joined onto the metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import duckdb
+
+from filters.recipe import JOINABLE, JoinConfig
+from filters.select.hash_check import check_hashes
+from filters.select.metadata_files import find_files, first_line, prepare, read_footers
+from filters.select.schema import ALIASES, MetadataFile, normalised_sql, turn_sizes
+from filters.select.sql_functions import URL_CAPTION
+from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
+
+_KEYS = {"hash": "hash", "url_caption": URL_CAPTION}
+
+
+@dataclass(frozen=True)
+class Joins:
+    """Score files that lie in tables of a connection.
+
+    Attributes:
+        keys: what each table is joined by.
+        filled: the columns that each table brings.
+        notes: what was done, as sentences.
+    """
+
+    keys: tuple[str, ...] = ()
+    filled: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns that may hold a value although the metadata has none: no bound on the file's own one holds."""
+        return frozenset(column for columns in self.filled for column in columns)
+
+    def sql(self, rows: str) -> str:
+        """`rows` (a SELECT of our columns) with NULLs filled from the score files; unchanged where there are none."""
+        if not self.keys:
+            return rows
+        sources = {column: [f"m.{column}"] for column in ALIASES if column in self.columns}
+        for number, columns in enumerate(self.filled):
+            for column in columns:
+                sources[column].append(f"j{number}.{column}")
+        replaced = ", ".join(f"coalesce({', '.join(values)}) AS {column}" for column, values in sources.items())
+        by = sorted(set(self.keys))
+        keys = ", ".join(f"{_KEYS[key]} AS key_{key}" for key in by)
+        joined = " ".join(
+            f"LEFT JOIN {_table(number)} j{number} ON j{number}.key = m.key_{key}"
+            for number, key in enumerate(self.keys)
+        )
+        hidden = ", ".join(f"key_{key}" for key in by)
+        return f"SELECT m.* EXCLUDE ({hidden}) REPLACE ({replaced}) FROM (SELECT *, {keys} FROM ({rows})) m {joined}"  # noqa: S608
+
+
+def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:
+    """Reads the score files of a recipe into tables of `connection`, one row for each key.
+
+    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join goes by hash.
+
+    Raises:
+        UserError: files that are missing or unreadable, or without the columns that a join needs.
+    """
+    filled, notes = [], list[str]()
+    for number, join in enumerate(joins):
+        files = join_files(join)
+        columns = columns_of(join, files)
+        if join.by == "hash":
+            check_hashes(connection, files)
+        prepare(connection, (file.path for file in files))
+        try:
+            num_rows, num_more = _load(connection, number, join, files, columns)
+        except duckdb.Error as error:
+            raise UserError(f"The score files {join.files} cannot be read: {first_line(error)}") from error
+        notes.append(_note(join, columns, num_rows, num_more))
+        filled.append(columns)
+    return Joins(tuple(join.by for join in joins), tuple(filled), tuple(notes))
+
+
+def join_files(join: JoinConfig) -> list[MetadataFile]:
+    """The score files that a join names.
+
+    Raises:
+        UserError: none are there, or one is not Parquet.
+    """
+    return turn_sizes(read_footers(find_files(join.files, "score files (select.joins)")), "auto")
+
+
+def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:
+    """The columns that a join brings, by our names.
+
+    Raises:
+        UserError: the files lack what the join goes by, or what it is to bring.
+    """
+    for file in files:
+        needed = {"url", "caption"} - set(file.columns)
+        if needed and not (join.by == "hash" and "hash" in file.columns):
+            raise UserError(
+                f"{file.path} cannot be joined by {join.by}: it has no column "
+                f"{' or '.join(sorted(needed))}. It has: {', '.join(file.all_columns)}."
+            )
+    there = {column for file in files for column in file.columns} & JOINABLE
+    for column in join.columns or []:
+        if column not in there:
+            raise UserError(f"The score files {join.files} have no column for '{column}'.")
+    wanted = there & set(join.columns or there)
+    if not wanted:
+        raise UserError(f"The score files {join.files} hold no scores, only {files[0].all_columns}.")
+    return tuple(column for column in ALIASES if column in wanted)
+
+
+def _load(
+    connection: duckdb.DuckDBPyConnection,
+    number: int,
+    join: JoinConfig,
+    files: Sequence[MetadataFile],
+    columns: tuple[str, ...],
+) -> tuple[int, int]:
+    """Makes the table; returns how many rows there were and how many had a key that others have too, less one each."""
+    rows, values = normalised_sql(files, compute_hash=join.by == "hash")
+    table, names = _table(number), ", ".join(columns)
+    connection.execute(
+        f"CREATE OR REPLACE TABLE {table}_all AS SELECT {_KEYS[join.by]} AS key, {names} FROM ({rows})",  # noqa: S608
+        values,
+    )
+    repeated = f"SELECT key FROM {table}_all GROUP BY key HAVING count(*) > 1"  # noqa: S608
+    # Keys are seldom repeated: so only the rows of those that are need to be put in order. Any order would do, as long
+    # as it does not depend on threads.
+    connection.execute(
+        f"""
+        CREATE OR REPLACE TABLE {table} AS
+        WITH repeated AS MATERIALIZED ({repeated})
+        FROM {table}_all ANTI JOIN repeated USING (key) WHERE key IS NOT NULL
+        UNION ALL
+        FROM (FROM {table}_all SEMI JOIN repeated USING (key))
+        QUALIFY row_number() OVER (PARTITION BY key ORDER BY {names}) = 1
+        """
+    )
+    counted = connection.execute(f"SELECT (SELECT count(key) FROM {table}_all), (SELECT count(*) FROM {table})")  # noqa: S608
+    num_rows, num_keys = counted.fetchall()[0]
+    connection.execute(f"DROP TABLE {table}_all")
+    return num_rows, num_rows - num_keys
+
+
+def _note(join: JoinConfig, columns: Sequence[str], num_rows: int, num_more: int) -> str:
+    shown = f"{', '.join(columns)} come from {without_secrets(join.files)} ({num_rows:,} rows, by {join.by})"
+    more = f"; {num_more:,} of them have the key of another row, and one row of each key was used" if num_more else ""
+    return f"{shown} where the metadata has none{more}"
+
+
+def _table(number: int) -> str:
+    return f"join_{number}"

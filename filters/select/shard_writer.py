@@ -1,0 +1,100 @@
+"""Rows in their final order -> selection files of exactly N rows, keyed as img2dataset numbers them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+
+_SHARD_DIGITS = 5  # as img2dataset's oom_shard_count
+
+
+def key_digits(samples_per_shard: int) -> int:
+    """How many digits of a key count samples within a shard, as in img2dataset."""
+    return math.ceil(math.log10(samples_per_shard))
+
+
+def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
+    """The key of the sample at `index` of `shard`."""
+    digits = key_digits(samples_per_shard)
+    return f"{10**digits * shard + index:0{digits + _SHARD_DIGITS}d}"
+
+
+@dataclass
+class ExactShards:
+    """Cuts what it is given into shards and writes them, several at a time.
+
+    Attributes:
+        first_shard: number of the first one.
+        threads: does the writing; `finish` waits for it.
+        max_waiting: shards in memory at once.
+    """
+
+    dataset: DatasetDir
+    samples_per_shard: int
+    first_shard: int
+    threads: ThreadPoolExecutor
+    max_waiting: int = 8
+    paths: list[Path] = field(default_factory=list)
+    _left: list[pa.Table] = field(default_factory=list)
+    _num_left: int = 0
+    _waiting: deque[Future[None]] = field(default_factory=deque)
+
+    def add(self, rows: pa.Table) -> None:
+        """Takes the next rows; writes every shard that they fill."""
+        begin = 0
+        while len(rows) - begin >= (missing := self.samples_per_shard - self._num_left):
+            self._write([*self._left, rows.slice(begin, missing)])
+            self._left, self._num_left = [], 0
+            begin += missing
+        if begin < len(rows):
+            self._left.append(rows.slice(begin))
+            self._num_left += len(rows) - begin
+
+    def finish(self) -> list[Path]:
+        """Writes the last, short shard; returns the files in order once all have their final names."""
+        if self._num_left:
+            self._write(self._left)
+        _wait(self._waiting)
+        return self.paths
+
+    def _write(self, parts: Iterable[pa.Table]) -> None:
+        shard = self.first_shard + len(self.paths)
+        self.paths.append(self.dataset.selection(shard))
+        self._waiting.append(
+            self.threads.submit(_write_shard, pa.concat_tables(parts), shard, self.samples_per_shard, self.paths[-1])
+        )
+        while len(self._waiting) > self.max_waiting:
+            self._waiting.popleft().result()
+
+
+def _wait(futures: Iterable[Future[None]]) -> None:
+    for future in futures:
+        future.result()
+
+
+def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path) -> None:
+    digits = key_digits(samples_per_shard)
+    numbers = pa.array(10**digits * shard + np.arange(len(rows)))
+    keys = pc.utf8_lpad(numbers.cast(pa.string()), digits + _SHARD_DIGITS, "0")
+    with publish(path) as temporary:
+        # Neither dictionaries nor statistics help where every string is another and the order is random.
+        pq.write_table(
+            rows.add_column(0, "key", keys),
+            temporary,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            row_group_size=samples_per_shard,
+        )

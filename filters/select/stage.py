@@ -1,0 +1,201 @@
+"""SELECT: metadata rows -> the rows worth downloading, shuffled, in exact shards."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filters.recipe import Recipe, SelectConfig
+from filters.select.known import KnownUids
+from filters.select.metadata_files import find_metadata
+from filters.select.remarks import notes
+from filters.select.row_filter import Source, open_survivors
+from filters.select.schema import MetadataFile
+from filters.select.shard_writer import ExactShards
+from filters.select.shuffle import Shuffle
+from filters.select.side_inputs import extra_inputs
+from sdtrain.dataset.files import scratch
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, forget_entry
+from sdtrain.dataset.removal_ledger import read_ledger
+from sdtrain.dataset.stage import Stage
+from sdtrain.errors import UserError
+
+_ROWS_PER_BUCKET = 2**16  # about 15 MB
+_EXTRAS = ("joins", "blocklists", "allowlists")  # known by their contents, wherever they lie
+_MAX_BUCKETS = 512  # each is an open file, of which a process may have 1,024
+
+
+@dataclass(frozen=True)
+class Before:
+    """What has been selected from other files already: it stays as it is, and its rows do not come again.
+
+    Attributes:
+        number: how many selections there are.
+        files: the shards of each.
+        num_rows: their rows.
+    """
+
+    number: int = 0
+    files: Sequence[Sequence[Path]] = ()
+    num_rows: int = 0
+
+    @property
+    def num_shards(self) -> int:
+        """The number that the next shard gets."""
+        return sum(len(files) for files in self.files)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One run of the selection over some files."""
+
+    dataset: DatasetDir
+    select: SelectConfig
+    files: Sequence[MetadataFile]
+    allow_private_hosts: bool = False
+    before: Before = Before()
+    num_threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+
+    def run(self) -> ShardReport:
+        """Writes the shards, the same bytes for any number of threads.
+
+        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
+
+        Raises:
+            UserError: the metadata cannot be read, lacks a column, or no row survives.
+        """
+        with scratch(self.dataset.root, "select") as folder:
+            removed = read_ledger(self.dataset.removed)
+            source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads, removed)
+            with open_survivors(source) as survivors:
+                num_passed, dropped = survivors.count()
+                num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
+                shuffle = Shuffle(folder, num_buckets, self.select.seed)
+                late = survivors.each(shuffle.add)
+                said = survivors.extras.notes if survivors.extras else ()
+            paths, num_out, repeated = self._write(shuffle)
+        _delete_from(self.dataset, self.before.num_shards + len(paths))
+        dropped += late + repeated
+        self._check_sum(num_out, dropped)
+        return ShardReport(
+            stage="select",
+            shard=self.before.number,
+            num_in=num_out + sum(dropped.values()),
+            num_out=num_out,
+            dropped=dict(sorted(dropped.items())),
+            outputs=describe_outputs(self.dataset, paths),
+            inputs=[_named(file) for file in self.files],
+            notes=[*notes(self.files, self.select), *said],
+        )
+
+    def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
+        """Writes the shards; returns them, how many rows they have, and what dropped the others."""
+        limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
+        known = KnownUids(self.before.files, self.select.seed)
+        num_out = num_repeated = num_over = 0
+        # Two more than there are processors, because the last thing that a thread does is to wait for the disk.
+        with ThreadPoolExecutor(self.num_threads + 2) as threads:
+            shards = ExactShards(self.dataset, self.select.samples_per_shard, self.before.num_shards, threads)
+            for bucket in shuffle.buckets(threads, self.num_threads, known.are_known):
+                left = int(min(len(bucket.rows), limit - num_out))
+                # Of the rows up to the last that is taken, some repeat; whatever comes after it is over the limit.
+                num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
+                num_repeated, num_over = num_repeated + num_seen - left, num_over + bucket.num_before - num_seen
+                num_out += left
+                shards.add(bucket.rows.slice(0, left))
+            paths = shards.finish()
+        return paths, num_out, +Counter({"duplicate_row": num_repeated, "over_limit": num_over})
+
+    def _check_sum(self, num_out: int, dropped: Counter[str]) -> None:
+        num_in = sum(file.num_rows for file in self.files)
+        if num_in != num_out + sum(dropped.values()):
+            raise UserError(
+                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows by its footers, "
+                f"{num_out + sum(dropped.values()):,} were seen. Run the same command again."
+            )
+        if not num_out and not self.before.number:
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
+            raise UserError(
+                f"No row of {self.select.metadata} is left ({counts}). Loosen the rules, or check the metadata."
+            )
+
+
+def select_rows(
+    dataset: DatasetDir, select: SelectConfig, allow_private_hosts: bool = False, num_threads: int | None = None
+) -> ShardReport:
+    """Writes the selection of `select` into a dataset that has none; see `Selection.run`."""
+    files = find_metadata(select.metadata, select.swapped_sizes)
+    num_threads = num_threads or len(os.sched_getaffinity(0))
+    return Selection(dataset, select, files, allow_private_hosts, num_threads=num_threads).run()
+
+
+def _named(file: MetadataFile) -> str:
+    return " ".join(map(str, file.identity))
+
+
+def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]]:
+    """Which files each selection is made from: those of finished ones as they were, the others in one more.
+
+    When a finished one no longer fits, because its recipe, one of its files or what it is to be was changed, there is
+    one selection, of everything.
+    """
+    files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+    left = {_named(file): file for file in files}
+    if len(left) < len(files) or recipe.select.new_files == "reshuffle":
+        return [files]
+    generations = []
+    for number, entry in enumerate(entries(dataset, "select")):
+        fits = entry.shard == number and entry.fingerprint == _digest(recipe, entry.inputs)
+        if not fits or not left.keys() >= set(entry.inputs):
+            return [files]
+        generations.append([left.pop(name) for name in entry.inputs])
+    return [*generations, list(left.values())] if left else generations
+
+
+def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
+    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_EXTRAS})
+    # As pairs, because the order of the rules decides the reasons.
+    config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
+    return fingerprint("select/2", config | {"files": sorted(inputs), "extras": extra_inputs(recipe.select)})
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return list(range(len(_generations(dataset, recipe))))
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    return _digest(recipe, [_named(file) for file in _generations(dataset, recipe)[shard]])
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    generations = _generations(dataset, recipe)
+    for number in shards:
+        # Selections that are being replaced must not pass for finished if this is killed half way.
+        for entry in entries(dataset, "select"):
+            if entry.shard >= number:
+                forget_entry(dataset, "select", entry.shard)
+        before = _before(dataset, number)
+        allow_private = recipe.download.allow_private_hosts
+        yield Selection(dataset, recipe.select, generations[number], allow_private, before).run()
+
+
+def _before(dataset: DatasetDir, number: int) -> Before:
+    reports = entries(dataset, "select")[:number]
+    files = [[dataset.root / name for name in sorted(report.outputs)] for report in reports]
+    return Before(number, files, sum(report.num_out for report in reports))
+
+
+def _delete_from(dataset: DatasetDir, shard: int) -> None:
+    """Deletes shards of an earlier, larger selection."""
+    for path in dataset.selection(0).parent.glob("*.parquet"):
+        if int(path.stem) >= shard:
+            path.unlink()
+
+
+SELECT: Stage[Recipe] = Stage("select", _shards, _fingerprint, _run)

@@ -1,0 +1,1 @@
+"""What flows share: task runners, child processes, SLURM, progress, credentials, automations."""

@@ -1,0 +1,203 @@
+"""Runs a job on SLURM as if it were a child process: submits it once, follows its log, cancels it with the flow run."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdtrain.dataset.files import publish
+from sdtrain.errors import UserError
+
+STATE_FILE = "slurm-job.json"
+POLL_S = 2.0
+GRACE_S = 20.0
+"""Time that a cancelled job has to end before the flow run does; SLURM's KillWait ends it in any case."""
+_ASK_S = 60.0
+_PASSES = ("Unable to contact", "Socket timed out")
+_TAIL_BYTES = 16_384
+_STOPPED = ("CANCELLED", "DEADLINE", "PREEMPTED", "REVOKED", "TIMEOUT")
+_BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
+_ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
+"""Not COMPLETING: a job that was cancelled still writes its checkpoint then, and the next one waits for its end."""
+_OVER = frozenset(["COMPLETED", "GONE", *_STOPPED, *_BROKEN])
+
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is submitted.
+
+    Attributes:
+        script: batch script.
+        arguments: of the script.
+        options: of sbatch; they go before the script's own `#SBATCH` lines.
+        folder: the run's directory, on storage that all nodes share; one job at a time works on it.
+        log: the job's output, appended.
+    """
+
+    script: Path
+    arguments: Sequence[str]
+    options: Sequence[str]
+    folder: Path
+    log: Path
+
+    @property
+    def name(self) -> str:
+        """The same for every job on the same folder, by which a restarted flow finds the one that runs."""
+        digest = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()
+        return f"sdtrain-{self.folder.name}-{digest[:12]}"
+
+
+def run_job(
+    job: Job,
+    environment: dict[str, str],
+    on_line: Callable[[str], None] = lambda line: None,
+    on_id: Callable[[str], None] = lambda job_id: None,
+) -> str:
+    """Runs a job to its end and returns SLURM's word for that, COMPLETED for one.
+
+    A job that already works on the folder, submitted by a run that was killed, is followed instead of submitting a
+    second one. When the run is cancelled, or this process is told to end, the job is cancelled; after an error of this
+    process, such as a controller that does not answer for a minute, it goes on, and the next run follows it.
+
+    Args:
+        job: what runs.
+        environment: of the job, beside this process's.
+        on_line: called with every line of its log.
+        on_id: called with the job's number, before anything of its log.
+
+    Raises:
+        UserError: SLURM is not installed, or does not take the job.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = _Log(job.log)
+    job_id = active_job(job.name)
+    if job_id is None:
+        job_id = _submit(job, environment)
+    else:
+        log.read_only_the_tail()
+    try:
+        _record(job, job_id)
+        on_id(job_id)
+        while (state := state_of(job_id)) not in _OVER:
+            log.pass_on(on_line)
+            time.sleep(POLL_S)
+    except Exception:
+        raise  # of the flow, or of asking SLURM: the job is well, and the next run follows it
+    except BaseException:
+        _try_to_cancel(job_id)
+        raise
+    log.pass_on(on_line)
+    return state
+
+
+def recorded_job(folder: Path) -> str | None:
+    """Number of the job that was last submitted for a run's directory."""
+    try:
+        return str(json.loads((folder / STATE_FILE).read_text())["job_id"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def active_job(name: str) -> str | None:
+    """Number of the job of that name that waits or runs, if there is one."""
+    listed = _ask("squeue", "--noheader", "--me", "--name", name, "--states", _ALIVE, "--format", "%A").split()
+    return listed[0] if listed else None
+
+
+def state_of(job_id: str) -> str:
+    """SLURM's word for a job's state; GONE when SLURM has forgotten it, which it does some time after the end."""
+    try:
+        shown = _ask("scontrol", "show", "job", job_id, "--oneliner")
+    except UserError as error:
+        if "Invalid job id" in str(error):
+            return "GONE"
+        raise
+    found = re.search(r"JobState=(\w+)", shown)
+    return found.group(1) if found else "GONE"
+
+
+def cancel(job_id: str) -> None:
+    """Asks a job to end, for which training writes a checkpoint, and waits for that for some time."""
+    _ask("scancel", job_id)
+    deadline = time.monotonic() + GRACE_S
+    while time.monotonic() < deadline and state_of(job_id) not in _OVER:
+        time.sleep(0.5)
+
+
+def _try_to_cancel(job_id: str) -> None:
+    """As `cancel`; a failure is said, and does not take the place of what ends the run."""
+    try:
+        cancel(job_id)
+    except UserError as error:
+        _log.warning("Job %s may go on: %s", job_id, error)
+
+
+def _submit(job: Job, environment: dict[str, str]) -> str:
+    # Singleton: should two flows submit at the same moment, the second job waits for the end of the first.
+    own = [f"--job-name={job.name}", f"--output={job.log.absolute()}", "--dependency=singleton", "--parsable"]
+    said = _ask("sbatch", *job.options, *own, str(job.script), *job.arguments, environment=environment)
+    return said.strip().split(";")[0]
+
+
+def _record(job: Job, job_id: str) -> None:
+    with publish(job.folder / STATE_FILE) as temporary:
+        temporary.write_text(json.dumps({"job_id": job_id, "name": job.name}) + "\n")
+
+
+def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
+    """Output of a SLURM command; while its controller does not answer, it is asked again for a minute."""
+    # In a flow that is a SLURM job itself, its variables would be taken for options of the new one.
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    deadline = time.monotonic() + _ASK_S
+    while True:
+        try:
+            done = subprocess.run(  # noqa: S603 (no shell, and the arguments are ours)
+                command, env=mine | (environment or {}), capture_output=True, text=True, timeout=_ASK_S
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(
+                f"{command[0]} did not answer for {_ASK_S:.0f} seconds. Is SLURM's controller up?"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"{command[0]} could not be started: {error.strerror}. Launcher 'slurm' needs SLURM's commands on the "
+                "machine that runs the flow."
+            ) from error
+        if done.returncode == 0:
+            return done.stdout
+        if not any(said in done.stderr for said in _PASSES) or time.monotonic() > deadline:
+            raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
+        time.sleep(POLL_S)
+
+
+class _Log:
+    """A growing file, line by line; one that does not exist yet is empty."""
+
+    def __init__(self, path: Path):
+        self._path, self._rest = path, b""
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def read_only_the_tail(self) -> None:
+        """Begins shortly before the end, for the last words of a job that is found running."""
+        self._offset = max(0, self._offset - _TAIL_BYTES)
+
+    def pass_on(self, on_line: Callable[[str], None]) -> None:
+        """Calls `on_line` with each line that is new and whole."""
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        self._offset += len(new)
+        *lines, self._rest = (self._rest + new).split(b"\n")
+        for line in lines:
+            on_line(line.decode(errors="replace"))

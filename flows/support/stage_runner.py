@@ -1,0 +1,162 @@
+"""Runs a stage over its pending shards: batches become Prefect tasks."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture, as_completed
+from prefect.logging import get_run_logger
+from prefect.states import Failed, State
+from prefect.task_runners import TaskRunner
+
+from flows.support.clusters import is_given_up, needs_of
+from flows.support.progress import ProgressArtifact
+from flows.support.task_runners import Engine, lost_its_worker, start_engine
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport
+from sdtrain.dataset.progress import listening, seldom
+from sdtrain.dataset.stage import Stage, begin, hold_of, pending, run_batch
+from sdtrain.dataset.totals import StageTotals, add_up
+from sdtrain.errors import UserError
+from sdtrain.redaction import safe_error
+
+LOG_INTERVAL_S = 10.0
+# A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
+_HEARING_S = 0.5
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How the work is spread.
+
+    Attributes:
+        workers: batches at once, unless a running cluster decides that.
+        shards_per_task: shards in one task run; a task should be a minute of work or more.
+        engine: what runs the batches.
+        engine_address: a running Dask or Ray cluster's.
+    """
+
+    workers: int = 2
+    shards_per_task: int = 1
+    engine: Engine = "threads"
+    engine_address: str | None = None
+
+
+def run_stage(
+    stage: Stage[Any],
+    dataset: DatasetDir,
+    recipe: Any,
+    options: StageOptions,
+    runner: TaskRunner[Any] | None = None,
+    before_work: Callable[[str, int, int], None] = lambda stage, num_pending, num_shards: None,
+) -> StageTotals:
+    """Does the stage's shards that are not finished. Must be called in a flow.
+
+    A batch that fails does not stop the others.
+
+    Args:
+        stage: outside this process its functions are found by their names, so they must be no lambdas.
+        dataset: on storage that all workers share.
+        recipe: what the stage's functions take.
+        options: how the work is spread.
+        runner: from `start_engine`, where several stages are to use one engine.
+        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
+
+    Raises:
+        UserError: a batch failed for a reason that the user can put right.
+        RuntimeError: a batch failed otherwise; its traceback is in the task run's log.
+    """
+    started, logger = time.monotonic(), get_run_logger()
+    begin(stage, dataset)
+    all_shards = stage.shards(dataset, recipe)
+    shards = pending(stage, dataset, recipe)
+    reports: list[ShardReport] = []
+    if shards:
+        before_work(stage.name, len(shards), len(all_shards))
+        engine = (
+            nullcontext(runner) if runner else start_engine(options.engine, options.engine_address, options.workers)
+        )
+        with engine as running:
+            reports = _run_batches(stage, dataset, recipe, _batches(shards, options.shards_per_task), running)
+    totals = add_up(stage.name, reports, len(all_shards) - len(shards), time.monotonic() - started)
+    logger.info("%s", totals)
+    return totals
+
+
+def _batches(shards: Sequence[int], size: int) -> list[list[int]]:
+    return [list(shards[i : i + size]) for i in range(0, len(shards), size)]
+
+
+def _run_batches(
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: list[list[int]], runner: TaskRunner[Any]
+) -> list[ShardReport]:
+    batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
+    common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
+    with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
+        with needs_of(stage.name):
+            futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
+        reports, failures = _collect(futures, progress)
+    if failures:
+        raise _error(stage.name, failures, len(batches))
+    return reports
+
+
+def _collect(
+    futures: list[PrefectFuture[Any]], progress: ProgressArtifact
+) -> tuple[list[ShardReport], list[Exception]]:
+    """The reports of the batches that ended well, and why the others did not."""
+    reports: list[ShardReport] = []
+    failures: list[Exception] = []
+    try:
+        for future in as_completed(futures):
+            try:
+                reports += future.result()
+            except Exception as error:
+                failures.append(error)
+            else:
+                progress.show(len(reports))
+    except BaseException:
+        # Cancelled: no waiting batch may begin when the running ones are ended. On Ray they end with the connection.
+        for future in futures:
+            cancel = getattr(getattr(future, "wrapped_future", None), "cancel", None)
+            if cancel:
+                cancel()
+        raise
+    return reports, failures
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def _run_batch(
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, hold: str, shards: list[int], first: str
+) -> list[ShardReport] | State[Any]:
+    logger = get_run_logger()
+    try:
+        with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
+            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
+    except UserError as error:
+        time.sleep(_HEARING_S)
+        return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
+    except Exception as error:
+        time.sleep(_HEARING_S)  # else the next batch might begin in a flow that is about to end
+        raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
+
+
+def _stop_if_given_up(report: ShardReport) -> None:
+    if is_given_up():
+        raise UserError(f"The flow has ended; after shard {report.shard:05d} this batch ends too.")
+
+
+def _error(stage: str, failures: list[Exception], num_batches: int) -> Exception:
+    failed = f"{stage}: {len(failures)} of {num_batches} batches failed"
+    again = "The finished ones are kept; the same command goes on from there."
+    for error in failures:
+        if isinstance(error, UserError):
+            return UserError(str(error))  # anew, without the traceback from the batch
+    first = f"{type(failures[0]).__name__}: {(str(failures[0]).strip().splitlines() or ['no message'])[-1]}"
+    if lost_its_worker(failures[0]):
+        return UserError(f"{failed}, because a worker ended, killed or out of memory ({first}). {again}")
+    return RuntimeError(f"{failed}, the first with {first}. {again} See the log of the failed task run.")

@@ -1,0 +1,122 @@
+"""`sdtrain card` and `sdtrain plan`: what a run was, and what one would take."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdtrain.cli.output import print_table
+from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from sdtrain.plan.estimate import DatasetJob, Line, Machines
+    from sdtrain.plan.rates import Rates
+
+_GENERAL = {
+    *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
+    *("picture_bytes_256", "picture_bytes_512", "picture_bytes_1024"),
+}
+"""Names of the rates that are in every plan; others are named beside their stages."""
+
+# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+
+
+def card(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Write a run's model card, RUN/README.md, anew, for instance after an evaluation."""
+    from sdtrain.model_card import write_card
+
+    print(write_card(run))
+
+
+def plan(
+    recipe: Annotated[
+        str | None, typer.Option(help="A recipe's name or YAML file, with the run that it is for.")
+    ] = None,
+    chain: Annotated[str | None, typer.Option(help="A whole chain of runs: v1-1 to v1-5.")] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs.", min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100 or h200.")] = "h200",
+    rows: Annotated[
+        int | None, typer.Option(help="Rows selected; by default the recipe's known number.", min=1)
+    ] = None,
+    region: Annotated[str | None, typer.Option(help="Where the electricity is from, as in aws/us-east-1.")] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(help="In your money.", min=0)] = None,
+    assume: Annotated[list[str] | None, typer.Option(help="Another rate, as in link_rot=0.4.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
+) -> None:
+    """Reckon what a dataset or a chain of runs takes: pictures, disk, hours, cost and CO2, each with its source."""
+    from sdtrain.impact.carbon import find_region
+    from sdtrain.plan.chain import RECIPE_OF, chain_of, recipes_of
+    from sdtrain.plan.estimate import Machines, Planner, total
+    from sdtrain.plan.rates import load_rates
+
+    if (recipe is None) == (chain is None) or (chain and rows):
+        raise UserError("Give --recipe NAME, with --rows N if you like, or --chain v1-4.")
+    rates = load_rates(assume or ())
+    machines = Machines(gpus, gpu.lower(), find_region(region).kg_per_kwh if region else None, price_per_gpu_hour)
+    planner = Planner(rates, machines)
+    runs = chain_of(chain) if chain else []
+    jobs = [_job(name, rows) for name in ([recipe] if recipe else recipes_of(runs))]
+    if rows:  # stated, so the known number has no part in the plan
+        rates.pop(f"rows_{jobs[0].recipe}", None)
+    first_run = next((run for run, name in RECIPE_OF.items() if name == jobs[0].recipe), None)
+    if recipe and first_run:
+        from sdtrain.config import load_config
+
+        runs = [load_config(first_run)]
+    lines = [line for job in jobs for line in planner.dataset(job)] + [planner.training(run) for run in runs]
+    if as_json:
+        described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
+        print(json.dumps({"lines": [asdict(line) for line in (*lines, total(lines))], "rates": described}))
+        return
+    print_table([_shown(line) for line in (*lines, total(lines))])
+    print(*_remarks(lines, rates, machines), sep="\n")
+
+
+def _job(name: str, rows: int | None) -> DatasetJob:
+    from filters.recipe import load_recipe
+    from sdtrain.plan.estimate import DatasetJob
+
+    recipe = load_recipe(name)
+    num_crops = getattr(recipe.encode, "num_crops", 1)
+    return DatasetJob(recipe.name, recipe.download.image_size, recipe.encode.resolution, num_crops, rows)
+
+
+def _shown(line: Line) -> dict[str, object]:
+    columns: dict[str, object] = {
+        "part": line.part,
+        "stage": line.stage,
+        "in": f"{line.num:,.0f}" if line.num else "",
+        "disk": f"{line.disk_bytes / 1e12:,.2f} TB",
+        "hours": f"{line.hours:,.1f}",
+        "GPU-hours": f"{line.gpu_hours:,.0f}",
+        "core-hours": f"{line.core_hours:,.0f}",
+    }
+    if line.cost is not None:
+        columns["cost"] = f"{line.cost:,.0f}"
+    if line.kg is not None:
+        columns["kg CO2"] = f"{line.kg:,.0f}"
+    return columns
+
+
+def _remarks(lines: list[Line], rates: Rates, machines: Machines) -> list[str]:
+    parts: dict[str, list[str]] = {}
+    for line in lines:
+        parts.setdefault(line.source, []).append(line.stage if line.stage != "train" else line.part)
+    used = [f"{', '.join(dict.fromkeys(stages))}: {source}" for source, stages in parts.items()]
+    from sdtrain.impact.devices import CORE_W, board_watts
+
+    recipes = {line.part for line in lines if line.stage == "download"}
+    names = [name for name in rates if name.partition("_")[2] in recipes or name in _GENERAL]
+    general = [f"{name} {rates[name].value:,.10g} {rates[name].unit}: {rates[name]}" for name in names]
+    return [
+        "",
+        *used,
+        *general,
+        "hours: by the clock on all GPUs and cores, one stage after the other; in: what goes into a stage; into score "
+        "go the pictures that link rot leaves",
+        f"CO2: {board_watts(machines.gpu):g} W a GPU and {CORE_W:g} W a core; cost: GPUs alone",
+    ]

@@ -1,0 +1,108 @@
+"""`sdtrain decide` and `sdtrain remove`: changes of mind about a finished dataset."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdtrain.cli.output import print_table
+
+if TYPE_CHECKING:
+    from sdtrain.dataset.layout import DatasetDir
+
+# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+
+NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
+
+
+class DecideBy(StrEnum):
+    """Whose scores the rules look at."""
+
+    metadata = "metadata"
+    picture = "picture"
+
+
+class RemoveBy(StrEnum):
+    """What the entries of a list are."""
+
+    uid = "uid"
+    url = "url"
+    host = "host"
+    sha256 = "sha256"
+    phash = "phash"
+
+
+def decide(
+    dataset: NamedDataset,
+    min_side: Annotated[int | None, typer.Option(help="Shorter side in pixels, at least.")] = None,
+    min_aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score (V2), more than.")] = None,
+    max_watermark: Annotated[float | None, typer.Option(help="Watermark probability, less than.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Any rule of `keep` as name=value; may be repeated.")] = None,
+    decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Decide anew which downloaded pictures stay, by other rules; no picture is touched."""
+    from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
+    from filters.recipe_record import read_recipe
+    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.s3.sync import fetch_inputs
+
+    directory = open_dataset(dataset)
+    limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
+    recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
+    with _to_change(directory, "sdtrain decide", dry_run):
+        fetch_inputs(directory, "keep", [0])
+        print_table(compare(directory, recipe))
+        if dry_run:
+            print("Nothing was written.")
+            return
+        changes = decide_again(directory, recipe)
+    print("; ".join(changes) or "The recipe stays as it was.")
+    print(f"To pack by this: sdtrain build {directory.recipe} --output {directory}")
+
+
+def remove(
+    dataset: NamedDataset,
+    entries: Annotated[
+        Path, typer.Option("--list", help="One entry a line (.txt), or Parquet with a column named like --by.")
+    ],
+    by: Annotated[RemoveBy, typer.Option(help="What an entry is; a host means its subdomains too.")] = RemoveBy.uid,
+    radius: Annotated[
+        int | None,
+        typer.Option(
+            help="What looks alike too: perceptual hashes that differ in at most this many bits.", min=0, max=16
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Take samples out for good: from pictures, scores, dataset and latents; they do not come back."""
+    from filters.recipe_record import read_recipe
+    from filters.remove.apply import finish_removal, start_removal
+    from filters.remove.plan import find_removal
+    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.s3.sync import fetch_tables
+
+    directory = open_dataset(dataset)
+    read_recipe(directory)  # says so if there is no dataset
+    with _to_change(directory, "sdtrain remove", dry_run):
+        if not dry_run and finish_removal(directory):
+            print("A removal that had been interrupted is finished now.")
+        fetch_tables(directory)
+        removal = find_removal(directory, entries, by.value, radius)
+        print(*removal.sentences(), sep="\n")
+        if dry_run:
+            print("Nothing was written.")
+        elif removal.has_effect:
+            start_removal(directory, removal)
+            print(*finish_removal(directory), sep="\n")
+
+
+def _to_change(directory: DatasetDir, command: str, dry_run: bool) -> AbstractContextManager[object]:
+    from sdtrain.dataset.lock import lock_to_change
+
+    return nullcontext() if dry_run else lock_to_change(directory, command)

@@ -1,0 +1,106 @@
+"""The command that draws pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from sdtrain.errors import UserError
+from sdtrain.precision import Precision, resolve
+
+if TYPE_CHECKING:
+    from sdtrain.sampling.batch import Job
+    from sdtrain.sampling.output_folder import Album
+
+Flagged = Literal["black", "refuse"]
+
+
+def sample(
+    model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a diffusers folder or a CompVis file.")],
+    prompts: Annotated[list[str] | None, typer.Argument(help="Pictures are drawn for each.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the PNGs go.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; each next one has the next.", min=0)] = 0,
+    per_prompt: Annotated[int, typer.Option(help="Pictures for each prompt.", min=1)] = 1,
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
+    sampler: Annotated[Literal["plms", "ddim", "dpm"] | None, typer.Option(help="By default what fits.")] = None,
+    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged or raw, where there are both.")] = "ema",
+    dtype: Annotated[
+        Precision, typer.Option(help="Of UNet and text encoder; auto: bf16 where it is faster here, else fp32.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 16,
+    processes: Annotated[int | None, typer.Option(help="Processes, one a GPU; by default all GPUs.", min=1)] = None,
+    grid: Annotated[bool, typer.Option(help="Also one sheet of all, grid.png, a row a prompt.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave pictures there that an earlier, same command drew.")
+    ] = False,
+    compile_unet: Annotated[
+        Literal["off", "regional", "whole"], typer.Option("--compile", help="torch.compile: pays for many pictures.")
+    ] = "off",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="For a CompVis file, which holds none: folder, hub id or `demo`; else CLIP's.")
+    ] = None,
+    safety_checker: Annotated[
+        str | None, typer.Option(help="Judges every picture: its folder, a pipeline's folder with one, or a hub id.")
+    ] = None,
+    flagged: Annotated[
+        Flagged, typer.Option(help="What is written for a picture that it flags: black, or nothing.")
+    ] = "black",
+) -> None:
+    """Draw pictures for prompts; each has its own seed, whatever else is drawn."""
+    from sdtrain.config.sections import SpeedConfig
+    from sdtrain.formats.any_model import pinned
+    from sdtrain.formats.dtypes import DTYPES
+    from sdtrain.sampling.batch import Model, make_jobs, read_prompts
+    from sdtrain.sampling.output_folder import Album
+    from sdtrain.sampling.sampler import SampleSettings
+
+    wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
+    if not wanted:
+        raise UserError("There is no prompt. Name some, or give --prompts-file.")
+    speed = SpeedConfig(compile=compile_unet)
+    chosen = Model(pinned(model), weights, DTYPES[resolve(dtype)], tokenizer, speed)
+    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker, flagged)
+    jobs = make_jobs(wanted, seed, per_prompt)
+    _fill(album, jobs, keep, processes)
+    if grid:
+        _write_sheet(album, jobs, per_prompt if per_prompt > 1 else None)
+
+
+def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
+    """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
+    from sdtrain.sampling.batch import all_devices, cut, draw_batches, place_of_rank
+    from sdtrain.sampling.output_folder import Writer
+    from sdtrain.sampling.safety import judged, load_safety_checker
+
+    rank, world_size, device = place_of_rank()
+    devices = [device] if device else all_devices(processes)
+    judge = load_safety_checker(album.judge, devices[0]) if album.judge else None
+    batches = cut(jobs, album.settings)[rank::world_size]
+    pending = album.pending(batches) if keep else batches
+    drawn, num_flagged = draw_batches(album.model, pending, album.settings, devices), 0
+    with Writer(album) as writer:
+        for result in judged(drawn, judge, album.flagged):
+            num_flagged += result.flagged
+            if result.picture is not None:
+                print(writer.save(result.job, result.picture, result.flagged))
+            else:
+                album.refuse(result.job)
+    num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
+    if keep:
+        print(f"{num_drawn} pictures drawn, {num - num_drawn} kept")
+    if judge:
+        what = "are black" if album.flagged == "black" else "were not written"
+        print(f"{num_flagged} of {num_drawn} pictures were flagged by the safety checker and {what}")
+
+
+def _write_sheet(album: Album, jobs: Sequence[Job], columns: int | None) -> None:
+    from sdtrain.sampling.batch import place_of_rank, wait_for_all
+
+    wait_for_all()
+    if place_of_rank()[0] == 0:
+        print(album.write_sheet(jobs, columns))

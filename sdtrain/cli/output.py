@@ -1,0 +1,141 @@
+"""Rows in the terminal and in files: tables, CSV, JSON, Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+_ROWS_SHOWN = 100
+
+
+class Form(StrEnum):
+    """How an answer is written."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+    parquet = "parquet"
+
+
+def form_of(output: Path | None) -> Form:
+    """What a file's name asks for; a table in the terminal if there is none.
+
+    Raises:
+        UserError: the name says nothing.
+    """
+    if output is None:
+        return Form.table
+    suffix = output.suffix.lstrip(".").replace("jsonl", "json")
+    if suffix not in (Form.csv, Form.json, Form.parquet):
+        raise UserError(f"What should {output} hold? End its name in .csv, .json or .parquet, or give --format.")
+    return Form(suffix)
+
+
+def show(answer: pa.RecordBatchReader, form: Form) -> None:
+    """Prints an answer: the first rows as a table, or all of it as text.
+
+    Raises:
+        UserError: the form is no text.
+    """
+    if form == Form.parquet:
+        raise UserError("Parquet is no text: name a file for it with --output.")
+    if form == Form.table:
+        print_table(_first(answer))
+    else:
+        _write_text(answer, sys.stdout, form)
+
+
+def save(answer: pa.RecordBatchReader, target: Path, form: Form) -> int:
+    """Writes an answer to a file, which appears when it is whole.
+
+    Args:
+        answer: from `ask`.
+        target: the file.
+        form: JSON has one object a line.
+
+    Returns:
+        How many rows there were.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from sdtrain.dataset.files import publish
+
+    if form == Form.table:
+        raise UserError(f"A table is for the terminal: write csv, json or parquet to {target}.")
+    try:
+        with publish(target) as temporary:
+            return _write(answer, temporary, form)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}.") from error
+
+
+def _write(answer: pa.RecordBatchReader, path: Path, form: Form) -> int:
+    if form == Form.parquet:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(path, answer.schema, compression="zstd") as writer:
+            return sum(_written(writer, batch) for batch in answer)
+    with path.open("w", newline="") as file:
+        return _write_text(answer, file, form)
+
+
+def _write_text(answer: pa.RecordBatchReader, file: IO[str], form: Form) -> int:
+    """Writes an answer as CSV or JSON to an open file; returns how many rows there were."""
+    write: Callable[[dict[str, Any]], Any]
+    if form == Form.csv:
+        table = csv.writer(file)
+        table.writerow(answer.schema.names)
+        write = lambda row: table.writerow(_text(value) for value in row.values())  # noqa: E731
+    else:
+        write = lambda row: file.write(json.dumps(row, default=_text, ensure_ascii=False) + "\n")  # noqa: E731
+    num_rows = 0
+    for batch in answer:
+        for row in batch.to_pylist():
+            write(row)
+        num_rows += len(batch)
+    return num_rows
+
+
+def _written(writer: pq.ParquetWriter, batch: pa.RecordBatch) -> int:
+    writer.write_batch(batch)
+    return len(batch)
+
+
+def _text(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _first(answer: pa.RecordBatchReader) -> list[dict[str, object]]:
+    """As many rows as one likes to see."""
+    batch = next(iter(answer), None)
+    rows: list[dict[str, object]] = batch.slice(0, _ROWS_SHOWN).to_pylist() if batch is not None else []
+    if batch is not None and len(batch) > _ROWS_SHOWN:
+        print(f"The first {_ROWS_SHOWN} rows; --format csv, json or an --output file gives all.", file=sys.stderr)
+    return rows
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """Prints rows that have the same names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None)
+    for name in rows[0] if rows else ():
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    Console().print(table)

@@ -1,0 +1,148 @@
+"""`sdtrain search` and `sdtrain memorised`: what is in the training data, and what of it comes out again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sdtrain.cli.output import print_table
+from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from filters.memorization.samples import Sample
+    from filters.search.hits import Hit
+    from filters.search.search import Search
+    from sdtrain.dataset.layout import DatasetDir
+
+# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+
+
+def search(
+    dataset: Annotated[str, typer.Argument(help="A dataset, scored with stored embeddings: its directory, or s3://…")],
+    caption: Annotated[str, typer.Argument(help="What the pictures are to show.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Nearest to this picture, instead of a caption.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="By the words of captions, without CLIP.")] = False,
+    top: Annotated[int, typer.Option(help="How many pictures.", min=1, max=1000)] = 12,
+    kept: Annotated[bool, typer.Option("--kept", help="Only pictures that were kept.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write a sheet (.png, .html) or the rows (.json).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, one a line.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve a page to search on, until Ctrl-C.")] = False,
+    host: Annotated[str, typer.Option(help="Where the page is served.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 8040,
+) -> None:
+    """Find the pictures of a dataset that are nearest to a caption or a picture."""
+    from filters.recipe_record import read_recipe
+    from filters.search.search import Search
+    from sdtrain.dataset.lock import lock_to_read
+    from sdtrain.dataset.s3.open import open_to_ask
+
+    if sum((bool(caption), image is not None, serve)) != 1 or (words and not caption):
+        raise UserError("Give one of: a caption (with --words, if you like), --image FILE, or --serve.")
+    directory = open_to_ask(dataset, "sdtrain search")
+    read_recipe(directory)  # says so if there is no dataset
+    with lock_to_read(directory, "sdtrain search"):
+        asked = Search(directory)
+        if serve:
+            from filters.search.server import serve as serve_page
+
+            serve_page(asked, host, port, top)
+            return
+        hits = _find(asked, caption, image, words, top, kept)
+        _show(asked, hits, f"Nearest to {image or f'“{caption}”'}", output, as_json)
+
+
+def memorised(
+    source: Annotated[Path, typer.Argument(help="A folder of samples; with --repeated-prompts, a model.")],
+    data: Annotated[str, typer.Option(help="The dataset that the model was trained on.")],
+    repeated_prompts: Annotated[
+        int | None, typer.Option(help="Draw for this many of the captions that repeat most in training.", min=1)
+    ] = None,
+    per_prompt: Annotated[int, typer.Option(help="Pictures for each of these.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first of these.", min=0)] = 0,
+    guidance: Annotated[float, typer.Option(help="Guidance scale of these.")] = 7.5,
+    steps: Annotated[int, typer.Option(help="Sampling steps of these.", min=1)] = 50,
+    threshold: Annotated[float, typer.Option(help="Least CLIP cosine that is flagged; a proxy.", min=0, max=1)] = 0.95,
+    radius: Annotated[int, typer.Option(help="Bits in which hashes of one picture may differ.", min=0, max=32)] = 10,
+    top: Annotated[int, typer.Option(help="Training pictures beside each sample.", min=1, max=20)] = 4,
+    output: Annotated[Path, typer.Option(help="Where sheets and JSON go.")] = Path("memorised"),
+) -> None:
+    """Look for samples in the training data: does a model repeat pictures that it was trained on?"""
+    from filters.memorization.check import KINDS, check_samples
+    from filters.memorization.repeated import draw_samples
+    from filters.memorization.report import write_memorised
+    from filters.memorization.samples import read_samples
+    from filters.memorization.similarity import Limits
+    from filters.recipe_record import read_recipe
+    from filters.search.search import Search
+    from sdtrain.dataset.lock import lock_to_read
+    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.sampling.sampler import SampleSettings
+
+    directory = open_to_ask(data, "sdtrain memorised")
+    read_recipe(directory)
+    if not source.is_dir() and not repeated_prompts:
+        raise UserError(f"There is no folder {source}. Name one with samples, or a model and --repeated-prompts N.")
+    with lock_to_read(directory, "sdtrain memorised"):
+        samples: Iterable[Sample] = read_samples(source)
+        if repeated_prompts:
+            prompts, settings = _repeated(directory, repeated_prompts), SampleSettings(guidance, steps)
+            samples = draw_samples(source, prompts, per_prompt, seed, output / "samples", settings)
+        found = check_samples(Search(directory), samples, Limits(threshold, radius, top))
+        paths = write_memorised(found, directory, output)
+    print(*found.notes, sep="\n")
+    print(f"{len(found.verdicts):,} samples: " + ", ".join(f"{found.count(kind):,} {kind}" for kind in KINDS))
+    print(*paths, sep="\n")
+
+
+def _repeated(dataset: DatasetDir, num: int) -> list[str]:
+    """Says which captions repeat most, and returns them."""
+    from filters.memorization.repeated import repeated_captions
+
+    captions = repeated_captions(dataset, num)
+    for caption, count in captions:
+        print(f"{count:8,} x {caption}")
+    return [caption for caption, _ in captions]
+
+
+def _find(asked: Search, caption: str, image: Path | None, words: bool, top: int, kept: bool) -> list[Hit]:
+    from filters.search.search import read_picture_file
+
+    if image is not None:
+        return asked.by_pictures([read_picture_file(image)], top, kept)[0]
+    if words:
+        return asked.by_words(caption, top, kept)
+    if asked.is_stand_in:
+        typer.echo(
+            "CLIP has random weights here, so captions mean nothing to it; --words goes by their words.", err=True
+        )
+    return asked.by_caption(caption, top, kept)
+
+
+def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_json: bool) -> None:
+    from filters.search.hits import picture_of
+    from filters.search.sheet import Cell, Row, write_sheet
+    from sdtrain.dataset.files import publish
+
+    rows = [hit.row() for hit in hits]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if output is not None and output.suffix == ".json":
+        with publish(output) as temporary:
+            temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    elif output is not None:
+        cells = [
+            Cell(picture_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
+            for hit in hits
+        ]
+        write_sheet(output, title, [str(asked.dataset)], [Row("", cells)])
+    if as_json:
+        print(lines, end="")
+    elif output is None:
+        names = ("nearness", "caption", "url", "key", "fate", "picture")
+        print_table([{name: row[name] for name in names} for row in rows] or [{"nothing": "was found"}])
+    if output is not None:
+        print(output)

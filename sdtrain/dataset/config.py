@@ -1,0 +1,125 @@
+"""Settings of the stages that handle pictures: download, pack, encode."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from pydantic import Field, model_validator
+
+from sdtrain.precision import Precision
+from sdtrain.settings import Settings
+
+
+class DownloadConfig(Settings):
+    """How pictures are fetched and stored; img2dataset's names where it has the setting."""
+
+    image_size: int = Field(default=512, ge=1)
+    resize_mode: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = "keep_ratio"
+    resize_only_if_bigger: bool = True
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    encode_quality: int = Field(default=95, ge=0, le=100)
+    reencode: Literal["never", "if_changed", "always"] = "if_changed"
+    """Original bytes are kept always (resize_mode must be "no"), where nothing had to change, or never."""
+    max_pixels: int = Field(default=2**27, ge=1)
+    """Larger pictures are refused before decoding: a small file can hold a picture that fills the memory."""
+    verify_hashes: bool = True
+    """Drop pictures whose bytes do not have the md5 or sha256 that the metadata gives for them."""
+
+    contact: str = ""
+    """Web or mail address shown to servers in the User-Agent, so that their owners can reach you."""
+    timeout_s: float = Field(default=10, gt=0)
+    """Longest wait for a connection or for the next bytes."""
+    deadline_s: float = Field(default=60, gt=0)
+    """Longest time for one URL, redirects and body included."""
+    retries: int = Field(default=2, ge=0)
+    max_bytes: int = Field(default=64 * 2**20, ge=1)
+    max_redirects: int = Field(default=5, ge=0)
+    connections: int = Field(default=64, ge=1)
+    """Requests at once in one child process."""
+    connections_per_host: int = Field(default=8, ge=1)
+    requests_per_host_s: float = Field(default=20, gt=0)
+    """Requests that one child process begins at one host in a second, at most."""
+    robots_header: bool = True
+    """Honour X-Robots-Tag: noai, noimageai, noindex, noimageindex."""
+    robots_txt: bool = False
+    """Ask each host's robots.txt first."""
+    tdm_reservation: bool = False
+    """Honour TDMRep (tdm-reservation: 1 in a header or in /.well-known/tdmrep.json)."""
+    allow_private_hosts: bool = False
+    """Fetch from loopback and private networks too: for the demo and for mirrors of your own."""
+
+    shards_per_process: int = Field(default=4, ge=1)
+    """Shards that one child process does one after the other."""
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> DownloadConfig:
+        if self.encode_format == "png" and self.encode_quality > 9:
+            raise ValueError(f"for PNG, encode_quality is a compression level from 0 to 9, not {self.encode_quality}")
+        if self.reencode == "never" and self.resize_mode != "no":
+            raise ValueError(
+                'pictures cannot be resized and keep their bytes: with reencode: never, set resize_mode: "no", or '
+                "choose reencode: if_changed"
+            )
+        return self
+
+
+class PackConfig(Settings):
+    """How kept samples are packed."""
+
+    samples_per_shard: int = Field(default=10_000, ge=1)
+    seed: int = 42
+
+
+class EncodeConfig(Settings):
+    """How pictures become latents."""
+
+    vae: str = "CompVis/stable-diffusion-v1-4"
+    """A diffusers folder (with or without a `vae` subfolder) or a hub id."""
+    resolution: int = Field(default=512, ge=8, multiple_of=8)
+    batch_size: int = Field(default=8, ge=1)
+    precision: Precision = "fp32"
+    """Of the VAE's weights and activations. GPUs multiply halves faster; fp16 rounds eight times finer than bf16, and
+    latents that overflow are refused. auto: bf16 where the machine that begins the dataset computes faster in it, else
+    fp32; the dataset keeps it."""
+    num_crops: int = Field(default=1, ge=1)
+    """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
+    an epoch, each in its turn."""
+    buckets: tuple[tuple[int, int], ...] = ()
+    """Widths and heights in pixels, multiples of 8; each picture gets the one nearest to its shape."""
+    bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
+    """In the place of `buckets`: all sizes that are multiples of this (64 for SD v1), of about `resolution` squared."""
+    bucket_max_aspect: float = Field(default=2.0, ge=1)
+    """Most elongated size that `bucket_step_px` makes."""
+    check_samples: int = Field(default=16, ge=0)
+    """Latents of each shard that are decoded again and compared with their pictures; 0 for none."""
+    min_psnr_db: float | None = Field(default=None, ge=0)
+    """Least mean PSNR of those. Null: 17 for a VAE of SD v1's architecture, no bound for others; 0: no bound."""
+
+    @model_validator(mode="after")
+    def _buckets_are_sizes(self) -> EncodeConfig:
+        if self.buckets and self.bucket_step_px:
+            raise ValueError("buckets lists the sizes and bucket_step_px computes them: set one of the two")
+        for width, height in self.buckets:
+            if min(width, height) < 8 or width % 8 or height % 8:
+                raise ValueError(f"the bucket {width} x {height} is not in multiples of 8 pixels")
+        if len(set(self.buckets)) < len(self.buckets):
+            raise ValueError("buckets names a size twice")
+        if self.bucket_step_px > self.resolution:
+            raise ValueError(f"bucket_step_px {self.bucket_step_px} is more than resolution {self.resolution}")
+        return self
+
+
+class PictureRecipe(Protocol):
+    """The part of a recipe that the stages in `sdtrain.dataset` read."""
+
+    @property
+    def download(self) -> DownloadConfig:
+        """How pictures are fetched."""
+
+    @property
+    def pack(self) -> PackConfig:
+        """How kept samples are packed."""
+
+    @property
+    def encode(self) -> EncodeConfig:
+        """How pictures become latents."""

@@ -1,0 +1,121 @@
+"""Where each stage's files lie inside a dataset directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DatasetDir:
+    """The layout of one dataset on disk; every path in sdtrain comes from here.
+
+    Attributes:
+        root: its directory.
+        url: of a dataset on S3, whose work folder `root` is (`sdtrain.dataset.s3`); else empty.
+    """
+
+    root: Path
+    url: str = ""
+
+    def __str__(self) -> str:
+        return self.url or str(self.root)
+
+    def selection(self, shard: int) -> Path:
+        """The rows of one shard, chosen from the metadata."""
+        return self.root / "selection" / f"{shard:05d}.parquet"
+
+    def images_tar(self, shard: int) -> Path:
+        """Downloaded pictures in img2dataset's layout."""
+        return self.root / "images" / f"{shard:05d}.tar"
+
+    def images_table(self, shard: int) -> Path:
+        """One row for every selected row, downloaded or not, with the reason."""
+        return self.root / "images" / f"{shard:05d}.parquet"
+
+    def images_stats(self, shard: int) -> Path:
+        """img2dataset's statistics of the shard."""
+        return self.root / "images" / f"{shard:05d}_stats.json"
+
+    def scores(self, shard: int) -> Path:
+        """One row for every downloaded picture: scores, hashes, decoded size."""
+        return self.root / "scores" / f"{shard:05d}.parquet"
+
+    @property
+    def duplicates(self) -> Path:
+        """Which pictures are copies of which."""
+        return self.root / "duplicates.parquet"
+
+    @property
+    def decisions(self) -> Path:
+        """One row for every selected row: kept, or the first rule that dropped it."""
+        return self.root / "decisions.parquet"
+
+    @property
+    def removed(self) -> Path:
+        """What was taken out for good and may not come back."""
+        return self.root / "removed.parquet"
+
+    @property
+    def removal(self) -> Path:
+        """The plan of a removal that is under way."""
+        return self.root / "removal.json"
+
+    @property
+    def lock(self) -> Path:
+        """Who uses the dataset now; see `sdtrain.dataset.lock`."""
+        return self.root / "dataset.lock"
+
+    @property
+    def pack_plan(self) -> Path:
+        """The order of packing, while there is something to pack."""
+        return self.root / "pack_plan.parquet"
+
+    def packed_tar(self, shard: int) -> Path:
+        """Kept samples as WebDataset."""
+        return self.root / "dataset" / f"{shard:05d}.tar"
+
+    def packed_table(self, shard: int) -> Path:
+        """Which sample lies where in the packed shard."""
+        return self.root / "dataset" / f"{shard:05d}.parquet"
+
+    def latents_tar(self, shard: int) -> Path:
+        """Posterior moments, captions and provenance."""
+        return self.root / "latents" / f"{shard:05d}.tar"
+
+    def latents_table(self, shard: int) -> Path:
+        """Which sample lies where in the latents shard."""
+        return self.root / "latents" / f"{shard:05d}.parquet"
+
+    @property
+    def latents_info(self) -> Path:
+        """What the latents were made with: VAE digest, resolution, normalisation."""
+        return self.root / "latents" / "info.json"
+
+    def manifest_entry(self, stage: str, shard: int) -> Path:
+        """The record that one stage finished one shard."""
+        return self.root / "manifest" / stage / f"{shard:05d}.json"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was run, overrides included."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def database(self) -> Path:
+        """DuckDB views over everything above."""
+        return self.root / "metadata.duckdb"
+
+    @property
+    def report(self) -> Path:
+        """The page with funnel, scores and examples."""
+        return self.root / "report.html"
+
+    @property
+    def search(self) -> Path:
+        """The vector index by which pictures are searched; made anew when it is missing."""
+        return self.root / "search"
+
+    def relative(self, path: Path) -> str:
+        """`path` as it is named in manifests: relative to the root, with forward slashes."""
+        return path.relative_to(self.root).as_posix()

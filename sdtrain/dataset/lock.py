@@ -1,0 +1,201 @@
+"""Who uses a dataset: one command that changes it, or any number that read it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from sdtrain.dataset.files import refuse_url
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.lock import RemoteLock, holder
+from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.errors import UserError
+
+# What file systems say that have no locks: some network mounts, and FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_log = logging.getLogger(__name__)
+_held: weakref.WeakSet[DatasetLock] = weakref.WeakSet()
+
+
+class DatasetLock:
+    """A hold on a dataset, until the block ends, it is closed or forgotten, or the process ends, kill -9 included.
+
+    It is the kernel's (flock), and for a dataset on S3 also an object there (`sdtrain.dataset.s3.lock`): nothing has
+    to be cleared after a crash. The one process that runs a command takes it; the threads, processes and machines that
+    work for that command do not ask.
+    """
+
+    def __init__(self, file: IO[str] | None, remote: RemoteLock | None = None) -> None:
+        self._file, self.remote = file, remote
+        _held.add(self)
+
+    def __enter__(self) -> DatasetLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the dataset."""
+        if self.remote is not None:
+            self.remote.close()
+        if self._file is not None:
+            self._file.close()
+
+
+def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
+    """Takes a dataset for a command that writes; its folder is made if there is none.
+
+    Args:
+        dataset: whose files are to be changed.
+        command: what others are told, such as "sdtrain build".
+
+    Raises:
+        UserError: it is in use, or cannot be written.
+    """
+    lock = lock_folder(dataset.root, dataset.lock, command)
+    try:
+        lock.remote = _lock_mirror(dataset, command)
+    except UserError:
+        lock.close()
+        raise
+    return lock
+
+
+def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
+    """Takes a folder, which is made if there is none, for the one process that writes there.
+
+    Args:
+        folder: what is taken.
+        file_name: the lock, in the folder; it stays there.
+        command: what others are told.
+
+    Raises:
+        UserError: it is in use, or cannot be written.
+    """
+    try:
+        refuse_url(folder).mkdir(parents=True, exist_ok=True)
+        file = file_name.open("a+")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}). Choose another --output.") from error
+    if _is_locked(file, fcntl.LOCK_EX, folder, command):
+        file.truncate(0)  # those before have ended
+        _sign(file, command)
+    return DatasetLock(file)
+
+
+def at_work(dataset: DatasetDir) -> list[str]:
+    """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody.
+
+    The store is asked where the dataset is named by its URL, and not where its work folder is.
+    """
+    users: list[str] = []
+    with suppress(OSError), dataset.lock.open() as file:
+        users += _users(file)
+    mirror = mirror_of(dataset) if dataset.url else None
+    elsewhere = holder(mirror.store) if mirror else None
+    if elsewhere and not any(user.startswith(elsewhere.partition(", since ")[0]) for user in users):
+        users.append(elsewhere)
+    return users
+
+
+def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
+    """Takes a dataset on S3 from all machines, and brings its work folder up to date."""
+    mirror = mirror_of(dataset)
+    if mirror is None:
+        return None
+    lock = RemoteLock(mirror.store, command)
+    try:
+        mirror.may_write, mirror.token = lock.check, lock.token
+        mirror.store.sweep()
+        mirror.sync()
+    except UserError:
+        lock.close()
+        raise
+    return lock
+
+
+def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
+    """Takes a dataset for a command that only reads, beside others that do; from other machines S3 does not see it.
+
+    Args:
+        dataset: whose files are to stay as they are meanwhile.
+        command: what others are told, such as "training".
+
+    Raises:
+        UserError: it is being changed, or a removal was interrupted, so that its files do not fit each other.
+    """
+    file = _opened_to_read(dataset.lock)
+    if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():
+        _sign(file, command)
+    if dataset.removal.exists():
+        raise UserError(
+            f"Samples were being taken out of {dataset.root} when that was interrupted, so its files do not fit each "
+            "other. Run the same `sdtrain remove` or `sdtrain build` first: it brings the removal to its end."
+        )
+    return DatasetLock(file)
+
+
+def _opened_to_read(path: Path) -> IO[str] | None:
+    """None where a dataset that cannot be written has no lock: nobody changes it from here."""
+    for mode in ("a+", "r"):
+        with suppress(OSError):
+            return path.open(mode)
+    return None
+
+
+def _is_locked(file: IO[str], kind: int, folder: Path, command: str) -> bool:
+    """Whether the lock was had; not where the file system has none, of which the log warns."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError as error:
+        users = list(_users(file)) or ["Another command uses it."]
+        file.close()
+        raise UserError(f"{folder} is in use: {' '.join(users)} Wait for the end, and run {command} again.") from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("The file system of %s has no locks: start nothing else that changes it.", folder)
+        return False
+
+
+def _sign(file: IO[str], command: str) -> None:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
+    file.write(json.dumps(signed) + "\n")  # at the end, whoever else has written
+    file.flush()
+
+
+def _users(file: IO[str]) -> Iterator[str]:
+    """A sentence for each that has signed and still runs, as far as that can be seen from here."""
+    file.seek(0)
+    for line in dict.fromkeys(file):
+        with suppress(ValueError, TypeError, KeyError):
+            signed: dict[str, Any] = json.loads(line)
+            if signed["host"] != socket.gethostname() or psutil.pid_exists(signed["pid"]):
+                yield (
+                    f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since "
+                    f"{signed['since']})."
+                )
+
+
+def _forget_in_child() -> None:
+    # A forked child has the same lock; it must not outlive the parent that way.
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

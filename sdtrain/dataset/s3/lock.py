@@ -1,0 +1,158 @@
+"""One command at a time changes a dataset on S3, from whichever machine: an object is the lock, and a pulse keeps it.
+
+It is written on the condition that there is none (`If-None-Match: *`), and again and again on the condition that it
+is still ours (`If-Match`). A holder that was killed writes no more: after EXPIRY_S, by the store's clock alone, the
+next command takes the lock over, on the condition that it is still the one that has expired, so that one wins. A
+holder that slept for longer than that (a suspended laptop) finds the lock changed, and ends before it writes more.
+Between its last look at the lock and the end of an upload that was under way then, it may still replace an object.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import socket
+import time
+from contextlib import suppress
+from datetime import datetime
+from threading import Event, Thread
+
+from sdtrain.dataset.s3.store import ConflictError, ObjectStore, Read
+from sdtrain.errors import UserError
+
+LOCK_NAME = "dataset.lock"
+EXPIRY_S = float(os.environ.get("SDTRAIN_LOCK_EXPIRY_S", "120"))
+_log = logging.getLogger(__name__)
+
+
+class RemoteLock:
+    """A hold on a dataset on S3, until it is closed or its pulse ends.
+
+    Attributes:
+        token: what tells it from every other hold.
+
+    Raises:
+        UserError: another command holds it, or the store knows no conditional writes.
+    """
+
+    def __init__(self, store: ObjectStore, command: str) -> None:
+        self._store, self._pid = store, os.getpid()
+        since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+        signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        self.token = secrets.token_hex(8)
+        self._signed = signed | {"token": self.token}
+        self._beats, self._is_lost, self._ended = 0, False, Event()
+        self._renewed = _now()
+        self._etag = self._take(command)
+        self._require_conditions()
+        self._pulse = Thread(target=self._beat, daemon=True, name="dataset lock")
+        self._pulse.start()
+
+    def check(self) -> None:
+        """Must be asked before anything is written.
+
+        Raises:
+            UserError: another command has taken the dataset over.
+        """
+        if not self._is_lost and _now() - self._renewed > EXPIRY_S / 2:
+            self._look()  # this machine slept, or the store did not answer for long: the pulse may not know yet
+        if self._is_lost:
+            raise UserError(
+                f"{self._store.url}: another command has taken this dataset over, because nothing was heard from here "
+                f"for {EXPIRY_S:.0f} seconds. What was finished is kept; run the command again when that one has ended."
+            )
+
+    def close(self) -> None:
+        """Lets go of the dataset; in a forked child it does nothing."""
+        if os.getpid() != self._pid or self._ended.is_set():
+            return
+        self._ended.set()
+        self._pulse.join()
+        with suppress(UserError):  # it expires anyway
+            if not self._is_lost:
+                self._look()
+            if not self._is_lost:
+                self._store.delete(LOCK_NAME)
+
+    def _take(self, command: str) -> str:
+        try:
+            return self._write(IfNoneMatch="*")
+        except ConflictError:
+            held = self._store.read(LOCK_NAME)
+        try:
+            if held is None:
+                return self._write(IfNoneMatch="*")
+            if self._is_ours(held):
+                return held.etag
+            if held.age_s > EXPIRY_S:
+                _log.warning("%s: the lock of a command that ended without letting go is taken over.", self._store.url)
+                return self._write(IfMatch=held.etag)
+        except ConflictError:
+            held = self._store.read(LOCK_NAME)
+        raise UserError(
+            f"{self._store.url} is in use: {_said(held.content if held else b'')} Wait for the end, and run {command} "
+            f"again. If that command was killed, the lock ends {EXPIRY_S:.0f} seconds after its last sign of life."
+        )
+
+    def _require_conditions(self) -> None:
+        """Some stores take conditional writes for plain ones; two commands would then both believe to be alone."""
+        with suppress(ConflictError):
+            self._write(IfNoneMatch="*")
+            self._store.delete(LOCK_NAME)
+            raise UserError(
+                f"The store of {self._store.url} does not know conditional writes (If-None-Match), by which one "
+                "command at a time changes a dataset. Use one that does, or build on a disk and copy."
+            )
+
+    def _beat(self) -> None:
+        while not self._ended.wait(EXPIRY_S / 4):
+            try:
+                self._renew()
+            except UserError as error:  # the next beat may come through
+                _log.warning("The lock could not be renewed. %s", error)
+            if self._is_lost:
+                return
+
+    def _renew(self) -> None:
+        try:
+            self._etag = self._write(IfMatch=self._etag)
+        except ConflictError:
+            self._look()
+        self._renewed = _now()
+
+    def _look(self) -> None:
+        """Whether the lock is still ours, as the store has it."""
+        held = self._store.read(LOCK_NAME)
+        if held is None or not self._is_ours(held):
+            self._is_lost = True
+        else:
+            self._etag = held.etag
+
+    def _is_ours(self, held: Read) -> bool:
+        """After a write whose answer was lost on the way, and which was tried again."""
+        return self.token.encode() in held.content
+
+    def _write(self, **condition: str) -> str:
+        self._beats += 1  # another content, so another ETag
+        content = json.dumps(self._signed | {"beat": self._beats}) + "\n"
+        return self._store.put_bytes(content.encode(), LOCK_NAME, **condition)
+
+
+def _now() -> float:
+    """Seconds, those during which the machine slept included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def holder(store: ObjectStore) -> str | None:
+    """A sentence about the command that changes a dataset now, if any does."""
+    held = store.read(LOCK_NAME)
+    return _said(held.content) if held and held.age_s <= EXPIRY_S else None
+
+
+def _said(content: bytes) -> str:
+    with suppress(ValueError, KeyError, TypeError):
+        signed = json.loads(content)
+        return f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since {signed['since']})."
+    return "Another command uses it."

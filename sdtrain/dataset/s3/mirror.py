@@ -1,0 +1,246 @@
+"""The mirror of a work folder under a prefix on S3: what is finished is there first, and counts only then.
+
+S3 has no rename, but an object appears whole or not at all. So a shard's outputs are written first and its manifest
+entry last, there and then here; an entry here without one there counts for nothing. What is there is the dataset, and
+the work folder a copy of a part of it, which may be deleted between two commands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.hold import check_hold
+from sdtrain.dataset.s3.store import Object, ObjectStore
+from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
+from sdtrain.errors import UserError
+
+_THREADS = 16
+_SYNC_LOCK = ".s3-sync"
+_MANIFEST = "manifest/"
+_WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "latents/info.json")
+"""Files that are no output of a shard, and that every command looks at."""
+
+
+class Stored(Protocol):
+    """An output of a manifest entry."""
+
+    sha256: str
+    bytes: int
+
+
+class Mirror:
+    """One dataset on S3 and its work folder.
+
+    Attributes:
+        dataset: the work folder.
+        store: the objects.
+        may_write: raises where this process may not change the dataset any more.
+        token: of the lock, in the process that has taken it.
+    """
+
+    def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
+        self.dataset, self.store = dataset, ObjectStore(url)
+        self.may_write: Callable[[], None] = lambda: check_hold(self.store)
+        self.token = ""
+        self._known: dict[str, Object] | None = None
+        self._guard = Lock()
+
+    def sync(self, may_delete: bool = True) -> None:
+        """Brings the record of what is finished here, and takes from here what no longer is.
+
+        Args:
+            may_delete: no command of this machine is about to record something.
+        """
+        with self._alone():
+            self._known = found = self.store.list()
+            names = {name for name in found if name.startswith(_MANIFEST)}
+            here = {self.dataset.relative(path) for path in (self.dataset.root / "manifest").rglob("*.json")}
+            if may_delete:
+                for name in here - names:
+                    self._drop(self.dataset.root / name)
+                for name in set(_WHOLE) - found.keys():
+                    (self.dataset.root / name).unlink(missing_ok=True)
+            self._each(self._renew, sorted(names | (found.keys() & set(_WHOLE))))
+
+    def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
+        """Makes a shard count as finished on S3.
+
+        Args:
+            entry: the path that its manifest entry will have here.
+            content: of the entry.
+            outputs: by name, what it consists of; they have their final names here.
+            beside: files that belong to it and are not in the manifest.
+        """
+        self.may_write()
+        name = self.dataset.relative(entry)
+        changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
+        # In a removal the old entry stays, because its journal says that files and entries do not fit each other.
+        if changed and not self.dataset.removal.exists():
+            self.store.delete(name)
+        # Tar before table: whoever takes over half way finds what a killed run leaves on a disk.
+        tars = [n for n in changed if n.endswith(".tar")]
+        for n in tars:
+            self.store.put(self.dataset.root / n, n, outputs[n].sha256)
+        self._each(
+            lambda n: self.store.put(self.dataset.root / n, n, outputs[n].sha256), [n for n in changed if n not in tars]
+        )
+        self.push_files(path for path in beside if path.exists())
+        self.may_write()
+        self.store.put_bytes(content, name)
+        self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
+
+    def push_files(self, paths: Iterable[Path]) -> None:
+        """Writes files of the dataset as they are, those that are there already excepted."""
+        self.may_write()
+
+        def put(path: Path) -> None:
+            name, digest = self.dataset.relative(path), sha256_of(path)
+            if self.store.digest(name) != digest:
+                self.store.put(path, name, digest)
+
+        self._each(put, list(paths))
+
+    def push_folder(self, folder: Path) -> None:
+        """Makes a folder there what it is here: what is not here is deleted there."""
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        self.push_files(paths)
+        kept = {self.dataset.relative(path) for path in paths}
+        self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
+
+    def discard(self, path: Path) -> None:
+        """Deletes a file there."""
+        name = self.dataset.relative(path)
+        if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
+            return  # entries that are there are here too; all shards of a build are asked for before the first is made
+        self.may_write()
+        self.store.delete(name)
+        self._objects().pop(name, None)
+
+    def has(self, name: str, num_bytes: int) -> bool:
+        """Whether an object of that size is there."""
+        seen = self._objects().get(name)
+        return seen is not None and seen.size == num_bytes
+
+    def pull(self, wanted: Mapping[str, Stored | None]) -> None:
+        """Brings files here that are not; of each, what its content must be, None for whatever is there."""
+        self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
+
+    def _pull(self, name: str, output: Stored | None) -> None:
+        path = self.dataset.root / name
+        if path.exists():
+            return
+        with _one_fetches(path):
+            if not path.exists() and (output is not None or self.store.digest(name) is not None):
+                self.store.fetch(name, path, output.sha256 if output else None)
+
+    def _renew(self, name: str) -> None:
+        """Brings a small file here if it is another than the one there."""
+        path, seen = self.dataset.root / name, self._objects()[name]
+        if path.exists() and path.stat().st_size == seen.size and _md5(path) == seen.etag:
+            return
+        read = self.store.read(name)
+        if read is None:  # deleted since the list was made
+            return
+        if path.exists() and path.read_bytes() == read.content:  # some stores' ETags are no digests
+            return
+        if name.startswith(_MANIFEST):
+            self._forget_others(read.content, name)
+        with publish(path) as temporary:
+            temporary.write_bytes(read.content)
+
+    def _drop(self, entry: Path) -> None:
+        """Forgets a shard that another machine has taken back: its entry, and its files here."""
+        from sdtrain.dataset.manifest import parse_entry
+
+        # Downloaded pictures stay: they are taken back if they are whole, and may not be had a second time.
+        is_download = entry.parent.name == "download"
+        for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
+            (self.dataset.root / name).unlink(missing_ok=True)
+        entry.unlink()
+
+    def _objects(self) -> dict[str, Object]:
+        with self._guard:
+            if self._known is None:
+                self._known = self.store.list()
+            return self._known
+
+    def _forget_others(self, entry: bytes, name: str) -> None:
+        """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
+        from sdtrain.dataset.manifest import parse_entry
+
+        for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
+            path = self.dataset.root / output_name
+            if path.exists() and (path.stat().st_size != output.bytes or sha256_of(path) != output.sha256):
+                path.unlink()
+
+    def _note(self, written: dict[str, Object]) -> None:
+        with self._guard:
+            if self._known is not None:
+                self._known |= written
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process of this machine at a time."""
+        self.dataset.root.mkdir(parents=True, exist_ok=True)
+        with (self.dataset.root / _SYNC_LOCK).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @staticmethod
+    def _each(do: Callable[..., None], items: Iterable[object]) -> None:
+        items = list(items)
+        if len(items) < 2:
+            for item in items:
+                do(item)
+            return
+        with ThreadPoolExecutor(_THREADS) as threads:
+            list(threads.map(do, items))
+
+
+def mirror_of(dataset: DatasetDir) -> Mirror | None:
+    """The mirror of a dataset; None for one that lies on disk alone."""
+    url = dataset.url or _marked(dataset.root)
+    return _mirror(dataset.root, url) if url else None
+
+
+def _marked(root: Path) -> str:
+    try:
+        return (root / MARKER).read_text().strip()
+    except OSError:
+        return ""
+
+
+@lru_cache(maxsize=8)
+def _mirror(root: Path, url: str) -> Mirror:
+    if _marked(root) not in ("", url):
+        raise UserError(f"{root} is the work folder of {_marked(root)}, not of {url}. Choose another --work-dir.")
+    root.mkdir(parents=True, exist_ok=True)
+    if not _marked(root):
+        with publish(root / MARKER) as temporary:
+            temporary.write_text(url + "\n")
+    return Mirror(DatasetDir(root, url), parse_url(url))
+
+
+@contextmanager
+def _one_fetches(path: Path) -> Iterator[None]:
+    """Others that want the same file wait: threads, and the ranks of one machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.fetch")
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    lock.unlink(missing_ok=True)
+
+
+def _md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,1 @@
+"""Fetches pictures into shards, and rows that failed again: the stage DOWNLOAD."""

@@ -1,0 +1,94 @@
+"""Pictures from the web: whole bodies, or a `FetchError` that says why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+
+from multidict import CIMultiDictProxy
+from protego import Protego
+from yarl import URL
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.download.http import robots_txt, tdm
+from sdtrain.download.http.budget import Budget
+from sdtrain.download.http.connections import user_agent
+from sdtrain.download.http.failures import FetchError, failure_of
+from sdtrain.download.http.retry import with_retries
+from sdtrain.download.http.robots import check_robots_header
+from sdtrain.download.http.site_file import SiteFile
+from sdtrain.download.http.transport import Answer, Transport
+from sdtrain.download.http.urls import request_url
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a URL led to.
+
+    Attributes:
+        body: whole and unpacked.
+        content_type: as sent, in lower case and without parameters; "" if none was.
+    """
+
+    body: bytes
+    content_type: str
+
+
+class Fetcher:
+    """Fetches pictures for one process, many at a time: `async with Fetcher(config) as fetcher`.
+
+    It begins `config.connections` requests at once at most. More calls of `fetch` may be under way, and should be,
+    where many URLs are of one host: those that wait for their turn hold up nobody.
+    """
+
+    def __init__(self, config: DownloadConfig) -> None:
+        user_agent(config.contact)  # a contact that cannot be sent is refused here, before anything is done
+        self._config = config
+
+    async def __aenter__(self) -> Fetcher:
+        self._transport = Transport(self._config)
+        self._robots: SiteFile[Protego | None] = SiteFile(
+            self._transport, self._config, robots_txt.PATH, robots_txt.parse_robots_txt
+        )
+        self._tdm = SiteFile(self._transport, self._config, tdm.PATH, tdm.parse_tdm_file)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for part in (self._robots, self._tdm, self._transport):
+            await part.close()
+
+    async def fetch(self, url: str) -> Fetched:
+        """Fetches one URL, within `deadline_s` from when its host may be asked.
+
+        Raises:
+            FetchError: why it cannot be had.
+        """
+        try:
+            start = request_url(url, self._config.allow_private_hosts)
+            budget = Budget(self._config.deadline_s)
+            answer = await with_retries(lambda: self._attempt(start, budget), self._config.retries, budget)
+        except FetchError:
+            raise
+        except Exception as error:
+            raise failure_of(error) from error
+        if not answer.body:
+            raise FetchError("empty_body", "no bytes came")
+        content_type = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        return Fetched(answer.body, content_type)
+
+    async def _attempt(self, url: URL, budget: Budget) -> Answer:
+        return await self._transport.follow(url, budget, self._permit, self._check, self._config.max_bytes)
+
+    async def _permit(self, url: URL) -> None:
+        if self._config.robots_txt:
+            robots_txt.check_robots_txt(await self._robots.rules_for(url), url)
+        if self._config.tdm_reservation:
+            tdm.check_tdm_rules(await self._tdm.rules_for(url), url)
+
+    def _check(self, headers: CIMultiDictProxy[str]) -> None:
+        if self._config.robots_header:
+            check_robots_header(headers.getall("X-Robots-Tag", ()))
+        if self._config.tdm_reservation:
+            tdm.check_tdm_header(headers.getall("tdm-reservation", ()))

@@ -1,0 +1,102 @@
+"""Names to addresses: each name once, in threads of its own, and only names all of whose addresses are public."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from typing import Any
+
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from sdtrain.dataset.addresses import is_public
+from sdtrain.download.http.failures import FetchError
+from sdtrain.download.http.single_flight import Shared
+
+# Dead hosts are many in LAION, and a name server that does not answer holds a thread for half a minute.
+_THREADS = 64
+_KNOWN_S = 300
+_UNKNOWN_S = 60
+_NO_ANSWER_S = 5
+"""A name server that was too busy may answer the next time."""
+_UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+_Found = list[tuple[socket.AddressFamily, str]]
+
+
+class Resolver(AbstractResolver):
+    """What aiohttp asks for addresses.
+
+    One private address among a host's is enough to refuse it: which one is connected to would be chance.
+    """
+
+    def __init__(self, allow_private: bool, timeout_s: float) -> None:
+        self._allow_private = allow_private
+        self._timeout_s = timeout_s
+        self._threads = asyncio.Semaphore(_THREADS)
+        self._addresses: Shared[str, _Found] = Shared(self._look_up, _seconds_kept)
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    ) -> list[ResolveResult]:
+        """The addresses of `host`, for aiohttp.
+
+        Raises:
+            FetchError: dns_failed or blocked_address.
+        """
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
+            for kind, address in await self._addresses.get(host)
+            if family in (socket.AF_UNSPEC, kind)
+        ]
+
+    async def close(self) -> None:
+        """Waits for no look-up that is still under way."""
+        await self._addresses.close()
+
+    async def _look_up(self, host: str) -> _Found:
+        try:
+            async with asyncio.timeout(None) as limit:
+                await self._threads.acquire()
+                limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                found = await self._in_thread(host)
+        except TimeoutError:
+            # Its thread goes on, and another try soon afterwards would only wait for the same.
+            raise FetchError("dns_failed", "no name server answers", passing=False) from None
+        except socket.gaierror as error:
+            if error.errno in _UNKNOWN:
+                raise FetchError("dns_failed", "the name is not known", passing=False) from None
+            raise FetchError("dns_failed", "no name server answers") from None
+        if not self._allow_private and not all(is_public(address) for _, address in found):
+            raise FetchError("blocked_address", "the host's name resolves to a private or reserved address")
+        return found
+
+    def _in_thread(self, host: str) -> asyncio.Future[_Found]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_Found] = loop.create_future()
+
+        def settle(found: Any, error: Exception | None) -> None:
+            self._threads.release()
+            if answer.done():
+                return
+            answer.set_exception(error) if error else answer.set_result(found)
+
+        def work() -> None:
+            found, error = None, None
+            try:
+                infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+                found = list(dict.fromkeys((info[0], str(info[4][0])) for info in infos))
+            except Exception as raised:  # whatever it is, who waits must hear of it
+                error = raised
+            with contextlib.suppress(RuntimeError):  # the loop may be gone
+                loop.call_soon_threadsafe(settle, found, error)
+
+        # Not an executor's threads: the process would wait for those at its end, for as long as a name server is slow.
+        threading.Thread(target=work, name=f"dns-{host}", daemon=True).start()
+        return answer
+
+
+def _seconds_kept(outcome: _Found | FetchError) -> float:
+    if isinstance(outcome, FetchError) and outcome.reason == "dns_failed":
+        return _NO_ANSWER_S if outcome.passing else _UNKNOWN_S
+    return _KNOWN_S

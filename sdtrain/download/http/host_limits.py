@@ -1,0 +1,132 @@
+"""Manners towards a host: how many requests at once, how fast, and no more while it asks for a rest."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from yarl import URL
+
+from sdtrain.download.http.failures import FetchError
+from sdtrain.download.http.pauses import LONGEST_PAUSE_S
+
+_BURST = 4
+"""So many requests may follow each other at once before they are evenly spaced: pictures of one page are."""
+_REMEMBERED = 4096
+_REST_OF_DEAD_S = 60
+_DEAD_AFTER_ROUNDS = 2
+
+
+def host_of(url: URL) -> str:
+    """Who serves a URL: a name, http and https alike, and a port where it is neither's own.
+
+    Names of one owner (img1.example.com, img2.example.com) are not put together: nothing tells owners apart.
+    """
+    host = url.raw_host or ""
+    return host if url.port in (80, 443) else f"{host}:{url.port}"
+
+
+class Host:
+    """The turns at one host.
+
+    Requests are spaced by a leaky bucket. A host that asks for a rest (429, or 503 with Retry-After) is
+    left alone by everybody: URLs wait up to `LONGEST_PAUSE_S`. Where that is not enough, or where rest
+    after rest brings no answer, the URLs fail at once, without a request, until the rest is over. So do the
+    URLs of a host to which connection after connection fails: a shard may hold hundreds of them.
+    """
+
+    def __init__(self, connections: int, requests_s: float, rests: int) -> None:
+        self.slots = asyncio.Semaphore(connections)
+        self.num_users = 0
+        self._interval_s = 1 / requests_s
+        self._rests = rests
+        self._dead_after = _DEAD_AFTER_ROUNDS * connections
+        self._due = self._resting_until = self._closed_until = 0.0
+        self._refusal = FetchError("connection_failed", "closed")
+        self._rests_in_a_row = self._failures_in_a_row = 0
+
+    async def may_begin(self) -> None:
+        """Returns when the next request may begin.
+
+        Raises:
+            FetchError: what the host last answered, while it is not to be asked.
+        """
+        while True:
+            now = time.monotonic()
+            if now < self._closed_until:
+                raise self._refusal.again()
+            begin = max(self._resting_until, self._due - _BURST * self._interval_s)
+            if begin <= now:
+                self._due = max(self._due, now) + self._interval_s
+                return
+            await asyncio.sleep(begin - now)
+
+    def asks_for_rest(self, seconds: float, failure: FetchError) -> FetchError:
+        """Notes that the host answered with `failure` and wants no request for so many seconds.
+
+        Returns:
+            The failure, which does not pass where nobody will wait so long.
+        """
+        now = time.monotonic()
+        self._failures_in_a_row = 0
+        if now >= self._resting_until:  # else it is the answer to a request that began before the rest did
+            self._rests_in_a_row += 1
+        if seconds > LONGEST_PAUSE_S or self._rests_in_a_row > self._rests:
+            self._close(now + seconds, failure)
+        self._resting_until = max(self._resting_until, now + seconds)
+        return self._refusal.again() if self._resting_until <= self._closed_until else failure
+
+    def answered(self) -> None:
+        """Notes an answer of any other kind."""
+        self._rests_in_a_row = self._failures_in_a_row = 0
+
+    def not_reached(self, failure: FetchError) -> None:
+        """Notes that no connection came about."""
+        self._failures_in_a_row += 1
+        if self._failures_in_a_row >= self._dead_after:
+            self._close(time.monotonic() + _REST_OF_DEAD_S, failure)
+
+    def is_at_rest(self) -> bool:
+        """Whether nothing would be lost if this were forgotten."""
+        now = time.monotonic()
+        quiet = now >= max(self._due, self._resting_until, self._closed_until)
+        return quiet and not (self.num_users or self._failures_in_a_row or self._rests_in_a_row)
+
+    def _close(self, until: float, failure: FetchError) -> None:
+        self._closed_until = max(self._closed_until, until)
+        self._refusal = FetchError(failure.reason, failure.detail, passing=False)
+
+
+class Hosts:
+    """All hosts that were asked lately."""
+
+    def __init__(self, connections: int, requests_s: float, rests: int) -> None:
+        self._limits = connections, requests_s, rests
+        self._hosts: dict[str, Host] = {}
+        self._sweep_at = _REMEMBERED
+
+    @asynccontextmanager
+    async def turn(self, url: URL) -> AsyncIterator[Host]:
+        """The block is one request; it begins when the host may be asked.
+
+        Raises:
+            FetchError: the host is not to be asked now.
+        """
+        host = self._host(host_of(url))
+        host.num_users += 1
+        try:
+            async with host.slots:
+                await host.may_begin()
+                yield host
+        finally:
+            host.num_users -= 1
+
+    def _host(self, name: str) -> Host:
+        if name not in self._hosts:
+            if len(self._hosts) >= self._sweep_at:
+                self._hosts = {name: host for name, host in self._hosts.items() if not host.is_at_rest()}
+                self._sweep_at = _REMEMBERED + 2 * len(self._hosts)
+            self._hosts[name] = Host(*self._limits)
+        return self._hosts[name]

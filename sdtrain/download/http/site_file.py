@@ -1,0 +1,78 @@
+"""Files at a fixed place of every site that say what robots may do there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from yarl import URL
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.download.http.budget import Budget
+from sdtrain.download.http.failures import FetchError
+from sdtrain.download.http.retry import with_retries
+from sdtrain.download.http.single_flight import Shared
+from sdtrain.download.http.transport import Transport
+
+R = TypeVar("R")
+_MAX_BYTES = 500 * 2**10
+"""As much as RFC 9309 wants read; what comes after is left off."""
+_KEPT_S = 24 * 3600
+_KEPT_FAILURE_S = 300
+
+
+class SiteFile(Generic[R]):
+    """The rules of every site (scheme, host and port) that is asked for a picture, each fetched once.
+
+    Fetched like a picture, with the same checks, limits and manners, but with a budget of its own.
+
+    Args:
+        transport: the way to the web.
+        config: its limits.
+        path: where the file is.
+        parse: the rules in a file, or what a failure to get it means.
+    """
+
+    def __init__(
+        self, transport: Transport, config: DownloadConfig, path: str, parse: Callable[[bytes | FetchError], R]
+    ) -> None:
+        self._transport = transport
+        self._config = config
+        self._path = path
+        self._parse = parse
+        self._rules: Shared[URL, R] = Shared(
+            self._fetch, lambda outcome: _KEPT_FAILURE_S if isinstance(outcome, FetchError) else _KEPT_S
+        )
+
+    async def rules_for(self, url: URL) -> R:
+        """The rules of the site of `url`.
+
+        Raises:
+            FetchError: as `parse` does.
+        """
+        return await self._rules.get(URL.build(scheme=url.scheme, authority=url.raw_authority, encoded=True))
+
+    async def close(self) -> None:
+        """Ends what is being fetched."""
+        await self._rules.close()
+
+    async def _fetch(self, site: URL) -> R:
+        budget = Budget(self._config.deadline_s)
+        url = site.with_path(self._path)
+        try:
+            answer = await with_retries(
+                lambda: self._transport.follow(url, budget, _always, _anything, _MAX_BYTES, cut=True),
+                self._config.retries,
+                budget,
+            )
+        except FetchError as error:
+            return self._parse(error)
+        return self._parse(answer.body)
+
+
+async def _always(url: URL) -> None:
+    pass
+
+
+def _anything(headers: object) -> None:
+    pass

@@ -1,0 +1,117 @@
+"""Gives a shard of pictures its final names, and finds again what a killed run had already published."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import Output, ShardReport, describe_outputs
+from sdtrain.download.image_shards import ImageShard, ShardTable, read_rows, read_shard_table, write_stats
+from sdtrain.errors import UserError
+
+
+def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256: str) -> ShardReport:
+    """Moves a finished shard to its place; `made` must lie on the dataset's file system.
+
+    Killed at any point, it leaves tar and table that fit each other: the new table waits beside the old one until
+    the new tar, which it names by its digest, is in its place.
+    """
+    final = final_files(dataset, shard)
+    _move(made.table, _next_table(final))
+    final.stats.unlink(missing_ok=True)  # the mark of a finished shard, for other tools
+    _move(made.tar, final.tar)
+    _move(_next_table(final), final.table)
+    _move(made.stats, final.stats)
+    table = read_shard_table(final.table)
+    if table is None:
+        raise AssertionError(f"{final.table} was written a moment ago")
+    return _report(dataset, shard, final, table, tar_sha256)
+
+
+def adopt_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerprint: str) -> ShardReport | None:
+    """The report of a shard that was published but not recorded, if all of it is there and it is the one wanted."""
+    final = final_files(dataset, shard)
+    if not final.tar.exists():
+        return None
+    for path in (final.table, _next_table(final)):
+        table = read_shard_table(path)
+        if table is None or table.fingerprint != fingerprint or table.keys != list(keys):
+            continue
+        if sha256_of(final.tar) == table.tar_sha256:
+            if path != final.table:
+                _move(path, final.table)
+            forget_next_table(dataset, shard)
+            _write_missing_stats(final)
+            return _report(dataset, shard, final, table, table.tar_sha256)
+    return None
+
+
+def settle_images(dataset: DatasetDir, shard: int) -> None:
+    """Brings a publication that was interrupted to its end, or takes it back: tar and table fit each other again."""
+    final = final_files(dataset, shard)
+    waiting = read_shard_table(_next_table(final))
+    if waiting and final.tar.exists() and sha256_of(final.tar) == waiting.tar_sha256:
+        _move(_next_table(final), final.table)
+    forget_next_table(dataset, shard)
+    if final.tar.exists():
+        _write_missing_stats(final)
+
+
+def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
+    """The report of a shard as it lies there.
+
+    Raises:
+        UserError: its table is damaged.
+    """
+    final = final_files(dataset, shard)
+    table = read_shard_table(final.table)
+    if table is None:
+        raise UserError(
+            f"{final.table} cannot be read. Delete it and run the build again: it downloads the shard anew."
+        )
+    return _report(dataset, shard, final, table, table.tar_sha256)
+
+
+def final_files(dataset: DatasetDir, shard: int) -> ImageShard:
+    """Where the files of a published shard lie."""
+    return ImageShard(dataset.images_tar(shard), dataset.images_table(shard), dataset.images_stats(shard))
+
+
+def forget_next_table(dataset: DatasetDir, shard: int) -> None:
+    """Deletes the table of a change that was given up before anything else of it was published."""
+    _next_table(final_files(dataset, shard)).unlink(missing_ok=True)
+
+
+def _next_table(final: ImageShard) -> Path:
+    # Not a name that a glob over tables would find.
+    return final.table.with_name(f".{final.table.name}.next")
+
+
+def _move(source: Path, target: Path) -> None:
+    with publish(target) as temporary:
+        source.rename(temporary)
+
+
+def _write_missing_stats(final: ImageShard) -> None:
+    if final.stats.exists():
+        return
+    finished = final.tar.stat().st_mtime  # when it began, nobody knows any more
+    with publish(final.stats) as temporary:
+        write_stats(temporary, read_rows(final.table), finished, finished)
+
+
+def _report(dataset: DatasetDir, shard: int, final: ImageShard, table: ShardTable, tar_sha256: str) -> ShardReport:
+    counts = Counter(table.reasons)
+    # Not the statistics, which hold times and so differ from run to run.
+    tar = {dataset.relative(final.tar): Output(sha256=tar_sha256, bytes=final.tar.stat().st_size)}
+    return ShardReport(
+        stage="download",
+        shard=shard,
+        num_in=len(table.keys),
+        num_out=counts[None],
+        dropped={reason: counts[reason] for reason in sorted(filter(None, counts))},
+        outputs=tar | describe_outputs(dataset, [final.table]),
+    )

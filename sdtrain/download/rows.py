@@ -1,0 +1,112 @@
+"""One row of the images' table: a selected row, and what became of it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdtrain.download.http.failures import FetchError
+from sdtrain.images.decode import PictureError
+
+if TYPE_CHECKING:  # OpenCV is the child's business
+    from sdtrain.images.store import StoredPicture
+
+# The columns of img2dataset, in its order, and behind them ours.
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uid", "caption", "url", "key", "status", "error_message")),
+        *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
+        *((name, pa.string()) for name in ("exif", "sha256", "reason", "size_in_metadata")),
+        ("phash", pa.int64()),
+    ]
+)
+Row = dict[str, Any]
+_SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256")
+_DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
+
+
+@dataclass(frozen=True)
+class Selected:
+    """A selected row; `width`, `height` and the digests are what the metadata says of the picture, if it does."""
+
+    key: str
+    uid: str
+    url: str
+    caption: str
+    width: int | None = None
+    height: int | None = None
+    md5: str | None = None
+    sha256: str | None = None
+
+
+def read_selected(path: Path) -> list[Selected]:
+    """The rows of a selection file, in order."""
+    columns = [name for name in _SELECTED if name in pq.read_schema(path).names]
+    return [Selected(**row) for row in read_parquet(path, columns).to_pylist()]
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One file's rows. Not by pyarrow's read_table, which imports pandas and more for it."""
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
+def failed_row(selected: Selected, error: FetchError | PictureError) -> Row:
+    """The row of a picture that could not be had, or not be made of what came."""
+    status = "failed_to_download" if isinstance(error, FetchError) else "failed_to_resize"
+    return _row(selected, status=status, reason=error.reason, error_message=str(error))
+
+
+def picture_row(selected: Selected, picture: StoredPicture, sha256: str, exif: str | None) -> Row:
+    """The row of a picture that was had; `sha256` is of the bytes as they came, `exif` is JSON."""
+    return _row(
+        selected,
+        status="success",
+        width=picture.width,
+        height=picture.height,
+        original_width=picture.original_width,
+        original_height=picture.original_height,
+        exif=exif,
+        sha256=sha256,
+        size_in_metadata=_size_in_metadata(selected, picture),
+        phash=picture.phash,
+    )
+
+
+def check_digests(selected: Selected, body: bytes, sha256: str) -> None:
+    """Compares a body with the digests in the metadata; what is no digest there tells nothing and is passed over.
+
+    Raises:
+        FetchError: "hash_mismatch".
+    """
+    if _digest("sha256", selected.sha256) not in (None, sha256):
+        raise FetchError("hash_mismatch", "the sha256 is not the metadata's")
+    md5 = _digest("md5", selected.md5)
+    if md5 and md5 != hashlib.md5(body, usedforsecurity=False).hexdigest():
+        raise FetchError("hash_mismatch", "the md5 is not the metadata's")
+
+
+def _row(selected: Selected, **values: Any) -> Row:
+    known = {name: getattr(selected, name) for name in ("uid", "caption", "url", "key")}
+    return dict.fromkeys(SCHEMA.names) | known | values
+
+
+def _digest(kind: str, value: str | None) -> str | None:
+    cleaned = (value or "").strip().lower()
+    return cleaned if _DIGESTS[kind].fullmatch(cleaned) else None
+
+
+def _size_in_metadata(selected: Selected, picture: StoredPicture) -> str | None:
+    """Whether the metadata's size is the picture's: "same", "swapped", "other"; None if it gives none."""
+    stated = (selected.width, selected.height)
+    if None in stated:
+        return None
+    if stated == (picture.original_width, picture.original_height):
+        return "same"
+    return "swapped" if stated == (picture.original_height, picture.original_width) else "other"

@@ -1,0 +1,102 @@
+"""DOWNLOAD: selected rows -> pictures, made by img2dataset's resizer, and a reason for every picture not had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sdtrain.dataset.config import PictureRecipe
+from sdtrain.dataset.files import scratch
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, fingerprint, forget_entry
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.stage import Stage
+from sdtrain.download.download_request import Finished, Request, ShardRequest
+from sdtrain.download.image_shards import ImageShard, read_shard_table
+from sdtrain.download.publish import adopt_images, publish_images
+from sdtrain.download.rows import read_parquet
+from sdtrain.download.worker_process import download_process
+from sdtrain.errors import UserError
+
+# Settings that say how pictures are fetched, not what becomes of them: changing one redoes nothing.
+_HOW = {
+    *("contact", "timeout_s", "deadline_s", "retries", "connections", "connections_per_host", "requests_per_host_s"),
+    "shards_per_process",
+}
+_MIN_ROWS_TO_TELL = 20
+"""From this many rows on, a shard none of whose hosts could be reached tells of our network and not of theirs."""
+
+
+def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+    return list(selected_shards(dataset))
+
+
+def download_fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+    """Digest of all that decides a shard's bytes, but for what the web answers."""
+    # Of the selection, this shard alone: the others may change without touching it.
+    config = recipe.download.model_dump(mode="json", exclude=_HOW)
+    return fingerprint("download/2", config | {"rows": selected_shards(dataset)[shard].sha256})
+
+
+def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    asked = {}
+    for shard in shards:
+        # A shard that is being replaced must not pass for finished if this is killed half way.
+        forget_entry(dataset, "download", shard)
+        digest = download_fingerprint(dataset, recipe, shard)
+        report = adopt_images(dataset, shard, selected_keys(dataset, shard), digest)
+        if report is not None:
+            yield report
+        else:
+            asked[shard] = ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest)
+    if not asked:
+        return
+    with scratch(dataset.root, f"download-{shards[0]:05d}") as folder:
+        request = new_request(dataset, recipe, folder, list(asked.values()))
+        with download_process(request) as finished:
+            for done in finished:
+                _check_network(done)
+                yield publish_checked(dataset, request, done)
+
+
+def new_request(dataset: DatasetDir, recipe: PictureRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
+    """What a download process is asked; its output goes to `folder`."""
+    removed = dataset.removed if dataset.removed.exists() else None
+    return Request(config=recipe.download, output=folder, removed=removed, shards=shards)
+
+
+def publish_checked(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
+    """Publishes a shard that a download process finished.
+
+    Raises:
+        UserError: its rows are not those that were selected.
+    """
+    made = ImageShard.in_folder(request.output, done.shard)
+    table = read_shard_table(made.table)
+    found, expected = table.keys if table else [], selected_keys(dataset, done.shard)
+    if found != expected:
+        lost, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+        raise UserError(
+            f"Samples of shard {done.shard:05d} were lost: {len(found)} rows where {len(expected)} are due "
+            f"({len(lost)} missing, {len(extra)} too many: {', '.join((lost or extra)[:3])}). Nothing of the shard "
+            "was kept; run the build again, and look into the disk's free space if it comes back."
+        )
+    return publish_images(dataset, done.shard, made, done.tar_sha256)
+
+
+def selected_keys(dataset: DatasetDir, shard: int) -> list[str]:
+    """The keys of a shard's selected rows."""
+    keys: list[str] = read_parquet(dataset.selection(shard), ["key"])["key"].to_pylist()
+    return keys
+
+
+def _check_network(done: Finished) -> None:
+    if done.num_fetched >= _MIN_ROWS_TO_TELL and done.num_unreached == done.num_fetched:
+        raise UserError(
+            f"Nothing could be reached: of the {done.num_fetched:,} rows of shard {done.shard:05d}, every one failed "
+            "because no name was found, or nobody answered. Is the network up, and the name server? The shard is not "
+            "recorded; run the same command again when they are."
+        )
+
+
+DOWNLOAD: Stage[PictureRecipe] = Stage("download", _shards, download_fingerprint, _run)

@@ -1,0 +1,111 @@
+"""A child process that downloads shards: many requests at once, pictures made in threads, memory bounded by both.
+
+`python -m sdtrain.download.worker REQUEST.json`: does the shards of the request, and prints a
+JSON line on standard output after each. It ends when its standard input closes, which happens
+when the process that started it dies, however that came about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.abc
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.download.download_request import Finished, Request
+from sdtrain.download.http.client import Fetcher
+from sdtrain.download.http.failures import FetchError
+from sdtrain.download.rows import Selected, failed_row
+from sdtrain.download.shard_job import ShardWork
+from sdtrain.images.store import PictureMaker
+from sdtrain.redaction import hide_secrets_in_logs
+
+_ROWS_PER_CONNECTION = 2
+"""Rows under way at once for each connection: while one is fetched, another is made into a picture."""
+_MAX_THREADS = 4
+Report = Callable[[Finished], None]
+
+
+def main() -> None:
+    """Does the request in the file named on the command line."""
+    hide_secrets_in_logs()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Libraries print; the lines for the parent must not be mixed with that.
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    sys.meta_path.insert(0, _WithoutPandas())
+    request = Request.model_validate_json(Path(sys.argv[1]).read_bytes())
+    _quiet(request.config)
+    asyncio.run(_download(request, lambda finished: print(finished.model_dump_json(), file=lines, flush=True)))
+
+
+async def _download(request: Request, report: Report) -> None:
+    maker = PictureMaker(request.config)
+    rows = _rows(request, maker)
+    num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(num_threads) as threads:
+        try:
+            async with Fetcher(request.config) as fetcher, asyncio.TaskGroup() as group:
+                for _ in range(_ROWS_PER_CONNECTION * request.config.connections):
+                    group.create_task(_work(rows, fetcher, threads, report))
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None  # the last words of the log are what the user sees
+
+
+def _rows(request: Request, maker: PictureMaker) -> Iterator[tuple[ShardWork, Selected | None]]:
+    """The rows to fetch; one None for a shard that has none left, because all of it was removed."""
+    for asked in request.shards:
+        work = ShardWork(request, asked, maker)
+        for selected in work.due() or (None,):
+            yield work, selected
+
+
+async def _work(
+    rows: Iterator[tuple[ShardWork, Selected | None]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
+) -> None:
+    for work, selected in rows:  # shared: each task takes the next
+        if selected is None or await _do_row(work, selected, fetcher, threads):
+            report(await asyncio.get_running_loop().run_in_executor(threads, work.finish))
+
+
+async def _do_row(work: ShardWork, selected: Selected, fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
+    try:
+        body = (await fetcher.fetch(selected.url)).body
+    except FetchError as error:
+        return work.add(failed_row(selected, error))
+    return work.add(*await asyncio.get_running_loop().run_in_executor(threads, work.make, selected, body))
+
+
+class _WithoutPandas(importlib.abc.MetaPathFinder):
+    """Hides pandas, which pyarrow would import to see whether a list is a Series: half of a child's start-up time."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def _quiet(config: DownloadConfig) -> None:
+    """What libraries say of damaged pictures is said by the rows' reasons, and would bury an error in the log."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("exifread").setLevel(logging.CRITICAL)
+    Image.MAX_IMAGE_PIXELS = config.max_pixels  # Pillow itself refuses twice as many
+
+
+def _end_with_parent() -> None:
+    # Not through sys.stdin, whose lock the interpreter wants when the work is done.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Starts download processes and takes what they finish."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdtrain.dataset.files import raise_if_disk_full
+from sdtrain.download.download_request import Finished, Request
+from sdtrain.errors import UserError
+
+_LOG_LINES = 5
+_END_S = 10
+
+
+@contextmanager
+def download_process(request: Request) -> Iterator[Iterator[Finished]]:
+    """Starts a process for the request; yields an iterator over what it finishes. It ends with the block.
+
+    Its request and log lie in the request's output folder too.
+    """
+    path, log = request.output / "request.json", request.output / "log.txt"
+    path.write_text(request.model_dump_json())
+    # In our process group, so that Ctrl-C and a job scheduler's signals reach it too.
+    command = [sys.executable, "-m", "sdtrain.download.worker", str(path)]
+    with log.open("w") as errors:
+        child = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=_environment(request)
+        )
+    try:
+        yield _finished(child, log)
+    finally:
+        child.kill()
+        child.wait(_END_S)
+        for pipe in (child.stdin, child.stdout):
+            if pipe:
+                pipe.close()
+
+
+def _finished(child: subprocess.Popen[str], log: Path) -> Iterator[Finished]:
+    for line in child.stdout or ():
+        yield Finished.model_validate_json(line)
+    if child.wait() != 0:
+        text = log.read_text(errors="replace")
+        if os.strerror(errno.ENOSPC) in text:
+            raise_if_disk_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), log.parent)
+        tail = " | ".join(text.strip().splitlines()[-_LOG_LINES:]) or "it wrote nothing"
+        raise UserError(
+            f"The download process ended with code {child.returncode} before its shards were done. Its last words: "
+            f"{tail}. Finished shards are kept; run the same command again."
+        )
+
+
+def _environment(request: Request) -> dict[str, str]:
+    return os.environ | {
+        # One thread each for OpenCV's and NumPy's own pools: pictures are what is done side by side.
+        "OMP_NUM_THREADS": "1",
+        # OpenCV reads its settings when it is imported. The header's reader has refused such pictures already.
+        "OPENCV_IO_MAX_IMAGE_PIXELS": str(request.config.max_pixels),
+        "OPENCV_LOG_LEVEL": "OFF",
+    }

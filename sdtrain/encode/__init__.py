@@ -1,0 +1,1 @@
+"""Latents of the packed pictures: the stage ENCODE."""

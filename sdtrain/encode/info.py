@@ -1,0 +1,127 @@
+"""latents/info.json: what training must know of a dataset's latents, and checks."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from sdtrain.dataset.config import EncodeConfig
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.errors import UserError
+from sdtrain.images.crops import Size, bucket_sizes
+from sdtrain.models.digests import vae_digest
+
+SCHEMA_VERSION = 1
+NORMALISATION = "x / 127.5 - 1"
+"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
+CHECK_KEY = "sdtrain.check"
+"""In the tables' metadata: JSON, the figures of the latents that were decoded again."""
+
+
+def sizes_px(config: EncodeConfig) -> list[Size]:
+    """Width and height of what the VAE sees; one square, unless there are buckets."""
+    if config.bucket_step_px:
+        return bucket_sizes(config.resolution, config.bucket_step_px, config.bucket_max_aspect)
+    return list(config.buckets) or [(config.resolution, config.resolution)]
+
+
+def vae_digest_in(dataset: DatasetDir, name: str) -> str:
+    """The digest by which a dataset knows a VAE; one that an earlier version wrote stays, lest all is encoded anew.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    recorded, digest = _recorded(dataset.latents_info), vae_digest(name)
+    return digest if recorded in (None, digest) else _known_digest(name, recorded, digest)
+
+
+def _recorded(path: Path) -> str | None:
+    try:
+        digest = json.loads(path.read_text()).get("vae_sha256")
+    except (OSError, ValueError, AttributeError):
+        return None  # not there yet, or damaged: it is written again with the next shard
+    return digest if isinstance(digest, str) else None
+
+
+@lru_cache(maxsize=4)
+def _known_digest(name: str, recorded: str, digest: str) -> str:
+    from sdtrain.models.build import recorded_vae_digest  # late: it brings torch
+
+    return recorded_vae_digest(name, recorded)
+
+
+def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
+    """What training must know of the latents, and checks."""
+    from sdtrain.models.build import vae_scaling_factor
+
+    sizes = sizes_px(config)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "vae": config.vae,
+        "vae_sha256": vae_digest_in(dataset, config.vae),
+        "scaling_factor": vae_scaling_factor(config.vae),
+        "resolution": config.resolution,
+        "normalisation": NORMALISATION,
+        "resize": f"shorter side, bicubic, {'centre crop' if config.num_crops == 1 else 'random crops'}",
+        "content": "posterior mean and log-variance, unscaled",
+        "dtype": "float16",
+    }
+    if config.precision != "fp32":
+        content["precision"] = config.precision
+    if config.num_crops > 1:
+        content["num_crops"] = config.num_crops
+    if sizes != [(config.resolution, config.resolution)]:
+        content["buckets"] = sizes
+    return content
+
+
+def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
+    """Writes latents/info.json, with the figures of the first shard that is finished."""
+    with _alone(dataset.latents_info.parent):
+        figures = _figures(dataset.latents_info.parent)
+        content = latents_info(dataset, config) | ({"check": figures} if figures else {})
+        with publish(dataset.latents_info) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _figures(folder: Path) -> dict[str, Any] | None:
+    for table in sorted(folder.glob("[0-9]*.parquet"))[:1]:
+        stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
+        return {"shard": table.stem, **json.loads(stated)} if stated else None
+    return None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Other processes that encode into the folder wait: each would put what it read before in the place of newer."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network mounts have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def require_latents(root: Path) -> None:
+    """Says so at once where a dataset has no latents.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not DatasetDir(root).latents_info.exists():
+        raise no_latents(root)
+
+
+def no_latents(root: Path) -> UserError:
+    """The sentence for a dataset that has not been encoded."""
+    return UserError(f"There are no latents in {root / 'latents'}: run `make demo` first, or pass --data DIR.")

@@ -1,0 +1,222 @@
+"""ENCODE: packed pictures -> the VAE's posterior moments, with captions and provenance."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Container, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sdtrain.dataset.config import EncodeConfig, PictureRecipe
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.prefetch import in_background
+from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
+from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
+from sdtrain.encode.info import CHECK_KEY, sizes_px, vae_digest_in, write_info
+from sdtrain.encode.vae import encode_pixels, shared_vae
+from sdtrain.errors import UserError
+from sdtrain.images.crops import Crop, bucket_of, chance, cut
+from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.loading.shard_catalog import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
+from sdtrain.loading.shard_index import index_path
+from sdtrain.models.device import cores_of_process
+from sdtrain.models.digests import compute_vae_digest
+
+T = TypeVar("T")
+Sample = tuple[str, dict[str, bytes]]
+
+_MOMENTS = "moments.npy"
+_DECODED_AHEAD = 2
+_DECIDE_BYTES = {"precision", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_TABLE = pa.schema(
+    [
+        *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
+        ("offset", pa.int64()),
+        ("num_bytes", pa.int64()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+    ]
+)
+
+
+def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
+    """Writes the latents of one packed shard, and checks them.
+
+    Raises:
+        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their pictures back.
+    """
+    source = dataset.packed_tar(shard)
+    entry = require_entry(dataset, "pack", shard)
+    fetch_shard_file(dataset.root, source, "pack")
+    encoder = _ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard))
+    with publish(dataset.latents_tar(shard)) as temporary:
+        index = write_samples(temporary, encoder.encoded(read_samples(source)))
+        placed = [row | latent_place(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
+        figures = _checked(temporary, placed, encoder, config)
+    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, figures)))
+    with publish(dataset.latents_table(shard)) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+    index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
+    write_info(dataset, config)
+    outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
+    return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
+
+
+class _ShardEncoder:
+    """Makes the members of one shard's latents, and remembers what its table and its check need.
+
+    Attributes:
+        source: the packed shard.
+        vae: the network.
+        rows: of the table, without the latents' places.
+        pixels: of the chosen rows, in their first crop.
+    """
+
+    def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
+        self._config, self.source, self._chosen = config, source, chosen
+        self._sizes = sizes_px(config)
+        self.vae = shared_vae(config.vae, precision=config.precision)
+        self.rows: list[dict[str, Any]] = []
+        self.pixels: dict[int, NDArray[np.uint8]] = {}
+
+    def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """The latents' members, some samples at a time; pictures are decoded while the VAE has the ones before."""
+        with closing(in_background(self._decoded(samples), _DECODED_AHEAD)) as parts:
+            for part, crops in parts:
+                for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
+                    yield self._member(sample, cut_out, moments)
+
+    def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
+        with ThreadPoolExecutor(cores_of_process()) as pool:
+            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
+            for part in _parts(samples, self._config.batch_size * len(self._sizes)):
+                yield part, list(pool.map(self._prepare, part))
+
+    def _prepare(self, sample: Sample) -> list[Crop]:
+        key, members = sample
+        try:
+            picture = decode_rgb(members[picture_extension(members)])
+        except OSError as error:
+            raise UserError(
+                f"{self.source}: the picture of {key} cannot be decoded. Delete it and build again."
+            ) from error
+        size, number = bucket_of(picture.size, self._sizes), self._config.num_crops
+        if number == 1:
+            return [cut(picture, size, None)]
+        # One in each of `number` equal parts of the way, so that no two are alike by chance.
+        return [cut(picture, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
+
+    def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
+        """Moments of each crop of each sample; batches are of one size."""
+        found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
+        for size in self._sizes:
+            wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
+            for batch in _parts(wanted, self._config.batch_size):
+                moments = encode_pixels(self.vae, np.stack([crop.pixels for _, crop in batch]))
+                for (number, _), array in zip(batch, moments, strict=True):
+                    found[number].append(array)
+        return found
+
+    def _member(self, sample: Sample, crops: Sequence[Crop], moments: Sequence[NDArray[np.float16]]) -> Sample:
+        key, members = sample
+        array = moments[0] if len(moments) == 1 else np.stack(moments)
+        if len(self.rows) in self._chosen:
+            self.pixels[len(self.rows)] = crops[0].pixels
+        provenance = json.loads(members["json"])
+        height, width = array.shape[-2:]
+        self.rows.append({name: provenance[name] for name in ("uid", "caption", "url")} | {"key": key})
+        self.rows[-1] |= {"height": height, "width": width, "num_bytes": array.nbytes}
+        boxes = {"crop_box": crops[0].box} if len(crops) == 1 else {"crop_boxes": [crop.box for crop in crops]}
+        described = provenance | boxes | {"source_px": crops[0].source_px}
+        return key, {_MOMENTS: _npy(array), "txt": members["txt"], "json": _json(described)}
+
+
+def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig) -> Figures | None:
+    """Decodes the chosen latents as they lie in the file."""
+    if not encoder.pixels:
+        return None
+    moments = []
+    with tar.open("rb") as file:
+        for row in (rows[number] for number in encoder.pixels):
+            file.seek(row["offset"])
+            content = file.read(row["num_bytes"] // config.num_crops)
+            moments.append(np.frombuffer(content, np.float16).reshape(-1, row["height"], row["width"]))
+    figures = measure(encoder.vae, moments, list(encoder.pixels.values()))
+    require_good(figures, config, encoder.vae, str(encoder.source))
+    return figures
+
+
+def _described(
+    dataset: DatasetDir, rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None
+) -> dict[str, str]:
+    """The table's own metadata."""
+    columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
+    described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: describe_rows(*columns)}
+    if len(sizes := sizes_px(config)) > 1:
+        sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
+        described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
+    if figures:
+        described[CHECK_KEY] = json.dumps(figures.as_dict())
+    return described
+
+
+def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    remaining = iter(items)
+    while part := list(islice(remaining, size)):
+        yield part
+
+
+def latent_place(tar: Path, sample: SampleIndex) -> dict[str, int]:
+    """Where the raw numbers begin: behind the npy header, whose length its bytes 8 and 9 tell."""
+    member = sample.members[_MOMENTS]
+    with tar.open("rb") as file:
+        file.seek(member.offset + 8)
+        header_bytes = int.from_bytes(file.read(2), "little")
+    return {"offset": member.offset + 10 + header_bytes}
+
+
+def _npy(array: NDArray[np.float16]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
+
+
+def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+    from sdtrain.pack.stage import PACK
+
+    return PACK.shards(dataset, recipe)
+
+
+def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+    # Only what was set: options that came later must not make finished shards pending.
+    config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
+    config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
+    return fingerprint(
+        "encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest_in(dataset, recipe.encode.vae)]
+    )
+
+
+def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    compute_vae_digest(recipe.encode.vae)  # from here on fingerprints are of what is loaded, not of what is remembered
+    for shard in shards:
+        yield encode_shard(dataset, recipe.encode, shard)
+
+
+ENCODE: Stage[PictureRecipe] = Stage("encode", _shards, _fingerprint, _run)

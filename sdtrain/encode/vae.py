@@ -1,0 +1,77 @@
+"""The frozen VAE at work: pictures to posterior moments, latents back to pictures."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+# Shards may be encoded by several threads of a process: they decode side by side and take turns at the VAE.
+_ONE_AT_A_TIME = Lock()
+
+
+def shared_vae(name: str, device: torch.device | None = None, precision: str = "fp32") -> AutoencoderKL:
+    """This process's copy of a VAE, on `device` or on the GPU that is this process's own (the CPU where none is)."""
+    from sdtrain.models.device import claim_device
+
+    # Two loads at once leave accelerate's patch of nn.Module behind: every later network is then made without weights.
+    with _ONE_AT_A_TIME:
+        return _loaded_vae(name, str(device or claim_device()), precision)
+
+
+def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Moments of (B, 3, H, W) uint8 pictures on the VAE's device: (B, 8, H/8, W/8), mean and log-variance, unscaled."""
+    import torch
+
+    with _ONE_AT_A_TIME, torch.inference_mode():
+        inputs = pixels.to(torch.float32) / 127.5 - 1
+        moments: torch.Tensor = vae.encode(inputs.to(vae.dtype)).latent_dist.parameters
+    return moments.float()
+
+
+def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Posterior moments of (B, H, W, 3) uint8 pictures: (B, 8, H/8, W/8), mean and log-variance, unscaled.
+
+    Raises:
+        UserError: the VAE gives numbers that float16 cannot hold.
+    """
+    import torch
+
+    moments = posterior_moments(vae, torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2))
+    encoded: NDArray[np.float16] = moments.cpu().numpy().astype(np.float16)
+    if not np.isfinite(encoded).all():
+        raise UserError("The VAE gives latents that are not finite; its weights are damaged or not for this use.")
+    return encoded
+
+
+def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The picture of an unscaled (4, h, w) latent: (H, W, 3), from 0 to 255."""
+    import torch
+
+    with _ONE_AT_A_TIME, torch.inference_mode():
+        picture = vae.decode(torch.from_numpy(latent)[None].to(vae.device, vae.dtype)).sample[0]
+    pixels: NDArray[np.float32] = picture.float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy()
+    return 127.5 * (pixels + 1)
+
+
+@lru_cache(maxsize=1)
+def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
+    import torch
+
+    from sdtrain.models.build import load_vae
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    # Convolutions of halves on CUDA want channels last; else every one of them transposes its input.
+    layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
+    vae = load_vae(name)
+    torch.nn.Module.to(vae, device, dtype).to(memory_format=layout)
+    return vae

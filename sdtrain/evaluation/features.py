@@ -1,0 +1,79 @@
+"""Two stages: prompts through CLIP, once; what the networks see in the pictures of one model at one scale."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.tars import read_samples
+from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts
+from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
+from sdtrain.evaluation.networks import agreement_digest, embed_pictures, embed_texts, features_of, shown_by
+from sdtrain.evaluation.prompts import digest_of
+from sdtrain.evaluation.reference import feature_config
+
+
+def caption_stage(job: Drawing) -> Stage[Drawing]:
+    """The stage that embeds the prompts of each part."""
+    return Stage("captions", _parts, _caption_fingerprint, _embed_parts)
+
+
+def look_stage(job: Drawing) -> Stage[Drawing]:
+    """The stage that looks at each part's pictures."""
+    return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _look_fingerprint, _look_at_parts)
+
+
+def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:
+    return job.protocol.parts
+
+
+def _caption_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+    prompts = digest_of(part_prompts(EvaluationDir(dataset.root), job, part))
+    return fingerprint("captions/1", prompts, weights=[agreement_digest(job.protocol)])
+
+
+def _embed_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory = EvaluationDir(dataset.root)
+    for part in parts:
+        prompts, path = part_prompts(directory, job, part), directory.captions(part)
+        embeddings, cut = embed_texts(prompts, job.protocol)
+        write_tensors(path, {"clip": embeddings, "cut": cut})
+        outputs = describe_outputs(dataset, [path])
+        yield ShardReport(stage="captions", shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
+
+
+def _look_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+    drawn = require_entry(dataset, draw_stage(job).name, part)
+    return fingerprint("look/1", [*feature_config(job.protocol), agreement_digest(job.protocol)], inputs=[drawn])
+
+
+def _look_at_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory, stage, protocol = EvaluationDir(dataset.root), look_stage(job).name, job.protocol
+    for part in parts:
+        pictures, texts = read_pictures(directory.samples(job.model.key, key_of(job.scale), part))
+        tensors = {"features": features_of(pictures, protocol)}
+        if protocol.agreement == "clip":
+            tensors["clip"] = embed_pictures(pictures, protocol)
+        elif protocol.agreement == "demo":
+            tensors["shown"] = shown_by(pictures, texts)
+        path = directory.features(job.model.key, key_of(job.scale), part)
+        write_tensors(path, tensors)
+        outputs = describe_outputs(dataset, [path])
+        yield ShardReport(stage=stage, shard=part, num_in=len(pictures), num_out=len(pictures), outputs=outputs)
+
+
+def read_pictures(tar: Path) -> tuple[list[Image.Image], list[str]]:
+    """The pictures of a part and their prompts.
+
+    Raises:
+        UserError: the tar is damaged.
+    """
+    samples = [members for _, members in read_samples(tar)]
+    pictures = [Image.open(io.BytesIO(members["png"])).convert("RGB") for members in samples]
+    return pictures, [members["txt"].decode() for members in samples]

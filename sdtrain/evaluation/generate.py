@@ -1,0 +1,175 @@
+"""Two stages: prompts through the text encoder, once for all scales; pictures of one model at one scale."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from PIL import Image
+
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.progress import told
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.tars import write_samples
+from sdtrain.errors import UserError
+from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_texts, write_tensors
+from sdtrain.evaluation.models import EvaluatedModel
+from sdtrain.evaluation.prompts import digest_of
+from sdtrain.evaluation.protocol import Protocol
+from sdtrain.formats.dtypes import DTYPES
+from sdtrain.loading.loader import tokenize
+from sdtrain.models.device import claim_device
+from sdtrain.precision import Fixed, resolve
+from sdtrain.sampling.pipeline import Networks, load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
+
+# Parts may be drawn by several threads of a process; they take turns at the networks.
+_ONE_AT_A_TIME = Lock()
+_EVERY_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the stages of one model need.
+
+    Attributes:
+        scale: guidance scale; the stage of prompts does not look at it.
+        prompts: digest of all prompts.
+    """
+
+    protocol: Protocol
+    model: EvaluatedModel
+    prompts: str
+    scale: float = 1.0
+
+
+def context_stage(job: Drawing) -> Stage[Drawing]:
+    """The stage that encodes the prompts of each part."""
+    return Stage(f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts)
+
+
+def draw_stage(job: Drawing) -> Stage[Drawing]:
+    """The stage that draws each part."""
+    return Stage(f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts)
+
+
+def part_prompts(directory: EvaluationDir, job: Any, part: int) -> list[str]:
+    """The prompts of a part; `job` has the digest of all in `prompts`, and the protocol."""
+    texts = read_texts(directory.prompts, job.prompts)
+    return [texts[place] for place in job.protocol.places(part)]
+
+
+def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:
+    return job.protocol.parts
+
+
+def _context_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+    prompts = digest_of(part_prompts(EvaluationDir(dataset.root), job, part))
+    return fingerprint("contexts/1", [job.protocol.dtype, prompts], weights=[job.model.text_encoder])
+
+
+def _draw_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+    protocol = job.protocol
+    config = {
+        "prompts": digest_of(part_prompts(EvaluationDir(dataset.root), job, part)),
+        "first_seed": protocol.seed + protocol.places(part).start,
+        "scale": job.scale,
+        **protocol.model_dump(include={"num_steps", "sampler", "dtype", "batch_size"}),
+    }
+    return fingerprint("draw/1", config, weights=[job.model.digest])
+
+
+def _encode_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory, stage = EvaluationDir(dataset.root), context_stage(job).name
+    for part in parts:
+        prompts = part_prompts(directory, job, part)
+        path = directory.contexts(job.model.text_encoder[:12], part)
+        with _ONE_AT_A_TIME, torch.inference_mode():
+            networks = _networks(job)
+            token_ids = tokenize(networks.tokenizer, ["", *prompts])
+            batches = token_ids.to(networks.vae.device).split(_EVERY_CONTEXT)
+            contexts = torch.cat([networks.text_encoder(batch).last_hidden_state.cpu() for batch in batches])
+        tensors = {"token_ids": token_ids, "contexts": contexts.clone()}
+        write_tensors(path, tensors | {"cut": torch.tensor([_is_cut(networks, prompt) for prompt in prompts])})
+        outputs = describe_outputs(dataset, [path])
+        yield ShardReport(stage=stage, shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
+
+
+def _is_cut(networks: Networks, prompt: str) -> bool:
+    return len(networks.tokenizer(prompt).input_ids) > networks.tokenizer.model_max_length
+
+
+def _draw_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory, stage = EvaluationDir(dataset.root), draw_stage(job)
+    for part in parts:
+        path = directory.samples(job.model.key, key_of(job.scale), part)
+        prompts, places = part_prompts(directory, job, part), job.protocol.places(part)
+        with _ONE_AT_A_TIME:
+            pictures = _draw(directory, job, part, prompts)
+        samples = zip(places, pictures, prompts, strict=True)
+        with publish(path) as temporary:
+            write_samples(temporary, [_sample(job, *sample) for sample in samples])
+        outputs = describe_outputs(dataset, [path])
+        yield ShardReport(stage=stage.name, shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
+
+
+def _draw(directory: EvaluationDir, job: Drawing, part: int, prompts: list[str]) -> list[Image.Image]:
+    """The pictures of a part, in batches that do not depend on who draws it."""
+    protocol = job.protocol
+    encoder = _StoredContexts(directory.contexts(job.model.text_encoder[:12], part))
+    sampler = Sampler(replace(_networks(job), text_encoder=cast(Any, encoder)))
+    settings = SampleSettings(job.scale, protocol.num_steps, protocol.sampler, protocol.batch_size)
+    seeds = [protocol.seed + place for place in protocol.places(part)]
+    starts = range(0, len(prompts), protocol.batch_size)
+    pictures: list[Image.Image] = []
+    for first in told(starts, f"guidance {job.scale:g}, part {part}", len(starts), "batches"):
+        batch = slice(first, first + protocol.batch_size)
+        pictures += sampler.sample(prompts[batch], seeds[batch], settings)
+    if len(pictures) > 1 and len({picture.tobytes() for picture in pictures}) == 1:
+        raise UserError(
+            f"{job.model.path} draws the same picture for {len(pictures)} prompts and seeds, so its VAE or UNet is "
+            "broken. Evaluate another checkpoint."
+        )
+    return pictures
+
+
+def _sample(job: Drawing, place: int, picture: Image.Image, prompt: str) -> tuple[str, dict[str, bytes]]:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    made = {"seed": job.protocol.seed + place, "guidance_scale": job.scale, "prompt": prompt}
+    made_json = json.dumps(made, ensure_ascii=False).encode()
+    return f"{place:09d}", {"png": file.getvalue(), "json": made_json, "txt": prompt.encode()}
+
+
+class _StoredContexts:
+    """Stands for the text encoder: gives back what it gave for the same tokens."""
+
+    def __init__(self, path: Path):
+        stored = read_tensors([path])
+        rows = zip(stored["token_ids"], stored["contexts"], strict=True)
+        self._known = {tuple(token_ids.tolist()): context for token_ids, context in rows}
+
+    def __call__(self, token_ids: torch.Tensor) -> Any:
+        found = torch.stack([self._known[tuple(row)] for row in token_ids.tolist()])
+        return SimpleNamespace(last_hidden_state=found.to(token_ids.device))
+
+
+def _networks(job: Drawing) -> Networks:
+    protocol = job.protocol
+    return _load(job.model.path, job.model.digest, protocol.weights, resolve(protocol.dtype), protocol.tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
+    """The networks, kept for the next part; the digest tells a run's newest checkpoint from the one before."""
+    return load_networks(path, str(claim_device()), DTYPES[dtype], weights, tokenizer=tokenizer)

@@ -1,0 +1,139 @@
+"""Any model that sdtrain can read: a training run, a diffusers folder, a CompVis file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers import PNDMScheduler, UNet2DConditionModel
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.formats.compvis import open_compvis
+from sdtrain.formats.part_files import find_part, open_part
+from sdtrain.formats.spellings import fit
+from sdtrain.formats.stored_model import Average, Frozen, State, StoredModel, Weights, empty_unet
+from sdtrain.models.build import build_unet, load_text_encoder, load_vae
+from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.settings import load_settings
+
+RAW_VARIANT = "non_ema"
+"""Under this name public diffusers folders hold raw weights beside the averaged ones."""
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a training run or one of its checkpoints."""
+    return (path / "checkpoints").is_dir() or (path / "layout.json").exists()
+
+
+def pinned(path: Path) -> Path:
+    """A run's newest checkpoint, so that it stays the same one while training goes on; other paths as they are.
+
+    Raises:
+        UserError: a run without a checkpoint.
+    """
+    return find_checkpoint(path).path if is_run(path) else path
+
+
+def open_model(path: Path | str, tokenizer: str | None = None) -> StoredModel:
+    """The model at `path`.
+
+    Args:
+        path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder, or a CompVis file.
+        tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    path = Path(path)
+    if path.is_file():
+        return open_compvis(path, tokenizer)
+    return open_run(path) if is_run(path) else open_folder(path)
+
+
+def open_run(path: Path) -> StoredModel:
+    """The model in a run's newest checkpoint, or in a checkpoint, without DeepSpeed.
+
+    Raises:
+        UserError: no checkpoint there, or a damaged one.
+    """
+    checkpoint = find_checkpoint(path)
+    checkpoint.verify()
+    config = load_settings(TrainConfig, checkpoint.path.parents[1] / "config.yaml")
+    name, step = config.text_encoder, checkpoint.layout.step
+    return StoredModel(
+        source=str(checkpoint.path),
+        unet_config=build_unet(config.unet, config.latent_size).config,
+        scheduler_config=sampling_scheduler(config.diffusion).config,
+        states={"ema": lambda: dict(checkpoint.weights("ema")), "raw": lambda: dict(checkpoint.weights("master"))},
+        frozen=lambda: frozen_of(config),
+        average=Average(config.ema.decay, checkpoint.layout.ema_updates),
+        step=step,
+        tokenizer_name=None if Path(name).is_dir() else name,
+    )
+
+
+def frozen_of(config: TrainConfig) -> Frozen:
+    """VAE and text encoder of a training config.
+
+    Raises:
+        UserError: they are not there.
+    """
+    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+    return Frozen(load_vae(config.vae), tokenizer, text_encoder)
+
+
+def open_folder(path: Path) -> StoredModel:
+    """The model in a diffusers folder, with raw weights beside the averaged ones where they are.
+
+    Raises:
+        UserError: it is no such folder.
+    """
+    unet_folder = path / "unet"
+    try:
+        unet_config = UNet2DConditionModel.load_config(unet_folder, local_files_only=True)
+        scheduler_config = PNDMScheduler.load_config(path / "scheduler", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is neither a diffusers folder with a Stable Diffusion pipeline nor a training run: {error}"
+        ) from error
+    # Missing in configs of 2022, and what their model was trained with; diffusers' pipeline corrects them likewise.
+    unet_config = dict(unet_config)
+    if unet_config.get("sample_size") is None:
+        unet_config["sample_size"] = 64
+    scheduler_config = {"steps_offset": 1, "set_alpha_to_one": False, **scheduler_config}
+    states: dict[Weights, Any] = {"ema": lambda: _folder_state(unet_folder, unet_config, None)}
+    if find_part(unet_folder, "unet", RAW_VARIANT):
+        states["raw"] = lambda: _folder_state(unet_folder, unet_config, RAW_VARIANT)
+    return StoredModel(str(path), unet_config, scheduler_config, states, lambda: _folder_frozen(path))
+
+
+def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) -> State:
+    try:
+        tensors = fit(open_part(folder, "unet", variant), empty_unet(config), str, str(folder))
+        return {name: tensor.float() for name, tensor in tensors.items()}
+    except UserError as error:
+        raise UserError(f"{folder} is not a UNet that diffusers can load: {error}") from error
+
+
+def _folder_frozen(path: Path) -> Frozen:
+    tokenizer, text_encoder = load_text_encoder(str(path))
+    return Frozen(load_vae(str(path)), tokenizer, text_encoder)
+
+
+def training_weights(path: Path) -> tuple[State, State, int | None]:
+    """Raw and averaged weights of the UNet to begin training from, and how many updates made the average.
+
+    Where there is one kind of weights it is both, and an average of 0 updates. The number is None where the model has
+    an average but does not know it.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    model = open_model(path)
+    weights = model.state("ema")
+    if "raw" not in model.states:
+        return weights, weights, 0
+    return model.state("raw"), weights, None if model.average is None else model.average.num_updates

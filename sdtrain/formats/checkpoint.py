@@ -1,0 +1,162 @@
+"""Checkpoints: flat fp32 partitions as safetensors, readable by any number of ranks and without DeepSpeed.
+
+    checkpoints/step-00000200/layout.json              names, shapes, offsets, digests; written last
+                              rank-00000-of-00002.safetensors   master, exp_avg, exp_avg_sq, ema
+    latest                                             name of the newest checkpoint
+
+All ranks see one file system. A folder has its final name only when every file in it is whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import safe_open
+
+from sdtrain.dataset.files import sha256_of
+from sdtrain.errors import UserError
+from sdtrain.settings import Settings
+from sdtrain.training.guards import GuardState
+
+FORMAT = 1
+STATE = ("master", "exp_avg", "exp_avg_sq", "ema")
+
+
+class ParameterSlot(Settings):
+    """Where one parameter lies in the flat vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
+class Layout(Settings):
+    """What a checkpoint holds."""
+
+    format: int = FORMAT
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    world_size: int
+    partition_numel: int
+    """Elements in each rank's file, padding of the last one included."""
+    config_digest: str
+    data_digest: str
+    files: dict[str, str]
+    """File name -> sha256, in the order of the ranks."""
+    parameters: list[ParameterSlot]
+    guard: GuardState = GuardState()
+    """Steps that were skipped, and the norms that decide about the next."""
+    loss_scaler: dict[str, float] = Field(default={})
+    """The dynamic loss scaler of fp16; empty for other precisions."""
+    num_ema_updates: int | None = Field(default=None, ge=0)
+    """Updates of the average, those of the runs before included that it began from; None in old checkpoints."""
+
+    @property
+    def num_applied(self) -> int:
+        """Optimizer steps that changed the weights."""
+        return self.step - self.guard.num_skipped
+
+    @property
+    def ema_updates(self) -> int:
+        """Updates of the average, as far as the checkpoint knows: old ones knew of their own run only."""
+        return self.num_applied if self.num_ema_updates is None else self.num_ema_updates
+
+
+def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterSlot]:
+    """Parameters laid one behind the other in the given order."""
+    slots, offset = [], 0
+    for name, shape in parameters:
+        slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset))
+        offset += slots[-1].numel
+    return slots
+
+
+class Checkpoint:
+    """A finished checkpoint folder.
+
+    Raises:
+        UserError: its layout is missing, damaged or of another format.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.layout = Layout.model_validate_json((path / "layout.json").read_bytes())
+        except (OSError, ValidationError) as error:
+            raise UserError(f"{path} is not a checkpoint that this version can read.") from error
+        if self.layout.format != FORMAT:
+            raise UserError(f"{path} has format {self.layout.format}; this sdtrain reads {FORMAT}.")
+
+    def verify(self) -> None:
+        """Compares every file with its digest.
+
+        Raises:
+            UserError: a file is missing or was changed.
+        """
+        for name, digest in self.layout.files.items():
+            file = self.path / name
+            if not file.is_file() or sha256_of(file) != digest:
+                raise UserError(f"{file} is missing or damaged.")
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of one of STATE's flat vectors, however it was cut; zeros past its end."""
+        result, size = torch.zeros(stop - start), self.layout.partition_numel
+        last_slot = self.layout.parameters[-1]
+        stop = min(stop, last_slot.offset + last_slot.numel)
+        for rank, file_name in enumerate(self.layout.files):
+            first, last = max(start, rank * size), min(stop, (rank + 1) * size)
+            if first < last:
+                with safe_open(self.path / file_name, "pt") as file:
+                    part = file.get_slice(name)[first - rank * size : last - rank * size]
+                result[first - start : last - start] = part
+        return result
+
+    def weights(self, which: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole parameters by name, fp32, one after the other; `which` is "master" or "ema"."""
+        for slot in self.layout.parameters:
+            yield slot.name, self.read(which, slot.offset, slot.offset + slot.numel).reshape(slot.shape)
+
+
+def folder_of(run_dir: Path) -> Path:
+    """Where a run's checkpoints lie."""
+    return run_dir / "checkpoints"
+
+
+def finished(folder: Path) -> list[Path]:
+    """The folders with a final name, newest first."""
+    return sorted(folder.glob("step-[0-9]*"), reverse=True)
+
+
+def newest_whole(run_dir: Path) -> Checkpoint | None:
+    """A run's newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+    for path in finished(folder_of(run_dir)):
+        try:
+            checkpoint = Checkpoint(path)
+            checkpoint.verify()
+            return checkpoint
+        except UserError as error:
+            print(f"warning: {error} Going on from the checkpoint before it.", flush=True)
+    return None
+
+
+def find_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: itself, or the newest whole one of a run directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "layout.json").exists():
+        return Checkpoint(path)
+    found = newest_whole(path)
+    if found is None:
+        raise UserError(f"There is no finished checkpoint in {path}. Name a run directory or one of its checkpoints.")
+    return found

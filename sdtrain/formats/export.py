@@ -1,0 +1,154 @@
+"""From a model that sdtrain can read to a diffusers folder or a CompVis file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from sdtrain.config import TrainConfig
+from sdtrain.dataset.files import raise_if_disk_full
+from sdtrain.errors import UserError
+from sdtrain.formats.any_model import RAW_VARIANT, frozen_of, open_model
+from sdtrain.formats.compvis import write_compvis
+from sdtrain.formats.dtypes import DTYPES, cast
+from sdtrain.formats.stored_model import Frozen, StoredModel, Weights
+from sdtrain.formats.tensor_file import SUFFIXES
+from sdtrain.models.schedulers import make_scheduler, sampling_scheduler
+from sdtrain.precision import Fixed
+
+Network = TypeVar("Network", bound=torch.nn.Module)
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What of a model is written.
+
+    Attributes:
+        weights: averaged ones, raw ones, or `both`: then a CompVis file has the averaged ones as `model_ema.*`, and a
+            diffusers folder the raw ones as variant `non_ema`, as public files and folders do.
+        dtype: of the weights.
+        tokenizer: for a model in one file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
+    """
+
+    weights: Literal["ema", "raw", "both"] = "ema"
+    dtype: Fixed = "fp32"
+    tokenizer: str | None = None
+
+
+def export_model(source: Path, output: Path, settings: ExportSettings | None = None) -> Path:
+    """Writes a model as a CompVis file or as a diffusers folder, whole or not at all.
+
+    Args:
+        source: a run (its newest checkpoint), a checkpoint, a diffusers folder or a CompVis file.
+        output: ends in `.ckpt` or `.safetensors` for a CompVis file, which is replaced; otherwise a folder, where an
+            earlier export is replaced.
+        settings: which weights, in which precision.
+
+    Raises:
+        UserError: no such model or weights; `output` holds something else; the disk is full.
+    """
+    settings = settings or ExportSettings()
+    if output.suffix not in SUFFIXES:
+        _require_replaceable(output)
+    elif output.is_dir():
+        raise UserError(f"{output} is a folder; choose another name for the file.")
+    model = open_model(source, settings.tokenizer)
+    if output.suffix in SUFFIXES:
+        _export_compvis(model, output, settings)
+    else:
+        _export_diffusers(model, output, settings)
+    return output
+
+
+def _export_compvis(model: StoredModel, output: Path, settings: ExportSettings) -> None:
+    both = settings.weights == "both"
+    state = model.state("raw" if settings.weights != "ema" else "ema")
+    average = model.state("ema") if both else None
+    write_compvis(model, output, model.frozen(), state, average, DTYPES[settings.dtype])
+
+
+def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings) -> None:
+    first: Weights = "raw" if settings.weights == "raw" else "ema"
+    unet, dtype = _cast(model.unet(first), settings.dtype), settings.dtype
+    raw = _cast(model.unet("raw"), dtype) if settings.weights == "both" else None
+    frozen = model.frozen()
+    frozen = Frozen(_cast(frozen.vae, dtype), frozen.tokenizer, _cast(frozen.text_encoder, dtype))
+    with _publish_folder(output) as temporary:
+        _pipeline(unet, frozen, make_scheduler(None, model.scheduler_config)).save_pretrained(temporary)
+        if raw is not None:
+            raw.save_pretrained(temporary / "unet", variant=RAW_VARIANT)
+        _forget_places(temporary)
+
+
+def _cast(network: Network, dtype: Fixed) -> Network:
+    state = {name: cast(tensor, DTYPES[dtype], name) for name, tensor in network.state_dict().items()}
+    network.load_state_dict(state, assign=True)
+    return network
+
+
+def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path) -> Path:
+    """Writes `unet` with the config's frozen networks as a diffusers folder, whole or not at all.
+
+    Raises:
+        UserError: `output` holds something that is no earlier export.
+    """
+    _require_replaceable(output)
+    pipeline = _pipeline(unet, frozen_of(config), sampling_scheduler(config.diffusion))
+    with _publish_folder(output) as temporary:
+        pipeline.save_pretrained(temporary)
+        _forget_places(temporary)
+    return output
+
+
+def _pipeline(unet: UNet2DConditionModel, frozen: Frozen, scheduler: object) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=frozen.vae,
+        text_encoder=frozen.text_encoder,
+        tokenizer=frozen.tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _forget_places(folder: Path) -> None:
+    """Diffusers notes in a config where its network was loaded from: a path of this machine, of no use to others."""
+    for path in folder.glob("*/config.json"):
+        content = json.loads(path.read_text())
+        if content.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.exists() and not (target / "model_index.json").exists():
+        raise UserError(f"{target} exists and is not an earlier export; choose another output.")
+
+
+@contextmanager
+def _publish_folder(target: Path) -> Iterator[Path]:
+    """Yields a temporary folder and puts it in the place of `target` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if target.exists():
+            target.replace(replaced)
+        temporary.replace(target)
+    except OSError as error:
+        raise_if_disk_full(error, target)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

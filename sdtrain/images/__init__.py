@@ -1,0 +1,1 @@
+"""Decodes, resizes, crops and stores pictures."""

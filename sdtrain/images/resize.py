@@ -1,0 +1,178 @@
+"""img2dataset's resizer as an engine: for pictures already decoded too, in several threads, and quick to import."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.errors import UserError
+from sdtrain.images.decode import PictureError
+
+Pixels = NDArray[np.uint8]
+_CANNOT_DECODE = "Image decoding error"  # img2dataset's words
+_ALBUMENTATIONS = "albumentations"
+_AUGMENTATIONS = f"{_ALBUMENTATIONS}.augmentations"
+_PACKAGES = ("img2dataset", _ALBUMENTATIONS, _AUGMENTATIONS, f"{_AUGMENTATIONS}.geometric", f"{_AUGMENTATIONS}.crops")
+# The transforms that the resizer uses, and where albumentations 1.x has them.
+_TRANSFORMS = {
+    "SmallestMaxSize": f"{_AUGMENTATIONS}.geometric.resize",
+    "LongestMaxSize": f"{_AUGMENTATIONS}.geometric.resize",
+    "PadIfNeeded": f"{_AUGMENTATIONS}.geometric.transforms",
+    "CenterCrop": f"{_AUGMENTATIONS}.crops.transforms",
+}
+
+
+@dataclass
+class Resized:
+    """What came of one picture.
+
+    Attributes:
+        content: the encoded picture; None where the given bytes may stay, because no pixel was changed.
+        pixels: as they were encoded, (H, W, 3), BGR.
+        original_width: before resizing.
+        original_height: before resizing.
+    """
+
+    content: bytes | None
+    pixels: Pixels
+    original_width: int
+    original_height: int
+
+
+@dataclass
+class _Job:
+    given: Pixels | None
+    may_stay: bool
+    must_stay: bool
+    decoded: Pixels | None = None
+    final: Pixels | None = None
+    stays: bool = False
+
+
+class ResizeEngine:
+    """img2dataset's `Resizer` with the settings of a recipe; may be called by several threads at once."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._resizer = _module().Resizer(
+            image_size=config.image_size,
+            resize_mode=config.resize_mode,
+            resize_only_if_bigger=config.resize_only_if_bigger,
+            encode_quality=config.encode_quality,
+            encode_format=config.encode_format,
+        )
+
+    def __call__(
+        self, content: bytes, pixels: Pixels | None = None, may_stay: bool = False, must_stay: bool = False
+    ) -> Resized:
+        """Resizes and encodes a picture.
+
+        Args:
+            content: the picture's bytes.
+            pixels: the decoded picture, (H, W, 3), BGR, if img2dataset is not to decode `content` itself.
+            may_stay: do not encode where resizing left the pixels alone.
+            must_stay: do not encode at all.
+
+        Raises:
+            PictureError: "not_an_image", or "resize_failed" for shapes that cannot be resized or encoded.
+        """
+        job = _jobs.current = _Job(pixels, may_stay, must_stay)
+        try:
+            encoded, _, _, width, height, error = self._resizer(io.BytesIO(content))
+        finally:
+            _jobs.current = None
+        if error == _CANNOT_DECODE:
+            raise PictureError("not_an_image", "the picture cannot be decoded")
+        if error is not None or job.final is None:
+            # Without OpenCV's own words, which name its version and source file.
+            raise PictureError("resize_failed", "the picture cannot be resized or encoded")
+        return Resized(None if job.stays else encoded, job.final, width, height)
+
+
+class _Jobs(threading.local):
+    current: _Job | None = None
+
+
+_jobs = _Jobs()
+
+
+class _Cv2:
+    """Stands for `cv2` in img2dataset's module: hands in pixels, takes note of them, and leaves out needless work."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(cv2, name)
+
+    @staticmethod
+    def imdecode(buffer: Pixels, flags: int) -> Any:
+        job = _current_job()
+        job.decoded = cv2.imdecode(buffer, flags) if job.given is None else job.given  # type: ignore[assignment]
+        return job.decoded
+
+    @staticmethod
+    def imencode(extension: str, pixels: Pixels, params: list[int]) -> tuple[bool, Pixels]:
+        job = _current_job()
+        job.final = pixels
+        job.stays = job.must_stay or (job.may_stay and pixels is job.decoded)
+        if job.stays:
+            return True, np.empty(0, np.uint8)
+        return cv2.imencode(extension, pixels, params)
+
+
+def _current_job() -> _Job:
+    if _jobs.current is None:
+        raise AssertionError("img2dataset's resizer is called by ResizeEngine alone")
+    return _jobs.current
+
+
+@cache
+def _module() -> Any:
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks a server for news
+    try:
+        module = _import_light()
+    except ImportError:  # albumentations laid out otherwise
+        module = importlib.import_module("img2dataset.resizer")
+    # It swaps the process's standard streams around each picture: slow, and wrong with threads.
+    module.SuppressStdoutStderr = nullcontext  # type: ignore[attr-defined]
+    module.cv2 = _Cv2()  # type: ignore[attr-defined]
+    return module
+
+
+def _import_light() -> ModuleType:
+    """`img2dataset.resizer` without what its packages import beside: a fifth of the time, which every child pays."""
+    with _hollow_packages() as packages:
+        for name, home in _TRANSFORMS.items():
+            setattr(packages[_ALBUMENTATIONS], name, getattr(importlib.import_module(home), name))
+        return importlib.import_module("img2dataset.resizer")
+
+
+@contextmanager
+def _hollow_packages() -> Iterator[dict[str, ModuleType]]:
+    """Packages whose modules can be imported, but whose own __init__ does not run; gone after the block."""
+    if any(name in sys.modules for name in _PACKAGES):
+        raise ImportError("imported in full already")
+    hollow = {}
+    try:
+        for name in _PACKAGES:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise UserError(f"{name} is not installed. Install sdtrain with its dependencies (`make setup`).")
+            hollow[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
+            hollow[name].__dict__["__version__"] = ""  # asked for by a module of albumentations
+        yield hollow
+    finally:
+        for name in hollow:
+            sys.modules.pop(name, None)

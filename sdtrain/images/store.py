@@ -1,0 +1,105 @@
+"""From a fetched body to the picture that is stored: checked, upright RGB, resized, encoded."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.images.decode import PictureError, upright_rgb
+from sdtrain.images.header import Header, read_header
+from sdtrain.images.perceptual import perceptual_hash
+from sdtrain.images.resize import Pixels, ResizeEngine
+
+_BIG_PIXELS = 2**24
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredPicture:
+    """A picture as it goes into the shard; sizes are those of the upright picture.
+
+    Attributes:
+        content: its bytes.
+        extension: "jpg", "png" or "webp".
+        width: as stored.
+        height: as stored.
+        original_width: as fetched.
+        original_height: as fetched.
+        phash: `perceptual_hash` of its pixels.
+    """
+
+    content: bytes
+    extension: str
+    width: int
+    height: int
+    original_width: int
+    original_height: int
+    phash: int
+
+
+class PictureMaker:
+    """Makes stored pictures by the settings of a recipe; may be called by several threads at once.
+
+    8-bit RGB pictures that are upright go to img2dataset's resizer as they are, so that their pixels are those
+    of img2dataset; all others become such pictures first (`sdtrain.images.decode` says how).
+
+    `reencode` says when the bytes that were fetched are kept:
+
+    - always: never, as in img2dataset;
+    - if_changed: where the picture is plain, small enough, and in `encode_format` already;
+    - never: always, whatever their kind and orientation, as long as they are JPEG, PNG or WebP.
+    """
+
+    def __init__(self, config: DownloadConfig) -> None:
+        self._config = config
+        self._engine = ResizeEngine(config)
+        # One big picture at a time: each may take gigabytes, and a few at once all of the memory.
+        self._big = threading.Lock()
+
+    def __call__(self, content: bytes) -> StoredPicture:
+        """Makes the stored picture of a fetched body.
+
+        Raises:
+            PictureError: why it does not become one.
+        """
+        try:
+            header = read_header(content, self._config.max_pixels)
+            width, height = header.picture.size
+            with self._big if width * height > _BIG_PIXELS else nullcontext():
+                return self._make(content, header)
+        except (PictureError, MemoryError):
+            raise
+        except Exception as error:
+            # What nobody foresaw of hostile bytes is one lost picture and not a lost shard, but somebody should hear.
+            _log.exception("Unexpected failure of a picture")
+            raise PictureError("not_an_image", f"unexpected {type(error).__name__}") from error
+
+    def _make(self, content: bytes, header: Header) -> StoredPicture:
+        never = self._config.reencode == "never"
+        if never and header.extension is None:
+            raise PictureError("other_format", f"{header.picture.format}, which is not stored as it is")
+        may_stay = (
+            self._config.reencode == "if_changed" and header.is_plain and header.extension == self._config.encode_format
+        )
+        pixels = None if header.is_plain else _bgr(header)
+        resized = self._engine(content, pixels, may_stay=may_stay, must_stay=never)
+        height, width = resized.pixels.shape[:2]
+        return StoredPicture(
+            content=content if resized.content is None else resized.content,
+            extension=header.extension if never and header.extension else self._config.encode_format,
+            width=width,
+            height=height,
+            original_width=resized.original_width,
+            original_height=resized.original_height,
+            phash=perceptual_hash(resized.pixels),
+        )
+
+
+def _bgr(header: Header) -> Pixels:
+    return cv2.cvtColor(np.asarray(upright_rgb(header.picture)), cv2.COLOR_RGB2BGR)  # type: ignore[return-value]

@@ -1,0 +1,150 @@
+"""Packed pictures as the loader reads them when the VAE runs in the training loop."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import lock_to_read
+from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.download.rows import read_parquet
+from sdtrain.errors import UserError
+from sdtrain.images.crops import chance, cut
+from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.shard_catalog import Catalogue
+
+_COLUMNS = ["uid", "key", "picture_offset", "picture_bytes"]
+_OPEN_SHARDS = 256
+_BEHIND_LAST = 2**16
+
+
+class PictureStore(SampleStore):
+    """The pictures of one packed dataset, cropped anew in each epoch.
+
+    The tables of shards are read when they are first needed. A global shuffle over very many shards reads one nearly
+    for every sample; `data.shuffle: blocks` does not.
+
+    Args:
+        root: the dataset directory, holding `dataset/`.
+        resolution: side of the crops in pixels.
+        encoder: turns (B, 3, H, W) uint8 pixels into moments, for `get`.
+    """
+
+    def __init__(self, root: Path, resolution: int, encoder: OnlineVae):
+        dataset = DatasetDir(root)
+        self._folder, self._resolution, self.encoder = dataset.packed_table(0).parent, resolution, encoder
+        self._lock = lock_to_read(dataset, "training")
+        self.sizes = [(resolution // 8, resolution // 8)]
+        self._catalogue = Catalogue(self._folder, self.sizes)
+        self.digest = self._catalogue.digest
+        self.counts = self._catalogue.counts().reshape(-1, 1)
+        if self.counts.sum() == 0:
+            raise no_pictures(self._folder)
+        self._ends = np.cumsum(self.counts[:, 0])
+        self._table = lru_cache(maxsize=_OPEN_SHARDS)(self._read_table)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def size_number(self, index: int) -> int:
+        """All pictures have one size."""
+        return 0
+
+    def buffer(self, num_samples: int, size: int) -> NDArray[np.uint8]:
+        """Room for pixels, (B, 3, H, W)."""
+        return np.empty((num_samples, 3, self._resolution, self._resolution), np.uint8)
+
+    def fetch(
+        self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
+    ) -> Fetched:
+        """Reads samples; the crop is drawn from (seed, sample, epoch)."""
+        fetched = Fetched.blank(len(indices))
+        for place, index in enumerate(indices.tolist()):
+            try:
+                uid, members = self._members(index)
+                fetched.uids[place], fetched.captions[place] = uid, members["txt"].decode()
+                if rows is not None:
+                    picture = decode_rgb(members[picture_extension(members)])
+                    crop = cut(picture, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[place])))
+                    rows[place] = crop.pixels.transpose(2, 0, 1)
+            except (UserError, OSError, KeyError, ValueError, tarfile.TarError, pa.ArrowException) as error:
+                shard = int(np.searchsorted(self._ends, index, side="right"))
+                fetched.damaged[place] = (
+                    f"{self._tar(shard)}: sample {index} cannot be read: {error}. Delete the file and run the build "
+                    "again: it redoes lost shards."
+                )
+        return fetched
+
+    def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Posterior moments of samples, cropped as in the first epoch of seed 0: (B, 8, h, w) float16."""
+        pixels = self.buffer(len(indices), 0)
+        self.fetch(indices, np.zeros_like(indices), 0, pixels).require_whole()
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        return self.encoder(torch.from_numpy(pixels).to(device)).cpu()
+
+    def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
+        """A sample's identity and its members, which lie between the pictures before and behind its own."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        row = index - int(self._ends[shard] - self.counts[shard, 0])
+        table = self._table(shard)
+        offsets, sizes = table["picture_offset"], table["picture_bytes"]
+        begin = _padded(offsets[row - 1].as_py() + sizes[row - 1].as_py()) if row else 0
+        last = row + 1 == len(table)
+        end = offsets[row].as_py() + sizes[row].as_py() + _BEHIND_LAST if last else offsets[row + 1].as_py() - 512
+        tar = self._tar(shard)
+        fetch_shard_file(self._folder.parent, tar, "pack")
+        with tar.open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), end - begin, begin)
+        return table["uid"][row].as_py(), _members_of(table["key"][row].as_py(), content)
+
+    def _read_table(self, shard: int) -> pa.Table:
+        return read_parquet(self._folder / self._catalogue.shards[shard].table, _COLUMNS).combine_chunks()
+
+    def _tar(self, shard: int) -> Path:
+        return (self._folder / self._catalogue.shards[shard].table).with_suffix(".tar")
+
+
+class OnlineVae:
+    """A VAE that encodes on the device on which its input lies; loaded when it is first needed."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Moments of (B, 3, H, W) uint8 pictures: (B, 8, h, w) float16, unscaled, as the cache holds them."""
+        from sdtrain.encode.vae import posterior_moments, shared_vae
+
+        return posterior_moments(shared_vae(self._name, pixels.device), pixels).half()
+
+
+def no_pictures(folder: Path) -> UserError:
+    """The sentence for a dataset that has not been packed."""
+    return UserError(f"There are no packed pictures in {folder}: build the dataset as far as `pack` first.")
+
+
+def _members_of(key: str, content: bytes) -> dict[str, bytes]:
+    """The members of one sample in a piece of a tar that begins with a header."""
+    members, at = dict[str, bytes](), 0
+    while at + 512 <= len(content) and content[at] != 0:
+        info = tarfile.TarInfo.frombuf(content[at : at + 512], "utf-8", "strict")
+        stem, _, extension = info.name.partition(".")
+        if stem == key:
+            members[extension] = content[at + 512 : at + 512 + info.size]
+            if len(members[extension]) < info.size:
+                raise ValueError("the tar is cut short")
+        at += 512 + _padded(info.size)
+    return members
+
+
+def _padded(size: int) -> int:
+    return -(-size // 512) * 512

@@ -1,0 +1,219 @@
+"""Random access to the latents of a dataset, and the check that they are the right ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdtrain.dataset.files import sha256_of
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import lock_to_read
+from sdtrain.dataset.manifest import read_entry
+from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.encode.info import no_latents, require_latents
+from sdtrain.errors import UserError
+from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.shard_catalog import Catalogue, whole_tables_digest
+from sdtrain.loading.shard_index import ShardIndex, read_index
+
+# Files open at once: tars and indexes each. Many systems allow a process 1024.
+OPEN_SHARDS = 256
+# Up to here indexes stay in memory and nothing is written beside the tables.
+_SMALL = 1_000_000
+_EXPONENT = np.uint16(0x7C00)
+
+
+class LatentStore(SampleStore):
+    """The latents of one dataset.
+
+    At the start only the tables' footers are read; a shard's rows are when one of them is first needed, and some
+    shards' at most are open at a time. So start and memory depend on the number of shards and not of samples.
+
+    Attributes:
+        info: what the latents were made with (`latents/info.json`).
+        digest: tells one dataset from another (`Catalogue.digest`).
+        sizes: height and width of the latents; more than one with aspect-ratio buckets. Samples are numbered size by
+            size, and within a size in the order of the shards.
+        num_crops: crops of each picture.
+
+    Args:
+        root: the dataset directory.
+        resolution: side of the pictures that training expects, in pixels.
+        verify: compare each tar with its digest in the manifest before anything is read from it.
+        open_shards: how many may be open at a time.
+    """
+
+    def __init__(self, root: Path, resolution: int, verify: bool = False, open_shards: int = OPEN_SHARDS):
+        self._dataset, self._verify = DatasetDir(root), verify
+        self._folder = self._dataset.latents_info.parent
+        self.info = _read_info(self._dataset)
+        # As long as this lives: shards are opened when they are needed.
+        self._lock = lock_to_read(self._dataset, "training")
+        pixels = self.info.get("buckets") or [(resolution, resolution)]
+        self.sizes = [(height // 8, width // 8) for width, height in pixels]
+        self.num_crops = int(self.info.get("num_crops", 1))
+        self._catalogue = Catalogue(self._folder, self.sizes)
+        self.digest = self._catalogue.digest
+        self.counts = self._catalogue.counts()
+        if self.counts.sum() == 0:
+            raise no_latents(root)
+        self._ends = np.cumsum(self.counts, axis=0)
+        self._size_ends = np.cumsum(self._ends[-1])
+        self._index = lru_cache(maxsize=open_shards)(self._read_index)
+        self._tar = lru_cache(maxsize=open_shards)(self._open_tar)
+
+    def __len__(self) -> int:
+        return int(self._size_ends[-1])
+
+    def has_digest(self, digest: str) -> bool:
+        """Whether a checkpoint's digest is this dataset's, by today's rule or by that of older checkpoints."""
+        return digest == self.digest or digest == whole_tables_digest(self._folder)
+
+    def check_shards(self) -> None:
+        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded anew.
+
+        Raises:
+            UserError: naming the shard.
+        """
+        for shard in self._catalogue.shards:
+            if shard.made_by != self.info.get("vae_sha256"):
+                raise UserError(
+                    f"{(self._folder / shard.table).with_suffix('.tar')} was made with another VAE than "
+                    f"{self._folder / 'info.json'} says. Run the build again to its end: it redoes what is not of the "
+                    "present recipe."
+                )
+
+    def size_number(self, index: int) -> int:
+        """Which of the sizes a sample has."""
+        return int(np.searchsorted(self._size_ends, index, side="right"))
+
+    def buffer(self, num_samples: int, size: int) -> NDArray[np.float16]:
+        """Room for posterior mean and log-variance, (B, 8, h, w)."""
+        return np.empty((num_samples, 8, *self.sizes[size]), np.float16)
+
+    def fetch(
+        self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
+    ) -> Fetched:
+        """Reads samples; each epoch takes the next of a picture's crops, from a first one that is drawn by lot."""
+        fetched = Fetched.blank(len(indices))
+        for place, index in enumerate(indices.tolist()):
+            try:
+                shard, row = self._locate(index)
+                described = self._index(shard)
+                fetched.uids[place], fetched.captions[place] = described.uid(row), described.caption(row)
+                if rows is not None:
+                    crop = _crop(seed, fetched.uids[place], int(epochs[place]), self.num_crops)
+                    self._read(shard, described, row, crop, rows[place])
+            except UserError as error:
+                fetched.damaged[place] = str(error)
+        return fetched
+
+    def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Posterior mean and log-variance of samples of one size, unscaled, first crops: (B, 8, h, w) float16.
+
+        Raises:
+            UserError: a latent that is damaged, missing or of another size.
+        """
+        moments = self.buffer(len(indices), self.size_number(int(indices[0])))
+        self.fetch(indices, np.zeros_like(indices), 0, moments).require_whole()
+        return torch.from_numpy(moments)
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """The shard of a sample and its row there."""
+        size = self.size_number(index)
+        index -= int(self._size_ends[size - 1]) if size else 0
+        shard = int(np.searchsorted(self._ends[:, size], index, side="right"))
+        rank = index - int(self._ends[shard, size] - self.counts[shard, size])
+        if len(self.sizes) == 1:
+            return shard, rank
+        return shard, int(self._index(shard).rows_of(self.sizes[size])[rank])
+
+    def _read(self, shard: int, index: ShardIndex, row: int, crop: int, out: NDArray[np.float16]) -> None:
+        file, num_bytes = self._tar(shard), int(index.num_bytes[row])
+        if num_bytes != self.num_crops * out.nbytes:
+            raise UserError(
+                f"{file.name} holds a latent of {num_bytes} bytes, but data.resolution {8 * out.shape[1]} needs "
+                f"{self.num_crops * out.nbytes}. Set data.resolution to the recipe's encode.resolution."
+            )
+        offset = int(index.offsets[row]) + crop * out.nbytes
+        if os.preadv(file.fileno(), [out.data], offset) < out.nbytes:
+            raise UserError(
+                f"{file.name} is shorter than its table says. Run the build again: it redoes damaged shards."
+            )
+        # All bits of the exponent are set in infinities and in what is not a number.
+        if int((out.view(np.uint16) & _EXPONENT).max()) == _EXPONENT:
+            raise UserError(
+                f"{file.name}: the latent of {index.uid(row)} is not finite. Delete the file and run the build again: "
+                "it redoes lost shards."
+            )
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        described = self._catalogue.shards[shard]
+        table = self._folder / described.table
+        index = read_index(table, described.digest, keep=len(self) > _SMALL)
+        if len(index) != sum(described.samples):
+            raise UserError(f"{table} changed while it is in use. Start the training again.")
+        return index
+
+    def _open_tar(self, shard: int) -> IO[bytes]:
+        path = (self._folder / self._catalogue.shards[shard].table).with_suffix(".tar")
+        fetch_shard_file(self._dataset.root, path, "encode")
+        try:
+            if self._verify:
+                self._check_digest(path)
+            return path.open("rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}. Run the build again: it redoes lost shards.") from error
+
+    def _check_digest(self, path: Path) -> None:
+        entry = read_entry(self._dataset, "encode", int(path.stem))
+        stated = entry.outputs.get(self._dataset.relative(path)) if entry else None
+        if stated is None:
+            raise UserError(f"{path} has no digest in the manifest that data.verify could compare it with.")
+        if sha256_of(path) != stated.sha256:
+            raise UserError(
+                f"{path} is not what was written: its sha256 differs from the manifest's. Delete it and run the build "
+                "again: it redoes lost shards."
+            )
+
+
+def _crop(seed: int, uid: str, epoch: int, num_crops: int) -> int:
+    if num_crops == 1:
+        return 0
+    first = hashlib.blake2b(f"crop {seed} {uid}".encode(), digest_size=8).digest()
+    return (int.from_bytes(first, "little") + epoch) % num_crops
+
+
+def check_cache(info: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
+    """Refuses latents that were made with other settings than training assumes.
+
+    Raises:
+        UserError: naming every value that differs, both as found and as expected.
+    """
+    wrong = [
+        f"{key} is {info.get(key)!r} there and {value!r} here"
+        for key, value in expected.items()
+        if info.get(key) != value
+    ]
+    if wrong:
+        raise UserError(
+            f"The latents in {where} do not fit this training: {'; '.join(wrong)}. Encode them again with the VAE and "
+            "resolution of the config, or train with theirs."
+        )
+
+
+def _read_info(dataset: DatasetDir) -> dict[str, Any]:
+    require_latents(dataset.root)
+    try:
+        info = json.loads(dataset.latents_info.read_text())
+    except ValueError as error:
+        raise UserError(f"{dataset.latents_info} is damaged: {error}. Run the build again.") from error
+    return dict(info)

@@ -1,0 +1,206 @@
+"""Batches for training, prepared in the background."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import CLIPTokenizer
+
+from sdtrain.config import TrainConfig
+from sdtrain.diffusion import drop_captions, offset_noise
+from sdtrain.errors import UserError
+from sdtrain.loading.image_store import OnlineVae
+from sdtrain.loading.sample_plan import Picks, SampleNoise, sample_noise
+from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.sources import make_plan
+
+_SUBSTITUTES = 16
+_log = logging.getLogger(__name__)
+# A tokenizer sets its padding before it works, so that two threads may not use one at the same time.
+_TOKENIZING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank needs for one forward pass."""
+
+    moments: torch.Tensor
+    """(B, 8, h, w) float16, unscaled."""
+    posterior: torch.Tensor
+    """(B, 4, h, w) float32 standard normal for the VAE's posterior."""
+    noise: torch.Tensor
+    """(B, 4, h, w) float32: what is added to the latent; standard normal, unless offset noise is on."""
+    timesteps: torch.Tensor
+    """(B,) int64."""
+    token_ids: torch.Tensor
+    """(B, L) int64; dropped captions are the tokens of ""."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The batch on `device`, without waiting for the copy."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The batch in memory from which the GPU fetches it by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class PixelBatch(MicroBatch):
+    """A batch of pictures: `moments` are (B, 3, H, W) uint8 pixels, until the batch goes to its device."""
+
+    encoder: OnlineVae
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The batch on `device`, its pictures encoded there."""
+        there = super().to(device)
+        tensors = {name: value for name, value in vars(there).items() if name != "encoder"}
+        return MicroBatch(**tensors | {"moments": self.encoder(there.moments)})
+
+
+class BatchMaker:
+    """Makes the micro-batches of one rank, each a pure function of (seed, step).
+
+    Attributes:
+        accumulation: micro-batches of one optimizer step.
+        num_substituted: damaged samples that were replaced in the batches made so far (`data.on_corrupt: skip`).
+    """
+
+    def __init__(self, store: SampleStore, tokenizer: CLIPTokenizer, config: TrainConfig, rank: int, world_size: int):
+        self._store, self._config = store, config
+        self._rank, self._world_size = rank, world_size
+        self._plan = make_plan(store, config, config.validation.num_samples)
+        self._tokens = CaptionTokens(tokenizer)
+        self.accumulation = config.accumulation(world_size)
+        self.num_substituted = 0
+        self._named = set[str]()
+        self._naming = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def make(self, step: int, micro_step: int) -> MicroBatch:
+        """The rank's share of micro-step `micro_step` of optimizer step `step`."""
+        config = self._config
+        picks = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch_size)
+        return self.assemble(picks, step, config.caption_dropout)
+
+    def assemble(self, picks: Picks, step: int, caption_dropout: float) -> MicroBatch:
+        """The batch of some samples of one size, with the noise that they have in optimizer step `step`."""
+        config, num_samples = self._config, len(picks.indices)
+        size_number = self._store.size_number(int(picks.indices[0]))
+        rows = self._store.buffer(num_samples, size_number)
+        fetched = self._fetch(picks, rows)
+        shape = (num_samples, 4, *self._store.sizes[size_number])
+        posterior, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        chances = self._chances(step, fetched.uids, posterior, noise)
+        captions = drop_captions(fetched.captions, [chance.drop for chance in chances], caption_dropout)
+        offsets = torch.from_numpy(np.stack([chance.offset for chance in chances]))
+        batch = MicroBatch(
+            moments=torch.from_numpy(rows),
+            posterior=torch.from_numpy(posterior),
+            noise=offset_noise(torch.from_numpy(noise), offsets, config.diffusion.offset_noise),
+            timesteps=torch.tensor([chance.timestep for chance in chances]),
+            token_ids=self._tokens(captions),
+        )
+        return PixelBatch(**vars(batch), encoder=OnlineVae(config.vae)) if config.data.online_vae else batch
+
+    def _chances(
+        self, step: int, uids: Sequence[str], posterior: NDArray[np.float32], noise: NDArray[np.float32]
+    ) -> list[SampleNoise]:
+        length, shape = self._config.diffusion.num_timesteps, posterior.shape[1:]
+        return [
+            sample_noise(self._config.seed, step, uid, length, shape, (posterior[place], noise[place]))
+            for place, uid in enumerate(uids)
+        ]
+
+    def prefetch(self, first_step: int, last_step: int, pin_memory: bool) -> Iterator[MicroBatch]:
+        """All micro-batches of steps [first_step, last_step), prepared by threads while training is busy."""
+        wanted = ((step, k) for step in range(first_step, last_step) for k in range(self.accumulation))
+        ahead: deque[Future[MicroBatch]] = deque()
+        pool = ThreadPoolExecutor(self._config.data.num_workers, "latent-loader")
+        try:
+            for step, micro_step in wanted:
+                ahead.append(pool.submit(self._make_pinned if pin_memory else self.make, step, micro_step))
+                if len(ahead) > self._config.data.num_prefetch:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _make_pinned(self, step: int, micro_step: int) -> MicroBatch:
+        return self.make(step, micro_step).pinned()
+
+    def _fetch(self, picks: Picks, rows: NDArray[Any]) -> Fetched:
+        """Reads samples into `rows`; by `data.on_corrupt`, computed substitutes take the places of damaged ones.
+
+        A substitute is drawn from (seed, sample, attempt) among those of its dataset and size, so that it is the same
+        on every rank and after every resume.
+        """
+        seed = self._config.seed
+        fetched = self._store.fetch(picks.indices, picks.epochs, seed, rows)
+        for attempt in range(_SUBSTITUTES):
+            if not fetched.damaged:
+                return fetched
+            if self._config.data.on_corrupt == "stop":
+                fetched.require_whole()
+            self._note(fetched)
+            places = sorted(fetched.damaged)
+            others = np.array([self._substitute(int(picks.indices[place]), attempt) for place in places])
+            spare = np.empty_like(rows[: len(places)])
+            fetched.put(places, self._store.fetch(others, picks.epochs[places], seed, spare))
+            rows[places] = spare
+        raise UserError(
+            f"A damaged sample's {_SUBSTITUTES} substitutes are damaged as well, so that skipping leads nowhere: "
+            f"{next(iter(fetched.damaged.values()))}"
+        )
+
+    def _substitute(self, index: int, attempt: int) -> int:
+        first, size = self._plan.stream_of(index)
+        name = f"substitute {self._config.seed} {index} {attempt}"
+        return first + int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") % size
+
+    def _note(self, fetched: Fetched) -> None:
+        with self._naming:
+            self.num_substituted += len(fetched.damaged)
+            for sentence in set(fetched.damaged.values()) - self._named:
+                self._named.add(sentence)
+                _log.warning("Another sample takes the place of a damaged one. %s", sentence)
+
+
+class CaptionTokens:
+    """Captions as token ids; those of the empty caption are made once."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self._tokenize = partial(tokenize, tokenizer)
+        self._empty = self._tokenize([""])
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Token ids, (B, L) int64."""
+        ids = self._empty.repeat(len(captions), 1)
+        places = [place for place, caption in enumerate(captions) if caption]
+        if places:
+            ids[places] = self._tokenize([captions[place] for place in places])
+        return ids
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Token ids, (B, L) int64: cut and padded to the encoder's length, the end token kept."""
+    with _TOKENIZING:
+        encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    return encoded.input_ids

@@ -1,0 +1,153 @@
+"""What there is in each shard of a dataset's latents, without its rows: read in moments however many there are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sdtrain.dataset.files import publish
+from sdtrain.errors import UserError
+
+VAE_KEY = "sdtrain.vae_sha256"
+"""In the tables' metadata: digest of the VAE that made the shard."""
+ROWS_KEY = "sdtrain.rows_sha256"
+"""In the tables' metadata: digest of the rows, so that the footer tells one table from another."""
+SIZES_KEY = "sdtrain.samples_of_size"
+"""In the tables' metadata: JSON, how many of the rows have each of the sizes in latents/info.json."""
+
+_FILE = "catalogue.json"
+_VERSION = 1
+_WORTH_KEEPING = 256
+_READERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One shard's table, from its footer.
+
+    Attributes:
+        table: the Parquet file's name.
+        stamp: its size in bytes and when it was changed: what tells whether the rest still holds.
+        digest: sha256 of its footer, which holds counts, sizes, statistics and the digest of the rows.
+        made_by: digest of the VAE.
+        samples: how many it holds of each size.
+    """
+
+    table: str
+    stamp: tuple[int, int]
+    digest: str
+    made_by: str
+    samples: tuple[int, ...]
+
+
+class Catalogue:
+    """The shards of one dataset, in order.
+
+    The footers of many shards are read once and kept in `latents/catalogue.json`; an entry counts as long as size and
+    time of its table are the same.
+
+    Attributes:
+        shards: in the order of their numbers.
+        digest: sha256 over the shards' digests, which tells one dataset from another.
+
+    Args:
+        folder: `latents/`.
+        sizes: height and width of the latents in it.
+
+    Raises:
+        UserError: a table that cannot be read.
+    """
+
+    def __init__(self, folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+        known = {shard.table: shard for shard in _kept(folder / _FILE) if len(shard.samples) == len(sizes)}
+        found = _tables(folder)
+        fresh = [name for name, stamp in found.items() if name not in known or known[name].stamp != stamp]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = pool.map(lambda name: _read(folder / name, found[name], sizes), fresh)
+            known |= {shard.table: shard for shard in read}
+        self.shards = [known[name] for name in found]
+        self.digest = hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode()).hexdigest()
+        if len(fresh) >= _WORTH_KEEPING:
+            _keep(folder / _FILE, self.shards)
+
+    def counts(self) -> NDArray[np.int64]:
+        """Samples of each size in each shard, (shards, sizes)."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
+
+
+def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
+    """Digest of what a table says: which samples, with which captions, where."""
+    content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def whole_tables_digest(folder: Path) -> str:
+    """What older checkpoints have as the dataset's digest: sha256 over all bytes of all tables."""
+    digest = hashlib.sha256()
+    for name in _tables(folder):
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def _tables(folder: Path) -> dict[str, tuple[int, int]]:
+    """Names of the shards' tables, in order, with their size and time."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        tables = [e for e in entries if e.name.endswith(".parquet") and e.name[0].isdigit()]
+        stats = {entry.name: entry.stat() for entry in tables}
+    # By number: from 100,000 on, names have another length.
+    names = sorted(stats, key=lambda name: (len(name), name))
+    return {name: (stats[name].st_size, stats[name].st_mtime_ns) for name in names}
+
+
+def _read(path: Path, stamp: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Shard:
+    try:
+        with path.open("rb") as file:
+            file.seek(-8, os.SEEK_END)
+            footer_bytes = int.from_bytes(file.read(4), "little")
+            file.seek(-8 - footer_bytes, os.SEEK_END)
+            digest = hashlib.sha256(file.read(footer_bytes)).hexdigest()
+        described = pq.read_metadata(path)
+        metadata = described.metadata or {}
+        samples = [described.num_rows] if len(sizes) == 1 else json.loads(metadata.get(SIZES_KEY.encode(), b"[]"))
+        if len(samples) != len(sizes) or sum(samples) != described.num_rows:  # some were taken out since
+            samples = _count(path, sizes)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error
+    return Shard(path.name, stamp, digest, metadata.get(VAE_KEY.encode(), b"").decode(), tuple(samples))
+
+
+def _count(path: Path, sizes: Sequence[tuple[int, int]]) -> list[int]:
+    with pq.ParquetFile(path) as file:
+        rows = file.read(["height", "width"])
+    sides = np.stack([rows["height"].to_numpy(), rows["width"].to_numpy()], axis=1)
+    counts = [int((sides == size).all(axis=1).sum()) for size in sizes]
+    if sum(counts) != len(sides):
+        raise ValueError("it holds latents of sizes that latents/info.json does not name")
+    return counts
+
+
+def _kept(path: Path) -> list[Shard]:
+    try:
+        version, rows = json.loads(path.read_bytes())
+        return [Shard(t, tuple(s), d, m, tuple(n)) for t, s, d, m, n in rows] if version == _VERSION else []
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _keep(path: Path, shards: list[Shard]) -> None:
+    rows = [[shard.table, shard.stamp, shard.digest, shard.made_by, shard.samples] for shard in shards]
+    with suppress(OSError), publish(path) as temporary:  # a folder that cannot be written costs time and nothing else
+        temporary.write_text(json.dumps([_VERSION, rows]))

@@ -1,0 +1,194 @@
+"""The datasets of a training run: opened, checked, put together, and the plan of their samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdtrain.config import TrainConfig
+from sdtrain.config.data import DataConfig
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.s3.open import training_root
+from sdtrain.encode.info import NORMALISATION, require_latents
+from sdtrain.errors import UserError
+from sdtrain.loading.image_store import OnlineVae, PictureStore, no_pictures
+from sdtrain.loading.interleave import whole_shares
+from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
+from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
+from sdtrain.loading.sample_plan import SamplePlan, SourcePlan
+from sdtrain.loading.sample_store import Fetched, SampleStore
+
+
+class MixedStore(SampleStore):
+    """Several datasets as one: the samples of the first, then those of the second, and so on.
+
+    Args:
+        stores: the datasets, of the same sizes.
+        weights: of each, part of the digest.
+    """
+
+    def __init__(self, stores: Sequence[SampleStore], weights: Sequence[float]) -> None:
+        self.stores, self.sizes = tuple(stores), stores[0].sizes
+        self.counts = np.concatenate([store.counts for store in stores])
+        described = [[store.digest, weight] for store, weight in zip(stores, weights, strict=True)]
+        self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        self._ends = np.cumsum([len(store) for store in stores])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def size_number(self, index: int) -> int:
+        """Which of the sizes a sample has."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.stores[number].size_number(index - self._first(number))
+
+    def buffer(self, num_samples: int, size: int) -> NDArray[Any]:
+        """Room for what `fetch` reads of samples of one size."""
+        return self.stores[0].buffer(num_samples, size)
+
+    def fetch(
+        self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
+    ) -> Fetched:
+        """Reads samples, each from its dataset."""
+        fetched = Fetched.blank(len(indices))
+        numbers = np.searchsorted(self._ends, indices, side="right")
+        for place, number in enumerate(numbers.tolist()):
+            here = slice(place, place + 1)
+            own = self.stores[number].fetch(
+                indices[here] - self._first(number), epochs[here], seed, None if rows is None else rows[here]
+            )
+            fetched.put([place], own)
+        return fetched
+
+    def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """Posterior mean and log-variance of samples of one size, unscaled: (B, 8, h, w) float16."""
+        numbers = np.searchsorted(self._ends, indices, side="right").tolist()
+        each = zip(numbers, indices, strict=True)
+        return torch.cat([self.stores[n].get(np.array([index - self._first(n)])) for n, index in each])
+
+    def _first(self, number: int) -> int:
+        return int(self._ends[number - 1]) if number else 0
+
+
+def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
+    """The config's datasets, checked against its VAE and resolution.
+
+    Raises:
+        UserError: no latents, or others than the config assumes.
+    """
+    data = config.data
+    if data.online_vae:
+        encoder = OnlineVae(config.vae)
+        stores: list[SampleStore] = [
+            PictureStore(training_root(s.root, True), data.resolution, encoder) for s in data.all_sources
+        ]
+    else:
+        stores = [_open_latents(training_root(s.root), config, scaling_factor) for s in data.all_sources]
+    if len(stores) == 1:
+        return stores[0]
+    for source, store in zip(data.sources, stores, strict=True):
+        if list(store.sizes) != list(stores[0].sizes):
+            raise UserError(
+                f"The latents in {source.root} have other sizes than those in {data.sources[0].root}. Encode all "
+                "datasets with the same encode.resolution and encode.buckets."
+            )
+    return MixedStore(stores, [source.weight for source in data.sources])
+
+
+def require_samples(data: DataConfig) -> None:
+    """Says so at once where there is nothing to train on.
+
+    Raises:
+        UserError: a dataset has no latents, or no pictures with `data.online_vae`.
+    """
+    for source in data.all_sources:
+        root = training_root(source.root, data.online_vae)
+        pictures = DatasetDir(root).packed_table(0).parent
+        if not data.online_vae:
+            require_latents(root)
+        elif not any(pictures.glob("[0-9]*.parquet")):
+            raise no_pictures(pictures)
+
+
+def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) -> SamplePlan:
+    """The order of a run's samples.
+
+    Args:
+        store: its datasets.
+        config: the run.
+        num_held_out: so many of the last samples are in no epoch.
+
+    Raises:
+        UserError: groups of one size that the batches cannot be cut into; nothing left to train on.
+    """
+    group = _group(store, config)
+    stores = store.stores if isinstance(store, MixedStore) else (store,)
+    shares = whole_shares([source.weight for source in config.data.all_sources])
+    counts = [part.counts.copy() for part in stores]
+    _hold_out(counts[-1][:, -1], num_held_out)
+    is_single = len(stores) == len(store.sizes) == 1
+    sources = [
+        SourcePlan(
+            tuple(_order(rows, config, "" if is_single else f" {n} {size}", n) for size, rows in enumerate(part.T)),
+            shares[n],
+        )
+        for n, part in enumerate(counts)
+    ]
+    return SamplePlan(sources, config.global_batch_size, group)
+
+
+def _order(shard_sizes: NDArray[np.int64], config: TrainConfig, name: str, source: int) -> Order:
+    if config.data.shuffle == "global":
+        return GlobalOrder(int(shard_sizes.sum()), config.seed, name)
+    return BlockOrder(shard_sizes, config.data.window_shards, config.seed, f" {source}", name)
+
+
+def _hold_out(shard_sizes: NDArray[np.int64], num_samples: int) -> None:
+    """Takes the last samples out of the shards' sizes, in place."""
+    if num_samples and num_samples >= shard_sizes.sum():
+        raise UserError(
+            f"validation.num_samples {num_samples} leaves nothing to train on: there are {shard_sizes.sum()} latents "
+            "(of the last size, in the last dataset). Make it smaller."
+        )
+    ends = np.minimum(np.cumsum(shard_sizes), shard_sizes.sum() - num_samples)
+    shard_sizes[:] = np.diff(ends, prepend=0)
+
+
+def _group(store: SampleStore, config: TrainConfig) -> int:
+    group, micro, whole = config.data.bucket_group, config.micro_batch_size, config.global_batch_size
+    if len(store.sizes) > 1 and not group:
+        raise UserError(
+            f"The latents in {config.data.name} have {len(store.sizes)} sizes. Set data.bucket_group to a multiple of "
+            f"micro_batch_size that divides global_batch_size, such as {micro}."
+        )
+    if group and len(store.sizes) == 1:
+        raise UserError(f"The latents in {config.data.name} have one size: set data.bucket_group to 0.")
+    if group and (group % micro or whole % group):
+        raise UserError(
+            f"data.bucket_group {group} has to be a multiple of micro_batch_size {micro} and to divide "
+            f"global_batch_size {whole}, so that every micro-batch is of one size; {micro} would be."
+        )
+    return max(1, group)
+
+
+def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
+    from sdtrain.models.build import recorded_vae_digest  # late: DeepSpeed must not come in before the ranks are joined
+
+    open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
+    store = LatentStore(root, config.data.resolution, config.data.verify, open_shards)
+    expected = {
+        "vae_sha256": recorded_vae_digest(config.vae, store.info.get("vae_sha256")),
+        "resolution": config.data.resolution,
+        "scaling_factor": scaling_factor,
+        "normalisation": NORMALISATION,
+    }
+    check_cache(store.info, expected, root / "latents")
+    store.check_shards()
+    return store

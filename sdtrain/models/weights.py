@@ -1,0 +1,158 @@
+"""Where the weights of networks come from: files, or what others have published, fetched once into a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.errors import UserError
+from sdtrain.settings import nearest
+
+# Weights for trials. Where the published network is large, the first means a small one of the same form.
+RANDOM = "random:"
+RANDOM_FULL = "random-full:"
+_TIMEOUT_S = 60
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights that others have published.
+
+    Attributes:
+        url: where they are.
+        file: their name in the cache.
+        sha256: of the file; None where the publisher names none and we have not seen the file. Such a file is trusted
+            when it is first used: its digest is written down beside it in the cache, and has to be that from then on.
+    """
+
+    url: str
+    file: str
+    sha256: str | None = None
+
+
+def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "name another file") -> Path:
+    """A file of weights: a known name (fetched into the cache if need be) or a path.
+
+    Args:
+        name: what the user wrote.
+        known: published weights by name.
+        otherwise: what else the user can do, when a known name cannot be fetched.
+
+    Raises:
+        UserError: no such file or name, the download failed, or the file is not the published one.
+    """
+    if name not in known:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(
+                f"There are no weights '{name}': neither a file nor a known name.{nearest(name, list(known))}"
+            )
+        return path
+    published = known[name]
+    path = cache_dir() / published.file
+    if not path.exists():
+        _download(published, path, otherwise)
+    digest = sha256_of(path)
+    if published.sha256 and digest != published.sha256:
+        raise UserError(
+            f"{path} is not the published '{name}' (its sha256 differs): expected {published.sha256}, found {digest}. "
+            "Delete it to fetch it again."
+        )
+    if not published.sha256:
+        _check_first_seen(path, digest)
+    return path
+
+
+def cache_dir() -> Path:
+    """Where fetched weights are kept: $SDTRAIN_CACHE, or ~/.cache/sdtrain."""
+    return Path(os.environ.get("SDTRAIN_CACHE") or Path.home() / ".cache" / "sdtrain")
+
+
+def random_seed(name: str) -> int | None:
+    """The seed of `random:SEED` and `random-full:SEED`, or None for other names.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if not name.startswith((RANDOM, RANDOM_FULL)):
+        return None
+    kind, _, seed = name.partition(":")
+    try:
+        return int(seed)
+    except ValueError as error:
+        raise UserError(f"Weights '{name}': after '{kind}:' comes a whole number, the seed.") from error
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Networks built inside have the same random weights each time; the caller's random numbers are left alone."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed or 0)
+        yield
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Tensors by name from .safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
+
+    Raises:
+        UserError: the file is neither, or holds more than tensors.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a file of weights that is safe to load: {error}") from error
+    state = state.get("weights", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path} does not hold tensors by name, as a state dict does.")
+    return dict(state)
+
+
+def _check_first_seen(path: Path, digest: str) -> None:
+    """Writes the digest down where there is none yet, in the form of sha256sum, and else compares."""
+    seen = path.with_name(f"{path.name}.sha256")
+    if not seen.exists():
+        _log.warning("%s has no published digest; trusted now, with sha256 %s.", path, digest)
+        with suppress(PermissionError), publish(seen) as temporary:  # a cache that others fill may not be ours to write
+            temporary.write_text(f"{digest}  {path.name}\n")
+    elif seen.read_text().split()[:1] != [digest]:
+        raise UserError(
+            f"{path} is not what it was when it was first used: its sha256 is {digest}, and {seen} has another. Delete "
+            "it to fetch it again; delete both if you know why it changed."
+        )
+
+
+def _download(published: Published, path: Path, otherwise: str) -> None:
+    try:
+        with urllib.request.urlopen(published.url, timeout=_TIMEOUT_S) as response:  # noqa: S310  # a fixed https URL
+            content = response.read()
+    except OSError as error:
+        raise UserError(
+            f"The weights {published.file} are not in {path.parent} and could not be fetched ({error}). Download "
+            f"{published.url} elsewhere and put it there, or {otherwise}."
+        ) from error
+    digest = hashlib.sha256(content).hexdigest()
+    if published.sha256 and digest != published.sha256:
+        raise UserError(
+            f"{published.url} gave other bytes than the published {published.file}: expected sha256 "
+            f"{published.sha256}, found {digest}; nothing was kept."
+        )
+    with publish(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,1 @@
+"""Packs the kept samples into tars of equal size: the stage PACK."""

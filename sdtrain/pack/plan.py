@@ -1,0 +1,147 @@
+"""Which kept sample goes into which packed shard, and where its picture lies among the downloaded ones."""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import closing
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+
+from sdtrain.dataset.config import PackConfig
+from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import fingerprint, require_entry
+from sdtrain.dataset.selection import selected_shards
+from sdtrain.errors import UserError
+
+PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
+"""Columns of the images tables that travel with the sample."""
+SHORT = b"sdtrain.short_shards"
+"""In the metadata of decisions.parquet: how many samples were taken out of which packed shard since (JSON)."""
+
+_ORDER = "md5(d.uid || $seed), d.uid"
+# One pass over the tables, however many packed shards there are: each holds samples of nearly all image shards.
+_PLAN = f"""
+SELECT d.shard, {", ".join(f"i.{name}" for name in PROVENANCE)}, i.extension, i.picture_offset, i.picture_bytes
+FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid
+WHERE d.reason IS NULL ORDER BY {_ORDER}
+"""  # noqa: S608 - the names are constants
+_PLACES = f"""
+SELECT place FROM (
+    SELECT d.uid, row_number() OVER (ORDER BY {_ORDER}) - 1 AS place
+    FROM read_parquet($decisions) d WHERE d.reason IS NULL
+) WHERE uid IN (SELECT unnest($uids))
+"""  # noqa: S608
+_ROWS_PER_GROUP = 8192
+_DIGEST = b"sdtrain.plan"
+_ONE_AT_A_TIME = Lock()
+
+
+def shard_sizes(dataset: DatasetDir, config: PackConfig) -> list[int]:
+    """How many samples each packed shard has: N, the last one the rest, and those less that lost some to a removal."""
+    decisions = dataset.decisions
+    num_kept = require_entry(dataset, "keep", 0).num_out
+    changed_ns = decisions.stat().st_mtime_ns if decisions.exists() else 0
+    return list(_sizes(num_kept, config.samples_per_shard, decisions, changed_ns))
+
+
+@lru_cache(maxsize=2)
+def _sizes(num_kept: int, size: int, decisions: Path, mtime_ns: int) -> tuple[int, ...]:
+    short = short_shards(decisions)
+    num_places = num_kept + sum(short.values())
+    num_shards = math.ceil(num_places / size)
+    return tuple(min(size, num_places - size * n) - short.get(n, 0) for n in range(num_shards))
+
+
+def short_shards(decisions: Path) -> dict[int, int]:
+    """How many samples were taken out of which packed shard since the decisions were made."""
+    described = (pq.read_schema(decisions).metadata or {}) if decisions.exists() else {}
+    return {int(shard): num for shard, num in json.loads(described.get(SHORT, b"{}")).items()}
+
+
+def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
+    """The samples of one packed shard in their order: provenance, source shard and place of the picture."""
+    sizes = shard_sizes(dataset, config)
+    begin = sum(sizes[:shard])
+    return _rows(_plan(dataset, config), begin, begin + sizes[shard])
+
+
+def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> Counter[int]:
+    """How many of some samples belong into which packed shard; those that are not kept belong into none."""
+    ends = list(accumulate(shard_sizes(dataset, config)))
+    values = {"decisions": str(dataset.decisions), "seed": str(config.seed), "uids": list(uids)}
+    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "places"))})) as connection:
+        places = connection.execute(_PLACES, values).fetchall()
+    return Counter(bisect_right(ends, place) for (place,) in places)
+
+
+def forget_plan(dataset: DatasetDir) -> None:
+    """Deletes the plan; it is made again when it is needed."""
+    dataset.pack_plan.unlink(missing_ok=True)
+
+
+def _plan(dataset: DatasetDir, config: PackConfig) -> Path:
+    keep = require_entry(dataset, "keep", 0)
+    digest = fingerprint("plan/1", {"seed": config.seed, "keep": keep.fingerprint}, [keep])
+    with _ONE_AT_A_TIME:
+        path = dataset.pack_plan
+        if not path.exists() or (pq.read_schema(path).metadata or {}).get(_DIGEST) != digest.encode():
+            _write_plan(dataset, config, digest)
+        return path
+
+
+def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
+    values = {
+        "decisions": str(dataset.decisions),
+        "images": [str(dataset.images_table(shard)) for shard in selected_shards(dataset)],
+        "seed": str(config.seed),
+        "target": "",
+    }
+    with (
+        publish(dataset.pack_plan) as temporary,
+        scratch(dataset.root, "plan") as folder,
+        closing(duckdb.connect(config={"temp_directory": str(folder)})) as connection,
+    ):
+        values["target"] = str(temporary)
+        options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"
+        try:
+            # Nothing of a user's is pasted: the digest is hexadecimal.
+            written = f"COPY ({_PLAN}) TO $target ({options}, KV_METADATA {{'{_DIGEST.decode()}': '{digest}'}})"
+            connection.execute(written, values)
+        except duckdb.Error as error:
+            raise_if_disk_full(error, dataset.pack_plan)
+            raise UserError(_unreadable(dataset, error)) from error
+
+
+def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:
+    return (
+        f"The tables in {dataset.images_table(0).parent} cannot be read as they must be for packing "
+        f"({str(error).splitlines()[0]}). If one is missing, run the build again: it downloads the shard anew. If "
+        "they are of an older version, delete the folder first."
+    )
+
+
+def _rows(plan: Path, begin: int, end: int) -> list[dict[str, Any]]:
+    """Rows from `begin` up to `end`, of the row groups that hold them alone."""
+    rows, first = list[dict[str, Any]](), 0
+    with pq.ParquetFile(plan) as file:
+        for number, size in enumerate(_group_sizes(file)):
+            low, high = max(begin - first, 0), min(end - first, size)
+            if low < high:
+                rows += file.read_row_group(number).slice(low, high - low).to_pylist()
+            first += size
+    return rows
+
+
+def _group_sizes(file: pq.ParquetFile) -> Sequence[int]:
+    return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]

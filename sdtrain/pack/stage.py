@@ -1,0 +1,180 @@
+"""PACK: kept samples -> WebDataset shards of exactly N, in a global shuffle."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sdtrain.dataset.config import PackConfig, PictureRecipe
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
+from sdtrain.dataset.s3.files import discard, read_part
+from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.tars import SampleIndex, write_samples
+from sdtrain.download.image_shards import PLACE, picture_place
+from sdtrain.errors import UserError
+from sdtrain.loading.shard_index import index_path
+from sdtrain.pack.plan import PROVENANCE, planned, shard_sizes
+
+_TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
+# Far below what a process may have open, and there are far more image shards than any number that could be.
+_OPEN_TARS = 128
+# Of tars that lie on S3: requests at once, and pictures asked for ahead.
+_THREADS, _AHEAD = 16, 64
+_HEADER_BYTES = 512
+
+
+class SourceTars:
+    """The downloaded shards, some of them open: packing jumps from one to another with every sample.
+
+    Args:
+        dataset: whose.
+        max_open: files open at once; the one that was not used for longest is closed first.
+    """
+
+    def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:
+        self._dataset, self._max_open = dataset, max_open
+        self._open = OrderedDict[int, IO[bytes]]()
+        self._threads = ThreadPoolExecutor(_THREADS, "pack")
+
+    def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Planned rows and their pictures, in the same order.
+
+        Raises:
+            UserError: a tar is missing, cut short or another one than its table describes.
+        """
+        waiting = deque[tuple[dict[str, Any], Callable[[], bytes]]]()
+        for row in rows:
+            waiting.append((row, self._asked(row)))
+            if len(waiting) > _AHEAD:
+                yield _checked(self._dataset, *waiting.popleft())
+        while waiting:
+            yield _checked(self._dataset, *waiting.popleft())
+
+    def close(self) -> None:
+        """Closes all that are open."""
+        self._threads.shutdown(cancel_futures=True)
+        while self._open:
+            self._open.popitem()[1].close()
+
+    def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
+        """What gives the bytes of a picture and of the header before it; of a tar on S3 they are on their way."""
+        tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
+        place = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
+        if shard in self._open or tar.exists() or not mirror_of(self._dataset):
+            return partial(self._read_here, shard, *place)
+        return self._threads.submit(read_part, self._dataset, tar, *place).result
+
+    def _read_here(self, shard: int, offset: int, num_bytes: int) -> bytes:
+        file = self._file(shard)
+        file.seek(offset)
+        return file.read(num_bytes)
+
+    def _file(self, shard: int) -> IO[bytes]:
+        if shard not in self._open:
+            while len(self._open) >= self._max_open:
+                self._open.popitem(last=False)[1].close()
+            self._open[shard] = self._dataset.images_tar(shard).open("rb")
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+
+def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]) -> tuple[dict[str, Any], bytes]:
+    tar = dataset.images_tar(row["shard"])
+    place = tar if tar.exists() or not dataset.url else f"{dataset}/{dataset.relative(tar)}"
+    try:
+        content = read()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"There is no file {place}, whose pictures are to be packed. Run the build again: it makes the shard anew."
+        ) from error
+    # The header begins with the name.
+    is_named = content.startswith(f"{row['key']}.{row['extension']}".encode() + b"\0")
+    if not is_named or len(content) < _HEADER_BYTES + row["picture_bytes"]:
+        raise UserError(
+            f"{place} is damaged or cut short: the picture of {row['key']} is not where its table says. "
+            "Delete it and run the build again: it downloads the shard anew."
+        )
+    return row, content[_HEADER_BYTES:]
+
+
+def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardReport:
+    """Copies the samples of one packed shard out of the image shards, one after the other, without re-encoding."""
+    rows = planned(dataset, config, shard)
+    with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
+        samples = ((row["key"], _members(row, picture)) for row, picture in tars.read(rows))
+        written = write_samples(temporary, samples)
+    with publish(dataset.packed_table(shard)) as temporary:
+        table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
+        pq.write_table(pa.Table.from_pylist(table, _TABLE), temporary, compression="zstd")
+    outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
+    return ShardReport(stage="pack", shard=shard, num_in=len(rows), num_out=len(written), outputs=outputs)
+
+
+def write_index(dataset: DatasetDir) -> Path:
+    """Writes dataset/index.json, which lists the finished shards in the form that webdataset's `wids` reads."""
+    path = dataset.packed_tar(0).with_name("index.json")
+    shards = []
+    for entry in entries(dataset, "pack"):
+        tar = dataset.packed_tar(entry.shard)
+        output = entry.outputs[dataset.relative(tar)]
+        shards.append({"url": tar.name, "nsamples": entry.num_out, "filesize": output.bytes, "sha256": output.sha256})
+    content = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": [s for s in shards if s["nsamples"]]}
+    with publish(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    return path
+
+
+def _members(row: dict[str, Any], picture: bytes) -> dict[str, bytes]:
+    provenance = {name: row[name] for name in PROVENANCE}
+    return {
+        row["extension"]: picture,
+        "txt": (row["caption"] or "").encode(),
+        "json": json.dumps(provenance, ensure_ascii=False, sort_keys=True).encode(),
+    }
+
+
+def _row(row: dict[str, Any], written: SampleIndex) -> dict[str, Any]:
+    return {"uid": row["uid"], "key": row["key"]} | picture_place(written)
+
+
+def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+    return list(range(len(shard_sizes(dataset, recipe.pack))))
+
+
+def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+    keep = require_entry(dataset, "keep", 0)
+    # keep's own fingerprint holds the digests of the image shards: the same decisions may be about other bytes.
+    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
+
+
+def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    _delete_beyond(dataset, len(_shards(dataset, recipe)))
+    for shard in shards:
+        yield pack_shard(dataset, recipe.pack, shard)
+
+
+def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
+    """Deletes packed shards of an earlier, larger packing, and what was encoded from them: readers list the folders."""
+    for entry in dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json"):
+        shard = int(entry.stem)
+        if shard >= num_shards:
+            files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
+            for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):
+                discard(dataset, path)
+            index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
+            discard(dataset, entry)
+
+
+PACK: Stage[PictureRecipe] = Stage("pack", _shards, _fingerprint, _run)

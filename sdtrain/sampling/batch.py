@@ -1,0 +1,209 @@
+"""Pictures for many prompts, on all devices of a machine, with what made them written into each."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from sdtrain import __version__
+from sdtrain.choices import Weights
+from sdtrain.config.sections import SpeedConfig
+from sdtrain.dataset.files import publish
+from sdtrain.errors import UserError
+from sdtrain.formats.dtypes import fast_dtype
+from sdtrain.sampling.pipeline import load_networks
+from sdtrain.sampling.sampler import Sampler, SampleSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which networks to sample from; see `load_networks`."""
+
+    path: Path
+    weights: Weights = "ema"
+    dtype: torch.dtype = field(default_factory=fast_dtype)
+    tokenizer: str | None = None
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one a line; empty lines are left out.
+
+    Raises:
+        UserError: it cannot be read, is not UTF-8, or holds no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a UTF-8 text with one prompt a line: {error}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"{path} holds no prompt. Write one a line.")
+    return prompts
+
+
+def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
+    """Pictures for each prompt in turn; every picture has a seed of its own, counted up from `seed`."""
+    repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
+    return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
+
+
+def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
+    """The jobs in batches. They are cut before they are dealt out, so that a picture is the same whoever draws it."""
+    size = settings.batch_size
+    return [jobs[first : first + size] for first in range(0, len(jobs), size)]
+
+
+def place_of_rank() -> tuple[int, int, str | None]:
+    """Rank and number of the processes that `torchrun` or `deepspeed` started, and the device of this one.
+
+    Without a launcher, 0 and 1; the device is then None.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if world_size == 1:
+        return 0, 1, None
+    local, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if num_gpus and local >= num_gpus:
+        raise UserError(f"Rank {local} of this machine has no GPU: there are {num_gpus}. Start as many ranks as GPUs.")
+    return rank, world_size, f"cuda:{local}" if num_gpus else "cpu"
+
+
+def wait_for_all() -> None:
+    """Returns when every process that the launcher started has come here."""
+    if place_of_rank()[1] > 1:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_devices(num_processes: int | None = None) -> list[str]:
+    """Every GPU; without one, the CPU, once for each process asked for.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    num_gpus = torch.cuda.device_count()
+    if not num_gpus:
+        return ["cpu"] * (num_processes or 1)
+    if num_processes and num_processes > num_gpus:
+        raise UserError(f"There are {num_gpus} GPUs, too few for {num_processes} processes.")
+    return [f"cuda:{number}" for number in range(num_processes or num_gpus)]
+
+
+def draw(
+    model: Model, jobs: Sequence[Job], settings: SampleSettings, devices: Sequence[str]
+) -> Iterator[tuple[Job, Image.Image]]:
+    """The pictures in the order of the jobs, each as soon as it and those before it are there.
+
+    Raises:
+        UserError: no such model, or a model that gives no finite numbers.
+    """
+    yield from draw_batches(model, cut(jobs, settings), settings, devices)
+
+
+def draw_batches(
+    model: Model, batches: Sequence[Sequence[Job]], settings: SampleSettings, devices: Sequence[str]
+) -> Iterator[tuple[Job, Image.Image]]:
+    """As `draw`, of batches that `cut` made."""
+    if not batches:
+        return
+    if len(devices) == 1 or len(batches) == 1:
+        sampler = _load(model, devices[0])
+        for batch in batches:
+            yield from zip(batch, _sample(sampler, batch, settings), strict=True)
+        return
+    context = multiprocessing.get_context("spawn")
+    free: Queue[str] = context.Queue()
+    for device in devices:
+        free.put(device)
+    threads = max(1, torch.get_num_threads() // len(devices))
+    with ProcessPoolExecutor(len(devices), context, _begin, (model, free, threads)) as pool:
+        try:
+            results = pool.map(_sample_here, batches, [settings] * len(batches))
+            for batch, pictures in zip(batches, results, strict=True):
+                yield from zip(batch, pictures, strict=True)
+        except BrokenProcessPool as error:
+            raise UserError(
+                "A process that draws was ended from outside. Is there too little memory? Lower --batch-size."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, Any]:
+    """How a picture is made."""
+    made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
+    made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
+    made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
+    return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
+
+
+def save_picture(
+    path: Path,
+    picture: Image.Image,
+    job: Job,
+    model: Model,
+    settings: SampleSettings,
+    also: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a PNG that says in its text chunk `sdtrain` how it was made, and what else is to be known of it."""
+    made = description(job, model, settings) | dict(also or {})
+    text = PngInfo()
+    text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
+    with publish(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=text)
+
+
+def _load(model: Model, device: str) -> Sampler:
+    return Sampler(load_networks(model.path, device, model.dtype, model.weights, model.speed, model.tokenizer))
+
+
+def _sample(sampler: Sampler, batch: Sequence[Job], settings: SampleSettings) -> list[Image.Image]:
+    return sampler.sample([job.prompt for job in batch], [job.seed for job in batch], settings)
+
+
+@dataclass
+class _Worker:
+    """What a process of the pool draws with; the networks are loaded by its first batch, whose errors are passed on."""
+
+    model: Model
+    device: str
+    sampler: Sampler | None = None
+
+
+_workers: list[_Worker] = []
+
+
+def _begin(model: Model, free: Queue[str], num_threads: int) -> None:
+    torch.set_num_threads(num_threads)
+    _workers.append(_Worker(model, free.get()))
+
+
+def _sample_here(batch: Sequence[Job], settings: SampleSettings) -> list[Image.Image]:
+    worker = _workers[0]
+    worker.sampler = worker.sampler or _load(worker.model, worker.device)
+    return _sample(worker.sampler, batch, settings)

@@ -1,0 +1,104 @@
+"""The safety checker that published SD v1 comes with, or another judge of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
+
+from sdtrain.errors import UserError
+from sdtrain.formats.part_files import open_part
+from sdtrain.formats.spellings import checker_name, fit
+from sdtrain.models.build import find_weights
+from sdtrain.sampling.batch import Job
+
+Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
+"""Pictures -> which of them are not to be shown."""
+Flagged = Literal["black", "refuse"]
+"""What becomes of those that are not to be shown."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A picture and what the judge said.
+
+    Attributes:
+        job: what was drawn.
+        picture: black, or None, where it is not to be shown.
+        flagged: whether that is so.
+    """
+
+    job: Job
+    picture: Image.Image | None
+    flagged: bool = False
+
+
+def judged(
+    drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Flagged = "black"
+) -> Iterator[Judged]:
+    """Every picture, one judged at a time, so that the verdict does not depend on the others.
+
+    Args:
+        drawn: what `draw` gives.
+        judge: None lets all of them pass.
+        flagged: what becomes of those that are not to be shown: a black picture of the same size, or none.
+    """
+    for job, picture in drawn:
+        if judge is None or not judge([picture])[0]:
+            yield Judged(job, picture)
+        else:
+            yield Judged(job, Image.new("RGB", picture.size) if flagged == "black" else None, True)
+
+
+def load_safety_checker(name: str, device: str = "cpu") -> Judge:
+    """Diffusers' StableDiffusionSafetyChecker (Rando et al. 2022, arXiv:2210.04610, take it apart).
+
+    Args:
+        name: its folder, a pipeline's folder that holds one, or a hub id.
+        device: where it runs.
+
+    Raises:
+        UserError: it is not there, or something else is.
+    """
+    # Not above: with it come all pipelines of diffusers, for which whoever draws unjudged would wait.
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    folder = find_weights(name, "safety_checker")
+    try:
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            empty = StableDiffusionSafetyChecker(config)
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"{folder} is not a safety checker of Stable Diffusion v1: {error}") from error
+    is_nested = any(key.startswith("vision_model.vision_model.") for key in empty.state_dict())
+    try:
+        tensors = dict(fit(open_part(folder, "safety_checker"), empty, checker_name(is_nested), str(folder)))
+    except UserError as error:
+        raise UserError(f"{folder} is not a safety checker of Stable Diffusion v1: {error}") from error
+    network = StableDiffusionSafetyChecker.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return _SafetyChecker(network.to(device).eval(), _processor(name, config))
+
+
+def _processor(name: str, config: CLIPConfig) -> CLIPImageProcessor:
+    folder = find_weights(name, "safety_checker")
+    for place in (folder, folder.parent / "feature_extractor"):
+        if (place / "preprocessor_config.json").is_file():
+            return CLIPImageProcessor.from_pretrained(place, local_files_only=True)
+    side_px = config.vision_config.image_size
+    return CLIPImageProcessor(size={"shortest_edge": side_px}, crop_size={"height": side_px, "width": side_px})
+
+
+class _SafetyChecker:
+    def __init__(self, network: Any, processor: CLIPImageProcessor):
+        self._network, self._processor = network, processor
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> Sequence[bool]:
+        pixels = self._processor(list(pictures), return_tensors="pt").pixel_values.to(self._network.device)
+        # It blackens what it is given as `images`; the flags are enough here.
+        _, flags = self._network(clip_input=pixels, images=[torch.zeros(1) for _ in pictures])
+        return [bool(flag) for flag in flags]

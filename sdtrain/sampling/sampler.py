@@ -1,0 +1,151 @@
+"""From prompts to pictures, with classifier-free guidance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from sdtrain.choices import SamplerName
+from sdtrain.diffusion import guide
+from sdtrain.errors import UserError
+from sdtrain.loading.loader import tokenize
+from sdtrain.models.backends import attention_kernels, begin_graphs
+from sdtrain.models.build import LATENT_CHANNELS
+from sdtrain.models.schedulers import make_scheduler
+from sdtrain.sampling.pipeline import Networks
+
+_DECODED_AT_ONCE = 8
+"""So the memory that decoding takes does not grow with the batch."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How pictures are sampled; by default as SD v1's samples were.
+
+    Attributes:
+        guidance_scale: 1 is no guidance, and skips the unconditional half.
+        num_steps: of the sampler; PLMS calls the UNet once more than that.
+        sampler: by name; None takes the one that fits the model.
+        batch_size: pictures at once.
+
+    Raises:
+        UserError: a number that cannot be.
+    """
+
+    guidance_scale: float = 7.5
+    num_steps: int = 50
+    sampler: SamplerName | None = None
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.batch_size < 1:
+            raise UserError(f"num_steps ({self.num_steps}) and batch_size ({self.batch_size}) must be at least 1.")
+
+
+class Sampler:
+    """Makes pictures of prompts.
+
+    Args:
+        networks: loaded from a folder by `load_networks`, or those of a training run.
+    """
+
+    def __init__(self, networks: Networks):
+        self._networks = networks
+        self._device = networks.vae.device
+        self._compiled_for = 0
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings | None = None
+    ) -> list[Image.Image]:
+        """One picture for each prompt and its seed.
+
+        A picture's initial noise comes from its own seed, whatever else is in its batch.
+
+        Raises:
+            UserError: prompts and seeds differ in number, or the model gives no finite numbers.
+        """
+        settings = settings or SampleSettings()
+        if len(prompts) != len(seeds):
+            raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
+        pictures: list[Image.Image] = []
+        for first in range(0, len(prompts), settings.batch_size):
+            part = slice(first, first + settings.batch_size)
+            pictures += self._batch(prompts[part], seeds[part], settings)
+        return pictures
+
+    def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
+        missing = 0
+        if self._networks.speed.compile != "off":  # a smaller batch would be compiled for anew, so it is filled up
+            self._compiled_for = self._compiled_for or len(prompts)
+            missing = max(0, self._compiled_for - len(prompts))
+        filled = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
+        with attention_kernels(self._networks.speed):
+            latents = self._denoise(filled[0], self._initial_noise(filled[1]), settings)
+        return self._decode(latents[: len(prompts)])
+
+    def _initial_noise(self, seeds: Sequence[int]) -> torch.Tensor:
+        shape = (LATENT_CHANNELS, self._networks.latent_size, self._networks.latent_size)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self._device)
+
+    def _denoise(self, prompts: Sequence[str], latents: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
+        scheduler = make_scheduler(settings.sampler, self._networks.scheduler_config)
+        scheduler.set_timesteps(settings.num_steps)
+        guided = settings.guidance_scale != 1.0
+        context = self._encode(prompts)
+        if guided:
+            context = torch.cat([self._encode([""]).expand_as(context), context])
+        # On the device at once: a copy at every step would make the host wait for the device.
+        for timestep, at in zip(scheduler.timesteps, scheduler.timesteps.to(self._device), strict=True):
+            inputs = torch.cat([latents, latents]) if guided else latents
+            begin_graphs(self._networks.speed)
+            predicted = self._networks.unet(inputs.to(self._networks.dtype), at, context).sample.float()
+            if guided:
+                unconditional, conditional = predicted.chunk(2)
+                predicted = guide(unconditional, conditional, settings.guidance_scale)
+            latents = scheduler.step(predicted, timestep, latents).prev_sample
+        if not torch.isfinite(latents).all():
+            raise UserError(
+                f"The model in {self._networks.source} gives numbers that are not finite, so there is no picture. "
+                "Export an earlier checkpoint."
+            )
+        return latents
+
+    def _encode(self, captions: Sequence[str]) -> torch.Tensor:
+        token_ids = tokenize(self._networks.tokenizer, captions).to(self._device)
+        return self._networks.text_encoder(token_ids).last_hidden_state
+
+    def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        vae, pictures = self._networks.vae, list[Image.Image]()
+        for part in latents.split(_DECODED_AT_ONCE):
+            pixels = vae.decode(part / vae.config.scaling_factor).sample
+            if not pixels.isfinite().all():
+                raise UserError(
+                    f"The VAE of {self._networks.source} gives pictures that are not finite; its weights are damaged."
+                )
+            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pictures += [Image.fromarray(picture) for picture in rounded]
+        return pictures
+
+
+def make_grid(pictures: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
+    """Pictures of one size on a white sheet, row by row; nearly square by default.
+
+    Raises:
+        UserError: no pictures.
+    """
+    if not pictures:
+        raise UserError("There are no pictures to put on a sheet.")
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].width + gap_px, pictures[0].height + gap_px
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (columns * width + gap_px, rows * height + gap_px), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, columns)
+        sheet.paste(picture, (gap_px + column * width, gap_px + row * height))
+    return sheet

@@ -1,0 +1,1 @@
+"""The parts of a training run: engine, optimizer, loss, guards, checkpoints, monitor."""

@@ -1,0 +1,151 @@
+"""What of a training run goes to disk and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.formats.any_model import is_run, training_weights
+from sdtrain.formats.checkpoint import Checkpoint, find_checkpoint
+from sdtrain.loading.sample_store import SampleStore
+from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore, first_nonfinite
+from sdtrain.training.distributed import Ranks
+from sdtrain.training.ema import Ema
+from sdtrain.training.guards import StepGuard
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.zero_partition import ZeroPartition
+
+
+class Saves:
+    """Saves and restores a run's state. Every method is called by all ranks together.
+
+    A context manager around training, at whose end the checkpoint in the making is finished.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: RunDir,
+        ranks: Ranks,
+        samples: SampleStore,
+        partition: ZeroPartition,
+        ema: Ema,
+        guard: StepGuard,
+    ):
+        self._config, self._run_dir, self._ranks, self._samples = config, run_dir, ranks, samples
+        self._partition, self._ema, self._guard = partition, ema, guard
+        self._store = CheckpointStore(
+            run_dir.path, config.checkpoint, ranks.rank, ranks.world_size, ranks.checkpoint_group
+        )
+        self._saver = CheckpointSaver(self._store, config.checkpoint.mode)
+
+    def restore(self) -> int:
+        """Goes back to the newest checkpoint, or to `init_from`, or stays at the start; returns the steps done."""
+        checkpoint = self._store.newest()
+        if checkpoint is None:
+            self._begin_from_other_model()
+            return 0
+        layout = checkpoint.layout
+        if not self._samples.has_digest(layout.data_digest):
+            raise UserError(
+                f"{self._run_dir.path} was trained on other latents than {self._config.data.name} holds now. Choose "
+                "another --output, or delete it to start anew."
+            )
+        self._check_parameters(checkpoint)
+        moments = {name: self._part(checkpoint, name) for name in ("exp_avg", "exp_avg_sq")}
+        self._partition.restore(self._part(checkpoint, "master"), moments, layout.num_applied)
+        self._partition.restore_loss_scaler(layout.loss_scaler)
+        self._guard.state = layout.guard
+        self._ema.go_on_from(self._part(checkpoint, "ema"), layout.ema_updates)
+        return layout.step
+
+    def _begin_from_other_model(self) -> None:
+        """Takes raw and averaged weights of an earlier run or of a published model; the optimizer begins anew.
+
+        The average goes on where that model's ended, with its count of updates, as CompVis' does when it is restored.
+        """
+        if self._config.init_from is None:
+            return
+        path = Path(self._config.init_from)
+        if is_run(path) or not path.exists():
+            checkpoint = find_checkpoint(path)
+            self._check_parameters(checkpoint)
+            raw, average = self._part(checkpoint, "master"), self._part(checkpoint, "ema")
+            num_updates: int | None = checkpoint.layout.ema_updates
+        else:
+            raw_state, averaged_state, num_updates = training_weights(path)
+            raw, average = (self._cut(state, path) for state in (raw_state, averaged_state))
+        if self._ranks.any(any(first_nonfinite(part) is not None for part in (raw, average))):
+            raise UserError(f"{path} holds weights that are not finite. Begin with another model.")
+        self._partition.load_master(raw)
+        self._ema.go_on_from(average, num_updates)
+
+    def _cut(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
+        wanted = {slot.name: slot.shape for slot in self._partition.slots}
+        if wanted != {name: tuple(tensor.shape) for name, tensor in state.items()}:
+            raise _another_unet(path)
+        return self._partition.cut(state)
+
+    def _part(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        start = self._partition.start
+        return checkpoint.read(name, start, start + self._partition.master.numel())
+
+    def _check_parameters(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.layout.parameters != self._partition.slots:
+            raise _another_unet(checkpoint.path)
+
+    def save(self, step: int) -> None:
+        """Writes a checkpoint after `step` optimizer steps, or begins to. All ranks take part.
+
+        Raises:
+            UserError: this one, or the one before, could not be written; weights that are not finite.
+        """
+        self._guard.check(step)
+        self._saver.start(
+            step,
+            {"master": self._partition.master, "ema": self._ema.average} | self._partition.moments(),
+            config_digest=self._config.digest(),
+            data_digest=self._samples.digest,
+            parameters=self._partition.slots,
+            guard=self._guard.state,
+            loss_scaler=self._partition.loss_scaler(),
+            num_ema_updates=self._ema.num_updates,
+        )
+
+    def have_failed(self) -> bool:
+        """Whether a checkpoint in the making could not be written, as far as this rank knows."""
+        return self._saver.has_failed
+
+    def finish(self, step: int, first_step: int) -> None:
+        """Writes the last checkpoint, and DONE if the run reached its end.
+
+        Raises:
+            UserError: a checkpoint could not be written.
+        """
+        self._saver.wait()
+        if step > first_step:
+            self.save(step)
+        checkpoint = self._saver.wait()
+        is_done = step >= self._config.steps
+        if is_done and self._ranks.is_first:
+            newest = checkpoint or find_checkpoint(self._run_dir.path).path
+            self._run_dir.finish(step, newest)
+        if self._ranks.is_first:
+            print(f"{'finished' if is_done else 'stopped'} at step {step}: {self._run_dir.path}", flush=True)
+
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Training ends: the checkpoint in the making is finished first; its own error does not hide another."""
+        with suppress(Exception) if kind else nullcontext():
+            self._saver.wait()
+
+
+def _another_unet(path: Path) -> UserError:
+    return UserError(f"{path} holds another UNet than the config's `unet` describes.")

@@ -1,0 +1,253 @@
+"""Everything of DeepSpeed that is not public and that training relies on; nothing else in sdtrain touches it.
+
+Another version may flatten parameters in another order, look for overflow in another place or rename an attribute, and
+train on without a word. So one version is pinned, it is asked for at the start, and what is used of it is written down
+here (`missing`) and tested.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from sdtrain.errors import UserError
+
+TESTED_VERSION = "0.19.8"
+"""As pinned in pyproject.toml and requirements.lock."""
+
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "step": ("self", "closure"),
+    "check_overflow": ("self", "partition_gradients"),
+    "scaled_global_norm": ("self", "norm_type"),
+    "_update_scale": ("self", "has_overflow"),
+    "update_lp_params": ("self",),
+}
+_ATTRIBUTES = (
+    "bit16_groups",
+    "check_grad_overflow",
+    "cpu_offload",
+    "dtype",
+    "gradient_accumulation_dtype",
+    "ipg_buckets",
+    "loss_scale",
+    "loss_scaler",
+    "optimizer",
+    "overflow",
+    "param_groups",
+    "partition_gradients",
+    "reduce_scatter",
+    "round_robin_bit16_offsets",
+    "single_partition_of_fp32_groups",
+    "use_grad_accum_attribute",
+    "use_separate_grad_accum",
+)
+_MASK, _MASK_TAKES = "mask_nan_or_inf_with_val_inplace", ("input", "device", "val")
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_SCALER = (*_SCALER_STATE, "min_scale", "update_scale")
+_OURS = "sdtrain.training.deepspeed_internals relies on it"
+
+
+def missing(optimizer: Any) -> list[str]:
+    """A sentence for each thing that `optimizer`, DeepSpeed's for ZeRO-1 and 2, should have and does not."""
+    kind = type(optimizer)
+    said = []
+    for name, expected in _METHODS.items():
+        method = getattr(kind, name, None)
+        if not callable(method):
+            said.append(f"{kind.__name__} has no method {name}; {_OURS}.")
+        elif (found := tuple(inspect.signature(method).parameters)) != expected:
+            said.append(f"{kind.__name__}.{name} takes {', '.join(found)}, not {', '.join(expected)}; {_OURS}.")
+    said += [f"{kind.__name__} has no attribute {name}; {_OURS}." for name in _absent(optimizer, _ATTRIBUTES)]
+    scaler = getattr(optimizer, "loss_scaler", None)
+    wanted = () if scaler is None else _SCALER if getattr(scaler, "dynamic", True) else ("dynamic", "cur_scale")
+    return said + [f"{type(scaler).__name__} has no attribute {name}; {_OURS}." for name in _absent(scaler, wanted)]
+
+
+def changed_functions(module: Any) -> list[str]:
+    """A sentence for the function of `module`, where ZeRO-1 and 2 are, that `_mask_nonfinite` takes the place of."""
+    found = getattr(module, _MASK, None)
+    if found is None:
+        return [f"{module.__name__} has no function {_MASK}; {_OURS}."]
+    if found is not _mask_nonfinite and (takes := tuple(inspect.signature(found).parameters)) != _MASK_TAKES:
+        return [f"{_MASK} takes {', '.join(takes)}, not {', '.join(_MASK_TAKES)}; {_OURS}."]
+    return []
+
+
+def _mask_nonfinite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
+    """As DeepSpeed's own, which makes a tensor on the device for it, so that the host waits in each step."""
+    norm.masked_fill_(~torch.isfinite(norm), val)
+
+
+def _absent(thing: Any, names: Iterable[str]) -> list[str]:
+    return [name for name in names if not hasattr(thing, name)]
+
+
+def require_tested_version() -> None:
+    """Refuses to train on the internals of another DeepSpeed.
+
+    Raises:
+        UserError: another version is installed.
+    """
+    found = version("deepspeed")
+    if found.partition("+")[0] != TESTED_VERSION:  # a build of one's own has +COMMIT
+        raise UserError(
+            f"DeepSpeed {found} is installed, but sdtrain works on the internals of {TESTED_VERSION}, which other "
+            f"versions change. pip install deepspeed=={TESTED_VERSION}"
+        )
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and told to use the CPU where there is no GPU before it looks for itself."""
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    # Its shared-memory all-reduce for CPU ranks would be compiled on first use (20 s, needs g++); gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class ZeroInternals:
+    """The optimizer that DeepSpeed makes for ZeRO-1 and 2.
+
+    Args:
+        engine: as `deepspeed.initialize` made it.
+
+    Attributes:
+        master: this rank's part of the fp32 weights, flat.
+        offsets: where each parameter begins in the whole flat vector.
+
+    Raises:
+        UserError: it has another optimizer, or one with other internals.
+    """
+
+    def __init__(self, engine: Any):
+        from deepspeed.runtime.zero import stage_1_and_2
+
+        zero = engine.optimizer
+        if not isinstance(zero, stage_1_and_2.DeepSpeedZeroOptimizer):
+            raise UserError(
+                f"DeepSpeed took {type(zero).__name__} in the place of ZeRO-1 or 2, which checkpoints are made of. "
+                "Remove from --deepspeed_config what asks for it."
+            )
+        if said := missing(zero) + changed_functions(stage_1_and_2):
+            raise UserError(f"DeepSpeed {version('deepspeed')} is not the tested one. {' '.join(said)}")
+        stage_1_and_2.mask_nan_or_inf_with_val_inplace = _mask_nonfinite
+        self._zero: Any = zero
+        self.master: torch.Tensor = zero.single_partition_of_fp32_groups[0]
+        self.offsets: list[int] = zero.round_robin_bit16_offsets[0]
+        if len(zero.bit16_groups) != 1 or self.master.dtype is not torch.float32:
+            raise UserError(
+                "Training needs one group of parameters with fp32 weights; --deepspeed_config changes that."
+            )
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        """The optimizer of `master`."""
+        optimizer: torch.optim.Optimizer = self._zero.optimizer
+        return optimizer
+
+    @property
+    def is_bf16(self) -> bool:
+        """Whether the network's own weights are bf16."""
+        return bool(self._zero.dtype is torch.bfloat16)
+
+    def add_up_in_fp32(self) -> None:
+        """From now on gradients of micro-batches and ranks are added up in float32; before the first backward pass.
+
+        `communication_data_type` says in which they are sent. ZeRO-1 with bf16 has to be told here of the rest: told by
+        its configuration it would take another optimizer, without the partitions that checkpoints are made of.
+
+        Raises:
+            UserError: DeepSpeed was told otherwise.
+        """
+        zero = self._zero
+        if not zero.partition_gradients:
+            zero.gradient_accumulation_dtype = torch.float32
+            zero.use_separate_grad_accum = zero.use_grad_accum_attribute = True
+        divides_before_cast = zero.partition_gradients and zero.reduce_scatter and zero.dtype is not torch.float32
+        dtypes = {zero.gradient_accumulation_dtype, *zero.ipg_buckets}
+        if dtypes != {torch.float32} or zero.cpu_offload or divides_before_cast:
+            raise UserError(
+                "speed.fp32_gradients does not hold with this --deepspeed_config, which offloads, scatters or casts "
+                "gradients (offload_optimizer, reduce_scatter, torch_autocast). Remove that there, or set "
+                "speed.fp32_gradients to false."
+            )
+
+    def before_each_step(self, listener: Callable[[torch.Tensor], None]) -> None:
+        """Shows `listener` the norm of the gradient over all ranks, on the device, before the step is done.
+
+        It is the norm of the sum of all micro-steps: a NaN or infinity in any of them, on any rank, is one here.
+        """
+        norm_of = self._zero.scaled_global_norm
+
+        def scaled_global_norm(norm_type: int = 2) -> Any:
+            norm = norm_of(norm_type)
+            listener(norm)
+            return norm
+
+        self._zero.scaled_global_norm = scaled_global_norm
+
+    def ask_before_each_step(self, may_apply: Callable[[float], bool], is_overflow: Callable[[], bool]) -> None:
+        """Asks before every step whether it may be applied; one that may not changes nothing on any rank.
+
+        DeepSpeed has one such place: `check_overflow`, after the gradients were reduced, which makes `step` drop them.
+        Its own check reads all gradients once more; ours takes their norm, which `step` would compute anyway.
+
+        Args:
+            may_apply: is given the norm of the gradient, over all ranks and without the loss scale.
+            is_overflow: whether the step that was refused last was for a gradient that is not finite.
+        """
+        zero, norm_of = self._zero, self._zero.scaled_global_norm
+        judged: list[torch.Tensor] = []
+
+        def check_overflow(partition_gradients: bool = True) -> None:
+            judged[:] = [norm_of()]
+            zero.overflow = not may_apply(float(judged[0]) / zero.loss_scale)
+
+        def update_scale(has_overflow: bool = False) -> None:
+            # A spike is not the scaler's business; one that cannot go lower would raise a bare Exception.
+            lowers = has_overflow and is_overflow()
+            if zero.loss_scaler.dynamic and (self.can_rescale or not lowers):
+                zero.loss_scaler.update_scale(lowers)
+
+        zero.check_grad_overflow, zero.check_overflow = True, check_overflow
+        zero.scaled_global_norm = lambda norm_type=2: judged[0]
+        zero._update_scale = update_scale
+
+    @property
+    def can_rescale(self) -> bool:
+        """Whether a loss scaler is at work that can still lower its scale."""
+        scaler = self._zero.loss_scaler
+        return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+    @property
+    def loss_scaler(self) -> dict[str, float]:
+        """State of the dynamic loss scaler; empty where there is none."""
+        scaler = self._zero.loss_scaler
+        return {name: getattr(scaler, name) for name in _SCALER_STATE} if scaler.dynamic else {}
+
+    @loss_scaler.setter
+    def loss_scaler(self, state: Mapping[str, float]) -> None:
+        if self._zero.loss_scaler.dynamic:
+            vars(self._zero.loss_scaler).update(state)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The rate of the next optimizer step."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+
+    def refresh_network(self) -> None:
+        """Copies `master` into the network's own weights. All ranks take part."""
+        self._zero.update_lp_params()

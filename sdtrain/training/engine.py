@@ -1,0 +1,103 @@
+"""DeepSpeed's configuration and engine for the UNet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.training.optimizer import make_adamw
+
+_OURS = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "scheduler",
+    "communication_data_type",
+    "data_types",
+)
+_BUCKET_NUMEL = 200_000_000
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of weights and activations, by the config's `precision`."""
+
+
+def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int, extra: Path | None) -> dict[str, Any]:
+    """DeepSpeed's settings for a run.
+
+    ZeRO-1 by default: it reduces gradients once per optimizer step, where stages 2 and 3 do on every micro-step. In
+    bf16 the loop stops on a loss that is not finite, so DeepSpeed's own check, which silently skips a step and reads
+    the device in each, is off. So is its throughput timer, which waits for the device twice in each step.
+
+    Args:
+        config: the run.
+        accumulation: micro-steps of one optimizer step.
+        num_parameters: size of the network; gradient buckets need be no larger.
+        extra: a DeepSpeed JSON file whose settings are laid over these (`--deepspeed_config`).
+
+    Raises:
+        UserError: the file is not JSON, or sets what the training config decides.
+    """
+    bucket = min(_BUCKET_NUMEL, num_parameters)
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket},
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": config.precision == "fp16", "hysteresis": 1},
+        "data_types": {"grad_accum_dtype": _gradient_dtype(config)},
+        "communication_data_type": "fp32" if config.speed.fp32_gradients else config.precision,
+        "timers": {"throughput": {"enabled": False}},
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": config.optimizer.moments != "fp32",
+    }
+    if config.speed.fp32_gradients and config.zero_stage == 2:
+        # Told to scatter, it divides by the number of ranks before it casts to float32; it sends as much either way.
+        settings = _overlay(settings, {"zero_optimization": {"reduce_scatter": False}})
+    return _overlay(settings, _read_extra(extra)) if extra else settings
+
+
+def _gradient_dtype(config: TrainConfig) -> str:
+    """In which gradients are added up, as far as DeepSpeed is told.
+
+    Told of float32 under bf16 and ZeRO-1 it would take another optimizer, without the partitions that checkpoints are
+    made of; there ZeroInternals.add_up_in_fp32 sets it.
+    """
+    is_set_later = config.precision == "bf16" and config.zero_stage == 1
+    return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision
+
+
+def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The UNet under DeepSpeed with AdamW.
+
+    Raises:
+        UserError: the config wants an optimizer that is not installed.
+    """
+    optimizer = make_adamw([p for p in unet.parameters() if p.requires_grad], config)
+    engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=settings)
+    return engine
+
+
+def _read_extra(path: Path) -> dict[str, Any]:
+    try:
+        extra = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a DeepSpeed JSON file: {error}") from error
+    if taken := [name for name in _OURS if name in extra]:
+        raise UserError(f"{path} sets {', '.join(taken)}, which the training config decides. Remove it there.")
+    return dict(extra)
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _overlay(merged[key], value) if both else value
+    return merged

@@ -1,0 +1,209 @@
+"""What a training run holds: networks, optimizer, average, batches; how it is made and used."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.diffusion import sample_posterior
+from sdtrain.errors import UserError
+from sdtrain.loading.loader import BatchMaker, MicroBatch
+from sdtrain.loading.sources import open_samples
+from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
+from sdtrain.models.build import build_unet, load_text_encoder, load_vae, memory_format, prepare_for, vae_scaling_factor
+from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.sampling.pipeline import Networks
+from sdtrain.training.checkpointing import Saves
+from sdtrain.training.distributed import Ranks
+from sdtrain.training.ema import Ema
+from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+from sdtrain.training.guards import StepGuard
+from sdtrain.training.loss import Objective
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.throughput import StepFigures
+from sdtrain.training.validation import Validation
+from sdtrain.training.zero_partition import ZeroPartition
+
+
+class TrainingState:
+    """Everything that changes while training, and what it is trained with.
+
+    Attributes:
+        engine: the UNet under DeepSpeed.
+        partition: this rank's part of the fp32 weights.
+        ema: the average of that part.
+        scaling_factor: of the VAE; applied once, when the posterior is sampled.
+        accumulation: micro-batches of one optimizer step.
+        guard: decides which optimizer steps are applied.
+        saves: what of it is on disk.
+        num_repeated: optimizer steps done again because their gradients overflowed; only in fp16.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks, deepspeed_json: Path | None = None):
+        self._config, self._run_dir, self._ranks = config, run_dir, ranks
+        self._dtype = DTYPES[config.precision]
+        set_backends(config.speed)
+        self.scaling_factor = vae_scaling_factor(config.vae)
+        store = open_samples(config, self.scaling_factor)
+        tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+        self._tokenizer = tokenizer
+        self.num_repeated = 0
+        _check_width(text_encoder.config.hidden_size, config)
+        self._text_encoder = text_encoder.to(ranks.device, self._dtype)
+        self._objective = Objective(config.diffusion, ranks.device)
+        self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size)
+        self.accumulation = self._batches.accumulation
+        self.guard = StepGuard(config.guard)
+        self._start_engine(deepspeed_json)
+        self.saves = Saves(config, run_dir, ranks, store, self.partition, self.ema, self.guard)
+
+    def _start_engine(self, deepspeed_json: Path | None) -> None:
+        config, ranks = self._config, self._ranks
+        torch.manual_seed(config.seed)
+        unet = build_unet(config.unet, config.latent_size)
+        initial = dict(unet.state_dict()) if config.init_from is None else {}
+        unet = prepare_for(unet, ranks.device, config.speed, for_training=True)
+        torch.nn.Module.to(
+            unet, self._dtype
+        )  # diffusers' own `to` warns of what it would keep in float32: nothing here
+        compile_unet(unet, config.speed)
+        settings = deepspeed_config(config, self.accumulation, unet.num_parameters(), deepspeed_json)
+        self.engine = start_engine(unet, config, settings)
+        self.partition = ZeroPartition(self.engine, ranks.rank)
+        if config.speed.fp32_gradients:
+            self.partition.add_up_in_fp32()
+        self.partition.let_judge(self.guard, config.guard.reads_every_norm)
+        if initial:  # DeepSpeed copied its fp32 weights from the rounded ones
+            self.partition.load_master(self.partition.cut(initial))
+        self.ema = Ema(self.partition.master, config.ema)
+
+    def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each sample's loss, weighted and unweighted, both (B,), float32; `batch` is on the device."""
+        latents = sample_posterior(batch.moments, batch.posterior, self.scaling_factor)
+        noisy, target = self._objective.inputs(latents, batch.noise, batch.timesteps)
+        predicted = self.predict(noisy, batch.timesteps, batch.token_ids)
+        return self._objective.losses(predicted, target, batch.timesteps)
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """What the UNet says of noisy latents and captions, (B, 4, h, w): noise or velocity, as the config asks."""
+        begin_graphs(self._config.speed)
+        with torch.no_grad():
+            context = self._text_encoder(token_ids).last_hidden_state
+        with attention_kernels(self._config.speed):
+            layout = memory_format(self._ranks.device, self._config.speed)
+            inputs = noisy.to(self._dtype, memory_format=layout)
+            predicted: torch.Tensor = self.engine(inputs, timesteps, context).sample
+        return predicted
+
+    def validation(self) -> Validation:
+        """The held-out samples, whose loss `validation_losses` gives."""
+        return Validation(self._config, self._batches, self._ranks)
+
+    def validation_losses(self, batch: MicroBatch) -> torch.Tensor:
+        """The unweighted loss of each sample of a batch, (B,), without gradients."""
+        with torch.no_grad():
+            return self.losses(batch)[1]
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Puts the average in the place of the weights for the block. All ranks take part."""
+        weights = self.partition.master.detach().clone()
+        self.partition.load_master(self.ema.average)
+        try:
+            yield
+        finally:
+            self.partition.load_master(weights)
+
+    def networks(self) -> Networks:
+        """What pictures are sampled with: the UNet in training, and the VAE, which training itself does not need."""
+        return Networks(
+            unet=self.engine.module,
+            vae=load_vae(self._config.vae).to(self._ranks.device),
+            tokenizer=self._tokenizer,
+            text_encoder=self._text_encoder,
+            scheduler_config=sampling_scheduler(self._config.diffusion).config,
+            latent_size=self._config.latent_size,
+            dtype=self._dtype,
+            source=str(self._run_dir.path),
+        )
+
+    def batches(self, first_step: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches from `first_step` to the end."""
+        return self._batches.prefetch(first_step, self._config.steps, self._ranks.device.type == "cuda")
+
+    def micro_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+        """The micro-batches of one optimizer step, on the device.
+
+        In fp16 they come again, with a smaller loss scale, for as long as their gradients overflow: DeepSpeed then
+        leaves the weights as they are, and a repeated step neither loses samples nor shifts the steps of sample plan,
+        learning rate, average and Adam.
+
+        Raises:
+            UserError: the gradients are not finite at any scale.
+        """
+        mine = (batch.to(self._ranks.device) for batch in islice(batches, self.accumulation))
+        if self._config.precision != "fp16":
+            yield from mine
+            return
+        kept = list(mine)
+        yield from kept
+        while self.guard.must_repeat:
+            self.num_repeated += 1
+            yield from kept
+
+    def figures(self, lr: float) -> StepFigures:
+        """What is known of the last step, which had the learning rate `lr`."""
+        return StepFigures(lr, self.grad_norm(), self.guard.state.num_skipped, self._batches.num_substituted)
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient over all ranks, before clipping; NaN where it was not finite."""
+        if self.guard.norm is not None:
+            return self.guard.norm
+        norm = float(self.engine.get_global_grad_norm())
+        return norm if math.isfinite(norm) and norm >= 0 else math.nan  # DeepSpeed says infinity, or -1
+
+    def step_was_applied(self, step: int) -> bool:
+        """Whether the guard let optimizer step `step` change the weights; says so on the first rank if not.
+
+        Raises:
+            UserError: the guard's policy is to stop.
+        """
+        if (message := self.guard.after_step(step)) and self._ranks.is_first:
+            print(f"warning: {message}", flush=True)
+        return self.guard.applied
+
+    def begin(self, step: int) -> float:
+        """Opens the run directory for writing at `step`; returns the seconds trained before."""
+        if not self._ranks.is_first:
+            return 0.0
+        changes = self._run_dir.record_changes(self._config, step)
+        seconds = self._run_dir.begin(self._config, step)
+        print(self._headline(step), flush=True)
+        for change in changes:
+            print(f"changed from step {step} on: {change}", flush=True)
+        return seconds
+
+    def _headline(self, step: int) -> str:
+        config, ranks = self._config, self._ranks
+        device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else platform.machine()
+        return (
+            f"{config.name}: {self.engine.module.num_parameters():,} parameters, {len(self._batches):,} latents, "
+            f"{ranks.world_size} x {device}, batch {config.global_batch_size} = {ranks.world_size} ranks x "
+            f"{self.accumulation} micro-steps x {config.micro_batch_size}, ZeRO-{config.zero_stage}, "
+            f"{config.precision}, from step {step} to {config.steps}, output {self._run_dir.path}"
+        )
+
+
+def _check_width(width: int, config: TrainConfig) -> None:
+    if width != config.unet.cross_attention_dim:
+        raise UserError(
+            f"The text encoder '{config.text_encoder}' gives {width} features, but unet.cross_attention_dim is "
+            f"{config.unet.cross_attention_dim}. Set one to the other."
+        )

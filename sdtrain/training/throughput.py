@@ -1,0 +1,203 @@
+"""What is measured while training, without waiting for the device in every step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import psutil
+import torch
+
+from sdtrain.config import TrainConfig
+from sdtrain.errors import UserError
+from sdtrain.training.distributed import Ranks
+from sdtrain.training.flops import TRAIN_FACTOR, forward_flops, peak_flops
+from sdtrain.training.run_dir import LOSS_PARTS, NUM_LOSS_PARTS, RunDir
+
+ItemT = TypeVar("ItemT")
+_BAR_WIDTH = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some steps, seen over all ranks.
+
+    Attributes:
+        loss: mean of the unweighted losses; not a number where there were none.
+        loss_parts: the same for each tenth of the noise schedule, from the least noise to the most.
+        images_per_s: pictures a second of all ranks together.
+        mfu: model FLOP/s over the peak that the GPU's data sheet promises (dense bf16; a step is three forward passes,
+            attention counted, recomputation not); None where the peak is not known.
+        memory_gb: most GPU memory held by the first rank; without a GPU, the first rank's resident memory.
+        data_wait: share of the time in which the first rank waited for batches.
+        num_substituted: damaged samples, since the run was last started, that others took the place of.
+    """
+
+    loss: float
+    loss_parts: list[float]
+    images_per_s: float
+    mfu: float | None
+    memory_gb: float
+    data_wait: float
+    num_substituted: int
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What the training loop knows of its last step.
+
+    Attributes:
+        lr: its learning rate.
+        grad_norm: norm of its gradient over all ranks.
+        num_skipped: optimizer steps of the run that were not applied.
+        num_substituted: damaged samples, on this rank, since the run was last started, that others took the place of.
+    """
+
+    lr: float
+    grad_norm: float
+    num_skipped: int = 0
+    num_substituted: int = 0
+
+
+class Progress:
+    """Sums losses on the device and reads them only when a line is due."""
+
+    def __init__(self, run_dir: RunDir, config: TrainConfig, ranks: Ranks, seconds_before: float):
+        self._run_dir, self._config, self._ranks = run_dir, config, ranks
+        self._seconds_before, self._started = seconds_before, time.monotonic()
+        self._peak = peak_flops(ranks.device)
+        self._image_flops = TRAIN_FACTOR * forward_flops(config.unet, config.latent_size) if self._peak else 0
+        self._validation_loss: float | None = None
+        self._new_window()
+
+    def timed(self, batches: Iterator[ItemT]) -> Iterator[ItemT]:
+        """Passes batches on and counts how long training waited for them."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._wait_s += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, seen: list[tuple[torch.Tensor, torch.Tensor]], was_applied: bool) -> None:
+        """Counts a step: of each micro-batch, the unweighted losses, (B,), and their timesteps, (B,).
+
+        The losses of a step that was not applied, and may not be finite, do not count.
+        """
+        self._num_images += sum(len(losses) for losses, _ in seen)
+        for losses, timesteps in seen if was_applied else ():
+            parts = timesteps * NUM_LOSS_PARTS // self._config.diffusion.num_timesteps
+            losses = losses.detach().double()
+            self._sums.index_add_(0, parts, torch.stack([losses, torch.ones_like(losses)], dim=1))
+
+    def validated(self, loss: float) -> None:
+        """The newest validation loss, which the next lines show."""
+        self._validation_loss = loss
+
+    def check(self, step: int) -> float:
+        """Mean loss since the last line, over all ranks.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        sums, counts = self._ranks.sum(self._sums).T
+        return self._finite(float(sums.sum() / counts.sum().clamp(min=1)), step)
+
+    def line(self, step: int, figures: StepFigures) -> Measured:
+        """Writes one line of the log, on the first rank, and begins a new window.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        measured = self._measure(step, figures)
+        if self._ranks.is_first:
+            loss, *parts = [None if math.isnan(loss) else loss for loss in (measured.loss, *measured.loss_parts)]
+            self._run_dir.log.add(
+                step=step,
+                loss=loss,
+                lr=figures.lr,
+                grad_norm=figures.grad_norm,
+                num_skipped=figures.num_skipped,
+                num_substituted=measured.num_substituted,
+                images_per_s=round(measured.images_per_s, 2),
+                seconds=round(self._seconds_before + time.monotonic() - self._started, 3),
+                data_wait=round(measured.data_wait, 4),
+                mfu=None if measured.mfu is None else round(measured.mfu, 4),
+                memory_gb=round(measured.memory_gb, 3),
+                **dict(zip(LOSS_PARTS, parts, strict=True)),
+            )
+            print(self._text(step, measured, figures), flush=True)
+        self._new_window()
+        return measured
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of the block out of the speed."""
+        began = time.monotonic()
+        yield
+        self._window_started += time.monotonic() - began
+
+    def _measure(self, step: int, figures: StepFigures) -> Measured:
+        window_s = max(time.monotonic() - self._window_started, 1e-9)
+        sums, counts = self._ranks.sum(self._sums).T
+        images_per_s = self._num_images * self._ranks.world_size / window_s
+        flops = images_per_s * self._image_flops / self._ranks.world_size
+        return Measured(
+            loss=self._finite(float(sums.sum() / counts.sum()), step) if counts.any() else math.nan,
+            loss_parts=(sums / counts).tolist(),
+            images_per_s=images_per_s,
+            mfu=flops / self._peak if self._peak else None,
+            memory_gb=_memory_bytes(self._ranks.device) / 1e9,
+            data_wait=self._wait_s / window_s,
+            num_substituted=int(self._ranks.sum(torch.tensor([figures.num_substituted]))),
+        )
+
+    def _finite(self, loss: float, step: int) -> float:
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss is {loss} before step {step}. Training stopped; the last checkpoint is from before. Lower "
+                "optimizer.lr, set optimizer.max_grad_norm to 1, or look for damaged latents."
+            )
+        return loss
+
+    def _text(self, step: int, measured: Measured, figures: StepFigures) -> str:
+        steps = self._config.steps
+        left_s = (steps - step) * self._config.global_batch_size / max(measured.images_per_s, 1e-9)
+        shown = [
+            f"{_bar(step / steps)} {step / steps:>4.0%}",
+            f"step {step}/{steps}",
+            "no step applied" if math.isnan(measured.loss) else f"loss {measured.loss:.4f}",
+            f"val {self._validation_loss:.4f}" if self._validation_loss is not None else "",
+            f"grad {figures.grad_norm:.3g}",
+            f"lr {figures.lr:.1e}",
+            f"{measured.images_per_s:,.0f} img/s",
+            f"MFU {measured.mfu:.1%}" if measured.mfu is not None else "",
+            f"wait {measured.data_wait:.1%}",
+            f"{measured.memory_gb:.1f} GB",
+            f"{figures.num_skipped} steps skipped" if figures.num_skipped else "",
+            f"{measured.num_substituted} samples substituted" if measured.num_substituted else "",
+            f"{timedelta(seconds=round(left_s))} left",
+        ]
+        return "  ".join(part for part in shown if part)
+
+    def _new_window(self) -> None:
+        self._window_started, self._wait_s, self._num_images = time.monotonic(), 0.0, 0
+        # By tenth of the schedule: sum of the losses, and their number.
+        self._sums = torch.zeros(NUM_LOSS_PARTS, 2, dtype=torch.float64, device=self._ranks.device)
+
+
+def _bar(share: float) -> str:
+    full = round(share * _BAR_WIDTH)
+    return "━" * full + "─" * (_BAR_WIDTH - full)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,73 @@
+"""The loss on held-out samples, at fixed timesteps with fixed noise: one number that can be compared between steps.
+
+Training loss is mostly noise of the timesteps that a batch happens to draw. Here every sample is tried at the same
+timesteps, with the same noise and its own caption, as in MLPerf's text-to-image benchmark (mlcommons/training,
+text_to_image/README.md: loss averaged over 8 equidistant timesteps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sdtrain.config import TrainConfig
+from sdtrain.loading.loader import BatchMaker, MicroBatch
+from sdtrain.loading.sample_plan import Picks
+from sdtrain.training.distributed import Ranks
+
+# Steps count from 0, so no training step has this noise.
+_NOISE_STEP = -1
+
+
+class Validation:
+    """Held-out samples of one run. All ranks take part; each does its share.
+
+    Args:
+        config: the run; `validation.num_samples` is at least 1.
+        batches: makes batches of the run's samples, whose last ones are held out.
+        ranks: this process among all.
+
+    Attributes:
+        timesteps: where the loss is taken: in the middle of equal parts of the noise schedule.
+    """
+
+    def __init__(self, config: TrainConfig, batches: BatchMaker, ranks: Ranks):
+        self._config, self._maker, self._ranks = config, batches, ranks
+        self._indices = np.arange(len(batches) - config.validation.num_samples, len(batches))
+        num_parts, length = config.validation.num_timesteps, config.diffusion.num_timesteps
+        self.timesteps = [(2 * part + 1) * length // (2 * num_parts) for part in range(num_parts)]
+
+    @torch.no_grad()
+    def losses(
+        self, losses_of: Callable[[MicroBatch], torch.Tensor], moved: Callable[[], None] = lambda: None
+    ) -> list[float]:
+        """Mean loss at each of the timesteps.
+
+        The losses of single samples are added up in one order, however many ranks share the work.
+
+        Args:
+            losses_of: the unweighted loss of each sample in a batch, (B,).
+            moved: told before each batch: a validation may take longer than a hanging rank is given.
+        """
+        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
+        found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)
+        mine = np.arange(rank, len(self._indices), world_size)
+        most = -(-len(self._indices) // world_size)
+        for first in range(0, most, size):
+            moved()  # as often on every rank, though some have a sample less
+            places = mine[first : first + size]
+            if not len(places):
+                break
+            batch = self._batch(places).to(self._ranks.device)
+            for row, timestep in enumerate(self.timesteps):
+                at = replace(batch, timesteps=torch.full_like(batch.timesteps, timestep))
+                found[row, places] = losses_of(at).double().cpu()
+        return [float(value) for value in self._ranks.sum(found).mean(dim=1)]
+
+    def _batch(self, places: NDArray[np.int64]) -> MicroBatch:
+        """The samples with their noise and captions; none is dropped."""
+        return self._maker.assemble(Picks(self._indices[places], np.zeros_like(places)), _NOISE_STEP, 0.0)

@@ -1,0 +1,192 @@
+"""Notices when training hangs, says which ranks are behind, and ends the job.
+
+A rank that is stopped, swapped out or waits for a dead disk leaves the others inside a collective operation, where
+nothing can be asked of them for half an hour. So a thread of every rank writes a heartbeat beside the run's output,
+and looks at the others' when its own main thread has not moved for too long.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+from pydantic import ValidationError
+
+from sdtrain.settings import Settings
+from sdtrain.training.distributed import Ranks
+
+ItemT = TypeVar("ItemT")
+EXIT_CODE = 3
+_PULSE_S = 5.0
+
+
+class Heartbeat(Settings):
+    """What a rank says of itself."""
+
+    rank: int
+    host: str
+    pid: int
+    started: float
+    """When the process was created; tells it from a later one with the same number."""
+    pulse: int
+    """Goes up as long as the process lives, whatever its main thread does."""
+    num_moves: int
+    """Goes up with every phase of every step; all ranks go through the same ones, in the same order."""
+    place: str
+    """Where the main thread is, for people."""
+
+
+class Watchdog:
+    """Watches this rank and, when it hangs, the others. A context manager around the training loop.
+
+    Args:
+        run_dir: the run's output directory, seen by all ranks.
+        ranks: this process among all.
+        timeout_s: time without a move that counts as hanging; 0 watches nothing.
+        end: ends the process; os._exit, because the main thread does not listen.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, timeout_s: float, end: Callable[[int], None] = os._exit):
+        self._beats, self._stalled = run_dir / "heartbeats", run_dir / "stalled"
+        self._ranks, self._timeout_s, self._end = ranks, timeout_s, end
+        self._pulse_s = min(_PULSE_S, timeout_s / 4)
+        self._place, self._num_moves, self._pulse = "before the first step", 0, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def at(self, step: int, phase: str) -> None:
+        """The main thread begins `phase` of the optimizer step after `step`."""
+        self._place = f"{phase} after step {step}"
+        self._num_moves += 1
+
+    def follow(self, batches: Iterator[ItemT], step: int) -> Iterator[ItemT]:
+        """Passes the micro-batches of a step on, and marks the waiting for each and the work on it."""
+        self.at(step, "waiting for data")
+        for batch in batches:
+            self.at(step, "a pass through the network")
+            yield batch
+            self.at(step, "waiting for data")
+
+    def __enter__(self) -> Watchdog:
+        if self._timeout_s:
+            if self._ranks.is_first:
+                shutil.rmtree(self._stalled, ignore_errors=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._timeout_s:
+            self._thread.join()
+            self._file(self._ranks.rank).unlink(missing_ok=True)
+            with suppress(OSError):  # the last rank finds it empty
+                self._beats.rmdir()
+
+    def _watch(self) -> None:
+        self._beat()
+        seen, moved_at, last_look = -1, time.monotonic(), time.monotonic()
+        while not self._over.wait(self._pulse_s):
+            self._beat()
+            now = time.monotonic()
+            was_suspended = now - last_look > 3 * self._pulse_s  # the whole process, perhaps with all others
+            last_look = now
+            if seen != self._num_moves or was_suspended:
+                seen, moved_at = self._num_moves, now
+            elif now - moved_at > self._timeout_s:
+                self._give_up()
+                return
+
+    def _give_up(self) -> None:
+        """Tells who is behind, once for all ranks; ends this process, and those on this machine that do not answer."""
+        before = self._all_beats()
+        for _ in range(3):
+            time.sleep(self._pulse_s)
+            self._beat()
+        after = self._all_beats()
+        answering = [rank for rank in after if rank not in before or after[rank].pulse > before[rank].pulse]
+        verdict = self._stalled / "verdict.txt"
+        self._stalled.mkdir(exist_ok=True)
+        with (self._stalled / f"stack-of-rank-{self._ranks.rank:05d}.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+        if self._ranks.rank != min(answering):
+            time.sleep(2 * self._pulse_s)
+        if not verdict.exists():
+            text = self._sentence(after, answering)
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            verdict.write_text(text + "\n")
+        for rank in after.keys() - set(answering):
+            _kill_if_here(after[rank])
+        self._end(EXIT_CODE)
+
+    def _sentence(self, beats: dict[int, Heartbeat], answering: list[int]) -> str:
+        silent = [rank for rank in range(self._ranks.world_size) if rank not in answering]
+        fewest = min(beats[rank].num_moves for rank in answering)
+        behind = [rank for rank in answering if beats[rank].num_moves == fewest]
+        if silent:
+            named = "; ".join(_describe(rank, beats.get(rank)) for rank in silent)
+            what = f"{named}. No sign of life: the process is stopped or killed, or its machine is gone"
+        elif len(behind) < len(answering):
+            named = "; ".join(_describe(rank, beats[rank]) for rank in behind)
+            what = f"{named}. The others are further on and wait for it"
+        else:
+            what = f"all ranks are at the same place ({beats[behind[0]].place}) and do not come back from it"
+            hosts = sorted({beat.host for beat in beats.values()})
+            what += f"; perhaps the network between {', '.join(hosts)} is cut" if len(hosts) > 1 else ""
+        return (
+            f"Training made no progress for {self._timeout_s:g} s (guard.stall_timeout_s). Behind: {what}. "
+            f"The job ends here; {self._stalled} holds where each rank is. Start it again to go on from the last "
+            "checkpoint."
+        )
+
+    def _beat(self) -> None:
+        """Publishes this rank's heartbeat. A full disk must not end the watch; it shows elsewhere."""
+        self._pulse += 1
+        beat = Heartbeat(
+            rank=self._ranks.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+            pulse=self._pulse,
+            num_moves=self._num_moves,
+            place=self._place,
+        )
+        with suppress(OSError):
+            self._beats.mkdir(parents=True, exist_ok=True)
+            temporary = self._file(self._ranks.rank).with_suffix(".partial")
+            temporary.write_text(beat.model_dump_json())
+            temporary.replace(self._file(self._ranks.rank))
+
+    def _all_beats(self) -> dict[int, Heartbeat]:
+        beats = {}
+        for rank in range(self._ranks.world_size):
+            with suppress(OSError, ValidationError):
+                beats[rank] = Heartbeat.model_validate_json(self._file(rank).read_bytes())
+        return beats
+
+    def _file(self, rank: int) -> Path:
+        return self._beats / f"rank-{rank:05d}.json"
+
+
+def _describe(rank: int, beat: Heartbeat | None) -> str:
+    if beat is None:
+        return f"rank {rank}, which never said where it is"
+    return f"rank {rank} on {beat.host} (process {beat.pid}), in {beat.place}"
+
+
+def _kill_if_here(beat: Heartbeat) -> None:
+    """Ends a process that does not answer: a stopped one does not hear the launcher's SIGTERM."""
+    if beat.host == socket.gethostname():
+        with suppress(psutil.Error):
+            process = psutil.Process(beat.pid)
+            if process.create_time() == beat.started:
+                process.kill()

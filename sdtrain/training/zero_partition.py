@@ -1,0 +1,100 @@
+"""The piece of fp32 weights and optimizer state that DeepSpeed's ZeRO gives to each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from deepspeed import DeepSpeedEngine
+
+from sdtrain.errors import UserError
+from sdtrain.formats.checkpoint import slots_of
+from sdtrain.training.deepspeed_internals import ZeroInternals
+from sdtrain.training.guards import StepGuard
+from sdtrain.training.optimizer import read_moments, restore_moments
+
+
+class ZeroPartition:
+    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, cut into equal parts, one a rank.
+
+    A test checks that a checkpoint read by name equals the engine's own full parameters.
+
+    Attributes:
+        master: this rank's part of the fp32 weights.
+        slots: where each parameter lies in the whole vector.
+        start: position of the part's first element in the whole vector.
+
+    Raises:
+        UserError: the engine was told to lay the parameters out otherwise.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine, rank: int):
+        self._zero = ZeroInternals(engine)
+        self.master = self._zero.master
+        self.slots = slots_of((name, p.shape) for name, p in engine.module.named_parameters() if p.requires_grad)
+        if [slot.offset for slot in self.slots] != self._zero.offsets:
+            raise UserError(
+                "DeepSpeed lays the parameters out in another order than checkpoints have them. Remove "
+                "round_robin_gradients and parameter_alignment from --deepspeed_config."
+            )
+        self.start = rank * self.master.numel()
+
+    def add_up_in_fp32(self) -> None:
+        """From now on gradients of micro-batches are added up, and sent, in float32; before the first backward pass.
+
+        Raises:
+            UserError: DeepSpeed was told otherwise.
+        """
+        self._zero.add_up_in_fp32()
+
+    def let_judge(self, guard: StepGuard, reads_every_norm: bool) -> None:
+        """Asks `guard` before every optimizer step; a step that it refuses changes nothing on any rank.
+
+        In bf16 the norm is not read unless asked for, so that the host need not wait for the device; in fp32 and fp16
+        DeepSpeed reads it in every step.
+        """
+        zero = self._zero
+        if zero.is_bf16 and not reads_every_norm:
+            zero.before_each_step(guard.note)
+        else:
+            zero.ask_before_each_step(
+                lambda norm: guard.may_apply(norm, zero.can_rescale), is_overflow=lambda: not guard.is_finite
+            )
+
+    def loss_scaler(self) -> dict[str, float]:
+        """State of the dynamic loss scaler; empty where there is none."""
+        return self._zero.loss_scaler
+
+    def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
+        """Puts it back. Without a state, or without a scaler, nothing happens: the precision was changed."""
+        self._zero.loss_scaler = dict(state)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The rate of the next optimizer step."""
+        self._zero.set_learning_rate(lr)
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """Adam's moments of this part; zeros before the first step."""
+        return read_moments(self._zero.adam, self.master)
+
+    @torch.no_grad()
+    def restore(self, master: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int) -> None:
+        """Puts back weights and Adam's state as they were after `step` applied steps. All ranks take part."""
+        restore_moments(self._zero.adam, self.master, moments, step)
+        self.load_master(master)
+
+    @torch.no_grad()
+    def load_master(self, master: torch.Tensor) -> None:
+        """Sets this part of the fp32 weights and refreshes the network's own copies. All ranks take part."""
+        self.master.copy_(master)
+        self._zero.refresh_network()
+
+    def cut(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """This rank's part of whole weights given by name, fp32, padded with zeros at the end."""
+        part = torch.zeros(self.master.numel(), dtype=torch.float32)
+        for slot in self.slots:
+            first, last = max(slot.offset, self.start), min(slot.offset + slot.numel, self.start + len(part))
+            if first < last:
+                flat = named[slot.name].detach().reshape(-1)[first - slot.offset : last - slot.offset]
+                part[first - self.start : last - self.start] = flat.to("cpu", torch.float32)
+        return part

@@ -1,0 +1,122 @@
+import inspect
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from filters.recipe import Overrides, load_recipe
+from filters.recipe_record import read_recipe
+from sdtrain import cli
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.stage import Stage
+
+
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> SimpleNamespace:
+    monkeypatch.setattr(sys, "argv", ["sdtrain", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    captured = capsys.readouterr()
+    return SimpleNamespace(code=end.value.code, out=captured.out, err=captured.err)
+
+
+@pytest.fixture
+def sdtrain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: run(capsys, monkeypatch, *arguments)
+
+
+@pytest.fixture
+def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage of two shards that reads nothing, so that the command can be tried alone."""
+
+    def shards(dataset: DatasetDir, recipe: Any) -> list[int]:
+        return [0, 1]
+
+    def digest(dataset: DatasetDir, recipe: Any, shard: int) -> str:
+        return fingerprint("select/1", recipe.select.model_dump())
+
+    def do(dataset: DatasetDir, recipe: Any, shards: Any) -> Any:
+        for shard in shards:
+            path = dataset.selection(shard)
+            with publish(path) as temporary:
+                temporary.write_text("rows")
+            outputs = describe_outputs(dataset, [path])
+            yield ShardReport(
+                stage="select", shard=shard, num_in=5, num_out=3, dropped={"min_side": 2}, outputs=outputs
+            )
+
+    monkeypatch.setattr("filters.preflight.BuildPreflight", lambda dataset, recipe: lambda *_: None)
+    monkeypatch.setattr("filters.pipeline.road", lambda: (Stage("select", shards, digest, do),))
+    finish = SimpleNamespace(finish_dataset=lambda dataset, recipe: dataset.database.write_text(""))
+    monkeypatch.setitem(sys.modules, "filters.inspect.report", finish)
+
+
+def test_build_offers_every_override() -> None:
+    assert set(Overrides.model_fields) <= set(inspect.signature(cli.build).parameters)
+
+
+def test_recipes_are_listed_with_their_descriptions(sdtrain: Any) -> None:
+    listing = sdtrain("recipes").out
+    assert "laion-aesthetics" in listing
+    assert "aesthetic score (V2) > 5.0" in listing
+
+
+def test_shown_recipe_is_itself_a_recipe(sdtrain: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(sdtrain("recipe", "laion-aesthetics").out)
+    assert load_recipe(str(tmp_path / "mine.yaml")) == load_recipe("laion-aesthetics")
+
+
+def test_build_says_one_line_a_stage_and_the_second_time_does_nothing(
+    sdtrain: Any, tmp_path: Path, short_road: None
+) -> None:
+    command = ("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path / "{recipe}")
+    first = sdtrain(*command)
+    assert first.code == 0
+    assert "select: 2 shards, 10 in, 6 out, 4 dropped (min_side 4)" in first.out
+    assert (tmp_path / "laion-aesthetics" / "metadata.duckdb").exists()
+    assert "select: finished before, nothing to do" in sdtrain(*command).out
+
+
+def test_build_into_the_output_of_another_recipe_says_what_changed(
+    sdtrain: Any, tmp_path: Path, short_road: None
+) -> None:
+    command = ("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path)
+    sdtrain(*command)
+    changed = sdtrain(*command, "--limit", 7)
+    assert "select.limit: None -> 7" in changed.out
+    assert "select: 2 shards, 10 in" in changed.out
+    assert read_recipe(DatasetDir(tmp_path)).select.limit == 7
+
+
+def test_status_counts_what_is_finished(sdtrain: Any, tmp_path: Path, short_road: None) -> None:
+    sdtrain("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path)
+    lines = sdtrain("status", tmp_path).out.splitlines()
+    assert lines[0] == "recipe: laion-aesthetics"
+    assert [line.split()[:4] for line in lines if line.split()[:1] == ["select"]] == [["select", "2/2", "10", "6"]]
+    assert [line.split()[:4] for line in lines if line.split()[:1] == ["encode"]] == [["encode", "0/?", "0", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("build", "laion-aesthetic", "--metadata", "x"), "Did you mean 'laion-aesthetics'?"),
+        (("build", "laion-aesthetics", "--metadata", "x", "--limit", "0"), "'limit' is 0"),
+        (("build", "laion-aesthetics", "--output", "/proc/none"), "names no metadata"),
+        (("build", "laion-aesthetics", "--metadata", "x", "--output", "/dev/null/x"), "cannot be written"),
+        (("status", "/no/such/dataset"), "holds no dataset"),
+        (("recipe", "mine.yml"), "There is no file mine.yml"),
+    ],
+)
+def test_mistake_is_one_sentence_and_exit_code_2(
+    sdtrain: Any, short_road: None, arguments: tuple[str, ...], sentence: str
+) -> None:
+    done = sdtrain(*arguments)
+    assert done.code == 2
+    assert done.out == ""
+    assert sentence in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1

@@ -1,0 +1,75 @@
+"""Training reads a dataset on S3 through a work folder: tables at once, a shard's latents when first needed."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from sdtrain.dataset.lock import lock_to_change
+from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, write_entry
+from sdtrain.dataset.s3.open import dataset_at, training_root
+from sdtrain.errors import UserError
+from sdtrain.loading.image_store import OnlineVae, PictureStore
+from sdtrain.loading.latent_store import LatentStore
+from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
+from tests.sdtrain.encode.packed_fixtures import write_packed
+from tests.training_fixtures import write_latents, write_models
+
+NUM_SHARDS, NUM_SAMPLES = 3, 50
+
+
+@pytest.fixture
+def written(store, tmp_path):
+    """(URL, the same dataset on disk alone)."""
+    local = write_latents(tmp_path / "local", write_models(tmp_path / "models"), NUM_SAMPLES)
+    url = f"s3://{BUCKET}/{tmp_path.name}"
+    dataset = dataset_at(url, tmp_path / "writer")
+    with lock_to_change(dataset, "sdtrain build"):
+        shutil.copytree(local / "latents", dataset.root / "latents")
+        for shard in range(NUM_SHARDS):
+            outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
+            num = 20 if shard < 2 else 10
+            write_entry(dataset, ShardReport(stage="encode", shard=shard, num_in=num, num_out=num, outputs=outputs))
+    return url, local
+
+
+def test_latents_from_s3_are_those_of_the_disk_and_tars_come_when_needed(written):
+    url, local = written
+    root = training_root(url)
+    there, here = LatentStore(root, 64, verify=True), LatentStore(local, 64)
+    assert there.digest == here.digest
+    assert not list(root.glob("latents/*.tar"))
+    first = np.arange(5)
+    assert there.get(first).equal(here.get(first))
+    assert [path.name for path in root.glob("latents/*.tar")] == ["00000.tar"]
+    everything = np.arange(NUM_SAMPLES)
+    assert there.get(everything).equal(here.get(everything))
+
+
+def test_packed_pictures_from_s3_are_those_of_the_disk_and_tars_come_when_needed(store, tmp_path):
+    local = write_packed(tmp_path / "local")
+    url = f"s3://{BUCKET}/{tmp_path.name}-pictures"
+    dataset = dataset_at(url, tmp_path / "writer")
+    with lock_to_change(dataset, "sdtrain build"):
+        shutil.copytree(local.root / "dataset", dataset.root / "dataset")
+        for entry in entries(local, "pack"):
+            write_entry(dataset, entry)
+    root = training_root(url, online_vae=True)
+    there, here = PictureStore(root, 32, OnlineVae("demo")), PictureStore(local.root, 32, OnlineVae("demo"))
+    assert there.digest == here.digest
+    assert not list(root.glob("dataset/*.tar"))
+    for indices in (np.arange(2), np.arange(len(here))):
+        seen, expected = there.buffer(len(indices), 0), here.buffer(len(indices), 0)
+        there.fetch(indices, np.zeros_like(indices), 0, seen).require_whole()
+        here.fetch(indices, np.zeros_like(indices), 0, expected).require_whole()
+        np.testing.assert_array_equal(seen, expected)
+        assert len(list(root.glob("dataset/*.tar"))) == (1 if len(indices) == 2 else 2)
+
+
+def test_training_is_told_who_changes_the_dataset(written, tmp_path):
+    url, _ = written
+    with (
+        lock_to_change(dataset_at(url, tmp_path / "writer"), "sdtrain remove"),
+        pytest.raises(UserError, match=r"in use: sdtrain remove is at work .* start the training again"),
+    ):
+        training_root(url)

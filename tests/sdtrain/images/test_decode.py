@@ -1,0 +1,143 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sdtrain.images.decode import PictureError, decode_rgb, picture_extension
+from tests.picture_fixtures import encoded, scene_picture
+
+FORMS = ("jpeg", "png", "webp", "gif", "tiff", "bmp")
+ORIENTATION = 274
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged metadata
+@pytest.mark.parametrize("form", FORMS)
+def test_damaged_bytes_are_a_picture_or_an_oserror_and_nothing_else(form):
+    rng = np.random.default_rng(sum(form.encode()))
+    whole = encoded(scene_picture(1, 40, 32), form)
+    refused = 0
+    for _ in range(400):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        places = rng.integers(0, min(len(whole), 150), rng.integers(1, 5))
+        damaged[places] = rng.choice([0, 255, rng.integers(256)], len(places))
+        try:
+            assert decode_rgb(damaged[: rng.integers(1, len(whole) + 1)].tobytes()).mode == "RGB"
+        except OSError:
+            refused += 1
+    assert refused > 0
+
+
+def test_damaged_headers_of_any_kind_are_an_oserror(monkeypatch):
+    content = encoded(scene_picture(1), "png")
+    for error in (TypeError, KeyError, ZeroDivisionError, EOFError, NotImplementedError, Image.DecompressionBombError):
+
+        def fail(picture, error=error):
+            raise error("damaged")
+
+        monkeypatch.setattr(Image.Image, "load", fail)
+        monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+        with pytest.raises(OSError, match=r"^(not_an_image|truncated|too_many_pixels): "):
+            decode_rgb(content)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_laid_on_white(mode):
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0)).convert(mode)
+    assert decode_rgb(encoded(clear, "png")).getcolors() == [(16, (255, 255, 255))]
+
+
+def test_a_transparent_palette_colour_is_laid_on_white():
+    picture = Image.new("P", (4, 4), 1)
+    picture.putpalette([10, 20, 30, 40, 50, 60])
+    picture.putpixel((0, 0), 0)
+    for form in ("png", "gif"):
+        decoded = decode_rgb(encoded(picture, form, transparency=0))
+        assert [decoded.getpixel(place) for place in ((0, 0), (1, 1))] == [(255, 255, 255), (40, 50, 60)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["jpeg", "png", "webp", "tiff"])
+def test_exif_orientation_is_applied(form, orientation):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = encoded(scene_picture(3, 40, 24), form, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    decoded = decode_rgb(content)
+    assert decoded.size == ((40, 24) if orientation < 5 else (24, 40))
+    assert decoded.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+def test_a_corrupt_exif_block_counts_as_none(exif):
+    picture = scene_picture(3, 40, 24)
+    assert decode_rgb(encoded(picture, exif=exif)).tobytes() == decode_rgb(encoded(picture)).tobytes()
+
+
+@pytest.mark.parametrize("nonsense", [0, 9, 77])
+def test_an_orientation_out_of_range_counts_as_none(nonsense):
+    exif = Image.Exif()
+    exif[ORIENTATION] = nonsense
+    assert decode_rgb(encoded(scene_picture(3, 40, 24), exif=exif)).size == (40, 24)
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bit_gray_keeps_its_upper_bits(dtype):
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    content = encoded(Image.fromarray(values.astype(dtype)), "tiff" if dtype == ">u2" else "png")
+    assert np.array_equal(np.asarray(decode_rgb(content)), np.repeat((values >> 8)[..., None], 3, axis=2))
+
+
+def test_16_bit_rgb_and_rgba_keep_their_upper_bits():
+    values = np.random.default_rng(1).integers(0, 65536, (8, 8, 4), np.uint16)
+    rgb = cv2.imencode(".png", values[..., :3])[1].tobytes()
+    assert np.array_equal(np.asarray(decode_rgb(rgb)), (values[..., 2::-1] >> 8))
+    values[..., 3] = 65535
+    rgba = cv2.imencode(".png", values)[1].tobytes()
+    assert np.array_equal(np.asarray(decode_rgb(rgba)), (values[..., 2::-1] >> 8))
+
+
+def test_cmyk_has_the_colours_that_opencv_sees():
+    picture = scene_picture(5).convert("CMYK")
+    content = encoded(picture)  # Pillow writes them inverted, with Adobe's marker
+    expected = cv2.cvtColor(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    assert np.abs(np.asarray(decode_rgb(content), int) - expected).max() <= 2
+    assert np.abs(np.asarray(decode_rgb(content), int) - np.asarray(scene_picture(5), int)).mean() < 6
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png", "tiff"])
+def test_the_first_of_several_frames_is_taken(form):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    content = encoded(
+        frames[0], form, save_all=True, append_images=frames[1:], **({"lossless": True} if form == "webp" else {})
+    )
+    assert decode_rgb(content).getcolors() == [(64, (255, 0, 0))]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P"])
+@pytest.mark.parametrize("form", ["png", "bmp", "tiff"])
+def test_gray_and_palette_pictures_become_rgb(mode, form):
+    picture = scene_picture(2, 16, 16).convert(mode)
+    assert decode_rgb(encoded(picture, form)).tobytes() == picture.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_pixels_of_unknown_range_are_refused(mode):
+    with pytest.raises(PictureError) as refused:
+        decode_rgb(encoded(Image.new(mode, (4, 4)), "tiff"))
+    assert refused.value.reason == "other_format"
+
+
+@pytest.mark.parametrize("form", ["ico", "dds", "tga", "pcx", "ppm", "eps", "pdf", "jpeg2000"])
+def test_other_formats_are_not_read(form):
+    with pytest.raises(PictureError):
+        decode_rgb(encoded(scene_picture(1), form))
+
+
+def test_the_picture_is_found_among_the_members():
+    assert picture_extension({"json": b"", "png": b"", "txt": b""}) == "png"
+    with pytest.raises(KeyError):
+        picture_extension({"json": b"", "txt": b""})

@@ -1,0 +1,173 @@
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import imagehash
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.images.decode import PictureError, decode_rgb
+from sdtrain.images.perceptual import perceptual_hash
+from sdtrain.images.store import PictureMaker
+from tests.sdtrain.download.download_fixtures import encoded, photo
+from tests.sdtrain.images.hostile_pictures import GOOD, HOSTILE, exif_turned, opened
+
+MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
+REFERENCES = Path(__file__).parents[4] / "shared" / "data" / "resize_reference"
+
+
+def maker(**settings):
+    return PictureMaker(DownloadConfig(**{"image_size": 48} | settings))
+
+
+def bgr(content):
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_every_hostile_body_ends_in_its_reason(name):
+    body, reason = HOSTILE[name]
+    with pytest.raises(PictureError) as refused:
+        maker()(body)
+    assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("reencode", ["always", "if_changed"])
+def test_every_kind_of_picture_is_stored_upright_in_rgb(name, reencode):
+    stored = maker(reencode=reencode, image_size=1000)(GOOD[name])
+    expected = decode_rgb(GOOD[name])
+    decoded = opened(stored.content)
+    assert (decoded.format, decoded.mode, decoded.getexif().get(274, 1)) == ("JPEG", "RGB", 1)
+    assert decoded.size == expected.size == (stored.width, stored.height)
+    assert (stored.original_width, stored.original_height) == expected.size
+    assert np.abs(np.asarray(decoded, int) - np.asarray(expected, int)).mean() < 16
+    assert stored.extension == "jpg"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", [(96, 64), (40, 60), (64, 48), (33, 200)])
+def test_plain_pictures_get_the_bytes_of_the_stock_resizer(mode, size, monkeypatch):
+    from sdtrain.images import resize
+
+    body = encoded(photo(7, *size))
+    ours = maker(resize_mode=mode, reencode="always")(body)
+    stock = resize._module()
+    monkeypatch.setattr(stock, "cv2", cv2)
+    content, width, height, *original, error = stock.Resizer(48, mode, True)(io.BytesIO(body))
+    assert error is None
+    assert ours.content == content
+    assert (ours.width, ours.height, ours.original_width, ours.original_height) == (width, height, *original)
+
+
+@pytest.mark.skipif(not REFERENCES.exists(), reason="no reference pictures beside the checkout")
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_are_those_of_the_reference_pictures(mode):
+    stored = maker(resize_mode=mode, image_size=600, resize_only_if_bigger=False, reencode="always")(
+        (REFERENCES / "original.png").read_bytes()
+    )
+    expected = bgr((REFERENCES / f"resize_{mode}.jpg").read_bytes())
+    assert bgr(stored.content).shape == expected.shape
+    assert np.abs(bgr(stored.content).astype(int) - expected).mean() < 2.5  # made with other versions
+
+
+def test_if_changed_keeps_the_bytes_where_nothing_changes():
+    body = GOOD["jpeg"]
+    assert maker(image_size=300, reencode="if_changed")(body).content is body
+    assert maker(image_size=300, reencode="always")(body).content != body
+    assert maker(image_size=100, reencode="if_changed")(body).content != body
+    assert maker(image_size=300, reencode="if_changed", encode_format="webp")(body).content != body
+    assert maker(image_size=300, reencode="if_changed", resize_only_if_bigger=False)(body).content != body
+
+
+@pytest.mark.parametrize("name", ["gray_jpeg", "cmyk_jpeg", "turned_6"])
+def test_if_changed_encodes_what_had_to_be_converted(name):
+    assert maker(image_size=1000, reencode="if_changed")(GOOD[name]).content != GOOD[name]
+
+
+@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "cmyk_jpeg", "clear_png", "turned_6", "webp_animation"])
+def test_never_keeps_all_bytes_under_their_true_extension(name):
+    stored = maker(reencode="never", resize_mode="no")(GOOD[name])
+    assert stored.content is GOOD[name]
+    assert stored.extension == opened(GOOD[name]).format.lower().replace("jpeg", "jpg")
+    assert (stored.width, stored.height) == decode_rgb(GOOD[name]).size
+
+
+@pytest.mark.parametrize("name", ["gif", "bmp", "tiff"])
+def test_never_refuses_what_cannot_be_stored_as_it_is(name):
+    with pytest.raises(PictureError) as refused:
+        maker(reencode="never", resize_mode="no")(GOOD[name])
+    assert refused.value.reason == "other_format"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"reencode": "never"}, 'resize_mode: "no"'),
+        ({"encode_format": "png"}, "compression level from 0 to 9, not 95"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(ValidationError, match=words):
+        DownloadConfig(**settings)
+
+
+def test_sizes_are_those_of_the_upright_picture():
+    stored = maker(image_size=40)(exif_turned(6))
+    assert (stored.original_width, stored.original_height, stored.width, stored.height) == (80, 120, 40, 60)
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "webp"])
+def test_every_encode_format_is_written(form):
+    quality = {"encode_quality": 6} if form == "png" else {}
+    stored = maker(encode_format=form, **quality)(GOOD["jpeg"])
+    assert (stored.extension, opened(stored.content).format.lower()) == (form, form.replace("jpg", "jpeg"))
+
+
+def test_threads_side_by_side_get_what_one_alone_gets():
+    make, bodies = maker(), [*GOOD.values()] * 4
+    alone = [make(body) for body in bodies]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(make, bodies)) == alone
+
+
+def test_big_pictures_are_made_one_at_a_time(monkeypatch):
+    monkeypatch.setattr("sdtrain.images.store._BIG_PIXELS", 100)
+    make, inside, most = maker(), [], []
+
+    def watched(self, content, header):
+        inside.append(1)
+        most.append(len(inside))
+        threading.Event().wait(0.01)
+        inside.pop()
+
+    monkeypatch.setattr(PictureMaker, "_make", watched)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(make, [GOOD["jpeg"]] * 12))
+    assert max(most) == 1
+
+
+def test_an_unforeseen_error_is_one_lost_picture_and_is_logged(monkeypatch, caplog):
+    monkeypatch.setattr("sdtrain.images.store.read_header", lambda *_: 1 / 0)
+    with pytest.raises(PictureError, match="not_an_image: unexpected ZeroDivisionError"):
+        maker()(GOOD["jpeg"])
+    assert "Unexpected failure of a picture" in caplog.text
+
+
+def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_picture():
+    distances = []
+    for seed in range(40):
+        stored = maker(image_size=300)(encoded(photo(seed, 500, 400)))
+        expected = int(str(imagehash.phash(opened(stored.content))), 16)
+        distances.append(((stored.phash % 2**64) ^ expected).bit_count())
+    assert max(distances) <= 6
+    assert np.mean(distances) < 1.5
+
+
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_the_hash_of_a_flat_picture_is_of_its_brightness_alone(value):
+    assert perceptual_hash(np.full((50, 70, 3), value, np.uint8)) % 2**64 == (2**63 if value else 0)

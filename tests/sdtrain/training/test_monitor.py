@@ -1,0 +1,144 @@
+"""Validation, previews and curves of a real run, on one rank."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sdtrain.config import load_config
+from sdtrain.errors import UserError
+from sdtrain.loading.latent_store import LatentStore
+from sdtrain.loading.loader import BatchMaker
+from sdtrain.loading.sources import make_plan
+from sdtrain.models.build import load_text_encoder
+from sdtrain.train import train
+from sdtrain.training.distributed import Ranks
+from sdtrain.training.run_dir import RunDir
+from sdtrain.training.validation import Validation
+from tests.training_fixtures import write_config
+
+NUM_HELD_OUT = 10
+WATCHED = {
+    "validation": {"num_samples": NUM_HELD_OUT, "every": 2, "num_timesteps": 4},
+    "previews": {"every": 4, "prompts": ["a red circle", "a blue square", "a"], "guidance_scale": 2, "num_steps": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def config(world, tmp_path_factory):
+    return load_config(str(write_config(tmp_path_factory.mktemp("config") / "c.yaml", *world, **WATCHED)))
+
+
+@pytest.fixture(scope="module")
+def run(config, ranks, tmp_path_factory):
+    made = RunDir(tmp_path_factory.mktemp("run"))
+    train(config, made, ranks)
+    return made
+
+
+def test_validation_is_written_for_averaged_and_raw_weights_at_each_timestep(run):
+    rows = run.validation.rows()
+    assert {(row["weights"], row["timestep"]) for row in rows} == {
+        (weights, timestep) for weights in ("ema", "raw") for timestep in ("125", "375", "625", "875")
+    }
+    assert sorted({int(row["step"]) for row in rows}) == [2, 4, 6, 8]
+
+
+def test_watching_does_not_change_what_is_trained(run, config, ranks, tmp_path):
+    """All but the held-out samples, which are the one thing that is another run."""
+    quiet = config.model_copy(
+        update={
+            "validation": config.validation.model_copy(update={"every": 1000}),
+            "previews": config.previews.model_copy(update={"every": 0}),
+        }
+    )
+    assert quiet.digest() == config.digest()
+    train(quiet, RunDir(tmp_path), ranks)
+    figures = [[(row["loss"], row["grad_norm"]) for row in some.log.rows()] for some in (run, RunDir(tmp_path))]
+    assert figures[0] == figures[1]
+
+
+def test_a_resumed_run_has_the_validation_and_the_pictures_of_a_straight_one(run, config, ranks, tmp_path):
+    asked = iter(range(5))
+    resumed = RunDir(tmp_path)
+    assert train(config, resumed, ranks, stop_requested=lambda: next(asked, None) is None) == 5
+    train(config, resumed, ranks)
+    assert resumed.validation.rows() == run.validation.rows()
+    assert resumed.preview(8).read_bytes() == run.preview(8).read_bytes()
+
+
+def test_previews_show_every_prompt(run):
+    sheets = sorted(run.previews.iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-00000004.png", "step-00000008.png"]
+    pixels = np.asarray(Image.open(sheets[-1]))
+    assert pixels.shape == (2 * 66 + 2, 2 * 66 + 2, 3)
+    tiles = [pixels[2:66, 2:66], pixels[2:66, 68:132], pixels[68:132, 2:66]]
+    assert all(tile.std() > 0 for tile in tiles)
+
+
+def test_tensorboard_has_all_curves(run):
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/grad_norm", "validation/loss_ema", "validation/ema_t0125", "speed/data_wait"} <= tags
+    assert [point.step for point in events.Scalars("train/loss")] == list(range(1, 9))
+    parts = [tag for tag in tags if tag.startswith("train/loss_part_")]
+    assert 0 < len(parts) <= 10
+
+
+def test_the_loss_lies_between_its_parts(run):
+    for row in run.log.rows():
+        parts = [float(value) for name, value in row.items() if name.startswith("loss_part_") and value]
+        assert min(parts) - 1e-9 <= float(row["loss"]) <= max(parts) + 1e-9
+
+
+def test_held_out_samples_are_in_no_batch(world, config):
+    store = LatentStore(world[1], 64)
+    plan = make_plan(store, config, NUM_HELD_OUT)
+    seen = np.concatenate([plan.batch(step).indices for step in range(20)])
+    assert set(seen.tolist()) == set(range(len(store) - NUM_HELD_OUT))
+
+
+class Partial(Ranks):
+    """One of several ranks, whose sums are left to the test."""
+
+    def sum(self, values):
+        return values
+
+
+def test_any_number_of_ranks_gives_the_same_losses(world, config):
+    tokenizer, _ = load_text_encoder(str(world[0]))
+
+    def found(rank, world_size):
+        maker = BatchMaker(LatentStore(world[1], 64), tokenizer, config, 0, 1)
+        ranks = Partial(rank, world_size, torch.device("cpu"), None, None)
+        return Validation(config, maker, ranks).losses(lambda b: b.noise.square().mean((1, 2, 3)) * b.timesteps)
+
+    alone = found(0, 1)
+    together = np.sum([found(rank, 3) for rank in range(3)], axis=0)
+    assert together == pytest.approx(alone, rel=1e-12)
+    assert alone == sorted(alone)  # the stand-in grows with the timestep
+
+
+def test_every_rank_says_as_often_that_validation_moves(world, config):
+    """The watchdog compares these numbers; 10 samples over 3 ranks are 4, 3 and 3, in batches of 1, 2 and 4."""
+    tokenizer, _ = load_text_encoder(str(world[0]))
+    for size, num_batches in ((1, 4), (2, 2), (4, 1)):
+        told = [0, 0, 0]
+        for rank in range(3):
+            small = config.model_copy(update={"micro_batch_size": size})
+            maker = BatchMaker(LatentStore(world[1], 64), tokenizer, small, 0, 1)
+            ranks = Partial(rank, 3, torch.device("cpu"), None, None)
+
+            def moved(rank=rank, told=told):
+                told[rank] += 1
+
+            Validation(small, maker, ranks).losses(lambda b: b.noise.square().mean((1, 2, 3)), moved)
+        assert told == [num_batches] * 3
+
+
+def test_holding_out_everything_is_refused(world, config):
+    greedy = config.model_copy(update={"validation": config.validation.model_copy(update={"num_samples": 50})})
+    with pytest.raises(UserError, match=r"validation\.num_samples 50 leaves nothing"):
+        make_plan(LatentStore(world[1], 64), greedy, 50)
