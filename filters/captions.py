@@ -6,15 +6,15 @@ r"""What captions look like that say nothing, as SQL over `{caption}`.
 from __future__ import annotations
 
 _ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
-# What cameras, phones and programs call a picture that nobody has named.
+# What cameras, phones and programs call an image that nobody has named.
 _DEVICES = (
-    "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|picture|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
+    "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|image|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
     "wp|pxl|kif|scan|screenshot|screen shot|slide|figure|fig|file|untitled|unnamed|noname|no name|thumbnail|thumb|"
     "default|dji|whatsapp image|bild|imagen|immagine|obr"
 )
 _NUMBERS = "[-_ .():x#0-9]*"
 _NAMES = (
-    rf"\S+[.](?:{_ENDINGS})",  # one word that ends as picture files do
+    rf"\S+[.](?:{_ENDINGS})",  # one word that ends as image files do
     # Numbers, dates and times follow: "IMG-20190504-WA0012", "Screenshot 2021-03-04 at 10.11.12".
     rf"(?:{_DEVICES})(?:[-_ .]?(?:img|image|copy))?{_NUMBERS}(?:(?:at|wa|copy){_NUMBERS})?(?:[.](?:{_ENDINGS}))?",
     r"p[0-9]{5,}",

@@ -86,7 +86,7 @@ class SelectConfig(Settings):
     allowlists: list[ListConfig] = Field(default=[])
     """Rows must be on each of these."""
     null_policy: Literal["drop", "score_later"] = "drop"
-    """A NULL score drops the row as SQL would, or leaves the decision to the picture's own score."""
+    """A NULL score drops the row as SQL would, or leaves the decision to the image's own score."""
     limit: int | None = Field(default=None, ge=1)
     """At most this many rows, the first in shuffled order."""
     seed: int = 42
@@ -99,7 +99,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class ScoreConfig(Settings):
-    """Which models look at the pictures. Weights are a known name, a file, `random:SEED` or null to skip."""
+    """Which models look at the images. Weights are a known name, a file, `random:SEED` or null to skip."""
 
     clip_model: str = "ViT-L-14-quickgelu"
     clip_weights: str | None = "openai"
@@ -115,7 +115,7 @@ class ScoreConfig(Settings):
     watermark_sha256: Digest | None = None
     safety_sha256: Digest | None = None
     batch_size: int = Field(default=32, ge=1)
-    """Pictures that the networks see at once; a large GPU wants 256."""
+    """Images that the networks see at once; a large GPU wants 256."""
     dtype: Literal["float32", "bf16", "fp16", "auto"] = "float32"
     """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01. auto: bf16
     where the machine that begins the dataset computes faster in it, else float32; the dataset keeps it."""
@@ -123,7 +123,7 @@ class ScoreConfig(Settings):
     """Who decodes and resizes: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
     pixels differ slightly. Digests of pixels, by which exact copies are found, then differ too: never mix the two."""
     store_embeddings: bool = False
-    """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB a picture for ViT-L/14."""
+    """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB an image for ViT-L/14."""
 
     @property
     def pins(self) -> dict[str, str]:
@@ -145,7 +145,7 @@ class ScoreConfig(Settings):
 
 
 class DuplicatesConfig(Settings):
-    """Which pictures count as copies of one another."""
+    """Which images count as copies of one another."""
 
     level: Literal["off", "exact", "perceptual", "semantic"] = "off"
     """Each includes those before it: the same pixels or bytes; looks alike; shows the same to CLIP."""
@@ -154,16 +154,16 @@ class DuplicatesConfig(Settings):
     semantic_threshold: float = Field(default=0.95, gt=0, le=1)
     """Least cosine between the CLIP embeddings of copies."""
     num_clusters: int | None = Field(default=None, ge=1)
-    """Only embeddings of one cluster are compared; by default 1 up to 16,384 pictures, else their root."""
+    """Only embeddings of one cluster are compared; by default 1 up to 16,384 images, else their root."""
     seed: int = 42
     """Of the clusters' first centres."""
 
 
 class KeepConfig(Settings):
-    """Which downloaded pictures stay."""
+    """Which downloaded images stay."""
 
     decide_by: Literal["metadata", "picture"] = "metadata"
-    """Whether score rules look at LAION's scores or at ours; sizes always come from the picture."""
+    """Whether score rules look at LAION's scores or at ours; sizes always come from the image."""
     rules: KeepRules = Field(default={})
 
 

@@ -26,7 +26,7 @@ class Rule:
         bounds: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
             columns as they are in the files, so that DuckDB can skip row groups by their statistics.
         in_keep: whether it can be judged after the download too; else only the metadata knows.
-        in_select: whether the metadata knows; else only a decoded picture tells.
+        in_select: whether the metadata knows; else only a decoded image tells.
     """
 
     column: str
@@ -47,7 +47,7 @@ def _one_of(column: str, meaning: str) -> Rule:
     return Rule(column, sql, meaning, kind=list, bounds=((column, "in"),), in_keep=False)
 
 
-def _of_picture(column: str, operator: str, meaning: str) -> Rule:
+def _of_image(column: str, operator: str, meaning: str) -> Rule:
     return Rule(column, f"{column} {operator} ?", meaning, in_select=False)
 
 
@@ -70,10 +70,10 @@ RULES: dict[str, Rule] = {
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
     # What these measure is told in filters.score.quality.
-    "min_sharpness": _of_picture("sharpness", ">=", "sharpness under {value}"),
-    "min_entropy": _of_picture("entropy", ">=", "gray levels of an entropy under {value} bits"),
-    "max_border": _of_picture("border", "<=", "more than the share {value} of the picture is border of one colour"),
-    "min_contrast": _of_picture("contrast", ">=", "nearly one colour: contrast under {value}"),
+    "min_sharpness": _of_image("sharpness", ">=", "sharpness under {value}"),
+    "min_entropy": _of_image("entropy", ">=", "gray levels of an entropy under {value} bits"),
+    "max_border": _of_image("border", "<=", "more than the share {value} of the image is border of one colour"),
+    "min_contrast": _of_image("contrast", ">=", "nearly one colour: contrast under {value}"),
 }
 
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
@@ -130,7 +130,7 @@ def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
         )
     if not in_keep and not rule.in_select:
         raise UserError(
-            f"rule '{name}' looks at '{rule.column}', which only a decoded picture has; move it to `keep.rules`"
+            f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `keep.rules`"
         )
     if rule.kind is bool and isinstance(value, bool):
         return value

@@ -91,7 +91,7 @@ def build_dataset(
         workers: Batches of shards at once, unless a running cluster decides that.
         shards_per_task: Shards in one batch.
         work_dir: With output s3://...: where its files lie on this machine; without, the user's cache.
-        keep_local: With output s3://...: whether pictures and latents stay on this machine once they are there.
+        keep_local: With output s3://...: whether images and latents stay on this machine once they are there.
         credentials: Name of a block AwsCredentials for metadata and output on s3://; without, the environment's.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The whole road on a little world: metadata, pictures, latents, training, samples, report.
+"""The whole road on a little world: metadata, images, latents, training, samples, report.
 
 `make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
 """
@@ -39,7 +39,7 @@ from sdtrain.errors import UserError
 from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
-    from sdtrain.report.page import PictureSection
+    from sdtrain.report.page import ImageSection
 
 CONFIG = "tiny"
 
@@ -52,7 +52,7 @@ class DemoDir:
 
     @property
     def world(self) -> Path:
-        """Pictures, metadata and web server."""
+        """Images, metadata and web server."""
         return self.root / "world"
 
     @property
@@ -80,7 +80,7 @@ class DemoDir:
 @flow(name="build-demo")
 @fails_with_a_sentence
 def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
-    """Makes a little world of captioned pictures, serves it, and builds a dataset from it.
+    """Makes a little world of captioned images, serves it, and builds a dataset from it.
 
     Args:
         output: The demo's directory.
@@ -129,8 +129,8 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
     return found
 
 
-def look_closer(demo: DemoDir) -> "list[PictureSection]":
-    """Evaluates the model, searches the data, and looks for training pictures among samples."""
+def look_closer(demo: DemoDir) -> "list[ImageSection]":
+    """Evaluates the model, searches the data, and looks for training images among samples."""
     from flows import demo_report
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
@@ -145,7 +145,7 @@ def look_closer(demo: DemoDir) -> "list[PictureSection]":
     ]
 
 
-def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[PictureSection]") -> Path:
+def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[ImageSection]") -> Path:
     """The page that the demo ends with."""
     from filters.inspect.borders import borders
     from filters.inspect.report import limits_of, scores_note
@@ -158,12 +158,12 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
     }
     samples = SampleSection(
         demo.samples / "samples.png",
-        "Prompts are “a COLOUR SHAPE”; every picture has its own seed. A checker that looks at pixels only says which "
+        "Prompts are “a COLOUR SHAPE”; every image has its own seed. A checker that looks at pixels only says which "
         "colour and shape it sees, over guidance scales 3 to 8.",
         [(*names[name], v.num_pictures, v.color, v.shape) for name, v in verdicts.items()],
     )
     report = Report(
-        title="sdtrain demo: from metadata to pictures",
+        title="sdtrain demo: from metadata to images",
         lead="A little world of coloured shapes, selected, downloaded, scored, deduplicated, packed, encoded and "
         "trained on, all on this machine.",
         dataset=demo.data,
@@ -174,7 +174,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         samples=samples,
         sections=sections,
         card=demo.training.path / "README.md",
-        find_picture=open_world(demo.world).picture_of,
+        find_image=open_world(demo.world).image_of,
     )
     return write_report(report, demo.report)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from filters.memorization.check import check_samples
 from filters.memorization.repeated import draw_samples, repeated_captions
 from filters.memorization.report import write_memorised
-from filters.search.hits import Hit, picture_of
+from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.evaluation.demo import evaluate_demo
-from sdtrain.report.page import PictureSection
+from sdtrain.report.page import ImageSection
 from sdtrain.sampling.sampler import SampleSettings
 from sdtrain.training.run_dir import RunDir
 
@@ -20,7 +20,7 @@ _NUM_CAPTIONS, _PER_CAPTION = 3, 2
 _GUIDANCE_SCALE, _NUM_STEPS = 3.0, 25
 
 
-def evaluate(run: RunDir, data: DatasetDir) -> PictureSection:
+def evaluate(run: RunDir, data: DatasetDir) -> ImageSection:
     """The trained model over guidance scales."""
     print("Evaluating over guidance scales ...", flush=True)
     results, curve = evaluate_demo([run.path], data.root, run.path / "evaluation")
@@ -29,41 +29,41 @@ def evaluate(run: RunDir, data: DatasetDir) -> PictureSection:
         "The same prompts and the same noise at each guidance scale, as in the model card of Stable Diffusion v1. "
         "These numbers are the demo's own and compare with no others: no published network is at hand offline."
     )
-    return PictureSection("Guidance", text, curve, lines)
+    return ImageSection("Guidance", text, curve, lines)
 
 
-def search(data: DatasetDir, sheet: Path) -> PictureSection:
+def search(data: DatasetDir, sheet: Path) -> ImageSection:
     """What a question to the dataset gives, as a sheet."""
     asked = Search(data)
     found = asked.by_words(_QUESTION, _NUM_HITS)
     rows = [Row(f"“{_QUESTION}”, by the words of captions", _cells(data, found))]
-    if found and (picture := picture_of(data, found[0])):
-        near = asked.by_pictures([picture], _NUM_HITS)[0]
+    if found and (image := image_of(data, found[0])):
+        near = asked.by_images([image], _NUM_HITS)[0]
         rows.append(Row("Nearest to the first of these, by embedding", _cells(data, near)))
-    write_sheet(sheet, f"{asked.num_pictures:,} pictures", [], rows)
+    write_sheet(sheet, f"{asked.num_pictures:,} images", [], rows)
     text = (
-        "The training data can be searched, by caption or by picture; each answer says where it is from and whether it "
-        "was kept. The page with a search box, onto which pictures can be dropped as well:"
+        "The training data can be searched, by caption or by image; each answer says where it is from and whether it "
+        "was kept. The page with a search box, onto which images can be dropped as well:"
     )
-    return PictureSection("Search", text, sheet, [f"sdtrain search {data.root} --serve"])
+    return ImageSection("Search", text, sheet, [f"sdtrain search {data.root} --serve"])
 
 
-def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> PictureSection:
-    """Samples for the captions that repeat most, beside the training pictures nearest to them; once for each folder."""
+def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
+    """Samples for the captions that repeat most, beside the training images nearest to them; once for each folder."""
     if not (folder / "memorised.png").exists():
-        print("Looking for training pictures among samples ...", flush=True)
+        print("Looking for training images among samples ...", flush=True)
         captions = [caption for caption, _ in repeated_captions(data, _NUM_CAPTIONS)]
         settings = SampleSettings(_GUIDANCE_SCALE, _NUM_STEPS)
         samples = draw_samples(model, captions, _PER_CAPTION, 0, folder / "samples", settings)
         write_memorised(check_samples(Search(data), samples), data, folder)
     found = json.loads((folder / "memorised.json").read_text())
     text = (
-        "Samples for captions that repeat in training, each beside the training pictures nearest to it: "
+        "Samples for captions that repeat in training, each beside the training images nearest to it: "
         f"{found['same']} of {found['num_samples']} are the same as one. In a world of plain shapes, and with a "
         "stand-in for CLIP, nearly all are flagged as alike."
     )
-    return PictureSection("Is anything memorised?", text, folder / "memorised.png", found["notes"])
+    return ImageSection("Is anything memorised?", text, folder / "memorised.png", found["notes"])
 
 
 def _cells(data: DatasetDir, hits: list[Hit]) -> list[Cell]:
-    return [Cell(picture_of(data, hit), f"{hit.nearness:.3f} {hit.fate}", hit.caption) for hit in hits]
+    return [Cell(image_of(data, hit), f"{hit.nearness:.3f} {hit.fate}", hit.caption) for hit in hits]

@@ -1,4 +1,4 @@
-"""Evaluates checkpoints: draws pictures over guidance scales, measures them, plots FID against agreement."""
+"""Evaluates checkpoints: draws images over guidance scales, measures them, plots FID against agreement."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,14 +50,14 @@ def evaluate_checkpoint(
     parts_per_task: Count = 1,
     retries: Annotated[int, Field(ge=0, le=10)] = 1,
 ) -> str:
-    """Draws pictures of the prompts at each guidance scale and measures them; what is finished is not done again.
+    """Draws images of the prompts at each guidance scale and measures them; what is finished is not done again.
 
     Args:
         model: A run, a checkpoint, a diffusers folder or a CompVis file; or a list of them, a line each in the plot.
         prompts: Text file with one prompt a line, or COCO's captions (.json).
-        reference: Real pictures: a dataset, a folder, or an .npz of statistics.
+        reference: Real images: a dataset, a folder, or an .npz of statistics.
         output: The evaluation's directory; by default `evaluation` in the run's.
-        num_prompts: Prompts, and pictures for each scale.
+        num_prompts: Prompts, and images for each scale.
         scales: Guidance scales.
         protocol: Any other setting of sdtrain.evaluation.protocol.Protocol, by name.
         engine: What runs the parts: threads or processes of this machine, or Dask or Ray.

@@ -1,4 +1,4 @@
-"""Rebuilds Stable Diffusion v1 from public data: from a picture to a trained, documented model."""
+"""Rebuilds Stable Diffusion v1 from public data: from an image to a trained, documented model."""
 
 import os
 

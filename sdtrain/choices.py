@@ -7,4 +7,4 @@ from typing import Literal
 Weights = Literal["ema", "raw"]
 SamplerName = Literal["plms", "ddim", "dpm"]
 Resize = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
-"""How Inception's pictures are brought to their size."""
+"""How Inception's images are brought to their size."""

@@ -90,7 +90,7 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Noise with a part that is constant over each latent channel: eps + strength * offset.
 
-    Plain noise leaves a picture's mean visible at every timestep, so a model never learns to make it itself
+    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it itself
     (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
 
     Args:

@@ -30,7 +30,7 @@ def run_demo(output: Path) -> tuple[dict, str]:
 
 def times_of(output: Path) -> dict[str, int]:
     """When each result was written; views, reports and Prefect's own files are made anew each time."""
-    folders = ("world/pictures", "data/selection", "data/images", "data/scores", "data/dataset", "data/latents")
+    folders = ("world/images", "data/selection", "data/images", "data/scores", "data/dataset", "data/latents")
     files = [p for folder in (*folders, "data/manifest", "training", "samples") for p in (output / folder).rglob("*")]
     kept = [p for p in files if p.is_file() and p.name not in MADE_ANEW]
     return {p.relative_to(output).as_posix(): p.stat().st_mtime_ns for p in kept}
@@ -61,7 +61,7 @@ def test_guidance_of_3_follows_the_prompts_better_than_none(demo):
     assert rows[3.0]["agreement_demo_checker"] > rows[1.0]["agreement_demo_checker"]
     card = (found.parents[1] / "README.md").read_text()
     assert "agreement_demo_checker" in card
-    assert {"pictures/curve.png", "pictures/search.png", "pictures/memorised.png"} <= set(
+    assert {"images/curve.png", "images/search.png", "images/memorised.png"} <= set(
         re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
     )
 
@@ -77,7 +77,7 @@ def test_the_funnel_adds_up_from_metadata_to_latents(demo):
     assert rows[-1][1] == latents[0]
 
 
-def test_every_picture_of_the_report_exists(demo):
+def test_every_image_of_the_report_exists(demo):
     _, figures = demo
     report = Path(figures["report"])
     sources = re.findall(r'src="([^"]+)"', report.read_text())

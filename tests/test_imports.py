@@ -111,7 +111,7 @@ def test_mistake_in_a_training_config_is_told_without_networks() -> None:
 
 
 @pytest.mark.slow
-def test_sampling_loads_what_makes_pictures_and_no_more(tmp_path: Path) -> None:
+def test_sampling_loads_what_makes_images_and_no_more(tmp_path: Path) -> None:
     run = write_run(tmp_path, 0.1)
     loaded = loaded_by(
         *(*SDTRAIN, "sample", run, "a red circle", "--output", tmp_path / "drawn"), "--steps", 1, "--dtype", "fp32"

@@ -24,7 +24,7 @@ def test_it_names_every_recipe_and_config():
         assert f"`{name}`" in README
 
 
-def test_its_pictures_and_links_exist():
+def test_its_images_and_links_exist():
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert (ROOT / target).exists(), target
 

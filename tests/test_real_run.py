@@ -100,7 +100,7 @@ def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
     content["score"] = seeds | {"clip_model": "ViT-L-14-quickgelu", "aesthetic_weights": aesthetic, "batch_size": 4}
     content["duplicates"] = {"level": "exact"}
     content["encode"] = {"vae": str(write_full_size_vae(tmp_path / "vae")), "resolution": RESOLUTION, "batch_size": 2}
-    content["encode"]["min_psnr_db"] = 0  # with random weights no picture comes back
+    content["encode"]["min_psnr_db"] = 0  # with random weights no image comes back
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
     recipe, dataset = load_recipe(str(tmp_path / "real.yaml")), DatasetDir(tmp_path / "data")
@@ -110,7 +110,7 @@ def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
 
     kept = entries(dataset, "keep")[0]
     assert kept.num_in == num_rows
-    # The LAION rows show the photographs again, and two of the varied pictures are too small.
+    # The LAION rows show the photographs again, and two of the varied images are too small.
     assert kept.dropped["duplicate_exact"] == NUM_LAION_ROWS
     assert kept.dropped["min_side"] >= 1
     scores = pa.concat_tables(pq.read_table(dataset.scores(e.shard)) for e in entries(dataset, "score")).to_pylist()

@@ -28,10 +28,10 @@ _MEANINGS = {
     "removed": "taken out of this dataset for good",
     "duplicate_row": "the same URL and caption again",
     "over_limit": "over the recipe's limit",
-    "undecodable": "the stored picture cannot be decoded",
-    "duplicate_exact": "the same pixels as a kept picture",
-    "duplicate_perceptual": "looks like a kept picture",
-    "duplicate_semantic": "shows the same as a kept picture",
+    "undecodable": "the stored image cannot be decoded",
+    "duplicate_exact": "the same pixels as a kept image",
+    "duplicate_perceptual": "looks like a kept image",
+    "duplicate_semantic": "shows the same as a kept image",
 }
 
 

@@ -21,7 +21,7 @@ from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
-# One row for every selected row, with the columns that rules name. Sizes are those of the picture as it was fetched.
+# One row for every selected row, with the columns that rules name. Sizes are those of the image as it was fetched.
 _JOINED = """
 SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
        least(i.original_width, i.original_height) AS side,
@@ -38,7 +38,7 @@ LEFT JOIN blocked b USING (uid)
 _HASHES = """
 SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
 """
-# The survivor of a group is the largest picture that passed every rule, then the best liked, then the smallest uid.
+# The survivor of a group is the largest image that passed every rule, then the best liked, then the smallest uid.
 _DECIDED = """
 WITH judged AS (SELECT *, {case} AS rule_reason FROM joined),
 ranked AS (
@@ -112,7 +112,7 @@ def _check_known(dataset: DatasetDir, score: str, keep: KeepConfig) -> None:
 
 
 def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
-    """The uids of pictures that look like one that was taken out with a radius."""
+    """The uids of images that look like one that was taken out with a radius."""
     sources = _sources(dataset)
     return alike_uids(connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed))
 
@@ -164,7 +164,7 @@ def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardRep
         unknown = any(reason.endswith("_missing") for reason in dropped)
         hint = " Missing scores: the metadata has none, or their weights are null in score; see decide_by."
         raise UserError(
-            f"No picture in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.{hint if unknown else ''}"
+            f"No image in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.{hint if unknown else ''}"
         )
     return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
 

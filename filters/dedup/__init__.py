@@ -1,4 +1,4 @@
-"""Copies among the pictures: exact, perceptual, semantic.
+"""Copies among the images: exact, perceptual, semantic.
 
 `stage` reads what SCORE wrote and publishes the groups; `levels` runs `exact`, `perceptual` (with `hamming`)
 and `semantic` (with `clusters` and `buckets`) one after the other on `columns`, and `union_find` joins what they link.

@@ -15,7 +15,7 @@ _MAX_BUCKETS = 128  # each is three open files, of which a process may have 1,02
 
 
 class Embedded(NamedTuple):
-    """Some pictures that have an embedding.
+    """Some images that have an embedding.
 
     Attributes:
         nodes: (N,) their numbers.

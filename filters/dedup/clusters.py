@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from filters.dedup.buckets import Buckets, Embedded
-from filters.dedup.columns import Pictures
+from filters.dedup.columns import Images
 from sdtrain.dataset.progress import told
 from sdtrain.errors import UserError
 
@@ -29,26 +29,24 @@ Vectors = NDArray[np.float32]
 
 
 def num_clusters_for(num_pictures: int, wanted: int | None) -> int:
-    """The wanted number of clusters, by default one for few pictures and else the square root of their number."""
+    """The wanted number of clusters, by default one for few images and else the square root of their number."""
     if wanted is None:
         wanted = 1 if num_pictures <= MAX_ONE_CLUSTER else round(math.sqrt(num_pictures))
     return max(1, min(wanted, num_pictures))
 
 
-def cluster(pictures: Pictures, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
+def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
     """The embeddings of each cluster, one cluster after the other; they are written to `folder` in between.
 
-    The same for any number of threads and any order of the pictures: the centres are learnt from the pictures with the
+    The same for any number of threads and any order of the images: the centres are learnt from the images with the
     smallest uids, which are digests and thus a random sample, and all products are of matrices of one size.
 
     Raises:
         UserError: there is more than one cluster, and faiss is not installed.
     """
-    owned = (
-        _all_in_one(pictures) if num_clusters == 1 else _owned(pictures, learn_centers(pictures, num_clusters, seed))
-    )
-    with Buckets(folder, pictures.num, num_clusters) as buckets:
-        for embedded, owners in told(owned, "dedup: clusters", pictures.num, "embeddings", lambda pair: len(pair[1])):
+    owned = _all_in_one(images) if num_clusters == 1 else _owned(images, learn_centers(images, num_clusters, seed))
+    with Buckets(folder, images.num, num_clusters) as buckets:
+        for embedded, owners in told(owned, "dedup: clusters", images.num, "embeddings", lambda pair: len(pair[1])):
             buckets.add(embedded, owners)
     yield from buckets.clusters()
 
@@ -61,13 +59,13 @@ def unit(vectors: NDArray[np.float16]) -> Vectors:
     return unit_vectors
 
 
-def learn_centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
+def learn_centers(images: Images, num_clusters: int, seed: int) -> Vectors:
     """(K, D) unit vectors: k-means by cosine, of a sample.
 
     Raises:
         UserError: faiss is not installed.
     """
-    sample = unit(_sample(pictures, num_clusters))
+    sample = unit(_sample(images, num_clusters))
     options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
     options["max_points_per_centroid"] = len(sample)  # it is a sample already
     kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
@@ -78,7 +76,7 @@ def learn_centers(pictures: Pictures, num_clusters: int, seed: int) -> Vectors:
 
 
 def load_faiss(
-    wanted_by: str = "duplicates.level: semantic, for so many pictures,",
+    wanted_by: str = "duplicates.level: semantic, for so many images,",
     otherwise: str = ", or set duplicates.level to perceptual",
 ) -> Any:
     """The module faiss.
@@ -99,12 +97,12 @@ def load_faiss(
     return faiss
 
 
-def _all_in_one(pictures: Pictures) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
-    for embedded in _blocks(pictures):
+def _all_in_one(images: Images) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+    for embedded in _blocks(images):
         yield embedded, np.zeros(len(embedded.nodes), np.int32)
 
 
-def _owned(pictures: Pictures, centers: Vectors) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+def _owned(images: Images, centers: Vectors) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
     """All embeddings with the cluster whose centre is nearest, in order; each processor works at a block of its own."""
     index = load_faiss().IndexFlatIP(centers.shape[1])
     index.add(centers)
@@ -119,7 +117,7 @@ def _owned(pictures: Pictures, centers: Vectors) -> Iterator[tuple[Embedded, NDA
     num_threads = len(os.sched_getaffinity(0))
     with _one_thread_each(num_threads) as threads:
         waiting = deque[tuple[Embedded, Future[NDArray[np.int32]]]]()
-        for embedded in _blocks(pictures):
+        for embedded in _blocks(images):
             waiting.append((embedded, threads.submit(nearest, embedded.vectors)))
             if len(waiting) > 2 * num_threads:
                 done, owners = waiting.popleft()
@@ -132,10 +130,10 @@ def _one_thread_each(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, initializer=load_faiss().omp_set_num_threads, initargs=(1,))
 
 
-def _sample(pictures: Pictures, num_clusters: int) -> NDArray[np.float16]:
-    """The embeddings of the pictures with the smallest uids, in the order of these."""
+def _sample(images: Images, num_clusters: int) -> NDArray[np.float16]:
+    """The embeddings of the images with the smallest uids, in the order of these."""
     best, num_rows = list[pa.Table](), num_clusters * _TRAINING_ROWS_PER_CLUSTER
-    for table in pictures.read(["uid", "embedding"]):
+    for table in images.read(["uid", "embedding"]):
         best.append(table.filter(pc.is_valid(table["embedding"])))
         vector_bytes = 4 * table.schema.field("embedding").type.list_size
         num_rows = min(num_rows, max(num_clusters, _MAX_TRAINING_BYTES // vector_bytes))
@@ -150,10 +148,10 @@ def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
     return rows.take(chosen).combine_chunks()
 
 
-def _blocks(pictures: Pictures) -> Iterator[Embedded]:
+def _blocks(images: Images) -> Iterator[Embedded]:
     """All embeddings, in blocks of `_ROWS_AT_ONCE` at most."""
     start = 0
-    for table in pictures.read(["embedding"]):
+    for table in images.read(["embedding"]):
         embeddings = table["embedding"]
         nodes = start + np.flatnonzero(pc.is_valid(embeddings).to_numpy())
         vectors = _vectors(embeddings.drop_null())

@@ -1,4 +1,4 @@
-"""Whether pictures agree in colour, which the perceptual hash does not see."""
+"""Whether images agree in colour, which the perceptual hash does not see."""
 
 from __future__ import annotations
 

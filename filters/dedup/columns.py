@@ -1,4 +1,4 @@
-"""What the search for copies needs of every picture, in plain files: more pictures than memory holds."""
+"""What the search for copies needs of every image, in plain files: more images than memory holds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sdtrain.dataset.progress import told
 Words = NDArray[np.uint64]
 
 COLOR_BYTES = 48
-_DIGEST_CHARS, _DIGEST_WORDS = 64, 2  # half of a sha256 is enough to tell pictures apart
+_DIGEST_CHARS, _DIGEST_WORDS = 64, 2  # half of a sha256 is enough to tell images apart
 _ROWS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """All pictures to look at; node n is the n-th of them.
+class Images:
+    """All images to look at; node n is the n-th of them.
 
     Attributes:
         read: some columns of all of them, table by table, always in the same order. There are uid, pixel_sha256,
@@ -39,11 +39,11 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of one number a picture, as files that are mapped into memory.
+    """Columns of one number an image, as files that are mapped into memory.
 
     Attributes:
         folder: where they lie.
-        num: how many pictures there are.
+        num: how many images there are.
     """
 
     folder: Path
@@ -58,12 +58,12 @@ class Columns:
         return np.memmap(self.folder / "colors", np.uint8, "r", shape=(self.num, COLOR_BYTES))
 
 
-def store_columns(pictures: Pictures, folder: Path, with_looks: bool) -> Columns:
-    """Writes the digests, and with `with_looks` also hashes and thumbnails, of all pictures."""
+def store_columns(images: Images, folder: Path, with_looks: bool) -> Columns:
+    """Writes the digests, and with `with_looks` also hashes and thumbnails, of all images."""
     names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_looks else ())]
     files = dict[str, Any]()
     try:
-        for table in told(pictures.read(names), "dedup: reading", pictures.num, "pictures", len):
+        for table in told(images.read(names), "dedup: reading", images.num, "images", len):
             for name, values in _arrays(table, with_looks):
                 if name not in files:
                     files[name] = (folder / name).open("wb")
@@ -71,7 +71,7 @@ def store_columns(pictures: Pictures, folder: Path, with_looks: bool) -> Columns
     finally:
         for file in files.values():
             file.close()
-    return Columns(folder, pictures.num)
+    return Columns(folder, images.num)
 
 
 def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], Words, Words]]:

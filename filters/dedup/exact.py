@@ -1,4 +1,4 @@
-"""Pictures that are the same: equal pixels, or equal bytes as they were fetched."""
+"""Images that are the same: equal pixels, or equal bytes as they were fetched."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from sdtrain.dataset.progress import told
 
 
 def link_exact(columns: Columns, components: Components) -> None:
-    """Links each picture to the first of the same digest, of the decoded pixels or of the file; no picture is decoded.
+    """Links each image to the first of the same digest, of the decoded pixels or of the file; no image is decoded.
 
     Files are the same more seldom than pixels, but adopted shards may hold one file re-encoded twice, differently.
     """
     for kind in ("pixels", "bytes"):
         pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
-        counted = told(pieces, f"dedup: equal {kind}", columns.num, "pictures", lambda piece: len(piece[0]))
+        counted = told(pieces, f"dedup: equal {kind}", columns.num, "images", lambda piece: len(piece[0]))
         for nodes, ones, others in counted:
             starts = starts_of_runs(ones, others)
             first = nodes[starts][np.cumsum(starts) - 1]

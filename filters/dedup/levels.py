@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from filters.dedup.clusters import MAX_ONE_CLUSTER, cluster, load_faiss, num_clusters_for
-from filters.dedup.columns import Pictures, store_columns
+from filters.dedup.columns import Images, store_columns
 from filters.dedup.exact import link_exact
 from filters.dedup.perceptual import link_alike
 from filters.dedup.semantic import link_similar
@@ -43,7 +43,7 @@ class Found:
 
     Attributes:
         num_pictures: among how many.
-        removed: by level, how many pictures go if one of each group stays; a level that was not searched is not in it.
+        removed: by level, how many images go if one of each group stays; a level that was not searched is not in it.
         dropped: the same of the groups that were written, by kind.
     """
 
@@ -52,31 +52,31 @@ class Found:
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-def group_pictures(pictures: Pictures, config: DuplicatesConfig, folder: Path, target: Path) -> Found:
-    """Writes the groups of copies; the same bytes whatever order the pictures come in.
+def group_images(images: Images, config: DuplicatesConfig, folder: Path, target: Path) -> Found:
+    """Writes the groups of copies; the same bytes whatever order the images come in.
 
-    In memory are 8 bytes a picture, and pieces of bounded size. The rest lies in `folder`, up to 150 bytes a picture,
+    In memory are 8 bytes an image, and pieces of bounded size. The rest lies in `folder`, up to 150 bytes an image,
     mapped where it is looked at; and with it the embeddings, if they are looked at.
 
     Args:
-        pictures: what to look at.
+        images: what to look at.
         config: what is a copy.
         folder: an empty one.
         target: Parquet for groups of two and more: uid, group_id (the smallest uid of the group), kind (the first
-            level at which the picture has a copy), sorted by uid.
+            level at which the image has a copy), sorted by uid.
 
     Raises:
         UserError: the level is semantic and there are no embeddings, or faiss is needed and not installed.
     """
-    found, components = Found(pictures.num), Components(pictures.num)
-    kinds, members = np.zeros(pictures.num, np.uint8), folder / "members.parquet"
+    found, components = Found(images.num), Components(images.num)
+    kinds, members = np.zeros(images.num, np.uint8), folder / "members.parquet"
     asked = _asked(config)
-    for level in _search(pictures, config, folder, components):
+    for level in _search(images, config, folder, components):
         found.removed[level] = components.num_linked
         if level in asked:
             kinds[(kinds == 0) & components.grouped()] = 1 + LEVELS.index(level)
         if level == config.level:
-            _write_members(pictures, kinds, components, members)
+            _write_members(images, kinds, components, members)
     found.dropped = _write_groups(members, folder, target)
     return found
 
@@ -85,38 +85,38 @@ def _asked(config: DuplicatesConfig) -> tuple[str, ...]:
     return () if config.level == "off" else LEVELS[: 1 + LEVELS.index(config.level)]
 
 
-def _search(pictures: Pictures, config: DuplicatesConfig, folder: Path, components: Components) -> Iterator[str]:
+def _search(images: Images, config: DuplicatesConfig, folder: Path, components: Components) -> Iterator[str]:
     """Links the copies of one level after the other, and yields each level when it is done."""
-    levels = _levels(pictures, config)
+    levels = _levels(images, config)
     if not levels:
         return
-    columns = store_columns(pictures, folder, with_looks="perceptual" in levels)
+    columns = store_columns(images, folder, with_looks="perceptual" in levels)
     link_exact(columns, components)
     yield "exact"
     if "perceptual" in levels:
         link_alike(columns, config.radius, components)
         yield "perceptual"
     if "semantic" in levels:
-        num_clusters = num_clusters_for(pictures.num, config.num_clusters)
-        clusters = cluster(pictures, num_clusters, config.seed, folder)
-        compared = told(clusters, "dedup: embeddings", pictures.num, "embeddings", lambda embedded: len(embedded.nodes))
+        num_clusters = num_clusters_for(images.num, config.num_clusters)
+        clusters = cluster(images, num_clusters, config.seed, folder)
+        compared = told(clusters, "dedup: embeddings", images.num, "embeddings", lambda embedded: len(embedded.nodes))
         link_similar(compared, config.semantic_threshold, components)
         yield "semantic"
 
 
-def _levels(pictures: Pictures, config: DuplicatesConfig) -> Sequence[str]:
+def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
     """The levels that are asked for, and those that cost little to know of.
 
     Raises:
         UserError: what semantic needs is not there; that must not show after hours of the levels before it.
     """
     asked, levels = _asked(config), ["exact"]
-    few = pictures.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
+    few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
     if "perceptual" in asked or few:
         levels.append("perceptual")
-    one_cluster = num_clusters_for(pictures.num, config.num_clusters) == 1
+    one_cluster = num_clusters_for(images.num, config.num_clusters) == 1
     if "semantic" in asked:
-        if not pictures.has_embeddings:
+        if not images.has_embeddings:
             raise UserError(
                 "duplicates.level: semantic compares CLIP's embeddings, and the scores hold none. Set "
                 "score.store_embeddings: true (and score.clip_weights), or duplicates.level to perceptual."
@@ -124,16 +124,16 @@ def _levels(pictures: Pictures, config: DuplicatesConfig) -> Sequence[str]:
         if not one_cluster:
             load_faiss()
         levels.append("semantic")
-    elif few and one_cluster and pictures.has_embeddings and pictures.num <= MAX_ONE_CLUSTER:
+    elif few and one_cluster and images.has_embeddings and images.num <= MAX_ONE_CLUSTER:
         levels.append("semantic")
-    return levels if pictures.num else ()
+    return levels if images.num else ()
 
 
-def _write_members(pictures: Pictures, kinds: NDArray[np.uint8], components: Components, target: Path) -> None:
-    """Writes uid, component and kind of all pictures that have a copy."""
+def _write_members(images: Images, kinds: NDArray[np.uint8], components: Components, target: Path) -> None:
+    """Writes uid, component and kind of all images that have a copy."""
     names, start = np.array(LEVELS), 0
     with pq.ParquetWriter(target, _MEMBERS) as writer:
-        for table in pictures.read(["uid"]):
+        for table in images.read(["uid"]):
             chosen = np.flatnonzero(kinds[start : start + len(table)])
             nodes, start = chosen + start, start + len(table)
             columns = [table["uid"].take(chosen), components.roots(nodes), names[kinds[nodes] - 1]]
@@ -141,7 +141,7 @@ def _write_members(pictures: Pictures, kinds: NDArray[np.uint8], components: Com
 
 
 def _write_groups(members: Path, folder: Path, target: Path) -> dict[str, int]:
-    """Writes the groups; returns how many pictures of each kind go if one of every group, of the first kind, stays."""
+    """Writes the groups; returns how many images of each kind go if one of every group, of the first kind, stays."""
     with (
         closing(duckdb.connect(folder / "groups.duckdb")) as database,
         pq.ParquetWriter(target, _TABLE, compression="zstd") as writer,

@@ -1,4 +1,4 @@
-"""Pictures that look alike: near perceptual hashes, and colours that agree.
+"""Images that look alike: near perceptual hashes, and colours that agree.
 
 This finds copies that were scaled or compressed again, about half of those with a watermark or without 5 % of their
 sides, and none that were mirrored or recoloured: `python -m tests.benchmarks.duplicates` prints the table.
@@ -23,10 +23,10 @@ _LARGE_RUN = 64
 
 
 class Looks(NamedTuple):
-    """Pictures of distinct looks, ordered by hash, mapped from files.
+    """Images of distinct looks, ordered by hash, mapped from files.
 
     Attributes:
-        nodes: one picture of each look.
+        nodes: one image of each look.
         hashes: the distinct hashes.
         starts: where in `nodes` the looks of each hash begin, and the end.
     """
@@ -37,11 +37,11 @@ class Looks(NamedTuple):
 
 
 def link_alike(columns: Columns, radius: int, components: Components) -> None:
-    """Links pictures that look alike, or others that connect the same: hashes within `radius`, and colours agree.
+    """Links images that look alike, or others that connect the same: hashes within `radius`, and colours agree.
 
-    Blank pictures hash alike whatever their colour, and come by the thousand: those with equal colours are linked to
+    Blank images hash alike whatever their colour, and come by the thousand: those with equal colours are linked to
     the first of them, which alone is compared with others; of the many of one hash, those linked are not compared
-    again; and only different hashes are compared bit by bit, and by colour only where pictures are not linked already.
+    again; and only different hashes are compared bit by bit, and by colour only where images are not linked already.
     """
     colors = columns.colors()
     looks = _store_looks(columns, components)
@@ -53,7 +53,7 @@ def link_alike(columns: Columns, radius: int, components: Components) -> None:
 
 
 def _store_looks(columns: Columns, components: Components) -> Looks:
-    """Links pictures of equal looks, and writes the first of each look in the order of hashes."""
+    """Links images of equal looks, and writes the first of each look in the order of hashes."""
     folder, num = columns.folder, 0
     names = [folder / name for name in ("look_nodes", "look_hashes", "look_starts")]
     with names[0].open("wb") as node_file, names[1].open("wb") as hash_file, names[2].open("wb") as start_file:

@@ -1,4 +1,4 @@
-"""Pictures that show the same to CLIP: embeddings of one cluster whose cosine is above a threshold.
+"""Images that show the same to CLIP: embeddings of one cluster whose cosine is above a threshold.
 
 As SemDeDup (Abbas et al. 2023, arXiv 2303.09540) finds them; which of them stays is decided by `filters.decide.stage`.
 """
@@ -20,7 +20,7 @@ _ROUNDING = 1e-4
 
 
 def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
-    """Links the pictures of each cluster whose embeddings have a cosine of at least `threshold`.
+    """Links the images of each cluster whose embeddings have a cosine of at least `threshold`.
 
     Which products come out a little too high depends on the machine's matrix kernels and their threads. So they only
     propose pairs; the cosine that counts is one of two vectors, in float64.

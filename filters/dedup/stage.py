@@ -1,4 +1,4 @@
-"""DEDUP: which pictures are copies of one another."""
+"""DEDUP: which images are copies of one another."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from filters.dedup.columns import Pictures
-from filters.dedup.levels import LEVELS, Found, group_pictures
+from filters.dedup.columns import Images
+from filters.dedup.levels import LEVELS, Found, group_images
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
@@ -23,8 +23,8 @@ from sdtrain.errors import UserError
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are
 
 
-def scored_pictures(dataset: DatasetDir) -> Pictures:
-    """The pictures of a dataset that could be decoded, with what SCORE found out about them.
+def scored_images(dataset: DatasetDir) -> Images:
+    """The images of a dataset that could be decoded, with what SCORE found out about them.
 
     Raises:
         UserError: their embeddings are of different networks.
@@ -39,7 +39,7 @@ def scored_pictures(dataset: DatasetDir) -> Pictures:
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
             "compared. Run the build again: it scores those shards anew that are not of the recipe."
         )
-    return Pictures(partial(_read, dataset, shards), num, has_embeddings)
+    return Images(partial(_read, dataset, shards), num, has_embeddings)
 
 
 def check_decoders(dataset: DatasetDir) -> None:
@@ -75,7 +75,7 @@ def _notes(found: Found) -> list[str]:
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
     others = [level for level in LEVELS if level not in found.removed]
     unknown = f"; {' and '.join(others)} not counted" if others else ""
-    return [f"of {found.num_pictures:,} pictures, each level of duplicates would drop: {counted}{unknown}"]
+    return [f"of {found.num_pictures:,} images, each level of duplicates would drop: {counted}{unknown}"]
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -88,16 +88,16 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
-    pictures = scored_pictures(dataset)
+    images = scored_images(dataset)
     if recipe.duplicates.level != "off":
         check_decoders(dataset)
     with scratch(dataset.root, "dedup") as folder, publish(dataset.duplicates) as temporary:
-        found = group_pictures(pictures, recipe.duplicates, folder, temporary)
+        found = group_images(images, recipe.duplicates, folder, temporary)
     yield ShardReport(
         stage="dedup",
         shard=0,
-        num_in=pictures.num,
-        num_out=pictures.num - sum(found.dropped.values()),
+        num_in=images.num,
+        num_out=images.num - sum(found.dropped.values()),
         dropped=found.dropped,
         outputs=describe_outputs(dataset, [dataset.duplicates]),
         notes=_notes(found),

@@ -1,4 +1,4 @@
-"""What a rule looks at, so that pictures near its limit can be shown."""
+"""What a rule looks at, so that images near its limit can be shown."""
 
 from __future__ import annotations
 

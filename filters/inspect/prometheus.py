@@ -26,7 +26,7 @@ _FIGURES = {
     "loss": ("sdtrain_training_loss", "mean squared error of the last line of the log"),
     "lr": ("sdtrain_training_learning_rate", "learning rate"),
     "grad_norm": ("sdtrain_training_gradient_norm", "norm of the gradient over all ranks, before clipping"),
-    "images_per_s": ("sdtrain_training_images_per_second", "pictures a second of all ranks together"),
+    "images_per_s": ("sdtrain_training_images_per_second", "images a second of all ranks together"),
     "data_wait": ("sdtrain_training_data_wait_ratio", "share of the time spent waiting for data"),
     "mfu": ("sdtrain_training_mfu_ratio", "model FLOPs utilisation"),
     "memory_gb": ("sdtrain_training_memory_gigabytes", "memory of the first rank at most"),

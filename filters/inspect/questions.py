@@ -19,11 +19,11 @@ QUESTIONS = (
         "FROM hosts WHERE tried >= 10 ORDER BY failed DESC, host LIMIT 10",
     ),
     Question(
-        "Why was this picture dropped?",
+        "Why was this image dropped?",
         "SELECT stage, reason, error_message FROM drops WHERE url LIKE '%-00042.%'",
     ),
     Question(
-        "How many pictures fail to download, and why?",
+        "How many images fail to download, and why?",
         "SELECT reason, count(*) AS num, any_value(url) AS example FROM drops WHERE stage = 'download' "
         "GROUP BY reason ORDER BY num DESC",
     ),
@@ -32,7 +32,7 @@ QUESTIONS = (
         "SELECT round(aesthetic, 1) AS score, count(*) AS num FROM kept GROUP BY score ORDER BY score",
     ),
     Question(
-        "How large are the kept pictures really?",
+        "How large are the kept images really?",
         "SELECT quantile_disc(least(original_width, original_height), [0, 0.1, 0.5, 0.9, 1]) AS side_px FROM kept",
     ),
     Question(
@@ -40,7 +40,7 @@ QUESTIONS = (
         "SELECT key, caption, url FROM kept WHERE caption ILIKE '%red circle%' ORDER BY key LIMIT 10",
     ),
     Question(
-        "Which pictures are copies of one another?",
+        "Which images are copies of one another?",
         "SELECT group_id, kind, list(url) AS urls FROM duplicates JOIN selection USING (uid) GROUP BY ALL LIMIT 10",
     ),
     Question(

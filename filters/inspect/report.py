@@ -33,11 +33,11 @@ def push_rest(dataset: DatasetDir) -> None:
         return
     files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
     mirror.push_files(path for path in files if path.exists())
-    mirror.push_folder(dataset.report.with_name("pictures"))
+    mirror.push_folder(dataset.report.with_name("images"))
 
 
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
-    """Writes report.html, and its pictures beside it, from the dataset's views.
+    """Writes report.html, and its images beside it, from the dataset's views.
 
     Raises:
         UserError: the build has not come to its decisions yet.

@@ -6,7 +6,7 @@ _TEXT, _INT, _LONG, _REAL = "VARCHAR", "INTEGER", "BIGINT", "DOUBLE"
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 UNDECODABLE = "undecodable"
-"""The reason of a picture that no decoder reads."""
+"""The reason of an image that no decoder reads."""
 
 # Columns of a view whose stage is not finished; finished ones show what their files hold.
 EMPTY: dict[str, dict[str, str]] = {
@@ -69,7 +69,7 @@ DERIVED: dict[str, str] = {
     ),
     "score_pairs": (
         "SELECT c.uid, c.key, c.shard, "  # noqa: S608 - names are from here
-        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_picture" for name in SCORE_COLUMNS)
+        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_image" for name in SCORE_COLUMNS)
         + " FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
     ),
     "hosts": (
@@ -81,15 +81,15 @@ DERIVED: dict[str, str] = {
 COMMENTS: dict[str, str] = {
     "metadata": "Every row of the metadata that the recipe names, under one set of column names",
     "selection": "Rows chosen from the metadata, in download order",
-    "images": "One row for every selected row: the picture as img2dataset stored it, or the reason it is not there",
-    "scores": "One row for every downloaded picture: our scores, measures of quality and hashes",
-    "duplicates": "Pictures that are copies of one another: those with one group_id",
+    "images": "One row for every selected row: the image as img2dataset stored it, or the reason it is not there",
+    "scores": "One row for every downloaded image: our scores, measures of quality and hashes",
+    "duplicates": "Images that are copies of one another: those with one group_id",
     "decisions": "One row for every selected row: kept (reason is NULL), or the first reason that dropped it",
     "packed": "Kept samples, and where they lie in the WebDataset shards",
     "latents": "Encoded samples, and where their moments lie in the latents shards",
     "kept": "Kept samples with caption, LAION's scores and sizes",
     "drops": "Selected rows that were dropped: at which stage and why",
-    "score_pairs": "LAION's scores beside ours, for every picture that could be decoded",
+    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
     "hosts": "Hosts, how many URLs of each were tried and how many failed",
     "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
     "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",

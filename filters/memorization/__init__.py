@@ -1,1 +1,1 @@
-"""Whether a model draws its training pictures again."""
+"""Whether a model draws its training images again."""

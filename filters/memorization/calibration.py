@@ -1,4 +1,4 @@
-"""What a limit for cosines means for a dataset, measured on its own pictures."""
+"""What a limit for cosines means for a dataset, measured on its own images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Calibration:
-    """Cosines among some kept pictures, evenly chosen.
+    """Cosines among some kept images, evenly chosen.
 
     Attributes:
         threshold: the limit.
-        nearest: of each with its nearest other picture of all that were kept.
-        pairs: of all pairs of the chosen, which are two pictures by chance and show different things.
+        nearest: of each with its nearest other image of all that were kept.
+        pairs: of all pairs of the chosen, which are two images by chance and show different things.
     """
 
     threshold: float
@@ -47,15 +47,15 @@ class Calibration:
         """What one must know to read the limit."""
         near, pairs = self.share(self.nearest), self.share(self.pairs)
         if near is None or pairs is None:
-            return "There are too few kept pictures to say what the limit means here."
+            return "There are too few kept images to say what the limit means here."
         return (
-            f"Of {len(self.nearest):,} training pictures, {near:.1%} have another one at {self.threshold:g} or nearer, "
+            f"Of {len(self.nearest):,} training images, {near:.1%} have another one at {self.threshold:g} or nearer, "
             f"and of {len(self.pairs):,} pairs by chance {pairs:.2%} are: that many are flagged without any copying."
         )
 
 
 def calibrate(search: Search, threshold: float) -> Calibration:
-    """Measures what a limit flags among training pictures themselves."""
+    """Measures what a limit flags among training images themselves."""
     vectors = search.some_vectors(_NUM_PICTURES)
     nearest = [hits[1].nearness for hits in search.nearest(vectors, 2, kept_only=True) if len(hits) > 1]
     above = np.triu_indices(len(vectors), 1)

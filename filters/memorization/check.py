@@ -1,19 +1,19 @@
-"""Do samples repeat pictures of the training data? For each sample, its nearest training pictures.
+"""Do samples repeat images of the training data? For each sample, its nearest training images.
 
 Two questions, and what answers them:
 
-- **Is it alike?** The cosine of CLIP's embeddings is at least `threshold`. This is a proxy: CLIP tells what a picture
-  shows and not whether it was copied, so pictures of one motif are near each other too. By default the limit is 0.95,
-  which is where `duplicates.semantic_threshold` begins to call training pictures copies of one another. (Somepalli et
+- **Is it alike?** The cosine of CLIP's embeddings is at least `threshold`. This is a proxy: CLIP tells what an image
+  shows and not whether it was copied, so images of one motif are near each other too. By default the limit is 0.95,
+  which is where `duplicates.semantic_threshold` begins to call training images copies of one another. (Somepalli et
   al. 2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's cannot be
-  compared.) What the limit means for a dataset is measured on its own pictures (`calibrate`): the share of training
-  pictures that have another one so near, and the share of pairs drawn by chance.
-- **Is it the same picture?** Root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
-  (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale pictures are near each
+  compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of training
+  images that have another one so near, and the share of pairs drawn by chance.
+- **Is it the same image?** Root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
+  (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images are near each
   other by that alone, perceptual hashes that differ in at most `radius` bits. Both are of the centre crop that training
   sees.
 
-A sample is flagged if either holds for one of its neighbours; the same pictures come first.
+A sample is flagged if either holds for one of its neighbours; the same images come first.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from filters.memorization.calibration import Calibration, calibrate, quantiles
 from filters.memorization.samples import Sample
 from filters.memorization.similarity import MAX_PIXEL_DISTANCE, Limits, Neighbour, compare
-from filters.search.hits import picture_of
+from filters.search.hits import image_of
 from filters.search.search import Search
 from sdtrain.errors import UserError
 
@@ -37,7 +37,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Verdict:
-    """A sample and its neighbours, nearest first but the same picture before all; `kind` is one of `KINDS`."""
+    """A sample and its neighbours, nearest first but the same image before all; `kind` is one of `KINDS`."""
 
     sample: Sample
     neighbours: Sequence[Neighbour]
@@ -56,7 +56,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Memorised:
-    """What came of all samples: the flagged first, those nearest to a training picture before others.
+    """What came of all samples: the flagged first, those nearest to a training image before others.
 
     Attributes:
         calibration: what the threshold means in this dataset.
@@ -82,7 +82,7 @@ class Memorised:
 
 
 def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | None = None) -> Memorised:
-    """Looks for samples in the training data: the pictures that were kept. A few samples are in memory at a time.
+    """Looks for samples in the training data: the images that were kept. A few samples are in memory at a time.
 
     Raises:
         UserError: there are no samples, or the dataset cannot be searched.
@@ -103,10 +103,10 @@ def _parts(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
 
 
 def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits) -> Iterator[Verdict]:
-    pictures = [sample.read() for sample in samples]
-    found = search.by_pictures(pictures, limits.top, kept_only=True)
-    for sample, picture, hits in zip(samples, pictures, found, strict=True):
-        neighbours = [compare(picture, hit, picture_of(search.dataset, hit)) for hit in hits]
+    images = [sample.read() for sample in samples]
+    found = search.by_images(images, limits.top, kept_only=True)
+    for sample, image, hits in zip(samples, images, found, strict=True):
+        neighbours = [compare(image, hit, image_of(search.dataset, hit)) for hit in hits]
         same = [neighbour for neighbour in neighbours if neighbour.is_same(limits)]
         others = [neighbour for neighbour in neighbours if not neighbour.is_same(limits)]
         alike = any(neighbour.is_alike(limits) for neighbour in neighbours)
@@ -119,13 +119,13 @@ def _notes(search: Search, limits: Limits) -> list[str]:
         "shown and not whether it was copied.",
         f"Same: perceptual hashes differ in at most {limits.radius} bits, and pixels by at most {MAX_PIXEL_DISTANCE} "
         "(root mean square of 0 to 1; Carlini et al. 2023).",
-        "Compared with the pictures that were kept; dropped copies count through the one that stayed.",
+        "Compared with the images that were kept; dropped copies count through the one that stayed.",
     ]
     if search.is_stand_in:
         notes.append(
-            "CLIP is a demo network with random weights here, to which all pictures are near: that a sample is "
+            "CLIP is a demo network with random weights here, to which all images are near: that a sample is "
             "alike says nothing. The pixel check holds."
         )
     if not search.is_exact:
-        notes.append("The nearest lists of the index are compared and not all pictures, so a neighbour may be missed.")
+        notes.append("The nearest lists of the index are compared and not all images, so a neighbour may be missed.")
     return notes

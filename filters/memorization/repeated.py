@@ -1,4 +1,4 @@
-"""Prompts that training saw most often, which are the ones whose pictures a model remembers first."""
+"""Prompts that training saw most often, which are the ones whose images a model remembers first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 
 from filters.memorization.samples import Sample
-from filters.search.search import read_picture_file
+from filters.search.search import read_image_file
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.errors import UserError
@@ -23,7 +23,7 @@ USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDE
 
 
 def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
-    """The captions that most kept pictures have, and how many do.
+    """The captions that most kept images have, and how many do.
 
     Raises:
         UserError: nothing is decided yet, or kept.
@@ -35,14 +35,14 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
         asked = {"images": images, "decisions": str(dataset.decisions), "num": num}
         rows = connection.execute(_CAPTIONS, asked).fetchall()
     if not rows:
-        raise UserError(f"{dataset.root} holds no captions of kept pictures.")
+        raise UserError(f"{dataset.root} holds no captions of kept images.")
     return rows
 
 
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws pictures for prompts into a folder, as `sdtrain sample --keep` does: what is there already is not drawn.
+    """Draws images for prompts into a folder, as `sdtrain sample --keep` does: what is there already is not drawn.
 
     Raises:
         UserError: no such model.
@@ -54,7 +54,7 @@ def draw_samples(
     album, jobs = Album(folder, Model(pinned(model)), settings), make_jobs(prompts, seed, per_prompt)
     pending = album.pending(cut(jobs, settings))
     with Writer(album) as writer:
-        for job, picture in draw_batches(album.model, pending, settings, all_devices()):
-            writer.save(job, picture, flagged=False)
+        for job, image in draw_batches(album.model, pending, settings, all_devices()):
+            writer.save(job, image, flagged=False)
     paths = [(job, album.path(job)) for job in jobs]
-    return [Sample(path.name, partial(read_picture_file, path), job.prompt) for job, path in paths]
+    return [Sample(path.name, partial(read_image_file, path), job.prompt) for job, path in paths]

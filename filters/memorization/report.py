@@ -1,4 +1,4 @@
-"""What came of a search for memorised pictures, as sheets and figures in a folder."""
+"""What came of a search for memorised images, as sheets and figures in a folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from filters.memorization.check import Memorised, Verdict
-from filters.search.hits import picture_of
+from filters.search.hits import image_of
 from filters.search.sheet import Cell, Row, write_sheet
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
@@ -25,7 +25,7 @@ def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list
         rows = [verdict.row() for verdict in found.verdicts]
         temporary.write_text(json.dumps(found.summary() | {"samples": rows}, indent=1, ensure_ascii=False) + "\n")
     same, alike = found.count("same"), found.count("alike")
-    title = f"{len(found.verdicts):,} samples: {same:,} same as a training picture, {alike:,} alike"
+    title = f"{len(found.verdicts):,} samples: {same:,} same as a training image, {alike:,} alike"
     shown = [_row(found, verdict, dataset) for verdict in found.verdicts[:_ROWS_SHOWN]]
     for path in paths[1:3]:
         write_sheet(path, title, found.notes, shown)
@@ -36,10 +36,10 @@ def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list
 def _plot(found: Memorised, path: Path) -> None:
     from sdtrain.report.plots import plot_histogram
 
-    groups = {"training pictures": list(found.calibration.nearest), "samples": [v.nearness for v in found.verdicts]}
+    groups = {"training images": list(found.calibration.nearest), "samples": [v.nearness for v in found.verdicts]}
     with publish(path) as temporary:
         drawn = temporary.with_suffix(".png")  # matplotlib goes by the ending
-        plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training picture", drawn)
+        plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training image", drawn)
         drawn.replace(temporary)
 
 
@@ -55,4 +55,4 @@ def _cells(found: Memorised, verdict: Verdict, named: str, dataset: DatasetDir) 
         if neighbour.hash_bits is not None:
             head += f", {neighbour.hash_bits} bits, px {neighbour.pixel_distance:.2f}"
         marked = neighbour.is_same(found.limits) or neighbour.is_alike(found.limits)
-        yield Cell(picture_of(dataset, hit), head, f"{hit.caption} ({hit.key})", marked)
+        yield Cell(image_of(dataset, hit), head, f"{hit.caption} ({hit.key})", marked)

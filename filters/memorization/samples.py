@@ -1,4 +1,4 @@
-"""Pictures that a model drew: those of `sdtrain sample`, or those of an evaluation."""
+"""Images that a model drew: those of `sdtrain sample`, or those of an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from filters.search.search import read_picture, read_picture_file
+from filters.search.search import read_image, read_image_file
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
 
@@ -22,11 +22,11 @@ _PART = re.compile(r"[0-9]+\.tar")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture that a model drew. It is read when it is looked at, so that any number of samples can be checked.
+    """An image that a model drew. It is read when it is looked at, so that any number of samples can be checked.
 
     Attributes:
         name: its file, with the tar's before a colon.
-        read: gives the picture, RGB.
+        read: gives the image, RGB.
         prompt: empty where it is not known.
     """
 
@@ -43,12 +43,12 @@ def read_samples(folder: Path) -> Iterator[Sample]:
     Raises:
         UserError: there are none, or one cannot be read.
     """
-    pictures = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and p.stem != _SHEET)
+    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and p.stem != _SHEET)
     tars = sorted(path for path in folder.rglob("*.tar") if _PART.fullmatch(path.name))
-    if not pictures and not tars:
-        raise UserError(f"{folder} holds no pictures ({', '.join(_ENDINGS)}) and no tars of an evaluation.")
-    for path in pictures:
-        yield Sample(path.name, partial(read_picture_file, path), _prompt_of(path))
+    if not images and not tars:
+        raise UserError(f"{folder} holds no images ({', '.join(_ENDINGS)}) and no tars of an evaluation.")
+    for path in images:
+        yield Sample(path.name, partial(read_image_file, path), _prompt_of(path))
     for tar in tars:
         yield from _samples_in(tar, tar.relative_to(folder).as_posix())
 
@@ -59,12 +59,12 @@ def _samples_in(tar: Path, name: str) -> Iterator[Sample]:
             if f".{ending}" in _ENDINGS:
                 text = sample.members.get("txt")
                 prompt = _body(tar, text).decode("utf-8", "replace") if text else ""
-                picture = f"{name}:{sample.key}.{ending}"
-                yield Sample(picture, partial(_read_member, tar, member, picture), prompt)
+                image = f"{name}:{sample.key}.{ending}"
+                yield Sample(image, partial(_read_member, tar, member, image), prompt)
 
 
 def _read_member(tar: Path, member: Member, name: str) -> Image.Image:
-    return read_picture(_body(tar, member), name)
+    return read_image(_body(tar, member), name)
 
 
 def _body(tar: Path, member: Member) -> bytes:
@@ -74,10 +74,10 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """What `sdtrain sample` wrote into the picture."""
+    """What `sdtrain sample` wrote into the image."""
     try:
-        with Image.open(path) as picture:
-            made = json.loads(picture.info["sdtrain"])
+        with Image.open(path) as image:
+            made = json.loads(image.info["sdtrain"])
         return str(made["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

@@ -1,4 +1,4 @@
-"""Whether two pictures are one: by their pixels and by perceptual hashes."""
+"""Whether two images are one: by their pixels and by perceptual hashes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Limits:
 
     Attributes:
         threshold: least cosine of CLIP's embeddings that is flagged.
-        radius: bits in which the perceptual hashes of one picture may differ.
+        radius: bits in which the perceptual hashes of one image may differ.
         top: neighbours that are looked at.
     """
 
@@ -32,10 +32,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training picture near a sample.
+    """A training image near a sample.
 
     Attributes:
-        hash_bits: in which the perceptual hashes differ; None where the picture is lost.
+        hash_bits: in which the perceptual hashes differ; None where the image is lost.
         pixel_distance: root mean square, of channels from 0 to 1; likewise.
     """
 
@@ -58,15 +58,15 @@ class Neighbour:
         return self.hit.row() | {"hash_bits": self.hash_bits, "pixel_distance": self.pixel_distance}
 
 
-def compare(sample: Image.Image, hit: Hit, picture: Image.Image | None) -> Neighbour:
-    """A sample beside a training picture, both RGB and of any size; None where the training picture is lost."""
-    if picture is None:
+def compare(sample: Image.Image, hit: Hit, image: Image.Image | None) -> Neighbour:
+    """A sample beside a training image, both RGB and of any size; None where the training image is lost."""
+    if image is None:
         return Neighbour(hit)
-    one, other = _crop(sample), _crop(picture)
+    one, other = _crop(sample), _crop(image)
     bits = (perceptual_hash(one) ^ perceptual_hash(other)) & (2**64 - 1)
     difference = (np.asarray(one, np.float64) - np.asarray(other, np.float64)) / 255
     return Neighbour(hit, bits.bit_count(), round(float(np.sqrt(np.mean(difference**2))), 4))
 
 
-def _crop(picture: Image.Image) -> Image.Image:
-    return ImageOps.fit(picture, (_COMPARED_PX, _COMPARED_PX), Image.Resampling.BICUBIC)
+def _crop(image: Image.Image) -> Image.Image:
+    return ImageOps.fit(image, (_COMPARED_PX, _COMPARED_PX), Image.Resampling.BICUBIC)

@@ -6,10 +6,10 @@
 | images, dataset, latents (tar) | the members go; all others are copied as they are |
 | manifest | counts and digests are those of the files; what was finished stays finished |
 | removed.parquet | digests of what went, by which it is known when it comes again |
-| metadata.duckdb, report.html, pictures/, index.json | written anew |
+| metadata.duckdb, report.html, images/, index.json | written anew |
 
 A removed row counts as one that `select` dropped for the reason `removed`. From then on `select` drops what has a
-removed uid, URL or host, `download` refuses a removed sha256, and `keep` drops what looks like a picture that was
+removed uid, URL or host, `download` refuses a removed sha256, and `keep` drops what looks like an image that was
 removed with a radius.
 
 What is to be done is written down (removal.json) before anything is touched. If it is killed, the next `sdtrain
@@ -177,7 +177,7 @@ class _Search:
         return found | set(alike_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist())
 
     def same_bytes(self, uids: set[str]) -> set[str]:
-        """Other uids of pictures that came as the same bytes."""
+        """Other uids of images that came as the same bytes."""
         sha256s = "SELECT sha256 FROM seen WHERE sha256 IS NOT NULL AND uid IN (SELECT unnest(?))"
         return self._uids(f"SELECT uid FROM seen WHERE sha256 IN ({sha256s})", [sorted(uids)]) - uids  # noqa: S608
 

@@ -17,7 +17,7 @@ from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_s
 from sdtrain.download.image_shards import (
     ImageShard,
     TarMembers,
-    picture_place,
+    image_place,
     read_rows,
     read_shard_table,
     rewrite_stats,
@@ -79,7 +79,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a packed shard."""
 
     def place(tar: Path, sample: SampleIndex) -> dict[str, Any]:
-        return picture_place(sample)
+        return image_place(sample)
 
     _drop_from_pair(tar, table, uids, place)
 

@@ -1,1 +1,1 @@
-"""What networks and measurements say of each picture: the stage SCORE."""
+"""What networks and measurements say of each image: the stage SCORE."""

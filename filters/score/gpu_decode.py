@@ -1,4 +1,4 @@
-"""A look at a batch of pictures whose JPEGs a GPU decodes and resizes.
+"""A look at a batch of images whose JPEGs a GPU decodes and resizes.
 
 nvJPEG (through torchvision) and the GPU's resizing round otherwise than libjpeg and Pillow: most pixels are equal, the
 others differ by a level or a few, so scores and hashes are not quite those of a look by the CPU. What is no plain JPEG
@@ -20,15 +20,15 @@ from torchvision.transforms.v2.functional import resize
 
 from filters.score.inputs import WATERMARK_PX
 from filters.score.preprocess import Looked, Sample, Wanted, caption_of, describe, look
-from sdtrain.images.decode import PictureError
+from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
 from sdtrain.models.clip_view import Preprocess
 
 
 def look_on_device(samples: Sequence[Sample], wanted: Wanted, device: torch.device, pool: Executor) -> list[Looked]:
     """Looks at a batch; the views stay on `device`, and `pool` does what is left to the CPU."""
-    plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.picture)]
-    pixels = _decoded([samples[i].picture for i in plain], device)
+    plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.image)]
+    pixels = _decoded([samples[i].image for i in plain], device)
     found: dict[int, Future[Looked]] = {}
     for group in _by_shape(pixels):
         views = _views(torch.stack([pixels[i] for i in group]), wanted)
@@ -43,7 +43,7 @@ def look_on_device(samples: Sequence[Sample], wanted: Wanted, device: torch.devi
 def _is_plain_jpeg(content: bytes) -> bool:
     try:
         header = read_header(content, sys.maxsize)
-    except PictureError:
+    except ImageError:
         return False
     return header.is_plain and header.extension == "jpg"
 
@@ -61,15 +61,15 @@ def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
 
 
 def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of equally large pictures, which are resized together."""
+    """Positions of equally large images, which are resized together."""
     groups: dict[torch.Size, list[int]] = {}
-    for position, picture in enumerate(pixels):
-        groups.setdefault(picture.shape, []).append(position)
+    for position, image in enumerate(pixels):
+        groups.setdefault(image.shape, []).append(position)
     return list(groups.values())
 
 
 def _views(pixels: Tensor, wanted: Wanted) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
-    """Of (B, 3, H, W): CLIP's view, the watermark detector's, and in the CPU's memory that and the whole picture."""
+    """Of (B, 3, H, W): CLIP's view, the watermark detector's, and in the CPU's memory that and the whole image."""
     squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
     clip = list(_clip_view(pixels, wanted.clip)) if wanted.clip else [None] * len(pixels)
     squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
@@ -93,6 +93,6 @@ def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
 def _described(
     sample: Sample, wanted: Wanted, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
 ) -> Looked:
-    picture, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
-    row = describe(sample, picture, small)
+    image, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
+    row = describe(sample, image, small)
     return Looked(row, caption_of(sample), clip, watermark if wanted.watermark else None)

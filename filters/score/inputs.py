@@ -1,4 +1,4 @@
-"""What networks and duplicate search see of a picture: resized pixels and hashes."""
+"""What networks and duplicate search see of an image: resized pixels and hashes."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ WATERMARK_PX = 256
 WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def watermark_view(picture: Image.Image) -> Image.Image:
-    """What the watermark detector sees of an RGB picture, before normalisation: 256 x 256, squashed."""
-    return picture.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
+def watermark_view(image: Image.Image) -> Image.Image:
+    """What the watermark detector sees of an RGB image, before normalisation: 256 x 256, squashed."""
+    return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
 
 
-def perceptual_hash(picture: Image.Image) -> int:
-    """The 64-bit DCT hash of a picture's brightness (imagehash.phash), as a signed integer."""
-    bits = imagehash.phash(picture).hash.ravel()
+def perceptual_hash(image: Image.Image) -> int:
+    """The 64-bit DCT hash of an image's brightness (imagehash.phash), as a signed integer."""
+    bits = imagehash.phash(image).hash.ravel()
     return int(np.packbits(bits).view(">i8")[0])
 
 
-def pixel_sha256(picture: Image.Image) -> str:
-    """Hex sha256 of an RGB picture's size and pixels, whatever it was encoded as."""
-    digest = hashlib.sha256(b"%d %d " % picture.size)
-    digest.update(picture.tobytes())
+def pixel_sha256(image: Image.Image) -> str:
+    """Hex sha256 of an RGB image's size and pixels, whatever it was encoded as."""
+    digest = hashlib.sha256(b"%d %d " % image.size)
+    digest.update(image.tobytes())
     return digest.hexdigest()
 
 
-def thumbnail(picture: Image.Image) -> bytes:
-    """Mean colours of a 4 x 4 grid over an RGB picture: 48 bytes."""
-    return picture.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+def thumbnail(image: Image.Image) -> bytes:
+    """Mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
+    return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
 
 
-def gray_of(picture: Image.Image) -> NDArray[np.uint8]:
-    """The brightness (ITU-R 601 luma) of an RGB picture, (H, W)."""
-    return np.asarray(picture.convert("L"))
+def gray_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The brightness (ITU-R 601 luma) of an RGB image, (H, W)."""
+    return np.asarray(image.convert("L"))

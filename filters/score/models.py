@@ -1,4 +1,4 @@
-"""The networks of a recipe, and what they say of a batch of pictures."""
+"""The networks of a recipe, and what they say of a batch of images."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Models:
 
     @property
     def wanted(self) -> Wanted:
-        """Which views of a picture the networks want."""
+        """Which views of an image the networks want."""
         return Wanted(self.preprocess, self.watermark is not None)
 
 
@@ -63,9 +63,9 @@ class Judged:
     """A batch whose scores are on their way from the device.
 
     Attributes:
-        looked: the batch, damaged pictures included.
-        scores: by name, one for each picture that is not damaged.
-        embeddings: of these pictures, float16; None where they are not wanted.
+        looked: the batch, damaged images included.
+        scores: by name, one for each image that is not damaged.
+        embeddings: of these images, float16; None where they are not wanted.
         arrived: when the scores can be read; None where they can be at once.
     """
 

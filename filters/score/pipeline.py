@@ -1,7 +1,7 @@
-"""Pictures are decoded ahead, by threads, so that the networks do not wait for them.
+"""Images are decoded ahead, by threads, so that the networks do not wait for them.
 
 A look takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a fifth at
-most: five or six threads, 700 pictures a second, are what one process can do. A GPU that wants more is fed by several
+most: five or six threads, 700 images a second, are what one process can do. A GPU that wants more is fed by several
 processes (`sdtrain.models.device` spreads them), or decodes itself.
 """
 
@@ -29,7 +29,7 @@ Pending = Callable[[], list[Looked]]
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some pictures of one shard; batches end with it, so that scores do not depend on what else is scored."""
+    """Some images of one shard; batches end with it, so that scores do not depend on what else is scored."""
 
     shard: int
     looked: Pending
@@ -45,7 +45,7 @@ def score_rows(
         dataset: whose `download` is finished.
         shards: which ones.
         models: the networks.
-        batch_size: pictures that the networks see at once.
+        batch_size: images that the networks see at once.
         on_gpu: whether the networks' GPU decodes JPEGs.
 
     Raises:

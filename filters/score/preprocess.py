@@ -1,4 +1,4 @@
-"""One look at a picture: it is decoded once, and everything that later stages need of it is taken."""
+"""One look at an image: it is decoded once, and everything that later stages need of it is taken."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
-from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
 
 
 class Sample(NamedTuple):
-    """One member of a shard of pictures."""
+    """One member of a shard of images."""
 
     key: str
     uid: str
     members: dict[str, bytes]
 
     @property
-    def picture(self) -> bytes:
-        """The picture's bytes; none where the sample has lost them, which no decoder takes for a picture."""
+    def image(self) -> bytes:
+        """The image's bytes; none where the sample has lost them, which no decoder takes for an image."""
         try:
-            return self.members[picture_extension(self.members)]
+            return self.members[image_extension(self.members)]
         except KeyError:
             return b""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which views of a picture the networks want."""
+    """Which views of an image the networks want."""
 
     clip: Preprocess | None
     watermark: bool
@@ -51,8 +51,8 @@ class Looked:
 
     Attributes:
         row: of the table of scores.
-        caption: what CLIP compares the picture with.
-        clip: CLIP's view, (H, W, 3) uint8; None for a damaged picture or where it is not wanted.
+        caption: what CLIP compares the image with.
+        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image or where it is not wanted.
         watermark: the watermark detector's, likewise.
     """
 
@@ -68,7 +68,7 @@ class Looked:
 
 
 def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
-    """The downloaded pictures of a shard.
+    """The downloaded images of a shard.
 
     Raises:
         UserError: the tar is damaged or cut short, or holds other samples than the table beside it says.
@@ -86,37 +86,37 @@ def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
 
 
 def look(sample: Sample, wanted: Wanted) -> Looked:
-    """Decodes one picture, once."""
+    """Decodes one image, once."""
     try:
-        picture = decode_rgb(sample.picture)
+        image = decode_rgb(sample.image)
     except OSError:
         return damaged(sample)
-    squashed = watermark_view(picture)
+    squashed = watermark_view(image)
     return Looked(
-        describe(sample, picture, squashed),
+        describe(sample, image, squashed),
         caption_of(sample),
-        pixels_of(clip_view(picture, wanted.clip)) if wanted.clip else None,
+        pixels_of(clip_view(image, wanted.clip)) if wanted.clip else None,
         pixels_of(squashed) if wanted.watermark else None,
     )
 
 
-def describe(sample: Sample, picture: Image.Image, squashed: Image.Image) -> dict[str, Any]:
-    """The row of a decoded picture, but for the networks' scores; `squashed` is the watermark detector's view."""
+def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[str, Any]:
+    """The row of a decoded image, but for the networks' scores; `squashed` is the watermark detector's view."""
     return {
         "uid": sample.uid,
         "key": sample.key,
-        "pixel_sha256": pixel_sha256(picture),
-        "phash": perceptual_hash(picture),
-        "thumbnail": thumbnail(picture),
-        "image_width": picture.width,
-        "image_height": picture.height,
+        "pixel_sha256": pixel_sha256(image),
+        "phash": perceptual_hash(image),
+        "thumbnail": thumbnail(image),
+        "image_width": image.width,
+        "image_height": image.height,
         **measure(gray_of(squashed)),
         "reason": None,
     }
 
 
 def damaged(sample: Sample) -> Looked:
-    """What is known of a picture that cannot be decoded."""
+    """What is known of an image that cannot be decoded."""
     return Looked({"uid": sample.uid, "key": sample.key, "reason": UNDECODABLE}, caption_of(sample))
 
 
@@ -126,6 +126,6 @@ def caption_of(sample: Sample) -> str:
 
 
 def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
-    """The uids by key of the shard's downloaded pictures."""
+    """The uids by key of the shard's downloaded images."""
     table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}

@@ -1,6 +1,6 @@
-"""Simple measures of a picture's quality, all from one gray copy of 256 x 256 pixels.
+"""Simple measures of an image's quality, all from one gray copy of 256 x 256 pixels.
 
-The copy has the same size for every picture, so that values can be compared; it is the watermark detector's view in
+The copy has the same size for every image, so that values can be compared; it is the watermark detector's view in
 gray, which is there anyway. Together they cost 0.2 ms: sharpness 0.04, entropy 0.03, border 0.1, contrast 0.004.
 
 | measure | formula | range | low or high means |
@@ -25,7 +25,7 @@ _FUZZ = 8
 
 
 def measure(gray: NDArray[np.uint8]) -> dict[str, float]:
-    """The four measures of a gray picture (H, W)."""
+    """The four measures of a gray image (H, W)."""
     _, deviation = cv2.meanStdDev(gray)
     return {
         "sharpness": _sharpness(gray),

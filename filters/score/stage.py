@@ -1,4 +1,4 @@
-"""SCORE: downloaded pictures -> scores, hashes, sizes and quality; every picture is decoded once."""
+"""SCORE: downloaded images -> scores, hashes, sizes and quality; every image is decoded once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TABLE = pa.schema(
 
 
 def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
-    """Writes, for each shard, one row for every downloaded picture, damaged ones included.
+    """Writes, for each shard, one row for every downloaded image, damaged ones included.
 
     Raises:
         UserError: weights cannot be had, or a shard is damaged.

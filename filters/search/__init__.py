@@ -1,1 +1,1 @@
-"""Which pictures of a dataset are nearest to a caption or to another picture, by the embeddings that SCORE stored."""
+"""Which images of a dataset are nearest to a caption or to another image, by the embeddings that SCORE stored."""

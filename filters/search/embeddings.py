@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from filters.dedup.clusters import unit
-from filters.dedup.columns import Pictures
-from filters.dedup.stage import scored_pictures
+from filters.dedup.columns import Images
+from filters.dedup.stage import scored_images
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.selection import selected_shards
@@ -31,7 +31,7 @@ class Block:
     """Embeddings of one shard.
 
     Attributes:
-        numbers: (N,) of the pictures: rows of all shards' score tables, counted through.
+        numbers: (N,) of the images: rows of all shards' score tables, counted through.
         vectors: (N, D) float16, of length 1 but for rounding.
     """
 
@@ -44,7 +44,7 @@ class Embeddings:
     """All embeddings of a dataset.
 
     Attributes:
-        pictures: what the scores say of them, for k-means.
+        images: what the scores say of them, for k-means.
         clip_model: whose they are, by open_clip's name.
         clip_digest: of its weights.
         width: numbers in one.
@@ -52,14 +52,14 @@ class Embeddings:
     """
 
     dataset: DatasetDir
-    pictures: Pictures
+    images: Images
     clip_model: str
     clip_digest: str
     width: int
     counts: tuple[tuple[int, int], ...]
 
     def blocks(self) -> Iterator[Block]:
-        """Shard by shard; pictures that have no embedding are left out."""
+        """Shard by shard; images that have no embedding are left out."""
         start = 0
         for shard, num_rows in self.counts:
             column = read_parquet(self.dataset.scores(shard), ["embedding"])["embedding"]
@@ -75,8 +75,8 @@ def embeddings_of(dataset: DatasetDir) -> Embeddings:
     Raises:
         UserError: it is not scored, or without embeddings, or with those of different networks.
     """
-    pictures = scored_pictures(dataset)
-    if not pictures.has_embeddings:
+    images = scored_images(dataset)
+    if not images.has_embeddings:
         raise UserError(
             f"{dataset.root} has no embeddings to search. Set score.store_embeddings: true (and score.clip_weights) "
             f"in {dataset.recipe} and run `sdtrain build {dataset.recipe} --output {dataset.root}`: it scores anew."
@@ -87,7 +87,7 @@ def embeddings_of(dataset: DatasetDir) -> Embeddings:
     counts = tuple((shard, pq.read_metadata(dataset.scores(shard)).num_rows) for shard in shards)
     return Embeddings(
         dataset=dataset,
-        pictures=pictures,
+        images=images,
         clip_model=metadata.get(b"sdtrain.clip_model", b"").decode(),
         clip_digest=metadata.get(b"sdtrain.clip_digest", b"").decode(),
         width=schema.field("embedding").type.list_size,
@@ -107,7 +107,7 @@ def embeddings_digest(dataset: DatasetDir) -> str:
 
 
 def kept_vectors(dataset: DatasetDir, counts: Sequence[tuple[int, int]], num: int) -> NDArray[np.float32]:
-    """(N, D) embeddings of at most `num` kept pictures, of length 1, from evenly chosen shards."""
+    """(N, D) embeddings of at most `num` kept images, of length 1, from evenly chosen shards."""
     per_shard = max(1, -(-num // max(1, len(counts))))
     found = list[NDArray[np.float32]]()
     for shard, _ in counts[:: max(1, len(counts) // num)]:

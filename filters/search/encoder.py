@@ -1,4 +1,4 @@
-"""Captions and pictures as the embeddings of the network that scored a dataset."""
+"""Captions and images as the embeddings of the network that scored a dataset."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class Encoder:
         return _unit(self._network.encode_text(self._tokenizer(list(captions)).to(self._device)))
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """(N, D), of length 1, of RGB pictures."""
+    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """(N, D), of length 1, of RGB images."""
         found = []
-        for first in range(0, len(pictures), _BATCH):
-            views = [pixels_of(clip_view(picture, self._preprocess)) for picture in pictures[first : first + _BATCH]]
+        for first in range(0, len(images), _BATCH):
+            views = [pixels_of(clip_view(image, self._preprocess)) for image in images[first : first + _BATCH]]
             inputs = normalised(torch.stack(views).to(self._device), self._preprocess.mean, self._preprocess.std)
             found.append(_unit(self._network.encode_image(inputs)))
         return np.concatenate(found)
 
 
 def is_stand_in(config: ScoreConfig) -> bool:
-    """Whether CLIP has random weights: equal pictures are near each other, and captions are near nothing."""
+    """Whether CLIP has random weights: equal images are near each other, and captions are near nothing."""
     return (config.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
 
 

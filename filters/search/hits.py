@@ -1,4 +1,4 @@
-"""What is known of pictures that were found: where they are from, why they stayed, and their bytes."""
+"""What is known of images that were found: where they are from, why they stayed, and their bytes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SELECTED = ("language", "nsfw")
 
 @dataclass(frozen=True)
 class Hit:
-    """A picture of the dataset.
+    """An image of the dataset.
 
     Attributes:
         nearness: to what was asked: a cosine, or the share of the words that its caption has.
         reason: why it was dropped; None if it was kept, "undecided" before `keep`.
-        scores: LAION's as `NAME_metadata` and ours as `NAME_picture`, where there are any.
+        scores: LAION's as `NAME_metadata` and ours as `NAME_image`, where there are any.
         others: further columns of the metadata.
     """
 
@@ -58,30 +58,30 @@ class Hit:
 
     @property
     def place(self) -> str:
-        """The picture inside the dataset, as tar:member."""
+        """The image inside the dataset, as tar:member."""
         return f"images/{self.shard:05d}.tar:{self.key}.{self.extension}"
 
     def row(self) -> dict[str, Any]:
         """For tables and JSON."""
         size = f"{self.width}x{self.height}" if self.width else None
         named = {"nearness": round(self.nearness, 4), "caption": self.caption, "url": self.url, "key": self.key}
-        named |= {"fate": self.fate, "size": size, "uid": self.uid, "sha256": self.sha256, "picture": self.place}
+        named |= {"fate": self.fate, "size": size, "uid": self.uid, "sha256": self.sha256, "image": self.place}
         return named | dict(self.scores) | dict(self.others)
 
 
 def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
-    """The picture as it is stored.
+    """The image as it is stored.
 
     Raises:
         OSError: it is not there.
     """
     if hit.offset is None or hit.num_bytes is None or hit.extension not in PICTURE_EXTENSIONS:
-        raise FileNotFoundError(f"{hit.place} has no picture")
+        raise FileNotFoundError(f"{hit.place} has no image")
     return read_part(dataset, dataset.images_tar(hit.shard), hit.offset, hit.num_bytes)
 
 
-def picture_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
-    """The decoded picture; None where it is lost or damaged."""
+def image_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
+    """The decoded image; None where it is lost or damaged."""
     try:
         return decode_rgb(picture_bytes(dataset, hit))
     except OSError:
@@ -114,7 +114,7 @@ def _hit(
     nearness: float, shard: int, images: dict[str, Any], chosen: dict[str, Any], scores: dict[str, Any], reason: Any
 ) -> Hit:
     known = {f"{name}_metadata": chosen.get(name) for name in SCORE_COLUMNS}
-    known |= {f"{name}_picture": scores.get(name) for name in SCORE_COLUMNS}
+    known |= {f"{name}_image": scores.get(name) for name in SCORE_COLUMNS}
     return Hit(
         nearness=nearness,
         uid=images["uid"],

@@ -1,13 +1,13 @@
 """The vector index of a dataset's embeddings, kept in the dataset and made anew when they change.
 
-| pictures | index | memory while searching | disk | finds |
+| images | index | memory while searching | disk | finds |
 |---|---|---|---|---|
-| up to 1,000,000 | all are compared, in fp16 | the whole file: 1.5 kB a picture of ViT-L/14 | the same | all |
-| more | 2 sqrt(N) lists by k-means, `PROBES` are compared | centres, and what is read | 1.5 kB a picture | most |
+| up to 1,000,000 | all are compared, in fp16 | the whole file: 1.5 kB an image of ViT-L/14 | the same | all |
+| more | 2 sqrt(N) lists by k-means, `PROBES` are compared | centres, and what is read | 1.5 kB an image | most |
 
-For 170 million pictures of ViT-L/14 that is a file of 262 GB (768 numbers in fp16 and 8 bytes each), as large as the
+For 170 million images of ViT-L/14 that is a file of 262 GB (768 numbers in fp16 and 8 bytes each), as large as the
 embeddings in the scores are themselves; 26,000 centres take 80 MB of memory, and a search reads 64 lists of 6,500
-pictures: 0.65 GB. While it is made, the disk holds it twice. The index is by faiss (Johnson et al. 2017, arXiv
+images: 0.65 GB. While it is made, the disk holds it twice. The index is by faiss (Johnson et al. 2017, arXiv
 1702.08734); the file of the lists is mapped, not loaded.
 """
 
@@ -44,7 +44,7 @@ class IndexInfo(BaseModel):
         clip_model: whose embeddings, by open_clip's name.
         clip_digest: of its weights.
         counts: (shard, rows of its table of scores), in order.
-        num_vectors: how many pictures have an embedding.
+        num_vectors: how many images have an embedding.
         num_lists: 0 where all are compared.
     """
 
@@ -55,7 +55,7 @@ class IndexInfo(BaseModel):
     num_lists: int
 
 
-class PictureIndex:
+class ImageIndex:
     """An index that can be asked; threads may ask side by side."""
 
     def __init__(self, folder: Path) -> None:
@@ -69,7 +69,7 @@ class PictureIndex:
         self._ends = np.cumsum([num for _, num in self.info.counts])
 
     def nearest(self, vectors: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Cosines and numbers of the nearest pictures, (Q, top) each, nearest first; number -1 where there are no more.
+        """Cosines and numbers of the nearest images, (Q, top) each, nearest first; number -1 where there are no more.
 
         Args:
             vectors: (Q, D), of length 1.
@@ -79,13 +79,13 @@ class PictureIndex:
         return cosines, numbers
 
     def place(self, number: int) -> tuple[int, int]:
-        """(shard, row of its table of scores) of a picture."""
+        """(shard, row of its table of scores) of an image."""
         at = int(np.searchsorted(self._ends, number, side="right"))
         shard, num_rows = self.info.counts[at]
         return shard, number - int(self._ends[at] - num_rows)
 
 
-def open_index(dataset: DatasetDir) -> PictureIndex:
+def open_index(dataset: DatasetDir) -> ImageIndex:
     """The index of a dataset as it is now; made first where there is none, or one of other embeddings.
 
     Raises:
@@ -96,7 +96,7 @@ def open_index(dataset: DatasetDir) -> PictureIndex:
     if not (folder / "info.json").exists():
         _build(dataset, folder)
     try:
-        return PictureIndex(folder)
+        return ImageIndex(folder)
     except (RuntimeError, OSError, ValidationError) as error:
         raise UserError(
             f"The index in {folder} cannot be read ({error}). Delete it: the next search makes it."
@@ -110,8 +110,8 @@ def forget_index(dataset: DatasetDir) -> None:
 
 def _build(dataset: DatasetDir, folder: Path) -> None:
     embeddings = embeddings_of(dataset)
-    if embeddings.pictures.num == 0:
-        raise UserError(f"{dataset.root} holds no pictures that could be searched.")
+    if embeddings.images.num == 0:
+        raise UserError(f"{dataset.root} holds no images that could be searched.")
     try:
         with scratch(dataset.root, "search") as work:
             made = work / "index"
@@ -130,7 +130,7 @@ def _build(dataset: DatasetDir, folder: Path) -> None:
 
 
 def _write_index(embeddings: Embeddings, made: Path, work: Path) -> IndexInfo:
-    num_lists = 0 if embeddings.pictures.num <= EXACT_UP_TO else round(2 * math.sqrt(embeddings.pictures.num))
+    num_lists = 0 if embeddings.images.num <= EXACT_UP_TO else round(2 * math.sqrt(embeddings.images.num))
     write = _write_lists if num_lists else _write_exact
     return IndexInfo(
         clip_model=embeddings.clip_model,
@@ -156,7 +156,7 @@ def _write_lists(embeddings: Embeddings, num_lists: int, made: Path, work: Path)
     faiss = load_faiss()
     from faiss.contrib.ondisk import merge_ondisk
 
-    centers = learn_centers(embeddings.pictures, num_lists, _SEED)
+    centers = learn_centers(embeddings.images, num_lists, _SEED)
     quantizer = faiss.IndexFlatIP(embeddings.width)
     quantizer.add(centers)
     kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
@@ -181,4 +181,4 @@ def _write_part(index: Any, work: Path, number: int) -> str:
 
 
 def _told(embeddings: Embeddings) -> Iterator[Block]:
-    return told(embeddings.blocks(), "search: index", embeddings.pictures.num, "pictures", lambda b: len(b.numbers))
+    return told(embeddings.blocks(), "search: index", embeddings.images.num, "images", lambda b: len(b.numbers))

@@ -1,4 +1,4 @@
-"""The pictures of a dataset that are nearest to a caption or to another picture."""
+"""The images of a dataset that are nearest to a caption or to another image."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
 from filters.search.encoder import Encoder, is_stand_in
 from filters.search.hits import Hit, look_up
-from filters.search.index import PictureIndex, open_index
+from filters.search.index import ImageIndex, open_index
 from filters.search.words import by_key, by_words
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
-from sdtrain.images.decode import PictureError, upright_rgb
+from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header
 
 MAX_PIXELS = 2**26
@@ -55,40 +55,40 @@ class Search:
 
     @property
     def is_exact(self) -> bool:
-        """Whether all pictures are compared."""
+        """Whether all images are compared."""
         return not self._index.info.num_lists
 
     def by_caption(self, caption: str, top: int, kept_only: bool = False) -> list[Hit]:
-        """The pictures whose embeddings are nearest to the caption's."""
+        """The images whose embeddings are nearest to the caption's."""
         with self._lock:
             vectors = self._encoder.captions([caption])
         return self.nearest(vectors, top, kept_only)[0]
 
-    def by_pictures(self, pictures: Sequence[Image.Image], top: int, kept_only: bool = False) -> list[list[Hit]]:
-        """For each RGB picture, those nearest to it."""
-        return self.nearest(self.embed(pictures), top, kept_only) if pictures else []
+    def by_images(self, images: Sequence[Image.Image], top: int, kept_only: bool = False) -> list[list[Hit]]:
+        """For each RGB image, those nearest to it."""
+        return self.nearest(self.embed(images), top, kept_only) if images else []
 
     def by_words(self, text: str, top: int, kept_only: bool = False) -> list[Hit]:
-        """The pictures whose captions have most of the words."""
+        """The images whose captions have most of the words."""
         self._require_decisions(kept_only)
         return look_up(self.dataset, by_words(self.dataset, text, top, kept_only))
 
     def by_key(self, key: str) -> Hit | None:
-        """The downloaded picture with this key."""
+        """The downloaded image with this key."""
         return next(iter(look_up(self.dataset, by_key(self.dataset, key))), None)
 
-    def embed(self, pictures: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """(N, D) embeddings of RGB pictures."""
+    def embed(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """(N, D) embeddings of RGB images."""
         with self._lock:
-            return self._encoder.pictures(pictures)
+            return self._encoder.images(images)
 
     def nearest(self, vectors: NDArray[np.float32], top: int, kept_only: bool = False) -> list[list[Hit]]:
-        """For each of (N, D) embeddings of length 1, the pictures nearest to it, nearest first.
+        """For each of (N, D) embeddings of length 1, the images nearest to it, nearest first.
 
         Args:
             vectors: what is asked.
             top: at most this many each.
-            kept_only: without pictures that were dropped; then more are looked at until there are enough, up to the
+            kept_only: without images that were dropped; then more are looked at until there are enough, up to the
                 nearest `_MAX_LOOKED_AT`.
 
         Raises:
@@ -105,7 +105,7 @@ class Search:
             fetched *= 4
 
     def some_vectors(self, num: int) -> NDArray[np.float32]:
-        """(N, D) embeddings of about `num` kept pictures, evenly chosen, of length 1."""
+        """(N, D) embeddings of about `num` kept images, evenly chosen, of length 1."""
         return kept_vectors(self.dataset, self._index.info.counts, num)
 
     def _require_decisions(self, kept_only: bool) -> None:
@@ -113,7 +113,7 @@ class Search:
             raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
-        """For each question, what is known of the pictures found; all are looked up together."""
+        """For each question, what is known of the images found; all are looked up together."""
         places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]
         shards = {place[0] for place in places if place}
         uids = {shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"] for shard in shards}
@@ -136,7 +136,7 @@ class Search:
         return by_question
 
     @cached_property
-    def _index(self) -> PictureIndex:
+    def _index(self) -> ImageIndex:
         return open_index(self.dataset)
 
     @cached_property
@@ -144,8 +144,8 @@ class Search:
         return Encoder(self._config, self._index.info)
 
 
-def read_picture(content: bytes, name: str) -> Image.Image:
-    """A picture from outside, upright RGB.
+def read_image(content: bytes, name: str) -> Image.Image:
+    """An image from outside, upright RGB.
 
     Raises:
         UserError: it is too large, or none.
@@ -153,18 +153,18 @@ def read_picture(content: bytes, name: str) -> Image.Image:
     if len(content) > MAX_PICTURE_BYTES:
         raise UserError(f"{name} is larger than {MAX_PICTURE_BYTES // 2**20} MB. Make it smaller first.")
     try:
-        return upright_rgb(read_header(content, MAX_PIXELS).picture)
-    except PictureError as error:
-        raise UserError(f"{name} cannot be read as a picture ({error}). Give a JPEG, PNG or WebP.") from error
+        return upright_rgb(read_header(content, MAX_PIXELS).image)
+    except ImageError as error:
+        raise UserError(f"{name} cannot be read as an image ({error}). Give a JPEG, PNG or WebP.") from error
 
 
-def read_picture_file(path: Path) -> Image.Image:
-    """The picture in a file, upright RGB.
+def read_image_file(path: Path) -> Image.Image:
+    """The image in a file, upright RGB.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return read_picture(path.read_bytes(), str(path))
+        return read_image(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,6 +1,6 @@
 """The page on which a dataset is searched: `sdtrain search DATASET --serve`.
 
-Everything is put together here and escaped by the template; the page's script only sends a dropped picture. Pictures
+Everything is put together here and escaped by the template; the page's script only sends a dropped image. Images
 are named by key, which is digits, and read from the tars at the place that the tables give.
 """
 
@@ -26,8 +26,8 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from filters.search.hits import KEY, Hit, picture_bytes, picture_of
-from filters.search.search import MAX_PICTURE_BYTES, Search, read_picture
+from filters.search.hits import KEY, Hit, image_of, picture_bytes
+from filters.search.search import MAX_PICTURE_BYTES, Search, read_image
 from filters.search.sheet import PAGES, environment, small
 from sdtrain.errors import UserError
 
@@ -45,7 +45,7 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture that was dropped on the page: its embedding, (1, D), and a small copy."""
+    """An image that was dropped on the page: its embedding, (1, D), and a small copy."""
 
     vectors: NDArray[np.float32]
     thumbnail: bytes
@@ -57,14 +57,14 @@ class SearchPage:
 
     Attributes:
         search: the dataset.
-        top: pictures on a page.
+        top: images on a page.
     """
 
     search: Search
     top: int
     _asked: OrderedDict[str, Asked] = field(default_factory=OrderedDict)
     _shown: OrderedDict[str, Hit] = field(default_factory=OrderedDict)
-    _decoding: Lock = field(default_factory=Lock)  # one large picture in memory at a time
+    _decoding: Lock = field(default_factory=Lock)  # one large image in memory at a time
 
     def app(self, hosts: list[str]) -> Starlette:
         """The application; it answers requests for these hosts only, lest a foreign page reach it by its own name."""
@@ -72,7 +72,7 @@ class SearchPage:
             Route("/", self._show),
             Route("/ask", self._ask, methods=["POST"]),
             Route("/asked/{name:str}", self._show_asked),
-            Route("/picture/{key:str}", self._picture),
+            Route("/image/{key:str}", self._image),
             Route("/thumb/{key:str}", self._thumb),
             Route("/assets/{name:str}", self._asset),
         ]
@@ -83,7 +83,7 @@ class SearchPage:
         return Starlette(routes=routes, middleware=guards)
 
     async def _show(self, request: Request) -> Response:
-        asked = {name: request.query_params.get(name, "") for name in ("q", "by", "only", "like", "picture")}
+        asked = {name: request.query_params.get(name, "") for name in ("q", "by", "only", "like", "image")}
         return HTMLResponse(await asyncio.to_thread(self._render, asked))
 
     def _render(self, asked: dict[str, str]) -> str:
@@ -99,19 +99,19 @@ class SearchPage:
         return environment().get_template("search.html").render(context | {"is_stand_in": self.search.is_stand_in})
 
     def _find(self, asked: dict[str, str], by: str) -> tuple[list[Hit] | None, str]:
-        """What was found, and the address of the picture that was asked for."""
+        """What was found, and the address of the image that was asked for."""
         question, kept = asked["q"].strip()[:_MAX_CHARS], asked["only"] == "kept"
-        if asked["picture"]:
-            known = self._asked.get(asked["picture"])
+        if asked["image"]:
+            known = self._asked.get(asked["image"])
             if known is None:
-                raise UserError("That picture is forgotten. Drop it again.")
-            return self.search.nearest(known.vectors, self.top, kept)[0], f"/asked/{asked['picture']}"
+                raise UserError("That image is forgotten. Drop it again.")
+            return self.search.nearest(known.vectors, self.top, kept)[0], f"/asked/{asked['image']}"
         if asked["like"]:
             hit = self._hit(asked["like"])
-            picture = picture_of(self.search.dataset, hit) if hit else None
-            if hit is None or picture is None:
-                raise UserError("There is no such picture.")
-            return self.search.by_pictures([picture], self.top, kept)[0], f"/thumb/{hit.key}"
+            image = image_of(self.search.dataset, hit) if hit else None
+            if hit is None or image is None:
+                raise UserError("There is no such image.")
+            return self.search.by_images([image], self.top, kept)[0], f"/thumb/{hit.key}"
         if not question:
             return None, ""
         if by == "words":
@@ -120,22 +120,22 @@ class SearchPage:
 
     async def _ask(self, request: Request) -> Response:
         if request.headers.get("content-type") != _DROPPED_TYPE:
-            return JSONResponse({"error": f"Send the picture as {_DROPPED_TYPE}."}, 415)
+            return JSONResponse({"error": f"Send the image as {_DROPPED_TYPE}."}, 415)
         content = bytearray()
         async for part in request.stream():
             content += part
             if len(content) > MAX_PICTURE_BYTES:
                 return JSONResponse({"error": f"More than {MAX_PICTURE_BYTES // 2**20} MB."}, 413)
         try:
-            return JSONResponse({"picture": await asyncio.to_thread(self._remember, bytes(content))})
+            return JSONResponse({"image": await asyncio.to_thread(self._remember, bytes(content))})
         except UserError as error:
             return JSONResponse({"error": str(error)}, 400)
 
     def _remember(self, content: bytes) -> str:
         name = hashlib.sha256(content).hexdigest()[:32]
         with self._decoding:
-            picture = read_picture(content, "What was dropped")
-            self._asked[name] = Asked(self.search.embed([picture]), _jpeg(small(picture, _THUMBNAIL_PX)))
+            image = read_image(content, "What was dropped")
+            self._asked[name] = Asked(self.search.embed([image]), _jpeg(small(image, _THUMBNAIL_PX)))
         while len(self._asked) > _ASKED_KEPT:
             self._asked.popitem(last=False)
         return name
@@ -144,7 +144,7 @@ class SearchPage:
         known = self._asked.get(request.path_params["name"])
         return Response(known.thumbnail, media_type="image/jpeg") if known else _not_there()
 
-    async def _picture(self, request: Request) -> Response:
+    async def _image(self, request: Request) -> Response:
         hit = await asyncio.to_thread(self._hit, request.path_params["key"])
         try:
             content = await asyncio.to_thread(picture_bytes, self.search.dataset, hit) if hit else b""
@@ -167,11 +167,11 @@ class SearchPage:
 
     def _thumbnail(self, key: str) -> bytes:
         hit = self._hit(key)
-        picture = picture_of(self.search.dataset, hit) if hit else None
-        return _jpeg(small(picture, _THUMBNAIL_PX)) if picture else b""
+        image = image_of(self.search.dataset, hit) if hit else None
+        return _jpeg(small(image, _THUMBNAIL_PX)) if image else b""
 
     def _hit(self, key: str) -> Hit | None:
-        """The picture with a key: one that was shown, which needs no looking up, or any other."""
+        """The image with a key: one that was shown, which needs no looking up, or any other."""
         if not KEY.fullmatch(key):
             return None
         return self._shown.get(key) or self.search.by_key(key)
@@ -189,7 +189,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
         search: the dataset.
         host: the address to listen on.
         port: 0 takes a free one.
-        top: pictures on a page.
+        top: images on a page.
 
     Raises:
         UserError: the port is taken.
@@ -204,16 +204,16 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     loopback = host in ("127.0.0.1", "::1", "localhost")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if loopback else ["*"]
     app = SearchPage(search, top).app(hosts)
-    print(f"{search.num_pictures:,} pictures of {search.dataset}", flush=True)
+    print(f"{search.num_pictures:,} images of {search.dataset}", flush=True)
     if not loopback:
-        print("Everyone who reaches this address sees the pictures; there is no password.", flush=True)
+        print("Everyone who reaches this address sees the images; there is no password.", flush=True)
     print(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)
     uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off")).run([listener])
 
 
-def _jpeg(picture: Any) -> bytes:
+def _jpeg(image: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
+    image.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()
 
 

@@ -1,4 +1,4 @@
-"""Sheets of pictures with a line or two below each, as PNG or as one HTML file."""
+"""Sheets of images with a line or two below each, as PNG or as one HTML file."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _INK, _MUTED, _FLAG = "#24292f", "#6e7781", "#d1495b"
 
 @dataclass(frozen=True)
 class Cell:
-    """One picture.
+    """One image.
 
     Attributes:
-        picture: None where it is lost.
+        image: None where it is lost.
         head: what stands out, such as a score.
         text: below it.
         marked: framed in red.
     """
 
-    picture: Image.Image | None
+    image: Image.Image | None
     head: str
     text: str = ""
     marked: bool = False
@@ -40,14 +40,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures that belong together."""
+    """Images that belong together."""
 
     title: str
     cells: Sequence[Cell]
 
 
 def write_sheet(path: Path, title: str, notes: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a sheet, which is a page or a picture by the file's name.
+    """Writes a sheet, which is a page or an image by the file's name.
 
     Raises:
         UserError: the name ends in neither .png nor .html.
@@ -56,11 +56,11 @@ def write_sheet(path: Path, title: str, notes: Sequence[str], rows: Sequence[Row
         with publish(path) as temporary:
             temporary.write_text(_page(title, notes, rows), encoding="utf-8")
     elif path.suffix == ".png":
-        picture = _draw(title, notes, rows)
+        image = _draw(title, notes, rows)
         with publish(path) as temporary:
-            picture.save(temporary, "PNG")
+            image.save(temporary, "PNG")
     else:
-        raise UserError(f"What should {path} hold? A sheet of pictures ends in .png or .html.")
+        raise UserError(f"What should {path} hold? A sheet of images ends in .png or .html.")
 
 
 def environment() -> jinja2.Environment:
@@ -68,22 +68,22 @@ def environment() -> jinja2.Environment:
     return jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True)
 
 
-def small(picture: Image.Image, side: int = _SIDE) -> Image.Image:
+def small(image: Image.Image, side: int = _SIDE) -> Image.Image:
     """A copy that fits a square."""
-    return ImageOps.contain(picture, (side, side))
+    return ImageOps.contain(image, (side, side))
 
 
 def _page(title: str, notes: Sequence[str], rows: Sequence[Row]) -> str:
-    shown = [(row.title, [(_data_url(cell.picture), cell) for cell in row.cells]) for row in rows]
+    shown = [(row.title, [(_data_url(cell.image), cell) for cell in row.cells]) for row in rows]
     style = (PAGES / "search.css").read_text()
     return environment().get_template("sheet.html").render(title=title, notes=notes, rows=shown, style=style)
 
 
-def _data_url(picture: Image.Image | None) -> str:
-    if picture is None:
+def _data_url(image: Image.Image | None) -> str:
+    if image is None:
         return ""
     buffer = io.BytesIO()
-    small(picture, 2 * _SIDE).save(buffer, "JPEG", quality=88)
+    small(image, 2 * _SIDE).save(buffer, "JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -113,10 +113,10 @@ def _draw(title: str, notes: Sequence[str], rows: Sequence[Row]) -> Image.Image:
 def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, left: int, top: int) -> None:
     box = (left - 3, top - 3, left + _SIDE + 2, top + _SIDE + 2)
     pen.rectangle(box, "#f6f8fa", _FLAG if cell.marked else "#d0d7de", 3 if cell.marked else 1)
-    if cell.picture is None:
-        pen.text((left + 8, top + 8), "no picture", _MUTED, _font(11))
+    if cell.image is None:
+        pen.text((left + 8, top + 8), "no image", _MUTED, _font(11))
     else:
-        fitted = small(cell.picture)
+        fitted = small(cell.image)
         sheet.paste(fitted, (left + (_SIDE - fitted.width) // 2, top + (_SIDE - fitted.height) // 2))
     pen.text((left, top + _SIDE + 6), cell.head, _FLAG if cell.marked else _INK, _font(11, bold=True))
     for number, line in enumerate(textwrap.wrap(cell.text, 28, max_lines=_NUM_LINES - 1, placeholder=" …"), 1):

@@ -22,7 +22,7 @@ _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 
 
 def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
-    """(share of the words, shard, uid) of the downloaded pictures whose captions have most of them, shortest first."""
+    """(share of the words, shard, uid) of the downloaded images whose captions have most of them, shortest first."""
     words = sorted(set(_WORD.findall(text.lower())))
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not words or not images:
@@ -35,7 +35,7 @@ def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) 
 
 
 def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
-    """(1, shard, uid) of the downloaded picture with this key, if there is one."""
+    """(1, shard, uid) of the downloaded image with this key, if there is one."""
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     query = (
         "SELECT 1.0, parse_filename(filename, true)::INTEGER, uid FROM read_parquet(?, filename = true, "

@@ -64,4 +64,4 @@ def _null_policy(select: SelectConfig) -> list[str]:
     names = ", ".join(column for column in SCORES if column in judged)
     if select.null_policy == "drop":
         return [f"rows with NULL or NaN in {names} are dropped (null_policy: drop)"]
-    return [f"rows with NULL or NaN in {names} stay until the picture is scored (null_policy: score_later)"]
+    return [f"rows with NULL or NaN in {names} stay until the image is scored (null_policy: score_later)"]

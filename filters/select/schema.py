@@ -12,7 +12,7 @@ from filters.select.sql_functions import hash_sql
 from sdtrain.errors import UserError
 
 # Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
-# a file has counts. img2dataset's `width` is that of the resized picture, so `original_width` comes first.
+# a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes first.
 ALIASES: dict[str, tuple[str, ...]] = {
     "url": ("url",),
     "caption": ("text", "caption"),
@@ -26,7 +26,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
     "language": ("language",),
     "nsfw": ("nsfw",),
-    "md5": ("md5",),  # of the picture's bytes; `hash` is of URL and caption
+    "md5": ("md5",),  # of the image's bytes; `hash` is of URL and caption
     "sha256": ("sha256",),
 }
 TYPES: dict[str, str] = {
@@ -141,9 +141,9 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
     names = " or ".join(name.upper() for name in ALIASES[column])
     advice = ""
     if column in ("width", "height"):
-        advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded picture."
+        advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded image."
     elif column in SCORES:
-        advice = " Or set `select.null_policy: score_later` and let the picture's own score decide."
+        advice = " Or set `select.null_policy: score_later` and let the image's own score decide."
     return (
         f"{file.path} has no column {names}{purpose}. It has: {', '.join(file.all_columns)}. "
         f"Use metadata with that column.{advice}"

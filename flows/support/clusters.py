@@ -22,7 +22,7 @@ ANSWER_S = 10
 GPU_STAGES = frozenset({"score", "encode", "reference", "contexts", "captions", "draw", "look"})
 """Of a build and of an evaluation, whose stages add model and scale to the name: draw-MODEL-guidance-7-5."""
 _DASK_PORT = 8786
-_OBJECT_STORE_BYTES = 100 * 2**20  # reports travel through it, and no pictures
+_OBJECT_STORE_BYTES = 100 * 2**20  # reports travel through it, and no images
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def server_program(box: Box, postgres: Postgres) -> Program:
         **postgres.environment,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.url,
-        # Half of a run's rows are events, which serve the automations and the pictures of the page only.
+        # Half of a run's rows are events, which serve the automations and the images of the page only.
         "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": _KEEP_EVENTS,
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(_KEEP_RUNS_S),

@@ -73,7 +73,7 @@ def build(
         str | None, typer.Option(help="With --output s3://…: where its files lie here. Default: the user's cache.")
     ] = None,
     keep_local: Annotated[
-        bool, typer.Option(help="With --output s3://…: whether pictures and latents stay here once they are there.")
+        bool, typer.Option(help="With --output s3://…: whether images and latents stay here once they are there.")
     ] = True,
 ) -> None:
     """Build a dataset, from metadata to latents; what is finished is not done again."""

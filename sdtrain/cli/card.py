@@ -47,7 +47,7 @@ def plan(
     assume: Annotated[list[str] | None, typer.Option(help="Another rate, as in link_rot=0.4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
-    """Reckon what a dataset or a chain of runs takes: pictures, disk, hours, cost and CO2, each with its source."""
+    """Reckon what a dataset or a chain of runs takes: images, disk, hours, cost and CO2, each with its source."""
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import RECIPE_OF, chain_of, recipes_of
     from sdtrain.plan.estimate import Machines, Planner, total
@@ -117,6 +117,6 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines) -> list[str]:
         *used,
         *general,
         "hours: by the clock on all GPUs and cores, one stage after the other; in: what goes into a stage; into score "
-        "go the pictures that link rot leaves",
+        "go the images that link rot leaves",
         f"CO2: {board_watts(machines.gpu):g} W a GPU and {CORE_W:g} W a core; cost: GPUs alone",
     ]

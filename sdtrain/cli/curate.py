@@ -24,7 +24,7 @@ class DecideBy(StrEnum):
     """Whose scores the rules look at."""
 
     metadata = "metadata"
-    picture = "picture"
+    image = "image"
 
 
 class RemoveBy(StrEnum):
@@ -46,7 +46,7 @@ def decide(
     decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Decide anew which downloaded pictures stay, by other rules; no picture is touched."""
+    """Decide anew which downloaded images stay, by other rules; no image is touched."""
     from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.s3.open import open_dataset
@@ -80,7 +80,7 @@ def remove(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Take samples out for good: from pictures, scores, dataset and latents; they do not come back."""
+    """Take samples out for good: from images, scores, dataset and latents; they do not come back."""
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_removal, start_removal
     from filters.remove.plan import find_removal

@@ -17,15 +17,15 @@ from sdtrain.precision import Precision
 def evaluate(
     models: Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     reference: Annotated[
-        str, typer.Option(help="Real pictures: a dataset (s3://… too), a folder, or an .npz of statistics.")
+        str, typer.Option(help="Real images: a dataset (s3://… too), a folder, or an .npz of statistics.")
     ],
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line, or COCO's captions (.json).")],
     output: Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")] = None,
-    num: Annotated[int, typer.Option(help="Prompts, and pictures for each scale.", min=2)] = 10_000,
+    num: Annotated[int, typer.Option(help="Prompts, and images for each scale.", min=2)] = 10_000,
     scales: Annotated[str, typer.Option(help="Guidance scales.")] = "1.5,2,3,4,5,6,7,8",
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
     sampler: Annotated[Literal["plms", "ddim", "dpm"], typer.Option(help="The sampler.")] = "plms",
-    seed: Annotated[int, typer.Option(help="Of the first picture; each next one has the next.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the first image; each next one has the next.", min=0)] = 0,
     weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged weights, or raw ones.")] = "ema",
     dtype: Annotated[
         Precision, typer.Option(help="Of the UNet; auto: as the evaluation began, or bf16 where it is faster here.")
@@ -37,20 +37,20 @@ def evaluate(
         Literal["pytorch-fid", "torch-fidelity", "clean-fid"], typer.Option(help="How Inception gets its 299 pixels.")
     ] = "pytorch-fid",
     reference_view: Annotated[
-        Literal["as_samples", "as_is"], typer.Option(help="Real pictures cropped to the samples' size, or as they are.")
+        Literal["as_samples", "as_is"], typer.Option(help="Real images cropped to the samples' size, or as they are.")
     ] = "as_samples",
-    num_reference: Annotated[int, typer.Option(help="Real pictures, at most.", min=2)] = 50_000,
+    num_reference: Annotated[int, typer.Option(help="Real images, at most.", min=2)] = 50_000,
     agreement: Annotated[
         Literal["clip", "demo", "none"], typer.Option(help="Compare with prompts by CLIP, or the demo's checker.")
     ] = "clip",
     clip_model: Annotated[str, typer.Option(help="An open_clip model.")] = "ViT-L-14-quickgelu",
     clip_weights: Annotated[str, typer.Option(help="Its weights: open_clip's tag, or a file.")] = "openai",
-    cmmd: Annotated[bool, typer.Option("--cmmd", help="Also compare CLIP's embeddings of the pictures.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.", min=1)] = 16,
-    part_size: Annotated[int, typer.Option(help="Pictures in a part, which is kept as a whole.", min=2)] = 256,
+    cmmd: Annotated[bool, typer.Option("--cmmd", help="Also compare CLIP's embeddings of the images.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once.", min=1)] = 16,
+    part_size: Annotated[int, typer.Option(help="Images in a part, which is kept as a whole.", min=2)] = 256,
     processes: Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)] = None,
 ) -> None:
-    """Draw pictures over guidance scales and measure them; started again, it goes on where it was."""
+    """Draw images over guidance scales and measure them; started again, it goes on where it was."""
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of
     from sdtrain.evaluation.sweep import plan

@@ -1,4 +1,4 @@
-"""The command that draws pictures."""
+"""The command that draws images."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Flagged = Literal["black", "refuse"]
 
 def sample(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, a diffusers folder or a CompVis file.")],
-    prompts: Annotated[list[str] | None, typer.Argument(help="Pictures are drawn for each.")] = None,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Images are drawn for each.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="Text file with one prompt a line.")] = None,
     output: Annotated[Path, typer.Option(help="Where the PNGs go.")] = Path("samples"),
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; each next one has the next.", min=0)] = 0,
-    per_prompt: Annotated[int, typer.Option(help="Pictures for each prompt.", min=1)] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the first image; each next one has the next.", min=0)] = 0,
+    per_prompt: Annotated[int, typer.Option(help="Images for each prompt.", min=1)] = 1,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 7.5,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
     sampler: Annotated[Literal["plms", "ddim", "dpm"] | None, typer.Option(help="By default what fits.")] = None,
@@ -32,26 +32,26 @@ def sample(
     dtype: Annotated[
         Precision, typer.Option(help="Of UNet and text encoder; auto: bf16 where it is faster here, else fp32.")
     ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Pictures at once.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images at once.", min=1)] = 16,
     processes: Annotated[int | None, typer.Option(help="Processes, one a GPU; by default all GPUs.", min=1)] = None,
     grid: Annotated[bool, typer.Option(help="Also one sheet of all, grid.png, a row a prompt.")] = False,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Leave pictures there that an earlier, same command drew.")
+        bool, typer.Option("--keep", help="Leave images there that an earlier, same command drew.")
     ] = False,
     compile_unet: Annotated[
-        Literal["off", "regional", "whole"], typer.Option("--compile", help="torch.compile: pays for many pictures.")
+        Literal["off", "regional", "whole"], typer.Option("--compile", help="torch.compile: pays for many images.")
     ] = "off",
     tokenizer: Annotated[
         str | None, typer.Option(help="For a CompVis file, which holds none: folder, hub id or `demo`; else CLIP's.")
     ] = None,
     safety_checker: Annotated[
-        str | None, typer.Option(help="Judges every picture: its folder, a pipeline's folder with one, or a hub id.")
+        str | None, typer.Option(help="Judges every image: its folder, a pipeline's folder with one, or a hub id.")
     ] = None,
     flagged: Annotated[
-        Flagged, typer.Option(help="What is written for a picture that it flags: black, or nothing.")
+        Flagged, typer.Option(help="What is written for an image that it flags: black, or nothing.")
     ] = "black",
 ) -> None:
-    """Draw pictures for prompts; each has its own seed, whatever else is drawn."""
+    """Draw images for prompts; each has its own seed, whatever else is drawn."""
     from sdtrain.config.sections import SpeedConfig
     from sdtrain.formats.any_model import pinned
     from sdtrain.formats.dtypes import DTYPES
@@ -86,16 +86,16 @@ def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None) 
     with Writer(album) as writer:
         for result in judged(drawn, judge, album.flagged):
             num_flagged += result.flagged
-            if result.picture is not None:
-                print(writer.save(result.job, result.picture, result.flagged))
+            if result.image is not None:
+                print(writer.save(result.job, result.image, result.flagged))
             else:
                 album.refuse(result.job)
     num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
     if keep:
-        print(f"{num_drawn} pictures drawn, {num - num_drawn} kept")
+        print(f"{num_drawn} images drawn, {num - num_drawn} kept")
     if judge:
         what = "are black" if album.flagged == "black" else "were not written"
-        print(f"{num_flagged} of {num_drawn} pictures were flagged by the safety checker and {what}")
+        print(f"{num_flagged} of {num_drawn} images were flagged by the safety checker and {what}")
 
 
 def _write_sheet(album: Album, jobs: Sequence[Job], columns: int | None) -> None:

@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 
 def search(
     dataset: Annotated[str, typer.Argument(help="A dataset, scored with stored embeddings: its directory, or s3://…")],
-    caption: Annotated[str, typer.Argument(help="What the pictures are to show.")] = "",
-    image: Annotated[Path | None, typer.Option(help="Nearest to this picture, instead of a caption.")] = None,
+    caption: Annotated[str, typer.Argument(help="What the images are to show.")] = "",
+    image: Annotated[Path | None, typer.Option(help="Nearest to this image, instead of a caption.")] = None,
     words: Annotated[bool, typer.Option("--words", help="By the words of captions, without CLIP.")] = False,
-    top: Annotated[int, typer.Option(help="How many pictures.", min=1, max=1000)] = 12,
-    kept: Annotated[bool, typer.Option("--kept", help="Only pictures that were kept.")] = False,
+    top: Annotated[int, typer.Option(help="How many images.", min=1, max=1000)] = 12,
+    kept: Annotated[bool, typer.Option("--kept", help="Only images that were kept.")] = False,
     output: Annotated[Path | None, typer.Option(help="Write a sheet (.png, .html) or the rows (.json).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, one a line.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Serve a page to search on, until Ctrl-C.")] = False,
     host: Annotated[str, typer.Option(help="Where the page is served.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 8040,
 ) -> None:
-    """Find the pictures of a dataset that are nearest to a caption or a picture."""
+    """Find the images of a dataset that are nearest to a caption or an image."""
     from filters.recipe_record import read_recipe
     from filters.search.search import Search
     from sdtrain.dataset.lock import lock_to_read
@@ -62,16 +62,16 @@ def memorised(
     repeated_prompts: Annotated[
         int | None, typer.Option(help="Draw for this many of the captions that repeat most in training.", min=1)
     ] = None,
-    per_prompt: Annotated[int, typer.Option(help="Pictures for each of these.", min=1)] = 4,
+    per_prompt: Annotated[int, typer.Option(help="Images for each of these.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first of these.", min=0)] = 0,
     guidance: Annotated[float, typer.Option(help="Guidance scale of these.")] = 7.5,
     steps: Annotated[int, typer.Option(help="Sampling steps of these.", min=1)] = 50,
     threshold: Annotated[float, typer.Option(help="Least CLIP cosine that is flagged; a proxy.", min=0, max=1)] = 0.95,
-    radius: Annotated[int, typer.Option(help="Bits in which hashes of one picture may differ.", min=0, max=32)] = 10,
-    top: Annotated[int, typer.Option(help="Training pictures beside each sample.", min=1, max=20)] = 4,
+    radius: Annotated[int, typer.Option(help="Bits in which hashes of one image may differ.", min=0, max=32)] = 10,
+    top: Annotated[int, typer.Option(help="Training images beside each sample.", min=1, max=20)] = 4,
     output: Annotated[Path, typer.Option(help="Where sheets and JSON go.")] = Path("memorised"),
 ) -> None:
-    """Look for samples in the training data: does a model repeat pictures that it was trained on?"""
+    """Look for samples in the training data: does a model repeat images that it was trained on?"""
     from filters.memorization.check import KINDS, check_samples
     from filters.memorization.repeated import draw_samples
     from filters.memorization.report import write_memorised
@@ -110,10 +110,10 @@ def _repeated(dataset: DatasetDir, num: int) -> list[str]:
 
 
 def _find(asked: Search, caption: str, image: Path | None, words: bool, top: int, kept: bool) -> list[Hit]:
-    from filters.search.search import read_picture_file
+    from filters.search.search import read_image_file
 
     if image is not None:
-        return asked.by_pictures([read_picture_file(image)], top, kept)[0]
+        return asked.by_images([read_image_file(image)], top, kept)[0]
     if words:
         return asked.by_words(caption, top, kept)
     if asked.is_stand_in:
@@ -124,7 +124,7 @@ def _find(asked: Search, caption: str, image: Path | None, words: bool, top: int
 
 
 def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_json: bool) -> None:
-    from filters.search.hits import picture_of
+    from filters.search.hits import image_of
     from filters.search.sheet import Cell, Row, write_sheet
     from sdtrain.dataset.files import publish
 
@@ -135,14 +135,14 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
             temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     elif output is not None:
         cells = [
-            Cell(picture_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
+            Cell(image_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
             for hit in hits
         ]
         write_sheet(output, title, [str(asked.dataset)], [Row("", cells)])
     if as_json:
         print(lines, end="")
     elif output is None:
-        names = ("nearness", "caption", "url", "key", "fate", "picture")
+        names = ("nearness", "caption", "url", "key", "fate", "image")
         print_table([{name: row[name] for name in names} for row in rows] or [{"nothing": "was found"}])
     if output is not None:
         print(output)

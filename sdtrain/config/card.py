@@ -27,7 +27,7 @@ class CardConfig(Settings):
     gpu_watts: Free[float | None] = Field(default=None, gt=0)
     """Power of a GPU where its counter cannot be read; null: as its data sheet says."""
     data_gpu: Free[str | None] = None
-    """GPU that scored and encoded the pictures, as in "H200"; null: CPU cores. Manifests hold seconds, not devices."""
+    """GPU that scored and encoded the images, as in "H200"; null: CPU cores. Manifests hold seconds, not devices."""
     data_cores: Free[float] = Field(default=1.0, gt=0)
     """CPU cores that each worker of the data stages kept busy."""
 

@@ -28,7 +28,7 @@ class DataConfig(Settings):
     sources: Free[tuple[SourceConfig, ...]] = ()
     """Several datasets with weights, in the place of `root`. Each goes through its own epochs, exactly once in each."""
     resolution: DecidesSamples[int] = Field(default=512, ge=8, multiple_of=8)
-    """Side of the pictures in pixels; latents are 8 times smaller."""
+    """Side of the images in pixels; latents are 8 times smaller."""
     shuffle: DecidesSamples[Literal["global", "blocks"]] = "global"
     """Mix all samples (reads from all shards at once: for local disks), or only those of `window_shards` shards at a
     time, in another choice of shards every epoch (each shard is read in one stretch: for network storage)."""
@@ -38,7 +38,7 @@ class DataConfig(Settings):
     """For latents with aspect-ratio buckets: how many samples in a row have one size. A multiple of the micro-batch
     that divides the global batch; 0 for latents of one size."""
     online_vae: DecidesSamples[bool] = False
-    """Use no latents: read the packed pictures, crop them at random and encode them in the training loop."""
+    """Use no latents: read the packed images, crop them at random and encode them in the training loop."""
     verify: Free[bool] = False
     """Compare each shard with its digest in the manifest before it is first read."""
     on_corrupt: Free[Literal["stop", "skip"]] = "stop"

@@ -59,7 +59,7 @@ class DiffusionConfig(Settings):
     min_snr_gamma: DecidesObjective[float] = Field(default=0.0, ge=0)
     """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556; there 5); 0 weighs all alike."""
     offset_noise: DecidesSamples[float] = Field(default=0.0, ge=0)
-    """Strength of noise that is constant over each latent channel, which lets a model learn dark and bright pictures;
+    """Strength of noise that is constant over each latent channel, which lets a model learn dark and bright images;
     0.05 to 0.1 where it is used, 0 none."""
 
     @model_validator(mode="after")

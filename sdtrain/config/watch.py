@@ -20,12 +20,12 @@ class ValidationConfig(Settings):
 
 
 class PreviewConfig(Settings):
-    """Pictures of fixed prompts and seeds, sampled from the averaged weights during training."""
+    """Images of fixed prompts and seeds, sampled from the averaged weights during training."""
 
     every: Free[int] = Field(default=0, ge=0)
     """Optimizer steps between sheets; 0: none."""
     prompts: Free[tuple[str, ...]] = ()
-    """One picture for each; picture i has seed i."""
+    """One image for each; image i has seed i."""
     guidance_scale: Free[float] = Field(default=7.5, ge=0)
     """Strength of classifier-free guidance; 1 is none."""
     num_steps: Free[int] = Field(default=50, ge=1)

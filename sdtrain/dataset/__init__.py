@@ -1,1 +1,1 @@
-"""Shards, manifests and the stages that turn pictures into latents."""
+"""Shards, manifests and the stages that turn images into latents."""

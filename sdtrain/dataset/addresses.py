@@ -1,4 +1,4 @@
-"""Which URLs and which network addresses may be asked for a picture."""
+"""Which URLs and which network addresses may be asked for an image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import SplitResult, urlsplit
 
 SCHEMES = ("http", "https")
 # Ports of mail, remote shells, files, databases and the like, where an HTTP request would do harm or
-# nothing; the web's own ports, and the odd ones that picture hosts use, stay open.
+# nothing; the web's own ports, and the odd ones that image hosts use, stay open.
 # fmt: off
 OTHER_SERVICES = frozenset([
     7, 9, 13, 19, 20, 21, 22, 23, 25, 37, 53, 69, 79, 109, 110, 111, 113, 119, 123, 135, 137, 139, 143, 161, 179, 389,

@@ -1,4 +1,4 @@
-"""Settings of the stages that handle pictures: download, pack, encode."""
+"""Settings of the stages that handle images: download, pack, encode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdtrain.settings import Settings
 
 
 class DownloadConfig(Settings):
-    """How pictures are fetched and stored; img2dataset's names where it has the setting."""
+    """How images are fetched and stored; img2dataset's names where it has the setting."""
 
     image_size: int = Field(default=512, ge=1)
     resize_mode: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = "keep_ratio"
@@ -21,9 +21,9 @@ class DownloadConfig(Settings):
     reencode: Literal["never", "if_changed", "always"] = "if_changed"
     """Original bytes are kept always (resize_mode must be "no"), where nothing had to change, or never."""
     max_pixels: int = Field(default=2**27, ge=1)
-    """Larger pictures are refused before decoding: a small file can hold a picture that fills the memory."""
+    """Larger images are refused before decoding: a small file can hold an image that fills the memory."""
     verify_hashes: bool = True
-    """Drop pictures whose bytes do not have the md5 or sha256 that the metadata gives for them."""
+    """Drop images whose bytes do not have the md5 or sha256 that the metadata gives for them."""
 
     contact: str = ""
     """Web or mail address shown to servers in the User-Agent, so that their owners can reach you."""
@@ -57,7 +57,7 @@ class DownloadConfig(Settings):
             raise ValueError(f"for PNG, encode_quality is a compression level from 0 to 9, not {self.encode_quality}")
         if self.reencode == "never" and self.resize_mode != "no":
             raise ValueError(
-                'pictures cannot be resized and keep their bytes: with reencode: never, set resize_mode: "no", or '
+                'images cannot be resized and keep their bytes: with reencode: never, set resize_mode: "no", or '
                 "choose reencode: if_changed"
             )
         return self
@@ -71,7 +71,7 @@ class PackConfig(Settings):
 
 
 class EncodeConfig(Settings):
-    """How pictures become latents."""
+    """How images become latents."""
 
     vae: str = "CompVis/stable-diffusion-v1-4"
     """A diffusers folder (with or without a `vae` subfolder) or a hub id."""
@@ -85,13 +85,13 @@ class EncodeConfig(Settings):
     """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
     an epoch, each in its turn."""
     buckets: tuple[tuple[int, int], ...] = ()
-    """Widths and heights in pixels, multiples of 8; each picture gets the one nearest to its shape."""
+    """Widths and heights in pixels, multiples of 8; each image gets the one nearest to its shape."""
     bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
     """In the place of `buckets`: all sizes that are multiples of this (64 for SD v1), of about `resolution` squared."""
     bucket_max_aspect: float = Field(default=2.0, ge=1)
     """Most elongated size that `bucket_step_px` makes."""
     check_samples: int = Field(default=16, ge=0)
-    """Latents of each shard that are decoded again and compared with their pictures; 0 for none."""
+    """Latents of each shard that are decoded again and compared with their images; 0 for none."""
     min_psnr_db: float | None = Field(default=None, ge=0)
     """Least mean PSNR of those. Null: 17 for a VAE of SD v1's architecture, no bound for others; 0: no bound."""
 
@@ -109,12 +109,12 @@ class EncodeConfig(Settings):
         return self
 
 
-class PictureRecipe(Protocol):
+class ImageRecipe(Protocol):
     """The part of a recipe that the stages in `sdtrain.dataset` read."""
 
     @property
     def download(self) -> DownloadConfig:
-        """How pictures are fetched."""
+        """How images are fetched."""
 
     @property
     def pack(self) -> PackConfig:
@@ -122,4 +122,4 @@ class PictureRecipe(Protocol):
 
     @property
     def encode(self) -> EncodeConfig:
-        """How pictures become latents."""
+        """How images become latents."""

@@ -26,7 +26,7 @@ class DatasetDir:
         return self.root / "selection" / f"{shard:05d}.parquet"
 
     def images_tar(self, shard: int) -> Path:
-        """Downloaded pictures in img2dataset's layout."""
+        """Downloaded images in img2dataset's layout."""
         return self.root / "images" / f"{shard:05d}.tar"
 
     def images_table(self, shard: int) -> Path:
@@ -38,12 +38,12 @@ class DatasetDir:
         return self.root / "images" / f"{shard:05d}_stats.json"
 
     def scores(self, shard: int) -> Path:
-        """One row for every downloaded picture: scores, hashes, decoded size."""
+        """One row for every downloaded image: scores, hashes, decoded size."""
         return self.root / "scores" / f"{shard:05d}.parquet"
 
     @property
     def duplicates(self) -> Path:
-        """Which pictures are copies of which."""
+        """Which images are copies of which."""
         return self.root / "duplicates.parquet"
 
     @property
@@ -113,7 +113,7 @@ class DatasetDir:
 
     @property
     def search(self) -> Path:
-        """The vector index by which pictures are searched; made anew when it is missing."""
+        """The vector index by which images are searched; made anew when it is missing."""
         return self.root / "search"
 
     def relative(self, path: Path) -> str:

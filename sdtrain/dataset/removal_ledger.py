@@ -54,7 +54,7 @@ def read_ledger(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{path}, which says what may not come back, cannot be read ({error}). Put it back from a backup: without "
-            "it, removed pictures would be fetched again."
+            "it, removed images would be fetched again."
         ) from error
 
 
@@ -86,8 +86,8 @@ class RemovedRows:
 
 
 @lru_cache(maxsize=1)
-def refused_pictures(path: Path | None) -> frozenset[str]:
-    """Digests of the sha256 of pictures that may not come back."""
+def refused_images(path: Path | None) -> frozenset[str]:
+    """Digests of the sha256 of images that may not come back."""
     if path is None:
         return frozenset()
     rows = read_ledger(path)

@@ -1,1 +1,1 @@
-"""A little world to run the whole pipeline on: pictures, captions, a web server, tiny weights."""
+"""A little world to run the whole pipeline on: images, captions, a web server, tiny weights."""

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from sdtrain.config import load_config
 from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import Agreement, agreement
-from sdtrain.demo.pictures import COLORS, SHAPES, UNSEEN_PAIRS
+from sdtrain.demo.images import COLORS, SHAPES, UNSEEN_PAIRS
 from sdtrain.formats.export import write_pipeline
 from sdtrain.models.build import build_unet
 from sdtrain.sampling.pipeline import load_networks
@@ -29,7 +29,7 @@ class Trial:
     """One model's samples and verdicts.
 
     Attributes:
-        rounds: one list of pictures a guidance scale, each in the order of `PAIRS`.
+        rounds: one list of images a guidance scale, each in the order of `PAIRS`.
         seen: agreement over the pairs that training has shown.
         unseen: agreement over the pairs that it never has.
     """
@@ -40,7 +40,7 @@ class Trial:
 
 
 def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES, num_steps: int = 50) -> Trial:
-    """Samples every pair once for each guidance scale by PLMS and judges the pictures.
+    """Samples every pair once for each guidance scale by PLMS and judges the images.
 
     Args:
         folder: a diffusers folder.
@@ -101,6 +101,6 @@ def write_results(path: Path, checkpoint: str, results: dict[str, Agreement]) ->
 
 
 def _agreement(rounds: list[list[Image.Image]], unseen: bool) -> Agreement:
-    judged = [(p, pair) for pictures in rounds for p, pair in zip(pictures, PAIRS, strict=True)]
+    judged = [(p, pair) for images in rounds for p, pair in zip(images, PAIRS, strict=True)]
     chosen = [(p, pair) for p, pair in judged if (pair in UNSEEN_PAIRS) == unseen]
     return agreement([p for p, _ in chosen], [pair for _, pair in chosen])

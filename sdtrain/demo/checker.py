@@ -1,4 +1,4 @@
-"""Says which colour and shape a demo picture shows, from its pixels alone; nothing here is learnt."""
+"""Says which colour and shape a demo image shows, from its pixels alone; nothing here is learnt."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-from sdtrain.demo.pictures import COLORS, SHAPES, shape_mask
+from sdtrain.demo.images import COLORS, SHAPES, shape_mask
 
 # Chroma (largest minus smallest of R, G, B): shapes have 150 and more, backgrounds under 30.
 MIN_CHROMA = 60
-# The shape's share of the picture: drawn ones have about 0.1 (star) to 0.4 (square).
+# The shape's share of the image: drawn ones have about 0.1 (star) to 0.4 (square).
 MIN_AREA, MAX_AREA = 0.03, 0.65
 # Hues of neighbouring colours are 41 degrees apart or more.
 MAX_HUE_DISTANCE = 25.0
@@ -25,7 +25,7 @@ _ANGLES = range(-15, 16, 3)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture shows; None where it shows no colour or shape of the demo clearly."""
+    """What an image shows; None where it shows no colour or shape of the demo clearly."""
 
     color: str | None
     shape: str | None
@@ -33,7 +33,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Fractions (0 to 1) of pictures that show the colour, the shape, and both that were asked for."""
+    """Fractions (0 to 1) of images that show the colour, the shape, and both that were asked for."""
 
     color: float
     shape: float
@@ -41,13 +41,13 @@ class Agreement:
     num_pictures: int
 
 
-def judge(picture: Image.Image) -> Verdict:
-    """Judges one RGB picture of any size; made for 64 x 64.
+def judge(image: Image.Image) -> Verdict:
+    """Judges one RGB image of any size; made for 64 x 64.
 
     The saturated pixels are the shape. Its colour is the demo colour with the nearest hue;
     its shape is the one whose drawn mask, at small rotations, overlaps best.
     """
-    pixels = np.asarray(picture.convert("RGB"), np.float32)
+    pixels = np.asarray(image.convert("RGB"), np.float32)
     mask = _saturated(pixels)
     if not MIN_AREA <= mask.mean() <= MAX_AREA:
         return Verdict(None, None)
@@ -57,24 +57,24 @@ def judge(picture: Image.Image) -> Verdict:
     return Verdict(_nearest_color(hue), _shape(mask))
 
 
-def agreement(pictures: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Agreement:
-    """How often the pictures show what was asked for.
+def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Agreement:
+    """How often the images show what was asked for.
 
     Args:
-        pictures: samples.
+        images: samples.
         wanted: (colour, shape) of each; see `pair_in` for those of a prompt.
 
     Raises:
-        ValueError: no pictures, or not as many as pairs.
+        ValueError: no images, or not as many as pairs.
     """
-    if not pictures:
+    if not images:
         raise ValueError("agreement() needs at least one picture")
-    verdicts = [judge(picture) for picture in pictures]
+    verdicts = [judge(image) for image in images]
     right = np.array(
         [(v.color == color, v.shape == shape) for v, (color, shape) in zip(verdicts, wanted, strict=True)], bool
     )
     color, shape = right.mean(axis=0)
-    return Agreement(float(color), float(shape), float(right.all(axis=1).mean()), len(pictures))
+    return Agreement(float(color), float(shape), float(right.all(axis=1).mean()), len(images))
 
 
 def pair_in(prompt: str) -> tuple[str, str]:
@@ -91,7 +91,7 @@ def pair_in(prompt: str) -> tuple[str, str]:
 
 
 def _saturated(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: chroma over half of the picture's strongest, so that a blurred edge is cut in its middle."""
+    """(H, W) bool: chroma over half of the image's strongest, so that a blurred edge is cut in its middle."""
     chroma = pixels.max(axis=2) - pixels.min(axis=2)
     threshold = max(MIN_CHROMA, 0.5 * float(np.quantile(chroma, 0.97)))
     mask = Image.fromarray(np.where(chroma > threshold, 255, 0).astype(np.uint8))
@@ -149,5 +149,5 @@ def _framed(mask: np.ndarray) -> np.ndarray:
     """The mask's bounding box as (_CELLS, _CELLS) bool."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    picture = Image.fromarray(box.astype(np.uint8) * 255).resize((_CELLS, _CELLS), Image.Resampling.BILINEAR)
-    return np.asarray(picture) > 127
+    image = Image.fromarray(box.astype(np.uint8) * 255).resize((_CELLS, _CELLS), Image.Resampling.BILINEAR)
+    return np.asarray(image) > 127

@@ -1,4 +1,4 @@
-"""How the demo's server answers at each path: with the picture, or as badly as the real web does."""
+"""How the demo's server answers at each path: with the image, or as badly as the real web does."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _WEB_PAGE = b"<!doctype html><title>Gone</title><p>This picture has moved. See o
 
 
 class Site:
-    """What all listeners share: the pages, the picture files and the count of requests."""
+    """What all listeners share: the pages, the image files and the count of requests."""
 
-    def __init__(self, pages: Mapping[str, Mapping[str, str | None]], pictures: Path) -> None:
+    def __init__(self, pages: Mapping[str, Mapping[str, str | None]], images: Path) -> None:
         self.pages = pages
-        self.pictures = pictures
+        self.images = images
         self._requests: Counter[str] = Counter()
         self._lock = threading.Lock()
 
@@ -108,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _picture(self, file: str, num_requests: int, headers: Mapping[str, str] = _NONE) -> None:
-        path = self._site.pictures / file
+    def _image(self, file: str, num_requests: int, headers: Mapping[str, str] = _NONE) -> None:
+        path = self._site.images / file
         self._send(path.read_bytes(), _TYPES[path.suffix], headers=headers)
 
     def _robots(self, file: str, num_requests: int) -> None:
-        self._picture(file, num_requests, {"X-Robots-Tag": "noai, noimageai"})
+        self._image(file, num_requests, {"X-Robots-Tag": "noai, noimageai"})
 
     def _not_found(self, file: None, num_requests: int) -> None:
         self._send(_WEB_PAGE, "text/html", 404)
@@ -125,13 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         self._send(_WEB_PAGE, "text/html", 500)
 
     def _flaky(self, file: str, num_requests: int) -> None:
-        answer = self._server_error if num_requests == 1 else self._picture
+        answer = self._server_error if num_requests == 1 else self._image
         answer(file, num_requests)
 
     def _redirect(self, file: str, num_requests: int) -> None:
-        # Under a path of its own, so that the picture is not found without following.
+        # Under a path of its own, so that the image is not found without following.
         if self.path.endswith("?moved"):
-            self._picture(file, num_requests)
+            self._image(file, num_requests)
         else:
             self._send(b"", "text/html", 302, {"Location": f"{self.path}?moved"})
 
@@ -143,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def _truncated(self, file: str, num_requests: int) -> None:
-        body = (self._site.pictures / file).read_bytes()
+        body = (self._site.images / file).read_bytes()
         self._send(body[: len(body) // 2], "image/jpeg", headers={"Content-Length": str(len(body))})
         self.close_connection = True
         # So that the client sees the end now, not when its own time limit is over.

@@ -1,4 +1,4 @@
-"""What the demo's metadata lists: mostly good pictures, and everything else that the web answers with."""
+"""What the demo's metadata lists: mostly good images, and everything else that the web answers with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdtrain.demo.pictures import SEEN_PAIRS, Scene, caption, draw, random_scene
+from sdtrain.demo.images import SEEN_PAIRS, Scene, caption, draw, random_scene
 from sdtrain.errors import UserError
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")
@@ -21,8 +21,8 @@ SHARES: dict[str, float] = {
     "not_found": 0.030,  # 404
     "forbidden": 0.015,  # 403
     "server_error": 0.005,  # 500 every time
-    "flaky": 0.015,  # 500 once, then the picture
-    "redirect": 0.015,  # 302 to the picture
+    "flaky": 0.015,  # 500 once, then the image
+    "redirect": 0.015,  # 302 to the image
     "redirect_loop": 0.003,
     "hang": 0.002,  # no answer at all; few, as each costs the client its whole time limit
     "truncated": 0.008,  # fewer bytes than Content-Length says
@@ -45,7 +45,7 @@ SHARES: dict[str, float] = {
 _FAILING = {"not_found", "forbidden", "server_error", "hang", "truncated", "html"}
 _FAILING_HOST = HOSTS[3]
 _WITHOUT_PICTURE = _FAILING - {"truncated"} | {"redirect_loop", "refused", "file_url", "data_url"}
-# The server does nothing but send the picture.
+# The server does nothing but send the image.
 _PLAIN = {"ok", "small_picture", "small_row", "watermarked", "spoiled", "null_scores", "no_caption"}
 _SERVED_AS_PICTURE = _PLAIN | {"exact_duplicate", "near_duplicate", "bad_certificate"}
 _FOLDERS = ("photos", "wp-content/uploads", "products/large", "img/gallery")
@@ -53,14 +53,14 @@ _FOLDERS = ("photos", "wp-content/uploads", "products/large", "img/gallery")
 
 @dataclass(frozen=True)
 class Row:
-    """One metadata row, and the picture behind it.
+    """One metadata row, and the image behind it.
 
     Attributes:
         url: the whole URL where it is not made from scheme, host and path.
-        size_px: (width, height) of the picture behind the URL.
+        size_px: (width, height) of the image behind the URL.
         listed_px: (width, height) that the row claims.
-        file: the picture's file name, or None where no picture is ever sent.
-        source: for copies, the index of the row whose picture is copied.
+        file: the image's file name, or None where no image is ever sent.
+        source: for copies, the index of the row whose image is copied.
     """
 
     index: int
@@ -135,7 +135,7 @@ def _plan_row(index: int, kind: str, rng: np.random.Generator) -> Row:
     return _PARTICULARS[kind](row, rng) if kind in _PARTICULARS else row
 
 
-def _small_picture(row: Row, rng: np.random.Generator) -> Row:
+def _small_image(row: Row, rng: np.random.Generator) -> Row:
     width, height = (int(v) for v in rng.integers(256, 481, 2))
     return replace(row, size_px=(width, height))
 
@@ -161,7 +161,7 @@ def _data_url(row: Row, rng: np.random.Generator) -> Row:
 
 
 _PARTICULARS: dict[str, Callable[[Row, np.random.Generator], Row]] = {
-    "small_picture": _small_picture,
+    "small_picture": _small_image,
     "small_row": _small_row,
     "null_scores": _null_scores,
     "data_url": _data_url,

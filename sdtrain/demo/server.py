@@ -142,7 +142,7 @@ def listen(world: World) -> list[Listener]:
     Raises:
         UserError: a port is taken, or a loopback address is missing.
     """
-    site = Site(json.loads(world.pages.read_text()), world.pictures)
+    site = Site(json.loads(world.pages.read_text()), world.images)
     authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(*HOSTS).configure_cert(tls)
     listeners = []

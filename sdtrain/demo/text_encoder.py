@@ -20,7 +20,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sdtrain.demo.pictures import BACKGROUNDS, COLORS, SHAPES
+from sdtrain.demo.images import BACKGROUNDS, COLORS, SHAPES
 
 MAX_TOKENS = 16
 HIDDEN = 64

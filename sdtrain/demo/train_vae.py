@@ -3,7 +3,7 @@
 The weights in sdtrain/demo/weights/vae were made by these commands:
 
     python -m sdtrain.demo.train_vae --block-weight 0 --out first
-    python -m sdtrain.demo.train_vae --init first --steps 1500 --lr 1.5e-3 --pictures 2000 --out second
+    python -m sdtrain.demo.train_vae --init first --steps 1500 --lr 1.5e-3 --images 2000 --out second
     python -m sdtrain.demo.train_vae --init second --steps 1200 --lr 1.2e-3 --out sdtrain/demo/weights/vae
 
 The architecture is SD v1's (AutoencoderKL, four levels, 8x smaller latents of 4
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
+from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 
 RESOLUTION_PX = 64
 KL_WEIGHT = 2e-4
@@ -44,18 +44,18 @@ def build_vae() -> AutoencoderKL:
 
 
 def draw_pool(num_pictures: int, resolution_px: int, seed: int) -> torch.Tensor:
-    """(num_pictures, 3, resolution_px, resolution_px) uint8 pictures of random scenes, all pairs alike."""
+    """(num_pictures, 3, resolution_px, resolution_px) uint8 images of random scenes, all pairs alike."""
     rng = np.random.default_rng(seed)
     pool = np.empty((num_pictures, resolution_px, resolution_px, 3), np.uint8)
     for i in range(num_pictures):
         scene = random_scene(rng, str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
-        picture = draw(scene, 4 * resolution_px, 4 * resolution_px)
-        pool[i] = np.asarray(picture.resize((resolution_px, resolution_px), Image.Resampling.BICUBIC))
+        image = draw(scene, 4 * resolution_px, 4 * resolution_px)
+        pool[i] = np.asarray(image.resize((resolution_px, resolution_px), Image.Resampling.BICUBIC))
     return torch.from_numpy(pool).permute(0, 3, 1, 2).contiguous()
 
 
 def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weight: float) -> torch.Tensor:
-    """What differs between (B, 3, H, W) pictures: pixels (L1), edges, and the mean colour of 8x8 blocks.
+    """What differs between (B, 3, H, W) images: pixels (L1), edges, and the mean colour of 8x8 blocks.
 
     L1 alone settles for two hues (warm and cold); the squared error of block means tells all six apart.
     """
@@ -65,7 +65,7 @@ def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weigh
 
 
 def train(vae: AutoencoderKL, pool: torch.Tensor, steps: int, batch_size: int, lr: float, block_weight: float) -> None:
-    """Trains in place with AdamW and a one-cycle schedule on (N, 3, H, W) uint8 pictures."""
+    """Trains in place with AdamW and a one-cycle schedule on (N, 3, H, W) uint8 images."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     generator, started = torch.Generator().manual_seed(0), time.monotonic()
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     vae = AutoencoderKL.from_pretrained(args.init).float() if args.init else build_vae()
-    pool = draw_pool(args.pictures, RESOLUTION_PX, seed=1)
+    pool = draw_pool(args.images, RESOLUTION_PX, seed=1)
     train(vae, pool, args.steps, args.batch_size, args.lr, args.block_weight)
     vae.register_to_config(scaling_factor=round(1 / latents_std(vae, pool), 5))
     vae.half().save_pretrained(args.out)

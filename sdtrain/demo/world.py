@@ -1,4 +1,4 @@
-"""Makes the demo's little world: pictures, their metadata in LAION's columns, and where they are served."""
+"""Makes the demo's little world: images, their metadata in LAION's columns, and where they are served."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import publish, raise_if_disk_full
-from sdtrain.demo.picture_files import draw_files
+from sdtrain.demo.image_files import draw_files
 from sdtrain.demo.rows import HOSTS, REFUSING_HOST, Row, plan_rows
 from sdtrain.errors import UserError
 
-# Raise it when other pictures or rows come out of the same arguments.
+# Raise it when other images or rows come out of the same arguments.
 VERSION = 1
 HTTP_PORT, HTTPS_PORT = 18080, 18443
 NUM_METADATA_FILES = 2
@@ -56,8 +56,8 @@ class World:
         return self.directory / "metadata"
 
     @property
-    def pictures(self) -> Path:
-        """Folder of the picture files that the server sends."""
+    def images(self) -> Path:
+        """Folder of the image files that the server sends."""
         return self.directory / "pictures"
 
     @property
@@ -65,10 +65,10 @@ class World:
         """JSON: what the server does at each path."""
         return self.directory / "pages.json"
 
-    def picture_of(self, url: str) -> Path | None:
+    def image_of(self, url: str) -> Path | None:
         """The file that the server sends for a URL; None if it sends none."""
         page = json.loads(self.pages.read_text()).get(urlsplit(url).path)
-        path = self.pictures / page["file"] if page and page["file"] else None
+        path = self.images / page["file"] if page and page["file"] else None
         return path if path and path.suffix != ".html" and path.exists() else None
 
     @property
@@ -109,7 +109,7 @@ def make_world(
     bytes, as long as the ports are free.
 
     Args:
-        directory: gets `pictures/`, `metadata/`, `pages.json` and, last, `world.json`.
+        directory: gets `images/`, `metadata/`, `pages.json` and, last, `world.json`.
         num_rows: rows of metadata.
         seed: decides every row and pixel.
         http_port: taken when free on all hosts, else another; 0 means any free one.
@@ -131,8 +131,8 @@ def make_world(
     world = _world(directory, settings | ports)
     try:
         world.marker.unlink(missing_ok=True)
-        _keep_only_pictures_of(world, settings)
-        draw_files(rows, world.pictures, num_processes, on_progress)
+        _keep_only_images_of(world, settings)
+        draw_files(rows, world.images, num_processes, on_progress)
         _write_metadata(rows, world)
         _write_json(world.pages, {row.path: _page(row) for row in rows if _is_served(row)})
         _write_json(world.marker, settings | ports | {"rows": dict(Counter(row.kind for row in rows).most_common())})
@@ -156,13 +156,13 @@ def _read_marker(directory: Path) -> dict[str, int] | None:
     return content if isinstance(content, dict) and content.get("version") == VERSION else None
 
 
-def _keep_only_pictures_of(world: World, settings: dict[str, int]) -> None:
-    """Empties the folder of pictures unless they were drawn for the same settings."""
-    made_for = world.pictures / "made_for.json"
+def _keep_only_images_of(world: World, settings: dict[str, int]) -> None:
+    """Empties the folder of images unless they were drawn for the same settings."""
+    made_for = world.images / "made_for.json"
     if made_for.exists() and made_for.read_text() == json.dumps(settings):
         return
-    shutil.rmtree(world.pictures, ignore_errors=True)
-    world.pictures.mkdir(parents=True)
+    shutil.rmtree(world.images, ignore_errors=True)
+    world.images.mkdir(parents=True)
     made_for.write_text(json.dumps(settings))
 
 

@@ -1,1 +1,1 @@
-"""Fetches pictures into shards, and rows that failed again: the stage DOWNLOAD."""
+"""Fetches images into shards, and rows that failed again: the stage DOWNLOAD."""

@@ -32,7 +32,7 @@ class Request(BaseModel):
     config: DownloadConfig
     output: Path
     removed: Path | None = None
-    """The dataset's ledger of pictures that may not come back, if it has one."""
+    """The dataset's ledger of images that may not come back, if it has one."""
     shards: list[ShardRequest]
 
 

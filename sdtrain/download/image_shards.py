@@ -1,4 +1,4 @@
-"""A finished shard of pictures in img2dataset's layout: tar, table with all rows, statistics."""
+"""A finished shard of images in img2dataset's layout: tar, table with all rows, statistics."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.tars import Member, SampleIndex, index_samples, write_samples
 from sdtrain.download.rows import SCHEMA, Row, read_parquet
-from sdtrain.images.decode import picture_extension
+from sdtrain.images.decode import image_extension
 
 _FINGERPRINT, _TAR_SHA256 = b"sdtrain.fingerprint", b"sdtrain.tar_sha256"
 PLACE = pa.schema([("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())])
-"""Columns that say where a row's picture lies in the tar, so that nobody needs to look through its headers."""
+"""Columns that say where a row's image lies in the tar, so that nobody needs to look through its headers."""
 TABLE = pa.unify_schemas([SCHEMA, PLACE])
 
 
@@ -40,7 +40,7 @@ class ImageShard:
 
 
 class Spool:
-    """Pictures of a shard, on disk until all are there and can be put in order; threads may add side by side."""
+    """Images of a shard, on disk until all are there and can be put in order; threads may add side by side."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w+b")
@@ -48,7 +48,7 @@ class Spool:
         self._lock = threading.Lock()
 
     def add(self, content: bytes) -> Member:
-        """Keeps a picture's bytes; says where they lie."""
+        """Keeps an image's bytes; says where they lie."""
         with self._lock:
             offset = self._file.seek(0, 2)
             self._file.write(content)
@@ -73,14 +73,14 @@ def write_shard(
     Args:
         shard: where to.
         rows: all of its rows, sorted by key.
-        members_of: a picture's members in the tar, by extension, for a row that has one.
+        members_of: an image's members in the tar, by extension, for a row that has one.
         fingerprint: of what decided the shard's bytes; stands in the table, beside the tar's digest.
 
     Returns:
         The tar's sha256.
     """
-    pictures = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
-    places = {sample.key: picture_place(sample) for sample in write_samples(shard.tar, pictures)}
+    images = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
+    places = {sample.key: image_place(sample) for sample in write_samples(shard.tar, images)}
     digest = sha256_of(shard.tar)
     described = {_FINGERPRINT: fingerprint.encode(), _TAR_SHA256: digest.encode()}
     nowhere = dict.fromkeys(PLACE.names)
@@ -90,15 +90,15 @@ def write_shard(
     return digest
 
 
-def picture_place(sample: SampleIndex) -> Row:
+def image_place(sample: SampleIndex) -> Row:
     """The columns `PLACE` of a sample in a tar."""
-    extension = picture_extension(sample.members)
+    extension = image_extension(sample.members)
     member = sample.members[extension]
     return {"extension": extension, "picture_offset": member.offset, "picture_bytes": member.size}
 
 
 def new_members(row: Row, extension: str, content: bytes) -> dict[str, bytes]:
-    """The tar members of a picture, as img2dataset has them."""
+    """The tar members of an image, as img2dataset has them."""
     return {
         extension: content,
         "txt": (row["caption"] or "").encode(),

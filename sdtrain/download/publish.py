@@ -1,4 +1,4 @@
-"""Gives a shard of pictures its final names, and finds again what a killed run had already published."""
+"""Gives a shard of images its final names, and finds again what a killed run had already published."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from sdtrain.dataset.config import PictureRecipe
+from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
 from sdtrain.download.retry import retry_failed
@@ -16,7 +16,7 @@ class Recovery:
     """Failed rows of finished shards before and after another try.
 
     Attributes:
-        num_failed: rows without a picture before.
+        num_failed: rows without an image before.
         num_recovered: of these, rows that have one now.
         num_shards: shards that changed.
         seconds: wall time.
@@ -37,7 +37,7 @@ class Recovery:
         )
 
 
-def recover(dataset: DatasetDir, recipe: PictureRecipe) -> Recovery:
+def recover(dataset: DatasetDir, recipe: ImageRecipe) -> Recovery:
     """Tries the rows again whose failure may have passed (`retry_failed`), and counts."""
     started = time.monotonic()
     before = {entry.shard: entry for entry in entries(dataset, "download")}

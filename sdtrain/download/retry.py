@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator
 
-from sdtrain.dataset.config import PictureRecipe
+from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, forget_entry, read_entry, write_entry
@@ -27,7 +27,7 @@ def may_have_passed(reason: str) -> bool:
 
 def retry_failed(
     dataset: DatasetDir,
-    recipe: PictureRecipe,
+    recipe: ImageRecipe,
     reasons: Collection[str] | None = None,
     on_report: Callable[[ShardReport], None] = lambda report: None,
 ) -> list[ShardReport]:
@@ -61,9 +61,7 @@ def retry_failed(
     return reports
 
 
-def _ask(
-    dataset: DatasetDir, recipe: PictureRecipe, shard: int, reasons: Collection[str] | None
-) -> ShardRequest | None:
+def _ask(dataset: DatasetDir, recipe: ImageRecipe, shard: int, reasons: Collection[str] | None) -> ShardRequest | None:
     if not is_finished(DOWNLOAD, dataset, recipe, shard):
         return None
     fetch_outputs(dataset, "download", [shard], tars=False)
@@ -78,7 +76,7 @@ def _ask(
     return ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest, retry=retry)
 
 
-def _retry(dataset: DatasetDir, recipe: PictureRecipe, asked: list[ShardRequest]) -> Iterator[ShardReport]:
+def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) -> Iterator[ShardReport]:
     digests = {shard.shard: shard.fingerprint for shard in asked}
     started = time.monotonic()
     with scratch(dataset.root, f"retry-{asked[0].shard:05d}") as folder:

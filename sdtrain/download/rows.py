@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.download.http.failures import FetchError
-from sdtrain.images.decode import PictureError
+from sdtrain.images.decode import ImageError
 
 if TYPE_CHECKING:  # OpenCV is the child's business
-    from sdtrain.images.store import StoredPicture
+    from sdtrain.images.store import StoredImage
 
 # The columns of img2dataset, in its order, and behind them ours.
 SCHEMA = pa.schema(
@@ -33,7 +33,7 @@ _DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{
 
 @dataclass(frozen=True)
 class Selected:
-    """A selected row; `width`, `height` and the digests are what the metadata says of the picture, if it does."""
+    """A selected row; `width`, `height` and the digests are what the metadata says of the image, if it does."""
 
     key: str
     uid: str
@@ -57,25 +57,25 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
         return file.read(columns)
 
 
-def failed_row(selected: Selected, error: FetchError | PictureError) -> Row:
-    """The row of a picture that could not be had, or not be made of what came."""
+def failed_row(selected: Selected, error: FetchError | ImageError) -> Row:
+    """The row of an image that could not be had, or not be made of what came."""
     status = "failed_to_download" if isinstance(error, FetchError) else "failed_to_resize"
     return _row(selected, status=status, reason=error.reason, error_message=str(error))
 
 
-def picture_row(selected: Selected, picture: StoredPicture, sha256: str, exif: str | None) -> Row:
-    """The row of a picture that was had; `sha256` is of the bytes as they came, `exif` is JSON."""
+def image_row(selected: Selected, image: StoredImage, sha256: str, exif: str | None) -> Row:
+    """The row of an image that was had; `sha256` is of the bytes as they came, `exif` is JSON."""
     return _row(
         selected,
         status="success",
-        width=picture.width,
-        height=picture.height,
-        original_width=picture.original_width,
-        original_height=picture.original_height,
+        width=image.width,
+        height=image.height,
+        original_width=image.original_width,
+        original_height=image.original_height,
         exif=exif,
         sha256=sha256,
-        size_in_metadata=_size_in_metadata(selected, picture),
-        phash=picture.phash,
+        size_in_metadata=_size_in_metadata(selected, image),
+        phash=image.phash,
     )
 
 
@@ -102,11 +102,11 @@ def _digest(kind: str, value: str | None) -> str | None:
     return cleaned if _DIGESTS[kind].fullmatch(cleaned) else None
 
 
-def _size_in_metadata(selected: Selected, picture: StoredPicture) -> str | None:
-    """Whether the metadata's size is the picture's: "same", "swapped", "other"; None if it gives none."""
+def _size_in_metadata(selected: Selected, image: StoredImage) -> str | None:
+    """Whether the metadata's size is the image's: "same", "swapped", "other"; None if it gives none."""
     stated = (selected.width, selected.height)
     if None in stated:
         return None
-    if stated == (picture.original_width, picture.original_height):
+    if stated == (image.original_width, image.original_height):
         return "same"
-    return "swapped" if stated == (picture.original_height, picture.original_width) else "other"
+    return "swapped" if stated == (image.original_height, image.original_width) else "other"

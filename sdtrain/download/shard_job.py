@@ -10,7 +10,7 @@ import time
 import exifread
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.dataset.removal_ledger import REMOVED, key_digest, refused_pictures
+from sdtrain.dataset.removal_ledger import REMOVED, key_digest, refused_images
 from sdtrain.dataset.tars import Member
 from sdtrain.download.download_request import Finished, Request, ShardRequest
 from sdtrain.download.http.failures import FetchError
@@ -23,21 +23,21 @@ from sdtrain.download.image_shards import (
     write_shard,
     write_stats,
 )
-from sdtrain.download.rows import Row, Selected, check_digests, failed_row, picture_row, read_selected
-from sdtrain.images.decode import PictureError
-from sdtrain.images.store import PictureMaker
+from sdtrain.download.rows import Row, Selected, check_digests, failed_row, image_row, read_selected
+from sdtrain.images.decode import ImageError
+from sdtrain.images.store import ImageMaker
 
 _MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may be as long as the file
 UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
 
 
 class ShardWork:
-    """One shard from its first row to its files. Bodies are made into pictures by many threads; the rest by one."""
+    """One shard from its first row to its files. Bodies are made into images by many threads; the rest by one."""
 
-    def __init__(self, request: Request, asked: ShardRequest, maker: PictureMaker) -> None:
+    def __init__(self, request: Request, asked: ShardRequest, maker: ImageMaker) -> None:
         self._config: DownloadConfig = request.config
         self._asked, self._maker = asked, maker
-        self._refused = refused_pictures(request.removed)
+        self._refused = refused_images(request.removed)
         self._files = ImageShard.in_folder(request.output, asked.shard)
         self._started = time.time()
         self._rows: dict[str, Row] = {row["key"]: row for row in read_rows(asked.retry.table)} if asked.retry else {}
@@ -51,18 +51,18 @@ class ShardWork:
         return self._due
 
     def make(self, selected: Selected, body: bytes) -> tuple[Row, tuple[str, Member] | None]:
-        """Makes and keeps the picture of a fetched body; returns its row and its place."""
+        """Makes and keeps the image of a fetched body; returns its row and its place."""
         try:
             sha256 = hashlib.sha256(body).hexdigest()
             if self._config.verify_hashes:
                 check_digests(selected, body, sha256)
             if self._refused and key_digest("sha256", sha256) in self._refused:
-                raise FetchError(REMOVED, "the picture was taken out of this dataset")
-            picture = self._maker(body)
-        except (FetchError, PictureError) as error:
+                raise FetchError(REMOVED, "the image was taken out of this dataset")
+            image = self._maker(body)
+        except (FetchError, ImageError) as error:
             return failed_row(selected, error), None
-        place = (picture.extension, self._spool.add(picture.content))
-        return picture_row(selected, picture, sha256, exif_of(body)), place
+        place = (image.extension, self._spool.add(image.content))
+        return image_row(selected, image, sha256, exif_of(body)), place
 
     def add(self, row: Row, place: tuple[str, Member] | None = None) -> bool:
         """Takes down what became of a row; says whether it was the last."""
@@ -103,5 +103,5 @@ def exif_of(body: bytes) -> str | None:
         tags = exifread.process_file(io.BytesIO(body), details=False)
         text = json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
         return text if len(text) <= _MAX_EXIF_CHARS else None
-    except Exception:  # whatever a hostile file makes of the parser, the picture is good
+    except Exception:  # whatever a hostile file makes of the parser, the image is good
         return None

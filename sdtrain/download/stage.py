@@ -1,11 +1,11 @@
-"""DOWNLOAD: selected rows -> pictures, made by img2dataset's resizer, and a reason for every picture not had."""
+"""DOWNLOAD: selected rows -> images, made by img2dataset's resizer, and a reason for every image not had."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sdtrain.dataset.config import PictureRecipe
+from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, fingerprint, forget_entry
@@ -18,7 +18,7 @@ from sdtrain.download.rows import read_parquet
 from sdtrain.download.worker_process import download_process
 from sdtrain.errors import UserError
 
-# Settings that say how pictures are fetched, not what becomes of them: changing one redoes nothing.
+# Settings that say how images are fetched, not what becomes of them: changing one redoes nothing.
 _HOW = {
     *("contact", "timeout_s", "deadline_s", "retries", "connections", "connections_per_host", "requests_per_host_s"),
     "shards_per_process",
@@ -27,18 +27,18 @@ _MIN_ROWS_TO_TELL = 20
 """From this many rows on, a shard none of whose hosts could be reached tells of our network and not of theirs."""
 
 
-def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
     return list(selected_shards(dataset))
 
 
-def download_fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+def download_fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     """Digest of all that decides a shard's bytes, but for what the web answers."""
     # Of the selection, this shard alone: the others may change without touching it.
     config = recipe.download.model_dump(mode="json", exclude=_HOW)
     return fingerprint("download/2", config | {"rows": selected_shards(dataset)[shard].sha256})
 
 
-def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     asked = {}
     for shard in shards:
         # A shard that is being replaced must not pass for finished if this is killed half way.
@@ -59,7 +59,7 @@ def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> I
                 yield publish_checked(dataset, request, done)
 
 
-def new_request(dataset: DatasetDir, recipe: PictureRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
+def new_request(dataset: DatasetDir, recipe: ImageRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
     """What a download process is asked; its output goes to `folder`."""
     removed = dataset.removed if dataset.removed.exists() else None
     return Request(config=recipe.download, output=folder, removed=removed, shards=shards)
@@ -99,4 +99,4 @@ def _check_network(done: Finished) -> None:
         )
 
 
-DOWNLOAD: Stage[PictureRecipe] = Stage("download", _shards, download_fingerprint, _run)
+DOWNLOAD: Stage[ImageRecipe] = Stage("download", _shards, download_fingerprint, _run)

@@ -1,4 +1,4 @@
-"""A child process that downloads shards: many requests at once, pictures made in threads, memory bounded by both.
+"""A child process that downloads shards: many requests at once, images made in threads, memory bounded by both.
 
 `python -m sdtrain.download.worker REQUEST.json`: does the shards of the request, and prints a
 JSON line on standard output after each. It ends when its standard input closes, which happens
@@ -26,11 +26,11 @@ from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.rows import Selected, failed_row
 from sdtrain.download.shard_job import ShardWork
-from sdtrain.images.store import PictureMaker
+from sdtrain.images.store import ImageMaker
 from sdtrain.redaction import hide_secrets_in_logs
 
 _ROWS_PER_CONNECTION = 2
-"""Rows under way at once for each connection: while one is fetched, another is made into a picture."""
+"""Rows under way at once for each connection: while one is fetched, another is made into an image."""
 _MAX_THREADS = 4
 Report = Callable[[Finished], None]
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 async def _download(request: Request, report: Report) -> None:
-    maker = PictureMaker(request.config)
+    maker = ImageMaker(request.config)
     rows = _rows(request, maker)
     num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(num_threads) as threads:
@@ -61,7 +61,7 @@ async def _download(request: Request, report: Report) -> None:
             raise several.exceptions[0] from None  # the last words of the log are what the user sees
 
 
-def _rows(request: Request, maker: PictureMaker) -> Iterator[tuple[ShardWork, Selected | None]]:
+def _rows(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardWork, Selected | None]]:
     """The rows to fetch; one None for a shard that has none left, because all of it was removed."""
     for asked in request.shards:
         work = ShardWork(request, asked, maker)
@@ -94,7 +94,7 @@ class _WithoutPandas(importlib.abc.MetaPathFinder):
 
 
 def _quiet(config: DownloadConfig) -> None:
-    """What libraries say of damaged pictures is said by the rows' reasons, and would bury an error in the log."""
+    """What libraries say of damaged images is said by the rows' reasons, and would bury an error in the log."""
     warnings.simplefilter("ignore")
     logging.getLogger("exifread").setLevel(logging.CRITICAL)
     Image.MAX_IMAGE_PIXELS = config.max_pixels  # Pillow itself refuses twice as many

@@ -58,9 +58,9 @@ def _finished(child: subprocess.Popen[str], log: Path) -> Iterator[Finished]:
 
 def _environment(request: Request) -> dict[str, str]:
     return os.environ | {
-        # One thread each for OpenCV's and NumPy's own pools: pictures are what is done side by side.
+        # One thread each for OpenCV's and NumPy's own pools: images are what is done side by side.
         "OMP_NUM_THREADS": "1",
-        # OpenCV reads its settings when it is imported. The header's reader has refused such pictures already.
+        # OpenCV reads its settings when it is imported. The header's reader has refused such images already.
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(request.config.max_pixels),
         "OPENCV_LOG_LEVEL": "OFF",
     }

@@ -1,1 +1,1 @@
-"""Latents of the packed pictures: the stage ENCODE."""
+"""Latents of the packed images: the stage ENCODE."""

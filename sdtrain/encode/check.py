@@ -25,7 +25,7 @@ _BOUND_IS_FOR, _SPREAD_DB = 16, 4.0
 
 @dataclass(frozen=True)
 class Figures:
-    """How well some latents give their pictures back.
+    """How well some latents give their images back.
 
     Attributes:
         num_samples: how many were decoded.
@@ -51,7 +51,7 @@ def chosen_rows(num_rows: int, config: EncodeConfig, shard: int) -> set[int]:
 
 
 def measure(vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: Sequence[NDArray[np.uint8]]) -> Figures:
-    """Decodes latents and compares the pictures.
+    """Decodes latents and compares the images.
 
     Args:
         vae: that made them.
@@ -59,9 +59,9 @@ def measure(vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: 
         pixels: of each sample, (8h, 8w, 3), as the VAE saw them.
     """
     rng, ratios, latents = np.random.default_rng(0), [], []
-    for sample, picture in zip(moments, pixels, strict=True):
+    for sample, image in zip(moments, pixels, strict=True):
         mean, logvar = np.split(sample.astype(np.float32), 2)
-        error = np.square(decode_latent(vae, mean) - picture).mean()
+        error = np.square(decode_latent(vae, mean) - image).mean()
         ratios.append(10 * np.log10(255**2 / max(float(error), 1e-9)))
         drawn = mean + np.exp(0.5 * logvar.clip(-30, 20)) * rng.standard_normal(mean.shape, np.float32)
         latents.append(drawn.ravel())
@@ -70,7 +70,7 @@ def measure(vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: 
 
 
 def require_good(figures: Figures, config: EncodeConfig, vae: AutoencoderKL, where: str) -> None:
-    """Refuses latents that do not give their pictures back.
+    """Refuses latents that do not give their images back.
 
     Raises:
         UserError: with what was found and what was expected.
@@ -78,7 +78,7 @@ def require_good(figures: Figures, config: EncodeConfig, vae: AutoencoderKL, whe
     bound = psnr_bound_db(config, vae)
     if bound is None:
         return
-    # Pictures differ by 4 dB (sd): the mean of few may lie lower, by as many of its standard deviations as that of 16.
+    # Images differ by 4 dB (sd): the mean of few may lie lower, by as many of its standard deviations as that of 16.
     few = max(0.0, figures.num_samples**-0.5 - _BOUND_IS_FOR**-0.5)
     bound -= 4 * _SPREAD_DB * few
     low, high = _STD_BOUNDS
@@ -89,9 +89,9 @@ def require_good(figures: Figures, config: EncodeConfig, vae: AutoencoderKL, whe
         problems.append(f"times the scaling factor their standard deviation is {figures.scaled_std:.2f} instead of 1")
     if problems:
         raise UserError(
-            f"The latents of {where} do not give their pictures back: {figures.num_samples} were decoded, and "
+            f"The latents of {where} do not give their images back: {figures.num_samples} were decoded, and "
             f"{'; '.join(problems)}. The pixels are not normalised as the VAE wants, or its weights are damaged. If "
-            "your pictures are unusual, lower encode.min_psnr_db (0 switches the check off)."
+            "your images are unusual, lower encode.min_psnr_db (0 switches the check off)."
         )
 
 

@@ -1,4 +1,4 @@
-"""ENCODE: packed pictures -> the VAE's posterior moments, with captions and provenance."""
+"""ENCODE: packed images -> the VAE's posterior moments, with captions and provenance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from sdtrain.dataset.config import EncodeConfig, PictureRecipe
+from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
@@ -29,7 +29,7 @@ from sdtrain.encode.info import CHECK_KEY, sizes_px, vae_digest_in, write_info
 from sdtrain.encode.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
-from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.loading.shard_catalog import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
 from sdtrain.loading.shard_index import index_path
 from sdtrain.models.device import cores_of_process
@@ -56,7 +56,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     """Writes the latents of one packed shard, and checks them.
 
     Raises:
-        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their pictures back.
+        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their images back.
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
@@ -93,7 +93,7 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The latents' members, some samples at a time; pictures are decoded while the VAE has the ones before."""
+        """The latents' members, some samples at a time; images are decoded while the VAE has the ones before."""
         with closing(in_background(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
                 for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
@@ -108,16 +108,16 @@ class _ShardEncoder:
     def _prepare(self, sample: Sample) -> list[Crop]:
         key, members = sample
         try:
-            picture = decode_rgb(members[picture_extension(members)])
+            image = decode_rgb(members[image_extension(members)])
         except OSError as error:
             raise UserError(
-                f"{self.source}: the picture of {key} cannot be decoded. Delete it and build again."
+                f"{self.source}: the image of {key} cannot be decoded. Delete it and build again."
             ) from error
-        size, number = bucket_of(picture.size, self._sizes), self._config.num_crops
+        size, number = bucket_of(image.size, self._sizes), self._config.num_crops
         if number == 1:
-            return [cut(picture, size, None)]
+            return [cut(image, size, None)]
         # One in each of `number` equal parts of the way, so that no two are alike by chance.
-        return [cut(picture, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
+        return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
 
     def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
         """Moments of each crop of each sample; batches are of one size."""
@@ -198,13 +198,13 @@ def _json(content: dict[str, Any]) -> bytes:
     return json.dumps(content, ensure_ascii=False, sort_keys=True).encode()
 
 
-def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
     from sdtrain.pack.stage import PACK
 
     return PACK.shards(dataset, recipe)
 
 
-def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     # Only what was set: options that came later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
@@ -213,10 +213,10 @@ def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
     )
 
 
-def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     compute_vae_digest(recipe.encode.vae)  # from here on fingerprints are of what is loaded, not of what is remembered
     for shard in shards:
         yield encode_shard(dataset, recipe.encode, shard)
 
 
-ENCODE: Stage[PictureRecipe] = Stage("encode", _shards, _fingerprint, _run)
+ENCODE: Stage[ImageRecipe] = Stage("encode", _shards, _fingerprint, _run)

@@ -1,4 +1,4 @@
-"""The frozen VAE at work: pictures to posterior moments, latents back to pictures."""
+"""The frozen VAE at work: images to posterior moments, latents back to images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def shared_vae(name: str, device: torch.device | None = None, precision: str = "
 
 
 def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Moments of (B, 3, H, W) uint8 pictures on the VAE's device: (B, 8, H/8, W/8), mean and log-variance, unscaled."""
+    """Moments of (B, 3, H, W) uint8 images on the VAE's device: (B, 8, H/8, W/8), mean and log-variance, unscaled."""
     import torch
 
     with _ONE_AT_A_TIME, torch.inference_mode():
@@ -39,7 +39,7 @@ def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Posterior moments of (B, H, W, 3) uint8 pictures: (B, 8, H/8, W/8), mean and log-variance, unscaled.
+    """Posterior moments of (B, H, W, 3) uint8 images: (B, 8, H/8, W/8), mean and log-variance, unscaled.
 
     Raises:
         UserError: the VAE gives numbers that float16 cannot hold.
@@ -54,12 +54,12 @@ def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.f
 
 
 def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The picture of an unscaled (4, h, w) latent: (H, W, 3), from 0 to 255."""
+    """The image of an unscaled (4, h, w) latent: (H, W, 3), from 0 to 255."""
     import torch
 
     with _ONE_AT_A_TIME, torch.inference_mode():
-        picture = vae.decode(torch.from_numpy(latent)[None].to(vae.device, vae.dtype)).sample[0]
-    pixels: NDArray[np.float32] = picture.float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy()
+        image = vae.decode(torch.from_numpy(latent)[None].to(vae.device, vae.dtype)).sample[0]
+    pixels: NDArray[np.float32] = image.float().clamp(-1, 1).permute(1, 2, 0).cpu().numpy()
     return 127.5 * (pixels + 1)
 
 

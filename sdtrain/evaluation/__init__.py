@@ -1,1 +1,1 @@
-"""How good a model's pictures are: FID against CLIP score over guidance scales, with the protocol beside each."""
+"""How good a model's images are: FID against CLIP score over guidance scales, with the protocol beside each."""

@@ -1,4 +1,4 @@
-"""The model card's plot: distance from real pictures against agreement with the prompts, over guidance scales."""
+"""The model card's plot: distance from real images against agreement with the prompts, over guidance scales."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sdtrain.dataset.files import publish
-from sdtrain.demo.pictures import COLORS, SHAPES
+from sdtrain.demo.images import COLORS, SHAPES
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import plan
@@ -24,7 +24,7 @@ def evaluate_demo(
 
     Args:
         models: the demo's runs or exports, a line each in the plot.
-        data: its dataset, whose pictures are the reference.
+        data: its dataset, whose images are the reference.
         output: where the evaluation goes, for a single run best `RUN/evaluation`.
         say: hears a line when a step has ended.
 
@@ -32,7 +32,7 @@ def evaluate_demo(
         The numbers, whose names say that they are the demo's, and the plot's file.
 
     Raises:
-        UserError: no model, or no pictures.
+        UserError: no model, or no images.
     """
     sweep = plan(demo_protocol(data, output), models, output)
     return run_sweep(sweep, say=say), sweep.directory.curve

@@ -1,4 +1,4 @@
-"""Two stages: prompts through CLIP, once; what the networks see in the pictures of one model at one scale."""
+"""Two stages: prompts through CLIP, once; what the networks see in the images of one model at one scale."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import read_samples
 from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts
 from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
-from sdtrain.evaluation.networks import agreement_digest, embed_pictures, embed_texts, features_of, shown_by
+from sdtrain.evaluation.networks import agreement_digest, embed_images, embed_texts, features_of, shown_by
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.reference import feature_config
 
@@ -25,7 +25,7 @@ def caption_stage(job: Drawing) -> Stage[Drawing]:
 
 
 def look_stage(job: Drawing) -> Stage[Drawing]:
-    """The stage that looks at each part's pictures."""
+    """The stage that looks at each part's images."""
     return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _look_fingerprint, _look_at_parts)
 
 
@@ -56,24 +56,24 @@ def _look_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
 def _look_at_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory, stage, protocol = EvaluationDir(dataset.root), look_stage(job).name, job.protocol
     for part in parts:
-        pictures, texts = read_pictures(directory.samples(job.model.key, key_of(job.scale), part))
-        tensors = {"features": features_of(pictures, protocol)}
+        images, texts = read_images(directory.samples(job.model.key, key_of(job.scale), part))
+        tensors = {"features": features_of(images, protocol)}
         if protocol.agreement == "clip":
-            tensors["clip"] = embed_pictures(pictures, protocol)
+            tensors["clip"] = embed_images(images, protocol)
         elif protocol.agreement == "demo":
-            tensors["shown"] = shown_by(pictures, texts)
+            tensors["shown"] = shown_by(images, texts)
         path = directory.features(job.model.key, key_of(job.scale), part)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
-        yield ShardReport(stage=stage, shard=part, num_in=len(pictures), num_out=len(pictures), outputs=outputs)
+        yield ShardReport(stage=stage, shard=part, num_in=len(images), num_out=len(images), outputs=outputs)
 
 
-def read_pictures(tar: Path) -> tuple[list[Image.Image], list[str]]:
-    """The pictures of a part and their prompts.
+def read_images(tar: Path) -> tuple[list[Image.Image], list[str]]:
+    """The images of a part and their prompts.
 
     Raises:
         UserError: the tar is damaged.
     """
     samples = [members for _, members in read_samples(tar)]
-    pictures = [Image.open(io.BytesIO(members["png"])).convert("RGB") for members in samples]
-    return pictures, [members["txt"].decode() for members in samples]
+    images = [Image.open(io.BytesIO(members["png"])).convert("RGB") for members in samples]
+    return images, [members["txt"].decode() for members in samples]

@@ -1,4 +1,4 @@
-"""Two stages: prompts through the text encoder, once for all scales; pictures of one model at one scale."""
+"""Two stages: prompts through the text encoder, once for all scales; images of one model at one scale."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def _draw_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iter
         path = directory.samples(job.model.key, key_of(job.scale), part)
         prompts, places = part_prompts(directory, job, part), job.protocol.places(part)
         with _ONE_AT_A_TIME:
-            pictures = _draw(directory, job, part, prompts)
-        samples = zip(places, pictures, prompts, strict=True)
+            images = _draw(directory, job, part, prompts)
+        samples = zip(places, images, prompts, strict=True)
         with publish(path) as temporary:
             write_samples(temporary, [_sample(job, *sample) for sample in samples])
         outputs = describe_outputs(dataset, [path])
@@ -124,28 +124,28 @@ def _draw_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iter
 
 
 def _draw(directory: EvaluationDir, job: Drawing, part: int, prompts: list[str]) -> list[Image.Image]:
-    """The pictures of a part, in batches that do not depend on who draws it."""
+    """The images of a part, in batches that do not depend on who draws it."""
     protocol = job.protocol
     encoder = _StoredContexts(directory.contexts(job.model.text_encoder[:12], part))
     sampler = Sampler(replace(_networks(job), text_encoder=cast(Any, encoder)))
     settings = SampleSettings(job.scale, protocol.num_steps, protocol.sampler, protocol.batch_size)
     seeds = [protocol.seed + place for place in protocol.places(part)]
     starts = range(0, len(prompts), protocol.batch_size)
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for first in told(starts, f"guidance {job.scale:g}, part {part}", len(starts), "batches"):
         batch = slice(first, first + protocol.batch_size)
-        pictures += sampler.sample(prompts[batch], seeds[batch], settings)
-    if len(pictures) > 1 and len({picture.tobytes() for picture in pictures}) == 1:
+        images += sampler.sample(prompts[batch], seeds[batch], settings)
+    if len(images) > 1 and len({image.tobytes() for image in images}) == 1:
         raise UserError(
-            f"{job.model.path} draws the same picture for {len(pictures)} prompts and seeds, so its VAE or UNet is "
+            f"{job.model.path} draws the same image for {len(images)} prompts and seeds, so its VAE or UNet is "
             "broken. Evaluate another checkpoint."
         )
-    return pictures
+    return images
 
 
-def _sample(job: Drawing, place: int, picture: Image.Image, prompt: str) -> tuple[str, dict[str, bytes]]:
+def _sample(job: Drawing, place: int, image: Image.Image, prompt: str) -> tuple[str, dict[str, bytes]]:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     made = {"seed": job.protocol.seed + place, "guidance_scale": job.scale, "prompt": prompt}
     made_json = json.dumps(made, ensure_ascii=False).encode()
     return f"{place:09d}", {"png": file.getvalue(), "json": made_json, "txt": prompt.encode()}

@@ -1,4 +1,4 @@
-"""The Inception network of FID: its graph, its weights, and how it is shown pictures."""
+"""The Inception network of FID: its graph, its weights, and how it is shown images."""
 
 from __future__ import annotations
 
@@ -136,28 +136,28 @@ def _checked(state: dict[str, Tensor], network: FidInception, path: Path) -> dic
     return state
 
 
-def inception_view(picture: Image.Image, resize: Resize) -> Tensor:
-    """What Inception sees of an RGB picture, (3, 299, 299) float32 from -1 to 1.
+def inception_view(image: Image.Image, resize: Resize) -> Tensor:
+    """What Inception sees of an RGB image, (3, 299, 299) float32 from -1 to 1.
 
     `pytorch-fid`: bilinear, without smoothing, corners not aligned. `torch-fidelity`: bilinear as TensorFlow 1 had it,
     whose grid begins at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32, which smooths before it
     shrinks (Parmar et al. 2022, arXiv:2104.11222). The last two subtract 128, the first one 127.5.
     """
     if resize == "clean-fid":
-        return (_pillow_bicubic(picture) - 128) / 128
-    pixels = pixels_of(picture).permute(2, 0, 1).float()
+        return (_pillow_bicubic(image) - 128) / 128
+    pixels = pixels_of(image).permute(2, 0, 1).float()
     if resize == "torch-fidelity":
         return (_tensorflow_bilinear(pixels) - 128) / 128
     resized = F.interpolate(pixels[None] / 255, (SIDE_PX, SIDE_PX), mode="bilinear", align_corners=False)[0]
     return 2 * resized - 1
 
 
-def _pillow_bicubic(picture: Image.Image) -> Tensor:
+def _pillow_bicubic(image: Image.Image) -> Tensor:
     channels = [
         np.asarray(
             Image.fromarray(np.asarray(channel, np.float32)).resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
         )
-        for channel in picture.split()
+        for channel in image.split()
     ]
     return torch.from_numpy(np.stack(channels))
 

@@ -1,4 +1,4 @@
-"""How far a number could lie from itself, had other pictures been drawn."""
+"""How far a number could lie from itself, had other images been drawn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def grouped(num: int) -> list[NDArray[np.int64]]:
 def half_width(without_each_group: Sequence[float]) -> float:
     """Half of the 95 % interval from a statistic computed without each group in turn: the grouped jackknife.
 
-    All of these have the same number of pictures, so a bias that depends on it, as FID's does, falls out. Efron and
+    All of these have the same number of images, so a bias that depends on it, as FID's does, falls out. Efron and
     Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11.
     """
     values = np.asarray(without_each_group, np.float64)

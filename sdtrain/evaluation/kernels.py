@@ -62,7 +62,7 @@ def _cubic(x: Floats, y: Floats) -> Floats:
 def cmmd(embeddings: Floats, reference: Floats) -> tuple[float, float]:
     """1000 times the squared MMD of CLIP embeddings with a Gaussian kernel of width 10, and half its 95 % interval.
 
-    Jayasumana et al. 2024, arXiv:2401.09603: means over all pairs, a picture with itself included, as in their code
+    Jayasumana et al. 2024, arXiv:2401.09603: means over all pairs, an image with itself included, as in their code
     (google-research, cmmd/distance.py). The interval counts the reference as given.
 
     Args:

@@ -35,7 +35,7 @@ class EvaluationDir(DatasetDir):
         return self.root / "captions" / f"{part:05d}.safetensors"
 
     def samples(self, model: str, scale: str, part: int) -> Path:
-        """Pictures that a model drew at one guidance scale."""
+        """Images that a model drew at one guidance scale."""
         return self.root / "samples" / model / scale / f"{part:05d}.tar"
 
     def features(self, model: str, scale: str, part: int) -> Path:
@@ -43,12 +43,12 @@ class EvaluationDir(DatasetDir):
         return self.root / "features" / model / scale / f"{part:05d}.safetensors"
 
     @property
-    def pictures(self) -> Path:
-        """Of a reference: where its pictures are."""
+    def images(self) -> Path:
+        """Of a reference: where its images are."""
         return self.root / "pictures.json"
 
     def reference(self, part: int) -> Path:
-        """Of a reference: what the networks see in its pictures."""
+        """Of a reference: what the networks see in its images."""
         return self.root / "reference" / f"{part:05d}.safetensors"
 
     @property

@@ -38,34 +38,34 @@ class Names:
 
 
 class Judge:
-    """Compares drawn pictures with one reference and with their prompts.
+    """Compares drawn images with one reference and with their prompts.
 
     Args:
         protocol: which numbers are wanted.
-        reference: `features` (m, d) and perhaps `clip` (m, e) of real pictures; or statistics, which give no KID and no
+        reference: `features` (m, d) and perhaps `clip` (m, e) of real images; or statistics, which give no KID and no
             CMMD.
 
     Raises:
-        UserError: the statistics are of another network's features, or CMMD is wanted, which needs pictures.
+        UserError: the statistics are of another network's features, or CMMD is wanted, which needs images.
     """
 
     def __init__(self, protocol: Protocol, reference: Arrays | Gaussian):
         self.names, self._protocol = Names.of(protocol), protocol
         self._real = None if isinstance(reference, Gaussian) else reference
         if protocol.cmmd and self._real is None:
-            raise UserError("CMMD compares pictures, and the reference is an .npz of statistics. Name the pictures.")
+            raise UserError("CMMD compares images, and the reference is an .npz of statistics. Name the images.")
         gaussian = reference if isinstance(reference, Gaussian) else gaussian_of(reference["features"])
         found, size = len(gaussian.mean), NUM_FEATURES[protocol.network]
         if found != size:
             raise UserError(
                 f"The reference's statistics are of {found} features, and network '{protocol.network}' gives {size}. "
-                "Name statistics made with this network, or the pictures themselves."
+                "Name statistics made with this network, or the images themselves."
             )
         self._frechet = FrechetDistance(gaussian)
 
     @property
     def reference(self) -> Gaussian:
-        """Mean and covariance of the real pictures' features."""
+        """Mean and covariance of the real images' features."""
         return self._frechet.reference
 
     def numbers(self, drawn: Arrays, captions: Arrays | None) -> dict[str, float]:
@@ -102,7 +102,7 @@ class Judge:
             texts[names.kid] = f"squared kernel distance of the same features; lower is better; {subsets}"
         if names.agreement:
             how = (
-                f"cosine of picture and prompt by CLIP {protocol.clip_model}"
+                f"cosine of image and prompt by CLIP {protocol.clip_model}"
                 if protocol.agreement == "clip"
                 else "share of named colours and shapes that the demo's checker sees; not a CLIP score"
             )
@@ -114,20 +114,20 @@ class Judge:
     def notes(self) -> list[str]:
         """What a reader has to know about these numbers."""
         size, num = len(self.reference.mean), self._protocol.num_prompts
-        sets = {"pictures were drawn": num, "real pictures were taken": self.reference.num}
+        sets = {"images were drawn": num, "real images were taken": self.reference.num}
         few = [f"{n:,} {which}" for which, n in sets.items() if n is not None and n <= size]
         if not few:
             return []
         return [
             f"Only {' and '.join(few)} for {size:,} features: the covariance has not its full rank and "
-            f"{self.names.fid} is too high; compare it only with numbers of as many pictures."
+            f"{self.names.fid} is too high; compare it only with numbers of as many images."
         ]
 
 
-def clip_scores(pictures: NDArray[Any], captions: NDArray[Any]) -> NDArray[np.float64]:
-    """The cosine of each picture with its prompt, (n,), from (n, e) embeddings of length 1.
+def clip_scores(images: NDArray[Any], captions: NDArray[Any]) -> NDArray[np.float64]:
+    """The cosine of each image with its prompt, (n,), from (n, e) embeddings of length 1.
 
     As MLPerf's benchmark gives it; torchmetrics multiplies it by 100 (Hessel et al. 2021, arXiv:2104.08718, by 2.5).
     """
-    scores: NDArray[np.float64] = (pictures.astype(np.float64) * captions.astype(np.float64)).sum(axis=1)
+    scores: NDArray[np.float64] = (images.astype(np.float64) * captions.astype(np.float64)).sum(axis=1)
     return scores

@@ -26,7 +26,7 @@ class EvaluatedModel:
         digest: sha256 of UNet, VAE, text encoder and noise schedule: the same weights give the same one in any file
             that holds them in the same precision.
         text_encoder: sha256 of text encoder and tokenizer.
-        size_px: side of its pictures.
+        size_px: side of its images.
     """
 
     path: Path
@@ -67,7 +67,7 @@ def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedMod
     """All models, each with a label of its own.
 
     Raises:
-        UserError: as `identify`; none or the same one twice; or they make pictures of different sizes.
+        UserError: as `identify`; none or the same one twice; or they make images of different sizes.
     """
     models = [identify(path, protocol) for path in paths]
     for i, model in enumerate(models):
@@ -76,7 +76,7 @@ def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedMod
                 raise UserError(f"{before.path} and {model.path} are the same model; name one of them.")
             if before.size_px != model.size_px:
                 raise UserError(
-                    f"{before.path} makes pictures of {before.size_px} pixels and {model.path} of {model.size_px}, so "
+                    f"{before.path} makes images of {before.size_px} pixels and {model.path} of {model.size_px}, so "
                     "their numbers cannot be compared. Evaluate them apart."
                 )
     if not models:

@@ -1,4 +1,4 @@
-"""The networks that look at pictures: features for FID and KID, CLIP's embeddings, the demo's checker."""
+"""The networks that look at images: features for FID and KID, CLIP's embeddings, the demo's checker."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.demo.checker import judge
-from sdtrain.demo.pictures import COLORS, SHAPES
+from sdtrain.demo.images import COLORS, SHAPES
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import NUM_FEATURES as INCEPTION_FEATURES
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
@@ -27,17 +27,17 @@ from sdtrain.models.device import claim_device, cores_of_process
 from sdtrain.models.digests import clip_digest
 
 NUM_FEATURES = {"inception": INCEPTION_FEATURES, "demo": 96}
-"""Features of a picture, by network."""
+"""Features of an image, by network."""
 BATCH_SIZE = 32
-"""Pictures or prompts that a network looks at together."""
+"""Images or prompts that a network looks at together."""
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """What turns pictures into features.
+    """What turns images into features.
 
     Attributes:
-        view: an RGB picture as the network wants it.
+        view: an RGB image as the network wants it.
         network: (B, …) views -> (B, d) features.
     """
 
@@ -62,7 +62,7 @@ def _features_digest(network: str, weights: str) -> str:
     return sha256_of(path) if path else weights
 
 
-def features_of(pictures: Sequence[Image.Image], protocol: Protocol) -> Tensor:
+def features_of(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
     """(n, d) float32 features; `NUM_FEATURES` says how many.
 
     Raises:
@@ -70,12 +70,12 @@ def features_of(pictures: Sequence[Image.Image], protocol: Protocol) -> Tensor:
     """
     found = _feature_network(protocol)
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        parts = [found.network(views.to(claim_device())).float().cpu() for views in _views(pictures, found.view)]
+        parts = [found.network(views.to(claim_device())).float().cpu() for views in _views(images, found.view)]
     return _finite(torch.cat(parts), f"The features of network '{protocol.network}'")
 
 
 def check_networks(protocol: Protocol) -> str:
-    """Loads what will look at the pictures, to see that it is there; it goes to no GPU and is not kept.
+    """Loads what will look at the images, to see that it is there; it goes to no GPU and is not kept.
 
     Raises:
         UserError: a network that cannot be loaded.
@@ -95,11 +95,11 @@ def _load_features(name: str, weights: str, resize: Any) -> FeatureNetwork:
     if name == "demo":
         encoder = load_vae("demo").encoder.to(claim_device())
         return FeatureNetwork(_demo_view, lambda views: _demo_features(encoder, views))
-    return FeatureNetwork(lambda picture: inception_view(picture, resize), load_inception(weights).to(claim_device()))
+    return FeatureNetwork(lambda image: inception_view(image, resize), load_inception(weights).to(claim_device()))
 
 
-def _demo_view(picture: Image.Image) -> Tensor:
-    small = picture.resize((64, 64), Image.Resampling.BICUBIC)
+def _demo_view(image: Image.Image) -> Tensor:
+    small = image.resize((64, 64), Image.Resampling.BICUBIC)
     return pixels_of(small).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -126,7 +126,7 @@ def _load_clip(model: str, weights: str) -> _Clip:
 
 
 def agreement_digest(protocol: Protocol) -> str:
-    """What identifies that which compares pictures with prompts.
+    """What identifies that which compares images with prompts.
 
     Raises:
         UserError: no such weights.
@@ -141,7 +141,7 @@ def _clip_digest(model: str, weights: str) -> str:
     return f"{model} {clip_digest(model, weights)}"
 
 
-def embed_pictures(pictures: Sequence[Image.Image], protocol: Protocol) -> Tensor:
+def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
     """(n, e) float32 embeddings of length 1.
 
     Raises:
@@ -150,10 +150,10 @@ def embed_pictures(pictures: Sequence[Image.Image], protocol: Protocol) -> Tenso
     clip, device = _load_clip(protocol.clip_model, protocol.clip_weights), claim_device()
     parts = []
     with torch.inference_mode():
-        for pixels in _views(pictures, lambda picture: pixels_of(clip_view(picture, clip.preprocess))):
+        for pixels in _views(images, lambda image: pixels_of(clip_view(image, clip.preprocess))):
             inputs = normalised(pixels.to(device), clip.preprocess.mean, clip.preprocess.std)
             parts.append(_unit(clip.network.encode_image(inputs)))
-    return _finite(torch.cat(parts), "CLIP's embeddings of pictures")
+    return _finite(torch.cat(parts), "CLIP's embeddings of images")
 
 
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
@@ -173,28 +173,28 @@ def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tenso
     return _finite(torch.cat(parts), "CLIP's embeddings of prompts"), (tokens != one_more).any(dim=1)
 
 
-def shown_by(pictures: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """(n,) float32: how much of the colour and shape that a prompt names its picture shows, 0, 0.5 or 1.
+def shown_by(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
+    """(n,) float32: how much of the colour and shape that a prompt names its image shows, 0, 0.5 or 1.
 
     Raises:
         UserError: a prompt names no colour or no shape of the demo's.
     """
     scores = []
-    for picture, text in zip(pictures, texts, strict=True):
+    for image, text in zip(images, texts, strict=True):
         words = text.replace(",", " ").split()
         wanted = next((w for w in words if w in COLORS), None), next((w for w in words if w in SHAPES), None)
         if None in wanted:
             raise UserError(f"The demo's checker needs a colour and a shape in each prompt; '{text}' lacks one.")
-        verdict = judge(picture)
+        verdict = judge(image)
         scores.append(np.mean([verdict.color == wanted[0], verdict.shape == wanted[1]]))
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def _views(pictures: Sequence[Image.Image], view: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
+def _views(images: Sequence[Image.Image], view: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
     """Batches of what a network sees; Pillow and torch resize on several cores at once."""
     with ThreadPoolExecutor(cores_of_process()) as pool:
-        for first in range(0, len(pictures), BATCH_SIZE):
-            yield torch.stack(list(pool.map(view, pictures[first : first + BATCH_SIZE])))
+        for first in range(0, len(images), BATCH_SIZE):
+            yield torch.stack(list(pool.map(view, images[first : first + BATCH_SIZE])))
 
 
 def _unit(embeddings: Tensor) -> Tensor:
@@ -203,5 +203,5 @@ def _unit(embeddings: Tensor) -> Tensor:
 
 def _finite(values: Tensor, what: str) -> Tensor:
     if not values.isfinite().all():
-        raise UserError(f"{what} are not finite: the weights are damaged, or the pictures are no pictures.")
+        raise UserError(f"{what} are not finite: the weights are damaged, or the images are no images.")
     return values.clone()  # out of inference mode

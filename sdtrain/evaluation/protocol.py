@@ -20,15 +20,15 @@ class Protocol(Settings):
     prompts: str
     """Text file with one prompt a line, or COCO's captions (.json)."""
     num_prompts: int = Field(default=10_000, ge=2)
-    """Prompts, and so pictures for each scale; a seeded choice."""
+    """Prompts, and so images for each scale; a seeded choice."""
     prompt_seed: int = Field(default=0, ge=0)
     """Of that choice."""
     reference: str
-    """Real pictures: a dataset of sdtrain's, a folder of pictures, or an .npz with `mu` and `sigma`."""
+    """Real images: a dataset of sdtrain's, a folder of images, or an .npz with `mu` and `sigma`."""
     num_reference: int = Field(default=50_000, ge=2)
     """At most this many of them, a seeded choice; an .npz counts as it is."""
     reference_view: Literal["as_samples", "as_is"] = "as_samples"
-    """Real pictures resized (bicubic) and centre-cropped to the samples' size first, or as they are."""
+    """Real images resized (bicubic) and centre-cropped to the samples' size first, or as they are."""
     scales: tuple[float, ...] = Field(default=CARD_SCALES, min_length=1)
     """Guidance scales; 1 is no guidance."""
     num_steps: int = Field(default=50, ge=1)
@@ -36,7 +36,7 @@ class Protocol(Settings):
     sampler: SamplerName = "plms"
     """The sampler."""
     seed: int = Field(default=0, ge=0)
-    """Of the first picture; each next one has the next, and all scales and models have the same."""
+    """Of the first image; each next one has the next, and all scales and models have the same."""
     weights: Weights = "ema"
     """Averaged weights, or raw ones."""
     dtype: Precision = "auto"
@@ -45,23 +45,23 @@ class Protocol(Settings):
     tokenizer: str | None = None
     """For a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's."""
     batch_size: int = Field(default=16, ge=1)
-    """Pictures drawn at once; another number gives pictures that differ in their last bits."""
+    """Images drawn at once; another number gives images that differ in their last bits."""
     part_size: int = Field(default=256, ge=2)
-    """Pictures in one part, which is drawn and kept as a whole."""
+    """Images in one part, which is drawn and kept as a whole."""
     network: Literal["inception", "demo"] = "inception"
     """Whose features are compared; `demo` is the demo's tiny autoencoder, whose numbers mean nothing elsewhere."""
     network_weights: str = "inception-fid"
     """Inception's weights: `inception-fid` (fetched once), or a file."""
     resize: Resize = "pytorch-fid"
-    """How pictures come to Inception's 299 pixels."""
+    """How images come to Inception's 299 pixels."""
     agreement: Literal["clip", "demo", "none"] = "clip"
-    """How pictures are compared with their prompts: by CLIP, or by the demo's checker of colours and shapes."""
+    """How images are compared with their prompts: by CLIP, or by the demo's checker of colours and shapes."""
     clip_model: str = "ViT-L-14-quickgelu"
     """An open_clip model."""
     clip_weights: str = "openai"
     """Its weights: open_clip's tag, or a file."""
     cmmd: bool = False
-    """Also compare CLIP's embeddings of real and drawn pictures."""
+    """Also compare CLIP's embeddings of real and drawn images."""
 
     @field_validator("scales")
     @classmethod
@@ -82,5 +82,5 @@ class Protocol(Settings):
         return list(range(-(-self.num_prompts // self.part_size)))
 
     def places(self, part: int) -> range:
-        """Which pictures a part holds."""
+        """Which images a part holds."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_prompts))

@@ -1,4 +1,4 @@
-"""The real pictures that drawn ones are compared with, and what the networks see in them."""
+"""The real images that drawn ones are compared with, and what the networks see in them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
-from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_pictures, features_digest, features_of
+from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_images, features_digest, features_of
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.clip_view import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
@@ -42,7 +42,7 @@ _PLACE = ["picture_offset", "picture_bytes"]
 
 
 class Place(NamedTuple):
-    """Where a picture's bytes are: a file, or a stretch of one (`size` of -1 is all of it)."""
+    """Where an image's bytes are: a file, or a stretch of one (`size` of -1 is all of it)."""
 
     path: str
     offset: int = 0
@@ -58,14 +58,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Chosen real pictures, or statistics of some that somebody else has chosen.
+    """Chosen real images, or statistics of some that somebody else has chosen.
 
     Attributes:
         source: where they are from, in words.
-        digest: sha256 of the pictures in their order: of their bytes, or of their places in shards whose digests the
+        digest: sha256 of the images in their order: of their bytes, or of their places in shards whose digests the
             manifest has; or of the file of statistics.
-        places: where the pictures are; empty for statistics.
-        statistics: mean and covariance; None for pictures.
+        places: where the images are; empty for statistics.
+        statistics: mean and covariance; None for images.
     """
 
     source: str
@@ -80,8 +80,8 @@ class ReferenceJob:
 
     Attributes:
         digest: of the reference.
-        size_px: side of the drawn pictures.
-        num: pictures.
+        size_px: side of the drawn images.
+        num: images.
     """
 
     protocol: Protocol
@@ -91,28 +91,28 @@ class ReferenceJob:
 
 
 def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
-    """At most `num` pictures of a dataset or folder, or the statistics in an .npz.
+    """At most `num` images of a dataset or folder, or the statistics in an .npz.
 
     Raises:
-        UserError: there is nothing of the kind, or fewer than two pictures.
+        UserError: there is nothing of the kind, or fewer than two images.
     """
     path = open_to_ask(str(name), "the evaluation").root if is_s3(str(name)) else Path(name)
     if path.suffix == ".npz":
         return Reference(f"{path.name}: statistics", sha256_of(_file(path)), statistics=_statistics(path))
     if not path.is_dir():
-        raise UserError(f"There is no {path}. A reference is a dataset, a folder of pictures, or an .npz.")
+        raise UserError(f"There is no {path}. A reference is a dataset, a folder of images, or an .npz.")
     dataset = DatasetDir(path.absolute())
     places, kind = _dataset_places(dataset), "dataset"
     if not places and dataset.recipe.exists():
-        raise UserError(f"{path} is a dataset that holds no pictures yet. Run its build first.")
+        raise UserError(f"{path} is a dataset that holds no images yet. Run its build first.")
     if not places:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
         places, kind = [Place(str(file.absolute())) for file in files], "folder"
     if len(places) < 2:
-        raise UserError(f"{path} holds {len(places)} pictures; a reference needs two at least, and better thousands.")
+        raise UserError(f"{path} holds {len(places)} images; a reference needs two at least, and better thousands.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:num])
     picked = tuple(places[place] for place in chosen)
-    source = f"{path.name}: {kind}, {len(picked):,} of {len(places):,} pictures, seed {seed}"
+    source = f"{path.name}: {kind}, {len(picked):,} of {len(places):,} images, seed {seed}"
     return Reference(source, _digest(picked, dataset), picked)
 
 
@@ -151,30 +151,30 @@ def _statistics(path: Path) -> Gaussian:
 
 
 def _dataset_places(dataset: DatasetDir) -> list[Place]:
-    """The packed pictures of a dataset, or else the downloaded ones: of finished shards, wherever these lie."""
+    """The packed images of a dataset, or else the downloaded ones: of finished shards, wherever these lie."""
     for stage, folder in (("pack", dataset.packed_tar(0).parent), ("download", dataset.images_tar(0).parent)):
         finished = [name for entry in entries(dataset, stage) for name in entry.outputs if name.endswith(".tar")]
         tars = [dataset.root / name for name in finished] or sorted(folder.glob("[0-9]*.tar"))
         if tars:
-            return [Place(str(tar), *place) for tar in tars for place in _pictures_in(tar)]
+            return [Place(str(tar), *place) for tar in tars for place in _images_in(tar)]
     return []
 
 
-def _pictures_in(tar: Path) -> Iterator[tuple[int, int]]:
-    """Offset and size of each picture, in their order: from our table beside the tar, or else from its headers."""
+def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
+    """Offset and size of each image, in their order: from our table beside the tar, or else from its headers."""
     table = tar.with_suffix(".parquet")
     if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names):  # img2dataset's own has no places
         rows = read_parquet(table, _PLACE).to_pylist()
         yield from sorted((row[_PLACE[0]], row[_PLACE[1]]) for row in rows if row[_PLACE[1]] is not None)
         return
     for sample in index_samples(tar):
-        with suppress(KeyError):  # a sample without a picture
-            member = sample.members[picture_extension(sample.members)]
+        with suppress(KeyError):  # a sample without an image
+            member = sample.members[image_extension(sample.members)]
             yield member.offset, member.size
 
 
 def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
-    """A directory in the cache for what the networks see in the pictures, and the job that fills it.
+    """A directory in the cache for what the networks see in the images, and the job that fills it.
 
     It is named after everything that it is made from, so that every evaluation with the same reference shares it.
 
@@ -183,12 +183,12 @@ def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) ->
     """
     job = ReferenceJob(protocol, reference.digest, size_px, len(reference.places))
     folder = EvaluationDir(cache_dir() / "references" / _job_digest(job)[:16])
-    write_json(folder.pictures, [list(place) for place in reference.places])
+    write_json(folder.images, [list(place) for place in reference.places])
     return folder, job
 
 
 def reference_stage(job: ReferenceJob) -> Stage[ReferenceJob]:
-    """The stage that looks at the real pictures."""
+    """The stage that looks at the real images."""
     return Stage("reference", _parts, _fingerprint, _look_at_parts)
 
 
@@ -212,16 +212,16 @@ def _job_digest(job: ReferenceJob) -> str:
 
 
 def feature_config(protocol: Protocol) -> list[str]:
-    """What decides the features of a picture."""
+    """What decides the features of an image."""
     return [features_digest(protocol), protocol.resize if protocol.network == "inception" else ""]
 
 
 def _look_at_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory = EvaluationDir(dataset.root)
-    places = [Place(*place) for place in json.loads(directory.pictures.read_text())]
+    places = [Place(*place) for place in json.loads(directory.images.read_text())]
     for part in parts:
         some = places[part * _PART_SIZE : (part + 1) * _PART_SIZE]
-        tensors = _look(told(some, f"reference, part {part}", len(some), "pictures"), job)
+        tensors = _look(told(some, f"reference, part {part}", len(some), "images"), job)
         path = directory.reference(part)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
@@ -229,17 +229,17 @@ def _look_at_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int])
 
 
 def _look(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
-    """What the networks see, a few pictures in memory at a time."""
+    """What the networks see, a few images in memory at a time."""
     features, embeddings, rest = [], [], iter(places)
-    while pictures := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
-        features.append(features_of(pictures, job.protocol))
-        embeddings += [embed_pictures(pictures, job.protocol)] if job.protocol.cmmd else []
+    while images := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
+        features.append(features_of(images, job.protocol))
+        embeddings += [embed_images(images, job.protocol)] if job.protocol.cmmd else []
     return {"features": torch.cat(features)} | ({"clip": torch.cat(embeddings)} if embeddings else {})
 
 
 def _as_compared(place: Place, job: ReferenceJob) -> Image.Image:
     try:
-        picture = decode_rgb(place.read())
+        image = decode_rgb(place.read())
     except OSError as error:
-        raise UserError(f"{place.path} at byte {place.offset} is no picture that can be read: {error}") from error
-    return clip_view(picture, Preprocess(job.size_px)) if job.protocol.reference_view == "as_samples" else picture
+        raise UserError(f"{place.path} at byte {place.offset} is no image that can be read: {error}") from error
+    return clip_view(image, Preprocess(job.size_px)) if job.protocol.reference_view == "as_samples" else image

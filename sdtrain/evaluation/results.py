@@ -39,9 +39,7 @@ class Results(Settings):
         """The protocol in a few words, for the plot."""
         p = self.protocol
         network = f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else "the demo's own"
-        drawn = (
-            f"{p['num_prompts']:,} pictures a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
-        )
+        drawn = f"{p['num_prompts']:,} images a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
         return (
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
             f"reference {p['reference_source']} (sha256 {p['reference_sha256'][:12]}); network {network}, "
@@ -68,7 +66,7 @@ def write_results(directory: EvaluationDir, results: Results, x: str | None, y: 
         directory: of the evaluation.
         results: the numbers.
         x: the column of agreement with prompts.
-        y: the column of distance from real pictures.
+        y: the column of distance from real images.
     """
     if x is not None:
         from sdtrain.evaluation.curve import Axis, draw_curve  # late: matplotlib
@@ -87,7 +85,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
     several = len({row["model"] for row in results.rows}) > 1
     return [
         ({"model": row["model"]} if several else {})
-        | {"guidance": f"{row['guidance_scale']:g}", "pictures": row["num_pictures"]}
+        | {"guidance": f"{row['guidance_scale']:g}", "images": row["num_pictures"]}
         | {name: _cell(row, name) for name in results.metrics}
         for row in results.rows
     ]

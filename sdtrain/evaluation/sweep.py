@@ -50,7 +50,7 @@ class Sweep:
     """An evaluation about to be run.
 
     Attributes:
-        real: where the networks' view of the real pictures is kept, and what makes it; None for statistics.
+        real: where the networks' view of the real images is kept, and what makes it; None for statistics.
     """
 
     protocol: Protocol
@@ -74,19 +74,19 @@ class Sweep:
         return steps
 
     def checks(self) -> list[Check]:
-        """The networks that will look at the pictures, and where these go; none once all pictures were looked at."""
+        """The networks that will look at the images, and where these go; none once all images were looked at."""
         left = self._num_pending()
         if not left:
             return []
         wanted = left * _PICTURE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
         return [
             Check("output", lambda: check_writable(self.directory.root)),
-            Check("disk", lambda: check_room(self.directory.root, wanted, "The pictures")),
+            Check("disk", lambda: check_room(self.directory.root, wanted, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
         ]
 
     def _num_pending(self) -> int:
-        """Pictures that nobody has looked at yet."""
+        """Images that nobody has looked at yet."""
         scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
         return sum(
             len(self.protocol.places(part))
@@ -96,7 +96,7 @@ class Sweep:
 
     def finish(self) -> Results:
         """Computes the numbers and writes them, with the plot. Every step has to be finished."""
-        judge = Judge(self.protocol, self._real_pictures())
+        judge = Judge(self.protocol, self._real_images())
         parts, captions = self.protocol.parts, None
         if self.protocol.agreement == "clip":
             captions = _arrays([self.directory.captions(part) for part in parts])
@@ -114,7 +114,7 @@ class Sweep:
     def _step(self, stage: Any, drawing: Drawing) -> Step:
         return Step(stage(drawing), self.directory, drawing)
 
-    def _real_pictures(self) -> Any:
+    def _real_images(self) -> Any:
         if self.real is None:
             return self.reference.statistics
         folder, job = self.real
@@ -144,7 +144,7 @@ class Sweep:
 
 
 def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
-    """Checks everything that can be checked before the first picture is drawn.
+    """Checks everything that can be checked before the first image is drawn.
 
     Args:
         protocol: the settings.

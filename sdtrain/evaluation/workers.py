@@ -27,7 +27,7 @@ from sdtrain.preflight.checks import require
 def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:
     """Does what is not finished, then computes the numbers.
 
-    Parts are cut before they are dealt out, so that the pictures are the same for any number of processes.
+    Parts are cut before they are dealt out, so that the images are the same for any number of processes.
 
     Args:
         sweep: from `plan`.

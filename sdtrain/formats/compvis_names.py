@@ -100,7 +100,7 @@ def _vae_pairs(num_levels: int, num_layers: int) -> Pairs:
             yield from _renamed(f"{half}.mid_block.resnets.{number}", f"{half}.mid.block_{number + 1}", _VAE_RESNET)
         yield from _renamed(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
     for level in range(num_levels):
-        down, up = f"encoder.down.{level}", f"decoder.up.{num_levels - 1 - level}"  # counted from the picture, both
+        down, up = f"encoder.down.{level}", f"decoder.up.{num_levels - 1 - level}"  # counted from the image, both
         for layer in range(num_layers):
             yield from _renamed(f"encoder.down_blocks.{level}.resnets.{layer}", f"{down}.block.{layer}", _VAE_RESNET)
         for layer in range(num_layers + 1):

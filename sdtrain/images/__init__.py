@@ -1,1 +1,1 @@
-"""Decodes, resizes, crops and stores pictures."""
+"""Decodes, resizes, crops and stores images."""

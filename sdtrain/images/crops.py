@@ -1,4 +1,4 @@
-"""The part of a picture that the VAE sees."""
+"""The part of an image that the VAE sees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """A picture as the VAE sees it.
+    """An image as the VAE sees it.
 
     Attributes:
         pixels: (height, width, 3) uint8.
@@ -29,24 +29,24 @@ class Crop:
     source_px: Size
 
 
-def cut(picture: Image.Image, size_px: Size, place: float | None) -> Crop:
-    """Resizes a picture (bicubic, antialiased) until it just covers a size, and cuts that out.
+def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
+    """Resizes an image (bicubic, antialiased) until it just covers a size, and cuts that out.
 
     The original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
     shorter side, then RandomCrop).
 
     Args:
-        picture: RGB.
+        image: RGB.
         size_px: width and height of the crop.
         place: where along the side that is too long, from 0 (left or top) up to 1; None for the centre.
     """
-    scale = max(wanted / side for wanted, side in zip(size_px, picture.size, strict=True))
-    covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, picture.size, strict=True)]
+    scale = max(wanted / side for wanted, side in zip(size_px, image.size, strict=True))
+    covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, image.size, strict=True)]
     spare = [side - wanted for side, wanted in zip(covering, size_px, strict=True)]
     left, top = (room // 2 if place is None else min(room, int(place * (room + 1))) for room in spare)
     edges = (left, top, left + size_px[0], top + size_px[1])
-    pixels = np.asarray(picture.resize((covering[0], covering[1]), Image.Resampling.BICUBIC).crop(edges))
-    return Crop(pixels, tuple(round(edge / scale, 2) for edge in edges), picture.size)  # type: ignore[arg-type]
+    pixels = np.asarray(image.resize((covering[0], covering[1]), Image.Resampling.BICUBIC).crop(edges))
+    return Crop(pixels, tuple(round(edge / scale, 2) for edge in edges), image.size)  # type: ignore[arg-type]
 
 
 def chance(*names: object) -> float:
@@ -69,7 +69,7 @@ def bucket_sizes(resolution: int, step_px: int, max_aspect: float) -> list[Size]
     return sorted(sizes)
 
 
-def bucket_of(picture_px: Size, sizes: Sequence[Size]) -> Size:
-    """The size whose ratio of width to height is nearest to a picture's."""
-    ratio = math.log(picture_px[0] / picture_px[1])
+def bucket_of(image_px: Size, sizes: Sequence[Size]) -> Size:
+    """The size whose ratio of width to height is nearest to an image's."""
+    ratio = math.log(image_px[0] / image_px[1])
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), size))

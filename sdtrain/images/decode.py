@@ -1,8 +1,8 @@
-"""Pictures as later stages see them: upright, 8-bit RGB, opaque.
+"""Images as later stages see them: upright, 8-bit RGB, opaque.
 
-What becomes of every kind of picture, here and in `download`:
+What becomes of every kind of image, here and in `download`:
 
-| picture | becomes |
+| image | becomes |
 |---|---|
 | EXIF orientation 2 to 8 | turned or mirrored upright; a damaged EXIF block counts as none |
 | grayscale, 1 bit to 8 bits | the gray value for red, green and blue |
@@ -61,8 +61,8 @@ _UPRIGHT = {
 _GUESSED = ("I", "F", "LAB")
 
 
-class PictureError(OSError):
-    """Bytes that do not become a picture.
+class ImageError(OSError):
+    """Bytes that do not become an image.
 
     Attributes:
         reason: "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed".
@@ -75,8 +75,8 @@ class PictureError(OSError):
         self.detail = detail
 
 
-def picture_extension(members: Iterable[str]) -> str:
-    """Which of a sample's members is the picture.
+def image_extension(members: Iterable[str]) -> str:
+    """Which of a sample's members is the image.
 
     Raises:
         KeyError: none is.
@@ -84,77 +84,77 @@ def picture_extension(members: Iterable[str]) -> str:
     for extension in members:
         if extension in PICTURE_EXTENSIONS:
             return extension
-    raise KeyError("no picture")
+    raise KeyError("no image")
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """The decoded picture by the rules above.
+    """The decoded image by the rules above.
 
     Raises:
-        PictureError: the bytes are not a whole picture of a format and kind that is read; an OSError.
+        ImageError: the bytes are not a whole image of a format and kind that is read; an OSError.
     """
-    return upright_rgb(open_picture(content))
+    return upright_rgb(open_image(content))
 
 
-def open_picture(content: bytes) -> Image.Image:
-    """The picture with its header read, its pixels not yet.
+def open_image(content: bytes) -> Image.Image:
+    """The image with its header read, its pixels not yet.
 
     Raises:
-        PictureError: "not_an_image", or "too_many_pixels" if Pillow's own limit is passed.
+        ImageError: "not_an_image", or "too_many_pixels" if Pillow's own limit is passed.
     """
     try:
         return Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        raise PictureError("too_many_pixels", "more than can be decoded") from error
+        raise ImageError("too_many_pixels", "more than can be decoded") from error
     except DAMAGED as error:
-        raise PictureError("not_an_image", "no header of a picture") from error
+        raise ImageError("not_an_image", "no header of an image") from error
 
 
-def upright_rgb(picture: Image.Image) -> Image.Image:
-    """The picture's pixels by the rules above.
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The image's pixels by the rules above.
 
     Raises:
-        PictureError: "truncated", "not_an_image" or "other_format".
+        ImageError: "truncated", "not_an_image" or "other_format".
     """
     try:
-        picture.load()
-        opaque = _opaque_rgb(picture)
-        turn = _UPRIGHT.get(orientation_of(picture))
+        image.load()
+        opaque = _opaque_rgb(image)
+        turn = _UPRIGHT.get(orientation_of(image))
         return opaque if turn is None else opaque.transpose(turn)
-    except PictureError:
+    except ImageError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError("too_many_pixels", "more than can be decoded") from error
+        raise ImageError("too_many_pixels", "more than can be decoded") from error
     except DAMAGED as error:
         cut = "truncated" in str(error).lower() or isinstance(error, EOFError)
-        raise PictureError("truncated" if cut else "not_an_image", "the pixels cannot be decoded") from error
+        raise ImageError("truncated" if cut else "not_an_image", "the pixels cannot be decoded") from error
 
 
-def orientation_of(picture: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 where none or nonsense is given."""
     try:
-        value = picture.getexif().get(ExifTags.Base.Orientation, 1)
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DAMAGED:
         return 1
     return value if isinstance(value, int) and value in _UPRIGHT else 1
 
 
-def _opaque_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode in _GUESSED:
-        raise PictureError("other_format", f"pixels of Pillow's mode {picture.mode}")
-    if picture.mode.startswith("I;16"):
-        return _from_16_bits(picture)
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in picture.info:
-        see_through = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), see_through).convert("RGB")
-    return picture.convert("RGB")
+def _opaque_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _GUESSED:
+        raise ImageError("other_format", f"pixels of Pillow's mode {image.mode}")
+    if image.mode.startswith("I;16"):
+        return _from_16_bits(image)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        see_through = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), see_through).convert("RGB")
+    return image.convert("RGB")
 
 
-def _from_16_bits(picture: Image.Image) -> Image.Image:
+def _from_16_bits(image: Image.Image) -> Image.Image:
     # By hand: Pillow's own conversion cuts at 255 and makes nearly all of it white.
-    gray = np.asarray(picture)
+    gray = np.asarray(image)
     upper = (gray >> 8).astype(np.uint8)
-    clear = picture.info.get("transparency")
+    clear = image.info.get("transparency")
     if isinstance(clear, int):
         upper[gray == clear] = 255
     return Image.fromarray(upper).convert("RGB")

@@ -1,4 +1,4 @@
-"""What a picture file says of itself, read before a pixel is decoded: kind, size, and whether all of it came."""
+"""What an image file says of itself, read before a pixel is decoded: kind, size, and whether all of it came."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from sdtrain.images.decode import PictureError, open_picture, orientation_of
+from sdtrain.images.decode import ImageError, open_image, orientation_of
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# How files begin that are pictures, or drawings, of kinds that are not read.
+# How files begin that are images, or drawings, of kinds that are not read.
 _OTHERS = {
     b"%PDF": "PDF", b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "EPS", b"\0\0\1\0": "ICO", b"\0\0\2\0": "CUR",
     b"8BPS": "Photoshop", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
@@ -24,16 +24,16 @@ _JPEG_END = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class Header:
-    """The head of a picture file.
+    """The head of an image file.
 
     Attributes:
-        picture: opened by Pillow, its pixels not yet decoded.
+        image: opened by Pillow, its pixels not yet decoded.
         extension: "jpg", "png" or "webp"; None for formats that are not stored as they are.
         is_plain: 8-bit RGB and upright, one frame: a decoder that knows nothing of EXIF, alpha, palettes
             or inks gives the right pixels.
     """
 
-    picture: Image.Image
+    image: Image.Image
     extension: str | None
     is_plain: bool
 
@@ -42,36 +42,36 @@ def read_header(content: bytes, max_pixels: int) -> Header:
     """Looks at a file's head and end.
 
     Raises:
-        PictureError: "not_an_image", "other_format", "too_many_pixels" or "truncated".
+        ImageError: "not_an_image", "other_format", "too_many_pixels" or "truncated".
     """
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and not _is_whole("WEBP", content):
-        raise PictureError("truncated", "the file ends early")  # its reader would say that it is no picture
+        raise ImageError("truncated", "the file ends early")  # its reader would say that it is no image
     try:
-        picture = open_picture(content)
-    except PictureError as error:
+        image = open_image(content)
+    except ImageError as error:
         other = _other_format(content)
         if other and error.reason == "not_an_image":
-            raise PictureError("other_format", other) from error
+            raise ImageError("other_format", other) from error
         raise
-    width, height = picture.size
+    width, height = image.size
     if width * height > max_pixels:
-        raise PictureError("too_many_pixels", f"{width} x {height}")
+        raise ImageError("too_many_pixels", f"{width} x {height}")
     if width * height == 0:
-        raise PictureError("not_an_image", "no pixels")
-    if not _is_whole(picture.format or "", content):
-        raise PictureError("truncated", "the file ends early")
-    extension = _EXTENSIONS.get(picture.format or "")
-    return Header(picture, extension, extension is not None and _is_plain(picture, content))
+        raise ImageError("not_an_image", "no pixels")
+    if not _is_whole(image.format or "", content):
+        raise ImageError("truncated", "the file ends early")
+    extension = _EXTENSIONS.get(image.format or "")
+    return Header(image, extension, extension is not None and _is_plain(image, content))
 
 
-def _is_plain(picture: Image.Image, content: bytes) -> bool:
-    if picture.mode != "RGB" or "transparency" in picture.info or orientation_of(picture) != 1:
+def _is_plain(image: Image.Image, content: bytes) -> bool:
+    if image.mode != "RGB" or "transparency" in image.info or orientation_of(image) != 1:
         return False
-    if picture.format == "PNG":
+    if image.format == "PNG":
         bit_depth = content[24]
         # An eXIf chunk may come after the pixels, where the header's reader has not been.
-        return bit_depth == 8 and not getattr(picture, "is_animated", False) and b"eXIf" not in content
-    return picture.format != "WEBP" or not getattr(picture, "is_animated", False)
+        return bit_depth == 8 and not getattr(image, "is_animated", False) and b"eXIf" not in content
+    return image.format != "WEBP" or not getattr(image, "is_animated", False)
 
 
 def _other_format(content: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""The perceptual hash of a picture that has just been decoded."""
+"""The perceptual hash of an image that has just been decoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
     gray = pixels if pixels.ndim == 2 else cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
     image = Image.fromarray(np.ascontiguousarray(gray))
     small = image.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=_REDUCING_GAP)
-    # Rounded, so that what is zero for a flat picture is zero and not a machine's rounding error.
+    # Rounded, so that what is zero for a flat image is zero and not a machine's rounding error.
     frequencies = np.round(_WAVES @ np.asarray(small, np.float64) @ _WAVES.T, _PRECISION)
     bits = (frequencies > np.median(frequencies)).ravel()
     return int(np.packbits(bits).view(">i8")[0])

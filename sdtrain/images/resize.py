@@ -1,4 +1,4 @@
-"""img2dataset's resizer as an engine: for pictures already decoded too, in several threads, and quick to import."""
+"""img2dataset's resizer as an engine: for images already decoded too, in several threads, and quick to import."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.errors import UserError
-from sdtrain.images.decode import PictureError
+from sdtrain.images.decode import ImageError
 
 Pixels = NDArray[np.uint8]
 _CANNOT_DECODE = "Image decoding error"  # img2dataset's words
@@ -39,10 +39,10 @@ _TRANSFORMS = {
 
 @dataclass
 class Resized:
-    """What came of one picture.
+    """What came of one image.
 
     Attributes:
-        content: the encoded picture; None where the given bytes may stay, because no pixel was changed.
+        content: the encoded image; None where the given bytes may stay, because no pixel was changed.
         pixels: as they were encoded, (H, W, 3), BGR.
         original_width: before resizing.
         original_height: before resizing.
@@ -79,16 +79,16 @@ class ResizeEngine:
     def __call__(
         self, content: bytes, pixels: Pixels | None = None, may_stay: bool = False, must_stay: bool = False
     ) -> Resized:
-        """Resizes and encodes a picture.
+        """Resizes and encodes an image.
 
         Args:
-            content: the picture's bytes.
-            pixels: the decoded picture, (H, W, 3), BGR, if img2dataset is not to decode `content` itself.
+            content: the image's bytes.
+            pixels: the decoded image, (H, W, 3), BGR, if img2dataset is not to decode `content` itself.
             may_stay: do not encode where resizing left the pixels alone.
             must_stay: do not encode at all.
 
         Raises:
-            PictureError: "not_an_image", or "resize_failed" for shapes that cannot be resized or encoded.
+            ImageError: "not_an_image", or "resize_failed" for shapes that cannot be resized or encoded.
         """
         job = _jobs.current = _Job(pixels, may_stay, must_stay)
         try:
@@ -96,10 +96,10 @@ class ResizeEngine:
         finally:
             _jobs.current = None
         if error == _CANNOT_DECODE:
-            raise PictureError("not_an_image", "the picture cannot be decoded")
+            raise ImageError("not_an_image", "the image cannot be decoded")
         if error is not None or job.final is None:
             # Without OpenCV's own words, which name its version and source file.
-            raise PictureError("resize_failed", "the picture cannot be resized or encoded")
+            raise ImageError("resize_failed", "the image cannot be resized or encoded")
         return Resized(None if job.stays else encoded, job.final, width, height)
 
 
@@ -145,7 +145,7 @@ def _module() -> Any:
         module = _import_light()
     except ImportError:  # albumentations laid out otherwise
         module = importlib.import_module("img2dataset.resizer")
-    # It swaps the process's standard streams around each picture: slow, and wrong with threads.
+    # It swaps the process's standard streams around each image: slow, and wrong with threads.
     module.SuppressStdoutStderr = nullcontext  # type: ignore[attr-defined]
     module.cv2 = _Cv2()  # type: ignore[attr-defined]
     return module

@@ -1,4 +1,4 @@
-"""From a fetched body to the picture that is stored: checked, upright RGB, resized, encoded."""
+"""From a fetched body to the image that is stored: checked, upright RGB, resized, encoded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.images.decode import PictureError, upright_rgb
+from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import Header, read_header
 from sdtrain.images.perceptual import perceptual_hash
 from sdtrain.images.resize import Pixels, ResizeEngine
@@ -21,8 +21,8 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class StoredPicture:
-    """A picture as it goes into the shard; sizes are those of the upright picture.
+class StoredImage:
+    """An image as it goes into the shard; sizes are those of the upright image.
 
     Attributes:
         content: its bytes.
@@ -43,54 +43,54 @@ class StoredPicture:
     phash: int
 
 
-class PictureMaker:
-    """Makes stored pictures by the settings of a recipe; may be called by several threads at once.
+class ImageMaker:
+    """Makes stored images by the settings of a recipe; may be called by several threads at once.
 
-    8-bit RGB pictures that are upright go to img2dataset's resizer as they are, so that their pixels are those
-    of img2dataset; all others become such pictures first (`sdtrain.images.decode` says how).
+    8-bit RGB images that are upright go to img2dataset's resizer as they are, so that their pixels are those
+    of img2dataset; all others become such images first (`sdtrain.images.decode` says how).
 
     `reencode` says when the bytes that were fetched are kept:
 
     - always: never, as in img2dataset;
-    - if_changed: where the picture is plain, small enough, and in `encode_format` already;
+    - if_changed: where the image is plain, small enough, and in `encode_format` already;
     - never: always, whatever their kind and orientation, as long as they are JPEG, PNG or WebP.
     """
 
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
         self._engine = ResizeEngine(config)
-        # One big picture at a time: each may take gigabytes, and a few at once all of the memory.
+        # One big image at a time: each may take gigabytes, and a few at once all of the memory.
         self._big = threading.Lock()
 
-    def __call__(self, content: bytes) -> StoredPicture:
-        """Makes the stored picture of a fetched body.
+    def __call__(self, content: bytes) -> StoredImage:
+        """Makes the stored image of a fetched body.
 
         Raises:
-            PictureError: why it does not become one.
+            ImageError: why it does not become one.
         """
         try:
             header = read_header(content, self._config.max_pixels)
-            width, height = header.picture.size
+            width, height = header.image.size
             with self._big if width * height > _BIG_PIXELS else nullcontext():
                 return self._make(content, header)
-        except (PictureError, MemoryError):
+        except (ImageError, MemoryError):
             raise
         except Exception as error:
-            # What nobody foresaw of hostile bytes is one lost picture and not a lost shard, but somebody should hear.
-            _log.exception("Unexpected failure of a picture")
-            raise PictureError("not_an_image", f"unexpected {type(error).__name__}") from error
+            # What nobody foresaw of hostile bytes is one lost image and not a lost shard, but somebody should hear.
+            _log.exception("Unexpected failure of an image")
+            raise ImageError("not_an_image", f"unexpected {type(error).__name__}") from error
 
-    def _make(self, content: bytes, header: Header) -> StoredPicture:
+    def _make(self, content: bytes, header: Header) -> StoredImage:
         never = self._config.reencode == "never"
         if never and header.extension is None:
-            raise PictureError("other_format", f"{header.picture.format}, which is not stored as it is")
+            raise ImageError("other_format", f"{header.image.format}, which is not stored as it is")
         may_stay = (
             self._config.reencode == "if_changed" and header.is_plain and header.extension == self._config.encode_format
         )
         pixels = None if header.is_plain else _bgr(header)
         resized = self._engine(content, pixels, may_stay=may_stay, must_stay=never)
         height, width = resized.pixels.shape[:2]
-        return StoredPicture(
+        return StoredImage(
             content=content if resized.content is None else resized.content,
             extension=header.extension if never and header.extension else self._config.encode_format,
             width=width,
@@ -102,4 +102,4 @@ class PictureMaker:
 
 
 def _bgr(header: Header) -> Pixels:
-    return cv2.cvtColor(np.asarray(upright_rgb(header.picture)), cv2.COLOR_RGB2BGR)  # type: ignore[return-value]
+    return cv2.cvtColor(np.asarray(upright_rgb(header.image)), cv2.COLOR_RGB2BGR)  # type: ignore[return-value]

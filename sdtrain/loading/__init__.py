@@ -1,1 +1,1 @@
-"""From latents or packed pictures to batches, in an order that any number of ranks shares."""
+"""From latents or packed images to batches, in an order that any number of ranks shares."""

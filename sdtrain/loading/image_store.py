@@ -1,4 +1,4 @@
-"""Packed pictures as the loader reads them when the VAE runs in the training loop."""
+"""Packed images as the loader reads them when the VAE runs in the training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 from sdtrain.images.crops import chance, cut
-from sdtrain.images.decode import decode_rgb, picture_extension
+from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
 
@@ -28,8 +28,8 @@ _OPEN_SHARDS = 256
 _BEHIND_LAST = 2**16
 
 
-class PictureStore(SampleStore):
-    """The pictures of one packed dataset, cropped anew in each epoch.
+class ImageStore(SampleStore):
+    """The images of one packed dataset, cropped anew in each epoch.
 
     The tables of shards are read when they are first needed. A global shuffle over very many shards reads one nearly
     for every sample; `data.shuffle: blocks` does not.
@@ -49,7 +49,7 @@ class PictureStore(SampleStore):
         self.digest = self._catalogue.digest
         self.counts = self._catalogue.counts().reshape(-1, 1)
         if self.counts.sum() == 0:
-            raise no_pictures(self._folder)
+            raise no_images(self._folder)
         self._ends = np.cumsum(self.counts[:, 0])
         self._table = lru_cache(maxsize=_OPEN_SHARDS)(self._read_table)
 
@@ -57,7 +57,7 @@ class PictureStore(SampleStore):
         return int(self._ends[-1])
 
     def size_number(self, index: int) -> int:
-        """All pictures have one size."""
+        """All images have one size."""
         return 0
 
     def buffer(self, num_samples: int, size: int) -> NDArray[np.uint8]:
@@ -74,8 +74,8 @@ class PictureStore(SampleStore):
                 uid, members = self._members(index)
                 fetched.uids[place], fetched.captions[place] = uid, members["txt"].decode()
                 if rows is not None:
-                    picture = decode_rgb(members[picture_extension(members)])
-                    crop = cut(picture, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[place])))
+                    image = decode_rgb(members[image_extension(members)])
+                    crop = cut(image, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[place])))
                     rows[place] = crop.pixels.transpose(2, 0, 1)
             except (UserError, OSError, KeyError, ValueError, tarfile.TarError, pa.ArrowException) as error:
                 shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -93,7 +93,7 @@ class PictureStore(SampleStore):
         return self.encoder(torch.from_numpy(pixels).to(device)).cpu()
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
-        """A sample's identity and its members, which lie between the pictures before and behind its own."""
+        """A sample's identity and its members, which lie between the images before and behind its own."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard] - self.counts[shard, 0])
         table = self._table(shard)
@@ -121,15 +121,15 @@ class OnlineVae:
         self._name = name
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Moments of (B, 3, H, W) uint8 pictures: (B, 8, h, w) float16, unscaled, as the cache holds them."""
+        """Moments of (B, 3, H, W) uint8 images: (B, 8, h, w) float16, unscaled, as the cache holds them."""
         from sdtrain.encode.vae import posterior_moments, shared_vae
 
         return posterior_moments(shared_vae(self._name, pixels.device), pixels).half()
 
 
-def no_pictures(folder: Path) -> UserError:
+def no_images(folder: Path) -> UserError:
     """The sentence for a dataset that has not been packed."""
-    return UserError(f"There are no packed pictures in {folder}: build the dataset as far as `pack` first.")
+    return UserError(f"There are no packed images in {folder}: build the dataset as far as `pack` first.")
 
 
 def _members_of(key: str, content: bytes) -> dict[str, bytes]:

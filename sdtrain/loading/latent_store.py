@@ -42,11 +42,11 @@ class LatentStore(SampleStore):
         digest: tells one dataset from another (`Catalogue.digest`).
         sizes: height and width of the latents; more than one with aspect-ratio buckets. Samples are numbered size by
             size, and within a size in the order of the shards.
-        num_crops: crops of each picture.
+        num_crops: crops of each image.
 
     Args:
         root: the dataset directory.
-        resolution: side of the pictures that training expects, in pixels.
+        resolution: side of the images that training expects, in pixels.
         verify: compare each tar with its digest in the manifest before anything is read from it.
         open_shards: how many may be open at a time.
     """
@@ -102,7 +102,7 @@ class LatentStore(SampleStore):
     def fetch(
         self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
     ) -> Fetched:
-        """Reads samples; each epoch takes the next of a picture's crops, from a first one that is drawn by lot."""
+        """Reads samples; each epoch takes the next of an image's crops, from a first one that is drawn by lot."""
         fetched = Fetched.blank(len(indices))
         for place, index in enumerate(indices.tolist()):
             try:

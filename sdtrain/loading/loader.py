@@ -61,12 +61,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PixelBatch(MicroBatch):
-    """A batch of pictures: `moments` are (B, 3, H, W) uint8 pixels, until the batch goes to its device."""
+    """A batch of images: `moments` are (B, 3, H, W) uint8 pixels, until the batch goes to its device."""
 
     encoder: OnlineVae
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The batch on `device`, its pictures encoded there."""
+        """The batch on `device`, its images encoded there."""
         there = super().to(device)
         tensors = {name: value for name, value in vars(there).items() if name != "encoder"}
         return MicroBatch(**tensors | {"moments": self.encoder(there.moments)})

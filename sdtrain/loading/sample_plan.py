@@ -23,7 +23,7 @@ class SourcePlan:
     """One dataset of a plan.
 
     Attributes:
-        orders: one for each size of picture in it, in the order in which its samples are numbered.
+        orders: one for each size of image in it, in the order in which its samples are numbered.
         share: of the positions, in proportion to the other sources' shares.
     """
 

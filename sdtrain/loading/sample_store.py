@@ -1,4 +1,4 @@
-"""What the loader asks of a dataset, whether it holds latents or pictures."""
+"""What the loader asks of a dataset, whether it holds latents or images."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class SampleStore(ABC):
             indices: (B,), their numbers.
             epochs: (B,), how often each was seen before, which with the seed decides its crop.
             seed: of the run.
-            rows: part of a `buffer` that takes the latents or pictures; None for captions and identities alone.
+            rows: part of a `buffer` that takes the latents or images; None for captions and identities alone.
         """
 
     @abstractmethod

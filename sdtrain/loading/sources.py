@@ -18,7 +18,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
-from sdtrain.loading.image_store import OnlineVae, PictureStore, no_pictures
+from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
 from sdtrain.loading.interleave import whole_shares
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
 from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
@@ -87,7 +87,7 @@ def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
     if data.online_vae:
         encoder = OnlineVae(config.vae)
         stores: list[SampleStore] = [
-            PictureStore(training_root(s.root, True), data.resolution, encoder) for s in data.all_sources
+            ImageStore(training_root(s.root, True), data.resolution, encoder) for s in data.all_sources
         ]
     else:
         stores = [_open_latents(training_root(s.root), config, scaling_factor) for s in data.all_sources]
@@ -106,15 +106,15 @@ def require_samples(data: DataConfig) -> None:
     """Says so at once where there is nothing to train on.
 
     Raises:
-        UserError: a dataset has no latents, or no pictures with `data.online_vae`.
+        UserError: a dataset has no latents, or no images with `data.online_vae`.
     """
     for source in data.all_sources:
         root = training_root(source.root, data.online_vae)
-        pictures = DatasetDir(root).packed_table(0).parent
+        images = DatasetDir(root).packed_table(0).parent
         if not data.online_vae:
             require_latents(root)
-        elif not any(pictures.glob("[0-9]*.parquet")):
-            raise no_pictures(pictures)
+        elif not any(images.glob("[0-9]*.parquet")):
+            raise no_images(images)
 
 
 def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) -> SamplePlan:

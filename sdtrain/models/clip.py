@@ -1,4 +1,4 @@
-"""CLIP models by open_clip: weights, tokenizer, and how they want their pictures."""
+"""CLIP models by open_clip: weights, tokenizer, and how they want their images."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def embedding_size(model: str) -> int:
 
 
 def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
-    """How the model was shown pictures when it was trained.
+    """How the model was shown images when it was trained.
 
     Published weights say so themselves. For a file, all published weights of the same model are asked; where there are
     none, or where they differ, it is taken for OpenAI's way.
@@ -78,7 +78,7 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
     squash = wanted["resize_mode"] == "squash"
     if len(set(sides)) != 1 or wanted["resize_mode"] not in ("shortest", "squash"):
         raise UserError(
-            f"clip_model: {model} wants pictures of {wanted['size']} pixels by '{wanted['resize_mode']}'; only "
+            f"clip_model: {model} wants images of {wanted['size']} pixels by '{wanted['resize_mode']}'; only "
             "squares by 'shortest' or 'squash' are made here. Choose another model."
         )
     return Preprocess(int(sides[0]), tuple(wanted["mean"]), tuple(wanted["std"]), wanted["interpolation"], squash)

@@ -1,4 +1,4 @@
-"""How a CLIP model is shown pictures."""
+"""How a CLIP model is shown images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a CLIP model wants its pictures; OpenAI's way but for the size, unless told otherwise.
+    """How a CLIP model wants its images; OpenAI's way but for the size, unless told otherwise.
 
     Attributes:
         size_px: side of the square that it sees.
-        mean: of its training pictures' channels, from 0 to 1.
+        mean: of its training images' channels, from 0 to 1.
         std: likewise.
         resample: "bicubic" or "bilinear".
         squash: both sides are brought to `size_px`; else the shorter one, and the centre is cut out.
@@ -44,17 +44,17 @@ class Preprocess:
         return round((width - self.size_px) / 2.0), round((height - self.size_px) / 2.0)
 
 
-def clip_view(picture: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """What CLIP sees of an RGB picture, before normalisation: `size_px` square, resized by Pillow."""
-    size = preprocess.resized_px(*picture.size)
-    resized = picture.resize(size, Image.Resampling[preprocess.resample.upper()])
+def clip_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """What CLIP sees of an RGB image, before normalisation: `size_px` square, resized by Pillow."""
+    size = preprocess.resized_px(*image.size)
+    resized = image.resize(size, Image.Resampling[preprocess.resample.upper()])
     left, top = preprocess.centre(*size)
     return resized.crop((left, top, left + preprocess.size_px, top + preprocess.size_px))
 
 
-def pixels_of(picture: Image.Image) -> Tensor:
-    """An RGB picture as (H, W, 3) uint8."""
-    return torch.from_numpy(np.array(picture))
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB image as (H, W, 3) uint8."""
+    return torch.from_numpy(np.array(image))
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which kept sample goes into which packed shard, and where its picture lies among the downloaded ones."""
+"""Which kept sample goes into which packed shard, and where its image lies among the downloaded ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def short_shards(decisions: Path) -> dict[int, int]:
 
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
-    """The samples of one packed shard in their order: provenance, source shard and place of the picture."""
+    """The samples of one packed shard in their order: provenance, source shard and place of the image."""
     sizes = shard_sizes(dataset, config)
     begin = sum(sizes[:shard])
     return _rows(_plan(dataset, config), begin, begin + sizes[shard])

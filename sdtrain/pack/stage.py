@@ -14,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.config import PackConfig, PictureRecipe
+from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
@@ -22,7 +22,7 @@ from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import SampleIndex, write_samples
-from sdtrain.download.image_shards import PLACE, picture_place
+from sdtrain.download.image_shards import PLACE, image_place
 from sdtrain.errors import UserError
 from sdtrain.loading.shard_index import index_path
 from sdtrain.pack.plan import PROVENANCE, planned, shard_sizes
@@ -30,7 +30,7 @@ from sdtrain.pack.plan import PROVENANCE, planned, shard_sizes
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
 # Far below what a process may have open, and there are far more image shards than any number that could be.
 _OPEN_TARS = 128
-# Of tars that lie on S3: requests at once, and pictures asked for ahead.
+# Of tars that lie on S3: requests at once, and images asked for ahead.
 _THREADS, _AHEAD = 16, 64
 _HEADER_BYTES = 512
 
@@ -49,7 +49,7 @@ class SourceTars:
         self._threads = ThreadPoolExecutor(_THREADS, "pack")
 
     def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Planned rows and their pictures, in the same order.
+        """Planned rows and their images, in the same order.
 
         Raises:
             UserError: a tar is missing, cut short or another one than its table describes.
@@ -69,7 +69,7 @@ class SourceTars:
             self._open.popitem()[1].close()
 
     def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
-        """What gives the bytes of a picture and of the header before it; of a tar on S3 they are on their way."""
+        """What gives the bytes of an image and of the header before it; of a tar on S3 they are on their way."""
         tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
         place = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
         if shard in self._open or tar.exists() or not mirror_of(self._dataset):
@@ -97,13 +97,13 @@ def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]
         content = read()
     except FileNotFoundError as error:
         raise UserError(
-            f"There is no file {place}, whose pictures are to be packed. Run the build again: it makes the shard anew."
+            f"There is no file {place}, whose images are to be packed. Run the build again: it makes the shard anew."
         ) from error
     # The header begins with the name.
     is_named = content.startswith(f"{row['key']}.{row['extension']}".encode() + b"\0")
     if not is_named or len(content) < _HEADER_BYTES + row["picture_bytes"]:
         raise UserError(
-            f"{place} is damaged or cut short: the picture of {row['key']} is not where its table says. "
+            f"{place} is damaged or cut short: the image of {row['key']} is not where its table says. "
             "Delete it and run the build again: it downloads the shard anew."
         )
     return row, content[_HEADER_BYTES:]
@@ -113,7 +113,7 @@ def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardRepo
     """Copies the samples of one packed shard out of the image shards, one after the other, without re-encoding."""
     rows = planned(dataset, config, shard)
     with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
-        samples = ((row["key"], _members(row, picture)) for row, picture in tars.read(rows))
+        samples = ((row["key"], _members(row, image)) for row, image in tars.read(rows))
         written = write_samples(temporary, samples)
     with publish(dataset.packed_table(shard)) as temporary:
         table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
@@ -136,30 +136,30 @@ def write_index(dataset: DatasetDir) -> Path:
     return path
 
 
-def _members(row: dict[str, Any], picture: bytes) -> dict[str, bytes]:
+def _members(row: dict[str, Any], image: bytes) -> dict[str, bytes]:
     provenance = {name: row[name] for name in PROVENANCE}
     return {
-        row["extension"]: picture,
+        row["extension"]: image,
         "txt": (row["caption"] or "").encode(),
         "json": json.dumps(provenance, ensure_ascii=False, sort_keys=True).encode(),
     }
 
 
 def _row(row: dict[str, Any], written: SampleIndex) -> dict[str, Any]:
-    return {"uid": row["uid"], "key": row["key"]} | picture_place(written)
+    return {"uid": row["uid"], "key": row["key"]} | image_place(written)
 
 
-def _shards(dataset: DatasetDir, recipe: PictureRecipe) -> list[int]:
+def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
     return list(range(len(shard_sizes(dataset, recipe.pack))))
 
 
-def _fingerprint(dataset: DatasetDir, recipe: PictureRecipe, shard: int) -> str:
+def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     keep = require_entry(dataset, "keep", 0)
     # keep's own fingerprint holds the digests of the image shards: the same decisions may be about other bytes.
     return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
 
 
-def _run(dataset: DatasetDir, recipe: PictureRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     _delete_beyond(dataset, len(_shards(dataset, recipe)))
     for shard in shards:
         yield pack_shard(dataset, recipe.pack, shard)
@@ -177,4 +177,4 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
             discard(dataset, entry)
 
 
-PACK: Stage[PictureRecipe] = Stage("pack", _shards, _fingerprint, _run)
+PACK: Stage[ImageRecipe] = Stage("pack", _shards, _fingerprint, _run)

@@ -42,9 +42,9 @@ class DatasetJob:
 
     Attributes:
         recipe: its name.
-        image_px: side at which pictures are stored.
+        image_px: side at which images are stored.
         resolution: of the latents, in px.
-        num_crops: latents of each picture.
+        num_crops: latents of each image.
         num_rows: rows selected; None: what is known of the recipe.
     """
 
@@ -62,7 +62,7 @@ class Line:
     Attributes:
         part: dataset or run.
         stage: of it.
-        num: rows or pictures that go in.
+        num: rows or images that go in.
         disk_bytes: that it leaves.
         hours: by the clock, on all machines.
         gpu_hours, core_hours: of work.
@@ -105,15 +105,15 @@ class Planner:
         known_metadata = self._rates.get(f"metadata_{job.recipe}")
         metadata = known_metadata.value if known_metadata else rows
         table = rows * rate("metadata_row_bytes")
-        pictures = rows * (1 - rate("link_rot"))
-        kept = pictures * rate("kept_share")
+        images = rows * (1 - rate("link_rot"))
+        kept = images * rate("kept_share")
         picture_bytes = rate(_nearest_size(job.image_px))
         latents = kept * job.num_crops
         return [
             self._on_cores(job.recipe, "select", metadata, table, "select_rows"),
-            self._on_cores(job.recipe, "download", rows, pictures * picture_bytes, "download_pictures"),
-            self._on_gpus(job.recipe, "score", pictures, pictures * rate("score_row_bytes"), "score_pictures"),
-            self._on_one(job.recipe, "dedup", pictures, "dedup_pictures"),
+            self._on_cores(job.recipe, "download", rows, images * picture_bytes, "download_pictures"),
+            self._on_gpus(job.recipe, "score", images, images * rate("score_row_bytes"), "score_pictures"),
+            self._on_one(job.recipe, "dedup", images, "dedup_pictures"),
             self._on_cores(job.recipe, "pack", kept, kept * picture_bytes, "pack_pictures"),
             self._on_gpus(job.recipe, "encode", latents, latents * latent_bytes(job.resolution), "encode_pictures"),
         ]  # fmt: skip

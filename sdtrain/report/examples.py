@@ -1,4 +1,4 @@
-"""Example pictures of what was kept, of what each rule dropped, of what lies near its limit, and of copies."""
+"""Example images of what was kept, of what each rule dropped, of what lies near its limit, and of copies."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ MAX_CHARS = 160
 # Of billions of rows, the first are enough to find examples among.
 ROWS_TO_CHOOSE_FROM = 100_000
 
-FindPicture = Callable[[str], Path | None]
+FindImage = Callable[[str], Path | None]
 _JOINED = "decisions d JOIN selection s USING (uid) JOIN images i USING (uid) LEFT JOIN scores c USING (uid)"
 _PLACE = "d.key, d.shard, i.picture_offset, i.picture_bytes"
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture on the page."""
+    """One image on the page."""
 
     thumbnail: Path
     text: str
@@ -39,12 +39,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Some examples that belong together: thumbnails where there are pictures, else lines of text."""
+    """Some examples that belong together: thumbnails where there are images, else lines of text."""
 
     title: str
     fate: Literal["kept", "dropped", "border", "copies"]
     rows: list[list[Shown]] = field(default_factory=list)
-    """Pictures; more than one row where what is beside each other is to be compared."""
+    """Images; more than one row where what is beside each other is to be compared."""
     lines: list[str] = field(default_factory=list)
 
 
@@ -70,23 +70,23 @@ class Border:
 def galleries(
     connection: duckdb.DuckDBPyConnection,
     dataset: DatasetDir,
-    pictures: Path,
-    find_picture: FindPicture | None,
+    images: Path,
+    find_image: FindImage | None,
     borders: Iterable[Border] = (),
 ) -> list[Gallery]:
-    """Galleries of kept samples, of each rule's limit, of each reason against a picture, and of copies.
+    """Galleries of kept samples, of each rule's limit, of each reason against an image, and of copies.
 
     Args:
         connection: open on the dataset's views.
         dataset: where the image shards lie.
-        pictures: folder for the thumbnails.
-        find_picture: a local file for a URL that was never fetched; None shows such rows as text.
+        images: folder for the thumbnails.
+        find_image: a local file for a URL that was never fetched; None shows such rows as text.
         borders: the limits of the recipe's rules.
     """
-    thumbnails = Thumbnails(dataset, pictures)
+    thumbnails = Thumbnails(dataset, images)
     found = [_kept(connection, thumbnails)]
     found += [_border(connection, thumbnails, border) for border in borders]
-    found.append(_never_fetched(connection, RemovedRows(read_ledger(dataset.removed)), pictures, find_picture))
+    found.append(_never_fetched(connection, RemovedRows(read_ledger(dataset.removed)), images, find_image))
     reasons = connection.execute("SELECT reason, count(*) FROM drops GROUP BY reason ORDER BY reason").fetchall()
     found += [_dropped(connection, thumbnails, reason, count) for reason, count in reasons]
     found.append(_copies(connection, thumbnails))
@@ -144,7 +144,7 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
 
 
 def _never_fetched(
-    connection: duckdb.DuckDBPyConnection, removed: RemovedRows, pictures: Path, find_picture: FindPicture | None
+    connection: duckdb.DuckDBPyConnection, removed: RemovedRows, images: Path, find_image: FindImage | None
 ) -> Gallery:
     """Rows that the selection left out, with the figures that it went by; not those that were taken out for good."""
     rows = connection.execute(
@@ -157,12 +157,12 @@ def _never_fetched(
     for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(shown_rows):
         scores = f"aesthetic {_figure(aesthetic)}, watermark {_figure(pwatermark)}"
         figures = f"{scores}, {width}x{height}: {_cut(caption)}"
-        path = find_picture(url) if find_picture else None
+        path = find_image(url) if find_image else None
         if path is None:
             lines.append(f"{_cut(without_secrets(url or ''))}  {figures}")
         else:
-            picture: Image.Image = decode_rgb(path.read_bytes())
-            thumbnail = save_thumbnail(picture, pictures / f"never-fetched-{number:02d}.jpg")
+            image: Image.Image = decode_rgb(path.read_bytes())
+            thumbnail = save_thumbnail(image, images / f"never-fetched-{number:02d}.jpg")
             shown.append(Shown(thumbnail, figures, kept=False))
     return Gallery("Dropped by the metadata alone, never fetched", "dropped", [shown], lines[:4])
 
@@ -195,12 +195,12 @@ def _figure(value: float | None) -> str:
 
 
 def _shown(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
-    """The pictures of rows that begin with their place and end with a text; those without a picture are left out."""
+    """The images of rows that begin with their place and end with a text; those without an image are left out."""
     found = ((thumbnails.make(*place), text) for *place, text in rows)
     return [Shown(thumbnail, _cut(text), kept) for thumbnail, text in found if thumbnail]
 
 
 def _cut(text: str | None) -> str:
-    """The beginning of what may be long: a page of text as a caption, a whole picture as a data: URL."""
+    """The beginning of what may be long: a page of text as a caption, a whole image as a data: URL."""
     known = text or ""
     return known if len(known) <= MAX_CHARS else f"{known[: MAX_CHARS - 1]}…"

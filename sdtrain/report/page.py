@@ -15,7 +15,7 @@ import jinja2
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
-from sdtrain.report.examples import Border, FindPicture, Gallery, galleries
+from sdtrain.report.examples import Border, FindImage, Gallery, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.score_pairs import draw_pairs
 from sdtrain.report.training import draw_training
@@ -29,19 +29,19 @@ MAX_VALUES = 200_000
 class SampleSection:
     """The grid of samples and what a checker says of it."""
 
-    picture: Path
+    image: Path
     text: str
     table: list[tuple[str, str, int, float, float]] = field(default_factory=list)
-    """(model, prompts, number of pictures, share of right colours, share of right shapes)."""
+    """(model, prompts, number of images, share of right colours, share of right shapes)."""
 
 
 @dataclass(frozen=True)
-class PictureSection:
-    """A section that is one picture, with what to know of it."""
+class ImageSection:
+    """A section that is one image, with what to know of it."""
 
     title: str
     text: str
-    picture: Path
+    image: Path
     lines: Sequence[str] = ()
 
 
@@ -56,11 +56,11 @@ class Report:
     """The recipe's rules, for the lines in the histograms."""
     training: RunDir | None = None
     samples: SampleSection | None = None
-    sections: Sequence[PictureSection] = ()
+    sections: Sequence[ImageSection] = ()
     """Shown after samples and training."""
     card: Path | None = None
     """The model's card, to which the page links."""
-    find_picture: FindPicture | None = None
+    find_image: FindImage | None = None
     """A local file for a URL that was never fetched, where there is one."""
     borders: Sequence[Border] = ()
     """The limits near which examples are to be shown."""
@@ -71,16 +71,16 @@ class Report:
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Writes `path` and, beside it, a folder `pictures` with the diagrams and examples it shows.
+    """Writes `path` and, beside it, a folder `images` with the diagrams and examples it shows.
 
     Raises:
         UserError: the dataset has no views or no decisions yet.
     """
     if not report.dataset.database.exists():
         raise UserError(f"There is no {report.dataset.database}; run the build, or `sdtrain views`, first.")
-    pictures = path.parent / "pictures"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir(parents=True)
+    images = path.parent / "images"
+    shutil.rmtree(images, ignore_errors=True)
+    images.mkdir(parents=True)
     with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
         report.prepare(connection)
         funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
@@ -92,17 +92,17 @@ def write_report(report: Report, path: Path) -> Path:
             "facts": _facts(funnel, connection),
             "funnel": funnel,
             "remarks": [row[0] for row in connection.execute("FROM remarks").fetchall()],
-            "funnel_picture": _draw_funnel(funnel, pictures),
-            "histograms": _draw_histograms(connection, report.limits, pictures),
-            "galleries": _relative(_galleries(connection, report, pictures), path.parent),
-            "pairs": draw_pairs(connection, report.limits, pictures),
+            "funnel_image": _draw_funnel(funnel, images),
+            "histograms": _draw_histograms(connection, report.limits, images),
+            "galleries": _relative(_galleries(connection, report, images), path.parent),
+            "pairs": draw_pairs(connection, report.limits, images),
             "scores_note": report.scores_note,
             "database": report.dataset.database.name,
         }
-    context["training"] = draw_training(report.training, pictures) if report.training else None
-    context["samples"] = _place_samples(report.samples, pictures) if report.samples else None
+    context["training"] = draw_training(report.training, images) if report.training else None
+    context["samples"] = _place_samples(report.samples, images) if report.samples else None
     context["card"] = os.path.relpath(report.card, path.parent) if report.card else None
-    context["sections"] = [_place_section(section, pictures) for section in report.sections]
+    context["sections"] = [_place_section(section, images) for section in report.sections]
     page = _template().render(context)
     with publish(path) as temporary:
         temporary.write_text(page)
@@ -118,12 +118,12 @@ def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection)
     return [(name, f"{count:,}") for name, count in counts]
 
 
-def _draw_funnel(funnel: list[tuple[Any, ...]], pictures: Path) -> str:
-    plot_funnel([(f"{row[0]}: {row[1] or row[2]}", row[3], row[4]) for row in funnel], pictures / "funnel.png")
-    return "pictures/funnel.png"
+def _draw_funnel(funnel: list[tuple[Any, ...]], images: Path) -> str:
+    plot_funnel([(f"{row[0]}: {row[1] or row[2]}", row[3], row[4]) for row in funnel], images / "funnel.png")
+    return "images/funnel.png"
 
 
-def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[str]:
+def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[str]:
     """A histogram for each score that the metadata has: all of its rows behind, the kept ones in front."""
     drawn = []
     scores = (("aesthetic", "min_aesthetic", "aesthetic score (V2)"), ("pwatermark", "max_watermark", "P(watermark)"))
@@ -131,13 +131,13 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
         groups = {view: _column(connection, view, column) for view in ("metadata", "kept")}
         if not any(groups.values()):
             continue
-        plot_histogram(groups, limits.get(rule), label, pictures / f"{column}.png")
-        drawn.append(f"pictures/{column}.png")
+        plot_histogram(groups, limits.get(rule), label, images / f"{column}.png")
+        drawn.append(f"images/{column}.png")
     return drawn
 
 
-def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, pictures: Path) -> list[Gallery]:
-    return galleries(connection, report.dataset, pictures, report.find_picture, report.borders)
+def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, images: Path) -> list[Gallery]:
+    return galleries(connection, report.dataset, images, report.find_image, report.borders)
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
@@ -148,15 +148,15 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
     return [row[0] for row in sampled.fetchall()]
 
 
-def _place_samples(samples: SampleSection, pictures: Path) -> dict[str, Any]:
-    shutil.copyfile(samples.picture, pictures / "samples.png")
-    return {"picture": "pictures/samples.png", "text": samples.text, "table": samples.table}
+def _place_samples(samples: SampleSection, images: Path) -> dict[str, Any]:
+    shutil.copyfile(samples.image, images / "samples.png")
+    return {"image": "images/samples.png", "text": samples.text, "table": samples.table}
 
 
-def _place_section(section: PictureSection, pictures: Path) -> dict[str, Any]:
-    shutil.copyfile(section.picture, pictures / section.picture.name)
+def _place_section(section: ImageSection, images: Path) -> dict[str, Any]:
+    shutil.copyfile(section.image, images / section.image.name)
     shown = {"title": section.title, "text": section.text, "lines": section.lines}
-    return shown | {"picture": f"pictures/{section.picture.name}"}
+    return shown | {"image": f"images/{section.image.name}"}
 
 
 def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:

@@ -56,13 +56,13 @@ def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | Non
     if threshold is not None:
         axes.axvline(threshold, color=DROPPED, linewidth=1.5, linestyle="--", label=f"limit {threshold:g}")
     axes.set_xlabel(label)
-    axes.set_ylabel("pictures")
+    axes.set_ylabel("images")
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
 def plot_pairs(pairs: Sequence[tuple[float, float]], limit: float | None, label: str, path: Path) -> None:
-    """The metadata's scores against ours, a point a picture; on the gray line they are equal.
+    """The metadata's scores against ours, a point an image; on the gray line they are equal.
 
     Args:
         pairs: (metadata's, ours).

@@ -1,4 +1,4 @@
-"""LAION's scores beside ours: how far they agree, and on which side of the recipe's limit each puts a picture."""
+"""LAION's scores beside ours: how far they agree, and on which side of the recipe's limit each puts an image."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ _SCORES = (
 )
 
 
-def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], pictures: Path) -> list[dict[str, str]]:
+def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[dict[str, str]]:
     """A diagram and a sentence for each score that both have; older views know fewer scores, or none.
 
     Args:
         connection: to a dataset's views.
         limits: the recipe's, by the rule's name.
-        pictures: the folder for the diagrams.
+        images: the folder for the diagrams.
     """
     known = connection.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = 'score_pairs'").fetchall()
     drawn = []
     for column, rule, label in _SCORES:
         if (f"{column}_metadata",) not in known:
             continue
-        both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_picture IS NOT NULL"
+        both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_image IS NOT NULL"
         limit = limits.get(rule)
         figures = _figures(connection, column, both, limit)
         if not figures["num"]:
             continue
         pairs = connection.execute(
-            f"SELECT {column}_metadata, {column}_picture FROM (SELECT * {both}) "  # noqa: S608 - names are from here
+            f"SELECT {column}_metadata, {column}_image FROM (SELECT * {both}) "  # noqa: S608 - names are from here
             f"USING SAMPLE reservoir({MAX_POINTS} ROWS) REPEATABLE (1)"
         ).fetchall()
-        plot_pairs(pairs, limit, label, pictures / f"{column}_pairs.png")
-        drawn.append({"picture": f"pictures/{column}_pairs.png", "text": _sentence(label, figures, limit)})
+        plot_pairs(pairs, limit, label, images / f"{column}_pairs.png")
+        drawn.append({"image": f"images/{column}_pairs.png", "text": _sentence(label, figures, limit)})
     return drawn
 
 
 def _figures(connection: duckdb.DuckDBPyConnection, column: str, both: str, limit: float | None) -> dict[str, Any]:
-    metadata, picture = f"{column}_metadata", f"{column}_picture"
+    metadata, image = f"{column}_metadata", f"{column}_image"
     names = ("num", "correlation", "difference", "same_side")
     row = connection.execute(
-        f"SELECT count(*), corr({metadata}, {picture}), avg({picture} - {metadata}), "
-        f"avg((({metadata} > $limit) = ({picture} > $limit))::INTEGER) {both}",
+        f"SELECT count(*), corr({metadata}, {image}), avg({image} - {metadata}), "
+        f"avg((({metadata} > $limit) = ({image} > $limit))::INTEGER) {both}",
         {"limit": limit},
     ).fetchone()
     return dict(zip(names, row or (0, None, None, None), strict=True))
 
 
 def _sentence(label: str, figures: dict[str, Any], limit: float | None) -> str:
-    said = f"{label}: {figures['num']:,} pictures, ours {figures['difference']:+.3g} on average"
+    said = f"{label}: {figures['num']:,} images, ours {figures['difference']:+.3g} on average"
     correlation = figures["correlation"]
     if correlation is not None and math.isfinite(correlation):  # one value only has none
         said += f", correlation {correlation:.3f}"

@@ -1,4 +1,4 @@
-"""Small copies of downloaded pictures."""
+"""Small copies of downloaded images."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ THUMBNAIL_PX = 160
 
 
 class Thumbnails:
-    """Makes the thumbnails of a report; a picture that is shown twice is made once.
+    """Makes the thumbnails of a report; an image that is shown twice is made once.
 
     Args:
-        dataset: where the pictures are.
+        dataset: where the images are.
         folder: where the thumbnails go.
     """
 
@@ -25,7 +25,7 @@ class Thumbnails:
         self._dataset, self._folder = dataset, folder
 
     def make(self, key: str, shard: int, offset: int | None, num_bytes: int | None) -> Path | None:
-        """The thumbnail of one downloaded picture; None if it was never fetched or is damaged."""
+        """The thumbnail of one downloaded image; None if it was never fetched or is damaged."""
         path = self._folder / f"{key}.jpg"
         if path.exists():
             return path
@@ -38,8 +38,8 @@ class Thumbnails:
             return None
 
 
-def save_thumbnail(picture: Image.Image, path: Path) -> Path:
-    """Writes a picture, made small, as JPEG."""
-    picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    picture.save(path, quality=85)
+def save_thumbnail(image: Image.Image, path: Path) -> Path:
+    """Writes an image, made small, as JPEG."""
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    image.save(path, quality=85)
     return path

@@ -23,7 +23,7 @@ class Training:
         text: its last figures.
         curve: the loss against the step.
         by_timestep: validation loss against the timestep; None without validation.
-        previews: (picture, step), in the order of the steps.
+        previews: (image, step), in the order of the steps.
     """
 
     text: str
@@ -32,25 +32,25 @@ class Training:
     previews: list[tuple[str, int]]
 
 
-def draw_training(run: RunDir, pictures: Path) -> Training | None:
-    """Draws into the folder `pictures` beside the page; None for a run that has logged nothing yet."""
+def draw_training(run: RunDir, images: Path) -> Training | None:
+    """Draws into the folder `images` beside the page; None for a run that has logged nothing yet."""
     rows = run.log.rows()
     if not rows:
         return None
     validation = _validation(run)
     means = [(step, sum(losses.values()) / len(losses)) for step, losses in validation.items()]
-    plot_loss([(int(row["step"]), float(row["loss"])) for row in rows], means, pictures / "loss.png")
+    plot_loss([(int(row["step"]), float(row["loss"])) for row in rows], means, images / "loss.png")
     if validation:
         steps = _evenly(list(validation), 4)
-        plot_timesteps({step: validation[step] for step in steps}, pictures / "timesteps.png")
+        plot_timesteps({step: validation[step] for step in steps}, images / "timesteps.png")
     rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
     held_out = f"; loss on held-out samples {means[-1][1]:.3f}" if means else ""
     return Training(
         text=f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}{held_out}; "
         f"{rate:,.0f} images/s.",
-        curve="pictures/loss.png",
-        by_timestep="pictures/timesteps.png" if validation else None,
-        previews=_previews(run, pictures),
+        curve="images/loss.png",
+        by_timestep="images/timesteps.png" if validation else None,
+        previews=_previews(run, images),
     )
 
 
@@ -63,12 +63,12 @@ def _validation(run: RunDir) -> dict[int, dict[int, float]]:
     return dict(found)
 
 
-def _previews(run: RunDir, pictures: Path) -> list[tuple[str, int]]:
+def _previews(run: RunDir, images: Path) -> list[tuple[str, int]]:
     """Some of the sheets, the first and the last among them."""
     shown = []
     for sheet in _evenly(sorted(run.previews.glob("step-*.png")), _MAX_PREVIEWS):
-        shutil.copyfile(sheet, pictures / f"preview-{sheet.name}")
-        shown.append((f"pictures/preview-{sheet.name}", int(sheet.stem.removeprefix("step-"))))
+        shutil.copyfile(sheet, images / f"preview-{sheet.name}")
+        shown.append((f"images/preview-{sheet.name}", int(sheet.stem.removeprefix("step-"))))
     return shown
 
 

@@ -1,1 +1,1 @@
-"""From prompts to pictures in a folder."""
+"""From prompts to images in a folder."""

@@ -1,4 +1,4 @@
-"""Pictures for many prompts, on all devices of a machine, with what made them written into each."""
+"""Images for many prompts, on all devices of a machine, with what made them written into each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from sdtrain.sampling.sampler import Sampler, SampleSettings
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to make."""
+    """One image to make."""
 
     prompt: str
     seed: int
@@ -64,13 +64,13 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
-    """Pictures for each prompt in turn; every picture has a seed of its own, counted up from `seed`."""
+    """Images for each prompt in turn; every image has a seed of its own, counted up from `seed`."""
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
 
 
 def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
-    """The jobs in batches. They are cut before they are dealt out, so that a picture is the same whoever draws it."""
+    """The jobs in batches. They are cut before they are dealt out, so that an image is the same whoever draws it."""
     size = settings.batch_size
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
@@ -117,7 +117,7 @@ def all_devices(num_processes: int | None = None) -> list[str]:
 def draw(
     model: Model, jobs: Sequence[Job], settings: SampleSettings, devices: Sequence[str]
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """The pictures in the order of the jobs, each as soon as it and those before it are there.
+    """The images in the order of the jobs, each as soon as it and those before it are there.
 
     Raises:
         UserError: no such model, or a model that gives no finite numbers.
@@ -144,8 +144,8 @@ def draw_batches(
     with ProcessPoolExecutor(len(devices), context, _begin, (model, free, threads)) as pool:
         try:
             results = pool.map(_sample_here, batches, [settings] * len(batches))
-            for batch, pictures in zip(batches, results, strict=True):
-                yield from zip(batch, pictures, strict=True)
+            for batch, images in zip(batches, results, strict=True):
+                yield from zip(batch, images, strict=True)
         except BrokenProcessPool as error:
             raise UserError(
                 "A process that draws was ended from outside. Is there too little memory? Lower --batch-size."
@@ -155,16 +155,16 @@ def draw_batches(
 
 
 def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, Any]:
-    """How a picture is made."""
+    """How an image is made."""
     made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
     made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
     return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
 
 
-def save_picture(
+def save_image(
     path: Path,
-    picture: Image.Image,
+    image: Image.Image,
     job: Job,
     model: Model,
     settings: SampleSettings,
@@ -175,7 +175,7 @@ def save_picture(
     text = PngInfo()
     text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
     with publish(path) as temporary:
-        picture.save(temporary, "PNG", pnginfo=text)
+        image.save(temporary, "PNG", pnginfo=text)
 
 
 def _load(model: Model, device: str) -> Sampler:

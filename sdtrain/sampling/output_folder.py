@@ -1,4 +1,4 @@
-"""Pictures in a folder: each says what made it, and what is there need not be drawn again."""
+"""Images in a folder: each says what made it, and what is there need not be drawn again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from sdtrain.dataset.files import publish
-from sdtrain.sampling.batch import Job, Model, description, save_picture
+from sdtrain.sampling.batch import Job, Model, description, save_image
 from sdtrain.sampling.safety import Flagged
 from sdtrain.sampling.sampler import SampleSettings, make_grid
 
@@ -27,11 +27,11 @@ class Album:
     """The folder.
 
     Attributes:
-        folder: where the pictures are, each named by its seed.
+        folder: where the images are, each named by its seed.
         model: what they are drawn with.
         settings: how.
         judge: name of the safety checker that sees them first, if one does.
-        flagged: what becomes of those that it flags: a black picture, or a note beside where the picture would be.
+        flagged: what becomes of those that it flags: a black image, or a note beside where the image would be.
     """
 
     folder: Path
@@ -41,11 +41,11 @@ class Album:
     flagged: Flagged = "black"
 
     def path(self, job: Job) -> Path:
-        """Where a job's picture is, or will be."""
+        """Where a job's image is, or will be."""
         return self.folder / f"{job.seed:05d}.png"
 
     def has(self, job: Job) -> bool:
-        """Whether the picture is there, is younger than the model, and says that it was made and judged as now."""
+        """Whether the image is there, is younger than the model, and says that it was made and judged as now."""
         wanted = description(job, self.model, self.settings)
         if self._made(self._refusal(job)) == wanted | self._judged(True):
             return self.flagged == "refuse"
@@ -53,14 +53,14 @@ class Album:
         return made == wanted | self._judged(False) or (self.flagged == "black" and made == wanted | self._judged(True))
 
     def _made(self, path: Path) -> dict[str, Any] | None:
-        """What a picture or a note says of itself; None if there is none, or if it is older than the model."""
+        """What an image or a note says of itself; None if there is none, or if it is older than the model."""
         try:
             if path.stat().st_mtime < self._model_changed:
                 return None
             if path.suffix == ".json":
                 return dict(json.loads(path.read_text()))
-            with Image.open(path) as picture:
-                return dict(json.loads(picture.text["sdtrain"]))  # type: ignore[attr-defined]
+            with Image.open(path) as image:
+                return dict(json.loads(image.text["sdtrain"]))  # type: ignore[attr-defined]
         except (OSError, KeyError, ValueError, AttributeError, TypeError):
             return None
 
@@ -74,13 +74,13 @@ class Album:
         files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
         return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
-    def save(self, job: Job, picture: Image.Image, flagged: bool = False) -> None:
-        """Writes a job's picture."""
+    def save(self, job: Job, image: Image.Image, flagged: bool = False) -> None:
+        """Writes a job's image."""
         self._refusal(job).unlink(missing_ok=True)
-        save_picture(self.path(job), picture, job, self.model, self.settings, self._judged(flagged))
+        save_image(self.path(job), image, job, self.model, self.settings, self._judged(flagged))
 
     def refuse(self, job: Job) -> None:
-        """Notes that a job's picture was drawn and is not to be shown; one that an earlier run left is deleted."""
+        """Notes that a job's image was drawn and is not to be shown; one that an earlier run left is deleted."""
         self.path(job).unlink(missing_ok=True)
         with publish(self._refusal(job)) as temporary:
             temporary.write_text(json.dumps(description(job, self.model, self.settings) | self._judged(True)) + "\n")
@@ -89,35 +89,35 @@ class Album:
         return ({"safety_checker": self.judge} if self.judge else {}) | ({"flagged": True} if flagged else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
-        """The batches of which a picture is missing: whole ones, so that all pictures are those of one run."""
+        """The batches of which an image is missing: whole ones, so that all images are those of one run."""
         return [batch for batch in batches if not all(self.has(job) for job in batch)]
 
     def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
-        """All pictures that are there, row by row.
+        """All images that are there, row by row.
 
         Raises:
             UserError: there is none.
         """
-        pictures = []
+        images = []
         for job in jobs:
             if self.path(job).exists():  # a refused one is not
-                with Image.open(self.path(job)) as picture:
-                    pictures.append(picture.convert("RGB"))
+                with Image.open(self.path(job)) as image:
+                    images.append(image.convert("RGB"))
         with publish(self.folder / SHEET) as temporary:
-            make_grid(pictures, columns).save(temporary, "PNG")
+            make_grid(images, columns).save(temporary, "PNG")
         return self.folder / SHEET
 
 
 class Writer:
-    """Writes pictures in threads, because compressing one takes about as long as drawing a good part of it on a GPU."""
+    """Writes images in threads, because compressing one takes about as long as drawing a good part of it on a GPU."""
 
     def __init__(self, album: Album):
         self._album, self._pool = album, ThreadPoolExecutor(_NUM_THREADS)
         self._waiting: list[Future[None]] = []
 
-    def save(self, job: Job, picture: Image.Image, flagged: bool) -> Path:
+    def save(self, job: Job, image: Image.Image, flagged: bool) -> Path:
         """Begins to write; waits where too many are waiting. An error of an earlier one is raised here."""
-        self._waiting.append(self._pool.submit(self._album.save, job, picture, flagged))
+        self._waiting.append(self._pool.submit(self._album.save, job, image, flagged))
         while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()
         return self._album.path(job)

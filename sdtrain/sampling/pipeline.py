@@ -1,4 +1,4 @@
-"""The networks that make pictures, loaded from a run, a diffusers folder or a CompVis file."""
+"""The networks that make images, loaded from a run, a diffusers folder or a CompVis file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdtrain.models.build import prepare_for
 
 @dataclass(frozen=True)
 class Networks:
-    """What a picture is made with.
+    """What an image is made with.
 
     Attributes:
         unet: the noise predictor: (latents, timesteps, context) -> an output whose `sample` is the prediction.

@@ -1,4 +1,4 @@
-"""The safety checker that published SD v1 comes with, or another judge of pictures."""
+"""The safety checker that published SD v1 comes with, or another judge of images."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from sdtrain.models.build import find_weights
 from sdtrain.sampling.batch import Job
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
-"""Pictures -> which of them are not to be shown."""
+"""Images -> which of them are not to be shown."""
 Flagged = Literal["black", "refuse"]
 """What becomes of those that are not to be shown."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A picture and what the judge said.
+    """An image and what the judge said.
 
     Attributes:
         job: what was drawn.
-        picture: black, or None, where it is not to be shown.
+        image: black, or None, where it is not to be shown.
         flagged: whether that is so.
     """
 
     job: Job
-    picture: Image.Image | None
+    image: Image.Image | None
     flagged: bool = False
 
 
 def judged(
     drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Flagged = "black"
 ) -> Iterator[Judged]:
-    """Every picture, one judged at a time, so that the verdict does not depend on the others.
+    """Every image, one judged at a time, so that the verdict does not depend on the others.
 
     Args:
         drawn: what `draw` gives.
         judge: None lets all of them pass.
-        flagged: what becomes of those that are not to be shown: a black picture of the same size, or none.
+        flagged: what becomes of those that are not to be shown: a black image of the same size, or none.
     """
-    for job, picture in drawn:
-        if judge is None or not judge([picture])[0]:
-            yield Judged(job, picture)
+    for job, image in drawn:
+        if judge is None or not judge([image])[0]:
+            yield Judged(job, image)
         else:
-            yield Judged(job, Image.new("RGB", picture.size) if flagged == "black" else None, True)
+            yield Judged(job, Image.new("RGB", image.size) if flagged == "black" else None, True)
 
 
 def load_safety_checker(name: str, device: str = "cpu") -> Judge:
@@ -97,8 +97,8 @@ class _SafetyChecker:
         self._network, self._processor = network, processor
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> Sequence[bool]:
-        pixels = self._processor(list(pictures), return_tensors="pt").pixel_values.to(self._network.device)
+    def __call__(self, images: Sequence[Image.Image]) -> Sequence[bool]:
+        pixels = self._processor(list(images), return_tensors="pt").pixel_values.to(self._network.device)
         # It blackens what it is given as `images`; the flags are enough here.
-        _, flags = self._network(clip_input=pixels, images=[torch.zeros(1) for _ in pictures])
+        _, flags = self._network(clip_input=pixels, images=[torch.zeros(1) for _ in images])
         return [bool(flag) for flag in flags]

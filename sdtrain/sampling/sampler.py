@@ -1,4 +1,4 @@
-"""From prompts to pictures, with classifier-free guidance."""
+"""From prompts to images, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _DECODED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are sampled; by default as SD v1's samples were.
+    """How images are sampled; by default as SD v1's samples were.
 
     Attributes:
         guidance_scale: 1 is no guidance, and skips the unconditional half.
         num_steps: of the sampler; PLMS calls the UNet once more than that.
         sampler: by name; None takes the one that fits the model.
-        batch_size: pictures at once.
+        batch_size: images at once.
 
     Raises:
         UserError: a number that cannot be.
@@ -47,7 +47,7 @@ class SampleSettings:
 
 
 class Sampler:
-    """Makes pictures of prompts.
+    """Makes images of prompts.
 
     Args:
         networks: loaded from a folder by `load_networks`, or those of a training run.
@@ -62,9 +62,9 @@ class Sampler:
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings | None = None
     ) -> list[Image.Image]:
-        """One picture for each prompt and its seed.
+        """One image for each prompt and its seed.
 
-        A picture's initial noise comes from its own seed, whatever else is in its batch.
+        An image's initial noise comes from its own seed, whatever else is in its batch.
 
         Raises:
             UserError: prompts and seeds differ in number, or the model gives no finite numbers.
@@ -72,11 +72,11 @@ class Sampler:
         settings = settings or SampleSettings()
         if len(prompts) != len(seeds):
             raise UserError(f"There are {len(prompts)} prompts and {len(seeds)} seeds; give one seed for each prompt.")
-        pictures: list[Image.Image] = []
+        images: list[Image.Image] = []
         for first in range(0, len(prompts), settings.batch_size):
             part = slice(first, first + settings.batch_size)
-            pictures += self._batch(prompts[part], seeds[part], settings)
-        return pictures
+            images += self._batch(prompts[part], seeds[part], settings)
+        return images
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
         missing = 0
@@ -111,7 +111,7 @@ class Sampler:
             latents = scheduler.step(predicted, timestep, latents).prev_sample
         if not torch.isfinite(latents).all():
             raise UserError(
-                f"The model in {self._networks.source} gives numbers that are not finite, so there is no picture. "
+                f"The model in {self._networks.source} gives numbers that are not finite, so there is no image. "
                 "Export an earlier checkpoint."
             )
         return latents
@@ -121,31 +121,31 @@ class Sampler:
         return self._networks.text_encoder(token_ids).last_hidden_state
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae, pictures = self._networks.vae, list[Image.Image]()
+        vae, images = self._networks.vae, list[Image.Image]()
         for part in latents.split(_DECODED_AT_ONCE):
             pixels = vae.decode(part / vae.config.scaling_factor).sample
             if not pixels.isfinite().all():
                 raise UserError(
-                    f"The VAE of {self._networks.source} gives pictures that are not finite; its weights are damaged."
+                    f"The VAE of {self._networks.source} gives images that are not finite; its weights are damaged."
                 )
             rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            pictures += [Image.fromarray(picture) for picture in rounded]
-        return pictures
+            images += [Image.fromarray(image) for image in rounded]
+        return images
 
 
-def make_grid(pictures: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
-    """Pictures of one size on a white sheet, row by row; nearly square by default.
+def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
+    """Images of one size on a white sheet, row by row; nearly square by default.
 
     Raises:
-        UserError: no pictures.
+        UserError: no images.
     """
-    if not pictures:
-        raise UserError("There are no pictures to put on a sheet.")
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].width + gap_px, pictures[0].height + gap_px
-    rows = math.ceil(len(pictures) / columns)
+    if not images:
+        raise UserError("There are no images to put on a sheet.")
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    width, height = images[0].width + gap_px, images[0].height + gap_px
+    rows = math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * width + gap_px, rows * height + gap_px), "white")
-    for place, picture in enumerate(pictures):
+    for place, image in enumerate(images):
         row, column = divmod(place, columns)
-        sheet.paste(picture, (gap_px + column * width, gap_px + row * height))
+        sheet.paste(image, (gap_px + column * width, gap_px + row * height))
     return sheet

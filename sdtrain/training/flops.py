@@ -1,4 +1,4 @@
-"""How much arithmetic one picture takes, and how much a GPU could do."""
+"""How much arithmetic one image takes, and how much a GPU could do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PEAK_TFLOPS = {
 
 
 def forward_flops(config: UNetConfig, latent_size: int, num_tokens: int = 77) -> int:
-    """Floating-point operations of one forward pass of the UNet for one picture, attention's matrix products included.
+    """Floating-point operations of one forward pass of the UNet for one image, attention's matrix products included.
 
     A multiplication with its addition counts as two. SD v1 at 64x64 latents: 803.3 GFLOP.
 

@@ -93,13 +93,13 @@ class Observer:
         mine = range(self._ranks.rank, len(config.prompts), self._ranks.world_size)
         with self._state.averaged_weights():
             settings = SampleSettings(config.guidance_scale, config.num_steps)
-            pictures = self._sampler.sample([config.prompts[i] for i in mine], mine, settings)
-        pictures = self._ranks.gather(pictures)
+            images = self._sampler.sample([config.prompts[i] for i in mine], mine, settings)
+        images = self._ranks.gather(images)
         if self._trackers is not None:
-            sheet = make_grid(pictures)
+            sheet = make_grid(images)
             with publish(self._run_dir.preview(step)) as temporary:
                 sheet.save(temporary, "PNG")
-            self._trackers.picture(step, "previews", sheet)
+            self._trackers.image(step, "previews", sheet)
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         if self._trackers is not None:

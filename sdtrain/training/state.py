@@ -122,7 +122,7 @@ class TrainingState:
             self.partition.load_master(weights)
 
     def networks(self) -> Networks:
-        """What pictures are sampled with: the UNet in training, and the VAE, which training itself does not need."""
+        """What images are sampled with: the UNet in training, and the VAE, which training itself does not need."""
         return Networks(
             unet=self.engine.module,
             vae=load_vae(self._config.vae).to(self._ranks.device),

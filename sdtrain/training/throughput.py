@@ -30,7 +30,7 @@ class Measured:
     Attributes:
         loss: mean of the unweighted losses; not a number where there were none.
         loss_parts: the same for each tenth of the noise schedule, from the least noise to the most.
-        images_per_s: pictures a second of all ranks together.
+        images_per_s: images a second of all ranks together.
         mfu: model FLOP/s over the peak that the GPU's data sheet promises (dense bf16; a step is three forward passes,
             attention counted, recomputation not); None where the peak is not known.
         memory_gb: most GPU memory held by the first rank; without a GPU, the first rank's resident memory.

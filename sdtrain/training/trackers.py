@@ -1,4 +1,4 @@
-"""Figures and pictures of a training run, for TensorBoard and, where wanted, Weights & Biases."""
+"""Figures and images of a training run, for TensorBoard and, where wanted, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Trackers:
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, picture: Image.Image) -> None:
-        """Shows a picture, after optimizer step `step`."""
-        self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Shows an image, after optimizer step `step`."""
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
         self._board.flush()
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({name: wandb.Image(picture)}, step=step)
+            self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Ends all of them; what was written stays."""

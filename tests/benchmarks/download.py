@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.download [--quick]
 
-The same pictures, settings and output on both sides: keep_ratio 512, JPEG 95, always re-encoded, EXIF and sha256 noted,
+The same images, settings and output on both sides: keep_ratio 512, JPEG 95, always re-encoded, EXIF and sha256 noted,
 two processes with the same number of requests at once. The server shares the machine's cores with both. The figures
 compare whole commands, start and end included, which is what a user waits for. The lines before them give the
 speed between the start of the first shard and the end of the last too: there, over HTTP, both do little else than
@@ -34,7 +34,7 @@ from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import index_samples
 from sdtrain.download.stage import DOWNLOAD
-from tests.benchmarks.picture_server import draw_photos, serve_photos
+from tests.benchmarks.image_server import draw_photos, serve_photos
 
 CONNECTIONS, PROCESSES, SHARDS_PER_PROCESS = 32, 2, 4
 NUM_SHARDS = PROCESSES * SHARDS_PER_PROCESS
@@ -52,7 +52,7 @@ CONFIG = DownloadConfig(
 class Size:
     """How much work."""
 
-    pictures: int
+    images: int
     rows: int
     slow_rows: int
     """For img2dataset over https, which takes seven times as long."""
@@ -70,7 +70,7 @@ class BenchmarkRecipe:
 
 
 def urls(start: str, size: Size, rows: int) -> list[str]:
-    return [f"{start}/{number}/{number % size.pictures}.jpg" for number in range(rows)]
+    return [f"{start}/{number}/{number % size.images}.jpg" for number in range(rows)]
 
 
 def prepare(folder: Path, links: list[str]) -> DatasetDir:
@@ -81,7 +81,7 @@ def prepare(folder: Path, links: list[str]) -> DatasetDir:
     for shard, path in enumerate(selections):
         part = links[shard * per_shard : (shard + 1) * per_shard]
         keys = [f"{10_000 * shard + index:09d}" for index in range(len(part))]
-        table = {"key": keys, "uid": keys, "url": part, "caption": [f"picture {key}" for key in keys]}
+        table = {"key": keys, "uid": keys, "url": part, "caption": [f"image {key}" for key in keys]}
         pq.write_table(pa.table(table), path)
     outputs = describe_outputs(dataset, selections)
     write_entry(dataset, ShardReport(stage="select", shard=0, num_in=len(links), num_out=len(links), outputs=outputs))
@@ -104,7 +104,7 @@ def run_plain(dataset: DatasetDir) -> None:
 def run_stock(folder: Path, links: list[str]) -> Path:
     """img2dataset's own command."""
     folder.mkdir()
-    numbers = [f"picture {number}" for number in range(len(links))]
+    numbers = [f"image {number}" for number in range(len(links))]
     pq.write_table(pa.table({"url": links, "caption": numbers}), folder / "rows.parquet")
     options = {
         "url_list": folder / "rows.parquet",
@@ -121,19 +121,19 @@ def run_stock(folder: Path, links: list[str]) -> Path:
 
 
 def measure(name: str, run: Callable[[Path, list[str]], Path], folder: Path, links: list[str]) -> tuple[float, float]:
-    """Pictures in a second of the whole command, and their mean size in bytes."""
+    """Images in a second of the whole command, and their mean size in bytes."""
     started, before = time.monotonic(), os.times()
     images = run(folder, links)
     wall_s, after = time.monotonic() - started, os.times()
     stats = [json.loads(path.read_text()) for path in images.glob("*_stats.json")]
     assert sum(shard["successes"] for shard in stats) == len(links), f"{name} failed: {stats[0]['status_dict']}"
     seconds = max(shard["end_time"] for shard in stats) - min(shard["start_time"] for shard in stats)
-    pictures = [s.members["jpg"].size for path in sorted(images.glob("*.tar")) for s in index_samples(path)]
-    speed, mean_bytes = len(links) / wall_s, sum(pictures) / len(pictures)
+    images = [s.members["jpg"].size for path in sorted(images.glob("*.tar")) for s in index_samples(path)]
+    speed, mean_bytes = len(links) / wall_s, sum(images) / len(images)
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     print(
         f"{name:19} {speed:6.1f} img/s ({len(links) / seconds:6.1f} within shards), {cpu_s / len(links) * 1e3:5.1f} ms "
-        f"of CPU each, {len(links)} pictures of {mean_bytes / 1e3:.1f} kB in {wall_s:.1f} s",
+        f"of CPU each, {len(links)} images of {mean_bytes / 1e3:.1f} kB in {wall_s:.1f} s",
         flush=True,
     )
     return speed, mean_bytes
@@ -215,8 +215,8 @@ def main() -> None:
     size = QUICK if parser.parse_args().quick else FULL
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        mean = draw_photos(folder / "photos", size.pictures)
-        print(f"{size.pictures} pictures of {mean / 1e3:.0f} kB", flush=True)
+        mean = draw_photos(folder / "photos", size.images)
+        print(f"{size.images} images of {mean / 1e3:.0f} kB", flush=True)
         with serve_photos(folder / "photos", folder / "ca.pem") as starts:
             os.environ["SSL_CERT_FILE"] = str(folder / "ca.pem")
             warm_up(starts["http"], size, folder)

@@ -1,11 +1,11 @@
-"""Search for copies: how many planted ones are found, and how its time grows from 1 to 10 million pictures.
+"""Search for copies: how many planted ones are found, and how its time grows from 1 to 10 million images.
 
     python -m tests.benchmarks.duplicates [--quick]
 
-Speed: a fifth of the pictures are copies of random others: hashes with 0 to 4 bits flipped, colours a little off, and
+Speed: a fifth of the images are copies of random others: hashes with 0 to 4 bits flipped, colours a little off, and
 a quarter of these with equal pixels. Time is that of reading Parquet, all levels up to perceptual, and writing the
 groups; each size is a process of its own, so that its peak memory is its own. The hashes are uniform; those of real
-pictures share bits more often, which costs longer keys. Quality: copies of pictures, one table row a change;
+images share bits more often, which costs longer keys. Quality: copies of images, one table row a change;
 `recall` is over all six changes, `recall_promised` over resized and recompressed ones.
 """
 
@@ -28,11 +28,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.dedup.columns import COLOR_BYTES, Pictures
-from filters.dedup.levels import group_pictures
+from filters.dedup.columns import COLOR_BYTES, Images
+from filters.dedup.levels import group_images
 from filters.recipe import DuplicatesConfig
 from filters.score.inputs import perceptual_hash, pixel_sha256, thumbnail
-from tests.benchmarks.planted import CHANGES, base_pictures
+from tests.benchmarks.planted import CHANGES, base_images
 
 SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)
 ROWS_PER_FILE = 1_000_000
@@ -40,17 +40,17 @@ ONE_IN = 5  # is a copy
 CONFIG = DuplicatesConfig(level="perceptual")
 
 
-def make_pictures(folder: Path, num: int) -> None:
-    """What SCORE would know of `num` pictures, in Parquet."""
+def make_images(folder: Path, num: int) -> None:
+    """What SCORE would know of `num` images, in Parquet."""
     for start in range(0, num, ROWS_PER_FILE):
         pq.write_table(
-            _pictures(np.arange(start, min(start + ROWS_PER_FILE, num), dtype=np.uint64), num), _part(folder, start)
+            _images(np.arange(start, min(start + ROWS_PER_FILE, num), dtype=np.uint64), num), _part(folder, start)
         )
 
 
-def _pictures(numbers: np.ndarray, num: int) -> pa.Table:
+def _images(numbers: np.ndarray, num: int) -> pa.Table:
     copies = numbers % ONE_IN == ONE_IN - 1
-    # Of a picture anywhere that is none itself.
+    # Of an image anywhere that is none itself.
     original = np.where(copies, _random(numbers, 9) % np.uint64(num // ONE_IN) * np.uint64(ONE_IN), numbers)
     exact = copies & (_random(numbers, 10) % 4 == 0)
     hashes = _random(original, 0)
@@ -108,7 +108,7 @@ def be_search(folder: Path, num: int) -> None:
 
     with tempfile.TemporaryDirectory(dir=folder) as scratch, own_memory() as own:
         started, began = time.monotonic(), time.process_time()
-        found = group_pictures(Pictures(read, num), CONFIG, Path(scratch), folder / "groups")
+        found = group_images(Images(read, num), CONFIG, Path(scratch), folder / "groups")
         seconds, cpu_s = time.monotonic() - started, time.process_time() - began
         disk_bytes = sum(path.stat().st_size for path in Path(scratch).iterdir())
     copies = num // ONE_IN
@@ -144,28 +144,28 @@ def own_memory() -> Iterator[list[float]]:
 
 
 def measure(num: int, folder: Path) -> dict[str, float]:
-    """The figures of one search over `num` pictures, in a process of its own."""
+    """The figures of one search over `num` images, in a process of its own."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        make_pictures(Path(place), num)
+        make_images(Path(place), num)
         command = [sys.executable, "-m", "tests.benchmarks.duplicates", "--search", place, "--num", str(num)]
         ended = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result = json.loads(ended.stdout.splitlines()[-1])
     print(
-        f"{num:12,} pictures {result['seconds']:8.1f} s ({result['cpu_s']:.1f} s of CPU); {result['own_mb']:.0f} MB of "
+        f"{num:12,} images {result['seconds']:8.1f} s ({result['cpu_s']:.1f} s of CPU); {result['own_mb']:.0f} MB of "
         f"memory, {result['peak_rss_mb']:.0f} MB resident with libraries and mapped files; "
-        f"{result['disk_bytes'] / num:.0f} bytes a picture on disk",
+        f"{result['disk_bytes'] / num:.0f} bytes an image on disk",
         flush=True,
     )
     return result
 
 
 def find_planted(num_scenes: int) -> tuple[dict[str, float], dict[str, float]]:
-    """By change, the share of copies that are found, and the share of grouped pictures that belong there."""
-    pictures = base_pictures(num_scenes)
+    """By change, the share of copies that are found, and the share of grouped images that belong there."""
+    images = base_images(num_scenes)
     recall, precision = dict[str, float](), dict[str, float]()
     for change, make in CHANGES.items():
-        groups = _groups([*pictures, *map(make, pictures)])
-        num = len(pictures)
+        groups = _groups([*images, *map(make, images)])
+        num = len(images)
         found = sum(i in groups and groups[i] == groups.get(num + i) for i in range(num))
         right = sum(first == i % num for i, first in groups.items())
         recall[change] = found / num
@@ -174,18 +174,18 @@ def find_planted(num_scenes: int) -> tuple[dict[str, float], dict[str, float]]:
     return recall, precision
 
 
-def _groups(pictures: list) -> dict[int, int]:
+def _groups(images: list) -> dict[int, int]:
     table = pa.table({
-        "uid": [f"{i:032x}" for i in range(len(pictures))],
-        "pixel_sha256": [pixel_sha256(p) for p in pictures],
-        "sha256": pa.array([None] * len(pictures), pa.string()),
-        "phash": pa.array([perceptual_hash(p) for p in pictures], pa.int64()),
-        "thumbnail": [thumbnail(p) for p in pictures],
+        "uid": [f"{i:032x}" for i in range(len(images))],
+        "pixel_sha256": [pixel_sha256(p) for p in images],
+        "sha256": pa.array([None] * len(images), pa.string()),
+        "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
+        "thumbnail": [thumbnail(p) for p in images],
     })  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "groups.parquet"
-        group_pictures(
-            Pictures(lambda columns: iter([table.select(list(columns))]), len(table)), CONFIG, Path(folder), target
+        group_images(
+            Images(lambda columns: iter([table.select(list(columns))]), len(table)), CONFIG, Path(folder), target
         )
         rows = pq.read_table(target).to_pylist()
     return {int(row["uid"], 16): int(row["group_id"], 16) for row in rows}
@@ -193,8 +193,8 @@ def _groups(pictures: list) -> dict[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the pictures")
-    parser.add_argument("--folder", type=Path, help="where the pictures' table goes; by default the system's")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the images")
+    parser.add_argument("--folder", type=Path, help="where the images' table goes; by default the system's")
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--num", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.encode [--quick]
 
-The stage reads tar shards, decodes and crops JPEG pictures, runs the VAE and writes moments with their tables. The VAE
+The stage reads tar shards, decodes and crops JPEG images, runs the VAE and writes moments with their tables. The VAE
 alone sees one batch that is on the device already, again and again: nothing can be faster. It has SD v1's size
-(83,653,863 parameters) and random weights, which take as long as real ones. Pictures are of 512 px in fp16 on CUDA,
+(83,653,863 parameters) and random weights, which take as long as real ones. Images are of 512 px in fp16 on CUDA,
 else of 256 in fp32. Checking latents by decoding some again is off: of a real shard's 10,000 it decodes 16. `mfu`
 counts the encoder's forward pass only, as a share of 989 TFLOP/s (bf16) on an H100 or H200, and where the data sheet is
 not known of the best matrix product measured here.
@@ -35,7 +35,7 @@ from sdtrain.dataset.tars import write_samples
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import posterior_moments, shared_vae
 from sdtrain.training.flops import peak_flops
-from tests.benchmarks.picture_server import draw_photo
+from tests.benchmarks.image_server import draw_photo
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
 from tests.full_size_vae import write_full_size_vae
 
@@ -61,15 +61,15 @@ class Recipe:
 
 
 def write_packed(root: Path, num_pictures: int) -> DatasetDir:
-    """A packed dataset of photo-like JPEG pictures; drawn ones come again and again."""
+    """A packed dataset of photo-like JPEG images; drawn ones come again and again."""
     dataset, per_shard = DatasetDir(root), num_pictures // NUM_SHARDS
-    pictures = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_pictures))]
+    images = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_pictures))]
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * per_shard, (shard + 1) * per_shard):
             caption = f"photo number {number}"
             provenance = {"uid": f"{number:032x}", "key": f"{number:09d}", "url": "", "caption": caption, "sha256": ""}
-            members = {"jpg": pictures[number % len(pictures)], "txt": caption.encode()}
+            members = {"jpg": images[number % len(images)], "txt": caption.encode()}
             samples.append((provenance["key"], members | {"json": json.dumps(provenance).encode()}))
         dataset.packed_tar(shard).parent.mkdir(parents=True, exist_ok=True)
         write_samples(dataset.packed_tar(shard), samples)
@@ -82,7 +82,7 @@ def write_packed(root: Path, num_pictures: int) -> DatasetDir:
 
 
 def encoder_flops(vae: AutoencoderKL) -> int:
-    """Floating-point operations of the encoder for one picture."""
+    """Floating-point operations of the encoder for one image."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         AutoencoderKL.from_config(vae.config).encode(torch.empty(1, 3, RESOLUTION, RESOLUTION))
     return int(counter.get_total_flops())
@@ -117,7 +117,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     for _ in range(1 if quick else TURNS):
         for name, work in contenders.items():
             seconds[name].append(timed(work))
-            print(f"{name:6} {num_pictures / seconds[name][-1]:8.2f} pictures/s of {RESOLUTION} px", flush=True)
+            print(f"{name:6} {num_pictures / seconds[name][-1]:8.2f} images/s of {RESOLUTION} px", flush=True)
     rate, flops, ceiling = num_pictures / min(seconds["stage"]), encoder_flops(vae), matmul_flops()
     return {
         "images_per_s": round(rate, 2),
@@ -131,7 +131,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer pictures, once")
+    parser.add_argument("--quick", action="store_true", help="fewer images, once")
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), quick)))

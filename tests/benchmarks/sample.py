@@ -1,4 +1,4 @@
-"""Pictures from prompts: our sampler beside diffusers' pipeline called for one prompt after another, in one run.
+"""Images from prompts: our sampler beside diffusers' pipeline called for one prompt after another, in one run.
 
     python -m tests.benchmarks.sample [--quick]
 
@@ -8,8 +8,8 @@ the folder by `StableDiffusionPipeline.from_pretrained`, and for every prompt do
 `pipeline(prompt, generator=...).images[0].save(...)`, in the precision named beside its rate and with diffusers'
 default attention, PyTorch's fused one. Ours draws the same prompts in batches.
 
-On CUDA the networks are SD v1's at their real sizes, pictures are of 512 px, ours in bf16 with compiled blocks, the
-peer's in fp16. On a CPU the UNet has 37.5 million parameters, pictures are of 128 px, and the peer runs in the
+On CUDA the networks are SD v1's at their real sizes, images are of 512 px, ours in bf16 with compiled blocks, the
+peer's in fp16. On a CPU the UNet has 37.5 million parameters, images are of 128 px, and the peer runs in the
 precision that ours has (`auto`), and in float32, in which diffusers loads by default. The sides take turns, batch by
 batch, so that other work on the machine slows all of them; each ratio is the median over the batches. Loading and a
 warm-up are not counted.
@@ -87,9 +87,9 @@ def ours(model: Path, output: Path, batch_size: int) -> Draw:
     def draw(jobs: Sequence[Job], num_steps: int) -> None:
         settings = SampleSettings(SCALE, num_steps, batch_size=batch_size)
         with Writer(Album(output, chosen, settings)) as writer:
-            pictures = sampler.sample([job.prompt for job in jobs], [job.seed for job in jobs], settings)
-            for job, picture in zip(jobs, pictures, strict=True):
-                writer.save(job, picture, flagged=False)
+            images = sampler.sample([job.prompt for job in jobs], [job.seed for job in jobs], settings)
+            for job, image in zip(jobs, images, strict=True):
+                writer.save(job, image, flagged=False)
 
     return draw
 
@@ -132,7 +132,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float | str | int]:
     for first in range(0, len(jobs), batch_size):
         for name, draw in sides.items():
             seconds[name].append(timed(draw, jobs[first : first + batch_size], num_steps))
-            print(f"{name:14} {batch_size / seconds[name][-1][0]:8.3f} pictures/s of {SIDE_PX} px", flush=True)
+            print(f"{name:14} {batch_size / seconds[name][-1][0]:8.3f} images/s of {SIDE_PX} px", flush=True)
     figures: dict[str, float | str | int] = {
         "images_per_s": round(len(jobs) / sum(wall for wall, _ in seconds["ours"]), 3)
     }

@@ -5,7 +5,7 @@
 All three use the same networks (CLIP's two towers, aesthetic and safety heads, the watermark detector), precision and
 batch size. The plain loop is what one writes first: Pillow, open_clip's own preprocessing, a batch, the networks, the
 next batch. The networks alone see one batch that is on the device already, again and again: nothing can be faster.
-Ours also hashes and measures every picture and writes the table. Weights are random: they take as long as real ones.
+Ours also hashes and measures every image and writes the table. Weights are random: they take as long as real ones.
 
 On an NVIDIA GPU the model is ViT-L/14 in bf16, and the GPU decodes too. Else it is ViT-B/32 in float32 with a small
 watermark detector; they share the cores with the decoders, so that ours cannot be as fast as the networks alone: its
@@ -39,8 +39,8 @@ from filters.score.preprocess import Sample, look, read_shard
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from tests.benchmarks.picture_server import draw_photo
-from tests.picture_fixtures import Fetched, write_downloads
+from tests.benchmarks.image_server import draw_photo
+from tests.image_fixtures import Fetched, write_downloads
 
 SIDE_PX, QUALITY, NUM_DRAWN = 512, 95, 64
 TURNS, QUICK_TURNS = 3, 2
@@ -48,16 +48,16 @@ CUDA = torch.cuda.is_available()
 
 
 def make_shards(folder: Path, num_pictures: int, per_shard: int) -> DatasetDir:
-    """Downloaded shards of photo-like pictures; drawn ones come again and again, which no decoder can know."""
+    """Downloaded shards of photo-like images; drawn ones come again and again, which no decoder can know."""
     with ProcessPoolExecutor() as processes:
-        contents = list(processes.map(_picture, range(min(NUM_DRAWN, num_pictures)), chunksize=4))
-    print(f"{num_pictures:,} pictures of {SIDE_PX} px, {statistics.mean(map(len, contents)) / 1e3:.0f} kB on average")
+        contents = list(processes.map(_image, range(min(NUM_DRAWN, num_pictures)), chunksize=4))
+    print(f"{num_pictures:,} images of {SIDE_PX} px, {statistics.mean(map(len, contents)) / 1e3:.0f} kB on average")
     captions = [f"photo number {i} of a house by the sea, summer {i % 90}" for i in range(num_pictures)]
     rows = [Fetched(contents[i % len(contents)], caption=caption) for i, caption in enumerate(captions)]
     return write_downloads(folder, rows, per_shard)
 
 
-def _picture(seed: int) -> bytes:
+def _image(seed: int) -> bytes:
     photo = Image.open(io.BytesIO(draw_photo(seed)))
     buffer = io.BytesIO()
     ImageOps.fit(photo, (SIDE_PX, SIDE_PX)).save(buffer, "jpeg", quality=QUALITY)
@@ -65,7 +65,7 @@ def _picture(seed: int) -> bytes:
 
 
 def settings(quick: bool) -> tuple[ScoreConfig, int, int]:
-    """What is scored by which networks: configuration, pictures, shards."""
+    """What is scored by which networks: configuration, images, shards."""
     if CUDA:
         heads = {"aesthetic_weights": "random:0", "safety_weights": "random:0", "watermark_weights": "random-full:0"}
         config = ScoreConfig(clip_weights="random:0", **heads, batch_size=256, dtype="bf16", decode="auto")
@@ -89,17 +89,17 @@ def run_plain(dataset: DatasetDir, config: ScoreConfig, models: Models, shards: 
     for shard in shards:
         samples = read_shard(dataset, shard)
         while batch := list(islice(samples, config.batch_size)):
-            pictures = [Image.open(io.BytesIO(sample.picture)).convert("RGB") for sample in batch]
-            clip = torch.stack([clip_transform(picture) for picture in pictures]).to(models.device)
-            squashed = [picture.resize((WATERMARK_PX, WATERMARK_PX)) for picture in pictures]
-            watermark = torch.stack([to_tensor(picture) for picture in squashed]).to(models.device)
+            images = [Image.open(io.BytesIO(sample.image)).convert("RGB") for sample in batch]
+            clip = torch.stack([clip_transform(image) for image in images]).to(models.device)
+            squashed = [image.resize((WATERMARK_PX, WATERMARK_PX)) for image in images]
+            watermark = torch.stack([to_tensor(image) for image in squashed]).to(models.device)
             tokens = models.tokenizer([sample.members["txt"].decode() for sample in batch]).to(models.device)
             for scores in _forward(models, clip, watermark, tokens):
                 scores.cpu()
 
 
 def run_networks(models: Models, batch_size: int, num_pictures: int) -> None:
-    """The networks on one batch in the device's memory, until they have seen as many pictures."""
+    """The networks on one batch in the device's memory, until they have seen as many images."""
     assert models.preprocess is not None
     side = models.preprocess.size_px
     clip, watermark = (torch.randn(batch_size, 3, px, px, device=models.device) for px in (side, WATERMARK_PX))
@@ -122,7 +122,7 @@ def _forward(models: Models, clip: torch.Tensor, watermark: torch.Tensor, tokens
 
 
 def decode_rate(dataset: DatasetDir, models: Models) -> float:
-    """Pictures that one thread looks at in a second: decode, views, hashes, measures."""
+    """Images that one thread looks at in a second: decode, views, hashes, measures."""
     samples: list[Sample] = list(islice(read_shard(dataset, 0), NUM_DRAWN))
     seconds = min(_timed(lambda: [look(sample, models.wanted) for sample in samples]) for _ in range(TURNS))
     return len(samples) / seconds
@@ -154,11 +154,11 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     for _ in range(QUICK_TURNS if quick else TURNS):
         for name, work in contenders.items():
             seconds[name].append(_timed(work))
-            print(f"{name:9} {num_pictures / seconds[name][-1]:8.1f} pictures/s", flush=True)
+            print(f"{name:9} {num_pictures / seconds[name][-1]:8.1f} images/s", flush=True)
     decoded = decode_rate(dataset, models)
     if not CUDA:
         shared = min(seconds["networks"]) / num_pictures + 1 / (decoded * num_threads())
-        print(f"the best that networks and decoders can do on the same cores: {1 / shared:.1f} pictures/s")
+        print(f"the best that networks and decoders can do on the same cores: {1 / shared:.1f} images/s")
     ratios = {
         name: statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
         for name in ("networks", "plain")
@@ -173,7 +173,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a quarter or less of the pictures")
+    parser.add_argument("--quick", action="store_true", help="a quarter or less of the images")
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(measure(Path(folder), quick)))

@@ -70,7 +70,7 @@ class Bench:
     Args:
         folder: for latents, networks and runs.
         name: of the config.
-        resolution: side of the pictures in pixels, or the config's.
+        resolution: side of the images in pixels, or the config's.
         seconds: of each timed run.
     """
 
@@ -102,7 +102,7 @@ class Bench:
         """Ours and the example's loop in turns, as figures."""
         _, config = self.config()
         image_flops = TRAIN_FACTOR * forward_flops(config.unet, config.latent_size, NUM_TOKENS)
-        print(f"{config.name}: {config.data.resolution} px, {image_flops / 1e12:.4f} TFLOP a picture", flush=True)
+        print(f"{config.name}: {config.data.resolution} px, {image_flops / 1e12:.4f} TFLOP an image", flush=True)
         both = [(self.speed_of(run_ours), self.speed_of(run_stock)) for _ in range(turns)]
         ours = max((ours for ours, _ in both), key=lambda result: result["images_per_s"])
         flops, ceiling = ours["images_per_s"] * image_flops, alone(matmul_flops)
@@ -137,7 +137,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", help="default: sd-v1-3 on CUDA, else tiny and mid")
-    parser.add_argument("--resolution", type=int, help="side of the pictures in pixels")
+    parser.add_argument("--resolution", type=int, help="side of the images in pixels")
     parser.add_argument("--seconds", type=float, help="of each timed run (default: 60 on CUDA, else 20)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, one turn")
     parser.add_argument("--ladder", action="store_true", help="levers of speed one by one")

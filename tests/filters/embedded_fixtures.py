@@ -13,7 +13,7 @@ SCORED = NO_MODELS | {"clip_model": "ViT-demo", "clip_weights": "random:0", "sto
 
 @pytest.fixture(scope="session")
 def embedded_dataset(photo_site, tmp_path_factory):
-    """Scored by the demo's CLIP; `photo_site` says which pictures are copies of which."""
+    """Scored by the demo's CLIP; `photo_site` says which images are copies of which."""
     pytest.importorskip("faiss")
     folder = tmp_path_factory.mktemp("embedded")
     metadata = write_metadata(folder / "metadata" / "a.parquet", photo_site[1], range(NUM_ROWS))

@@ -33,7 +33,7 @@ def test_the_steps_dropouts_and_sizes_are_the_model_cards() -> None:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Two toy datasets of other picture sizes, and toy configs under the names of the chain."""
+    """Two toy datasets of other image sizes, and toy configs under the names of the chain."""
     monkeypatch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     models = write_models(tmp_path / "models")
     low = write_latents(tmp_path / "low", models, side=4)

@@ -49,7 +49,7 @@ HELD_BY = {
     "A machine is lost in the middle of a build on S3": "tests/sdtrain/dataset/s3/test_build_on_s3.py::test_a_build",
     "A rank hangs": "tests/sdtrain/training/test_watchdog.py::test_a_run_that_hangs_alone",
     "The loss or a gradient is not finite": "tests/sdtrain/test_guarded_train.py::test_where_the_policy_is_to_stop",
-    "Pictures failed to download": "tests/sdtrain/download/test_retry.py::test_each_changed_shard",
+    "Images failed to download": "tests/sdtrain/download/test_retry.py::test_each_changed_shard",
     "The recipe was changed": "tests/sdtrain/cli/test_cli.py::test_build_into_the_output_of_another_recipe",
     "The training config was changed": "tests/sdtrain/training/test_changed_runs.py::test_a_run_goes_on_from_its",
     "The run directory is in use": "tests/sdtrain/training/test_run_lock.py::test_a_second_process_is_refused",

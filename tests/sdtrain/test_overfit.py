@@ -1,4 +1,4 @@
-"""Eight pictures, trained on until the model draws them: data, objective, average, export and sampler fit together."""
+"""Eight images, trained on until the model draws them: data, objective, average, export and sampler fit together."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import write_samples
-from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
+from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 from sdtrain.encode.stage import ENCODE
 from sdtrain.formats.export import export_model
 from sdtrain.sampling.pipeline import load_networks
@@ -30,7 +30,7 @@ from sdtrain.training.run_dir import RunDir
 SIDE_PX = 64
 NUM_STEPS = 600
 MIN_PSNR_DB = 20.0
-"""Measured: 23.7 dB; the demo's VAE itself gives pictures back with 25 dB or more."""
+"""Measured: 23.7 dB; the demo's VAE itself gives images back with 25 dB or more."""
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -44,19 +44,19 @@ class Recipe:
 
 
 @pytest.fixture
-def pictures():
-    """Pictures of the demo's world by caption."""
+def images():
+    """Images of the demo's world by caption."""
     rng = np.random.default_rng(5)
     pairs = product(list(COLORS)[:4], SHAPES[:2])
     return {f"a {color} {shape}": draw(random_scene(rng, color, shape), SIDE_PX, SIDE_PX) for color, shape in pairs}
 
 
-def write_dataset(root: Path, pictures) -> DatasetDir:
-    """The pictures, packed and encoded."""
+def write_dataset(root: Path, images) -> DatasetDir:
+    """The images, packed and encoded."""
     dataset, samples = DatasetDir(root), []
-    for number, (caption, picture) in enumerate(pictures.items()):
+    for number, (caption, image) in enumerate(images.items()):
         file = io.BytesIO()
-        picture.save(file, "png")
+        image.save(file, "png")
         provenance = {"uid": f"{number:032x}", "key": f"{number:09d}", "url": "", "caption": caption}
         members = {"png": file.getvalue(), "txt": caption.encode(), "json": json.dumps(provenance).encode()}
         samples.append((provenance["key"], members))
@@ -75,9 +75,9 @@ def psnr_db(a, b) -> float:
     return float(10 * np.log10(255**2 / error))
 
 
-def test_eight_pictures_come_back_for_their_captions(tmp_path, pictures, ranks):
-    """With velocities, for a caption alone decides these pictures, and the noise says little at most timesteps."""
-    dataset = write_dataset(tmp_path / "data", pictures)
+def test_eight_images_come_back_for_their_captions(tmp_path, images, ranks):
+    """With velocities, for a caption alone decides these images, and the noise says little at most timesteps."""
+    dataset = write_dataset(tmp_path / "data", images)
     tiny = load_config("tiny").model_dump()
     changes = {
         "unet": tiny["unet"] | {"block_out_channels": [32, 64]},
@@ -98,9 +98,9 @@ def test_eight_pictures_come_back_for_their_captions(tmp_path, pictures, ranks):
     }
     train(parse_settings(TrainConfig, tiny | changes, "overfit"), RunDir(tmp_path / "run"), ranks)
     networks = load_networks(export_model(tmp_path / "run", tmp_path / "out"), "cpu", torch.float32)
-    drawn = Sampler(networks).sample(list(pictures), range(8), SampleSettings(guidance_scale=1.0, num_steps=25))
-    near = [psnr_db(ours, theirs) for ours, theirs in zip(drawn, pictures.values(), strict=True)]
+    drawn = Sampler(networks).sample(list(images), range(8), SampleSettings(guidance_scale=1.0, num_steps=25))
+    near = [psnr_db(ours, theirs) for ours, theirs in zip(drawn, images.values(), strict=True)]
     print(f"PSNR: mean {np.mean(near):.1f} dB, {[round(value, 1) for value in near]}")
     assert np.mean(near) > MIN_PSNR_DB
-    for ours, caption in zip(drawn, pictures, strict=True):
-        assert max(pictures, key=lambda other: psnr_db(ours, pictures[other])) == caption
+    for ours, caption in zip(drawn, images, strict=True):
+        assert max(images, key=lambda other: psnr_db(ours, images[other])) == caption

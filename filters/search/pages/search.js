@@ -7,7 +7,7 @@ async function ask(file) {
   try {
     const answer = await fetch("/ask", { method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" } });
     const told = await answer.json();
-    if (answer.ok) location.assign("/?only=" + encodeURIComponent(only) + "&picture=" + encodeURIComponent(told.picture));
+    if (answer.ok) location.assign("/?only=" + encodeURIComponent(only) + "&image=" + encodeURIComponent(told.image));
     else said.textContent = told.error;
   } catch (error) {
     said.textContent = "The server does not answer.";
@@ -21,5 +21,5 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   drop.classList.remove("over");
   const file = event.dataTransfer.files[0];
-  if (file) ask(file); else said.textContent = "Drop a picture file.";
+  if (file) ask(file); else said.textContent = "Drop an image file.";
 });

@@ -162,7 +162,7 @@ class Mirror:
         """Forgets a shard that another machine has taken back: its entry, and its files here."""
         from sdtrain.dataset.manifest import parse_entry
 
-        # Downloaded pictures stay: they are taken back if they are whole, and may not be had a second time.
+        # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def training_root(name: str, online_vae: bool = False) -> Path:
 
     Args:
         name: a directory, or s3://…
-        online_vae: packed pictures are read, and no latents.
+        online_vae: packed images are read, and no latents.
 
     Raises:
         UserError: the dataset is being changed, or cannot be read.

@@ -1,4 +1,4 @@
-"""Pictures from the web: whole bodies, or a `FetchError` that says why not."""
+"""Images from the web: whole bodies, or a `FetchError` that says why not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches pictures for one process, many at a time: `async with Fetcher(config) as fetcher`.
+    """Fetches images for one process, many at a time: `async with Fetcher(config) as fetcher`.
 
     It begins `config.connections` requests at once at most. More calls of `fetch` may be under way, and should be,
     where many URLs are of one host: those that wait for their turn hold up nobody.

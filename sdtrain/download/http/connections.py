@@ -19,7 +19,7 @@ _LONGEST_HEADER_BYTES = 16 * 2**10
 _MOST_HEADERS = 200
 _KEPT_HOSTS = 256
 _OTHER_FILES = 256
-"""Files of the process that are no connections of the pool: pictures, libraries, threads that ask name servers."""
+"""Files of the process that are no connections of the pool: images, libraries, threads that ask name servers."""
 
 
 class Sessions:
@@ -84,4 +84,4 @@ def user_agent(contact: str) -> str:
             f"download.contact is {contact!r}, but it is sent in a header: plain ASCII letters without brackets, "
             "as in https://example.org/crawler or crawler@example.org."
         )
-    return f"sdtrain/{sdtrain.__version__} ({f'+{contact}' if contact else 'collects pictures to train models on'})"
+    return f"sdtrain/{sdtrain.__version__} ({f'+{contact}' if contact else 'collects images to train models on'})"

@@ -1,4 +1,4 @@
-"""Why a picture could not be had: a short stable word for each way in which a download fails."""
+"""Why an image could not be had: a short stable word for each way in which a download fails."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ MEANINGS: dict[str, str] = {
     "http_410": "the page is gone (410)",
     "http_429": "the server was asked too often (429)",
     "invalid_answer": "the server does not speak HTTP properly",
-    "not_an_image": "what came is not a picture that can be decoded",
-    "other_format": "a picture of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
-    "removed": "the picture was taken out of the dataset for good",
-    "resize_failed": "the picture's shape cannot be resized or encoded",
+    "not_an_image": "what came is not an image that can be decoded",
+    "other_format": "an image of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
+    "removed": "the image was taken out of the dataset for good",
+    "resize_failed": "the image's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
     "robots_txt": "the site opts out by robots.txt",
     "tdm_reserved": "the site reserves text and data mining (TDMRep)",
     "timeout": "the server was too slow",
     "tls_failed": "the server's certificate or TLS is not valid",
     "too_large": "the file is too large",
-    "too_many_pixels": "the picture is larger than max_pixels",
+    "too_many_pixels": "the image is larger than max_pixels",
     "too_many_redirects": "redirected too often",
     "truncated": "the file ends early, on the way or at the server",
     "unknown_encoding": "the answer is compressed in a way that was not asked for",
@@ -92,7 +92,7 @@ def failure_of(error: Exception) -> FetchError:
         return FetchError("url_not_allowed", "malformed")
     if isinstance(error, ClientError):
         return _http_failure(error)
-    # What nobody foresaw is one lost picture and not a lost shard, but somebody should hear of it.
+    # What nobody foresaw is one lost image and not a lost shard, but somebody should hear of it.
     _log.error("Unexpected failure of a download", exc_info=error)
     return FetchError("invalid_answer", f"unexpected {type(error).__name__}", passing=False)
 

@@ -13,7 +13,7 @@ from sdtrain.download.http.failures import FetchError
 from sdtrain.download.http.pauses import LONGEST_PAUSE_S
 
 _BURST = 4
-"""So many requests may follow each other at once before they are evenly spaced: pictures of one page are."""
+"""So many requests may follow each other at once before they are evenly spaced: images of one page are."""
 _REMEMBERED = 4096
 _REST_OF_DEAD_S = 60
 _DEAD_AFTER_ROUNDS = 2

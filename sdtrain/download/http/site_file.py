@@ -22,9 +22,9 @@ _KEPT_FAILURE_S = 300
 
 
 class SiteFile(Generic[R]):
-    """The rules of every site (scheme, host and port) that is asked for a picture, each fetched once.
+    """The rules of every site (scheme, host and port) that is asked for an image, each fetched once.
 
-    Fetched like a picture, with the same checks, limits and manners, but with a budget of its own.
+    Fetched like an image, with the same checks, limits and manners, but with a budget of its own.
 
     Args:
         transport: the way to the web.

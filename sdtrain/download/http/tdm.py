@@ -78,7 +78,7 @@ def parse_tdm_file(file: bytes | FetchError) -> Sequence[TdmRule]:
 def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
     """Raises where the first rule about `url` reserves it.
 
-    A header of the answer would have the last word, but to see it one would have to take the picture.
+    A header of the answer would have the last word, but to see it one would have to take the image.
 
     Raises:
         FetchError: tdm_reserved.

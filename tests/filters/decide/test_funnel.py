@@ -15,11 +15,11 @@ def test_each_drop_is_counted_once_and_the_rest_is_what_is_kept(tmp_path):
         ("select", "", "rows of the metadata", 0, 40),
         ("select", "min_side", "shorter side under 512 px", 5, 35),
         ("download", "http_404", "the page does not exist (404)", 2, 33),
-        ("download", "not_an_image", "what came is not a picture that can be decoded", 1, 32),
+        ("download", "not_an_image", "what came is not an image that can be decoded", 1, 32),
         ("download", "timeout", "the server was too slow", 1, 31),
-        ("score", "undecodable", "the stored picture cannot be decoded", 1, 30),
+        ("score", "undecodable", "the stored image cannot be decoded", 1, 30),
         ("keep", "min_side", "shorter side under 512 px", 2, 28),
-        ("keep", "duplicate_exact", "the same pixels as a kept picture", 1, 27),
+        ("keep", "duplicate_exact", "the same pixels as a kept image", 1, 27),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Rules on measures of quality, from the picture to the decision."""
+"""Rules on measures of quality, from the image to the decision."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -10,14 +10,14 @@ from filters.recipe import KeepConfig, Recipe, SelectConfig
 from filters.score.stage import SCORE
 from sdtrain.dataset.selection import selection
 from sdtrain.dataset.stage import run_batch
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 RULES = {"min_contrast": 0.02, "max_border": 0.3, "min_entropy": 2.0, "min_sharpness": 20.0}
 
 
 def noisy(seed):
-    scene = scene_picture(seed, 512, 512)
+    scene = scene_image(seed, 512, 512)
     return Image.blend(scene, Image.effect_noise((512, 512), 120).convert("RGB"), 0.3)
 
 
@@ -47,6 +47,6 @@ def test_each_rule_drops_what_it_is_for(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_metadata_cannot_be_asked_for_them(rule):
     with pytest.raises(
-        ValueError, match=f"rule '{rule}' looks at .* only a decoded picture has; move it to `keep.rules`"
+        ValueError, match=f"rule '{rule}' looks at .* only a decoded image has; move it to `keep.rules`"
     ):
         SelectConfig(rules={rule: 0.1})

@@ -19,7 +19,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
-from tests.picture_fixtures import Fetched, write_downloads
+from tests.image_fixtures import Fetched, write_downloads
 
 SCORE_NAMES = ("aesthetic", "pwatermark", "punsafe", "similarity")
 _OURS = (*SCORE_NAMES, "aesthetic_v1")
@@ -39,7 +39,7 @@ def write_dataset(root: Path, rows: list[Row], per_shard: int = 4) -> DatasetDir
     scores: dict[int, list[dict[str, Any]]] = {i // per_shard: [] for i in range(len(rows))}
     groups: dict[int, list[int]] = {}
     for i, ((fetched, ours, group, _), row) in enumerate(zip(rows, selected, strict=True)):
-        if fetched.picture is None:
+        if fetched.image is None:
             continue
         names = {name: row[name] for name in ("uid", "key")}
         scores[i // per_shard].append(names | ({"reason": "undecodable"} if ours is None else ours))
@@ -81,14 +81,14 @@ GOOD = {"aesthetic": 6.0, "pwatermark": 0.1, "punsafe": 0.1, "similarity": 0.3}
 
 
 def row(ours: dict[str, float] | None = GOOD, group: int | None = None, kind: str = "exact", **fetched: Any) -> Row:
-    return Fetched(**({"picture": b"x", "scores": GOOD} | fetched)), ours, group, kind
+    return Fetched(**({"image": b"x", "scores": GOOD} | fetched)), ours, group, kind
 
 
 def expected_reasons(rows: list[Row], uids: list[str], config: KeepConfig) -> list[str | None]:
     """The same decisions in plain Python."""
     reasons = [_rule_reason(*row[:2], config) for row in rows]
     for group in {row[2] for row in rows if row[2] is not None}:
-        members = [i for i, row in enumerate(rows) if row[2] == group and row[0].picture and row[1] is not None]
+        members = [i for i, row in enumerate(rows) if row[2] == group and row[0].image and row[1] is not None]
         passed = [i for i in members if reasons[i] is None]
         if len(members) > 1 and passed:
             best = min(passed, key=lambda i: (-_area(rows[i]), -_aesthetic(rows[i], config), uids[i]))
@@ -109,7 +109,7 @@ def _aesthetic(row: Row, config: KeepConfig) -> float:
 
 
 def _rule_reason(fetched: Fetched, ours: dict[str, float] | None, config: KeepConfig) -> str | None:
-    if fetched.picture is None:
+    if fetched.image is None:
         return fetched.reason
     if ours is None:
         return "undecodable"
@@ -140,11 +140,11 @@ RULES: dict[str, Any] = {
 _VALUES = {n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 5.0]) for n in SCORE_NAMES}
 _SOME_SCORES = st.fixed_dictionaries(_VALUES) | st.fixed_dictionaries({}, optional=_VALUES)
 _SOME_SIZES = st.tuples(st.sampled_from([100, 256, 512]), st.sampled_from([100, 256, 512]))
-# As a rule there is a picture, of one group of two, so that copies pass the rules together.
+# As a rule there is an image, of one group of two, so that copies pass the rules together.
 _FETCHED = st.one_of(
     st.builds(
         Fetched,
-        picture=st.just(b"x"),
+        image=st.just(b"x"),
         caption=st.sampled_from([None, "", "a", "ein Bär"]),
         original_px=_SOME_SIZES,
         scores=_SOME_SCORES,
@@ -163,7 +163,7 @@ _ROWS = st.lists(
 )
 _CONFIGS = st.builds(
     KeepConfig,
-    decide_by=st.sampled_from(["metadata", "picture"]),
+    decide_by=st.sampled_from(["metadata", "image"]),
     rules=st.lists(st.sampled_from(sorted(RULES)), unique=True, max_size=4).flatmap(
         lambda names: st.fixed_dictionaries({n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 256.0]) for n in names})
     ),
@@ -193,7 +193,7 @@ def test_any_rules_on_any_rows_decide_as_plain_python_does_and_lose_no_row(rows,
 def test_the_first_reason_counts_download_before_decoding_before_rules_before_copies(tmp_path):
     rows = [
         row(group=0, original_px=(600, 600)),
-        row(picture=None, reason="timeout", original_px=(10, 10)),
+        row(image=None, reason="timeout", original_px=(10, 10)),
         row(ours=None, original_px=(10, 10)),
         row(original_px=(10, 600), group=0),
         row(group=0, original_px=(500, 600)),
@@ -221,11 +221,11 @@ def test_a_copy_stays_when_the_larger_one_breaks_a_rule(tmp_path):
     assert keep(write_dataset(tmp_path, rows), rules={"max_aspect_ratio": 2}) == ["max_aspect_ratio", None]
 
 
-def test_scores_come_from_the_metadata_or_from_the_picture_as_the_recipe_says(tmp_path):
+def test_scores_come_from_the_metadata_or_from_the_image_as_the_recipe_says(tmp_path):
     rows = [row(ours=GOOD | {"aesthetic": 3.0}), row(scores=GOOD | {"aesthetic": 3.0}), row(scores={})]
     dataset = write_dataset(tmp_path, rows)
     assert keep(dataset, rules={"min_aesthetic": 5}) == [None, "min_aesthetic", "aesthetic_missing"]
-    assert keep(dataset, rules={"min_aesthetic": 5}, decide_by="picture") == ["min_aesthetic", None, None]
+    assert keep(dataset, rules={"min_aesthetic": 5}, decide_by="image") == ["min_aesthetic", None, None]
 
 
 def test_keep_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, digests):
@@ -239,7 +239,7 @@ def test_keep_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, dige
     assert digests(dataset) == before
 
 
-@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "picture", "rules": {"min_side": 512}}])
+@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "image", "rules": {"min_side": 512}}])
 def test_other_rules_make_the_decision_pending_again(tmp_path, config):
     dataset = write_dataset(tmp_path, [row(), row()])
     keep(dataset, rules={"min_side": 512})
@@ -264,8 +264,8 @@ def test_other_scores_in_the_metadata_make_the_decision_pending_again(tmp_path):
 
 
 def test_when_nothing_is_left_a_sentence_says_why_and_nothing_is_written(tmp_path):
-    dataset = write_dataset(tmp_path, [row(), row(), row(picture=None, reason="http_404")])
-    with pytest.raises(UserError, match=r"No picture .* is kept \(http_404 1, min_side 2\)\. Loosen"):
+    dataset = write_dataset(tmp_path, [row(), row(), row(image=None, reason="http_404")])
+    with pytest.raises(UserError, match=r"No image .* is kept \(http_404 1, min_side 2\)\. Loosen"):
         keep(dataset, rules={"min_side": 5000})
     assert not dataset.decisions.exists()
     assert not list(tmp_path.glob(".*"))
@@ -291,7 +291,7 @@ def test_caption_rules_are_judged_after_the_download_too(tmp_path):
 def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path):
     rows = [row(ours=GOOD | {"aesthetic_v1": 8.0}), row(ours=GOOD | {"aesthetic_v1": 6.0}), row()]
     dataset = write_dataset(tmp_path, rows)
-    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="picture")
+    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="image")
     assert judged == [None, "min_aesthetic_v1", "aesthetic_v1_missing"]
     with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set keep.decide_by"):
         keep(dataset, rules={"min_aesthetic_v1": 7})

@@ -14,16 +14,16 @@ from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
 from sdtrain.pack.stage import PACK
 from tests.filters.decide.test_stage import GOOD, row, write_dataset
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Eight pictures: two failed, one small, aesthetic scores from 4 to 6.5 in the metadata, the reverse by us."""
+    """Eight images: two failed, one small, aesthetic scores from 4 to 6.5 in the metadata, the reverse by us."""
     scores = [GOOD | {"aesthetic": 4 + 0.5 * i} for i in range(6)]
     rows = [row(scores=scores[i], ours=scores[5 - i]) for i in range(6)]
     rows[5] = row(scores=scores[5], ours=scores[0], original_px=(600, 300))
-    rows += [row(picture=None, reason="timeout")] * 2
+    rows += [row(image=None, reason="timeout")] * 2
     dataset = write_dataset(tmp_path / "data", rows)
     recipe = Recipe(name="test", select=SelectConfig(metadata="x"), keep=KeepConfig(rules={"min_aesthetic": 4.2}))
     record_recipe(dataset, recipe)
@@ -47,11 +47,11 @@ def test_the_new_funnel_stands_beside_the_old_one(dataset):
 
 
 def test_it_can_be_decided_by_our_scores(dataset):
-    by_picture = now(dataset, {"min_aesthetic": 6.2}, decide_by="picture")
-    assert by_picture["kept"] == (5, 1)
+    by_image = now(dataset, {"min_aesthetic": 6.2}, decide_by="image")
+    assert by_image["kept"] == (5, 1)
 
 
-def test_comparing_writes_nothing_and_needs_no_picture(dataset, digests):
+def test_comparing_writes_nothing_and_needs_no_image(dataset, digests):
     before = digests(dataset)
     for tar in (dataset.root / "images").glob("*.tar"):
         before.pop(dataset.relative(tar))
@@ -78,7 +78,7 @@ def test_deciding_again_changes_recipe_and_decisions_and_packing_follows(dataset
 
 def test_where_nothing_would_be_kept_nothing_is_changed(dataset, digests):
     before = digests(dataset)
-    with pytest.raises(UserError, match=r"No picture .* is kept .*min_side 5"):
+    with pytest.raises(UserError, match=r"No image .* is kept .*min_side 5"):
         decide_again(dataset, with_keep_rules(read_recipe(dataset), {"min_side": 9999}))
     assert digests(dataset) == before
 
@@ -105,7 +105,7 @@ def test_a_wrong_rule_is_the_sentence_that_a_recipe_gets(dataset, rule, sentence
 
 
 def test_before_the_stages_up_to_it_are_finished_there_is_a_sentence(tmp_path):
-    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_picture(1)))])
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(1)))])
     record_recipe(dataset, Recipe(name="test", select=SelectConfig(metadata="x")))
     with pytest.raises(UserError, match="stage 'score' is not finished"):
         now(dataset, {"min_side": 1})

@@ -1,4 +1,4 @@
-"""Pictures, hashes and embeddings whose copies are known, and a slow search that cannot be wrong."""
+"""Images, hashes and embeddings whose copies are known, and a slow search that cannot be wrong."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
 from filters.dedup.colors import MAX_COLOR_DIFFERENCE
-from filters.dedup.columns import COLOR_BYTES, Pictures
-from filters.dedup.levels import LEVELS, Found, group_pictures
+from filters.dedup.columns import COLOR_BYTES, Images
+from filters.dedup.levels import LEVELS, Found, group_images
 from filters.recipe import DuplicatesConfig
 from filters.score.inputs import perceptual_hash, pixel_sha256, thumbnail
 
@@ -40,19 +40,19 @@ def digest_of(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()
 
 
-def table_of(pictures: list[Image.Image]) -> pa.Table:
-    """What SCORE finds out about pictures; picture i has uid i, and its file is like no other."""
+def table_of(images: list[Image.Image]) -> pa.Table:
+    """What SCORE finds out about images; image i has uid i, and its file is like no other."""
     return pa.table({
-        "uid": [uid_of(i) for i in range(len(pictures))],
-        "pixel_sha256": [pixel_sha256(p) for p in pictures],
-        "sha256": pa.array([None] * len(pictures), pa.string()),
-        "phash": pa.array([perceptual_hash(p) for p in pictures], pa.int64()),
-        "thumbnail": [thumbnail(p) for p in pictures],
+        "uid": [uid_of(i) for i in range(len(images))],
+        "pixel_sha256": [pixel_sha256(p) for p in images],
+        "sha256": pa.array([None] * len(images), pa.string()),
+        "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
+        "thumbnail": [thumbnail(p) for p in images],
     })  # fmt: skip
 
 
 def looks_table(hashes: np.ndarray, colors: np.ndarray, pixels: Any = None, files: Any = None) -> pa.Table:
-    """Pictures with these hashes, channel values (N, 48), and contents of pixels and files; else all different."""
+    """Images with these hashes, channel values (N, 48), and contents of pixels and files; else all different."""
     num = len(hashes)
     return pa.table({
         "uid": [uid_of(i) for i in range(num)],
@@ -68,24 +68,24 @@ def with_embeddings(table: pa.Table, vectors: np.ndarray) -> pa.Table:
     return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
 
 
-def pictures_of(*tables: pa.Table) -> Pictures:
+def images_of(*tables: pa.Table) -> Images:
     names = tables[0].column_names
-    return Pictures(
+    return Images(
         lambda columns: (t.select(list(columns)) for t in tables), sum(map(len, tables)), "embedding" in names
     )
 
 
 def search(*tables: pa.Table, **settings: Any) -> tuple[Found, list[dict[str, str]]]:
-    """What is found among the pictures of some tables, and the rows that are written."""
+    """What is found among the images of some tables, and the rows that are written."""
     config = DuplicatesConfig.model_validate({"level": "perceptual"} | settings)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "duplicates.parquet"
-        found = group_pictures(pictures_of(*tables), config, Path(folder), target)
+        found = group_images(images_of(*tables), config, Path(folder), target)
         return found, pq.read_table(target).to_pylist()
 
 
 def groups_of(*tables: pa.Table, **settings: Any) -> Groups:
-    """Picture number -> (number of its group's first, kind)."""
+    """Image number -> (number of its group's first, kind)."""
     rows = search(*tables, **settings)[1]
     return {int(row["uid"], 16): (int(row["group_id"], 16), row["kind"]) for row in rows}
 
@@ -96,7 +96,7 @@ def close_hashes(hashes: np.ndarray, radius: int) -> np.ndarray:
 
 
 def alike(hashes: np.ndarray, colors: np.ndarray, radius: int) -> np.ndarray:
-    """(N, N) whether pictures look alike, by comparing all with all."""
+    """(N, N) whether images look alike, by comparing all with all."""
     difference = np.abs(colors[:, None].astype(int) - colors[None, :]).max(axis=2)
     return close_hashes(hashes, radius) & (difference <= MAX_COLOR_DIFFERENCE)
 

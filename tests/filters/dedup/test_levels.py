@@ -33,7 +33,7 @@ def equal(values: list[object]) -> np.ndarray:
 
 
 def crowded_looks(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Few hashes and few colours, so that many pictures share one or both, or nearly."""
+    """Few hashes and few colours, so that many images share one or both, or nearly."""
     rng = np.random.default_rng(seed)
     hashes = rng.choice(planted_hashes(40, seed), num)
     colors = np.zeros((num, COLOR_BYTES), np.uint8)
@@ -62,7 +62,7 @@ def test_pieces_of_any_size_give_the_same_groups(monkeypatch):
 
 @st.composite
 def small_worlds(draw):
-    """A few pictures, many of which share pixels, files, looks or embeddings, and an order in which to give them."""
+    """A few images, many of which share pixels, files, looks or embeddings, and an order in which to give them."""
     num = draw(st.integers(1, 14))
     of = lambda values: draw(st.lists(values, min_size=num, max_size=num))  # noqa: E731
     bits = of(st.sampled_from([0, 0b1, 0b11, 0b11111, 0b111111111, 1 << 63, (1 << 63) | 1]))
@@ -81,7 +81,7 @@ def small_worlds(draw):
 
 @given(small_worlds())
 @settings(max_examples=20, deadline=None)
-def test_groups_are_the_components_of_the_relation_in_whatever_order_pictures_come(world):
+def test_groups_are_the_components_of_the_relation_in_whatever_order_images_come(world):
     table = looks_table(world["hashes"], world["colors"], world["pixels"], world["files"])
     table = with_embeddings(table, world["vectors"])
     wide = world["vectors"].astype(float)
@@ -115,7 +115,7 @@ def test_components_do_not_depend_on_how_links_are_split(batches):
     )
 
 
-def test_colours_decide_between_pictures_of_one_hash():
+def test_colours_decide_between_images_of_one_hash():
     colors = np.zeros((4, COLOR_BYTES), np.uint8)
     colors[1, 7], colors[2, 7], colors[3] = MAX_COLOR_DIFFERENCE, MAX_COLOR_DIFFERENCE + 1, 255
     # 1 and 2 are alike too, so the three are one group; the fourth is not.
@@ -135,7 +135,7 @@ def test_each_level_counts_what_it_would_drop_and_the_kinds_add_up_to_that_of_th
 
 
 @pytest.mark.parametrize("alike_", [False, True], ids=["all unlike", "all alike"])
-def test_pictures_of_one_hash_and_many_colours_take_memory_by_their_number(alike_):
+def test_images_of_one_hash_and_many_colours_take_memory_by_their_number(alike_):
     num = 4000
     colors = (
         np.random.default_rng(0).integers(250, 256, (num, COLOR_BYTES), np.uint8) if alike_ else distinct_colors(num)
@@ -149,7 +149,7 @@ def test_pictures_of_one_hash_and_many_colours_take_memory_by_their_number(alike
     assert peak_bytes < 50_000_000
 
 
-def test_thousands_of_blank_pictures_cost_no_square():
+def test_thousands_of_blank_images_cost_no_square():
     num = 50_000
     hashes = np.concatenate([np.full(num, 1 << 63, np.uint64), planted_hashes(200, 1)])
     colors = np.concatenate([np.full((num, COLOR_BYTES), 255, np.uint8), np.zeros((200, COLOR_BYTES), np.uint8)])

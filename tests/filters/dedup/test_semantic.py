@@ -8,20 +8,20 @@ import pytest
 
 from filters.dedup import DEDUP, buckets
 from filters.dedup.clusters import num_clusters_for
-from filters.dedup.stage import scored_pictures
+from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
 from sdtrain.dataset.progress import listening
 from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from tests.filters.dedup.duplicate_fixtures import distinct_colors, groups_of, looks_table, search, with_embeddings
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NUM, DIM, NUM_COPIES = 900, 64, 100
 
 
 def planted(noise: float = 0.1) -> pa.Table:
-    """Pictures of nine subjects, all different but for the last hundred, which nearly repeat the first."""
+    """Images of nine subjects, all different but for the last hundred, which nearly repeat the first."""
     rng = np.random.default_rng(1)
     vectors = 0.4 * rng.normal(size=(9, DIM))[np.arange(NUM) % 9] + rng.normal(size=(NUM, DIM))
     vectors[-NUM_COPIES:] = vectors[:NUM_COPIES] + noise * rng.normal(size=(NUM_COPIES, DIM))
@@ -78,7 +78,7 @@ def test_clusters_depend_on_neither_threads_nor_order_nor_the_division_into_file
     assert search(*parts, level="semantic", num_clusters=6) == expected
 
 
-def test_a_picture_without_embedding_is_like_none():
+def test_a_image_without_embedding_is_like_none():
     table = planted()
     known = pa.array(np.arange(NUM) != 5)
     missing = pa.compute.if_else(known, table["embedding"], pa.scalar(None, table["embedding"].type))
@@ -88,7 +88,7 @@ def test_a_picture_without_embedding_is_like_none():
     assert set(semantic(table, num_clusters=2)) <= set(left)
 
 
-def test_few_pictures_are_compared_all_with_all_and_many_in_as_many_clusters_as_their_root():
+def test_few_images_are_compared_all_with_all_and_many_in_as_many_clusters_as_their_root():
     assert [num_clusters_for(num, None) for num in (0, 1, 16_384, 1_000_000, 100_000_000)] == [1, 1, 1, 1000, 10_000]
     assert num_clusters_for(50, 200) == 50
 
@@ -109,8 +109,8 @@ def test_without_embeddings_a_sentence_says_what_to_set():
 
 @pytest.fixture
 def scored(tmp_path):
-    """Two shards of four pictures with embeddings: 1 and 6 show the same."""
-    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_picture(i))) for i in range(8)], per_shard=4)
+    """Two shards of four images with embeddings: 1 and 6 show the same."""
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(i))) for i in range(8)], per_shard=4)
     no_models = ScoreConfig(clip_weights=None, aesthetic_weights=None, watermark_weights=None, safety_weights=None)
     run_batch(SCORE, dataset, Recipe(name="test", score=no_models), [0, 1])
     vectors = np.eye(8, dtype=np.float16)
@@ -132,19 +132,19 @@ def test_the_stage_finds_them_across_shards_and_says_what_each_level_would_drop(
     (report,) = run_batch(DEDUP, scored, semantic_recipe(), [0])
     assert report.dropped == {"semantic": 1}
     counts = "exact 0, perceptual 0, semantic 1"
-    assert report.notes == [f"of 8 pictures, each level of duplicates would drop: {counts}"]
+    assert report.notes == [f"of 8 images, each level of duplicates would drop: {counts}"]
 
 
 def test_embeddings_of_different_networks_are_refused(scored):
     table = pq.read_table(scored.scores(1))
     pq.write_table(table.replace_schema_metadata({"sdtrain.clip_model": "another"}), scored.scores(1))
     with pytest.raises(UserError, match="different CLIP networks"):
-        scored_pictures(scored)
+        scored_images(scored)
 
 
 def test_embeddings_that_score_stored_are_those_that_are_compared(tmp_path):
-    pictures = [scene_picture(i, 128, 128) for i in range(3)]
-    dataset = write_downloads(tmp_path, [Fetched(encoded(p)) for p in [*pictures, pictures[1]]], per_shard=2)
+    images = [scene_image(i, 128, 128) for i in range(3)]
+    dataset = write_downloads(tmp_path, [Fetched(encoded(p)) for p in [*images, images[1]]], per_shard=2)
     score = ScoreConfig(
         clip_model="ViT-demo",
         clip_weights="random:0",
@@ -156,7 +156,7 @@ def test_embeddings_that_score_stored_are_those_that_are_compared(tmp_path):
     duplicates = DuplicatesConfig(level="semantic", semantic_threshold=0.99999)
     recipe = Recipe(name="test", score=score, duplicates=duplicates)
     run_batch(SCORE, dataset, recipe, [0, 1])
-    assert scored_pictures(dataset).has_embeddings
+    assert scored_images(dataset).has_embeddings
     (report,) = run_batch(DEDUP, dataset, recipe, [0])
     assert report.dropped == {"exact": 1}
     assert "semantic 1" in report.notes[0]

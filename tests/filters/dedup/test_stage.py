@@ -1,4 +1,4 @@
-"""Pictures of the demo's world and their copies, and the stage over a whole dataset."""
+"""Images of the demo's world and their copies, and the stage over a whole dataset."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,18 +11,18 @@ from filters.score.inputs import perceptual_hash
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
-from sdtrain.demo.pictures import SEEN_PAIRS, draw, random_scene
+from sdtrain.demo.images import SEEN_PAIRS, draw, random_scene
 from sdtrain.download.rows import SCHEMA
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
 from tests.filters.dedup.duplicate_fixtures import groups_of, table_of
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = ScoreConfig(clip_weights=None, aesthetic_weights=None, watermark_weights=None, safety_weights=None)
 
 
-def groups_among(pictures, **settings):
-    return groups_of(table_of(pictures), **settings)
+def groups_among(images, **settings):
+    return groups_of(table_of(images), **settings)
 
 
 def test_copies_of_copies_are_one_group_named_by_its_smallest_uid():
@@ -32,23 +32,23 @@ def test_copies_of_copies_are_one_group_named_by_its_smallest_uid():
 
 
 def test_a_level_finds_what_it_says():
-    picture = scene_picture(1, 560, 520)
-    near = decode_rgb(encoded(picture.resize((588, 546)), quality=78))
-    pictures = [picture, scene_picture(2, 560, 520), picture.copy(), near]
-    assert groups_among(pictures, level="off") == {}
-    assert groups_among(pictures, level="exact") == {0: (0, "exact"), 2: (0, "exact")}
-    assert groups_among(pictures) == {0: (0, "exact"), 2: (0, "exact"), 3: (0, "perceptual")}
+    image = scene_image(1, 560, 520)
+    near = decode_rgb(encoded(image.resize((588, 546)), quality=78))
+    images = [image, scene_image(2, 560, 520), image.copy(), near]
+    assert groups_among(images, level="off") == {}
+    assert groups_among(images, level="exact") == {0: (0, "exact"), 2: (0, "exact")}
+    assert groups_among(images) == {0: (0, "exact"), 2: (0, "exact"), 3: (0, "perceptual")}
 
 
 def test_different_scenes_of_the_demo_are_no_duplicates_and_its_recompressed_copies_are():
     rng = np.random.default_rng(3)
     scenes = [random_scene(rng, *SEEN_PAIRS[i % len(SEEN_PAIRS)]) for i in range(400)]
-    pictures = [draw(scene, *rng.integers(256, 385, 2).tolist()) for scene in scenes]
-    assert groups_among(pictures) == {}
+    images = [draw(scene, *rng.integers(256, 385, 2).tolist()) for scene in scenes]
+    assert groups_among(images) == {}
     copies = [
-        decode_rgb(encoded(p.resize((round(p.width * 1.05), round(p.height * 1.05))), quality=78)) for p in pictures
+        decode_rgb(encoded(p.resize((round(p.width * 1.05), round(p.height * 1.05))), quality=78)) for p in images
     ]
-    found = groups_among([*pictures, *copies])
+    found = groups_among([*images, *copies])
     together = [i for i in range(400) if i in found and found[i] == found.get(400 + i)]
     assert len(together) >= 392
     assert all(first == i % 400 for i, (first, _) in found.items())
@@ -71,8 +71,8 @@ RECOLOURED = {
 }
 
 
-def resized(picture: Image.Image, factor: float) -> Image.Image:
-    return picture.resize([round(side * factor) for side in picture.size])
+def resized(image: Image.Image, factor: float) -> Image.Image:
+    return image.resize([round(side * factor) for side in image.size])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def scenes() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_small_changes_leave_a_picture_a_copy(scenes, change):
+def test_small_changes_leave_a_image_a_copy(scenes, change):
     make, least = CHANGES[change]
     found = groups_among([*scenes, *map(make, scenes)])
     recall = sum(i in found and found[i] == found.get(len(scenes) + i) for i in range(len(scenes))) / len(scenes)
@@ -97,14 +97,14 @@ def test_the_same_shapes_in_other_colours_are_no_copies(scenes, change):
 
 
 @pytest.mark.parametrize("num", [0, 1])
-def test_fewer_than_two_pictures_have_no_duplicates(num):
-    assert groups_among([scene_picture(i) for i in range(num)]) == {}
+def test_fewer_than_two_images_have_no_duplicates(num):
+    assert groups_among([scene_image(i) for i in range(num)]) == {}
 
 
 @pytest.fixture
 def scored(tmp_path):
-    """A dataset of three shards whose pictures 0, 3 and 8 are the same; one is damaged and one was not fetched."""
-    contents = [encoded(scene_picture(0 if i in (3, 8) else i)) for i in range(10)]
+    """A dataset of three shards whose images 0, 3 and 8 are the same; one is damaged and one was not fetched."""
+    contents = [encoded(scene_image(0 if i in (3, 8) else i)) for i in range(10)]
     rows = [*map(Fetched, contents), Fetched(contents[0][:600]), Fetched(contents[0][:600]), Fetched(None)]
     dataset = write_downloads(tmp_path, rows, per_shard=5)
     run_batch(SCORE, dataset, Recipe(name="test", score=NO_MODELS), [0, 1, 2])
@@ -115,7 +115,7 @@ def recipe_with(level: str) -> Recipe:
     return Recipe(name="test", score=NO_MODELS, duplicates=DuplicatesConfig(level=level))
 
 
-def test_the_stage_counts_copies_across_shards_and_no_damaged_picture(scored):
+def test_the_stage_counts_copies_across_shards_and_no_damaged_image(scored):
     (report,) = run_batch(DEDUP, scored, recipe_with("perceptual"), [0])
     assert (report.num_in, report.num_out, report.dropped) == (10, 8, {"exact": 2})
     rows = pq.read_table(scored.duplicates).to_pylist()
@@ -143,7 +143,7 @@ def test_dedup_does_nothing_twice_gives_the_same_bytes_and_notices_another_level
 def test_the_report_says_what_each_level_would_drop_whatever_the_recipe_asks_for(scored, level):
     (report,) = run_batch(DEDUP, scored, recipe_with(level), [0])
     assert report.notes == [
-        "of 10 pictures, each level of duplicates would drop: exact 2, perceptual 2; semantic not counted"
+        "of 10 images, each level of duplicates would drop: exact 2, perceptual 2; semantic not counted"
     ]
 
 

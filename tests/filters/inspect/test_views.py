@@ -37,8 +37,8 @@ def built(tmp_path_factory):
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.title)
 def test_every_question_has_an_answer(built, question):
     rows = ask(built[0].database, question.sql)
-    asks_for_one_picture = "LIKE" in question.sql
-    assert rows or asks_for_one_picture
+    asks_for_one_image = "LIKE" in question.sql
+    assert rows or asks_for_one_image
 
 
 def test_there_are_ten_questions_and_each_view_is_described(built):

@@ -1,4 +1,4 @@
-"""A planted copy of a training picture is found among samples, and new pictures are not flagged."""
+"""A planted copy of a training image is found among samples, and new images are not flagged."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def photo(number):
 
 
 def write_drawn(folder):
-    """New pictures, and one that repeats a training picture, brighter and smaller; with prompts as `sample` writes."""
+    """New images, and one that repeats a training image, brighter and smaller; with prompts as `sample` writes."""
     folder.mkdir()
     for number in NEW:
         photo(number).save(folder / f"{number}.png")
@@ -46,7 +46,7 @@ def drawn(tmp_path):
     return write_drawn(tmp_path / "drawn")
 
 
-def test_the_planted_picture_is_the_only_one_that_is_the_same(search, drawn):
+def test_the_planted_image_is_the_only_one_that_is_the_same(search, drawn):
     found = check_samples(search, read_samples(drawn), STRICT)
     assert [found.count(kind) for kind in ("same", "alike", "new")] == [1, 0, len(NEW)]
     first = found.verdicts[0]
@@ -60,8 +60,8 @@ def test_the_planted_picture_is_the_only_one_that_is_the_same(search, drawn):
 def test_samples_in_the_tars_of_an_evaluation_are_judged_alike(search, drawn, tmp_path):
     parts = tmp_path / "evaluation" / "samples" / "model" / "guidance-3"
     parts.mkdir(parents=True)
-    pictures = sorted(p for p in drawn.glob("*.png") if p.stem != "grid")
-    samples = [(f"{i:09d}", {"png": p.read_bytes(), "txt": b"a caption"}) for i, p in enumerate(pictures)]
+    images = sorted(p for p in drawn.glob("*.png") if p.stem != "grid")
+    samples = [(f"{i:09d}", {"png": p.read_bytes(), "txt": b"a caption"}) for i, p in enumerate(images)]
     write_samples(parts / "00000.tar", samples[:2])
     write_samples(parts / "00001.tar", samples[2:])
     found = check_samples(search, read_samples(tmp_path / "evaluation"), STRICT)
@@ -70,7 +70,7 @@ def test_samples_in_the_tars_of_an_evaluation_are_judged_alike(search, drawn, tm
     assert found.verdicts[0].sample.prompt == "a caption"
 
 
-def test_the_threshold_alone_calls_pictures_alike_and_the_notes_say_what_it_flags_by_itself(search, drawn):
+def test_the_threshold_alone_calls_images_alike_and_the_notes_say_what_it_flags_by_itself(search, drawn):
     found = check_samples(search, read_samples(drawn), Limits(threshold=-1.0))
     assert (found.count("same"), found.count("alike")) == (1, len(NEW))
     assert found.calibration.summary()["nearest_other_flagged"] == 1
@@ -85,7 +85,7 @@ def test_a_calibration_counts_what_reaches_the_limit():
     assert Calibration(0.9, [], []).summary()["nearest_other_flagged"] is None
 
 
-def test_the_references_are_kept_pictures_and_their_nearest_others(search):
+def test_the_references_are_kept_images_and_their_nearest_others(search):
     calibration = check_samples(search, read_none(), STRICT).calibration
     kept = search.some_vectors(1000)
     cosines = kept @ kept.T
@@ -101,7 +101,7 @@ def read_none():
     return [Sample("one", lambda: photo(1))]
 
 
-def test_a_lost_training_picture_is_no_crash(embedded_dataset, drawn, tmp_path):
+def test_a_lost_training_image_is_no_crash(embedded_dataset, drawn, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
     for tar in dataset.root.glob("images/*.tar"):
         tar.unlink()
@@ -136,8 +136,8 @@ def test_captions_that_repeat_come_first(embedded_dataset):
 
 
 def test_a_folder_without_samples_is_a_sentence(search, tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="holds no images"):
         check_samples(search, read_samples(tmp_path))
     (tmp_path / "x.png").write_text("nothing")
-    with pytest.raises(UserError, match=r"x\.png cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"x\.png cannot be read as an image"):
         check_samples(search, read_samples(tmp_path))

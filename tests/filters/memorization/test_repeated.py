@@ -9,7 +9,7 @@ from sdtrain.demo.agreement import export_untrained
 
 
 @pytest.mark.long
-def test_pictures_are_drawn_for_the_captions_that_repeat_and_not_again_in_a_second_run(
+def test_images_are_drawn_for_the_captions_that_repeat_and_not_again_in_a_second_run(
     embedded_dataset, tmp_path, monkeypatch
 ):
     model, out = export_untrained("tiny", tmp_path / "model"), tmp_path / "out"

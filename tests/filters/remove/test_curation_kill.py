@@ -87,7 +87,7 @@ class Forks:
 
 @pytest.fixture(scope="module")
 def built(photo_dataset, photo_site, tmp_path_factory):
-    """A finished dataset, and the port that its pictures came from."""
+    """A finished dataset, and the port that its images came from."""
     dataset, port = copy_of(photo_dataset, tmp_path_factory.mktemp("kill")), photo_site[1]
     (dataset.root.parent / "list.txt").write_text("\n".join(uid_of(n, port) for n in GONE))
     return dataset, port

@@ -11,7 +11,7 @@ from filters.score import gpu_decode
 from filters.score.gpu_decode import look_on_device
 from filters.score.preprocess import Sample, Wanted, look
 from sdtrain.models.clip_view import Preprocess
-from tests.picture_fixtures import encoded, scene_picture
+from tests.image_fixtures import encoded, scene_image
 
 WANTED = Wanted(Preprocess(64), watermark=True)
 CPU = torch.device("cpu")
@@ -26,28 +26,28 @@ def on_device(samples, wanted=WANTED):
         return look_on_device(samples, wanted, CPU, pool)
 
 
-def turned(picture):
+def turned(image):
     exif = Image.Exif()
     exif[274] = 6
-    return encoded(picture, exif=exif)
+    return encoded(image, exif=exif)
 
 
 MIXED = [
-    sample(encoded(scene_picture(0)), 0),
-    sample(encoded(scene_picture(1), "png"), 1, "png"),
-    sample(encoded(scene_picture(2, 120, 70)), 2),
-    sample(encoded(scene_picture(3))[:700], 3),
-    sample(turned(scene_picture(4)), 4),
-    sample(encoded(scene_picture(5).convert("CMYK")), 5),
-    sample(encoded(scene_picture(6).convert("L")), 6),
-    sample(encoded(scene_picture(7)), 7),
+    sample(encoded(scene_image(0)), 0),
+    sample(encoded(scene_image(1), "png"), 1, "png"),
+    sample(encoded(scene_image(2, 120, 70)), 2),
+    sample(encoded(scene_image(3))[:700], 3),
+    sample(turned(scene_image(4)), 4),
+    sample(encoded(scene_image(5).convert("CMYK")), 5),
+    sample(encoded(scene_image(6).convert("L")), 6),
+    sample(encoded(scene_image(7)), 7),
     sample(b"", 8),
 ]
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """How many pictures the decoder was given at each call."""
+    """How many images the decoder was given at each call."""
     calls = []
 
     def decode(contents, *arguments, **options):
@@ -82,9 +82,9 @@ def test_where_the_decoder_fails_the_cpu_says_what_is_damaged(monkeypatch):
 
     monkeypatch.setattr(gpu_decode, "decode_jpeg", fail)
     # Whole at both ends, and nonsense between: the header does not show it.
-    broken = bytearray(encoded(scene_picture(1)))
+    broken = bytearray(encoded(scene_image(1)))
     broken[-400:-2] = b"\xff\xc0" * 199
-    samples = [sample(encoded(scene_picture(0)), 0), sample(bytes(broken), 1)]
+    samples = [sample(encoded(scene_image(0)), 0), sample(bytes(broken), 1)]
     found, wanted = on_device(samples), [look(s, WANTED) for s in samples]
     assert [item.row for item in found] == [item.row for item in wanted]
 

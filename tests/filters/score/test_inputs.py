@@ -10,40 +10,40 @@ from PIL import Image
 from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD, perceptual_hash, pixel_sha256, watermark_view
 from sdtrain.images.decode import decode_rgb
 from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
-from tests.picture_fixtures import encoded, scene_picture
+from tests.image_fixtures import encoded, scene_image
 
 CLIP_ORACLE = Path(__file__).parents[4] / "shared" / "data" / "clip_preprocess"
 # Of pixels drawn by Pillow: changes only if the hash or the drawing does.
 HASH_OF_SCENE_3 = -1831951039154706893
 
 
-def clip_input(picture, preprocess):
+def clip_input(image, preprocess):
     """(3, H, W) float32."""
-    return normalised(pixels_of(clip_view(picture, preprocess))[None], preprocess.mean, preprocess.std)[0].numpy()
+    return normalised(pixels_of(clip_view(image, preprocess))[None], preprocess.mean, preprocess.std)[0].numpy()
 
 
 @pytest.mark.skipif(not CLIP_ORACLE.exists(), reason="the stored tensors are not beside this checkout")
 @pytest.mark.parametrize("name", ["123_456", "208_495", "321_421", "389_535"])
 def test_clips_input_is_bit_for_bit_that_of_clip_retrieval(name):
-    picture = decode_rgb((CLIP_ORACLE / f"{name}.jpg").read_bytes())
+    image = decode_rgb((CLIP_ORACLE / f"{name}.jpg").read_bytes())
     stored = np.load(CLIP_ORACLE / f"{name}.clip_preprocess_224_f32.npy").reshape(3, 224, 224)
-    assert np.array_equal(clip_input(picture, Preprocess(224)), stored)
+    assert np.array_equal(clip_input(image, Preprocess(224)), stored)
 
 
 @pytest.mark.parametrize("size", [(96, 80), (80, 96), (333, 100), (64, 64), (65, 64)])
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_clips_input_is_bit_for_bit_that_of_open_clips_own_preprocessing(size, squash, resample):
-    picture = scene_picture(1, *size)
+    image = scene_image(1, *size)
     preprocess = Preprocess(64, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), resample, squash)
     mode = "squash" if squash else "shortest"
     reference = open_clip.image_transform(
         64, is_train=False, mean=preprocess.mean, std=preprocess.std, interpolation=resample, resize_mode=mode
     )
-    assert np.array_equal(clip_input(picture, preprocess), reference(picture).numpy())
+    assert np.array_equal(clip_input(image, preprocess), reference(image).numpy())
 
 
-def test_the_watermark_input_squashes_the_whole_picture():
+def test_the_watermark_input_squashes_the_whole_image():
     halves = Image.new("RGB", (200, 100), "black")
     halves.paste("white", (100, 0, 200, 100))
     pixels = normalised(pixels_of(watermark_view(halves))[None], WATERMARK_MEAN, WATERMARK_STD)[0].numpy()
@@ -54,28 +54,28 @@ def test_the_watermark_input_squashes_the_whole_picture():
     np.testing.assert_allclose(pixels[0, 250, 250], (1 - 0.485) / 0.229, atol=1e-6)
 
 
-def test_a_batch_is_normalised_like_its_pictures_one_by_one():
-    pixels = torch.stack([pixels_of(scene_picture(i, 64, 64)) for i in range(3)])
+def test_a_batch_is_normalised_like_its_images_one_by_one():
+    pixels = torch.stack([pixels_of(scene_image(i, 64, 64)) for i in range(3)])
     whole = normalised(pixels, WATERMARK_MEAN, WATERMARK_STD)
     assert torch.equal(whole, torch.cat([normalised(one[None], WATERMARK_MEAN, WATERMARK_STD) for one in pixels]))
 
 
 def test_the_perceptual_hash_is_a_known_number_and_close_for_copies():
-    picture = scene_picture(3, 600, 520)
-    assert perceptual_hash(picture) == HASH_OF_SCENE_3
-    copy = decode_rgb(encoded(picture.resize((540, 468)), quality=75))
-    assert (perceptual_hash(copy) ^ perceptual_hash(picture)).bit_count() <= 4
+    image = scene_image(3, 600, 520)
+    assert perceptual_hash(image) == HASH_OF_SCENE_3
+    copy = decode_rgb(encoded(image.resize((540, 468)), quality=75))
+    assert (perceptual_hash(copy) ^ perceptual_hash(image)).bit_count() <= 4
 
 
 def test_the_perceptual_hash_is_that_of_imagehash():
     for seed in range(20):
-        picture = scene_picture(seed)
-        assert f"{perceptual_hash(picture) % 2**64:016x}" == str(imagehash.phash(picture))
+        image = scene_image(seed)
+        assert f"{perceptual_hash(image) % 2**64:016x}" == str(imagehash.phash(image))
 
 
-def test_the_pixel_digest_tells_pictures_and_their_sizes_apart_and_not_how_they_are_encoded():
-    picture = scene_picture(4)
-    as_png, as_webp = (decode_rgb(encoded(picture, form, lossless=True)) for form in ("png", "webp"))
-    assert pixel_sha256(as_png) == pixel_sha256(as_webp) == pixel_sha256(picture)
-    turned = Image.frombytes("RGB", (picture.height, picture.width), picture.tobytes())
-    assert pixel_sha256(turned) != pixel_sha256(picture)
+def test_the_pixel_digest_tells_images_and_their_sizes_apart_and_not_how_they_are_encoded():
+    image = scene_image(4)
+    as_png, as_webp = (decode_rgb(encoded(image, form, lossless=True)) for form in ("png", "webp"))
+    assert pixel_sha256(as_png) == pixel_sha256(as_webp) == pixel_sha256(image)
+    turned = Image.frombytes("RGB", (image.height, image.width), image.tobytes())
+    assert pixel_sha256(turned) != pixel_sha256(image)

@@ -10,13 +10,13 @@ from filters.score.models import Models, check_heads, judge, load_models
 from filters.score.preprocess import Looked
 from sdtrain.errors import UserError
 from sdtrain.models.clip_view import pixels_of
-from tests.picture_fixtures import scene_picture
+from tests.image_fixtures import scene_image
 
 CPU = torch.device("cpu")
 
 
 def looked(number, reason=None):
-    view = None if reason else pixels_of(watermark_view(scene_picture(number)))
+    view = None if reason else pixels_of(watermark_view(scene_image(number)))
     return Looked({"key": number, "reason": reason}, "a caption", watermark=view)
 
 
@@ -26,7 +26,7 @@ def test_a_score_that_is_no_number_is_null_so_that_no_rule_takes_it_for_high():
     assert [row["pwatermark"] for row in judge([looked(i) for i in range(3)], models).rows()] == [None, 0.5, None]
 
 
-def test_damaged_pictures_keep_their_place_and_the_networks_do_not_see_them():
+def test_damaged_images_keep_their_place_and_the_networks_do_not_see_them():
     seen = []
 
     def watermark(pixels):

@@ -6,12 +6,12 @@ import torch
 from filters.score import pipeline
 from filters.score.models import Models
 from filters.score.pipeline import num_threads, score_rows
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 
 def watermark(pixels):
-    """Stands for a network: the mean of each picture, one by one, because sums of a batch round by its size."""
-    return torch.stack([picture.mean() for picture in pixels])
+    """Stands for a network: the mean of each image, one by one, because sums of a batch round by its size."""
+    return torch.stack([image.mean() for image in pixels])
 
 
 MODELS = Models(torch.device("cpu"), watermark=watermark)
@@ -19,8 +19,8 @@ MODELS = Models(torch.device("cpu"), watermark=watermark)
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Three shards of 10, 10 and 3 pictures, one of them damaged."""
-    contents = [encoded(scene_picture(i)) for i in range(23)]
+    """Three shards of 10, 10 and 3 images, one of them damaged."""
+    contents = [encoded(scene_image(i)) for i in range(23)]
     contents[12] = b"\xff\xd8 damaged"
     return write_downloads(tmp_path, [Fetched(content) for content in contents])
 
@@ -41,7 +41,7 @@ def test_a_decoding_device_gives_nearly_the_same_rows(dataset):
         assert ours.get("pwatermark") == pytest.approx(wanted.get("pwatermark"), abs=0.01)
 
 
-def test_the_next_pictures_are_decoded_while_the_networks_are_busy_and_not_without_end(dataset, monkeypatch):
+def test_the_next_images_are_decoded_while_the_networks_are_busy_and_not_without_end(dataset, monkeypatch):
     looked, ahead = [], []
     original = pipeline.look
 

@@ -15,8 +15,8 @@ PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"
 NOISE = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
 
 
-def measures_of(picture):
-    return measure(gray_of(watermark_view(picture)))
+def measures_of(image):
+    return measure(gray_of(watermark_view(image)))
 
 
 def framed(top=0, bottom=0, left=0, right=0, level=255):

@@ -21,7 +21,7 @@ from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
 from sdtrain.models.clip import load_clip
 from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 RANDOM = ScoreConfig(
     clip_model="ViT-demo",
@@ -34,7 +34,7 @@ RANDOM = ScoreConfig(
 )
 NO_MODELS = ScoreConfig(clip_weights=None, aesthetic_weights=None, watermark_weights=None, safety_weights=None)
 SCORES = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-DAMAGED = encoded(scene_picture(99))[:700]
+DAMAGED = encoded(scene_image(99))[:700]
 
 
 def recipe_of(score: ScoreConfig) -> Recipe:
@@ -42,8 +42,8 @@ def recipe_of(score: ScoreConfig) -> Recipe:
 
 
 def make_rows() -> list[Fetched]:
-    pictures = [Fetched(encoded(scene_picture(i)), caption=f"caption {i}") for i in range(9)]
-    return [*pictures, Fetched(None, reason="http_404"), Fetched(DAMAGED), Fetched(encoded(scene_picture(11)), None)]
+    images = [Fetched(encoded(scene_image(i)), caption=f"caption {i}") for i in range(9)]
+    return [*images, Fetched(None, reason="http_404"), Fetched(DAMAGED), Fetched(encoded(scene_image(11)), None)]
 
 
 def score(dataset, config: ScoreConfig) -> list[dict]:
@@ -52,7 +52,7 @@ def score(dataset, config: ScoreConfig) -> list[dict]:
     return [row for shard in SCORE.shards(dataset, recipe) for row in pq.read_table(dataset.scores(shard)).to_pylist()]
 
 
-def test_every_downloaded_picture_gets_a_row_and_a_damaged_one_its_reason(tmp_path):
+def test_every_downloaded_image_gets_a_row_and_a_damaged_one_its_reason(tmp_path):
     dataset = write_downloads(tmp_path, make_rows())
     rows = score(dataset, RANDOM)
     assert len(rows) == 11
@@ -69,28 +69,28 @@ def test_every_downloaded_picture_gets_a_row_and_a_damaged_one_its_reason(tmp_pa
     assert [(r.num_in, r.num_out, r.dropped) for r in reports] == [(9, 9, {}), (2, 1, {"undecodable": 1})]
 
 
-def test_scores_are_what_the_networks_say_of_the_picture_and_its_caption(tmp_path):
-    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_picture(5)), caption="a blue ring")])
+def test_scores_are_what_the_networks_say_of_the_image_and_its_caption(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(5)), caption="a blue ring")])
     (row,) = score(dataset, RANDOM)
-    picture = decode_rgb(encoded(scene_picture(5)))
+    image = decode_rgb(encoded(scene_image(5)))
     clip, tokenizer = load_clip("ViT-demo", "random:0")
     with torch.inference_mode():
         preprocess = Preprocess(64)
-        pixels = pixels_of(clip_view(picture, preprocess))[None]
+        pixels = pixels_of(clip_view(image, preprocess))[None]
         image = clip.encode_image(normalised(pixels, preprocess.mean, preprocess.std))
         text = clip.encode_text(tokenizer(["a blue ring"]))
         assert row["similarity"] == pytest.approx(torch.cosine_similarity(image, text).item(), abs=1e-5)
         assert row["aesthetic"] == pytest.approx(load_aesthetic("random:1")(image).item(), abs=1e-4)
         assert row["aesthetic_v1"] == pytest.approx(load_aesthetic_v1("random:4")(image).item(), abs=1e-4)
         assert row["punsafe"] == pytest.approx(load_safety("random:3")(image).item(), abs=1e-5)
-        pixels = normalised(pixels_of(watermark_view(picture))[None], WATERMARK_MEAN, WATERMARK_STD)
+        pixels = normalised(pixels_of(watermark_view(image))[None], WATERMARK_MEAN, WATERMARK_STD)
         assert row["pwatermark"] == pytest.approx(load_watermark("random:2")(pixels).item(), abs=1e-5)
 
 
-def test_the_measures_of_quality_are_those_of_the_decoded_picture(tmp_path):
-    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_picture(5)))])
+def test_the_measures_of_quality_are_those_of_the_decoded_image(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(5)))])
     (row,) = score(dataset, NO_MODELS)
-    wanted = measure(gray_of(watermark_view(decode_rgb(encoded(scene_picture(5))))))
+    wanted = measure(gray_of(watermark_view(decode_rgb(encoded(scene_image(5))))))
     assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
@@ -153,12 +153,12 @@ def rewrite(dataset, change):
     write_samples(dataset.images_tar(0), samples)
 
 
-def test_a_sample_without_a_picture_or_with_other_bytes_is_undecodable(tmp_path):
+def test_a_sample_without_a_image_or_with_other_bytes_is_undecodable(tmp_path):
     dataset = write_downloads(tmp_path, make_rows())
 
     def change(samples):
         del samples[1][1]["jpg"]
-        samples[2][1]["jpg"] = b"<html>no picture</html>"
+        samples[2][1]["jpg"] = b"<html>no image</html>"
         samples[3][1]["jpg"] = b""
 
     rewrite(dataset, change)
@@ -190,7 +190,7 @@ def test_a_tar_that_was_cut_short_is_named_and_the_shards_before_it_are_kept(tmp
     assert pending(SCORE, dataset, recipe_of(NO_MODELS)) == [1]
 
 
-def test_a_shard_without_pictures_gives_an_empty_table(tmp_path):
+def test_a_shard_without_images_gives_an_empty_table(tmp_path):
     dataset = write_downloads(tmp_path, [Fetched(None, reason="timeout")])
     assert score(dataset, RANDOM) == []
     assert require_entry(dataset, "score", 0).num_in == 0
@@ -236,8 +236,8 @@ def test_the_table_says_which_weights_gave_its_scores(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "L", "P", "I;16", "CMYK", "1"])
-def test_pictures_of_every_mode_are_scored(tmp_path, mode):
-    source = scene_picture(6).convert("L").convert("I;16") if mode == "I;16" else scene_picture(6).convert(mode)
+def test_images_of_every_mode_are_scored(tmp_path, mode):
+    source = scene_image(6).convert("L").convert("I;16") if mode == "I;16" else scene_image(6).convert(mode)
     content = encoded(source, "tiff" if mode in ("I;16", "CMYK") else "png")
     assert Image.open(io.BytesIO(content)).mode == mode
     dataset = write_downloads(tmp_path, [Fetched(content)])

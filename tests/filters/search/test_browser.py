@@ -1,4 +1,4 @@
-"""The page in a real browser: asking by words, by a dropped picture, and by one that was found."""
+"""The page in a real browser: asking by words, by a dropped image, and by one that was found."""
 
 import shutil
 import signal
@@ -57,14 +57,14 @@ def wait_for(browser, condition):
 
 
 def cards(browser):
-    """Captions of the cards, once there are some and the first pictures are painted."""
+    """Captions of the cards, once there are some and the first images are painted."""
     found = wait_for(browser, lambda b: b.find_elements("css selector", "#hits .card .caption"))
     wait_for(browser, lambda b: b.execute_script(PAINTED))
     return [element.text for element in found]
 
 
 @pytest.mark.slow
-def test_pictures_are_found_by_words_by_dropping_one_and_by_their_neighbours(browser, embedded_dataset, tmp_path):
+def test_images_are_found_by_words_by_dropping_one_and_by_their_neighbours(browser, embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
     with served(dataset) as address:
         _ask_by_words(browser, address)
@@ -83,7 +83,7 @@ def test_pictures_are_found_by_words_by_dropping_one_and_by_their_neighbours(bro
 
 
 @pytest.mark.slow
-def test_a_removed_picture_is_on_no_page(browser, embedded_dataset, tmp_path):
+def test_a_removed_image_is_on_no_page(browser, embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
     (hit,) = Search(dataset).by_words(caption_of(9), 1)
     remove(dataset, "uid", [hit.uid])
@@ -92,7 +92,7 @@ def test_a_removed_picture_is_on_no_page(browser, embedded_dataset, tmp_path):
         assert caption_of(9) not in cards(browser)
         _drop(browser, 9)
         assert caption_of(9) not in cards(browser)
-        browser.get(f"{address}picture/{hit.key}")
+        browser.get(f"{address}image/{hit.key}")
         assert "There is no such thing" in browser.page_source
 
 
@@ -108,7 +108,7 @@ def _ask_by_words(browser, address):
 
 def _drop(browser, number):
     browser.execute_script(DROP, list(make_photo(number, 70)))
-    wait_for(browser, lambda b: "picture=" in b.current_url)
+    wait_for(browser, lambda b: "image=" in b.current_url)
 
 
 def _choose(browser, file, number):

@@ -1,14 +1,14 @@
-"""The index for many pictures: lists on the disk, of which a part is compared."""
+"""The index for many images: lists on the disk, of which a part is compared."""
 
 import shutil
 
 import numpy as np
 import pytest
 
-from filters.dedup.columns import Pictures
+from filters.dedup.columns import Images
 from filters.search import index
 from filters.search.embeddings import Block, Embeddings
-from filters.search.index import PictureIndex, forget_index, open_index
+from filters.search.index import ImageIndex, forget_index, open_index
 from filters.search.search import Search
 from tests.filters.removal_fixtures import copy_of
 
@@ -38,8 +38,8 @@ def write(vectors, folder, monkeypatch):
         def blocks(self):
             return (Block(np.arange(s, s + 2000), vectors[s : s + 2000]) for s in starts)
 
-    pictures = Pictures(lambda columns: [table.select(list(columns))], NUM, True)
-    embeddings = Planted(None, pictures, "m", "d", WIDTH, tuple((i, 2000) for i in range(len(starts))))
+    images = Images(lambda columns: [table.select(list(columns))], NUM, True)
+    embeddings = Planted(None, images, "m", "d", WIDTH, tuple((i, 2000) for i in range(len(starts))))
     made, work = folder / "made", folder / "work"
     made.mkdir()
     work.mkdir()
@@ -51,7 +51,7 @@ def write(vectors, folder, monkeypatch):
 def test_lists_on_the_disk_find_nearly_all_of_the_exact_answer(tmp_path, monkeypatch):
     vectors = planted()
     asked = vectors[:: NUM // 100].astype(np.float32)
-    found = PictureIndex(write(vectors, tmp_path, monkeypatch))
+    found = ImageIndex(write(vectors, tmp_path, monkeypatch))
     assert (found.info.num_lists, found.info.num_vectors) == (round(2 * NUM**0.5), NUM)
     cosines, numbers = found.nearest(asked, TOP)
     exact = np.argsort(-(asked @ vectors.T.astype(np.float32)), axis=1)[:, :TOP]

@@ -34,8 +34,8 @@ def run(arguments, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 9, 30])
-def test_a_picture_is_its_own_nearest_even_when_it_was_saved_anew(search, number):
-    (hits,) = search.by_pictures([photo(number, quality=75)], top=3)
+def test_a_image_is_its_own_nearest_even_when_it_was_saved_anew(search, number):
+    (hits,) = search.by_images([photo(number, quality=75)], top=3)
     assert hits[0].caption == caption_of(number)
     assert hits[0].nearness > 0.98
     assert [hit.nearness for hit in hits] == sorted((hit.nearness for hit in hits), reverse=True)
@@ -43,7 +43,7 @@ def test_a_picture_is_its_own_nearest_even_when_it_was_saved_anew(search, number
 
 @pytest.mark.parametrize(("copy", "number"), [*SAME_BYTES.items(), *ALIKE.items()])
 def test_planted_copies_come_before_all_others_and_say_why_they_were_dropped(search, copy, number):
-    (hits,) = search.by_pictures([photo(number)], top=5)
+    (hits,) = search.by_images([photo(number)], top=5)
     first = {hit.caption: hit for hit in hits[:2]}
     assert set(first) == {caption_of(number), caption_of(copy)}
     dropped = {hit.reason for hit in first.values()} - {None}
@@ -64,10 +64,10 @@ def test_the_answer_is_that_of_comparing_with_every_embedding(search, embedded_d
 
 
 def test_only_kept_ones_are_all_kept_ones(search, embedded_dataset):
-    (hits,) = search.by_pictures([photo(4)], top=100, kept_only=True)
+    (hits,) = search.by_images([photo(4)], top=100, kept_only=True)
     decisions = pq.read_table(embedded_dataset.decisions).to_pylist()
     assert {hit.uid for hit in hits} == {row["uid"] for row in decisions if row["reason"] is None}
-    assert len(hits) < len(search.by_pictures([photo(4)], top=100)[0])
+    assert len(hits) < len(search.by_images([photo(4)], top=100)[0])
 
 
 def test_words_find_the_caption_that_has_them(search):
@@ -84,15 +84,15 @@ def test_the_index_is_made_once_and_anew_after_a_removal_which_leaves_nothing_of
 ):
     dataset = copy_of(embedded_dataset, tmp_path)
     before = Search(dataset)
-    (hits,) = before.by_pictures([photo(30)], top=1)
+    (hits,) = before.by_images([photo(30)], top=1)
     made = next(dataset.search.glob("*/index.faiss"))
     stamp = made.stat().st_mtime_ns
-    Search(dataset).by_pictures([photo(30)], top=1)
+    Search(dataset).by_images([photo(30)], top=1)
     assert made.stat().st_mtime_ns == stamp
     remove(dataset, "uid", [hits[0].uid])
     assert not dataset.search.exists()
     after = Search(dataset)
-    found = after.by_pictures([photo(30)], top=100)[0]
+    found = after.by_images([photo(30)], top=100)[0]
     assert after.num_pictures == before.num_pictures - 1 == len(found)
     assert hits[0].uid not in {hit.uid for hit in found}
     assert after.by_words(hits[0].caption, 1)[0].uid != hits[0].uid
@@ -101,33 +101,33 @@ def test_the_index_is_made_once_and_anew_after_a_removal_which_leaves_nothing_of
 
 def test_other_embeddings_get_another_index_and_the_old_one_goes(embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
-    Search(dataset).by_pictures([photo(1)], top=1)
+    Search(dataset).by_images([photo(1)], top=1)
     (old,) = dataset.search.iterdir()
     recipe = read_recipe(dataset)
     score = recipe.score.model_copy(update={"clip_weights": "random:1"})
     build(dataset, recipe.model_copy(update={"score": score}))
-    assert captions(Search(dataset).by_pictures([photo(1)], top=1)[0]) == [caption_of(1)]
+    assert captions(Search(dataset).by_images([photo(1)], top=1)[0]) == [caption_of(1)]
     assert [folder.name for folder in dataset.search.iterdir()] != [old.name]
     assert len(list(dataset.search.iterdir())) == 1
 
 
 def test_a_damaged_index_is_a_sentence(embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
-    Search(dataset).by_pictures([photo(1)], top=1)
+    Search(dataset).by_images([photo(1)], top=1)
     next(dataset.search.glob("*/index.faiss")).write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"cannot be read .* Delete it: the next search makes it"):
-        Search(dataset).by_pictures([photo(1)], top=1)
+        Search(dataset).by_images([photo(1)], top=1)
 
 
 def test_a_dataset_without_embeddings_says_how_to_get_them(photo_dataset):
     with pytest.raises(UserError, match=r"has no embeddings to search\. Set score\.store_embeddings: true"):
-        Search(photo_dataset).by_pictures([photo(1)], top=1)
+        Search(photo_dataset).by_images([photo(1)], top=1)
 
 
 def test_without_faiss_there_is_a_sentence(search, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"needs faiss\. Install it with `pip install 'sdtrain\[semantic\]'`"):
-        search.by_pictures([photo(1)], top=1)
+        search.by_images([photo(1)], top=1)
 
 
 def test_the_command_answers_as_table_json_and_sheet(embedded_dataset, tmp_path, capsys, monkeypatch):
@@ -153,13 +153,13 @@ def test_the_command_answers_as_table_json_and_sheet(embedded_dataset, tmp_path,
         (["{data}"], "Give one of"),
         (["{data}", "x", "--serve"], "Give one of"),
         (["{data}", "--image", "{tmp}/none.png"], "cannot be read"),
-        (["{data}", "--image", "{tmp}/text.png"], "cannot be read as a picture"),
-        (["{data}", "x", "--output", "{tmp}/x.gif"], "A sheet of pictures ends in .png or .html"),
+        (["{data}", "--image", "{tmp}/text.png"], "cannot be read as an image"),
+        (["{data}", "x", "--output", "{tmp}/x.gif"], "A sheet of images ends in .png or .html"),
         (["{tmp}/nowhere", "x"], "nowhere"),
     ],
 )
 def test_what_cannot_be_asked_is_a_sentence(arguments, sentence, embedded_dataset, tmp_path, capsys, monkeypatch):
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     filled = [argument.format(data=embedded_dataset.root, tmp=tmp_path) for argument in arguments]
     code, _, err = run(["search", *filled], capsys, monkeypatch)
     assert code == 2
@@ -170,9 +170,9 @@ def test_what_cannot_be_asked_is_a_sentence(arguments, sentence, embedded_datase
 def test_kept_ones_before_anything_is_decided_is_a_sentence(embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
     dataset.decisions.unlink()
-    assert Search(dataset).by_pictures([photo(1)], top=1)[0][0].fate == "undecided"
+    assert Search(dataset).by_images([photo(1)], top=1)[0][0].fate == "undecided"
     with pytest.raises(UserError, match="not built as far as `keep`"):
-        Search(dataset).by_pictures([photo(1)], top=1, kept_only=True)
+        Search(dataset).by_images([photo(1)], top=1, kept_only=True)
 
 
 def test_a_recipe_of_other_weights_is_a_sentence(embedded_dataset, tmp_path):
@@ -180,4 +180,4 @@ def test_a_recipe_of_other_weights_is_a_sentence(embedded_dataset, tmp_path):
     text = dataset.recipe.read_text()
     dataset.recipe.write_text(text.replace("clip_weights: random:0", "clip_weights: random:7"))
     with pytest.raises(UserError, match="was scored with CLIP ViT-demo"):
-        Search(dataset).by_pictures([photo(1)], top=1)
+        Search(dataset).by_images([photo(1)], top=1)

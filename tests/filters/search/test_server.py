@@ -35,18 +35,18 @@ def page(search):
     return Page(search)
 
 
-def test_the_page_shows_what_is_known_of_a_picture(page, search):
+def test_the_page_shows_what_is_known_of_a_image(page, search):
     (hit,) = (h for number in (4, 20) for h in search.by_words(caption_of(number), 1) if h.reason)
     text = page("/", params={"q": hit.caption, "by": "words"}).text
     for shown in (hit.url, hit.uid, hit.key, hit.sha256, "duplicate_exact", hit.caption):
         assert shown in text
-    assert page(f"/picture/{hit.key}").content == picture_bytes(search.dataset, hit)
+    assert page(f"/image/{hit.key}").content == picture_bytes(search.dataset, hit)
     assert Image.open(io.BytesIO(page(f"/thumb/{hit.key}").content)).format == "JPEG"
 
 
-def test_a_dropped_picture_finds_its_copies_first(page):
-    name = page("/ask", "POST", content=make_photo(6, 70), headers=BINARY).json()["picture"]
-    text = page("/", params={"picture": name}).text
+def test_a_dropped_image_finds_its_copies_first(page):
+    name = page("/ask", "POST", content=make_photo(6, 70), headers=BINARY).json()["image"]
+    text = page("/", params={"image": name}).text
     first, second, third = text.split('<figure class="card"')[1:4]
     assert {number for number in (6, 22) for part in (first, second) if caption_of(number) in part} == {6, 22}
     assert caption_of(6) not in third
@@ -72,7 +72,7 @@ def test_captions_and_questions_are_escaped(embedded_dataset, tmp_path, monkeypa
 
 
 def test_every_answer_forbids_foreign_scripts(page):
-    for path in ("/", "/assets/search.js", "/assets/none", "/picture/1", "/nothing"):
+    for path in ("/", "/assets/search.js", "/assets/none", "/image/1", "/nothing"):
         headers = page(path).headers
         assert "default-src 'none'" in headers["content-security-policy"]
         assert "unsafe" not in headers["content-security-policy"]
@@ -90,9 +90,9 @@ def test_other_hosts_are_refused(page):
         "/assets/../search.html",
         "/assets/%2e%2e%2fserver.py",
         "/assets/search.html",
-        "/picture/..%2f..%2frecipe.yaml",
-        "/picture/%2fetc%2fpasswd",
-        "/picture/1'%20OR%20'1'='1",
+        "/image/..%2f..%2frecipe.yaml",
+        "/image/%2fetc%2fpasswd",
+        "/image/1'%20OR%20'1'='1",
         "/thumb/999999999999999999",
         "/asked/..%2frecipe.yaml",
     ],
@@ -103,8 +103,8 @@ def test_no_address_leads_to_a_file(page, path):
     assert "There is no such thing" in answer.text or answer.text == "Not Found"
 
 
-def test_bodies_that_are_no_picture_or_too_large_or_from_a_foreign_form_are_refused(page):
-    assert page("/ask", "POST", content=b"no picture", headers=BINARY).status_code == 400
+def test_bodies_that_are_no_image_or_too_large_or_from_a_foreign_form_are_refused(page):
+    assert page("/ask", "POST", content=b"no image", headers=BINARY).status_code == 400
     too_large = page("/ask", "POST", content=b"x" * (MAX_PICTURE_BYTES + 1), headers=BINARY)
     assert (too_large.status_code, too_large.json()) == (413, {"error": "More than 32 MB."})
     assert page("/ask", "POST", content=make_photo(1), headers={"Content-Type": "text/plain"}).status_code == 415
@@ -116,9 +116,9 @@ def test_a_bomb_of_pixels_is_refused_before_it_is_decoded(page):
     Image.new("1", (20000, 20000)).save(bomb, "PNG")
     answer = page("/ask", "POST", content=bomb.getvalue(), headers=BINARY)
     assert answer.status_code == 400
-    assert "cannot be read as a picture" in answer.json()["error"]
+    assert "cannot be read as an image" in answer.json()["error"]
 
 
-def test_a_forgotten_picture_is_a_sentence(page):
-    assert "That picture is forgotten. Drop it again." in page("/", params={"picture": "0" * 32}).text
-    assert "There is no such picture." in page("/", params={"like": "12345"}).text
+def test_a_forgotten_image_is_a_sentence(page):
+    assert "That image is forgotten. Drop it again." in page("/", params={"image": "0" * 32}).text
+    assert "There is no such image." in page("/", params={"like": "12345"}).text

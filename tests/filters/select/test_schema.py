@@ -179,7 +179,7 @@ def test_what_is_handled_on_purpose_is_said(tmp_path):
         "1 of 4 files have no pwatermark: NULL there",
         "2 of 4 files have no punsafe: NULL there",
         "2 of 4 files have no aesthetic: NULL there",
-        "rows with NULL or NaN in pwatermark, aesthetic stay until the picture is scored (null_policy: score_later)",
+        "rows with NULL or NaN in pwatermark, aesthetic stay until the image is scored (null_policy: score_later)",
     ]
     write(tmp_path / "only.parquet", URL_TEXT | SIZES | TAGS | {"AESTHETIC_SCORE": (F32, 5.0)})
     assert notes(find_metadata(str(tmp_path / "only.parquet")), SelectConfig(rules={"min_side": 1})) == []

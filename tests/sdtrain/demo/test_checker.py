@@ -3,13 +3,13 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sdtrain.demo.checker import Verdict, agreement, judge, pair_in
-from sdtrain.demo.pictures import COLORS, SHAPES, draw, random_scene
+from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(11)
     return [
         draw(random_scene(rng, *PAIRS[i % len(PAIRS)]), 256, 256).resize((64, 64), Image.Resampling.BICUBIC)
@@ -23,18 +23,18 @@ def wanted() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("radius_px", [0, 1])
-def test_judges_clean_and_blurred_pictures(
-    pictures: list[Image.Image], wanted: list[tuple[str, str]], radius_px: float
+def test_judges_clean_and_blurred_images(
+    images: list[Image.Image], wanted: list[tuple[str, str]], radius_px: float
 ) -> None:
-    found = agreement([picture.filter(ImageFilter.GaussianBlur(radius_px)) for picture in pictures], wanted)
+    found = agreement([image.filter(ImageFilter.GaussianBlur(radius_px)) for image in images], wanted)
     assert found.num_pictures == 360
     assert found.color >= 0.99
     assert found.shape >= 0.97
 
 
-def test_wrong_pairs_do_not_agree(pictures: list[Image.Image], wanted: list[tuple[str, str]]) -> None:
+def test_wrong_pairs_do_not_agree(images: list[Image.Image], wanted: list[tuple[str, str]]) -> None:
     next_shape = dict(zip(SHAPES, (*SHAPES[1:], SHAPES[0]), strict=True))
-    found = agreement(pictures, [(color, next_shape[shape]) for color, shape in wanted])
+    found = agreement(images, [(color, next_shape[shape]) for color, shape in wanted])
     assert found.color >= 0.99
     assert found.shape == 0
     assert found.both == 0
@@ -51,9 +51,9 @@ def test_grey_noise_and_mere_backgrounds_are_not_guessed_at() -> None:
 
 
 def test_a_colour_between_two_of_ours_is_none_but_its_shape_is_seen() -> None:
-    picture = Image.new("RGB", (64, 64), (128, 128, 128))
-    picture.paste((250, 110, 10), (16, 16, 48, 48))
-    assert judge(picture) == Verdict(None, "square")
+    image = Image.new("RGB", (64, 64), (128, 128, 128))
+    image.paste((250, 110, 10), (16, 16, 48, 48))
+    assert judge(image) == Verdict(None, "square")
 
 
 def test_pair_in_reads_prompts() -> None:

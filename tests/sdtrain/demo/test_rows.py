@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from sdtrain.demo.pictures import SEEN_PAIRS, UNSEEN_PAIRS
+from sdtrain.demo.images import SEEN_PAIRS, UNSEEN_PAIRS
 from sdtrain.demo.rows import MIN_ROWS, SHARES, plan_rows
 from sdtrain.errors import UserError
 
@@ -20,7 +20,7 @@ def test_every_kind_occurs_even_in_the_smallest_world() -> None:
     assert sum(kinds.values()) == MIN_ROWS
 
 
-def test_about_1500_good_pictures_and_few_that_hang() -> None:
+def test_about_1500_good_images_and_few_that_hang() -> None:
     kinds = Counter(row.kind for row in plan_rows(2000, 0))
     assert 1500 <= kinds["ok"] + kinds["flaky"] + kinds["redirect"] <= 1600
     assert kinds["hang"] <= 4

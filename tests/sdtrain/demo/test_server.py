@@ -54,10 +54,10 @@ def _ends(pid: int, within_s: float = 5) -> bool:
     return False
 
 
-def test_pictures_come_whole_over_http_and_https(served: Served) -> None:
+def test_images_come_whole_over_http_and_https(served: Served) -> None:
     row, _ = _of_kind(served.world, "ok")
     assert row.file
-    stored = (served.world.pictures / row.file).read_bytes()
+    stored = (served.world.images / row.file).read_bytes()
     assert _fetch(served.http + row.path) == stored
     assert _fetch(served.https + row.path) == stored
 
@@ -80,13 +80,13 @@ def test_flaky_pages_fail_once_then_serve(served: Served) -> None:
     with pytest.raises(urllib.error.HTTPError):
         _fetch(url)
     assert row.file
-    assert _fetch(url) == (served.world.pictures / row.file).read_bytes()
+    assert _fetch(url) == (served.world.images / row.file).read_bytes()
 
 
-def test_redirects_lead_to_the_picture_and_loops_to_an_error(served: Served) -> None:
+def test_redirects_lead_to_the_image_and_loops_to_an_error(served: Served) -> None:
     row, url = _of_kind(served.world, "redirect")
     assert row.file
-    assert _fetch(url) == (served.world.pictures / row.file).read_bytes()
+    assert _fetch(url) == (served.world.images / row.file).read_bytes()
     with pytest.raises(urllib.error.HTTPError, match="infinite loop"):
         _fetch(_of_kind(served.world, "redirect_loop")[1])
 

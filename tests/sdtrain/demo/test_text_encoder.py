@@ -7,7 +7,7 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import sdtrain.demo
-from sdtrain.demo.pictures import BACKGROUNDS, COLORS, SHAPES, caption, random_scene
+from sdtrain.demo.images import BACKGROUNDS, COLORS, SHAPES, caption, random_scene
 from sdtrain.demo.text_encoder import MAX_TOKENS, build_text_encoder, build_tokenizer
 
 WEIGHTS = Path(sdtrain.demo.__file__).parent / "weights"

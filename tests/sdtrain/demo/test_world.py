@@ -15,7 +15,7 @@ from sdtrain.errors import UserError
 
 
 def _digests(world: World) -> dict[str, str]:
-    folder = world.pictures
+    folder = world.images
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
@@ -37,11 +37,11 @@ def test_urls_are_half_http_half_https_and_include_what_must_not_be_fetched(worl
     assert {"file", "data"} <= set(schemes)
 
 
-def test_pictures_have_the_planned_sizes(world: World, rows: list[Row]) -> None:
+def test_images_have_the_planned_sizes(world: World, rows: list[Row]) -> None:
     for row in rows:
         if row.file and row.kind != "exact_duplicate":
-            with Image.open(world.pictures / row.file) as picture:
-                assert picture.size == row.size_px
+            with Image.open(world.images / row.file) as image:
+                assert image.size == row.size_px
 
 
 def test_a_second_call_returns_at_once(world: World) -> None:
@@ -54,7 +54,7 @@ def test_a_killed_call_is_continued_with_the_same_bytes_in_two_processes(
     world: World, rows: list[Row], tmp_path: Path
 ) -> None:
     whole = _digests(world)
-    shutil.copytree(world.pictures, tmp_path / "pictures")
+    shutil.copytree(world.images, tmp_path / "pictures")
     files = [row.file for row in rows if row.kind == "ok" and row.file]
     for lost in files[::2]:
         (tmp_path / "pictures" / lost).unlink()
@@ -65,7 +65,7 @@ def test_a_killed_call_is_continued_with_the_same_bytes_in_two_processes(
     assert kept.stat().st_mtime_ns == written
 
 
-def test_another_seed_leaves_no_picture_and_a_taken_port_is_replaced(world: World, tmp_path: Path) -> None:
+def test_another_seed_leaves_no_image_and_a_taken_port_is_replaced(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.directory, tmp_path, dirs_exist_ok=True)
     with socket.socket() as taken:
         taken.bind(("127.0.0.3", 0))

@@ -1,4 +1,4 @@
-"""A web server of pictures, and datasets whose rows point at it; for the tests of downloads."""
+"""A web server of images, and datasets whose rows point at it; for the tests of downloads."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ SELECTION = pa.schema(
 
 
 def photo(seed: int, width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
-    """A soft, colourful picture; the same seed gives the same pixels."""
+    """A soft, colourful image; the same seed gives the same pixels."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
 
-def encoded(picture: Image.Image, form: str = "jpeg", **options: Any) -> bytes:
-    """The picture as a file."""
+def encoded(image: Image.Image, form: str = "jpeg", **options: Any) -> bytes:
+    """The image as a file."""
     buffer = io.BytesIO()
-    picture.save(buffer, form, **({"quality": 90} if form == "jpeg" else {}) | options)
+    image.save(buffer, form, **({"quality": 90} if form == "jpeg" else {}) | options)
     return buffer.getvalue()
 
 
@@ -61,7 +61,7 @@ class Site:
         return f"http://127.0.0.1:{self.port}/{path}"
 
     def serve_photos(self, number: int, **size: int) -> list[str]:
-        """Adds pictures; returns their URLs."""
+        """Adds images; returns their URLs."""
         self.bodies |= {f"photo/{n}.jpg": encoded(photo(n, **size)) for n in range(number)}
         return [self.url(f"photo/{n}.jpg") for n in range(number)]
 

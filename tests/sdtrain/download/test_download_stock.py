@@ -15,7 +15,7 @@ from PIL import Image
 
 from sdtrain.dataset.tars import read_samples
 from tests.sdtrain.download.download_fixtures import encoded, photo, prepare, serve_site
-from tests.sdtrain.images.hostile_pictures import GOOD, PAGE
+from tests.sdtrain.images.hostile_images import GOOD, PAGE
 
 MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
 SIZES = ((96, 64), (64, 96), (48, 48), (40, 30), (301, 200), (49, 900))

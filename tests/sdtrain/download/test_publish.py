@@ -23,7 +23,7 @@ def site():
 
 @pytest.fixture(scope="module")
 def finished(site, tmp_path_factory):
-    """Two finished shards, a photo in each missing; and two of other pictures, with all photos of the first."""
+    """Two finished shards, a photo in each missing; and two of other images, with all photos of the first."""
     urls = site.serve_photos(12)
     urls[3], urls[9] = site.url("missing/3"), site.url("missing/9")
     build = prepare(tmp_path_factory.mktemp("finished"), urls, per_shard=6)
@@ -185,7 +185,7 @@ def test_a_few_hosts_that_cannot_be_reached_are_rows_like_others(tmp_path, site)
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(site, tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
-    # The child's file for pictures lies on a full disk.
+    # The child's file for images lies on a full disk.
     (tmp_path / "broken" / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'sdtrain.download.worker' in sys.orig_argv:\n"

@@ -24,7 +24,7 @@ from sdtrain.download.shard_job import exif_of
 from sdtrain.download.stage import DOWNLOAD
 from sdtrain.errors import UserError
 from tests.sdtrain.download.download_fixtures import closed_port, encoded, photo, prepare, serve_site
-from tests.sdtrain.images.hostile_pictures import GOOD, HOSTILE
+from tests.sdtrain.images.hostile_images import GOOD, HOSTILE
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_tables_have_one_row_group_and_img2datasets_columns_and_ours(fates):
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_tars_hold_picture_caption_and_row_of_every_success_in_the_order_of_keys(fates):
+def test_tars_hold_image_caption_and_row_of_every_success_in_the_order_of_keys(fates):
     build, _ = fates[0]
     rows = {row["key"]: row for row in build.rows() if row["reason"] is None}
     samples = [sample for shard in range(3) for sample in read_samples(build.dataset.images_tar(shard))]
@@ -162,7 +162,7 @@ def test_nothing_is_left_but_the_outputs(fates):
     ]
 
 
-def test_a_second_run_does_nothing_and_only_what_changes_pictures_redoes_them(site, tmp_path):
+def test_a_second_run_does_nothing_and_only_what_changes_images_redoes_them(site, tmp_path):
     build = prepare(tmp_path, site.serve_photos(6), per_shard=2)
     build.run()
     asked = site.asked.total()

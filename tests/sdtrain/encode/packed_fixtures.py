@@ -1,4 +1,4 @@
-"""A small dataset of packed pictures, and the part of a recipe that encodes it."""
+"""A small dataset of packed images, and the part of a recipe that encodes it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import write_samples
-from sdtrain.download.image_shards import picture_place
+from sdtrain.download.image_shards import image_place
 from sdtrain.encode.stage import ENCODE
-from tests.picture_fixtures import encoded, scene_picture
+from tests.image_fixtures import encoded, scene_image
 
 RESOLUTION = 64
 NUM_SAMPLES = (5, 3)
@@ -42,16 +42,16 @@ def write_packed(
     for shard, num_samples in enumerate(NUM_SAMPLES):
         samples = []
         for _ in range(num_samples):
-            picture = encoded(scene_picture(number, *size_of(number)))
+            image = encoded(scene_image(number, *size_of(number)))
             names = {"uid": f"{number:032x}", "key": f"{number:09d}", "url": f"https://a.example/{number}.jpg"}
             provenance = names | {"caption": f"Bild {number}", "sha256": "0" * 64}
-            members = {extension: picture[: 600 if damaged else None], "txt": provenance["caption"].encode()}
+            members = {extension: image[: 600 if damaged else None], "txt": provenance["caption"].encode()}
             samples.append((names["key"], members | {"json": json.dumps(provenance).encode()}))
             number += 1
         dataset.packed_tar(shard).parent.mkdir(parents=True, exist_ok=True)
         written = write_samples(dataset.packed_tar(shard), samples)
         rows = [
-            {"uid": json.loads(members["json"])["uid"], "key": key} | picture_place(place)
+            {"uid": json.loads(members["json"])["uid"], "key": key} | image_place(place)
             for (key, members), place in zip(samples, written, strict=True)
         ]
         pq.write_table(pa.Table.from_pylist(rows), dataset.packed_table(shard))

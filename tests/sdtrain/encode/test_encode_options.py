@@ -61,12 +61,12 @@ def test_crops_lie_at_random_places_along_the_longer_side_and_training_sees_each
     assert len(lefts) > 2 * sum(NUM_SAMPLES)
 
 
-def test_each_picture_gets_the_bucket_of_its_shape_and_training_numbers_them_size_by_size(tmp_path):
+def test_each_image_gets_the_bucket_of_its_shape_and_training_numbers_them_size_by_size(tmp_path):
     dataset = write_packed(tmp_path, size_of=shape_of)
     encode(dataset, Recipe("demo", buckets=[(64, 64), (88, 48), (48, 88)]))
     store = LatentStore(dataset.root, RESOLUTION)
     assert store.sizes == [(8, 8), (6, 11), (11, 6)]
-    assert store.counts.tolist() == [[2, 2, 1], [2, 0, 1]]  # pictures 0 to 4, and 5 to 7
+    assert store.counts.tolist() == [[2, 2, 1], [2, 0, 1]]  # images 0 to 4, and 5 to 7
     assert [int(uid, 16) for uid in store.uids(np.arange(8))] == [2, 3, 6, 7, 0, 4, 1, 5]
     for indices, size in (([0, 3], (8, 8)), ([4, 5], (6, 11)), ([6, 7], (11, 6))):
         assert store.get(np.array(indices)).shape == (2, 8, *size)
@@ -132,9 +132,7 @@ def test_unnormalised_pixels_stop_the_stage_and_leave_nothing(tmp_path, monkeypa
     encode(good, Recipe("demo", min_psnr_db=20))
     monkeypatch.setattr(vae_at_work, "posterior_moments", forget_to_normalise)
     bad = write_packed(tmp_path / "bad", size_of=lambda number: (512, 600))
-    with pytest.raises(
-        UserError, match=r"dataset/00000\.tar do not give their pictures back: 5 were decoded"
-    ) as caught:
+    with pytest.raises(UserError, match=r"dataset/00000\.tar do not give their images back: 5 were decoded") as caught:
         encode(bad, Recipe("demo", min_psnr_db=20))
     assert float(re.search(r"PSNR is ([\d.]+) dB", str(caught.value))[1]) < 12
     assert not list(bad.latents_tar(0).parent.glob("*"))
@@ -147,7 +145,7 @@ def test_latents_that_are_scaled_already_are_refused():
 
 
 @pytest.mark.parametrize(("num_samples", "psnr_db", "is_good"), [(16, 19.9, False), (4, 16.5, True), (1, 7.9, False)])
-def test_the_mean_of_few_pictures_may_lie_lower(num_samples, psnr_db, is_good):
+def test_the_mean_of_few_images_may_lie_lower(num_samples, psnr_db, is_good):
     config, network = EncodeConfig(vae="demo", min_psnr_db=20), load_vae("demo")
     try:
         require_good(Figures(num_samples, psnr_db, psnr_db, 1.0), config, network, "here")

@@ -28,7 +28,7 @@ from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.models import digests
 from sdtrain.models.build import DEMO_WEIGHTS, load_vae, vae_digest
-from tests.picture_fixtures import scene_picture
+from tests.image_fixtures import scene_image
 from tests.sdtrain.encode.packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
 
 
@@ -71,14 +71,14 @@ def test_the_offset_in_the_table_is_where_the_numbers_of_the_npy_begin(dataset):
                 assert (stored.dtype, stored.shape) == (np.float16, (8, row["height"], row["width"]))
 
 
-def test_moments_are_the_unscaled_posterior_of_the_cropped_picture(dataset, vae):
+def test_moments_are_the_unscaled_posterior_of_the_cropped_image(dataset, vae):
     network = load_vae(str(vae))
     packed = [sample for shard in (0, 1) for sample in read_samples(dataset.packed_tar(shard))]
     latents = dict(sample for shard in (0, 1) for sample in read_samples(dataset.latents_tar(shard)))
     for key, members in packed:
-        picture = Image.open(io.BytesIO(members["jpg"])).convert("RGB")
-        scale = RESOLUTION / min(picture.size)
-        small = picture.resize([max(RESOLUTION, round(s * scale)) for s in picture.size], Image.Resampling.BICUBIC)
+        image = Image.open(io.BytesIO(members["jpg"])).convert("RGB")
+        scale = RESOLUTION / min(image.size)
+        small = image.resize([max(RESOLUTION, round(s * scale)) for s in image.size], Image.Resampling.BICUBIC)
         left, top = (small.width - RESOLUTION) // 2, (small.height - RESOLUTION) // 2
         cut = np.asarray(small)[top : top + RESOLUTION, left : left + RESOLUTION]
         pixels = torch.from_numpy(cut.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -178,9 +178,9 @@ def test_the_report_counts_what_was_encoded(dataset):
     assert [require_entry(dataset, "encode", shard).num_out for shard in (0, 1)] == list(NUM_SAMPLES)
 
 
-def test_a_damaged_picture_is_named_with_its_shard(tmp_path, vae):
+def test_a_damaged_image_is_named_with_its_shard(tmp_path, vae):
     dataset = write_packed(tmp_path, damaged=True)
-    with pytest.raises(UserError, match=r"dataset/00000\.tar: the picture of 000000000 cannot be decoded"):
+    with pytest.raises(UserError, match=r"dataset/00000\.tar: the image of 000000000 cannot be decoded"):
         encode(dataset, Recipe(vae))
     assert not list(dataset.latents_tar(0).parent.glob("*"))
 
@@ -192,9 +192,9 @@ def test_a_vae_whose_latents_are_not_finite_is_refused(vae):
         encode_pixels(network, np.zeros((1, RESOLUTION, RESOLUTION, 3), np.uint8))
 
 
-def test_the_demos_vae_gives_pictures_back_from_their_latents():
+def test_the_demos_vae_gives_images_back_from_their_latents():
     network = load_vae("demo")
-    pixels = np.stack([cut(scene_picture(i, 512, 600), (RESOLUTION, RESOLUTION), None).pixels for i in range(8)])
+    pixels = np.stack([cut(scene_image(i, 512, 600), (RESOLUTION, RESOLUTION), None).pixels for i in range(8)])
     means = torch.from_numpy(encode_pixels(network, pixels)[:, :4]).float()
     with torch.inference_mode():
         decoded = network.decode(means).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()

@@ -1,7 +1,7 @@
 import pytest
 
 from sdtrain.evaluation.protocol import Protocol
-from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, write_pictures
+from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, write_images
 from tests.training_fixtures import write_run
 
 
@@ -13,13 +13,13 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def little(tmp_path, monkeypatch):
-    """Settings of an evaluation that takes seconds, with prompts and real pictures of its own."""
+    """Settings of an evaluation that takes seconds, with prompts and real images of its own."""
     monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS))
     return Protocol(
         prompts=str(tmp_path / "prompts.txt"),
         num_prompts=6,
-        reference=str(write_pictures(tmp_path / "real", 12)),
+        reference=str(write_images(tmp_path / "real", 12)),
         scales=(1.0, 3.0),
         num_steps=2,
         dtype="fp32",

@@ -1,4 +1,4 @@
-"""Pictures and prompts for the tests of evaluation."""
+"""Images and prompts for the tests of evaluation."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ from PIL import Image
 PROMPTS = [f"a {color} {shape}" for color in ("red", "green", "blue") for shape in ("circle", "square")]
 
 
-def write_pictures(folder, num, seed=0, side=64):
+def write_images(folder, num, seed=0, side=64):
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for i in range(num):

@@ -30,8 +30,8 @@ def test_each_model_has_a_line_of_its_own_colour(draw, tmp_path):
     draw(rows("a", 0))
     one = {tuple(color) for _, color in Image.open(tmp_path / "curve.png").convert("RGB").getcolors(1 << 20)}
     draw([*rows("a", 0), *rows("b", 10)])
-    picture = Image.open(tmp_path / "curve.png").convert("RGB")
-    two = {tuple(color) for _, color in picture.getcolors(1 << 20)}
+    image = Image.open(tmp_path / "curve.png").convert("RGB")
+    two = {tuple(color) for _, color in image.getcolors(1 << 20)}
     assert (31, 122, 92) in one & two
     assert (209, 73, 91) in two - one
-    assert np.asarray(picture).std() > 10
+    assert np.asarray(image).std() > 10

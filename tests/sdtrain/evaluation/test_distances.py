@@ -43,7 +43,7 @@ def test_singular_covariances_have_the_distance_of_the_space_they_fill():
     assert found == pytest.approx(within, rel=1e-6)
 
 
-def test_fewer_pictures_than_numbers_give_a_finite_distance():
+def test_fewer_images_than_numbers_give_a_finite_distance():
     a, b = gaussian_of(features(0, 10, 50)), gaussian_of(features(1, 12, 50))
     assert np.isfinite(FrechetDistance(a).to(b))
     assert FrechetDistance(a).to(a) == pytest.approx(0, abs=1e-8 * np.trace(a.covariance))

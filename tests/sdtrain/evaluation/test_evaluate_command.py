@@ -89,7 +89,7 @@ def one_thread(monkeypatch):
 def test_killed_with_two_processes_and_gone_on_with_one_it_ends_with_the_bytes_of_an_undisturbed_one(
     little, run, tmp_path, one_thread
 ):
-    """So two ranks and one rank draw identical pictures, and what was finished is not drawn again."""
+    """So two ranks and one rank draw identical images, and what was finished is not drawn again."""
     protocol = little.model_copy(update={"part_size": 2, "num_steps": 20})
     killed, output = tmp_path / "killed", tmp_path / "output.log"
     command = [SDTRAIN, *arguments(protocol, run, killed), "--processes", "2"]

@@ -14,7 +14,7 @@ def network():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 32, 3), np.uint8))
 
 
@@ -27,7 +27,7 @@ def test_the_graph_has_the_key_names_and_shapes_of_the_published_file(network):
     assert ours["fc.weight"].shape == (1008, 2048)
 
 
-def test_features_are_2048_numbers_a_picture(network):
+def test_features_are_2048_numbers_a_image(network):
     with torch.no_grad():
         found = network(torch.randn(2, 3, 299, 299, generator=torch.Generator().manual_seed(0)))
     assert found.shape == (2, 2048)
@@ -107,18 +107,18 @@ def test_a_file_of_that_name_with_other_bytes_is_refused(tmp_path, monkeypatch):
         find_inception("inception-fid")
 
 
-def test_pytorch_fid_resizes_inside_the_net_between_pixels_centres(picture):
-    seen = inception_view(picture, "pytorch-fid")
-    pixels = torch.tensor(np.asarray(picture)).permute(2, 0, 1)[None].float() / 255
+def test_pytorch_fid_resizes_inside_the_net_between_pixels_centres(image):
+    seen = inception_view(image, "pytorch-fid")
+    pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float() / 255
     expected = torch.nn.functional.interpolate(pixels, (299, 299), mode="bilinear", align_corners=False)[0] * 2 - 1
     assert seen.shape == (3, 299, 299)
     assert torch.allclose(seen, expected)
 
 
-def test_tensorflows_grid_begins_at_the_first_pixel(picture):
-    """By its definition: place i of the result is place i * length / 299 of the picture."""
-    seen = inception_view(picture, "torch-fidelity")
-    pixels = np.asarray(picture, np.float64)
+def test_tensorflows_grid_begins_at_the_first_pixel(image):
+    """By its definition: place i of the result is place i * length / 299 of the image."""
+    seen = inception_view(image, "torch-fidelity")
+    pixels = np.asarray(image, np.float64)
     for row, column in ((0, 0), (10, 200), (298, 298), (150, 3)):
         y, x = row * 20 / 299, column * 32 / 299
         top, left = int(y), int(x)
@@ -132,12 +132,12 @@ def test_tensorflows_grid_begins_at_the_first_pixel(picture):
 def test_clean_fid_smooths_before_it_shrinks():
     """A fine chessboard becomes even grey; plain bilinear keeps its pattern."""
     board = np.indices((1024, 1024)).sum(axis=0) % 2 * 255
-    picture = Image.fromarray(np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8))
-    clean, plain = (inception_view(picture, resize)[:, 20:-20, 20:-20].std() for resize in ("clean-fid", "pytorch-fid"))
+    image = Image.fromarray(np.repeat(board[:, :, None], 3, axis=2).astype(np.uint8))
+    clean, plain = (inception_view(image, resize)[:, 20:-20, 20:-20].std() for resize in ("clean-fid", "pytorch-fid"))
     assert clean < 0.06 < 0.3 < plain
 
 
-def test_clean_fid_is_pillows_bicubic_channel_by_channel_without_rounding(picture):
-    seen = inception_view(picture, "clean-fid")
-    red = Image.fromarray(np.asarray(picture)[:, :, 0].astype(np.float32), mode="F").resize((299, 299), Image.BICUBIC)
+def test_clean_fid_is_pillows_bicubic_channel_by_channel_without_rounding(image):
+    seen = inception_view(image, "clean-fid")
+    red = Image.fromarray(np.asarray(image)[:, :, 0].astype(np.float32), mode="F").resize((299, 299), Image.BICUBIC)
     np.testing.assert_array_equal(seen[0].numpy(), (np.asarray(red) - 128) / 128)

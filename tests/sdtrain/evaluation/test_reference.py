@@ -8,29 +8,29 @@ from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.reference import open_reference
-from tests.sdtrain.evaluation.evaluation_fixtures import write_pictures
+from tests.sdtrain.evaluation.evaluation_fixtures import write_images
 
 
-def test_a_folder_is_its_pictures_and_their_digest_is_of_their_bytes(tmp_path):
-    folder = write_pictures(tmp_path / "a", 5)
-    (folder / "readme.txt").write_text("no picture")
+def test_a_folder_is_its_images_and_their_digest_is_of_their_bytes(tmp_path):
+    folder = write_images(tmp_path / "a", 5)
+    (folder / "readme.txt").write_text("no image")
     found = open_reference(folder, 100)
     assert len(found.places) == 5
-    assert "5 of 5 pictures" in found.source
-    assert open_reference(write_pictures(tmp_path / "b", 5), 100).digest == found.digest
+    assert "5 of 5 images" in found.source
+    assert open_reference(write_images(tmp_path / "b", 5), 100).digest == found.digest
     (folder / "004.png").write_bytes((folder / "003.png").read_bytes())
     assert open_reference(folder, 100).digest != found.digest
 
 
-def test_of_many_pictures_the_seed_chooses(tmp_path):
-    folder = write_pictures(tmp_path / "a", 9)
+def test_of_many_images_the_seed_chooses(tmp_path):
+    folder = write_images(tmp_path / "a", 9)
     few, again, other = (open_reference(folder, 3, seed) for seed in (0, 0, 1))
     assert few.places == again.places != other.places
-    assert "3 of 9 pictures" in few.source
+    assert "3 of 9 images" in few.source
 
 
-def test_a_dataset_is_its_packed_pictures(tmp_path):
-    bodies = [path.read_bytes() for path in sorted(write_pictures(tmp_path / "a", 4).iterdir())]
+def test_a_dataset_is_its_packed_images(tmp_path):
+    bodies = [path.read_bytes() for path in sorted(write_images(tmp_path / "a", 4).iterdir())]
     dataset = DatasetDir(tmp_path / "data")
     for shard in range(2):
         tar = dataset.packed_tar(shard)
@@ -39,7 +39,7 @@ def test_a_dataset_is_its_packed_pictures(tmp_path):
         write_samples(tar, samples)
     found = open_reference(dataset.root, 100)
     assert [place.read() for place in found.places] == bodies
-    # Where the manifest has a shard's digest, its pictures need not be read to know them.
+    # Where the manifest has a shard's digest, its images need not be read to know them.
     for shard in range(2):
         outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
         write_entry(dataset, ShardReport(stage="pack", shard=shard, num_in=2, num_out=2, outputs=outputs))
@@ -51,8 +51,8 @@ def test_a_dataset_is_its_packed_pictures(tmp_path):
 
 
 def test_tars_beside_tables_of_others_are_read_by_their_headers(tmp_path):
-    """As img2dataset writes them: its tables do not say where in the tar a picture lies."""
-    bodies = [path.read_bytes() for path in sorted(write_pictures(tmp_path / "a", 3).iterdir())]
+    """As img2dataset writes them: its tables do not say where in the tar an image lies."""
+    bodies = [path.read_bytes() for path in sorted(write_images(tmp_path / "a", 3).iterdir())]
     tar = DatasetDir(tmp_path / "data").images_tar(0)
     tar.parent.mkdir(parents=True)
     write_samples(tar, [(f"{i:09d}", {"png": body, "txt": b"a"}) for i, body in enumerate(bodies)])
@@ -60,11 +60,11 @@ def test_tars_beside_tables_of_others_are_read_by_their_headers(tmp_path):
     assert [place.read() for place in open_reference(tmp_path / "data", 100).places] == bodies
 
 
-def test_a_dataset_without_pictures_is_not_taken_for_a_folder(tmp_path):
+def test_a_dataset_without_images_is_not_taken_for_a_folder(tmp_path):
     dataset = DatasetDir(tmp_path / "data")
-    write_pictures(dataset.root / "pictures", 3)  # as a report has them
+    write_images(dataset.root / "images", 3)  # as a report has them
     dataset.recipe.write_text("name: little\n")
-    with pytest.raises(UserError, match="is a dataset that holds no pictures yet"):
+    with pytest.raises(UserError, match="is a dataset that holds no images yet"):
         open_reference(dataset.root, 100)
 
 
@@ -98,10 +98,10 @@ def test_a_file_that_is_no_npz_and_nothing_at_all_are_sentences(tmp_path):
         open_reference(tmp_path / "s.npz", 100)
     with pytest.raises(UserError, match="There is no file"):
         open_reference(tmp_path / "t.npz", 100)
-    with pytest.raises(UserError, match=r"A reference is a dataset, a folder of pictures, or an \.npz"):
+    with pytest.raises(UserError, match=r"A reference is a dataset, a folder of images, or an \.npz"):
         open_reference(tmp_path / "nothing", 100)
 
 
-def test_too_few_pictures_are_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="holds 1 pictures; a reference needs two"):
-        open_reference(write_pictures(tmp_path / "a", 1), 100)
+def test_too_few_images_are_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="holds 1 images; a reference needs two"):
+        open_reference(write_images(tmp_path / "a", 1), 100)

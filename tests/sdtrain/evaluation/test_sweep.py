@@ -14,7 +14,7 @@ from PIL import Image
 from sdtrain import precision
 from sdtrain.errors import UserError
 from sdtrain.evaluation import generate
-from sdtrain.evaluation.features import read_pictures
+from sdtrain.evaluation.features import read_images
 from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
@@ -25,16 +25,16 @@ from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
-from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, digests, write_pictures
+from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, digests, write_images
 
 
 def quiet(line):
     pass
 
 
-def all_pictures(sweep, scale="guidance-3"):
+def all_images(sweep, scale="guidance-3"):
     folder = sweep.directory.root / "samples" / sweep.models[0].key / scale
-    return [picture for tar in sorted(folder.glob("*.tar")) for picture in read_pictures(tar)[0]]
+    return [image for tar in sorted(folder.glob("*.tar")) for image in read_images(tar)[0]]
 
 
 @pytest.fixture
@@ -55,23 +55,23 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
             assert np.isfinite(row[f"{name}_ci95" if not name.startswith("kid") else f"{name}_std"])
     wanted = {"num_steps", "sampler", "seed", "weights", "dtype", "resize", "size_px", "reference_sha256"}
     assert wanted | {"network_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
-    assert "Only 6 pictures were drawn and 12 real pictures were taken for 96 features" in written["notes"][0]
+    assert "Only 6 images were drawn and 12 real images were taken for 96 features" in written["notes"][0]
     assert read_results(done.folder / "results.json") == done.results
     with (done.folder / "results.csv").open() as file:
         assert [float(row["guidance_scale"]) for row in csv.DictReader(file)] == [1.0, 3.0]
     assert Image.open(done.folder / "curve.png").width > 500
 
 
-def test_the_numbers_are_those_of_the_pictures(done, little):
-    """Computed again from the pictures, by SciPy's matrix root."""
+def test_the_numbers_are_those_of_the_images(done, little):
+    """Computed again from the images, by SciPy's matrix root."""
     import scipy.linalg
 
     real = [Image.open(path) for path in sorted((done.folder.parent / "real").iterdir())]
     ours, theirs = (
-        features_of(pictures, little).double().numpy()
-        for pictures in (all_pictures(done.sweep), [picture.crop((0, 0, 64, 64)) for picture in real])
+        features_of(images, little).double().numpy()
+        for images in (all_images(done.sweep), [image.crop((0, 0, 64, 64)) for image in real])
     )
-    # Real pictures are 64 px wide and up to 66 high: cropped to the middle as `as_samples` says.
+    # Real images are 64 px wide and up to 66 high: cropped to the middle as `as_samples` says.
     centred = [p.crop((0, round((p.height - 64) / 2), 64, round((p.height - 64) / 2) + 64)) for p in real]
     theirs = features_of(centred, little).double().numpy()
     covariances = [np.cov(features, rowvar=False) for features in (ours, theirs)]
@@ -80,14 +80,14 @@ def test_the_numbers_are_those_of_the_pictures(done, little):
     assert done.results.rows[1]["fid_demo_features"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_pictures_are_those_of_the_sampler_with_the_same_seeds(done, run, little):
-    """Stored embeddings, parts and scales change no picture."""
+def test_images_are_those_of_the_sampler_with_the_same_seeds(done, run, little):
+    """Stored embeddings, parts and scales change no image."""
     texts = json.loads((done.folder / "prompts.json").read_text())
     assert sorted(texts) == sorted(PROMPTS)
     sampler = Sampler(load_networks(run, "cpu", torch.float32))
     for scale, name in ((1.0, "guidance-1"), (3.0, "guidance-3")):
         expected = sampler.sample(texts, range(6), SampleSettings(scale, 2, "plms", batch_size=2))
-        for ours, theirs in zip(all_pictures(done.sweep, name), expected, strict=True):
+        for ours, theirs in zip(all_images(done.sweep, name), expected, strict=True):
             assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
 
 
@@ -131,11 +131,11 @@ def test_more_scales_and_more_prompts_keep_what_was_drawn(done, little, run, mon
     assert drawn == [(2.0, 0), (2.0, 1)]
 
 
-def test_another_seed_draws_other_pictures(done, little, run):
-    before = [picture.tobytes() for picture in all_pictures(done.sweep)]
+def test_another_seed_draws_other_images(done, little, run):
+    before = [image.tobytes() for image in all_images(done.sweep)]
     again = plan(little.model_copy(update={"seed": 100}), [run], done.folder)
     run_sweep(again, say=quiet)
-    assert all(a != b.tobytes() for a, b in zip(before, all_pictures(again), strict=True))
+    assert all(a != b.tobytes() for a, b in zip(before, all_images(again), strict=True))
 
 
 def test_an_export_is_the_same_model_and_another_weight_is_not(little, run, tmp_path):
@@ -204,20 +204,20 @@ def test_latents_that_are_not_finite_are_a_sentence_and_leave_no_part(little, ru
     assert not list((tmp_path / "out").glob("samples/**/*.tar"))
 
 
-def test_pictures_that_are_all_the_same_are_a_sentence(little, run, tmp_path):
-    """A VAE whose numbers are not finite gives black pictures and no error."""
+def test_images_that_are_all_the_same_are_a_sentence(little, run, tmp_path):
+    """A VAE whose numbers are not finite gives black images and no error."""
     folder = export_model(run, tmp_path / "folder")
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     with torch.no_grad():
         pipeline.vae.decoder.conv_out.weight.fill_(0)
     pipeline.save_pretrained(tmp_path / "black")
-    with pytest.raises(UserError, match=r"the same picture for 4 prompts|not finite"):
+    with pytest.raises(UserError, match=r"the same image for 4 prompts|not finite"):
         run_sweep(plan(little, [tmp_path / "black"], tmp_path / "out"), say=quiet)
 
 
-def test_a_picture_that_cannot_be_read_is_named(little, run, tmp_path):
-    (tmp_path / "real" / "005.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"005\.png at byte 0 is no picture"):
+def test_a_image_that_cannot_be_read_is_named(little, run, tmp_path):
+    (tmp_path / "real" / "005.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"005\.png at byte 0 is no image"):
         run_sweep(plan(little, [run], tmp_path / "out"), say=quiet)
 
 
@@ -251,8 +251,8 @@ def test_settings_that_do_not_fit_are_refused(little, change, sentence):
         parse_settings(Protocol, little.model_dump() | change, "test")
 
 
-def test_as_is_the_network_sees_real_pictures_of_any_size(little, run, tmp_path):
-    write_pictures(tmp_path / "large", 8, seed=3, side=90)
+def test_as_is_the_network_sees_real_images_of_any_size(little, run, tmp_path):
+    write_images(tmp_path / "large", 8, seed=3, side=90)
     changes = {"reference": str(tmp_path / "large"), "reference_view": "as_is", "scales": (1.0,)}
     whole = run_sweep(plan(little.model_copy(update=changes), [run], tmp_path / "out"), say=quiet)
     changes["reference_view"] = "as_samples"

@@ -137,7 +137,7 @@ def test_a_sampler_takes_the_same_timesteps_from_a_run_and_from_its_exports(
     assert taken[0] == taken[1] == taken[2]
 
 
-def test_diffusers_reads_the_file_and_draws_the_pictures_that_we_draw(run, tokenizer, tmp_path):
+def test_diffusers_reads_the_file_and_draws_the_images_that_we_draw(run, tokenizer, tmp_path):
     folder = export_model(run, tmp_path / "folder")
     drawn = Sampler(load_networks(run, "cpu", torch.float32)).sample(PROMPTS, [5, 6], SampleSettings(3.0, 20))
     latents = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6)])

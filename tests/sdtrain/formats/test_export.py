@@ -43,8 +43,8 @@ def test_exported_folder_is_a_pipeline_that_generates(run_dir, tmp_path, kind):
     assert pipeline.safety_checker is None
     pipeline.set_progress_bar_config(disable=True)
     if kind == "raw":
-        picture = pipeline("a red circle", num_inference_steps=2).images[0]
-        assert picture.size == (64, 64)
+        image = pipeline("a red circle", num_inference_steps=2).images[0]
+        assert image.size == (64, 64)
 
 
 def test_scheduler_is_the_one_of_published_sd_v1():

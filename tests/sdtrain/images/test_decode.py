@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdtrain.images.decode import PictureError, decode_rgb, picture_extension
-from tests.picture_fixtures import encoded, scene_picture
+from sdtrain.images.decode import ImageError, decode_rgb, image_extension
+from tests.image_fixtures import encoded, scene_image
 
 FORMS = ("jpeg", "png", "webp", "gif", "tiff", "bmp")
 ORIENTATION = 274
@@ -14,9 +14,9 @@ ORIENTATION = 274
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged metadata
 @pytest.mark.parametrize("form", FORMS)
-def test_damaged_bytes_are_a_picture_or_an_oserror_and_nothing_else(form):
+def test_damaged_bytes_are_a_image_or_an_oserror_and_nothing_else(form):
     rng = np.random.default_rng(sum(form.encode()))
-    whole = encoded(scene_picture(1, 40, 32), form)
+    whole = encoded(scene_image(1, 40, 32), form)
     refused = 0
     for _ in range(400):
         damaged = np.frombuffer(whole, np.uint8).copy()
@@ -30,10 +30,10 @@ def test_damaged_bytes_are_a_picture_or_an_oserror_and_nothing_else(form):
 
 
 def test_damaged_headers_of_any_kind_are_an_oserror(monkeypatch):
-    content = encoded(scene_picture(1), "png")
+    content = encoded(scene_image(1), "png")
     for error in (TypeError, KeyError, ZeroDivisionError, EOFError, NotImplementedError, Image.DecompressionBombError):
 
-        def fail(picture, error=error):
+        def fail(image, error=error):
             raise error("damaged")
 
         monkeypatch.setattr(Image.Image, "load", fail)
@@ -49,11 +49,11 @@ def test_transparency_is_laid_on_white(mode):
 
 
 def test_a_transparent_palette_colour_is_laid_on_white():
-    picture = Image.new("P", (4, 4), 1)
-    picture.putpalette([10, 20, 30, 40, 50, 60])
-    picture.putpixel((0, 0), 0)
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 0)
     for form in ("png", "gif"):
-        decoded = decode_rgb(encoded(picture, form, transparency=0))
+        decoded = decode_rgb(encoded(image, form, transparency=0))
         assert [decoded.getpixel(place) for place in ((0, 0), (1, 1))] == [(255, 255, 255), (40, 50, 60)]
 
 
@@ -62,7 +62,7 @@ def test_a_transparent_palette_colour_is_laid_on_white():
 def test_exif_orientation_is_applied(form, orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    content = encoded(scene_picture(3, 40, 24), form, exif=exif)
+    content = encoded(scene_image(3, 40, 24), form, exif=exif)
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
     decoded = decode_rgb(content)
     assert decoded.size == ((40, 24) if orientation < 5 else (24, 40))
@@ -73,15 +73,15 @@ def test_exif_orientation_is_applied(form, orientation):
     "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
 )
 def test_a_corrupt_exif_block_counts_as_none(exif):
-    picture = scene_picture(3, 40, 24)
-    assert decode_rgb(encoded(picture, exif=exif)).tobytes() == decode_rgb(encoded(picture)).tobytes()
+    image = scene_image(3, 40, 24)
+    assert decode_rgb(encoded(image, exif=exif)).tobytes() == decode_rgb(encoded(image)).tobytes()
 
 
 @pytest.mark.parametrize("nonsense", [0, 9, 77])
 def test_an_orientation_out_of_range_counts_as_none(nonsense):
     exif = Image.Exif()
     exif[ORIENTATION] = nonsense
-    assert decode_rgb(encoded(scene_picture(3, 40, 24), exif=exif)).size == (40, 24)
+    assert decode_rgb(encoded(scene_image(3, 40, 24), exif=exif)).size == (40, 24)
 
 
 @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
@@ -101,11 +101,11 @@ def test_16_bit_rgb_and_rgba_keep_their_upper_bits():
 
 
 def test_cmyk_has_the_colours_that_opencv_sees():
-    picture = scene_picture(5).convert("CMYK")
-    content = encoded(picture)  # Pillow writes them inverted, with Adobe's marker
+    image = scene_image(5).convert("CMYK")
+    content = encoded(image)  # Pillow writes them inverted, with Adobe's marker
     expected = cv2.cvtColor(cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
     assert np.abs(np.asarray(decode_rgb(content), int) - expected).max() <= 2
-    assert np.abs(np.asarray(decode_rgb(content), int) - np.asarray(scene_picture(5), int)).mean() < 6
+    assert np.abs(np.asarray(decode_rgb(content), int) - np.asarray(scene_image(5), int)).mean() < 6
 
 
 @pytest.mark.parametrize("form", ["gif", "webp", "png", "tiff"])
@@ -119,25 +119,25 @@ def test_the_first_of_several_frames_is_taken(form):
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
 @pytest.mark.parametrize("form", ["png", "bmp", "tiff"])
-def test_gray_and_palette_pictures_become_rgb(mode, form):
-    picture = scene_picture(2, 16, 16).convert(mode)
-    assert decode_rgb(encoded(picture, form)).tobytes() == picture.convert("RGB").tobytes()
+def test_gray_and_palette_images_become_rgb(mode, form):
+    image = scene_image(2, 16, 16).convert(mode)
+    assert decode_rgb(encoded(image, form)).tobytes() == image.convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "LAB"])
 def test_pixels_of_unknown_range_are_refused(mode):
-    with pytest.raises(PictureError) as refused:
+    with pytest.raises(ImageError) as refused:
         decode_rgb(encoded(Image.new(mode, (4, 4)), "tiff"))
     assert refused.value.reason == "other_format"
 
 
 @pytest.mark.parametrize("form", ["ico", "dds", "tga", "pcx", "ppm", "eps", "pdf", "jpeg2000"])
 def test_other_formats_are_not_read(form):
-    with pytest.raises(PictureError):
-        decode_rgb(encoded(scene_picture(1), form))
+    with pytest.raises(ImageError):
+        decode_rgb(encoded(scene_image(1), form))
 
 
-def test_the_picture_is_found_among_the_members():
-    assert picture_extension({"json": b"", "png": b"", "txt": b""}) == "png"
+def test_the_image_is_found_among_the_members():
+    assert image_extension({"json": b"", "png": b"", "txt": b""}) == "png"
     with pytest.raises(KeyError):
-        picture_extension({"json": b"", "txt": b""})
+        image_extension({"json": b"", "txt": b""})

@@ -10,18 +10,18 @@ import pytest
 from pydantic import ValidationError
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.images.decode import PictureError, decode_rgb
+from sdtrain.images.decode import ImageError, decode_rgb
 from sdtrain.images.perceptual import perceptual_hash
-from sdtrain.images.store import PictureMaker
+from sdtrain.images.store import ImageMaker
 from tests.sdtrain.download.download_fixtures import encoded, photo
-from tests.sdtrain.images.hostile_pictures import GOOD, HOSTILE, exif_turned, opened
+from tests.sdtrain.images.hostile_images import GOOD, HOSTILE, exif_turned, opened
 
 MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
 REFERENCES = Path(__file__).parents[4] / "shared" / "data" / "resize_reference"
 
 
 def maker(**settings):
-    return PictureMaker(DownloadConfig(**{"image_size": 48} | settings))
+    return ImageMaker(DownloadConfig(**{"image_size": 48} | settings))
 
 
 def bgr(content):
@@ -31,14 +31,14 @@ def bgr(content):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_every_hostile_body_ends_in_its_reason(name):
     body, reason = HOSTILE[name]
-    with pytest.raises(PictureError) as refused:
+    with pytest.raises(ImageError) as refused:
         maker()(body)
     assert refused.value.reason == reason
 
 
 @pytest.mark.parametrize("name", GOOD)
 @pytest.mark.parametrize("reencode", ["always", "if_changed"])
-def test_every_kind_of_picture_is_stored_upright_in_rgb(name, reencode):
+def test_every_kind_of_image_is_stored_upright_in_rgb(name, reencode):
     stored = maker(reencode=reencode, image_size=1000)(GOOD[name])
     expected = decode_rgb(GOOD[name])
     decoded = opened(stored.content)
@@ -51,7 +51,7 @@ def test_every_kind_of_picture_is_stored_upright_in_rgb(name, reencode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(96, 64), (40, 60), (64, 48), (33, 200)])
-def test_plain_pictures_get_the_bytes_of_the_stock_resizer(mode, size, monkeypatch):
+def test_plain_images_get_the_bytes_of_the_stock_resizer(mode, size, monkeypatch):
     from sdtrain.images import resize
 
     body = encoded(photo(7, *size))
@@ -64,9 +64,9 @@ def test_plain_pictures_get_the_bytes_of_the_stock_resizer(mode, size, monkeypat
     assert (ours.width, ours.height, ours.original_width, ours.original_height) == (width, height, *original)
 
 
-@pytest.mark.skipif(not REFERENCES.exists(), reason="no reference pictures beside the checkout")
+@pytest.mark.skipif(not REFERENCES.exists(), reason="no reference images beside the checkout")
 @pytest.mark.parametrize("mode", MODES)
-def test_pixels_are_those_of_the_reference_pictures(mode):
+def test_pixels_are_those_of_the_reference_images(mode):
     stored = maker(resize_mode=mode, image_size=600, resize_only_if_bigger=False, reencode="always")(
         (REFERENCES / "original.png").read_bytes()
     )
@@ -99,7 +99,7 @@ def test_never_keeps_all_bytes_under_their_true_extension(name):
 
 @pytest.mark.parametrize("name", ["gif", "bmp", "tiff"])
 def test_never_refuses_what_cannot_be_stored_as_it_is(name):
-    with pytest.raises(PictureError) as refused:
+    with pytest.raises(ImageError) as refused:
         maker(reencode="never", resize_mode="no")(GOOD[name])
     assert refused.value.reason == "other_format"
 
@@ -116,7 +116,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
         DownloadConfig(**settings)
 
 
-def test_sizes_are_those_of_the_upright_picture():
+def test_sizes_are_those_of_the_upright_image():
     stored = maker(image_size=40)(exif_turned(6))
     assert (stored.original_width, stored.original_height, stored.width, stored.height) == (80, 120, 40, 60)
 
@@ -135,7 +135,7 @@ def test_threads_side_by_side_get_what_one_alone_gets():
         assert list(threads.map(make, bodies)) == alone
 
 
-def test_big_pictures_are_made_one_at_a_time(monkeypatch):
+def test_big_images_are_made_one_at_a_time(monkeypatch):
     monkeypatch.setattr("sdtrain.images.store._BIG_PIXELS", 100)
     make, inside, most = maker(), [], []
 
@@ -145,20 +145,20 @@ def test_big_pictures_are_made_one_at_a_time(monkeypatch):
         threading.Event().wait(0.01)
         inside.pop()
 
-    monkeypatch.setattr(PictureMaker, "_make", watched)
+    monkeypatch.setattr(ImageMaker, "_make", watched)
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(make, [GOOD["jpeg"]] * 12))
     assert max(most) == 1
 
 
-def test_an_unforeseen_error_is_one_lost_picture_and_is_logged(monkeypatch, caplog):
+def test_an_unforeseen_error_is_one_lost_image_and_is_logged(monkeypatch, caplog):
     monkeypatch.setattr("sdtrain.images.store.read_header", lambda *_: 1 / 0)
-    with pytest.raises(PictureError, match="not_an_image: unexpected ZeroDivisionError"):
+    with pytest.raises(ImageError, match="not_an_image: unexpected ZeroDivisionError"):
         maker()(GOOD["jpeg"])
-    assert "Unexpected failure of a picture" in caplog.text
+    assert "Unexpected failure of an image" in caplog.text
 
 
-def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_picture():
+def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_image():
     distances = []
     for seed in range(40):
         stored = maker(image_size=300)(encoded(photo(seed, 500, 400)))
@@ -169,5 +169,5 @@ def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_picture():
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_the_hash_of_a_flat_picture_is_of_its_brightness_alone(value):
+def test_the_hash_of_a_flat_image_is_of_its_brightness_alone(value):
     assert perceptual_hash(np.full((50, 70, 3), value, np.uint8)) % 2**64 == (2**63 if value else 0)

@@ -178,7 +178,7 @@ def test_the_order_is_part_of_the_run_and_how_it_is_read_is_not(config_with):
     ]
 
 
-def test_the_vae_in_the_loop_sees_random_crops_of_packed_pictures(tmp_path, config_with, tokenizer):
+def test_the_vae_in_the_loop_sees_random_crops_of_packed_images(tmp_path, config_with, tokenizer):
     dataset = write_packed(tmp_path / "data", size_of=lambda number: (150, 70), extension="webp")
     config = config_with({"root": str(dataset.root), "online_vae": True}, vae="demo", caption_dropout=0.0)
     require_samples(config.data)
@@ -191,21 +191,21 @@ def test_the_vae_in_the_loop_sees_random_crops_of_packed_pictures(tmp_path, conf
         there = batch.to(torch.device("cpu"))
         assert type(there) is MicroBatch
         for place, (index, epoch) in enumerate(zip(picks.indices, picks.epochs, strict=True)):
-            picture = decode_rgb(packed[index][1]["webp"])
+            image = decode_rgb(packed[index][1]["webp"])
             place_of_crop = chance("crop", config.seed, f"{index:032x}", int(epoch))
-            expected = encode_pixels(network, cut(picture, (64, 64), place_of_crop).pixels[None].copy())[0]
+            expected = encode_pixels(network, cut(image, (64, 64), place_of_crop).pixels[None].copy())[0]
             np.testing.assert_allclose(there.moments[place].numpy(), expected, atol=0.02, rtol=0.02)
     boxes = {chance("crop", config.seed, "a", epoch) for epoch in range(5)}
     assert len(boxes) == 5
     assert len(list(maker.prefetch(0, 3, False))) == 6
 
 
-@pytest.mark.parametrize("damage", ["picture", "cut short"])
-def test_a_damaged_picture_is_replaced_or_named(tmp_path, config_with, tokenizer, damage):
+@pytest.mark.parametrize("damage", ["image", "cut short"])
+def test_a_damaged_image_is_replaced_or_named(tmp_path, config_with, tokenizer, damage):
     dataset = write_packed(tmp_path / "data")
     content = bytearray(dataset.packed_tar(0).read_bytes())
-    content[600:900] = bytes(300)  # in the first picture
-    dataset.packed_tar(0).write_bytes(content if damage == "picture" else content[:700])
+    content[600:900] = bytes(300)  # in the first image
+    dataset.packed_tar(0).write_bytes(content if damage == "image" else content[:700])
     data = {"root": str(dataset.root), "online_vae": True}
     (stops,) = makers(config_with(data, vae="demo"), tokenizer, 1)
     with pytest.raises(
@@ -214,19 +214,19 @@ def test_a_damaged_picture_is_replaced_or_named(tmp_path, config_with, tokenizer
         list(stops.prefetch(0, 3, False))
     (skips,) = makers(config_with(data | {"on_corrupt": "skip"}, vae="demo"), tokenizer, 1)
     assert len(list(skips.prefetch(0, 3, False))) == 6
-    assert skips.num_substituted >= (3 if damage == "picture" else 15)
+    assert skips.num_substituted >= (3 if damage == "image" else 15)
 
 
-def test_a_dataset_without_pictures_is_a_sentence(tmp_path, config_with, models):
+def test_a_dataset_without_images_is_a_sentence(tmp_path, config_with, models):
     data = write_latents(tmp_path / "data", models, num_samples=4)
     config = config_with({"root": str(data), "online_vae": True})
-    with pytest.raises(UserError, match=r"There are no packed pictures in .*as far as `pack` first"):
+    with pytest.raises(UserError, match=r"There are no packed images in .*as far as `pack` first"):
         require_samples(config.data)
-    with pytest.raises(UserError, match="There are no packed pictures"):
+    with pytest.raises(UserError, match="There are no packed images"):
         open_samples(config, 0.35)
 
 
-def test_every_batch_of_buckets_is_of_one_size_and_every_picture_comes_once(tmp_path, config_with, tokenizer):
+def test_every_batch_of_buckets_is_of_one_size_and_every_image_comes_once(tmp_path, config_with, tokenizer):
     shapes = [(120, 60), (60, 120), (80, 80), (100, 90)]
     dataset = write_packed(tmp_path / "data", size_of=lambda number: shapes[number % 4])
     encode(dataset, Recipe("demo", buckets=BUCKETS))
@@ -252,11 +252,11 @@ def test_batches_that_mix_sizes_are_refused(tmp_path, config_with, tokenizer, gr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["pictures", "buckets", "crops in blocks"])
+@pytest.mark.parametrize("way", ["images", "buckets", "crops in blocks"])
 def test_training_and_validation_run_on_what_the_loader_gives(tmp_path, config_with, ranks, way):
     dataset = write_packed(tmp_path / "data", size_of=lambda number: (120, 60) if number % 3 else (80, 80))
     data = {"root": str(dataset.root)}
-    if way == "pictures":
+    if way == "images":
         data |= {"online_vae": True}
     elif way == "buckets":
         data |= {"bucket_group": 8}

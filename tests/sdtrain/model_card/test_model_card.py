@@ -34,7 +34,7 @@ def write_dataset(root):
     root.mkdir(exist_ok=True)
     recipe = {
         "name": "pretty",
-        "description": "large pictures",
+        "description": "large images",
         "select": {"metadata": "hf://datasets/org/meta/*.parquet", "rules": {"min_side": 512}},
         "duplicates": {"level": "exact"},
     }

@@ -59,7 +59,7 @@ def test_a_tokenizer_that_cannot_be_fetched_is_a_sentence(monkeypatch):
 
 
 class Network:
-    """An open_clip model as far as its pictures go."""
+    """An open_clip model as far as its images go."""
 
     def __init__(self, **way):
         usual = {"size": (224, 224), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -79,14 +79,14 @@ OPENAI, HALF = Preprocess(224), Preprocess(224, (0.5,) * 3, (0.5,) * 3)
         ("MobileCLIP-B", "datacompdr", Preprocess(224, (0.0,) * 3, (1.0,) * 3, "bilinear")),
     ],
 )
-def test_published_weights_say_how_they_want_their_pictures(model, tag, wanted):
+def test_published_weights_say_how_they_want_their_images(model, tag, wanted):
     way = open_clip.get_pretrained_cfg(model, tag)
     network = Network(**{n: way[n] for n in ("mean", "std", "interpolation", "resize_mode")})
     assert clip_preprocess(network, model, tag) == wanted
     published = len(
         {str(open_clip.get_pretrained_cfg(model, t)["mean"]) for t in open_clip.list_pretrained_tags_by_model(model)}
     )
-    if published == 1:  # then a file of weights of the same model wants its pictures the same way
+    if published == 1:  # then a file of weights of the same model wants its images the same way
         assert clip_preprocess(Network(), model, "/my/finetuned.safetensors") == wanted
 
 

@@ -22,7 +22,7 @@ from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import planned
 from sdtrain.pack.stage import PACK, SourceTars, write_index
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 _DECISIONS = pa.schema([("uid", pa.string()), ("key", pa.string()), ("shard", pa.int32()), ("reason", pa.string())])
 
@@ -50,7 +50,7 @@ def write_decisions(dataset: DatasetDir, dropped: set[int], fingerprint: str = "
 
 
 def make_dataset(root: Path, num_rows: int = 25, dropped: frozenset[int] = frozenset({3, 24})) -> DatasetDir:
-    rows = [Fetched(encoded(scene_picture(i)), caption=None if i == 4 else f"Grüße {i}") for i in range(num_rows)]
+    rows = [Fetched(encoded(scene_image(i)), caption=None if i == 4 else f"Grüße {i}") for i in range(num_rows)]
     dataset = write_downloads(root, rows, per_shard=10)
     write_decisions(dataset, set(dropped))
     return dataset
@@ -66,7 +66,7 @@ def kept_uids(dataset: DatasetDir) -> list[str]:
 
 @pytest.fixture
 def dataset(tmp_path):
-    """25 pictures in three image shards, 23 of them kept."""
+    """25 images in three image shards, 23 of them kept."""
     return make_dataset(tmp_path)
 
 
@@ -111,8 +111,8 @@ def test_few_files_are_open_however_many_shards_are_read_from(tmp_path):
     rows = planned(dataset, Recipe(30).pack, 0)
     with closing(SourceTars(dataset, max_open=3)) as tars:
         before = len(list(Path("/proc/self/fd").iterdir()))
-        for row, picture in tars.read([*rows, *rows]):
-            assert hashlib.sha256(picture).hexdigest() == row["sha256"]
+        for row, image in tars.read([*rows, *rows]):
+            assert hashlib.sha256(image).hexdigest() == row["sha256"]
             assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
 
 
@@ -125,7 +125,7 @@ def test_an_image_shard_that_is_missing_is_named(dataset):
 
 def test_a_table_that_is_not_of_its_tar_is_noticed(dataset):
     shutil.copy(dataset.images_tar(0), dataset.images_tar(1))
-    with pytest.raises(UserError, match=r"00001\.tar is damaged or cut short: the picture of \d+ is not where"):
+    with pytest.raises(UserError, match=r"00001\.tar is damaged or cut short: the image of \d+ is not where"):
         pack(dataset, Recipe(5))
 
 
@@ -139,7 +139,7 @@ def test_the_plan_is_made_once_and_again_when_the_decisions_are_others(dataset):
     assert dataset.pack_plan.stat().st_mtime_ns != made
 
 
-def test_tables_of_before_pictures_had_a_place_are_a_sentence(dataset):
+def test_tables_of_before_images_had_a_place_are_a_sentence(dataset):
     for path in (dataset.root / "images").glob("*.parquet"):
         pq.write_table(pq.read_table(path).drop_columns(["picture_offset"]), path)
     with pytest.raises(UserError, match="of an older version, delete the folder"):
@@ -152,7 +152,7 @@ def test_the_order_is_that_of_the_digest_of_uid_and_seed(dataset):
     assert packed == sorted(kept_uids(dataset), key=lambda uid: hashlib.md5(f"{uid}7".encode()).hexdigest())
 
 
-def test_pictures_travel_byte_for_byte_with_caption_and_provenance(dataset):
+def test_images_travel_byte_for_byte_with_caption_and_provenance(dataset):
     downloaded = {key: members for shard in range(3) for key, members in read_samples(dataset.images_tar(shard))}
     pack(dataset, Recipe(5))
     packed = [sample for shard in range(5) for sample in read_samples(dataset.packed_tar(shard))]
@@ -168,7 +168,7 @@ def test_pictures_travel_byte_for_byte_with_caption_and_provenance(dataset):
         assert (provenance["original_width"], provenance["width"]) == (600, 96)
 
 
-def test_the_table_says_where_each_picture_lies_in_the_tar(dataset):
+def test_the_table_says_where_each_image_lies_in_the_tar(dataset):
     pack(dataset, Recipe(5))
     content = dataset.packed_tar(2).read_bytes()
     samples = dict(read_samples(dataset.packed_tar(2)))
@@ -195,7 +195,7 @@ def test_a_lost_shard_alone_is_made_again(dataset, digests):
     assert digests(dataset) == before
 
 
-def test_pictures_fetched_anew_are_packed_anew_though_the_decisions_are_the_same(dataset):
+def test_images_fetched_anew_are_packed_anew_though_the_decisions_are_the_same(dataset):
     pack(dataset, Recipe(5))
     write_decisions(dataset, {3, 24}, fingerprint="of other image shards")
     assert pending(PACK, dataset, Recipe(5)) == [0, 1, 2, 3, 4]
@@ -258,7 +258,7 @@ def test_webdataset_reads_the_shards_of_the_index_in_order(dataset):
     urls = [str(index.parent / shard["url"]) for shard in json.loads(index.read_text())["shardlist"]]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("__key__", "jpg", "json"))
     assert [key for key, *_ in samples] == [key for url in urls for key, _ in read_samples(Path(url))]
-    assert all(picture.size == (96, 80) and described["key"] == key for key, picture, described in samples)
+    assert all(image.size == (96, 80) and described["key"] == key for key, image, described in samples)
 
 
 def test_a_damaged_image_shard_is_named(dataset):

@@ -50,7 +50,7 @@ def test_hours_disk_money_and_emissions_follow_from_the_rates():
     assert lines["score"].num == 1_800_000
     assert (lines["score"].gpu_hours, lines["score"].hours, lines["score"].cost) == (5, 1.25, 10)
     assert lines["score"].kg == pytest.approx(5 * 0.7 * 0.5)
-    assert lines["encode"].num == 3_600_000  # two crops of each picture
+    assert lines["encode"].num == 3_600_000  # two crops of each image
     assert lines["encode"].disk_bytes == 3_600_000 * 65_536
     assert lines["download"].core_hours == pytest.approx(1000 / 17.4)
     assert lines["download"].hours == pytest.approx(100 / 17.4)
@@ -68,7 +68,7 @@ def test_without_price_and_region_there_is_neither_money_nor_co2():
     assert (line.cost, line.kg) == (None, None)
 
 
-def test_the_chain_sees_as_many_pictures_as_the_model_card_says():
+def test_the_chain_sees_as_many_images_as_the_model_card_says():
     planner = Planner(load_rates(), Machines(256, "h200"))
     lines = [planner.training(run) for run in chain_of("v1-4")]
     assert sum(line.num for line in lines) == 2048 * (237_000 + 194_000 + 515_000 + 225_000)

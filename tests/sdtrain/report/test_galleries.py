@@ -21,7 +21,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
 from sdtrain.report.examples import EXAMPLES_PER_SIDE, galleries
 from sdtrain.report.thumbnails import THUMBNAIL_PX
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 SIDES = [500 + 10 * i for i in range(20)]  # the limit is 600
@@ -35,14 +35,14 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def dataset(recipe, tmp_path_factory):
-    """Pictures of growing size, four copies of one, some of low similarity, one that failed."""
+    """Images of growing size, four copies of one, some of low similarity, one that failed."""
     high = {"similarity": 0.4}
     rows = [
-        Fetched(encoded(scene_picture(i, 300, 200)), f"side {side}", (900, side), high) for i, side in enumerate(SIDES)
+        Fetched(encoded(scene_image(i, 300, 200)), f"side {side}", (900, side), high) for i, side in enumerate(SIDES)
     ]
-    rows += [Fetched(encoded(scene_picture(30)), f"copy {i}", (900, 700 + i), high) for i in range(4)]
-    rows += [Fetched(encoded(scene_picture(40 + i)), f"low {i}", (900, 900), {"similarity": 0.2}) for i in range(3)]
-    rows.append(Fetched(encoded(scene_picture(50)), "long " * 100, (2000, 2000), high))
+    rows += [Fetched(encoded(scene_image(30)), f"copy {i}", (900, 700 + i), high) for i in range(4)]
+    rows += [Fetched(encoded(scene_image(40 + i)), f"low {i}", (900, 900), {"similarity": 0.2}) for i in range(3)]
+    rows.append(Fetched(encoded(scene_image(50)), "long " * 100, (2000, 2000), high))
     dataset = write_downloads(tmp_path_factory.mktemp("data"), [*rows, Fetched(None, reason="http_404")])
     for stage in (SCORE, DEDUP, KEEP):
         run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
@@ -66,8 +66,8 @@ def test_nearest_to_a_limit_are_the_kept_just_over_and_the_dropped_just_under_it
     assert texts(kept) == [f"side {side}: side {side}" for side in (600, 610, 620, 630, 640, 650)]
     assert texts(dropped) == [f"side {side}: side {side}" for side in (590, 580, 570, 560, 550, 540)]
     assert len(kept) == len(dropped) == EXAMPLES_PER_SIDE
-    assert {picture.kept for picture in kept} == {True}
-    assert {picture.kept for picture in dropped} == {False}
+    assert {image.kept for image in kept} == {True}
+    assert {image.kept for image in dropped} == {False}
 
 
 def test_a_rule_on_the_metadatas_scores_shows_those(shown):
@@ -84,11 +84,11 @@ def test_copies_stand_in_one_row_the_one_that_stayed_first(shown):
     (row,) = shown["Copies of one another (1 groups), the one that stayed first"].rows
     assert texts(row)[0] == "kept, 900x703"
     assert sorted(texts(row)[1:]) == [f"duplicate_exact, 900x{side}" for side in (700, 701, 702)]
-    assert [picture.kept for picture in row] == [True, False, False, False]
+    assert [image.kept for image in row] == [True, False, False, False]
 
 
 def test_kept_ones_are_kept_and_every_reason_has_its_own(shown):
-    assert all(picture.kept for picture in shown["Kept, at random"].rows[0])
+    assert all(image.kept for image in shown["Kept, at random"].rows[0])
     assert [text for text in texts(shown["Kept, at random"].rows[0]) if "long" in text] == ["long " * 31 + "long…"]
     assert len(shown["Dropped: min_side (10)"].rows[0]) == 10
     assert shown["Dropped: http_404 (1)"].lines
@@ -97,19 +97,19 @@ def test_kept_ones_are_kept_and_every_reason_has_its_own(shown):
 
 def test_thumbnails_are_small_jpegs_that_are_loaded_when_they_are_seen(dataset, recipe):
     page = report_on(dataset, recipe).read_text()
-    pictures = [tag for tag in re.findall(r"<img[^>]+>", page) if ".jpg" in tag]
-    assert len(pictures) > 30
-    assert all('loading="lazy"' in tag for tag in pictures)
-    for path in (dataset.root / "pictures").glob("*.jpg"):
-        with Image.open(path) as picture:
-            assert (picture.format, max(picture.size) <= THUMBNAIL_PX) == ("JPEG", True)
+    images = [tag for tag in re.findall(r"<img[^>]+>", page) if ".jpg" in tag]
+    assert len(images) > 30
+    assert all('loading="lazy"' in tag for tag in images)
+    for path in (dataset.root / "images").glob("*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, max(image.size) <= THUMBNAIL_PX) == ("JPEG", True)
 
 
-def test_tables_of_before_pictures_had_a_place_give_a_report_without_them(dataset, recipe, tmp_path):
+def test_tables_of_before_images_had_a_place_give_a_report_without_them(dataset, recipe, tmp_path):
     old = DatasetDir(shutil.copytree(dataset.root, tmp_path / "old"))
     for path in (old.root / "images").glob("*.parquet"):
         pq.write_table(pq.read_table(path).drop_columns(["extension", "picture_offset", "picture_bytes"]), path)
     write_views(old, recipe)
     page = report_on(old, recipe).read_text()
     assert "Dropped: min_side (10)" in page
-    assert not list((old.root / "pictures").glob("*.jpg"))
+    assert not list((old.root / "images").glob("*.jpg"))

@@ -1,4 +1,4 @@
-"""The report shows every reason with its count, and only pictures that exist."""
+"""The report shows every reason with its count, and only images that exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtrain.errors import UserError
 from sdtrain.report.page import Report, write_report
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
 from sdtrain.training.run_dir import RunDir
-from tests.picture_fixtures import Fetched, encoded, scene_picture, write_downloads
+from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 
@@ -30,10 +30,10 @@ def recipe() -> Recipe:
 @pytest.fixture(scope="module")
 def dataset(recipe, tmp_path_factory):
     """Twelve rows: good ones, one too small, one copy, one damaged, two that failed."""
-    good = [Fetched(encoded(scene_picture(i)), original_px=(600, 600)) for i in range(7)]
+    good = [Fetched(encoded(scene_image(i)), original_px=(600, 600)) for i in range(7)]
     odd = [
-        Fetched(encoded(scene_picture(20)), original_px=(600, 300)),
-        Fetched(encoded(scene_picture(3)), original_px=(600, 600)),
+        Fetched(encoded(scene_image(20)), original_px=(600, 300)),
+        Fetched(encoded(scene_image(3)), original_px=(600, 600)),
         Fetched(b"\xff\xd8 damaged", original_px=(600, 600)),
         Fetched(None, reason="http_404"),
         Fetched(None, reason="timeout"),
@@ -60,16 +60,16 @@ def test_what_it_says_was_dropped_and_kept_adds_up_to_what_was_selected(dataset,
     assert facts["kept"] + dropped == facts["selected"]
 
 
-def test_pictures_fetched_anew_are_shown_anew(recipe, tmp_path):
+def test_images_fetched_anew_are_shown_anew(recipe, tmp_path):
     def shown(seed: int) -> bytes:
         # Another length, so that the offsets of the first shard are wrong in the second.
-        pictures = [encoded(scene_picture(seed + i, 96 + seed, 80)) for i in range(3)]
-        dataset = write_downloads(tmp_path, [Fetched(picture, original_px=(600, 600)) for picture in pictures])
+        images = [encoded(scene_image(seed + i, 96 + seed, 80)) for i in range(3)]
+        dataset = write_downloads(tmp_path, [Fetched(image, original_px=(600, 600)) for image in images])
         for stage in (SCORE, DEDUP, KEEP):
             run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
         write_views(dataset, recipe)
         report_on(dataset, recipe)
-        found = sorted((tmp_path / "pictures").glob("0*.jpg"))
+        found = sorted((tmp_path / "images").glob("0*.jpg"))
         assert len(found) == 3
         return found[2].read_bytes()
 
@@ -83,14 +83,14 @@ def test_a_training_that_has_logged_nothing_has_no_curve(dataset, tmp_path):
     assert "loss.png" not in page
 
 
-def test_every_picture_it_names_exists(dataset, recipe):
+def test_every_image_it_names_exists(dataset, recipe):
     report = report_on(dataset, recipe)
     sources = re.findall(r'src="([^"]+)"', report.read_text())
     assert len(sources) >= 3 + 7 + 2
     assert all((report.parent / source).stat().st_size > 0 for source in sources)
 
 
-def test_the_same_dataset_gives_the_same_page_and_pictures(dataset, recipe, digests):
+def test_the_same_dataset_gives_the_same_page_and_images(dataset, recipe, digests):
     report_on(dataset, recipe)
     first = digests(dataset)
     report_on(dataset, recipe)
@@ -116,7 +116,7 @@ def test_scores_of_networks_that_learnt_nothing_are_said_to_mean_nothing(recipe)
 
 
 def test_a_dataset_without_decisions_is_a_sentence(tmp_path, recipe):
-    empty = write_downloads(tmp_path, [Fetched(encoded(scene_picture(1)), original_px=(600, 600))])
+    empty = write_downloads(tmp_path, [Fetched(encoded(scene_image(1)), original_px=(600, 600))])
     with pytest.raises(UserError, match=r"There is no .*metadata\.duckdb"):
         report_on(empty, recipe)
     write_views(empty, recipe)

@@ -10,7 +10,7 @@ SCORES = ("aesthetic", "pwatermark", "punsafe", "similarity", "aesthetic_v1")
 
 @pytest.fixture
 def connection():
-    """Three scored pictures and a damaged one; similarity only on one side."""
+    """Three scored images and a damaged one; similarity only on one side."""
     with duckdb.connect() as connection:
         rows = "('a', 4.0, 0.1, 0.5, 0.3, 7), ('b', 5.5, 0.2, 0.5, 0.3, NULL), ('c', 6.0, 0.3, 0.5, 0.3, NULL)"
         rows += ", ('d', 7, 0, 0, 0, 7)"
@@ -30,20 +30,20 @@ def connection():
 def test_each_score_that_both_have_is_drawn_with_how_far_they_agree(connection, tmp_path):
     drawn = draw_pairs(connection, {"min_aesthetic": 5.0}, tmp_path)
     names = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe")
-    assert [pair["picture"] for pair in drawn] == [f"pictures/{name}_pairs.png" for name in names]
-    assert all((tmp_path / pair["picture"].removeprefix("pictures/")).stat().st_size > 0 for pair in drawn)
-    # By hand: differences 0.5, -0.6, 0.5; the second picture is over the limit for the metadata only.
+    assert [pair["image"] for pair in drawn] == [f"images/{name}_pairs.png" for name in names]
+    assert all((tmp_path / pair["image"].removeprefix("images/")).stat().st_size > 0 for pair in drawn)
+    # By hand: differences 0.5, -0.6, 0.5; the second image is over the limit for the metadata only.
     assert drawn[0]["text"] == (
-        "aesthetic score (V2): 3 pictures, ours +0.133 on average, correlation 0.817, 66.7 % on the same side of 5."
+        "aesthetic score (V2): 3 images, ours +0.133 on average, correlation 0.817, 66.7 % on the same side of 5."
     )
-    assert drawn[1]["text"] == "aesthetic score (V1): 1 pictures, ours +1 on average."
-    assert drawn[2]["text"] == "P(watermark): 3 pictures, ours +0 on average, correlation 1.000."
-    assert drawn[3]["text"] == "P(unsafe): 2 pictures, ours +0 on average.", "one value has no correlation"
+    assert drawn[1]["text"] == "aesthetic score (V1): 1 images, ours +1 on average."
+    assert drawn[2]["text"] == "P(watermark): 3 images, ours +0 on average, correlation 1.000."
+    assert drawn[3]["text"] == "P(unsafe): 2 images, ours +0 on average.", "one value has no correlation"
 
 
 def test_older_views_give_the_pairs_that_they_know(connection, tmp_path):
-    connection.execute("CREATE OR REPLACE VIEW score_pairs AS SELECT 1.0 AS aesthetic_metadata, 2 AS aesthetic_picture")
-    assert [pair["picture"] for pair in draw_pairs(connection, {}, tmp_path)] == ["pictures/aesthetic_pairs.png"]
+    connection.execute("CREATE OR REPLACE VIEW score_pairs AS SELECT 1.0 AS aesthetic_metadata, 2 AS aesthetic_image")
+    assert [pair["image"] for pair in draw_pairs(connection, {}, tmp_path)] == ["images/aesthetic_pairs.png"]
 
 
 def test_views_without_pairs_draw_nothing(tmp_path):

@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"), ema_offset=0.02)
 
 
-def test_every_picture_has_its_own_seed():
+def test_every_image_has_its_own_seed():
     assert make_jobs(["a", "b"], 7, 2) == [Job("a", 7), Job("a", 8), Job("b", 9), Job("b", 10)]
 
 
@@ -57,7 +57,7 @@ def test_two_processes_draw_what_one_draws(run):
     assert [job for job, _ in together] == [job for job, _ in alone] == jobs
     for (_, ours), (_, theirs) in zip(together, alone, strict=True):
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))
-    assert len({picture.tobytes() for _, picture in alone}) == len(jobs)
+    assert len({image.tobytes() for _, image in alone}) == len(jobs)
 
 
 @pytest.mark.long
@@ -66,7 +66,7 @@ def test_a_mistake_in_another_process_is_a_sentence_here(tmp_path):
         list(draw(Model(tmp_path), make_jobs(["a"], 0, 4), QUICK, ["cpu", "cpu"]))
 
 
-def test_the_command_draws_from_a_run_and_says_in_each_picture_how(run, tmp_path):
+def test_the_command_draws_from_a_run_and_says_in_each_image_how(run, tmp_path):
     (tmp_path / "more.txt").write_text("a green circle\n")
     options = ["--prompts-file", str(tmp_path / "more.txt"), "--seed", "4", "--per-prompt", "2", "--grid"]
     options += ["--guidance", "2", "--steps", "2", "--sampler", "ddim", "--weights", "raw"]
@@ -86,7 +86,7 @@ def test_the_command_draws_from_a_run_and_says_in_each_picture_how(run, tmp_path
     assert Image.open(output / "grid.png").size == (2 * 66 + 2, 2 * 66 + 2)
 
 
-def test_averaged_and_raw_weights_draw_different_pictures(run):
+def test_averaged_and_raw_weights_draw_different_images(run):
     jobs = make_jobs(["a red circle"], 0, 1)
     ema, raw = (next(draw(Model(run, which), jobs, QUICK, ["cpu"]))[1] for which in ("ema", "raw"))
     assert ema.tobytes() != raw.tobytes()
@@ -110,10 +110,10 @@ def file(run, tmp_path_factory):
     return export_model(run, tmp_path_factory.mktemp("file") / "model.safetensors")
 
 
-def test_a_run_its_folder_and_its_file_draw_the_same_picture(run, file, tmp_path):
+def test_a_run_its_folder_and_its_file_draw_the_same_image(run, file, tmp_path):
     folder, jobs = export_model(run, tmp_path / "folder"), make_jobs(["a red circle"], 0, 2)
     models = [Model(run), Model(folder), Model(file, tokenizer=str(run.parent / "models"))]
-    drawn = [[picture.tobytes() for _, picture in draw(model, jobs, QUICK, ["cpu"])] for model in models]
+    drawn = [[image.tobytes() for _, image in draw(model, jobs, QUICK, ["cpu"])] for model in models]
     assert drawn[0] == drawn[1] == drawn[2]
 
 
@@ -127,17 +127,17 @@ def sample(run, output, *options):
 
 def test_an_interrupted_command_goes_on_where_it_was(run, tmp_path):
     prompts = ["a red circle", "a blue square", "a", "a green circle", "a red square", "--keep"]
-    assert "5 pictures drawn, 0 kept" in sample(run, tmp_path, *prompts)
+    assert "5 images drawn, 0 kept" in sample(run, tmp_path, *prompts)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "00003.png").unlink()
     (tmp_path / "00004.png").write_bytes(before["00004.png"][:100])
-    assert "3 pictures drawn, 2 kept" in sample(run, tmp_path, *prompts)
+    assert "3 images drawn, 2 kept" in sample(run, tmp_path, *prompts)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert "0 pictures drawn, 5 kept" in sample(run, tmp_path, *prompts, "--grid")
+    assert "0 images drawn, 5 kept" in sample(run, tmp_path, *prompts, "--grid")
     assert (tmp_path / "grid.png").exists()
-    assert "5 pictures drawn, 0 kept" in sample(run, tmp_path, *prompts, "--sampler", "ddim")
+    assert "5 images drawn, 0 kept" in sample(run, tmp_path, *prompts, "--sampler", "ddim")
     other = ["a red circle", "a blue square", "a", "a green circle", "a blue circle", "--keep", "--sampler", "ddim"]
-    assert "1 pictures drawn, 4 kept" in sample(run, tmp_path, *other)
+    assert "1 images drawn, 4 kept" in sample(run, tmp_path, *other)
 
 
 def test_the_checkpoint_is_chosen_when_the_command_begins(run, tmp_path):

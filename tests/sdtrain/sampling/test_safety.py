@@ -52,20 +52,20 @@ def test_a_pipelines_checker_is_found_with_its_processor(tmp_path):
     assert load_safety_checker(str(tmp_path))([BLUE, RED]) == [False, True]
 
 
-def test_any_function_of_pictures_can_judge():
+def test_any_function_of_images_can_judge():
     drawn = [(Job("a", 1), RED), (Job("b", 2), BLUE)]
 
-    def judge(pictures):
-        return [np.asarray(picture)[0, 0, 0] > 100 for picture in pictures]
+    def judge(images):
+        return [np.asarray(image)[0, 0, 0] > 100 for image in images]
 
     black, blue = judged(drawn, judge)
     assert (black.flagged, blue.flagged) == (True, False)
-    assert black.picture.size == (64, 64)
-    assert not np.asarray(black.picture).any()
-    assert blue.picture is BLUE
+    assert black.image.size == (64, 64)
+    assert not np.asarray(black.image).any()
+    assert blue.image is BLUE
     refused, _ = judged(drawn, judge, "refuse")
-    assert (refused.flagged, refused.picture) == (True, None)
-    assert [result.picture for result in judged(drawn, None)] == [RED, BLUE]
+    assert (refused.flagged, refused.image) == (True, None)
+    assert [result.image for result in judged(drawn, None)] == [RED, BLUE]
 
 
 def test_what_is_no_checker_is_a_sentence(tmp_path):
@@ -111,21 +111,21 @@ def test_the_command_blackens_or_leaves_out_what_is_flagged_and_counts_it(run, t
     num = said.count(".png")
     flagged = [path for path in (tmp_path / "black").iterdir() if not np.asarray(Image.open(path)).any()]
     assert num == 2
-    assert f"{len(flagged)} of 2 pictures were flagged by the safety checker and are black" in said
+    assert f"{len(flagged)} of 2 images were flagged by the safety checker and are black" in said
     assert tmp_path / "black" / "00000.png" in flagged
     assert '"flagged": true' in Image.open(flagged[0]).text["sdtrain"]
     sample(run, tmp_path / "refused")  # without a checker all were written
     said = sample(run, tmp_path / "refused", *checker, "--flagged", "refuse")
-    assert f"{len(flagged)} of 2 pictures were flagged by the safety checker and were not written" in said
+    assert f"{len(flagged)} of 2 images were flagged by the safety checker and were not written" in said
     assert len(list((tmp_path / "refused").glob("*.png"))) == 2 - len(flagged)
     refusing = [*checker, "--flagged", "refuse", "--keep"]
-    assert "0 pictures drawn, 2 kept" in sample(run, tmp_path / "refused", *refusing), "a refusal is an answer too"
-    assert "2 pictures drawn, 0 kept" in sample(run, tmp_path / "black", *refusing), "a black picture is another answer"
+    assert "0 images drawn, 2 kept" in sample(run, tmp_path / "refused", *refusing), "a refusal is an answer too"
+    assert "2 images drawn, 0 kept" in sample(run, tmp_path / "black", *refusing), "a black image is another answer"
     assert len(list((tmp_path / "black").glob("*.png"))) == 2 - len(flagged)
-    assert "2 pictures drawn, 0 kept" in sample(run, tmp_path / "refused", *checker, "--keep")
+    assert "2 images drawn, 0 kept" in sample(run, tmp_path / "refused", *checker, "--keep")
     assert len(list((tmp_path / "refused").iterdir())) == 2
     said = sample(run, tmp_path / "all", *checker, "--keep")
-    assert "2 pictures drawn, 0 kept" in said, "those that nobody judged are not kept"
-    assert "0 pictures drawn, 2 kept" in sample(run, tmp_path / "all", *checker, "--keep")
+    assert "2 images drawn, 0 kept" in said, "those that nobody judged are not kept"
+    assert "0 images drawn, 2 kept" in sample(run, tmp_path / "all", *checker, "--keep")
     clean = ["--safety-checker", str(write_checker(tmp_path / "harmless"))]
-    assert "0 of 2 pictures were flagged" in sample(run, tmp_path / "clean", *clean)
+    assert "0 of 2 images were flagged" in sample(run, tmp_path / "clean", *clean)

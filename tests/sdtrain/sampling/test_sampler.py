@@ -59,20 +59,20 @@ def test_guidance_one_skips_the_unconditional_half(sampler):
     assert calls_of(sampler, guidance_scale=1.0, num_steps=4) == [3] * 5
 
 
-def test_pictures_are_those_of_the_diffusers_pipeline(sampler, folder):
-    assert_pictures_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
+def test_images_are_those_of_the_diffusers_pipeline(sampler, folder):
+    assert_images_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
 
 
 @pytest.mark.parametrize(("zero_terminal_snr", "scheduler"), [(False, "PNDMScheduler"), (True, "DDIMScheduler")])
-def test_a_velocity_models_export_gives_the_same_pictures_here_and_in_diffusers(tmp_path, zero_terminal_snr, scheduler):
+def test_a_velocity_models_export_gives_the_same_images_here_and_in_diffusers(tmp_path, zero_terminal_snr, scheduler):
     folder = write_random(tmp_path, prediction_type="v_prediction", zero_terminal_snr=zero_terminal_snr)
     written = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     assert (written["_class_name"], written["prediction_type"]) == (scheduler, "v_prediction")
     sampler = Sampler(load_networks(folder, "cpu", torch.float32))
-    assert_pictures_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
+    assert_images_agree(sampler, StableDiffusionPipeline.from_pretrained(folder))
 
 
-def assert_pictures_agree(sampler, pipeline, name=None):
+def assert_images_agree(sampler, pipeline, name=None):
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (5, 6, 7)])
     theirs = pipeline(PROMPTS, latents=latents, guidance_scale=3.0, num_inference_steps=20).images
@@ -88,7 +88,7 @@ def test_other_samplers_are_diffusers_own(sampler, folder, name):
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     options = {"clip_sample": False} if name == "ddim" else {}
     pipeline.scheduler = theirs.from_config(pipeline.scheduler.config, **options)
-    assert_pictures_agree(sampler, pipeline, name)
+    assert_images_agree(sampler, pipeline, name)
 
 
 def test_plms_cannot_begin_at_pure_noise():
@@ -101,7 +101,7 @@ def test_impossible_settings_are_refused():
         SampleSettings(num_steps=0)
 
 
-def test_a_picture_does_not_depend_on_its_batch(sampler):
+def test_a_image_does_not_depend_on_its_batch(sampler):
     together = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5))
     apart = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5, batch_size=1))
     for a, b in zip(together, apart, strict=True):
@@ -109,7 +109,7 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
 
 
 def test_a_compiled_network_sees_batches_of_one_size(sampler):
-    """Else it would be compiled anew for the last one. The pictures are the same."""
+    """Else it would be compiled anew for the last one. The images are the same."""
     plain = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=3, batch_size=2))
     told = Sampler(replace(sampler._networks, speed=SpeedConfig(compile="regional")))  # says so, and is not compiled
     sizes = []
@@ -121,7 +121,7 @@ def test_a_compiled_network_sees_batches_of_one_size(sampler):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
-def test_many_pictures_are_decoded_in_parts(sampler, monkeypatch):
+def test_many_images_are_decoded_in_parts(sampler, monkeypatch):
     whole = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=2))
     monkeypatch.setattr("sdtrain.sampling.sampler._DECODED_AT_ONCE", 2)
     parts = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=2))
@@ -147,7 +147,7 @@ def test_a_vae_that_gives_no_numbers_is_named(folder):
     broken = Sampler(load_networks(folder))
     with torch.no_grad():
         broken._networks.vae.decoder.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(UserError, match=f"The VAE of {folder} gives pictures that are not finite"):
+    with pytest.raises(UserError, match=f"The VAE of {folder} gives images that are not finite"):
         broken.sample(["a"], [0], SampleSettings(num_steps=1))
 
 
@@ -156,9 +156,9 @@ def test_a_folder_without_a_pipeline_is_a_sentence(tmp_path):
         Sampler(load_networks(tmp_path))
 
 
-def test_grid_places_pictures_row_by_row():
-    pictures = [Image.new("RGB", (10, 8), color) for color in ("red", "lime", "blue")]
-    grid = make_grid(pictures, columns=2, gap_px=1)
+def test_grid_places_images_row_by_row():
+    images = [Image.new("RGB", (10, 8), color) for color in ("red", "lime", "blue")]
+    grid = make_grid(images, columns=2, gap_px=1)
     assert grid.size == (23, 19)
     corners = [grid.getpixel(place) for place in ((1, 1), (12, 1), (1, 10), (12, 10))]
     assert corners == [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]

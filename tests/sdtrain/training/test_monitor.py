@@ -59,7 +59,7 @@ def test_watching_does_not_change_what_is_trained(run, config, ranks, tmp_path):
     assert figures[0] == figures[1]
 
 
-def test_a_resumed_run_has_the_validation_and_the_pictures_of_a_straight_one(run, config, ranks, tmp_path):
+def test_a_resumed_run_has_the_validation_and_the_images_of_a_straight_one(run, config, ranks, tmp_path):
     asked = iter(range(5))
     resumed = RunDir(tmp_path)
     assert train(config, resumed, ranks, stop_requested=lambda: next(asked, None) is None) == 5

@@ -21,12 +21,12 @@ def read(folder):
 def test_tensorboard_shows_what_was_tracked(tmp_path):
     trackers = Trackers(tmp_path, config_of(tmp_path), 0)
     trackers.scalars(1, {"train/loss": 0.5, "speed/mfu": 0.25})
-    trackers.picture(1, "previews", Image.new("RGB", (8, 4), "red"))
+    trackers.image(1, "previews", Image.new("RGB", (8, 4), "red"))
     trackers.close()
     events = read(tmp_path)
     assert [(point.step, point.value) for point in events.Scalars("train/loss")] == [(1, 0.5)]
-    picture = events.Images("previews")[0]
-    assert (picture.width, picture.height) == (8, 4)
+    image = events.Images("previews")[0]
+    assert (image.width, image.height) == (8, 4)
 
 
 def test_steps_that_are_done_again_after_a_resume_are_shown_once(tmp_path):

@@ -9,7 +9,7 @@ from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, write_entry
 from sdtrain.dataset.s3.open import dataset_at, training_root
 from sdtrain.errors import UserError
-from sdtrain.loading.image_store import OnlineVae, PictureStore
+from sdtrain.loading.image_store import ImageStore, OnlineVae
 from sdtrain.loading.latent_store import LatentStore
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 from tests.sdtrain.encode.packed_fixtures import write_packed
@@ -46,16 +46,16 @@ def test_latents_from_s3_are_those_of_the_disk_and_tars_come_when_needed(written
     assert there.get(everything).equal(here.get(everything))
 
 
-def test_packed_pictures_from_s3_are_those_of_the_disk_and_tars_come_when_needed(store, tmp_path):
+def test_packed_images_from_s3_are_those_of_the_disk_and_tars_come_when_needed(store, tmp_path):
     local = write_packed(tmp_path / "local")
-    url = f"s3://{BUCKET}/{tmp_path.name}-pictures"
+    url = f"s3://{BUCKET}/{tmp_path.name}-images"
     dataset = dataset_at(url, tmp_path / "writer")
     with lock_to_change(dataset, "sdtrain build"):
         shutil.copytree(local.root / "dataset", dataset.root / "dataset")
         for entry in entries(local, "pack"):
             write_entry(dataset, entry)
     root = training_root(url, online_vae=True)
-    there, here = PictureStore(root, 32, OnlineVae("demo")), PictureStore(local.root, 32, OnlineVae("demo"))
+    there, here = ImageStore(root, 32, OnlineVae("demo")), ImageStore(local.root, 32, OnlineVae("demo"))
     assert there.digest == here.digest
     assert not list(root.glob("dataset/*.tar"))
     for indices in (np.arange(2), np.arange(len(here))):

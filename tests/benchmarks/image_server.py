@@ -1,4 +1,4 @@
-"""Pictures like photographs, and a quick web server for them in a process of its own, over HTTP and HTTPS."""
+"""Images like photographs, and a quick web server for them in a process of its own, over HTTP and HTTPS."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw_photo(seed: int) -> bytes:
 
 
 def draw_photos(folder: Path, num_pictures: int) -> int:
-    """Writes pictures as `0.jpg` and so on; returns their mean size in bytes."""
+    """Writes images as `0.jpg` and so on; returns their mean size in bytes."""
     folder.mkdir()
     with ProcessPoolExecutor() as processes:
         for number, content in enumerate(processes.map(draw_photo, range(num_pictures), chunksize=8)):
@@ -58,7 +58,7 @@ def draw_photos(folder: Path, num_pictures: int) -> int:
 @contextmanager
 def serve_photos(folder: Path, ca: Path) -> Iterator[dict[str, str]]:
     """Yields the start of the URLs by scheme; clients trust the server if SSL_CERT_FILE names `ca`."""
-    command = [sys.executable, "-m", "tests.benchmarks.picture_server", str(folder), str(ca)]
+    command = [sys.executable, "-m", "tests.benchmarks.image_server", str(folder), str(ca)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout
@@ -81,8 +81,8 @@ class _Connection(asyncio.Protocol):
         self._received += data
         while (end := self._received.find(b"\r\n\r\n")) >= 0:
             request, self._received = self._received[:end], self._received[end + 4 :]
-            picture = request.split(b" ", 2)[1].rpartition(b"/")[2]
-            self._transport.write(self.answers[picture])
+            image = request.split(b" ", 2)[1].rpartition(b"/")[2]
+            self._transport.write(self.answers[image])
             if b"connection: close" in request.lower():
                 self._transport.close()
 

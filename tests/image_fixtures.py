@@ -1,4 +1,4 @@
-"""Datasets whose pictures are already fetched, made without network; for the tests of the stages behind `download`."""
+"""Datasets whose images are already fetched, made without network; for the tests of the stages behind `download`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL import Image
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
 from sdtrain.dataset.tars import write_samples
-from sdtrain.demo.pictures import SEEN_PAIRS, draw, random_scene
-from sdtrain.download.image_shards import TABLE, picture_place
+from sdtrain.demo.images import SEEN_PAIRS, draw, random_scene
+from sdtrain.download.image_shards import TABLE, image_place
 
 _SELECTION = pa.schema(
     [
@@ -37,27 +37,27 @@ class Fetched:
     """What became of one selected row.
 
     Attributes:
-        picture: the stored picture's bytes; None where the download failed.
+        image: the stored image's bytes; None where the download failed.
         original_px: the size before it was stored.
         scores: LAION's, as the metadata has them.
         reason: why the download failed.
     """
 
-    picture: bytes | None
-    caption: str | None = "a picture"
+    image: bytes | None
+    caption: str | None = "an image"
     original_px: tuple[int, int] | None = (600, 600)
     scores: dict[str, float] | None = None
     reason: str | None = None
 
 
-def encoded(picture: Image.Image, form: str = "jpeg", **options: Any) -> bytes:
-    """The bytes of an encoded picture."""
+def encoded(image: Image.Image, form: str = "jpeg", **options: Any) -> bytes:
+    """The bytes of an encoded image."""
     buffer = io.BytesIO()
-    picture.save(buffer, form, **({"quality": 95} if form == "jpeg" else {}) | options)
+    image.save(buffer, form, **({"quality": 95} if form == "jpeg" else {}) | options)
     return buffer.getvalue()
 
 
-def scene_picture(seed: int, width_px: int = 96, height_px: int = 80) -> Image.Image:
+def scene_image(seed: int, width_px: int = 96, height_px: int = 80) -> Image.Image:
     """A random scene of the demo's world; the same seed gives the same pixels."""
     rng = np.random.default_rng(seed)
     return draw(random_scene(rng, *SEEN_PAIRS[seed % len(SEEN_PAIRS)]), width_px, height_px)
@@ -90,18 +90,18 @@ def _write_images(dataset: DatasetDir, shard: int, chosen: list[dict[str, Any]],
     table, samples, dropped = [], [], dict[str, int]()
     for selected, row in zip(chosen, rows, strict=True):
         described = {name: selected[name] for name in ("url", "caption", "uid", "key")}
-        if row.picture is None:
+        if row.image is None:
             reason = row.reason or "http_404"
             dropped[reason] = dropped.get(reason, 0) + 1
             table.append(described | {"status": "failed_to_download", "reason": reason})
             continue
         width, height = row.original_px or (None, None)
-        described |= {"sha256": hashlib.sha256(row.picture).hexdigest(), "status": "success"}
+        described |= {"sha256": hashlib.sha256(row.image).hexdigest(), "status": "success"}
         table.append(described | {"original_width": width, "original_height": height, "width": 96, "height": 80})
-        members = {"jpg": row.picture, "txt": (row.caption or "").encode(), "json": json.dumps(described).encode()}
+        members = {"jpg": row.image, "txt": (row.caption or "").encode(), "json": json.dumps(described).encode()}
         samples.append((selected["key"], members))
     dataset.images_tar(shard).parent.mkdir(exist_ok=True)
-    places = {sample.key: picture_place(sample) for sample in write_samples(dataset.images_tar(shard), samples)}
+    places = {sample.key: image_place(sample) for sample in write_samples(dataset.images_tar(shard), samples)}
     _write_table(dataset.images_table(shard), [row | places.get(row["key"], {}) for row in table], TABLE)
     outputs = describe_outputs(dataset, [dataset.images_tar(shard), dataset.images_table(shard)])
     report = {"stage": "download", "shard": shard, "num_in": len(rows), "num_out": len(samples), "dropped": dropped}

@@ -1,4 +1,4 @@
-"""Bodies that come in place of good pictures, by name, each with the reason that it must end in."""
+"""Bodies that come in place of good images, by name, each with the reason that it must end in."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ GOOD: dict[str, bytes] = {
     "polyglot": polyglot(),
     **{f"turned_{n}": exif_turned(n) for n in range(2, 9)},
 }
-"""Name -> body of pictures that are had."""
+"""Name -> body of images that are had."""
 
 
 def opened(content: bytes) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Draws the demo's pictures: one coloured shape on a muted background.
+"""Draws the demo's images: one coloured shape on a muted background.
 
 Shapes are saturated and backgrounds are not, so that `sdtrain.demo.checker` can
 tell both from the pixels alone.
@@ -31,7 +31,7 @@ SEEN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in UNSEE
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows. Lengths are fractions of the picture's short side."""
+    """What one image shows. Lengths are fractions of the image's short side."""
 
     color: str
     shape: str
@@ -56,7 +56,7 @@ def random_scene(rng: np.random.Generator, color: str, shape: str) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of several ways in which people describe such a picture."""
+    """One of several ways in which people describe such an image."""
     templates = (
         "a {color} {shape}",
         "a {color} {shape} on a {background} background",
@@ -67,22 +67,22 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def draw(scene: Scene, width_px: int, height_px: int) -> Image.Image:
-    """Renders `scene` as an RGB picture; the same scene and size give the same pixels."""
+    """Renders `scene` as an RGB image; the same scene and size give the same pixels."""
     rng = np.random.default_rng(scene.seed)
-    picture = _BACKGROUNDS[scene.background](rng, width_px, height_px)
+    image = _BACKGROUNDS[scene.background](rng, width_px, height_px)
     short_px = min(width_px, height_px)
     center = (width_px / 2 + (scene.center[0] - 0.5) * short_px, height_px / 2 + (scene.center[1] - 0.5) * short_px)
     jitter = rng.integers(-10, 11, 3)
     color = tuple(int(np.clip(c + j, 0, 255)) for c, j in zip(COLORS[scene.color], jitter, strict=True))
     mask = shape_mask(scene.shape, (width_px, height_px), center, scene.radius * short_px, scene.angle)
-    picture.paste(color, mask=mask)
-    return picture
+    image.paste(color, mask=mask)
+    return image
 
 
 def shape_mask(
     shape: str, size_px: tuple[int, int], center: tuple[float, float], radius_px: float, angle: float
 ) -> Image.Image:
-    """An "L" picture, 255 inside the shape; `angle` in degrees, counted clockwise."""
+    """An "L" image, 255 inside the shape; `angle` in degrees, counted clockwise."""
     mask = Image.new("L", size_px, 0)
     pen = ImageDraw.Draw(mask)
     if shape in ("circle", "ring"):
@@ -94,21 +94,21 @@ def shape_mask(
     return mask
 
 
-def watermark(picture: Image.Image, text: str = "SAMPLE  STOCK") -> Image.Image:
-    """The picture with a semi-transparent text across it, as stock agencies print it."""
-    overlay = Image.new("RGBA", picture.size, (0, 0, 0, 0))
+def watermark(image: Image.Image, text: str = "SAMPLE  STOCK") -> Image.Image:
+    """The image with a semi-transparent text across it, as stock agencies print it."""
+    overlay = Image.new("RGBA", image.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(overlay)
-    size_px = max(16, picture.width // 9)
+    size_px = max(16, image.width // 9)
     for row in range(3):
-        xy = (picture.width * 0.04, picture.height * (0.14 + 0.3 * row))
+        xy = (image.width * 0.04, image.height * (0.14 + 0.3 * row))
         pen.text(xy, text, fill=(255, 255, 255, 150), font=ImageFont.load_default(size_px))
-    return Image.alpha_composite(picture.convert("RGBA"), overlay).convert("RGB")
+    return Image.alpha_composite(image.convert("RGBA"), overlay).convert("RGB")
 
 
-def spoil(picture: Image.Image) -> Image.Image:
+def spoil(image: Image.Image) -> Image.Image:
     """A blurred, washed-out version: what a low aesthetic score stands for here."""
-    blurred = picture.filter(ImageFilter.GaussianBlur(picture.width / 24))
-    return Image.blend(blurred, Image.new("RGB", picture.size, (128, 128, 128)), 0.55)
+    blurred = image.filter(ImageFilter.GaussianBlur(image.width / 24))
+    return Image.blend(blurred, Image.new("RGB", image.size, (128, 128, 128)), 0.55)
 
 
 def _box(center: tuple[float, float], radius: float) -> tuple[float, float, float, float]:
@@ -158,31 +158,31 @@ def _gradient(rng: np.random.Generator, width: int, height: int) -> Image.Image:
 
 
 def _striped(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    picture, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
-    pen, step = ImageDraw.Draw(picture), width / rng.integers(3, 6)
+    image, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
+    pen, step = ImageDraw.Draw(image), width / rng.integers(3, 6)
     for i in range(-8, 16):
         x = i * step
         pen.polygon([(x, 0), (x + step / 2, 0), (x + step / 2 - height / 2, height), (x - height / 2, height)], other)
-    return picture
+    return image
 
 
 def _checkered(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    picture, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
-    pen, cells = ImageDraw.Draw(picture), int(rng.integers(3, 6))
+    image, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
+    pen, cells = ImageDraw.Draw(image), int(rng.integers(3, 6))
     side = width / cells
     for row in range(int(height / side) + 1):
         for column in range(row % 2, cells, 2):
             pen.rectangle((column * side, row * side, (column + 1) * side, (row + 1) * side), other)
-    return picture
+    return image
 
 
 def _dotted(rng: np.random.Generator, width: int, height: int) -> Image.Image:
-    picture, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
-    pen, step = ImageDraw.Draw(picture), width / rng.integers(4, 7)
+    image, other = _flat(rng, width, height), tuple(int(v) for v in _muted(rng))
+    pen, step = ImageDraw.Draw(image), width / rng.integers(4, 7)
     for row in range(int(height / step) + 1):
         for column in range(int(width / step) + 1):
             pen.ellipse(_box(((column + 0.5) * step, (row + 0.5) * step), step * 0.28), other)
-    return picture
+    return image
 
 
 def _noisy(rng: np.random.Generator, width: int, height: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Draws the demo world's picture files in several processes."""
+"""Draws the demo world's image files in several processes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from PIL import Image
 
-from sdtrain.demo.pictures import draw, spoil, watermark
+from sdtrain.demo.images import draw, spoil, watermark
 from sdtrain.demo.rows import Row
 
 _ROWS_PER_TASK = 25
-# The quick settings: 2,000 pictures should not keep anyone waiting.
+# The quick settings: 2,000 images should not keep anyone waiting.
 _ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jpg": ("jpeg", {"quality": 90}),
     "png": ("png", {"compress_level": 1}),
@@ -28,7 +28,7 @@ _COPY_QUALITY = 78
 def draw_files(
     rows: list[Row], folder: Path, num_processes: int, on_progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Writes each row's picture to `folder` unless it is there; files appear whole or not at all.
+    """Writes each row's image to `folder` unless it is there; files appear whole or not at all.
 
     Args:
         rows: rows without a file, and exact copies of another row's, are passed over.
@@ -66,20 +66,20 @@ def _draw_some(task: tuple[list[Row], Path]) -> int:
 
 
 def picture_bytes(row: Row) -> bytes:
-    """The encoded picture behind a row that has a file."""
+    """The encoded image behind a row that has a file."""
     name, options = _ENCODINGS[row.extension]
-    picture = draw(row.scene, *row.size_px)
+    image = draw(row.scene, *row.size_px)
     if row.kind == "watermarked":
-        picture = watermark(picture)
+        image = watermark(image)
     elif row.kind == "spoiled":
-        picture = spoil(picture)
+        image = spoil(image)
     elif row.kind == "near_duplicate":
         # A copy is encoded a second time, and worse.
-        picture, options = Image.open(_encoded(picture, name, options)), {"quality": _COPY_QUALITY}
-    return _encoded(picture, name, options).getvalue()
+        image, options = Image.open(_encoded(image, name, options)), {"quality": _COPY_QUALITY}
+    return _encoded(image, name, options).getvalue()
 
 
-def _encoded(picture: Image.Image, name: str, options: dict[str, Any]) -> io.BytesIO:
+def _encoded(image: Image.Image, name: str, options: dict[str, Any]) -> io.BytesIO:
     buffer = io.BytesIO()
-    picture.save(buffer, name, **options)
+    image.save(buffer, name, **options)
     return buffer
