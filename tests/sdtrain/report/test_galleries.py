@@ -19,8 +19,7 @@ from filters.recipe import Recipe
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from sdtrain.report.examples import EXAMPLES_PER_SIDE, galleries
-from sdtrain.report.thumbnails import THUMBNAIL_PX
+from sdtrain.report.examples import EXAMPLES_PER_SIDE, THUMBNAIL_PX, galleries
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
