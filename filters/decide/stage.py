@@ -15,9 +15,10 @@ from filters.select.removed_rows import alike_uids
 from filters.select.schema import SCORES
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 

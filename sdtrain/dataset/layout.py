@@ -119,3 +119,8 @@ class DatasetDir:
     def relative(self, path: Path) -> str:
         """`path` as it is named in manifests: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
+
+
+def index_path(table: Path) -> Path:
+    """The file that holds the index of a shard's table."""
+    return table.with_suffix(".index.safetensors")
