@@ -122,5 +122,5 @@ class DatasetDir:
 
 
 def index_path(table: Path) -> Path:
-    """The file that holds the index of a shard's table."""
+    """The copy of a latents table from which training reads single rows (`sdtrain.loading`)."""
     return table.with_suffix(".index.safetensors")

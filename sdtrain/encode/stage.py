@@ -26,12 +26,20 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
-from sdtrain.encode.info import CHECK_KEY, sizes_px, vae_digest_in, write_info
+from sdtrain.encode.info import (
+    CHECK_KEY,
+    ROWS_KEY,
+    SIZES_KEY,
+    VAE_KEY,
+    describe_rows,
+    sizes_px,
+    vae_digest_in,
+    write_info,
+)
 from sdtrain.encode.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.loading.shard_catalog import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
 from sdtrain.models.device import cores_of_process
 from sdtrain.models.digests import compute_vae_digest
 

@@ -11,10 +11,11 @@ from filters.remove.shard_files import drop_latents
 from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.encode.info import ROWS_KEY, VAE_KEY, describe_rows
 from sdtrain.errors import UserError
 from sdtrain.loading import latent_store, shard_catalog
 from sdtrain.loading.latent_store import LatentStore
-from sdtrain.loading.shard_catalog import ROWS_KEY, VAE_KEY, Catalogue, describe_rows
+from sdtrain.loading.shard_catalog import Catalogue
 from tests.training_fixtures import write_latents, write_models
 
 
