@@ -8,7 +8,7 @@ from __future__ import annotations
 _ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
 # What cameras, phones and programs call an image that nobody has named.
 _DEVICES = (
-    "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|image|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
+    "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|picture|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
     "wp|pxl|kif|scan|screenshot|screen shot|slide|figure|fig|file|untitled|unnamed|noname|no name|thumbnail|thumb|"
     "default|dji|whatsapp image|bild|imagen|immagine|obr"
 )

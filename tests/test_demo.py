@@ -61,7 +61,7 @@ def test_guidance_of_3_follows_the_prompts_better_than_none(demo):
     assert rows[3.0]["agreement_demo_checker"] > rows[1.0]["agreement_demo_checker"]
     card = (found.parents[1] / "README.md").read_text()
     assert "agreement_demo_checker" in card
-    assert {"images/curve.png", "images/search.png", "images/memorised.png"} <= set(
+    assert {"pictures/curve.png", "pictures/search.png", "pictures/memorised.png"} <= set(
         re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
     )
 

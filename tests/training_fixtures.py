@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import torch
 import yaml
 
-from sdtrain.encode.info import NORMALISATION
-from sdtrain.loading.shard_catalog import VAE_KEY
+from sdtrain.encode.info import NORMALISATION, VAE_KEY
 from sdtrain.models.build import vae_digest, vae_scaling_factor
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "square")

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from sdtrain.dataset.mixing import GAMMA, mix64
 from sdtrain.dataset.progress import told
 
 Words = NDArray[np.uint64]
@@ -133,11 +134,8 @@ def _digest_words(digests: pa.ChunkedArray) -> Words:
 
 
 def _mixed(words: Words) -> Words:
-    """(N,) a 64-bit digest of each row, by the finaliser of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """(N,) a 64-bit digest of each row."""
     mixed = np.zeros(len(words), np.uint64)
     for i in range(words.shape[1]):
-        mixed = (mixed + np.uint64(0x9E3779B97F4A7C15)) ^ words[:, i]
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
+        mixed = mix64((mixed + GAMMA) ^ words[:, i])
     return mixed

@@ -33,7 +33,7 @@ def push_rest(dataset: DatasetDir) -> None:
         return
     files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
     mirror.push_files(path for path in files if path.exists())
-    mirror.push_folder(dataset.report.with_name("images"))
+    mirror.push_folder(dataset.report.with_name("pictures"))
 
 
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import publish, scratch
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 from sdtrain.download.image_shards import (
     ImageShard,
@@ -26,7 +26,6 @@ from sdtrain.download.image_shards import (
 from sdtrain.download.publish import final_files, publish_images, settle_images
 from sdtrain.download.rows import read_parquet
 from sdtrain.encode.stage import latent_place
-from sdtrain.loading.shard_index import index_path
 
 Uids = Collection[str]
 

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from sdtrain.dataset.mixing import GAMMA, mix64
+
 _UID_BYTES = 32
 Keys = npt.NDArray[np.uint64]
 IsKnown = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
@@ -21,9 +23,6 @@ IsKnown = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
 
 def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
     """A 64-bit number for each uid, as if drawn at random: (B,) uint64. Rows are shuffled by sorting by it.
-
-    The mixing function is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
-    Generators, OOPSLA 2014).
 
     Args:
         uids: 32 hexadecimal characters each, none missing.
@@ -33,16 +32,8 @@ def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
     words = np.frombuffer(uids.buffers()[2], np.uint8)[begin:end].view("<u8").reshape(-1, _UID_BYTES // 8)
     mixed = np.full(len(uids), seed % 2**64, np.uint64)
     for column in range(words.shape[1]):
-        mixed = _mix(mixed ^ words[:, column])
+        mixed = mix64((mixed ^ words[:, column]) + GAMMA)
     return mixed
-
-
-def _mix(x: Keys) -> Keys:
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)

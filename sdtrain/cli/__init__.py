@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain.cli import card, check, curate, evaluate, exchange, model, search, status
+from sdtrain.cli import card, check, curate, evaluate, model, search, status
 from sdtrain.cli.output import Form, print_table
 from sdtrain.errors import UserError
 from sdtrain.redaction import hide_secrets_in_logs, print_error
@@ -194,7 +194,7 @@ app.command()(curate.decide)
 app.command()(curate.remove)
 app.command()(model.sample)
 app.command()(evaluate.evaluate)
-app.command()(exchange.export)
+app.command()(model.export)
 app.command()(search.search)
 app.command()(search.memorised)
 

@@ -107,7 +107,7 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines) -> list[str]:
     for line in lines:
         parts.setdefault(line.source, []).append(line.stage if line.stage != "train" else line.part)
     used = [f"{', '.join(dict.fromkeys(stages))}: {source}" for source, stages in parts.items()]
-    from sdtrain.impact.devices import CORE_W, board_watts
+    from sdtrain.impact.carbon import CORE_W, board_watts
 
     recipes = {line.part for line in lines if line.stage == "download"}
     names = [name for name in rates if name.partition("_")[2] in recipes or name in _GENERAL]

@@ -24,7 +24,7 @@ class DecideBy(StrEnum):
     """Whose scores the rules look at."""
 
     metadata = "metadata"
-    image = "image"
+    picture = "picture"
 
 
 class RemoveBy(StrEnum):

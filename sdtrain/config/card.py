@@ -6,8 +6,7 @@ from pydantic import Field, field_validator
 
 from sdtrain.config.resuming import Free
 from sdtrain.errors import UserError
-from sdtrain.impact.carbon import find_region
-from sdtrain.impact.devices import board_watts
+from sdtrain.impact.carbon import board_watts, find_region
 from sdtrain.settings import Settings
 
 

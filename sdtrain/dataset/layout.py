@@ -119,3 +119,8 @@ class DatasetDir:
     def relative(self, path: Path) -> str:
         """`path` as it is named in manifests: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
+
+
+def index_path(table: Path) -> Path:
+    """The copy of a latents table from which training reads single rows (`sdtrain.loading`)."""
+    return table.with_suffix(".index.safetensors")

@@ -108,12 +108,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _image(self, file: str, num_requests: int, headers: Mapping[str, str] = _NONE) -> None:
+    def _picture(self, file: str, num_requests: int, headers: Mapping[str, str] = _NONE) -> None:
         path = self._site.images / file
         self._send(path.read_bytes(), _TYPES[path.suffix], headers=headers)
 
     def _robots(self, file: str, num_requests: int) -> None:
-        self._image(file, num_requests, {"X-Robots-Tag": "noai, noimageai"})
+        self._picture(file, num_requests, {"X-Robots-Tag": "noai, noimageai"})
 
     def _not_found(self, file: None, num_requests: int) -> None:
         self._send(_WEB_PAGE, "text/html", 404)
@@ -125,13 +125,13 @@ class Handler(BaseHTTPRequestHandler):
         self._send(_WEB_PAGE, "text/html", 500)
 
     def _flaky(self, file: str, num_requests: int) -> None:
-        answer = self._server_error if num_requests == 1 else self._image
+        answer = self._server_error if num_requests == 1 else self._picture
         answer(file, num_requests)
 
     def _redirect(self, file: str, num_requests: int) -> None:
         # Under a path of its own, so that the image is not found without following.
         if self.path.endswith("?moved"):
-            self._image(file, num_requests)
+            self._picture(file, num_requests)
         else:
             self._send(b"", "text/html", 302, {"Location": f"{self.path}?moved"})
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,13 @@ SCHEMA_VERSION = 1
 NORMALISATION = "x / 127.5 - 1"
 """What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 CHECK_KEY = "sdtrain.check"
-"""In the tables' metadata: JSON, the figures of the latents that were decoded again."""
+"""In the tables' metadata: JSON, how well the latents that were decoded again give their images back."""
+VAE_KEY = "sdtrain.vae_sha256"
+"""In the tables' metadata: digest of the VAE that made the shard."""
+ROWS_KEY = "sdtrain.rows_sha256"
+"""In the tables' metadata: digest of the rows, so that the footer tells one table from another."""
+SIZES_KEY = "sdtrain.samples_of_size"
+"""In the tables' metadata: JSON, how many of the rows have each of the sizes in latents/info.json."""
 
 
 def sizes_px(config: EncodeConfig) -> list[Size]:
@@ -82,6 +89,12 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     if sizes != [(config.resolution, config.resolution)]:
         content["buckets"] = sizes
     return content
+
+
+def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
+    """Digest of what a table says: which samples, with which captions, where."""
+    content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:

@@ -18,20 +18,27 @@ from numpy.typing import NDArray
 
 from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.dataset.prefetch import in_background
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
-from sdtrain.encode.info import CHECK_KEY, sizes_px, vae_digest_in, write_info
+from sdtrain.encode.info import (
+    CHECK_KEY,
+    ROWS_KEY,
+    SIZES_KEY,
+    VAE_KEY,
+    describe_rows,
+    sizes_px,
+    vae_digest_in,
+    write_info,
+)
 from sdtrain.encode.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.loading.shard_catalog import ROWS_KEY, SIZES_KEY, VAE_KEY, describe_rows
-from sdtrain.loading.shard_index import index_path
 from sdtrain.models.device import cores_of_process
 from sdtrain.models.digests import compute_vae_digest
 

@@ -27,8 +27,8 @@ from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.formats.dtypes import DTYPES
-from sdtrain.loading.loader import tokenize
 from sdtrain.models.device import claim_device
+from sdtrain.models.text import tokenize
 from sdtrain.precision import Fixed, resolve
 from sdtrain.sampling.pipeline import Networks, load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings

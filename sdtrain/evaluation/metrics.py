@@ -10,9 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
-from sdtrain.evaluation.distances import FrechetDistance, Gaussian, gaussian_of
-from sdtrain.evaluation.jackknife import half_width_of_mean
-from sdtrain.evaluation.kernels import KID_SUBSETS, cmmd, kid, kid_subset_size
+from sdtrain.evaluation.distances import (
+    KID_SUBSETS,
+    FrechetDistance,
+    Gaussian,
+    cmmd,
+    gaussian_of,
+    half_width_of_mean,
+    kid,
+    kid_subset_size,
+)
 from sdtrain.evaluation.networks import NUM_FEATURES
 from sdtrain.evaluation.protocol import Protocol
 

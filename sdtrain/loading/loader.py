@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +23,10 @@ from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import Picks, SampleNoise, sample_noise
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
+from sdtrain.models.text import CaptionTokens
 
 _SUBSTITUTES = 16
 _log = logging.getLogger(__name__)
-# A tokenizer sets its padding before it works, so that two threads may not use one at the same time.
-_TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -181,26 +179,3 @@ class BatchMaker:
             for sentence in set(fetched.damaged.values()) - self._named:
                 self._named.add(sentence)
                 _log.warning("Another sample takes the place of a damaged one. %s", sentence)
-
-
-class CaptionTokens:
-    """Captions as token ids; those of the empty caption are made once."""
-
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
-        self._tokenize = partial(tokenize, tokenizer)
-        self._empty = self._tokenize([""])
-
-    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """Token ids, (B, L) int64."""
-        ids = self._empty.repeat(len(captions), 1)
-        places = [place for place, caption in enumerate(captions) if caption]
-        if places:
-            ids[places] = self._tokenize([captions[place] for place in places])
-        return ids
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids, (B, L) int64: cut and padded to the encoder's length, the end token kept."""
-    with _TOKENIZING:
-        encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
-    return encoded.input_ids

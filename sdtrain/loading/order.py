@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sdtrain.dataset.mixing import mix64
+
 Ints = NDArray[np.int64]
 _ROUNDS = 8
-_MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 class Order(Protocol):
@@ -123,12 +124,5 @@ def _feistel(values: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np.
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     left, right = values >> half_bits, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix64(right ^ key) & mask)
     return (left << half_bits) | right
-
-
-def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scrambles 64-bit integers; the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * _MULTIPLIERS[0]
-    values = (values ^ (values >> np.uint64(27))) * _MULTIPLIERS[1]
-    return values ^ (values >> np.uint64(31))

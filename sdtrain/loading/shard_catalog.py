@@ -17,14 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sdtrain.dataset.files import publish
+from sdtrain.encode.info import SIZES_KEY, VAE_KEY
 from sdtrain.errors import UserError
-
-VAE_KEY = "sdtrain.vae_sha256"
-"""In the tables' metadata: digest of the VAE that made the shard."""
-ROWS_KEY = "sdtrain.rows_sha256"
-"""In the tables' metadata: digest of the rows, so that the footer tells one table from another."""
-SIZES_KEY = "sdtrain.samples_of_size"
-"""In the tables' metadata: JSON, how many of the rows have each of the sizes in latents/info.json."""
 
 _FILE = "catalogue.json"
 _VERSION = 1
@@ -84,12 +78,6 @@ class Catalogue:
     def counts(self) -> NDArray[np.int64]:
         """Samples of each size in each shard, (shards, sizes)."""
         return np.array([shard.samples for shard in self.shards], np.int64)
-
-
-def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
-    """Digest of what a table says: which samples, with which captions, where."""
-    content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def whole_tables_digest(folder: Path) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import index_path
 from sdtrain.errors import UserError
 
 _COLUMNS = ["uid", "caption", "offset", "num_bytes", "height", "width"]
@@ -56,11 +57,6 @@ class ShardIndex:
     def caption(self, row: int) -> str:
         """The caption of a sample."""
         return _text(self._captions, self._caption_ends, row)
-
-
-def index_path(table: Path) -> Path:
-    """The file that holds the index of a shard's table."""
-    return table.with_suffix(".index.safetensors")
 
 
 def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:

@@ -11,8 +11,7 @@ from pydantic import Field
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import read_ledger
-from sdtrain.impact.carbon import energy_kwh
-from sdtrain.impact.devices import CORE_W, board_watts
+from sdtrain.impact.carbon import CORE_W, board_watts, energy_kwh
 from sdtrain.settings import Settings
 
 GPU_STAGES = ("score", "encode")

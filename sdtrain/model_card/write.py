@@ -4,27 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from pydantic import ValidationError
 
 from sdtrain import __version__
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
+from sdtrain.errors import UserError
 from sdtrain.impact.energy_log import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
-from sdtrain.model_card.evaluation import read_evaluation
-from sdtrain.model_card.front_matter import front_matter
 from sdtrain.model_card.lineage import lineage
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir
 
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _KEPT_FACTS = "datasets.json"
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image"]
+
+_PROMPT = (
+    "The weights are open to everybody under the licence named above, which has conditions. In short: do not use the "
+    "model to make or spread what is illegal or does harm; what you make is yours, and so is the responsibility for "
+    "it; whoever gets the weights or a service from you has to get the same conditions, with a copy of the licence. "
+    "Read the licence in full before you agree."
+)
+_SHOWN = ("prompts_source", "num_prompts", "reference_source", "reference_sha256", "num_steps", "sampler", "weights")
+_ALSO = ("seed", "size_px", "network", "network_sha256", "resize")
 
 
 def write_card(run: Path) -> Path:
@@ -111,3 +122,86 @@ def _environment() -> jinja2.Environment:
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
     environment.filters["amount"] = amount
     return environment
+
+
+def front_matter(
+    config: TrainConfig, datasets: Sequence[DatasetFacts], total_kg: float | None, hardware: str | None
+) -> str:
+    """The block, with its dashes.
+
+    Args:
+        config: the run.
+        datasets: that it was trained on.
+        total_kg: CO2 equivalents of training and data; None if not known.
+        hardware: what it was trained on.
+    """
+    content: dict[str, Any] = {
+        "license": config.card.license,
+        "language": ["en"],
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": TAGS,
+        "inference": True,
+    }
+    if ids := sorted({facts.hub_id for facts in datasets if facts.hub_id}):
+        content["datasets"] = ids
+    if total_kg is not None:
+        content["co2_eq_emissions"] = {
+            "emissions": round(1000 * total_kg, 3),  # the Hub counts in grams
+            "source": "energy of training, measured or estimated, and of data preparation: see the card",
+            "training_type": "pre-training" if config.init_from is None else "fine-tuning",
+            "geographical_location": config.card.region or "own figure of the grid",
+            "hardware_used": hardware or "not recorded",
+        }
+    if config.card.gated:
+        content |= {
+            "extra_gated_heading": "Please read the licence and agree to it",
+            "extra_gated_prompt": _PROMPT,
+            "extra_gated_fields": {"I have read the licence and agree to its conditions": "checkbox"},
+        }
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)}---"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        header: columns of the table.
+        rows: its lines.
+        metrics: name of each number -> what it is.
+        protocol: settings that decided the numbers.
+        curve: whether there is a plot.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    metrics: dict[str, str]
+    protocol: dict[str, Any]
+    curve: bool
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The results in an evaluation's folder; None if there are none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        rows, protocol = content["rows"], content["protocol"]
+        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+        shown = {name: protocol[name] for name in (*_SHOWN, *_ALSO) if name in protocol}
+        table = [[_text(row.get(name)) for name in header] for row in rows]
+        return Evaluation(header, table, dict(content["metrics"]), shown, (folder / "curve.png").exists())
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` again.") from error
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_text(part) for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

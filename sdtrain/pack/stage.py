@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.s3.mirror import mirror_of
@@ -24,7 +24,6 @@ from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.download.image_shards import PLACE, image_place
 from sdtrain.errors import UserError
-from sdtrain.loading.shard_index import index_path
 from sdtrain.pack.plan import PROVENANCE, planned, shard_sizes
 
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.impact.carbon import emissions_kg, energy_kwh
-from sdtrain.impact.devices import CORE_W, board_watts
+from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh
 from sdtrain.plan.rates import Rates, known
 from sdtrain.settings import nearest
 

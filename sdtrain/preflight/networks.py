@@ -50,8 +50,8 @@ def check_text_encoder(name: str, width: int | None = None) -> str:
     """
     import torch
 
-    from sdtrain.loading.loader import tokenize
     from sdtrain.models.build import load_text_encoder
+    from sdtrain.models.text import tokenize
 
     tokenizer, encoder = load_text_encoder(name)
     config = encoder.config

@@ -78,7 +78,7 @@ def write_report(report: Report, path: Path) -> Path:
     """
     if not report.dataset.database.exists():
         raise UserError(f"There is no {report.dataset.database}; run the build, or `sdtrain views`, first.")
-    images = path.parent / "images"
+    images = path.parent / "pictures"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
     with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
@@ -120,7 +120,7 @@ def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection)
 
 def _draw_funnel(funnel: list[tuple[Any, ...]], images: Path) -> str:
     plot_funnel([(f"{row[0]}: {row[1] or row[2]}", row[3], row[4]) for row in funnel], images / "funnel.png")
-    return "images/funnel.png"
+    return "pictures/funnel.png"
 
 
 def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[str]:
@@ -132,7 +132,7 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
         if not any(groups.values()):
             continue
         plot_histogram(groups, limits.get(rule), label, images / f"{column}.png")
-        drawn.append(f"images/{column}.png")
+        drawn.append(f"pictures/{column}.png")
     return drawn
 
 
@@ -150,13 +150,13 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
 
 def _place_samples(samples: SampleSection, images: Path) -> dict[str, Any]:
     shutil.copyfile(samples.image, images / "samples.png")
-    return {"image": "images/samples.png", "text": samples.text, "table": samples.table}
+    return {"image": "pictures/samples.png", "text": samples.text, "table": samples.table}
 
 
 def _place_section(section: ImageSection, images: Path) -> dict[str, Any]:
     shutil.copyfile(section.image, images / section.image.name)
     shown = {"title": section.title, "text": section.text, "lines": section.lines}
-    return shown | {"image": f"images/{section.image.name}"}
+    return shown | {"image": f"pictures/{section.image.name}"}
 
 
 def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], 
             f"USING SAMPLE reservoir({MAX_POINTS} ROWS) REPEATABLE (1)"
         ).fetchall()
         plot_pairs(pairs, limit, label, images / f"{column}_pairs.png")
-        drawn.append({"image": f"images/{column}_pairs.png", "text": _sentence(label, figures, limit)})
+        drawn.append({"image": f"pictures/{column}_pairs.png", "text": _sentence(label, figures, limit)})
     return drawn
 
 

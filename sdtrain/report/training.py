@@ -48,8 +48,8 @@ def draw_training(run: RunDir, images: Path) -> Training | None:
     return Training(
         text=f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}{held_out}; "
         f"{rate:,.0f} images/s.",
-        curve="images/loss.png",
-        by_timestep="images/timesteps.png" if validation else None,
+        curve="pictures/loss.png",
+        by_timestep="pictures/timesteps.png" if validation else None,
         previews=_previews(run, images),
     )
 
@@ -68,7 +68,7 @@ def _previews(run: RunDir, images: Path) -> list[tuple[str, int]]:
     shown = []
     for sheet in _evenly(sorted(run.previews.glob("step-*.png")), _MAX_PREVIEWS):
         shutil.copyfile(sheet, images / f"preview-{sheet.name}")
-        shown.append((f"images/preview-{sheet.name}", int(sheet.stem.removeprefix("step-"))))
+        shown.append((f"pictures/preview-{sheet.name}", int(sheet.stem.removeprefix("step-"))))
     return shown
 
 

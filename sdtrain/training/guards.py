@@ -9,23 +9,12 @@ import torch
 
 from sdtrain.config.safety import GuardConfig
 from sdtrain.errors import UserError
-from sdtrain.settings import Settings
+from sdtrain.formats.checkpoint import GuardState
 
 ADVICE = (
     "Lower optimizer.lr, set optimizer.max_grad_norm to 1, look for damaged latents, or let such steps be skipped "
     "(guard.on_nonfinite, guard.on_spike, guard.max_skips_in_a_row)."
 )
-
-
-class GuardState(Settings):
-    """What the next verdicts depend on; goes into checkpoints, so that a resumed run decides alike."""
-
-    num_skipped: int = 0
-    """Optimizer steps that were not applied, since the start of the run."""
-    num_in_a_row: int = 0
-    """How many of the last ones, without a break."""
-    recent_norms: tuple[float, ...] = ()
-    """Gradient norms of the last applied steps; only kept where spikes are looked for."""
 
 
 class StepGuard:

@@ -128,8 +128,8 @@ def measure(name: str, run: Callable[[Path, list[str]], Path], folder: Path, lin
     stats = [json.loads(path.read_text()) for path in images.glob("*_stats.json")]
     assert sum(shard["successes"] for shard in stats) == len(links), f"{name} failed: {stats[0]['status_dict']}"
     seconds = max(shard["end_time"] for shard in stats) - min(shard["start_time"] for shard in stats)
-    images = [s.members["jpg"].size for path in sorted(images.glob("*.tar")) for s in index_samples(path)]
-    speed, mean_bytes = len(links) / wall_s, sum(images) / len(images)
+    image_bytes = [s.members["jpg"].size for path in sorted(images.glob("*.tar")) for s in index_samples(path)]
+    speed, mean_bytes = len(links) / wall_s, sum(image_bytes) / len(image_bytes)
     cpu_s = after.children_user + after.children_system - before.children_user - before.children_system
     print(
         f"{name:19} {speed:6.1f} img/s ({len(links) / seconds:6.1f} within shards), {cpu_s / len(links) * 1e3:5.1f} ms "

@@ -135,8 +135,8 @@ class _Latents(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Moments from the shards, and captions tokenised beforehand, as the example's dataset has them."""
 
     def __init__(self, config: Any):
-        from sdtrain.loading.loader import tokenize
         from sdtrain.models.build import load_text_encoder
+        from sdtrain.models.text import tokenize
 
         tokenizer, _ = load_text_encoder(config.text_encoder)
         self._shape = (8, config.latent_size, config.latent_size)

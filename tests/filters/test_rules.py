@@ -24,7 +24,7 @@ NAMES = [
     "PXL_20230101.heic",
 ]  # fmt: skip
 WORDS = [
-    "image of a cat", "a", "Photo by Anna", "Canon EOS 5D", "猫", "кот", "cat.", "Panda", "images", "Slide Mountain",
+    "image of a cat", "a", "Photo by Anna", "Canon EOS 5D", "猫", "кот", "cat.", "Panda", "pictures", "Slide Mountain",
     "an image named cat.jpg on a wall", "defaced", "deadbeef", "Figure skating", "Scandinavia", "1984 by Orwell", "é",
     "Screen door", "file cabinet", "WP theme", "P", "Samantha 2",
 ]  # fmt: skip

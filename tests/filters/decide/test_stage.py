@@ -163,7 +163,7 @@ _ROWS = st.lists(
 )
 _CONFIGS = st.builds(
     KeepConfig,
-    decide_by=st.sampled_from(["metadata", "image"]),
+    decide_by=st.sampled_from(["metadata", "picture"]),
     rules=st.lists(st.sampled_from(sorted(RULES)), unique=True, max_size=4).flatmap(
         lambda names: st.fixed_dictionaries({n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 256.0]) for n in names})
     ),
@@ -225,7 +225,7 @@ def test_scores_come_from_the_metadata_or_from_the_image_as_the_recipe_says(tmp_
     rows = [row(ours=GOOD | {"aesthetic": 3.0}), row(scores=GOOD | {"aesthetic": 3.0}), row(scores={})]
     dataset = write_dataset(tmp_path, rows)
     assert keep(dataset, rules={"min_aesthetic": 5}) == [None, "min_aesthetic", "aesthetic_missing"]
-    assert keep(dataset, rules={"min_aesthetic": 5}, decide_by="image") == ["min_aesthetic", None, None]
+    assert keep(dataset, rules={"min_aesthetic": 5}, decide_by="picture") == ["min_aesthetic", None, None]
 
 
 def test_keep_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, digests):
@@ -239,7 +239,7 @@ def test_keep_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, dige
     assert digests(dataset) == before
 
 
-@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "image", "rules": {"min_side": 512}}])
+@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "picture", "rules": {"min_side": 512}}])
 def test_other_rules_make_the_decision_pending_again(tmp_path, config):
     dataset = write_dataset(tmp_path, [row(), row()])
     keep(dataset, rules={"min_side": 512})
@@ -291,7 +291,7 @@ def test_caption_rules_are_judged_after_the_download_too(tmp_path):
 def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path):
     rows = [row(ours=GOOD | {"aesthetic_v1": 8.0}), row(ours=GOOD | {"aesthetic_v1": 6.0}), row()]
     dataset = write_dataset(tmp_path, rows)
-    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="image")
+    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="picture")
     assert judged == [None, "min_aesthetic_v1", "aesthetic_v1_missing"]
     with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set keep.decide_by"):
         keep(dataset, rules={"min_aesthetic_v1": 7})

@@ -47,7 +47,7 @@ def test_the_new_funnel_stands_beside_the_old_one(dataset):
 
 
 def test_it_can_be_decided_by_our_scores(dataset):
-    by_image = now(dataset, {"min_aesthetic": 6.2}, decide_by="image")
+    by_image = now(dataset, {"min_aesthetic": 6.2}, decide_by="picture")
     assert by_image["kept"] == (5, 1)
 
 

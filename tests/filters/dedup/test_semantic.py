@@ -78,7 +78,7 @@ def test_clusters_depend_on_neither_threads_nor_order_nor_the_division_into_file
     assert search(*parts, level="semantic", num_clusters=6) == expected
 
 
-def test_a_image_without_embedding_is_like_none():
+def test_an_image_without_embedding_is_like_none():
     table = planted()
     known = pa.array(np.arange(NUM) != 5)
     missing = pa.compute.if_else(known, table["embedding"], pa.scalar(None, table["embedding"].type))

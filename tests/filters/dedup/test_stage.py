@@ -83,7 +83,7 @@ def scenes() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_small_changes_leave_a_image_a_copy(scenes, change):
+def test_small_changes_leave_an_image_a_copy(scenes, change):
     make, least = CHANGES[change]
     found = groups_among([*scenes, *map(make, scenes)])
     recall = sum(i in found and found[i] == found.get(len(scenes) + i) for i in range(len(scenes))) / len(scenes)

@@ -72,13 +72,13 @@ def test_whatever_a_list_goes_by_no_trace_is_left_and_all_else_is_as_it_was(data
 def test_the_report_its_images_and_the_views_show_nothing_of_it(dataset, photo_site):
     finish_dataset(dataset, read_recipe(dataset))
     kept = sorted(n for n, reason in fates(dataset, photo_site[1]).items() if reason is None)
-    shown = [n for n in kept if files_with(dataset.root / "images", [f"{key_of(dataset, n, photo_site[1])}.jpg"])]
+    shown = [n for n in kept if files_with(dataset.root / "pictures", [f"{key_of(dataset, n, photo_site[1])}.jpg"])]
     assert dataset.report.exists()
     remove(dataset, "uid", [uid_of(n, photo_site[1]) for n in shown])
     words = [w for n in shown for w in (uid_of(n, photo_site[1]), url_of(n, photo_site[1]), caption_of(n))]
     assert len(shown) > 5
     assert files_with(dataset.root, words) == []
-    assert {p.name for p in (dataset.root / "images").iterdir()} >= {"funnel.png"}
+    assert {p.name for p in (dataset.root / "pictures").iterdir()} >= {"funnel.png"}
     with duckdb.connect(str(dataset.database), read_only=True) as connection:
         assert connection.execute("SELECT dropped FROM funnel WHERE reason = 'removed'").fetchall()[0][0] >= len(shown)
 
@@ -87,7 +87,7 @@ def key_of(dataset, number, port):
     return column(dataset, number, port, "key")
 
 
-def test_rows_without_a_image_go_too(dataset, photo_site):
+def test_rows_without_an_image_go_too(dataset, photo_site):
     before = rows_of(dataset), members_of(dataset)
     remove(dataset, "uid", [uid_of(n, photo_site[1]) for n in (MISSING[0], 10)])
     check_gone(before, dataset, photo_site[1], {MISSING[0], 10})

@@ -77,12 +77,12 @@ def test_scores_are_what_the_networks_say_of_the_image_and_its_caption(tmp_path)
     with torch.inference_mode():
         preprocess = Preprocess(64)
         pixels = pixels_of(clip_view(image, preprocess))[None]
-        image = clip.encode_image(normalised(pixels, preprocess.mean, preprocess.std))
+        embedding = clip.encode_image(normalised(pixels, preprocess.mean, preprocess.std))
         text = clip.encode_text(tokenizer(["a blue ring"]))
-        assert row["similarity"] == pytest.approx(torch.cosine_similarity(image, text).item(), abs=1e-5)
-        assert row["aesthetic"] == pytest.approx(load_aesthetic("random:1")(image).item(), abs=1e-4)
-        assert row["aesthetic_v1"] == pytest.approx(load_aesthetic_v1("random:4")(image).item(), abs=1e-4)
-        assert row["punsafe"] == pytest.approx(load_safety("random:3")(image).item(), abs=1e-5)
+        assert row["similarity"] == pytest.approx(torch.cosine_similarity(embedding, text).item(), abs=1e-5)
+        assert row["aesthetic"] == pytest.approx(load_aesthetic("random:1")(embedding).item(), abs=1e-4)
+        assert row["aesthetic_v1"] == pytest.approx(load_aesthetic_v1("random:4")(embedding).item(), abs=1e-4)
+        assert row["punsafe"] == pytest.approx(load_safety("random:3")(embedding).item(), abs=1e-5)
         pixels = normalised(pixels_of(watermark_view(image))[None], WATERMARK_MEAN, WATERMARK_STD)
         assert row["pwatermark"] == pytest.approx(load_watermark("random:2")(pixels).item(), abs=1e-5)
 
@@ -153,7 +153,7 @@ def rewrite(dataset, change):
     write_samples(dataset.images_tar(0), samples)
 
 
-def test_a_sample_without_a_image_or_with_other_bytes_is_undecodable(tmp_path):
+def test_a_sample_without_an_image_or_with_other_bytes_is_undecodable(tmp_path):
     dataset = write_downloads(tmp_path, make_rows())
 
     def change(samples):

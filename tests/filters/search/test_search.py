@@ -34,7 +34,7 @@ def run(arguments, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 9, 30])
-def test_a_image_is_its_own_nearest_even_when_it_was_saved_anew(search, number):
+def test_an_image_is_its_own_nearest_even_when_it_was_saved_anew(search, number):
     (hits,) = search.by_images([photo(number, quality=75)], top=3)
     assert hits[0].caption == caption_of(number)
     assert hits[0].nearness > 0.98

@@ -35,7 +35,7 @@ def page(search):
     return Page(search)
 
 
-def test_the_page_shows_what_is_known_of_a_image(page, search):
+def test_the_page_shows_what_is_known_of_an_image(page, search):
     (hit,) = (h for number in (4, 20) for h in search.by_words(caption_of(number), 1) if h.reason)
     text = page("/", params={"q": hit.caption, "by": "words"}).text
     for shown in (hit.url, hit.uid, hit.key, hit.sha256, "duplicate_exact", hit.caption):

@@ -48,9 +48,9 @@ def test_it_is_open_clips_own_way(images):
     network, tokenizer = load_clip("ViT-demo", "random:0")
     transform = open_clip.image_transform(64, is_train=False)
     with torch.no_grad():
-        images = network.encode_image(torch.stack([transform(image) for image in images]), normalize=True)
+        vectors = network.encode_image(torch.stack([transform(image) for image in images]), normalize=True)
         texts = network.encode_text(tokenizer(TEXTS), normalize=True)
-    np.testing.assert_allclose(scores(images, TEXTS), (images * texts).sum(dim=1).numpy(), atol=1e-5)
+    np.testing.assert_allclose(scores(images, TEXTS), (vectors * texts).sum(dim=1).numpy(), atol=1e-5)
 
 
 def test_a_prompt_beyond_77_tokens_is_cut_with_its_end_token_kept_and_counted():

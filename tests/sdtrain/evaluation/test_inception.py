@@ -27,7 +27,7 @@ def test_the_graph_has_the_key_names_and_shapes_of_the_published_file(network):
     assert ours["fc.weight"].shape == (1008, 2048)
 
 
-def test_features_are_2048_numbers_a_image(network):
+def test_features_are_2048_numbers_an_image(network):
     with torch.no_grad():
         found = network(torch.randn(2, 3, 299, 299, generator=torch.Generator().manual_seed(0)))
     assert found.shape == (2, 2048)

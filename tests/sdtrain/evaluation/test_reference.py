@@ -62,7 +62,7 @@ def test_tars_beside_tables_of_others_are_read_by_their_headers(tmp_path):
 
 def test_a_dataset_without_images_is_not_taken_for_a_folder(tmp_path):
     dataset = DatasetDir(tmp_path / "data")
-    write_images(dataset.root / "images", 3)  # as a report has them
+    write_images(dataset.root / "pictures", 3)  # as a report has them
     dataset.recipe.write_text("name: little\n")
     with pytest.raises(UserError, match="is a dataset that holds no images yet"):
         open_reference(dataset.root, 100)

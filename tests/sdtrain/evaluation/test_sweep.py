@@ -215,7 +215,7 @@ def test_images_that_are_all_the_same_are_a_sentence(little, run, tmp_path):
         run_sweep(plan(little, [tmp_path / "black"], tmp_path / "out"), say=quiet)
 
 
-def test_a_image_that_cannot_be_read_is_named(little, run, tmp_path):
+def test_an_image_that_cannot_be_read_is_named(little, run, tmp_path):
     (tmp_path / "real" / "005.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"005\.png at byte 0 is no image"):
         run_sweep(plan(little, [run], tmp_path / "out"), say=quiet)

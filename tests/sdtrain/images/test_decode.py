@@ -14,7 +14,7 @@ ORIENTATION = 274
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow on damaged metadata
 @pytest.mark.parametrize("form", FORMS)
-def test_damaged_bytes_are_a_image_or_an_oserror_and_nothing_else(form):
+def test_damaged_bytes_are_an_image_or_an_oserror_and_nothing_else(form):
     rng = np.random.default_rng(sum(form.encode()))
     whole = encoded(scene_image(1, 40, 32), form)
     refused = 0

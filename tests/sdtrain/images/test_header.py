@@ -42,14 +42,14 @@ def test_the_limit_of_pixels_is_exact():
 
 
 @pytest.mark.parametrize("content", [PHOTO, PNG, WEBP, GOOD["progressive"], GOOD["gif"], GOOD["gif_animation"]])
-def test_a_file_cut_anywhere_is_never_a_image(content):
+def test_a_file_cut_anywhere_is_never_an_image(content):
     for end in np.random.default_rng(3).integers(1, len(content) - 1, 60):
         with pytest.raises(ImageError) as refused:
             read_header(content[:end], MAX_PIXELS)
         assert refused.value.reason in ("truncated", "not_an_image")
 
 
-def test_random_damage_of_the_head_is_a_image_error_and_no_other():
+def test_random_damage_of_the_head_is_an_image_error_and_no_other():
     rng = np.random.default_rng(5)
     for content in (GOOD["jpeg"], GOOD["png"], GOOD["webp"], GOOD["gif_animation"], GOOD["tiff"], GOOD["thumbnail"]):
         for _ in range(150):
@@ -67,7 +67,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_seen():
     assert not read_header(moved, MAX_PIXELS).is_plain
 
 
-def test_a_image_of_several_jpegs_is_a_jpeg():
+def test_an_image_of_several_jpegs_is_a_jpeg():
     several = encoded(photo(1), "mpo", save_all=True, append_images=[photo(2)])
     header = read_header(several, MAX_PIXELS)
     assert (header.extension, header.is_plain) == ("jpg", True)

@@ -2,11 +2,10 @@ import pytest
 
 from sdtrain.errors import UserError
 from sdtrain.impact import counters
-from sdtrain.impact.carbon import emissions_kg, energy_kwh, find_region, regions
+from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh, find_region, regions
 from sdtrain.impact.counters import GpuCounter, cpu_counters, gpu_counters
-from sdtrain.impact.devices import CORE_W, board_watts
 from sdtrain.impact.energy_log import EnergyLog, Spent
-from sdtrain.model_card.footprint import footprint
+from sdtrain.model_card.energy import footprint
 from sdtrain.training.energy import EnergyRecorder, Meter
 
 

@@ -8,13 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.remove.shard_files import drop_latents
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.encode.info import ROWS_KEY, VAE_KEY, describe_rows
 from sdtrain.errors import UserError
 from sdtrain.loading import latent_store, shard_catalog
 from sdtrain.loading.latent_store import LatentStore
-from sdtrain.loading.shard_catalog import ROWS_KEY, VAE_KEY, Catalogue, describe_rows
-from sdtrain.loading.shard_index import index_path
+from sdtrain.loading.shard_catalog import Catalogue
 from tests.training_fixtures import write_latents, write_models
 
 

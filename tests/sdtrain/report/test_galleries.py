@@ -19,8 +19,7 @@ from filters.recipe import Recipe
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from sdtrain.report.examples import EXAMPLES_PER_SIDE, galleries
-from sdtrain.report.thumbnails import THUMBNAIL_PX
+from sdtrain.report.examples import EXAMPLES_PER_SIDE, THUMBNAIL_PX, galleries
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
@@ -100,7 +99,7 @@ def test_thumbnails_are_small_jpegs_that_are_loaded_when_they_are_seen(dataset, 
     images = [tag for tag in re.findall(r"<img[^>]+>", page) if ".jpg" in tag]
     assert len(images) > 30
     assert all('loading="lazy"' in tag for tag in images)
-    for path in (dataset.root / "images").glob("*.jpg"):
+    for path in (dataset.root / "pictures").glob("*.jpg"):
         with Image.open(path) as image:
             assert (image.format, max(image.size) <= THUMBNAIL_PX) == ("JPEG", True)
 
@@ -112,4 +111,4 @@ def test_tables_of_before_images_had_a_place_give_a_report_without_them(dataset,
     write_views(old, recipe)
     page = report_on(old, recipe).read_text()
     assert "Dropped: min_side (10)" in page
-    assert not list((old.root / "images").glob("*.jpg"))
+    assert not list((old.root / "pictures").glob("*.jpg"))

@@ -69,7 +69,7 @@ def test_images_fetched_anew_are_shown_anew(recipe, tmp_path):
             run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
         write_views(dataset, recipe)
         report_on(dataset, recipe)
-        found = sorted((tmp_path / "images").glob("0*.jpg"))
+        found = sorted((tmp_path / "pictures").glob("0*.jpg"))
         assert len(found) == 3
         return found[2].read_bytes()
 

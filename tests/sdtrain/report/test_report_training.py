@@ -21,7 +21,7 @@ def run(tmp_path):
 
 
 def test_it_shows_the_last_figures_and_previews_from_first_to_last(run, tmp_path):
-    images = tmp_path / "images"
+    images = tmp_path / "pictures"
     images.mkdir()
     shown = draw_training(run, images)
     assert shown.text == "100 optimizer steps; last loss 0.010; loss on held-out samples 0.005; 160 images/s."
@@ -37,7 +37,7 @@ def test_a_run_without_validation_and_previews_has_a_curve_only(tmp_path):
     run = RunDir(tmp_path / "run")
     run.log.cut(0)
     run.log.add(step=1, loss=0.5, images_per_s=3.0)
-    (tmp_path / "images").mkdir()
-    shown = draw_training(run, tmp_path / "images")
+    (tmp_path / "pictures").mkdir()
+    shown = draw_training(run, tmp_path / "pictures")
     assert (shown.by_timestep, shown.previews) == (None, [])
-    assert draw_training(RunDir(tmp_path / "none"), tmp_path / "images") is None
+    assert draw_training(RunDir(tmp_path / "none"), tmp_path / "pictures") is None

@@ -30,8 +30,8 @@ def connection():
 def test_each_score_that_both_have_is_drawn_with_how_far_they_agree(connection, tmp_path):
     drawn = draw_pairs(connection, {"min_aesthetic": 5.0}, tmp_path)
     names = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe")
-    assert [pair["image"] for pair in drawn] == [f"images/{name}_pairs.png" for name in names]
-    assert all((tmp_path / pair["image"].removeprefix("images/")).stat().st_size > 0 for pair in drawn)
+    assert [pair["image"] for pair in drawn] == [f"pictures/{name}_pairs.png" for name in names]
+    assert all((tmp_path / pair["image"].removeprefix("pictures/")).stat().st_size > 0 for pair in drawn)
     # By hand: differences 0.5, -0.6, 0.5; the second image is over the limit for the metadata only.
     assert drawn[0]["text"] == (
         "aesthetic score (V2): 3 images, ours +0.133 on average, correlation 0.817, 66.7 % on the same side of 5."
@@ -43,7 +43,7 @@ def test_each_score_that_both_have_is_drawn_with_how_far_they_agree(connection, 
 
 def test_older_views_give_the_pairs_that_they_know(connection, tmp_path):
     connection.execute("CREATE OR REPLACE VIEW score_pairs AS SELECT 1.0 AS aesthetic_metadata, 2 AS aesthetic_image")
-    assert [pair["image"] for pair in draw_pairs(connection, {}, tmp_path)] == ["images/aesthetic_pairs.png"]
+    assert [pair["image"] for pair in draw_pairs(connection, {}, tmp_path)] == ["pictures/aesthetic_pairs.png"]
 
 
 def test_views_without_pairs_draw_nothing(tmp_path):

@@ -101,7 +101,7 @@ def test_impossible_settings_are_refused():
         SampleSettings(num_steps=0)
 
 
-def test_a_image_does_not_depend_on_its_batch(sampler):
+def test_an_image_does_not_depend_on_its_batch(sampler):
     together = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5))
     apart = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=5, batch_size=1))
     for a, b in zip(together, apart, strict=True):

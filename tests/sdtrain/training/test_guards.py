@@ -6,8 +6,9 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.config.safety import GuardConfig
 from sdtrain.errors import UserError
+from sdtrain.formats.checkpoint import GuardState
 from sdtrain.settings import parse_settings
-from sdtrain.training.guards import GuardState, StepGuard
+from sdtrain.training.guards import StepGuard
 
 NAN = math.nan
 

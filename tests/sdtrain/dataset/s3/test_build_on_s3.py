@@ -147,5 +147,5 @@ def check_questions(target: str, folder: Path) -> None:
     assert [word["nearness"] for word in words] == [1.0] * 3
     asked("report")
     (work,) = (folder / "work").iterdir()
-    assert list(work.glob("images/*.jpg")), "thumbnails of images that were never brought here whole"
+    assert list(work.glob("pictures/*.jpg")), "thumbnails of images that were never brought here whole"
     assert not list(work.rglob("*.tar"))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtrain.evaluation.curve import Axis, draw_curve
+from sdtrain.evaluation.results import Axis, draw_curve
 
 X, Y = Axis("clip_score", "CLIP score"), Axis("fid", "FID")
 
