@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.inspect.tables import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
+from filters.columns import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
 from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
