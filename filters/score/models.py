@@ -17,8 +17,7 @@ from torch import Tensor
 
 from filters.recipe import ScoreConfig
 from filters.score.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD
-from filters.score.preprocess import Looked, Wanted
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, Looked, Wanted
 from filters.score.weights import PUBLISHED
 from sdtrain.errors import UserError
 from sdtrain.models.clip import clip_preprocess, embedding_size, load_clip

@@ -7,7 +7,7 @@ from PIL import Image
 
 from filters.dedup import DEDUP
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
-from filters.score.inputs import perceptual_hash
+from filters.score.preprocess import perceptual_hash
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch

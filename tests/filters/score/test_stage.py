@@ -11,7 +11,7 @@ from PIL import Image
 
 from filters.recipe import Recipe, ScoreConfig
 from filters.score.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
 from filters.score.quality import measure
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
