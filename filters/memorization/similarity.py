@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from filters.score.preprocess import perceptual_hash
 from filters.search.hits import Hit
 from filters.search.search import Search
+from sdtrain.images.perceptual_hash import perceptual_hash
 
 MAX_PIXEL_DISTANCE = 0.15
 _COMPARED_PX = 256

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import imagehash
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.perceptual_hash import perceptual_hash
 from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
 
 THUMBNAIL_SIDE = 4
@@ -142,12 +142,6 @@ def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
 def watermark_view(image: Image.Image) -> Image.Image:
     """What the watermark detector sees of an RGB image, before normalisation: 256 x 256, squashed."""
     return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit DCT hash of an image's brightness (imagehash.phash), as a signed integer."""
-    bits = imagehash.phash(image).hash.ravel()
-    return int(np.packbits(bits).view(">i8")[0])
 
 
 def pixel_sha256(image: Image.Image) -> str:
