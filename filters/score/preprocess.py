@@ -18,7 +18,7 @@ from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
+from sdtrain.models.clip import Preprocess, clip_view, pixels_of
 
 
 class Sample(NamedTuple):

@@ -18,7 +18,7 @@ from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint,
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
     [

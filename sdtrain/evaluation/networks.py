@@ -20,11 +20,10 @@ from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import NUM_FEATURES as INCEPTION_FEATURES
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.models.build import load_vae, vae_digest
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.formats.frozen import load_vae, vae_digest
+from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 NUM_FEATURES = {"inception": INCEPTION_FEATURES, "demo": 96}
 """Features of an image, by network."""

@@ -9,7 +9,7 @@ from filters.score.inputs import watermark_view
 from filters.score.models import Models, check_heads, judge, load_models
 from filters.score.preprocess import Looked
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.clip import pixels_of
 from tests.image_fixtures import scene_image
 
 CPU = torch.device("cpu")
