@@ -9,8 +9,9 @@ from typing import TypedDict
 from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, read_entry, require_entry
+from sdtrain.dataset.manifest import read_entry, require_entry
 from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.errors import UserError
 

@@ -11,8 +11,9 @@ from filters.pipeline import STAGE_NAMES
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.lock import at_work
-from sdtrain.dataset.manifest import ShardReport, entries, read_entry
+from sdtrain.dataset.lock import active_commands
+from sdtrain.dataset.manifest import entries, read_entry
+from sdtrain.dataset.shard_report import ShardReport
 
 _WINDOW_S = 3600.0
 """How far back the rate looks from the shard that was finished last."""
@@ -73,7 +74,9 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """
     recipe = read_recipe(dataset)
     stages = [_stage(dataset, recipe, name) for name in STAGE_NAMES]
-    return DatasetStatus(str(dataset), recipe.name, stages, at_work(dataset), shutil.disk_usage(dataset.root).free)
+    return DatasetStatus(
+        str(dataset), recipe.name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free
+    )
 
 
 def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:

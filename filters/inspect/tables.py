@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from filters.columns import QUALITY_COLUMNS, SCORE_COLUMNS
+
 _TEXT, _INT, _LONG, _REAL = "VARCHAR", "INTEGER", "BIGINT", "DOUBLE"
-SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
-UNDECODABLE = "undecodable"
-"""The reason of an image that no decoder reads."""
 
 # Columns of a view whose stage is not finished; finished ones show what their files hold.
 EMPTY: dict[str, dict[str, str]] = {

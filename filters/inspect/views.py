@@ -9,16 +9,18 @@ from pathlib import Path
 
 import duckdb
 
+from filters.columns import TYPES
 from filters.decide.funnel import funnel, remarks
 from filters.inspect.tables import COMMENTS, DERIVED, EMPTY
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
-from filters.select.schema import TYPES, normalised_sql
+from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, entries, read_entry
+from sdtrain.dataset.manifest import entries, read_entry
 from sdtrain.dataset.s3.sync import fetch_tables
 from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 

@@ -9,13 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.inspect.tables import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
+from filters.columns import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
 from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.models.weights import clip_digest

@@ -8,9 +8,10 @@ from contextvars import copy_context
 from types import TracebackType
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, write_entry
+from sdtrain.dataset.manifest import write_entry
 from sdtrain.dataset.s3.eviction import evict_after
 from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.shard_report import ShardReport
 
 
 class Recorder:

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import read_samples
 from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts

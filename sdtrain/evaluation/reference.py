@@ -19,14 +19,15 @@ from PIL import Image
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.manifest import describe_outputs, entries
+from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.dataset.s3.open import open_to_ask
 from sdtrain.dataset.s3.url import is_s3
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import index_samples
-from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
@@ -221,7 +222,7 @@ def _look_at_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int])
     places = [Place(*place) for place in json.loads(directory.images.read_text())]
     for part in parts:
         some = places[part * _PART_SIZE : (part + 1) * _PART_SIZE]
-        tensors = _look(told(some, f"reference, part {part}", len(some), "images"), job)
+        tensors = _look(report_progress(some, f"reference, part {part}", len(some), "images"), job)
         path = directory.reference(part)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])

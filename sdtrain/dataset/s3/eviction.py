@@ -14,7 +14,7 @@ from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
     from sdtrain.dataset.layout import DatasetDir
-    from sdtrain.dataset.manifest import ShardReport
+    from sdtrain.dataset.shard_report import ShardReport
 
 _FILE = ".s3-evict"
 TAR_STAGES = ("download", "pack", "encode")

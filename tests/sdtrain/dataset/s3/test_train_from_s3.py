@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, write_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, write_entry
 from sdtrain.dataset.s3.open import dataset_at, training_root
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import ImageStore, OnlineVae
 from sdtrain.loading.latent_store import LatentStore
