@@ -28,7 +28,7 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Axis, Results, write_results
-from sdtrain.formats.any_model import pinned
+from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded
