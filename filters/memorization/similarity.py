@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from filters.score.inputs import perceptual_hash
 from filters.search.hits import Hit
+from sdtrain.images.perceptual_hash import perceptual_hash
 
 MAX_PIXEL_DISTANCE = 0.15
 _COMPARED_PX = 256

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 
-import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,12 +17,6 @@ WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def watermark_view(image: Image.Image) -> Image.Image:
     """What the watermark detector sees of an RGB image, before normalisation: 256 x 256, squashed."""
     return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit DCT hash of an image's brightness (imagehash.phash), as a signed integer."""
-    bits = imagehash.phash(image).hash.ravel()
-    return int(np.packbits(bits).view(">i8")[0])
 
 
 def pixel_sha256(image: Image.Image) -> str:

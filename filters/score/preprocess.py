@@ -11,13 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from filters.columns import UNDECODABLE
-from filters.score.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
+from filters.score.inputs import gray_of, pixel_sha256, thumbnail, watermark_view
 from filters.score.quality import measure
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.perceptual_hash import perceptual_hash
+from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
 from sdtrain.models.clip import Preprocess, clip_view, pixels_of
 
 
