@@ -122,11 +122,11 @@ def draw_samples(
     Raises:
         UserError: no such model.
     """
-    from sdtrain.formats.any_model import pinned
+    from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, cut, draw_batches, make_jobs
     from sdtrain.sampling.output_folder import Album, Writer
 
-    album, jobs = Album(folder, Model(pinned(model)), settings), make_jobs(prompts, seed, per_prompt)
+    album, jobs = Album(folder, Model(resolve_checkpoint(model)), settings), make_jobs(prompts, seed, per_prompt)
     pending = album.pending(cut(jobs, settings))
     with Writer(album) as writer:
         for job, image in draw_batches(album.model, pending, settings, all_devices()):

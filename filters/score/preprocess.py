@@ -21,7 +21,7 @@ from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.images.perceptual_hash import perceptual_hash
-from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
+from sdtrain.models.clip import Preprocess, clip_view, pixels_of
 
 THUMBNAIL_SIDE = 4
 # The watermark detector's, which are ImageNet's.

@@ -8,7 +8,7 @@ from PIL import Image
 
 from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, pixel_sha256, watermark_view
 from sdtrain.images.decode import decode_rgb
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_view, normalised, pixels_of
 from tests.image_fixtures import encoded, scene_image
 
 CLIP_ORACLE = Path(__file__).parents[4] / "shared" / "data" / "clip_preprocess"
