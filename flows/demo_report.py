@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from filters.memorization.check import check_samples
-from filters.memorization.repeated import draw_samples, repeated_captions
 from filters.memorization.report import write_memorised
+from filters.memorization.samples import draw_samples, repeated_captions
 from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet

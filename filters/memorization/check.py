@@ -24,9 +24,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from filters.memorization.calibration import Calibration, calibrate, quantiles
 from filters.memorization.samples import Sample
-from filters.memorization.similarity import MAX_PIXEL_DISTANCE, Limits, Neighbour, compare
+from filters.memorization.similarity import (
+    MAX_PIXEL_DISTANCE,
+    Calibration,
+    Limits,
+    Neighbour,
+    calibrate,
+    compare,
+    quantiles,
+)
 from filters.search.hits import image_of
 from filters.search.search import Search
 from sdtrain.errors import UserError

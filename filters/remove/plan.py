@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 
 from filters.recipe_record import read_recipe
 from filters.remove.stage_tables import rows_sql, touched_shards
-from filters.select.hosts import host_sql
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, alike_uids
+from filters.select.sql_functions import host_sql
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger

@@ -18,11 +18,10 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from filters.score.inputs import WATERMARK_PX
-from filters.score.preprocess import Looked, Sample, Wanted, caption_of, describe, look
+from filters.score.preprocess import WATERMARK_PX, Looked, Sample, Wanted, caption_of, describe, look
 from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
-from sdtrain.models.clip_view import Preprocess
+from sdtrain.models.clip import Preprocess
 
 
 def look_on_device(samples: Sequence[Sample], wanted: Wanted, device: torch.device, pool: Executor) -> list[Looked]:

@@ -17,16 +17,14 @@ from torch import Tensor
 
 from filters.recipe import ScoreConfig
 from filters.score.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD
-from filters.score.preprocess import Looked, Wanted
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, Looked, Wanted
 from filters.score.weights import PUBLISHED
 from sdtrain.errors import UserError
-from sdtrain.models.clip import clip_preprocess, embedding_size, load_clip
-from sdtrain.models.clip_view import Preprocess, normalised
+from sdtrain.models.clip import Preprocess, clip_preprocess, embedding_size, load_clip, normalised
 from sdtrain.models.device import claim_device
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
+from sdtrain.precision import torch_dtype
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The published heads judge embeddings of this model by OpenAI, and of no other.
 _HEADS_MODEL = "ViT-L-14-quickgelu"
 # Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
@@ -183,14 +181,14 @@ def _load_models(config: ScoreConfig) -> Models:
     if config.decode == "gpu" and device.type != "cuda":
         raise UserError("score.decode: gpu needs an NVIDIA GPU, and none is seen here. Set it to auto or cpu.")
     watermark = load_watermark(config.watermark_weights).to(device) if config.watermark_weights else None
-    models = Models(device, _DTYPES[config.dtype], watermark=watermark)
+    models = Models(device, torch_dtype(config.dtype), watermark=watermark)
     if config.clip_weights is None:
         return models
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights)
     preprocess = clip_preprocess(clip, config.clip_model, config.clip_weights)
     heads = tuple((name, load(weights).to(device)) for name, load, weights in _heads(config) if weights)
     rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings)
-    return Models(device, _DTYPES[config.dtype], *rest)
+    return Models(device, torch_dtype(config.dtype), *rest)
 
 
 def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from filters.columns import UNDECODABLE
-from filters.score.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
 from filters.score.quality import measure
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
+from sdtrain.images.perceptual_hash import perceptual_hash
+from sdtrain.models.clip import Preprocess, clip_view, pixels_of
+
+THUMBNAIL_SIDE = 4
+# The watermark detector's, which are ImageNet's.
+WATERMARK_PX = 256
+WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Sample(NamedTuple):
@@ -129,3 +137,25 @@ def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
     """The uids by key of the shard's downloaded images."""
     table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
+
+
+def watermark_view(image: Image.Image) -> Image.Image:
+    """What the watermark detector sees of an RGB image, before normalisation: 256 x 256, squashed."""
+    return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
+
+
+def pixel_sha256(image: Image.Image) -> str:
+    """Hex sha256 of an RGB image's size and pixels, whatever it was encoded as."""
+    digest = hashlib.sha256(b"%d %d " % image.size)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """Mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
+    return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+
+
+def gray_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The brightness (ITU-R 601 luma) of an RGB image, (H, W)."""
+    return np.asarray(image.convert("L"))

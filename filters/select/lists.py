@@ -11,13 +11,11 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe import ListConfig, SelectConfig
-from filters.select.hash_check import check_hashes
-from filters.select.hosts import host_sql, register_host_of
 from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
 from filters.select.metadata_files import PARQUET, find_files, first_line, is_parquet, prepare, read_footers
-from filters.select.schema import MetadataFile, normalised_sql, quoted
-from filters.select.sql_functions import URL_CAPTION, hash_sql
+from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
+from filters.select.sql_functions import UID, URL_CAPTION, hash_sql, host_sql, register_host_of
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
@@ -25,7 +23,7 @@ from sdtrain.redaction import without_secrets
 _KEYS = {
     "url": "md5_number(trim(url))",
     "hash": f"coalesce(hash, {hash_sql('url', 'caption')})",
-    "uid": "md5_number(md5(trim(coalesce(url, '')) || chr(10) || coalesce(caption, '')))",
+    "uid": f"md5_number({UID})",
     "md5": "md5_number(md5)",
     "sha256": "md5_number(sha256)",
     "url_caption": URL_CAPTION,

@@ -7,12 +7,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from filters.select.hosts import host_sql, register_host_of
+from filters.select.sql_functions import UID, host_sql, register_host_of
 from sdtrain.dataset.removal_ledger import digest_sql, removed_hashes
 
 # What a row is known by: the kind of the ledger's row, and the row's own value.
-_UID = "md5(trim(coalesce(url, '')) || chr(10) || coalesce(caption, ''))"
-METADATA_KEYS = {"uid": _UID, "url": "trim(url)", "host": host_sql("trim(url)"), "sha256": "sha256"}
+METADATA_KEYS = {"uid": UID, "url": "trim(url)", "host": host_sql("trim(url)"), "sha256": "sha256"}
 _BATCH = 100_000
 
 

@@ -22,9 +22,10 @@ from filters.select.metadata_files import first_line, prepare
 from filters.select.pushdown import Prefilter
 from filters.select.schema import MetadataFile, check_columns, normalised_sql
 from filters.select.side_inputs import Extras, has_extras, load_extras
-from filters.select.urls import allowed_sql, register_url_check
+from filters.select.sql_functions import allowed_sql, register_url_check
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.dataset.removal_ledger import LEDGER
+from sdtrain.dataset.uid import uid_sql
 from sdtrain.errors import UserError
 
 # Rows that one query looks at: enough that starting it does not count.
@@ -157,7 +158,7 @@ class Survivors:
         # URLs come after the rules, because looking at all of them takes longer than everything else together.
         late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
         query = f"""
-            SELECT coalesce({late}, list_reason) AS reason, md5(url || chr(10) || caption) AS uid,
+            SELECT coalesce({late}, list_reason) AS reason, {uid_sql()} AS uid,
                 {", ".join(self.columns)}
             FROM ({listed})
         """  # noqa: S608 - names are from ALIASES and RULES, values are bound

@@ -6,12 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import duckdb
+
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import DERIVED_FROM, RULES
 from filters.select.pushdown import Prefilter, prefilter_sql
-from filters.select.sql_functions import hash_sql
+from filters.select.sql_functions import hash_sql, laion_hash
 from sdtrain.errors import UserError
 
+# To compare `hash` with.
+_HASHES_CHECKED = 1000
+_HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
 # Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
@@ -211,3 +216,34 @@ def column_sql(ours: str, name: str | None, kind: str) -> str:
 def quoted(name: str) -> str:
     """A column's name as SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def check_hashes(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile]) -> int:
+    """Compares `hash` with URL and TEXT on some rows of every file that has all three.
+
+    Returns:
+        How many rows were compared.
+
+    Raises:
+        UserError: a `hash` is something else; names the file and one example.
+    """
+    checked = [file for file in files if {"hash", "url", "caption"} <= set(file.columns)]
+    per_file = max(_HASHES_PER_FILE, _HASHES_CHECKED // max(1, len(checked)))
+    return sum(_check_file(connection, file, per_file) for file in checked)
+
+
+def _check_file(connection: duckdb.DuckDBPyConnection, file: MetadataFile, num_rows: int) -> int:
+    rows, values = normalised_sql([file])
+    sample = f"SELECT url, caption, hash FROM ({rows}) LIMIT {num_rows}"  # noqa: S608 - built from ALIASES
+    compared = 0
+    for url, caption, found in connection.execute(sample, values).fetchall():
+        if found is None and file.types["hash"].endswith("INT"):
+            continue  # not known here; in other types it may be text that is no number
+        compared += 1
+        if found != laion_hash(url, caption):
+            raise UserError(
+                f"Column '{file.columns['hash']}' of {file.path} is not the hash of URL and TEXT: for "
+                f"{url} it holds {found}, not {laion_hash(url, caption)}. Go by url_caption "
+                "instead of hash."
+            )
+    return compared

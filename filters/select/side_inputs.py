@@ -12,12 +12,11 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe import SelectConfig
-from filters.select.hash_check import check_hashes
 from filters.select.httpfs import is_remote
 from filters.select.lists import Lists, list_files, load_lists
 from filters.select.metadata_files import is_parquet, prepare, read_footers
 from filters.select.removed_rows import METADATA_KEYS, Blocked
-from filters.select.schema import MetadataFile
+from filters.select.schema import MetadataFile, check_hashes
 from filters.select.score_joins import Joins, join_files, load_joins
 from filters.select.sql_functions import register_laion_hash
 from sdtrain.dataset.removal_ledger import LEDGER, REMOVED

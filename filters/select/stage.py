@@ -11,12 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from filters.recipe import Recipe, SelectConfig
-from filters.select.known import KnownUids
-from filters.select.metadata_files import find_metadata
-from filters.select.remarks import notes
+from filters.select.metadata_files import find_metadata, notes
 from filters.select.row_filter import Source, open_survivors
 from filters.select.schema import MetadataFile
-from filters.select.shard_writer import ExactShards
+from filters.select.shard_writer import ExactShards, KnownUids
 from filters.select.shuffle import Shuffle
 from filters.select.side_inputs import extra_inputs
 from sdtrain.dataset.files import scratch

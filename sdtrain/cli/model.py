@@ -53,8 +53,8 @@ def sample(
 ) -> None:
     """Draw images for prompts; each has its own seed, whatever else is drawn."""
     from sdtrain.config.sections import SpeedConfig
-    from sdtrain.formats.any_model import pinned
-    from sdtrain.formats.dtypes import DTYPES
+    from sdtrain.formats.any_model import resolve_checkpoint
+    from sdtrain.precision import torch_dtype
     from sdtrain.sampling.batch import Model, make_jobs, read_prompts
     from sdtrain.sampling.output_folder import Album
     from sdtrain.sampling.sampler import SampleSettings
@@ -63,7 +63,7 @@ def sample(
     if not wanted:
         raise UserError("There is no prompt. Name some, or give --prompts-file.")
     speed = SpeedConfig(compile=compile_unet)
-    chosen = Model(pinned(model), weights, DTYPES[resolve(dtype)], tokenizer, speed)
+    chosen = Model(resolve_checkpoint(model), weights, torch_dtype(resolve(dtype)), tokenizer, speed)
     album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker, flagged)
     jobs = make_jobs(wanted, seed, per_prompt)
     _fill(album, jobs, keep, processes)

@@ -23,7 +23,7 @@ from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
-from sdtrain.formats.dtypes import fast_dtype
+from sdtrain.precision import fast_dtype
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 

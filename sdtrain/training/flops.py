@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.config import UNetConfig
-from sdtrain.models.build import LATENT_CHANNELS, build_unet
+from sdtrain.models.unet import LATENT_CHANNELS, build_unet
 
 TRAIN_FACTOR = 3
 """A training step costs three forward passes: one forward, two backward; recomputed activations are not counted."""

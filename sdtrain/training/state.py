@@ -14,16 +14,18 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
-from sdtrain.models.build import build_unet, load_text_encoder, load_vae, memory_format, prepare_for, vae_scaling_factor
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet, memory_format, prepare_for
+from sdtrain.precision import torch_dtype
 from sdtrain.sampling.pipeline import Networks
 from sdtrain.training.checkpointing import Saves
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
-from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+from sdtrain.training.engine import deepspeed_config, start_engine
 from sdtrain.training.guards import StepGuard
 from sdtrain.training.loss import Objective
 from sdtrain.training.run_dir import RunDir
@@ -48,7 +50,7 @@ class TrainingState:
 
     def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks, deepspeed_json: Path | None = None):
         self._config, self._run_dir, self._ranks = config, run_dir, ranks
-        self._dtype = DTYPES[config.precision]
+        self._dtype = torch_dtype(config.precision)
         set_backends(config.speed)
         self.scaling_factor = vae_scaling_factor(config.vae)
         store = open_samples(config, self.scaling_factor)

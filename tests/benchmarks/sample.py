@@ -33,10 +33,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import SpeedConfig, UNetConfig
 from sdtrain.formats.compvis_layout import sd_v1
-from sdtrain.formats.dtypes import fast_dtype
-from sdtrain.models.build import build_unet, load_tokenizer
+from sdtrain.formats.frozen import load_tokenizer
 from sdtrain.models.schedulers import sampling_scheduler
-from sdtrain.precision import resolve
+from sdtrain.models.unet import build_unet
+from sdtrain.precision import fast_dtype, resolve
 from sdtrain.sampling.batch import Job, Model, make_jobs
 from sdtrain.sampling.output_folder import Album, Writer
 from sdtrain.sampling.pipeline import load_networks

@@ -32,10 +32,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from filters.recipe import Recipe, ScoreConfig
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
 from filters.score.models import Models, judge, load_models
 from filters.score.pipeline import num_threads
-from filters.score.preprocess import Sample, look, read_shard
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD, Sample, look, read_shard
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch

@@ -20,9 +20,10 @@ SCALE = 0.35
 def train_plainly(config, skipped=None):
     """Mean loss of every step and the averaged weights; step `skipped` is not applied."""
     from sdtrain.diffusion import NoiseSchedule
+    from sdtrain.formats.frozen import load_text_encoder
     from sdtrain.loading.loader import BatchMaker
     from sdtrain.loading.sources import open_samples
-    from sdtrain.models.build import build_unet, load_text_encoder
+    from sdtrain.models.unet import build_unet
     from sdtrain.training.ema import ema_decay
     from sdtrain.training.schedules import learning_rate
 

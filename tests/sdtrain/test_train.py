@@ -9,7 +9,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.checkpoint import find_checkpoint
-from sdtrain.models.build import build_unet
+from sdtrain.models.unet import build_unet
 from sdtrain.train import parse_arguments, run, train
 from sdtrain.training.run_dir import RunDir
 from tests.sdtrain.plain_training import train_plainly

@@ -10,7 +10,7 @@ from PIL import Image
 from filters.score import gpu_decode
 from filters.score.gpu_decode import look_on_device
 from filters.score.preprocess import Sample, Wanted, look
-from sdtrain.models.clip_view import Preprocess
+from sdtrain.models.clip import Preprocess
 from tests.image_fixtures import encoded, scene_image
 
 WANTED = Wanted(Preprocess(64), watermark=True)

@@ -5,11 +5,10 @@ import torch
 
 from filters.recipe import ScoreConfig
 from filters.score import models as module
-from filters.score.inputs import watermark_view
 from filters.score.models import Models, check_heads, judge, load_models
-from filters.score.preprocess import Looked
+from filters.score.preprocess import Looked, watermark_view
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.clip import pixels_of
 from tests.image_fixtures import scene_image
 
 CPU = torch.device("cpu")

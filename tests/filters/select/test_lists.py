@@ -4,9 +4,9 @@ import duckdb
 import pytest
 
 from filters.recipe import SelectConfig
-from filters.select.hosts import host_of, host_sql, register_host_of
 from filters.select.metadata_files import find_metadata
 from filters.select.side_inputs import extra_inputs, has_extras, load_extras
+from filters.select.sql_functions import host_of, host_sql, register_host_of
 from sdtrain.errors import UserError
 from tests.filters.select.extras_fixtures import HASHES, MD5S, NUM_ROWS, TEXTS, UIDS, URLS, apply, write, write_metadata
 

@@ -12,9 +12,8 @@ import pytest
 
 from filters.columns import ALIASES, TYPES
 from filters.recipe import SelectConfig
-from filters.select.metadata_files import find_metadata
+from filters.select.metadata_files import find_metadata, notes
 from filters.select.pushdown import Prefilter
-from filters.select.remarks import notes
 from filters.select.schema import check_columns, normalised_sql
 from sdtrain.errors import UserError
 

@@ -34,10 +34,11 @@ def value_of(rank, k):
 
 
 def toy_engine(ranks, config, extra=None):
-    from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+    from sdtrain.precision import torch_dtype
+    from sdtrain.training.engine import deepspeed_config, start_engine
     from sdtrain.training.zero_partition import ZeroPartition
 
-    toy = Toy().to(DTYPES[config.precision])
+    toy = Toy().to(torch_dtype(config.precision))
     engine = start_engine(toy, config, deepspeed_config(config, ACCUMULATION, sum(SIZES), extra))
     partition = ZeroPartition(engine, ranks.rank)
     if config.speed.fp32_gradients:

@@ -8,10 +8,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import make_plan
-from sdtrain.models.build import load_text_encoder
 from sdtrain.train import train
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.run_dir import RunDir
