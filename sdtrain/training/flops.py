@@ -14,19 +14,6 @@ from sdtrain.models.unet import LATENT_CHANNELS, build_unet
 TRAIN_FACTOR = 3
 """A training step costs three forward passes: one forward, two backward; recomputed activations are not counted."""
 
-# Dense bf16 TFLOP/s as NVIDIA's data sheets give them, by a part of the device's name; the first match counts.
-_PEAK_TFLOPS = {
-    "GB200": 2500.0,
-    "B200": 2250.0,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "A10": 125.0,
-    "RTX 4090": 165.2,
-}
-
 
 def forward_flops(config: UNetConfig, latent_size: int, num_tokens: int = 77) -> int:
     """Floating-point operations of one forward pass of the UNet for one image, attention's matrix products included.
@@ -58,5 +45,5 @@ def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s that the GPU's data sheet promises; None for CPUs and GPUs that are not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((1e12 * tflops for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else 1e12 * tflops
