@@ -37,5 +37,15 @@ QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 UNDECODABLE = "undecodable"
 """The reason of an image that no decoder reads."""
 
+Table = Literal["metadata", "selection", "images", "scores"]
+"""Where a rule can look: `select` reads the metadata; `decide` joins selection, images and scores."""
+TABLES: dict[str, frozenset[Table]] = {
+    **dict.fromkeys(ALIASES, frozenset({"metadata"})),
+    **dict.fromkeys(("url", "caption"), frozenset({"metadata", "selection"})),
+    **dict.fromkeys(("width", "height"), frozenset({"metadata", "images"})),  # of the image as it was fetched
+    **dict.fromkeys(SCORE_COLUMNS, frozenset({"metadata", "selection", "scores"})),
+    **dict.fromkeys(QUALITY_COLUMNS, frozenset({"scores"})),
+}
+
 SwappedSizes = Literal["auto", "yes", "no"]
 """Whether WIDTH and HEIGHT of the metadata are exchanged; "auto": in LAION's raw releases."""

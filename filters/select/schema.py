@@ -9,7 +9,7 @@ from typing import Any
 import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
-from filters.rules import DERIVED_FROM, RULES
+from filters.rules import RULES, sources_of
 from filters.select.pushdown import Prefilter, prefilter_sql
 from filters.select.sql_functions import hash_sql, laion_hash
 from sdtrain.errors import UserError
@@ -104,7 +104,7 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
     needed = {"url": "", "caption": ""}
     for rule in rules:
         column = RULES[rule].column
-        for source in DERIVED_FROM.get(column, (column,)):
+        for source in sources_of(column):
             needed.setdefault(source, f", which rule '{rule}' needs")
     required = {column: purpose for column, purpose in needed.items() if column not in set(missing_passes)}
     for file in files:

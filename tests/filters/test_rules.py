@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.recipe import KeepConfig, SelectConfig, load_recipe
-from filters.rules import RULES, derived_sql, explain, reason_case
+from filters.rules import RULES, Rule, derived_sql, explain, reason_case
 from filters.select.pushdown import Prefilter, prefilter_sql
 from filters.select.schema import column_sql
 from sdtrain.errors import UserError
@@ -124,6 +124,20 @@ def test_values_keep_their_kind_and_the_rules_their_order():
 def test_rules_that_only_the_metadata_can_answer_are_refused_in_keep(rule):
     with pytest.raises(ValueError, match=f"rule '{rule}' looks at column .* move it to `select.rules`"):
         KeepConfig(rules={rule: ["en"] if RULES[rule].kind is list else 1})
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (("loudness", "loudness < ?", "loud"), "no table is known to have loudness: add it to filters.columns"),
+        (("side", "side < 9", "large"), "needs one `\\?` for its value"),
+        (("caption", "caption <> ?", "empty", bool), "needs one `\\?` for its value, and none for a bool"),
+        (("side", "side < ?", "large", int), "the rule on column 'side'"),
+    ],
+)
+def test_incomplete_rules_are_refused_where_they_are_declared(rule, words):
+    with pytest.raises(ValueError, match=words):
+        Rule(*rule)
 
 
 def test_reasons_are_told_in_words_with_their_value():
