@@ -116,7 +116,7 @@ def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits) -> Iter
         neighbours = [compare(image, hit, image_of(search.dataset, hit)) for hit in hits]
         same = [neighbour for neighbour in neighbours if neighbour.is_same(limits)]
         others = [neighbour for neighbour in neighbours if not neighbour.is_same(limits)]
-        alike = any(neighbour.is_alike(limits) for neighbour in neighbours)
+        alike = any(neighbour.is_near_duplicate(limits) for neighbour in neighbours)
         yield Verdict(sample, same + others, "same" if same else "alike" if alike else "new")
 
 

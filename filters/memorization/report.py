@@ -54,5 +54,5 @@ def _cells(found: Memorised, verdict: Verdict, named: str, dataset: DatasetDir) 
         hit, head = neighbour.hit, f"{neighbour.hit.nearness:.3f}"
         if neighbour.hash_bits is not None:
             head += f", {neighbour.hash_bits} bits, px {neighbour.pixel_distance:.2f}"
-        marked = neighbour.is_same(found.limits) or neighbour.is_alike(found.limits)
+        marked = neighbour.is_same(found.limits) or neighbour.is_near_duplicate(found.limits)
         yield Cell(image_of(dataset, hit), head, f"{hit.caption} ({hit.key})", marked)

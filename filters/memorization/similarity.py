@@ -53,7 +53,7 @@ class Neighbour:
             return False
         return self.hash_bits <= limits.radius and self.pixel_distance <= MAX_PIXEL_DISTANCE
 
-    def is_alike(self, limits: Limits) -> bool:
+    def is_near_duplicate(self, limits: Limits) -> bool:
         """Whether CLIP takes both for nearly the same."""
         return self.hit.nearness >= limits.threshold
 
