@@ -9,6 +9,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdtrain.config import UNetConfig
+from sdtrain.impact.gpus import peak_tflops
 from sdtrain.models.unet import LATENT_CHANNELS, build_unet
 
 TRAIN_FACTOR = 3
