@@ -38,12 +38,12 @@ def write_metadata(folder):
 
 
 def apply(select, what="rows"):
-    """The rows after joins and lists, in the order of NUM_ROWS, or the remarks_on."""
+    """The rows after joins and lists, in the order of NUM_ROWS, or the remarks."""
     files = find_metadata(select.metadata)
     with duckdb.connect() as connection:
         side_inputs = load_side_inputs(connection, select, files)
-        if what == "remarks_on":
-            return list(side_inputs.remarks_on)
+        if what == "remarks":
+            return list(side_inputs.remarks)
         rows, values = normalised_sql(files, Pushdown({}, side_inputs.joins.columns), side_inputs.compute_hash)
         # A cursor, because the selection uses one for each thread.
         table = connection.cursor().execute(side_inputs.lists.sql(side_inputs.joins.sql(rows)), values).to_arrow_table()

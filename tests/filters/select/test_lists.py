@@ -156,7 +156,7 @@ def test_empty_lists_block_nothing_and_allow_nothing(tmp_path, metadata):
 def test_without_joins_and_lists_nothing_is_added(metadata):
     select = SelectConfig(metadata=metadata)
     assert not has_side_inputs(select)
-    assert apply(select, "remarks_on") == []
+    assert apply(select, "remarks") == []
     with duckdb.connect() as connection:
         assert load_side_inputs(connection, select, find_metadata(metadata)).joins.sql("SELECT 1") == "SELECT 1"
     assert reasons(metadata) == [None] * NUM_ROWS

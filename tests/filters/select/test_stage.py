@@ -193,7 +193,7 @@ def test_joins_and_lists_work_with_everything_else(tmp_path):
     assert {row["url"]: row["aesthetic"] for row in rows_of(dataset)} == {
         url(i): i / 4 for i in range(21, 30) if i != 25
     }
-    assert any("blocklist" in note for note in report.remarks_on)
+    assert any("blocklist" in note for note in report.notes)
     _, again = select(tmp_path, "again", num_threads=1, **settings)
     assert again.outputs == report.outputs
 
