@@ -31,7 +31,7 @@ TYPES: dict[str, str] = {
     **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
 }
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-"""What a network says of an image; the metadata may have each of them, too."""
+"""Scores that networks give an image; the metadata may have each of them, too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 """Measured on the decoded image alone; see `filters.score.quality`."""
 UNDECODABLE = "undecodable"

@@ -68,7 +68,7 @@ class Rule:
         sql: the condition, with one `?` for the recipe's value unless that is true or false.
         meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
         kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
-        bounds: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
+        pushdown: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
             columns as they are in the files, so that DuckDB can skip row groups by their statistics.
     """
 
@@ -76,7 +76,7 @@ class Rule:
     sql: str
     meaning: str
     kind: type = float
-    bounds: tuple[tuple[str, str], ...] = ()
+    pushdown: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.sources if name not in TABLES]
@@ -108,17 +108,17 @@ class Rule:
 
 
 def _limit(column: str, operator: str, meaning: str) -> Rule:
-    return Rule(column, f"{column} {operator} ?", meaning, bounds=((column, operator),))
+    return Rule(column, f"{column} {operator} ?", meaning, pushdown=((column, operator),))
 
 
 def _one_of(column: str, meaning: str) -> Rule:
     sql = f"list_contains(?, lower({column}))"
-    return Rule(column, sql, meaning, kind=list, bounds=((column, "in"),))
+    return Rule(column, sql, meaning, kind=list, pushdown=((column, "in"),))
 
 
 _BOTH_SIDES = (("width", ">="), ("height", ">="))
 RULES: dict[str, Rule] = {
-    "min_side": Rule("side", "side >= ?", "shorter side under {value} px", bounds=_BOTH_SIDES),
+    "min_side": Rule("side", "side >= ?", "shorter side under {value} px", pushdown=_BOTH_SIDES),
     "max_aspect_ratio": Rule("aspect_ratio", "aspect_ratio <= ?", "sides differ by more than {value} times"),
     "min_aesthetic": _limit("aesthetic", ">", "aesthetic score not over {value}"),
     "min_aesthetic_v1": _limit("aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}"),

@@ -66,4 +66,4 @@ def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> ImageSect
 
 
 def _cells(data: DatasetDir, hits: list[Hit]) -> list[Cell]:
-    return [Cell(image_of(data, hit), f"{hit.nearness:.3f} {hit.fate}", hit.caption) for hit in hits]
+    return [Cell(image_of(data, hit), f"{hit.similarity:.3f} {hit.status}", hit.caption) for hit in hits]

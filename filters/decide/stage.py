@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from filters.recipe import KeepConfig, Recipe
 from filters.rules import RULES, active_rules, keep_item, reason_case
-from filters.select.removed_rows import alike_uids
+from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
@@ -102,7 +102,9 @@ def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
 def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
     """The uids of images that look like one that was taken out with a radius."""
     sources = _sources(dataset)
-    return alike_uids(connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed))
+    return near_duplicate_uids(
+        connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed)
+    )
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:

@@ -100,7 +100,7 @@ class Looks(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def link_alike(columns: Columns, radius: int, components: Components) -> None:
+def link_near_duplicates(columns: Columns, radius: int, components: Components) -> None:
     """Links images that look alike, or others that connect the same: hashes within `radius`, and colours agree.
 
     Blank images hash alike whatever their colour, and come by the thousand: those with equal colours are linked to

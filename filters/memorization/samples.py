@@ -124,12 +124,13 @@ def draw_samples(
     """
     from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, cut, draw_batches, make_jobs
-    from sdtrain.sampling.output_folder import Album, Writer
+    from sdtrain.sampling.output_folder import SampleFolder, Writer
 
-    album, jobs = Album(folder, Model(resolve_checkpoint(model)), settings), make_jobs(prompts, seed, per_prompt)
-    pending = album.pending(cut(jobs, settings))
-    with Writer(album) as writer:
-        for job, image in draw_batches(album.model, pending, settings, all_devices()):
+    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
+    jobs = make_jobs(prompts, seed, per_prompt)
+    pending = samples.pending(cut(jobs, settings))
+    with Writer(samples) as writer:
+        for job, image in draw_batches(samples.model, pending, settings, all_devices()):
             writer.save(job, image, flagged=False)
-    paths = [(job, album.path(job)) for job in jobs]
+    paths = [(job, samples.path(job)) for job in jobs]
     return [Sample(path.name, partial(read_image_file, path), job.prompt) for job, path in paths]

@@ -53,9 +53,9 @@ class Neighbour:
             return False
         return self.hash_bits <= limits.radius and self.pixel_distance <= MAX_PIXEL_DISTANCE
 
-    def is_alike(self, limits: Limits) -> bool:
+    def is_near_duplicate(self, limits: Limits) -> bool:
         """Whether CLIP takes both for nearly the same."""
-        return self.hit.nearness >= limits.threshold
+        return self.hit.similarity >= limits.threshold
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
@@ -119,7 +119,7 @@ class Calibration:
 def calibrate(search: Search, threshold: float) -> Calibration:
     """Measures what a limit flags among training images themselves."""
     vectors = search.some_vectors(_NUM_CALIBRATED)
-    nearest = [hits[1].nearness for hits in search.nearest(vectors, 2, kept_only=True) if len(hits) > 1]
+    nearest = [hits[1].similarity for hits in search.nearest(vectors, 2, kept_only=True) if len(hits) > 1]
     above = np.triu_indices(len(vectors), 1)
     return Calibration(threshold, nearest, (vectors @ vectors.T)[above].tolist())
 

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from filters.recipe_record import read_recipe
 from filters.remove.stage_tables import rows_sql, touched_shards
 from filters.select.list_entries import Entry, read_entries
-from filters.select.removed_rows import Blocked, alike_uids
+from filters.select.removed_rows import Blocked, near_duplicate_uids
 from filters.select.sql_functions import host_sql
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.parquet import read_parquet
@@ -174,7 +174,9 @@ class _Search:
         """Uids that a ledger blocks."""
         known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", _KEYS)
         found = self._uids(f"SELECT uid FROM ({known}) WHERE is_removed")  # noqa: S608
-        return found | set(alike_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist())
+        return found | set(
+            near_duplicate_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist()
+        )
 
     def same_bytes(self, uids: set[str]) -> set[str]:
         """Other uids of images that came as the same bytes."""

@@ -1,4 +1,4 @@
-"""The networks that judge images, or CLIP's embeddings of them: aesthetic, watermark and safety heads."""
+"""The aesthetic and safety heads on CLIP's embeddings, and the watermark detector."""
 
 from __future__ import annotations
 

@@ -141,10 +141,10 @@ class Search:
         for question, place in zip(questions, places, strict=True):
             if place is None:
                 continue
-            nearness, _, uid = next(found)
+            similarity, _, uid = next(found)
             hit = known.get(uid)
             if hit is not None and not (kept_only and hit.reason is not None):
-                by_question[question].append(replace(hit, nearness=nearness))
+                by_question[question].append(replace(hit, similarity=similarity))
         return by_question
 
     @cached_property

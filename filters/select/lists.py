@@ -65,7 +65,7 @@ class Lists:
     """Blocklists and allowlists that lie in tables of a connection."""
 
     tables: tuple[_Table, ...] = ()
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def sql(self, rows: str) -> str:
         """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
@@ -111,19 +111,19 @@ def load_lists(
     Raises:
         UserError: a list that is missing, unreadable or goes by what the metadata does not have.
     """
-    tables, notes = [], list[str]()
+    tables, remarks = [], list[str]()
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]
     if any(config.by == "host" for config, _ in configs):
         register_host_of(connection)
     for number, (config, allows) in enumerate(configs):
-        notes += _check_key(config, files, joined)
+        remarks += _check_key(config, files, joined)
         try:
             num_entries, num_unusable = _load(connection, number, config)
         except duckdb.Error as error:
             raise UserError(f"The list {config.files} cannot be read: {first_line(error)}") from error
         tables.append(_Table(number, config.by, allows, _num_labels(connection, number, config)))
-        notes.append(_note(config, allows, num_entries, num_unusable))
-    return Lists(tuple(tables), tuple(notes))
+        remarks.append(_remark(config, allows, num_entries, num_unusable))
+    return Lists(tuple(tables), tuple(remarks))
 
 
 def list_files(config: ListConfig) -> list[str]:
@@ -228,7 +228,7 @@ def _num_labels(connection: duckdb.DuckDBPyConnection, number: int, config: List
     return tuple(num for (num,) in connection.execute(query).fetchall())
 
 
-def _note(config: ListConfig, allows: bool, num_entries: int, num_unusable: int) -> str:
+def _remark(config: ListConfig, allows: bool, num_entries: int, num_unusable: int) -> str:
     unusable = f"; {num_unusable:,} rows of it hold none and were passed over" if num_unusable else ""
     kind = "allowlist" if allows else "blocklist"
     return f"{kind} {without_secrets(config.files)}: {num_entries:,} entries, by {config.by}{unusable}"

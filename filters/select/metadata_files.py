@@ -178,10 +178,10 @@ def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) 
     if not urls:
         return {}
     query = """
-        SELECT file_name, sha256(string_agg(said, chr(10) ORDER BY row_group_id, column_id)) FROM (
+        SELECT file_name, sha256(string_agg(described, chr(10) ORDER BY row_group_id, column_id)) FROM (
             SELECT file_name, row_group_id, column_id, concat_ws('|', row_group_num_rows, path_in_schema, type,
                 num_values, stats_null_count, stats_min_value, stats_max_value, compression, data_page_offset,
-                total_compressed_size, total_uncompressed_size) AS said
+                total_compressed_size, total_uncompressed_size) AS described
             FROM parquet_metadata(?)
         ) GROUP BY file_name
     """
@@ -194,34 +194,34 @@ def first_line(error: Any) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def notes(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
+def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
     """Sentences on swapped sizes, other scales, other names, missing columns and missing values.
 
-    What joins and lists did is said by `Joins.notes` and `Lists.notes`.
+    Joins and lists have remarks of their own.
     """
 
     def of(num: int) -> str:
         return f"{num} of {len(files)} files"
 
-    said = []
+    remarks = []
     swapped = sum(file.swapped for file in files)
     if swapped:
         why = "raw LAION release" if select.swapped_sizes == "auto" else "select.swapped_sizes"
-        said.append(f"{of(swapped)} have WIDTH and HEIGHT swapped ({why}); turned back")
+        remarks.append(f"{of(swapped)} have WIDTH and HEIGHT swapped ({why}); turned back")
     v1 = [file.columns["aesthetic_v1"] for file in files if "aesthetic_v1" in file.columns]
     if v1:
-        said.append(f"column {v1[0]} of {of(len(v1))} holds V1 scores; used only by min_aesthetic_v1")
-    said += _renamed(files, of)
-    said += _floats(files, of)
+        remarks.append(f"column {v1[0]} of {of(len(v1))} holds V1 scores; used only by min_aesthetic_v1")
+    remarks += _renamed(files, of)
+    remarks += _floats(files, of)
     relics = sum(_RELIC in file.all_columns for file in files)
     if relics:
-        said.append(f"{_RELIC} of {of(relics)} ignored")
+        remarks.append(f"{_RELIC} of {of(relics)} ignored")
     usual = set(SCORE_COLUMNS) - {"aesthetic_v1"}  # which few have, and few look for
     for column in (name for name in ALIASES if name in usual):
         num_without = sum(column not in file.columns for file in files)
         if num_without:
-            said.append(f"{of(num_without)} have no {column}: NULL there")
-    return said + _null_policy(select)
+            remarks.append(f"{of(num_without)} have no {column}: NULL there")
+    return remarks + _null_policy(select)
 
 
 def _renamed(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str]:

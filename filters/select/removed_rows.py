@@ -65,7 +65,9 @@ class Blocked:
         return [f"array_to_string(string_split({value}, '.')[-{number}:], '.')" for number in self._num_labels]
 
 
-def alike_uids(connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table) -> pa.Table:
+def near_duplicate_uids(
+    connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table
+) -> pa.Table:
     """The uids of rows whose perceptual hash is near a removed one, each once.
 
     Args:

@@ -10,7 +10,7 @@ import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import RULES, sources_of
-from filters.select.pushdown import Prefilter, prefilter_sql
+from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.sql_functions import hash_sql, laion_hash
 from sdtrain.errors import UserError
 
@@ -138,7 +138,7 @@ def _refuse_v1(file: MetadataFile, column: str, purpose: str) -> None:
 
 def normalised_sql(
     files: Sequence[MetadataFile],
-    prefilter: Prefilter | None = None,
+    pushdown: Pushdown | None = None,
     compute_hash: bool = False,
     rows: tuple[int, int] | None = None,
 ) -> tuple[str, list[Any]]:
@@ -148,7 +148,7 @@ def normalised_sql(
 
     Args:
         files: the input.
-        prefilter: rules whose bounds are checked while reading, see `prefilter_sql`; rows that pass must still be
+        pushdown: rules whose bounds are checked while reading, see `pushdown_sql`; rows that pass must still be
             judged. Without it every row comes.
         compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
             (`filters.select.sql_functions.register_laion_hash`). Costs nothing for a query that does not ask for
@@ -160,7 +160,7 @@ def normalised_sql(
         groups.setdefault((*file.columns.items(), *file.types.items()), []).append(file)
     parts, values = [], list[Any]()
     for group in groups.values():
-        part, bound = _part_sql(group, prefilter, compute_hash, rows)
+        part, bound = _part_sql(group, pushdown, compute_hash, rows)
         parts.append(part)
         values += bound
     return " UNION ALL ".join(parts), values
@@ -168,7 +168,7 @@ def normalised_sql(
 
 def _part_sql(
     group: Sequence[MetadataFile],
-    prefilter: Prefilter | None,
+    pushdown: Pushdown | None,
     compute_hash: bool,
     rows: tuple[int, int] | None,
 ) -> tuple[str, list[Any]]:
@@ -184,8 +184,8 @@ def _part_sql(
     if rows:
         conditions.append("file_row_number >= ? AND file_row_number < ?")
         values += rows
-    if prefilter:
-        condition, bound = prefilter_sql(prefilter, names, group[0].types)
+    if pushdown:
+        condition, bound = pushdown_sql(pushdown, names, group[0].types)
         conditions.append(condition)
         values += bound
     return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values

@@ -25,12 +25,12 @@ class Joins:
     Attributes:
         keys: what each table is joined by.
         filled: the columns that each table brings.
-        notes: what was done, as sentences.
+        remarks: what was done, as sentences.
     """
 
     keys: tuple[str, ...] = ()
     filled: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def columns(self) -> frozenset[str]:
@@ -64,7 +64,7 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
     Raises:
         UserError: files that are missing or unreadable, or without the columns that a join needs.
     """
-    filled, notes = [], list[str]()
+    filled, remarks = [], list[str]()
     for number, join in enumerate(joins):
         files = join_files(join)
         columns = columns_of(join, files)
@@ -75,9 +75,9 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
             num_rows, num_more = _load(connection, number, join, files, columns)
         except duckdb.Error as error:
             raise UserError(f"The score files {join.files} cannot be read: {first_line(error)}") from error
-        notes.append(_note(join, columns, num_rows, num_more))
+        remarks.append(_remark(join, columns, num_rows, num_more))
         filled.append(columns)
-    return Joins(tuple(join.by for join in joins), tuple(filled), tuple(notes))
+    return Joins(tuple(join.by for join in joins), tuple(filled), tuple(remarks))
 
 
 def join_files(join: JoinConfig) -> list[MetadataFile]:
@@ -145,7 +145,7 @@ def _load(
     return num_rows, num_rows - num_keys
 
 
-def _note(join: JoinConfig, columns: Sequence[str], num_rows: int, num_more: int) -> str:
+def _remark(join: JoinConfig, columns: Sequence[str], num_rows: int, num_more: int) -> str:
     shown = f"{', '.join(columns)} come from {without_secrets(join.files)} ({num_rows:,} rows, by {join.by})"
     more = f"; {num_more:,} of them have the key of another row, and one row of each key was used" if num_more else ""
     return f"{shown} where the metadata has none{more}"

@@ -104,7 +104,7 @@ def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path)
         )
 
 
-class KnownUids:
+class SelectedUids:
     """The uids of finished selections, each a sequence of files in shuffled order.
 
     Args:
@@ -117,7 +117,7 @@ class KnownUids:
         self._seed = seed
         self._first_key = lru_cache(maxsize=None)(self._read_first_key)
 
-    def are_known(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
+    def are_selected(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
         """Which of `uids`, given with their keys in shuffled order, have been selected: (B,) bool."""
         known = np.zeros(len(uids), bool)
         if not len(uids):

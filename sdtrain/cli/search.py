@@ -134,7 +134,7 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
             temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     elif output is not None:
         cells = [
-            Cell(image_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
+            Cell(image_of(asked.dataset, hit), f"{hit.similarity:.3f} {hit.status}", f"{hit.caption} {hit.url}")
             for hit in hits
         ]
         write_sheet(output, title, [str(asked.dataset)], [Row("", cells)])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from filters.recipe import KeepConfig, SelectConfig, load_recipe
 from filters.rules import RULES, Rule, derived_sql, explain, reason_case
-from filters.select.pushdown import Prefilter, prefilter_sql
+from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.schema import column_sql
 from sdtrain.errors import UserError
 
@@ -170,7 +170,7 @@ def test_bounds_hold_for_every_row_that_passes_whatever_the_type(data, kind, rul
     rows = data.draw(st.lists(raw | st.none() | st.just(str(value) if kind == "VARCHAR" else None), max_size=20))
     columns = {name: f'"{name.upper()}"' for name in COLUMNS[rule]}
     types = dict.fromkeys(columns, kind)
-    condition, bound = prefilter_sql(Prefilter({rule: value}, null_passes), columns, types)
+    condition, bound = pushdown_sql(Pushdown({rule: value}, null_passes), columns, types)
     ours = ", ".join(f"{column_sql(name, sql, kind)} AS {name}" for name, sql in columns.items())
     case, values = reason_case({rule: value}, null_passes=null_passes)
     side = f", {derived_sql(['side'])}" if rule == "min_side" else ""

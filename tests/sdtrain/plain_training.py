@@ -25,7 +25,7 @@ def train_plainly(config, skipped=None):
     from sdtrain.loading.sources import open_samples
     from sdtrain.models.unet import build_unet
     from sdtrain.training.ema import ema_decay
-    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.optimizer import learning_rate
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(config.seed)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdtrain.config import load_config
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.training.guards import StepGuard
 from tests.sdtrain.training.forked_ranks import on_ranks
@@ -70,7 +70,7 @@ def guarded(ranks, config, bad, at):
     """Three steps, in the second of which micro-step `at` (rank, number) is bad; then what the guard says."""
     engine, partition = toy_engine(ranks, config)
     guard, weights, applied = StepGuard(config.guard), [], []
-    partition.let_judge(guard, config.guard.reads_every_norm)
+    partition.install_step_guard(guard, config.guard.reads_every_norm)
     for step in range(3):
         partition.set_learning_rate(0.125)
         for k in range(ACCUMULATION):
