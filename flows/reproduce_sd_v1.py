@@ -14,7 +14,7 @@ from flows.support.user_errors import report_user_errors
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
-from sdtrain.settings import Location
+from sdtrain.redaction import Location
 from sdtrain.train import configure
 from sdtrain.training.run_dir import RunDir
 
