@@ -15,11 +15,19 @@ from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
 from filters.select.metadata_files import PARQUET, find_files, first_line, is_parquet, prepare, read_footers
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
-from filters.select.sql_functions import UID, URL_CAPTION, hash_sql, host_sql, register_host_of
+from filters.select.sql_functions import (
+    UID,
+    URL_CAPTION,
+    Lookup,
+    hash_sql,
+    host_suffix_sql,
+    lookup_sql,
+    register_host_of,
+)
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
-# A row's key, from our columns; a host has one for each number of labels that listed hosts have.
+# A row's key, from our columns.
 _KEYS = {
     "url": "md5_number(trim(url))",
     "hash": f"coalesce(hash, {hash_sql('url', 'caption')})",
@@ -42,22 +50,18 @@ class _Table:
     by: str
     allows: bool
     num_labels: tuple[int, ...]
-    """How many labels the listed hosts have; (0,) for what is no host."""
+    """How many labels the listed hosts have; none for other lists."""
 
     @property
-    def keys(self) -> list[tuple[str, str]]:
-        """The row's columns to look up in the table, and their SQL."""
-        if self.by != "host":
-            return [(f"key_{self.number}", _KEYS[self.by])]
-        return [
-            (f"key_{self.number}_{labels}", f"array_to_string(string_split(host, '.')[-{labels}:], '.')")
-            for labels in self.num_labels
-        ]
+    def lookups(self) -> list[Lookup]:
+        """One, but for hosts: one for each number of labels."""
+        keys = [host_suffix_sql(num) for num in self.num_labels] if self.by == "host" else [_KEYS[self.by]]
+        return [Lookup(f"list_{self.number}", f"l{self.number}_{n}", key) for n, key in enumerate(keys)]
 
     @property
     def lists_row(self) -> str:
         """SQL condition: the row is on the list."""
-        return f"({' OR '.join(f'l_{key}.key IS NOT NULL' for key, _ in self.keys) or 'false'})"
+        return f"({' OR '.join(f'{lookup.alias}.key IS NOT NULL' for lookup in self.lookups) or 'false'})"
 
 
 @dataclass(frozen=True)
@@ -71,18 +75,8 @@ class Lists:
         """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
         if not self.tables:
             return f"SELECT *, NULL::VARCHAR AS list_reason FROM ({rows})"  # noqa: S608
-        keys = [key for table in self.tables for key in table.keys]
-        hosts = f", {host_sql('trim(url)')} AS host" if any(table.by == "host" for table in self.tables) else ""
-        looked_up = ", ".join(f"{sql} AS {key}" for key, sql in keys)
-        joins = " ".join(
-            f"LEFT JOIN list_{table.number} l_{key} ON l_{key}.key = r.{key}"
-            for table in self.tables
-            for key, _ in table.keys
-        )
-        hidden = ", ".join([key for key, _ in keys] + (["host"] if hosts else []))
-        # S608: the names are from ALIASES and numbers.
-        keyed = f"SELECT *, {looked_up} FROM (SELECT *{hosts} FROM ({rows}))"  # noqa: S608
-        return f"SELECT r.* EXCLUDE ({hidden}), {self._case()} AS list_reason FROM ({keyed}) r {joins}"  # noqa: S608
+        lookups = [lookup for table in self.tables for lookup in table.lookups]
+        return lookup_sql(rows, lookups, f", {self._case()} AS list_reason")
 
     def _case(self) -> str:
         blocked = [table.lists_row for table in self.tables if not table.allows]
@@ -223,7 +217,7 @@ def _lines(connection: duckdb.DuckDBPyConnection, path: str) -> Iterator[str]:
 
 def _num_labels(connection: duckdb.DuckDBPyConnection, number: int, config: ListConfig) -> tuple[int, ...]:
     if config.by != "host":
-        return (0,)
+        return ()
     query = f"SELECT DISTINCT len(string_split(key, '.')) AS num FROM list_{number} ORDER BY num"  # noqa: S608
     return tuple(num for (num,) in connection.execute(query).fetchall())
 

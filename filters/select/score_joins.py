@@ -11,7 +11,7 @@ from filters.columns import ALIASES
 from filters.recipe import JOINABLE, JoinConfig
 from filters.select.metadata_files import find_files, first_line, prepare, read_footers
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, turn_sizes
-from filters.select.sql_functions import URL_CAPTION
+from filters.select.sql_functions import URL_CAPTION, Lookup, lookup_sql
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
@@ -41,19 +41,13 @@ class Joins:
         """`rows` (a SELECT of our columns) with NULLs filled from the score files; unchanged where there are none."""
         if not self.keys:
             return rows
-        sources = {column: [f"m.{column}"] for column in ALIASES if column in self.columns}
+        sources = {column: [f"r.{column}"] for column in ALIASES if column in self.columns}
         for number, columns in enumerate(self.filled):
             for column in columns:
                 sources[column].append(f"j{number}.{column}")
         replaced = ", ".join(f"coalesce({', '.join(values)}) AS {column}" for column, values in sources.items())
-        by = sorted(set(self.keys))
-        keys = ", ".join(f"{_KEYS[key]} AS key_{key}" for key in by)
-        joined = " ".join(
-            f"LEFT JOIN {_table(number)} j{number} ON j{number}.key = m.key_{key}"
-            for number, key in enumerate(self.keys)
-        )
-        hidden = ", ".join(f"key_{key}" for key in by)
-        return f"SELECT m.* EXCLUDE ({hidden}) REPLACE ({replaced}) FROM (SELECT *, {keys} FROM ({rows})) m {joined}"  # noqa: S608
+        lookups = [Lookup(_table(number), f"j{number}", _KEYS[key]) for number, key in enumerate(self.keys)]
+        return lookup_sql(rows, lookups, f" REPLACE ({replaced})")
 
 
 def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:

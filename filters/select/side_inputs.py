@@ -15,7 +15,7 @@ from filters.recipe import SelectConfig
 from filters.select.httpfs import is_remote
 from filters.select.lists import Lists, list_files, load_lists
 from filters.select.metadata_files import is_parquet, prepare, read_footers
-from filters.select.removed_rows import METADATA_KEYS, Blocked
+from filters.select.removed_rows import Blocked
 from filters.select.schema import MetadataFile, check_hashes
 from filters.select.score_joins import Joins, join_files, load_joins
 from filters.select.sql_functions import register_laion_hash
@@ -40,7 +40,7 @@ class SideInputs:
 
     def listed_sql(self, rows: str) -> str:
         """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
-        known = self.blocked.sql(self.lists.sql(rows), METADATA_KEYS)
+        known = self.blocked.sql(self.lists.sql(rows))
         reason = f"CASE WHEN is_removed THEN '{REMOVED}' ELSE list_reason END AS list_reason"
         return f"SELECT * EXCLUDE (is_removed) REPLACE ({reason}) FROM ({known})"  # noqa: S608
 

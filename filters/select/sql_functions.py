@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import duckdb
 import mmh3
 from duckdb.func import PythonUDFType
@@ -16,6 +19,7 @@ UID = uid_sql(*_RAW)
 URL_CAPTION = f"md5_number({uid_text_sql(*_RAW)})"
 """The same as a number, which takes a third of the memory."""
 
+_HOST = "host_of_row"
 # A host of letters, digits, hyphens and underscores, followed by nothing that changes what the host is.
 _PLAIN = r"^(?i:https?)://([a-zA-Z0-9_-]+(?:[.][a-zA-Z0-9_-]+)*)(?:[/?#]|$)"
 # A plain web address: no user, no port, no literal address, a name with a dot that does not end like a local one.
@@ -72,3 +76,45 @@ def allowed_sql(column: str) -> str:
     Nearly all URLs of LAION are plain ones, which a regular expression can tell; Python looks at the few others only.
     """
     return f"CASE WHEN regexp_matches({column}, '{_SURELY_FINE}') THEN true ELSE may_be_fetched({column}) END"
+
+
+class Lookup(NamedTuple):
+    """A table in which rows are looked up.
+
+    Attributes:
+        table: its name.
+        alias: for the items of `lookup_sql`.
+        key: SQL of the row's value, which the table has at most once.
+        column: of the table, to compare it with.
+    """
+
+    table: str
+    alias: str
+    key: str
+    column: str = "key"
+
+
+def lookup_sql(rows: str, lookups: Sequence[Lookup], items: str) -> str:
+    """`rows` (a SELECT), each with what the tables have under its keys.
+
+    Args:
+        rows: to look up, with column `url` where keys name hosts (`host_suffix_sql`).
+        lookups: LEFT JOINs, by their aliases.
+        items: what follows `r.*`: more SELECT items, or REPLACE.
+    """
+    keys = list(dict.fromkeys(lookup.key for lookup in lookups))
+    hosts = f", {host_sql('trim(url)')} AS {_HOST}" if any(_HOST in key for key in keys) else ""
+    named = "".join(f", {key} AS key_{n}" for n, key in enumerate(keys))
+    keyed = f"SELECT *{named} FROM (SELECT *{hosts} FROM ({rows}))"  # noqa: S608
+    joins = " ".join(
+        f"LEFT JOIN {table} {alias} ON {alias}.{column} = r.key_{keys.index(key)}"
+        for table, alias, key, column in lookups
+    )
+    hidden = ", ".join([f"key_{n}" for n in range(len(keys))] + ([_HOST] if hosts else []))
+    # S608: names and expressions are constants, and numbers.
+    return f"SELECT r.*{f' EXCLUDE ({hidden})' if hidden else ''}{items} FROM ({keyed}) r {joins}"  # noqa: S608
+
+
+def host_suffix_sql(num_labels: int) -> str:
+    """A key of `lookup_sql`: the last labels of the URL's host, for a listed host means its subdomains too."""
+    return f"array_to_string(string_split({_HOST}, '.')[-{num_labels}:], '.')"
