@@ -19,7 +19,7 @@ from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
     [

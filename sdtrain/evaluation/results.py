@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, results.csv, curve.png."""
+"""The results of an evaluation: results.json, results.csv, curve.png."""
 
 from __future__ import annotations
 
@@ -20,32 +20,28 @@ from sdtrain.settings import Settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LABELS = {
-    "fid": "FID",
-    "fid_demo_features": "FID of the demo's own features",
-    "clip_score": "CLIP score (cosine)",
-    "agreement_demo_checker": "named colours and shapes that the demo's checker sees",
-}
 _COLORS = ("#1f7a5c", "#d1495b", "#3066be", "#edae49", "#6d597a", "#2b9eb3", "#7f5539", "#5c677d")
 _INK, _PALE = "#24292f", "#e6eaee"
 
 
 class Results(Settings):
-    """The numbers of an evaluation, and all that decided them."""
+    """The numbers of an evaluation with their protocol."""
 
     protocol: dict[str, Any]
     """Every setting, and digests of reference, prompts, networks and models."""
     metrics: dict[str, str]
-    """What each number is, in words."""
+    """Description of each metric."""
     notes: list[str]
-    """What a reader has to know."""
+    """Remarks for readers of the numbers."""
     rows: list[dict[str, Any]]
     """One for each model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
 
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
         p = self.protocol
-        network = f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else "the demo's own"
+        network = (
+            f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else f"the {p['network']}'s own"
+        )
         drawn = f"{p['num_prompts']:,} images a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
         return (
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
@@ -66,18 +62,17 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` for them.") from error
 
 
-def write_results(directory: EvaluationDir, results: Results, x: str | None, y: str) -> None:
+def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y: Axis) -> None:
     """Writes all three files, results.json last; without agreement there is no plot.
 
     Args:
         directory: of the evaluation.
         results: the numbers.
-        x: the column of agreement with prompts.
-        y: the column of distance from real images.
+        x: agreement with prompts.
+        y: distance from real images.
     """
     if x is not None:
-        axes = Axis(x, _LABELS[x]), Axis(y, _LABELS[y])
-        draw_curve(results.rows, *axes, results.footnote(), directory.curve)
+        draw_curve(results.rows, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(results.rows[0]))
         table.writeheader()
@@ -97,7 +92,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
 
 
 def protocol_lines(results: Results) -> list[str]:
-    """The protocol, a setting a line, then what the numbers are, then the notes."""
+    """The protocol, a setting a line, then the metrics, then the remarks."""
     lines = [f"{name}: {_text(value)}" for name, value in results.protocol.items()]
     return [*lines, *(f"{name}: {text}" for name, text in results.metrics.items()), *results.notes]
 
