@@ -57,7 +57,7 @@ def train(
     # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
     from sdtrain.training.energy import EnergyRecorder
     from sdtrain.training.monitor import Monitor
-    from sdtrain.training.optimizer import learning_rate
+    from sdtrain.training.optimizer import learning_rate, set_learning_rate
     from sdtrain.training.state import TrainingState
     from sdtrain.training.throughput import Progress
     from sdtrain.training.watchdog import Watchdog
@@ -75,7 +75,7 @@ def train(
     with energy, state.checkpoints, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
         while step < config.steps and not ranks.any(stop_requested() or state.checkpoints.have_failed()):
             lr = learning_rate(step, config.optimizer, config.schedule)
-            state.partition.set_learning_rate(lr)
+            set_learning_rate(state.engine.optimizer, lr)
             seen = []
             for batch in watchdog.follow(state.micro_batches(batches), step):
                 weighted, unweighted = state.losses(batch)

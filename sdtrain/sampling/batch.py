@@ -69,8 +69,8 @@ def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
 
 
-def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
-    """The jobs in batches. They are cut before they are dealt out, so that an image is the same whoever draws it."""
+def split_batches(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
+    """The jobs in batches. Split before they are dealt out, so an image is the same whichever device draws it."""
     size = settings.batch_size
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
@@ -122,13 +122,13 @@ def draw(
     Raises:
         UserError: no such model, or a model that gives no finite numbers.
     """
-    yield from draw_batches(model, cut(jobs, settings), settings, devices)
+    yield from draw_batches(model, split_batches(jobs, settings), settings, devices)
 
 
 def draw_batches(
     model: Model, batches: Sequence[Sequence[Job]], settings: SampleSettings, devices: Sequence[str]
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `draw`, of batches that `cut` made."""
+    """As `draw`, of batches that `split_batches` made."""
     if not batches:
         return
     if len(devices) == 1 or len(batches) == 1:

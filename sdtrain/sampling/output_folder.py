@@ -30,14 +30,14 @@ class SampleFolder:
         folder: where the images are, each named by its seed.
         model: what they are drawn with.
         settings: how.
-        judge: name of the safety checker that sees them first, if one does.
+        safety_checker: name of the safety checker that sees them first, if one does.
         flagged: what becomes of those that it flags: a black image, or a note beside where the image would be.
     """
 
     folder: Path
     model: Model
     settings: SampleSettings
-    judge: str | None = None
+    safety_checker: str | None = None
     flagged: Flagged = "black"
 
     def path(self, job: Job) -> Path:
@@ -46,11 +46,10 @@ class SampleFolder:
 
     def has(self, job: Job) -> bool:
         """Whether the image is there, is younger than the model, and says that it was made and judged as now."""
-        wanted = description(job, self.model, self.settings)
-        if self._made(self._refusal(job)) == wanted | self._judged(True):
+        if self._made(self._refusal(job)) == self._record(job, flagged=True):
             return self.flagged == "refuse"
-        made = self._made(self.path(job))
-        return made == wanted | self._judged(False) or (self.flagged == "black" and made == wanted | self._judged(True))
+        accepted = [self._record(job, flagged) for flagged in ([False, True] if self.flagged == "black" else [False])]
+        return self._made(self.path(job)) in accepted
 
     def _made(self, path: Path) -> dict[str, Any] | None:
         """What an image or a note says of itself; None if there is none, or if it is older than the model."""
@@ -77,16 +76,20 @@ class SampleFolder:
     def save(self, job: Job, image: Image.Image, flagged: bool = False) -> None:
         """Writes a job's image."""
         self._refusal(job).unlink(missing_ok=True)
-        save_image(self.path(job), image, job, self.model, self.settings, self._judged(flagged))
+        save_image(self.path(job), image, job, self.model, self.settings, self._verdict(flagged))
 
     def refuse(self, job: Job) -> None:
         """Notes that a job's image was drawn and is not to be shown; one that an earlier run left is deleted."""
         self.path(job).unlink(missing_ok=True)
         with publish(self._refusal(job)) as temporary:
-            temporary.write_text(json.dumps(description(job, self.model, self.settings) | self._judged(True)) + "\n")
+            temporary.write_text(json.dumps(self._record(job, flagged=True)) + "\n")
 
-    def _judged(self, flagged: bool) -> dict[str, Any]:
-        return ({"safety_checker": self.judge} if self.judge else {}) | ({"flagged": True} if flagged else {})
+    def _record(self, job: Job, flagged: bool) -> dict[str, Any]:
+        return description(job, self.model, self.settings) | self._verdict(flagged)
+
+    def _verdict(self, flagged: bool) -> dict[str, Any]:
+        checker = {"safety_checker": self.safety_checker} if self.safety_checker else {}
+        return checker | ({"flagged": True} if flagged else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
         """The batches of which an image is missing: whole ones, so that all images are those of one run."""

@@ -17,14 +17,14 @@ from sdtrain.formats.part_files import open_part
 from sdtrain.formats.tensor_file import fit
 from sdtrain.sampling.batch import Job
 
-Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
+SafetyCheck = Callable[[Sequence[Image.Image]], Sequence[bool]]
 """Images -> which of them are not to be shown."""
 Flagged = Literal["black", "refuse"]
 """What becomes of those that are not to be shown."""
 
 
 @dataclass(frozen=True)
-class Judged:
+class CheckedImage:
     """An image and what the judge said.
 
     Attributes:
@@ -38,24 +38,24 @@ class Judged:
     flagged: bool = False
 
 
-def judged(
-    drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Flagged = "black"
-) -> Iterator[Judged]:
+def check_images(
+    drawn: Iterable[tuple[Job, Image.Image]], check: SafetyCheck | None, flagged: Flagged = "black"
+) -> Iterator[CheckedImage]:
     """Every image, one judged at a time, so that the verdict does not depend on the others.
 
     Args:
         drawn: what `draw` gives.
-        judge: None lets all of them pass.
+        check: None lets all of them pass.
         flagged: what becomes of those that are not to be shown: a black image of the same size, or none.
     """
     for job, image in drawn:
-        if judge is None or not judge([image])[0]:
-            yield Judged(job, image)
+        if check is None or not check([image])[0]:
+            yield CheckedImage(job, image)
         else:
-            yield Judged(job, Image.new("RGB", image.size) if flagged == "black" else None, True)
+            yield CheckedImage(job, Image.new("RGB", image.size) if flagged == "black" else None, True)
 
 
-def load_safety_checker(name: str, device: str = "cpu") -> Judge:
+def load_safety_checker(name: str, device: str = "cpu") -> SafetyCheck:
     """Diffusers' StableDiffusionSafetyChecker (Rando et al. 2022, arXiv:2210.04610, take it apart).
 
     Args:

@@ -79,17 +79,17 @@ class CheckpointManager:
             num_updates: int | None = checkpoint.layout.ema_updates
         else:
             raw_state, averaged_state, num_updates = training_weights(path)
-            raw, average = (self._cut(state, path) for state in (raw_state, averaged_state))
+            raw, average = (self._shard(state, path) for state in (raw_state, averaged_state))
         if self._ranks.any(any(first_nonfinite(part) is not None for part in (raw, average))):
             raise UserError(f"{path} holds weights that are not finite. Begin with another model.")
         self._partition.load_master(raw)
         self._ema.go_on_from(average, num_updates)
 
-    def _cut(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
+    def _shard(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
         wanted = {slot.name: slot.shape for slot in self._partition.slots}
         if wanted != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise _another_unet(path)
-        return self._partition.cut(state)
+        return self._partition.shard(state)
 
     def _part(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         start = self._partition.start

@@ -243,11 +243,6 @@ class ZeroInternals:
         if self._zero.loss_scaler.dynamic:
             vars(self._zero.loss_scaler).update(state)
 
-    def set_learning_rate(self, lr: float) -> None:
-        """The rate of the next optimizer step."""
-        for group in self._zero.param_groups:
-            group["lr"] = lr
-
     def refresh_network(self) -> None:
         """Copies `master` into the network's own weights. All ranks take part."""
         self._zero.update_lp_params()

@@ -54,6 +54,12 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     return made
 
 
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Sets the rate of the next step, on an optimizer of torch or DeepSpeed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Both moments of a parameter in float32; zeros before the first step."""
     state = optimizer.state[parameter]

@@ -110,12 +110,12 @@ class RunDir:
         return made
 
     def begin(self, config: TrainConfig, step: int) -> float:
-        """Writes the config and cuts the logs back to `step`; returns the seconds trained until then."""
+        """Writes the config and truncates the logs to `step`; returns the seconds trained until then."""
         with publish(self._config) as temporary:
             temporary.write_text(dump_settings(config))
         self._done.unlink(missing_ok=True)
-        self.validation.cut(step)
-        rows = self.log.cut(step)
+        self.validation.truncate(step)
+        rows = self.log.truncate(step)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def preview(self, step: int) -> Path:
@@ -148,7 +148,7 @@ class StepTable:
         with self.path.open(newline="") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
-    def cut(self, step: int) -> list[dict[str, str]]:
+    def truncate(self, step: int) -> list[dict[str, str]]:
         """Forgets what came after `step`; returns the rows that stay."""
         rows = [row for row in self.rows() if int(row["step"]) <= step]
         with publish(self.path) as temporary, temporary.open("w", newline="") as file:

@@ -83,7 +83,7 @@ class TrainingState:
             self.partition.add_up_in_fp32()
         self.partition.install_step_guard(self.guard, config.guard.reads_every_norm)
         if initial:  # DeepSpeed copied its fp32 weights from the rounded ones
-            self.partition.load_master(self.partition.cut(initial))
+            self.partition.load_master(self.partition.shard(initial))
         self.ema = Ema(self.partition.master, config.ema)
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

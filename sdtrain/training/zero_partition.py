@@ -15,7 +15,7 @@ from sdtrain.training.optimizer import read_moments, restore_moments
 
 
 class ZeroPartition:
-    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, cut into equal parts, one a rank.
+    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, split into equal shards, one a rank.
 
     A test checks that a checkpoint read by name equals the engine's own full parameters.
 
@@ -69,10 +69,6 @@ class ZeroPartition:
         """Puts it back. Without a state, or without a scaler, nothing happens: the precision was changed."""
         self._zero.loss_scaler = dict(state)
 
-    def set_learning_rate(self, lr: float) -> None:
-        """The rate of the next optimizer step."""
-        self._zero.set_learning_rate(lr)
-
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments of this part; zeros before the first step."""
         return read_moments(self._zero.adam, self.master)
@@ -89,8 +85,8 @@ class ZeroPartition:
         self.master.copy_(master)
         self._zero.refresh_network()
 
-    def cut(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """This rank's part of whole weights given by name, fp32, padded with zeros at the end."""
+    def shard(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Splits whole weights given by name; returns this rank's shard, fp32, padded with zeros at the end."""
         part = torch.zeros(self.master.numel(), dtype=torch.float32)
         for slot in self.slots:
             first, last = max(slot.offset, self.start), min(slot.offset + slot.numel, self.start + len(part))

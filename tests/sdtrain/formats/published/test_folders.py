@@ -136,7 +136,7 @@ def test_training_starts_from_a_public_folder(v1_5, tmp_path, ranks):
     assert state.saves.restore() == 0
     assert state.scaling_factor == 0.18215
     published = load_file(v1_5 / "unet" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(state.partition.master, state.partition.cut(published))
+    assert torch.equal(state.partition.master, state.partition.shard(published))
 
 
 @pytest.mark.parametrize("version", VAE_CONFIGS)
