@@ -26,6 +26,7 @@ from sdtrain.config.resuming import (
 from sdtrain.config.sections import (
     CheckpointConfig,
     DiffusionConfig,
+    EmaConfig,
     GuardConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -41,15 +42,6 @@ from sdtrain.redaction import as_recorded
 from sdtrain.settings import Settings, load_settings, nearest
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
-
-
-class EmaConfig(Settings):
-    """Exponential moving average of the fp32 weights, updated once per optimizer step."""
-
-    decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
-    warmup: Tunable[bool] = True
-    """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
 
 
 class TrainConfig(Settings):

@@ -1,4 +1,4 @@
-"""What a stopped run may change when it goes on. Every training setting says so where it is declared.
+"""Marks that state, where a training setting is declared, whether a resumed run may change it.
 
 seed: DecidesSamples[int] = 42
 lr: Tunable[float] = Field(default=1e-4, gt=0)
@@ -16,7 +16,7 @@ ValueT = TypeVar("ValueT")
 
 
 class OnResume(Enum):
-    """What a change of the setting would do to a run; the text completes "it decides ..."."""
+    """The effect of a change on a run; the text completes "it decides ..."."""
 
     SAMPLES = "which samples, captions and noise a step sees"
     NETWORK = "which network is trained, or what it is trained on"
@@ -46,10 +46,10 @@ Free = Annotated[ValueT, OnResume.FREE]
 
 
 def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
-    """What each setting of `model` says of itself, by dotted name.
+    """The mark of each setting of `model`, by dotted name.
 
     Raises:
-        TypeError: one says nothing.
+        TypeError: a setting has none.
     """
     rules: dict[str, OnResume] = {}
     for name, field in model.model_fields.items():

@@ -21,7 +21,7 @@ def begun_from(source, tmp_path, world, ranks, **changes):
 
     path = write_config(tmp_path / "config.yaml", *world, init_from=str(source), **changes)
     state = TrainingState(load_config(str(path)), RunDir(tmp_path / "begun"), ranks)
-    assert state.saves.restore() == 0
+    assert state.checkpoints.restore() == 0
     return state.partition, state.ema
 
 
