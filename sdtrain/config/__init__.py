@@ -20,6 +20,7 @@ from sdtrain.config.resuming import (
     Tunable,
     TunableOnRequest,
     changeable,
+    defaults_of_added,
     flat,
     rules_of,
 )
@@ -137,11 +138,12 @@ class TrainConfig(Settings):
 
     def digest(self) -> str:
         """Hex digest of all settings that make two runs different."""
-        content = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
+        decisive = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
+        content = {name: value for name, value in decisive.items() if name not in _ADDED or value != _ADDED[name]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-_RULES = rules_of(TrainConfig)
+_RULES, _ADDED = rules_of(TrainConfig), defaults_of_added(TrainConfig)
 MAY_CHANGE = changeable(_RULES)
 """Settings, and whole sections, that a stopped run may change."""
 

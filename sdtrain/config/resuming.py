@@ -11,6 +11,7 @@ from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 ValueT = TypeVar("ValueT")
 
@@ -44,6 +45,11 @@ TunableOnRequest = Annotated[ValueT, OnResume.ON_REQUEST]
 Free = Annotated[ValueT, OnResume.FREE]
 """May change; it does not make another run."""
 
+_ADDED = "added"
+Added = Annotated[ValueT, _ADDED]
+"""For a setting that is new, as in Added[Tunable[float]]: at its default it is left out of digests, which so stay those
+of runs from before."""
+
 
 def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
     """The mark of each setting of `model`, by dotted name.
@@ -65,6 +71,17 @@ def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
                 "Free[...], Tunable[...] or one of the others in sdtrain/config/resuming.py"
             )
     return rules
+
+
+def defaults_of_added(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The default of each setting marked Added, as in JSON, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if _ADDED in field.metadata:
+            found[prefix + name] = to_jsonable_python(field.default)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= defaults_of_added(field.annotation, f"{prefix}{name}.")
+    return found
 
 
 def changeable(rules: Mapping[str, OnResume]) -> list[str]:
