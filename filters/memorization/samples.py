@@ -36,7 +36,7 @@ USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDE
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that a model drew. It is read when it is looked at, so that any number of samples can be checked.
+    """An image that a model drew. It is read when it is compared, so that any number of samples can be checked.
 
     Attributes:
         name: its file, with the tar's before a colon.
@@ -88,7 +88,7 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """What `sdtrain sample` wrote into the image."""
+    """The prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])
