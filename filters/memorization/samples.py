@@ -123,12 +123,12 @@ def draw_samples(
         UserError: no such model.
     """
     from sdtrain.formats.any_model import resolve_checkpoint
-    from sdtrain.sampling.batch import Model, all_devices, cut, draw_batches, make_jobs
+    from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
 
     samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
     jobs = make_jobs(prompts, seed, per_prompt)
-    pending = samples.pending(cut(jobs, settings))
+    pending = samples.pending(split_batches(jobs, settings))
     with Writer(samples) as writer:
         for job, image in draw_batches(samples.model, pending, settings, all_devices()):
             writer.save(job, image, flagged=False)
