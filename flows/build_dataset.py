@@ -20,7 +20,7 @@ from flows.support.task_runners import Engine, start_engine
 from flows.support.user_errors import fails_with_a_sentence
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.s3.eviction import keep_local as keep_files
+from sdtrain.dataset.s3.sync import keep_local as keep_files
 from sdtrain.settings import Location
 
 RecipeName = Annotated[str, Field(pattern=rf"^({'|'.join(known_recipes())}|.+\.ya?ml)$")]
@@ -119,8 +119,8 @@ def build(
     retry_failed: bool = False,
     work: WorkFolder = WorkFolder(),
 ) -> str:
-    """The road, in a flow. Returns the dataset's directory, or its URL."""
-    from filters.pipeline import road
+    """The pipeline, in a flow. Returns the dataset's directory, or its URL."""
+    from filters.pipeline import STAGES
     from filters.preflight import BuildPreflight
 
     require_metadata(recipe)
@@ -131,7 +131,7 @@ def build(
         keep_files(dataset, work.keep)
         preflight = BuildPreflight(dataset, recipe)
         with start_engine(options.engine, options.engine_address, options.workers) as runner:
-            for stage in road():
+            for stage in STAGES:
                 if retry_failed and stage.name == "download":
                     _retry_failed(dataset, recipe)
                 run_stage(stage, dataset, recipe, options, runner, preflight)
@@ -157,9 +157,10 @@ def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
 def _finish(dataset: DatasetDir, recipe: Recipe) -> None:
     from filters.decide.funnel import funnel
     from filters.inspect.report import finish_dataset
+    from filters.pipeline import STAGES
 
     finish_dataset(dataset, recipe)
-    rows = [dict(row) for row in funnel(dataset, recipe)]
+    rows = [dict(row) for row in funnel(dataset, recipe, STAGES)]
     create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
     create_link_artifact(dataset.url or dataset.root.as_uri(), link_text=str(dataset), key="dataset")
     create_link_artifact(dataset.report.as_uri(), link_text=str(dataset.report), key="report")

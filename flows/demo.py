@@ -1,4 +1,4 @@
-"""The whole road on a little world: metadata, images, latents, training, samples, report.
+"""The whole pipeline on a little world: metadata, images, latents, training, samples, report.
 
 `make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,7 +17,7 @@ from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.dataset.selection import selected_shards
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 
@@ -104,4 +105,22 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     )
 
 
-DEDUP: Stage[Recipe] = Stage("dedup", _shards, _fingerprint, _run)
+def _path(dataset: DatasetDir, shard: int) -> Path:
+    return dataset.duplicates
+
+
+DEDUP: Stage[Recipe] = Stage(
+    *("dedup", _shards, _fingerprint, _run),
+    inputs={"score": "all shards", "download": "all shards"},
+    planned_by=None,
+    num_shards=one_shard,
+    beside=nothing_beside,
+    table=Table(
+        view="duplicates",
+        comment="Images that are copies of one another: those with one group_id",
+        columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
+        path=_path,
+    ),
+    drops=None,  # which one of a group stays, DECIDE says
+    uses_gpu=False,
+)

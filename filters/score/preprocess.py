@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from torch import Tensor
 
-from filters.inspect.tables import UNDECODABLE
+from filters.columns import UNDECODABLE
 from filters.score.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
 from filters.score.quality import measure
 from sdtrain.dataset.layout import DatasetDir

@@ -13,7 +13,7 @@ import duckdb
 import pyarrow.parquet as pq
 from PIL import Image
 
-from filters.inspect.tables import SCORE_COLUMNS
+from filters.columns import SCORE_COLUMNS
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.images.decode import PICTURE_EXTENSIONS, decode_rgb

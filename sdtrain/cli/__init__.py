@@ -117,13 +117,14 @@ def recipe(name: RecipeArgument) -> None:
 def funnel(dataset: curate.NamedDataset) -> None:
     """Show what each rule dropped."""
     from filters.decide import funnel as numbers
+    from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.s3.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
-    print_table([dict(row) for row in numbers.funnel(directory, recipe)])
-    print(*numbers.remarks(directory, recipe), sep="\n")
+    print_table([dict(row) for row in numbers.funnel(directory, recipe, STAGES)])
+    print(*numbers.remarks(directory, recipe, STAGES), sep="\n")
 
 
 @app.command()
@@ -201,11 +202,11 @@ app.command()(search.memorised)
 
 def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: bool) -> None:
     from filters.inspect.report import finish_dataset
-    from filters.pipeline import road
+    from filters.pipeline import STAGES
     from filters.preflight import BuildPreflight
     from filters.recipe_record import record_recipe, require_metadata, with_precision
     from sdtrain.dataset.lock import lock_to_change
-    from sdtrain.dataset.s3.eviction import keep_local
+    from sdtrain.dataset.s3.sync import keep_local
     from sdtrain.dataset.terminal_progress import run_with_bar
     from sdtrain.download.recovery import recover
 
@@ -217,7 +218,7 @@ def _build(recipe: Recipe, dataset: DatasetDir, retry_failed: bool, keep_files: 
             print(f"Not the recipe of the run before; what this touches is redone: {'; '.join(changes)}")
         keep_local(dataset, keep_files)
         preflight = BuildPreflight(dataset, recipe)
-        for stage in road():
+        for stage in STAGES:
             if retry_failed and stage.name == "download":
                 print(recover(dataset, recipe), flush=True)
             print(run_with_bar(stage, dataset, recipe, preflight), flush=True)

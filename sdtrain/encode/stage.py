@@ -22,7 +22,7 @@ from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
 from sdtrain.dataset.prefetch import in_background
 from sdtrain.dataset.s3.files import fetch_shard_file
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
@@ -41,6 +41,8 @@ from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.device import cores_of_process
 from sdtrain.models.digests import compute_vae_digest
+from sdtrain.pack.plan import expected_shards
+from sdtrain.pack.stage import PACK
 
 T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
@@ -206,8 +208,6 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
-    from sdtrain.pack.stage import PACK
-
     return PACK.shards(dataset, recipe)
 
 
@@ -226,4 +226,29 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         yield encode_shard(dataset, recipe.encode, shard)
 
 
-ENCODE: Stage[ImageRecipe] = Stage("encode", _shards, _fingerprint, _run)
+def _info(dataset: DatasetDir, shard: int) -> list[Path]:
+    return [dataset.latents_info]
+
+
+ENCODE: Stage[ImageRecipe] = Stage(
+    *("encode", _shards, _fingerprint, _run),
+    # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
+    inputs={"pack": "same shard", "encode": "first shard"},
+    planned_by="keep",
+    num_shards=expected_shards,
+    beside=_info,
+    table=Table(
+        view="latents",
+        comment="Encoded samples, and where their moments lie in the latents shards",
+        columns={
+            **dict.fromkeys(("uid", "key", "caption", "url"), "VARCHAR"),
+            **dict.fromkeys(("offset", "num_bytes"), "BIGINT"),
+            **dict.fromkeys(("height", "width"), "INTEGER"),
+            "shard": "INTEGER",
+            "tar": "VARCHAR",
+        },
+        path=DatasetDir.latents_table,
+    ),
+    drops=None,
+    uses_gpu=True,
+)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import read_samples
 from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts
 from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
@@ -21,12 +21,14 @@ from sdtrain.evaluation.reference import feature_config
 
 def caption_stage(job: Drawing) -> Stage[Drawing]:
     """The stage that embeds the prompts of each part."""
-    return Stage("captions", _parts, _caption_fingerprint, _embed_parts)
+    return plain_stage("captions", _parts, _caption_fingerprint, _embed_parts, uses_gpu=True)
 
 
 def look_stage(job: Drawing) -> Stage[Drawing]:
     """The stage that looks at each part's images."""
-    return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _look_fingerprint, _look_at_parts)
+    return plain_stage(
+        f"look-{job.model.key}-{key_of(job.scale)}", _parts, _look_fingerprint, _look_at_parts, uses_gpu=True
+    )
 
 
 def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:

@@ -19,7 +19,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
 from sdtrain.dataset.progress import told
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_texts, write_tensors
@@ -55,12 +55,16 @@ class Drawing:
 
 def context_stage(job: Drawing) -> Stage[Drawing]:
     """The stage that encodes the prompts of each part."""
-    return Stage(f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts)
+    return plain_stage(
+        f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts, uses_gpu=True
+    )
 
 
 def draw_stage(job: Drawing) -> Stage[Drawing]:
     """The stage that draws each part."""
-    return Stage(f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts)
+    return plain_stage(
+        f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts, uses_gpu=True
+    )
 
 
 def part_prompts(directory: EvaluationDir, job: Any, part: int) -> list[str]:

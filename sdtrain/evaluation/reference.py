@@ -24,7 +24,7 @@ from sdtrain.dataset.progress import told
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.dataset.s3.open import open_to_ask
 from sdtrain.dataset.s3.url import is_s3
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import index_samples
 from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
@@ -189,7 +189,7 @@ def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) ->
 
 def reference_stage(job: ReferenceJob) -> Stage[ReferenceJob]:
     """The stage that looks at the real images."""
-    return Stage("reference", _parts, _fingerprint, _look_at_parts)
+    return plain_stage("reference", _parts, _fingerprint, _look_at_parts, uses_gpu=True)
 
 
 def reference_parts(job: ReferenceJob) -> list[int]:

@@ -47,7 +47,7 @@ from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.errors import UserError
 
 def run(dataset, bad_shard, shards):
@@ -60,7 +60,7 @@ def run(dataset, bad_shard, shards):
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage="six", shard=shard, num_in=10, num_out=8, dropped={"http_404": 2}, outputs=outputs)
 
-SIX = Stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
+SIX = plain_stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
 
 @flow(name="six-shards")
 @fails_with_a_sentence
@@ -77,7 +77,7 @@ def sleep(dataset, recipe, shards):
             raise UserError("The child was ended.")
         yield ShardReport(stage="sleep", shard=shard, num_in=0, num_out=0)
 
-SLEEP = Stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
+SLEEP = plain_stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
 
 @flow(name="sleeping-stage")
 @fails_with_a_sentence

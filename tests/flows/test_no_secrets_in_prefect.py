@@ -44,7 +44,7 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import plain_stage
 
 signed, planted, recipe, folder = sys.argv[1:]
 
@@ -55,7 +55,8 @@ def fail(dataset, recipe, shards):
 @flow
 @fails_with_a_sentence
 def batches():
-    run_stage(Stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail), DatasetDir(Path(folder, "bad")),
+    bad = plain_stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail)
+    run_stage(bad, DatasetDir(Path(folder, "bad")),
               planted, StageOptions())
 
 @flow
