@@ -1,8 +1,41 @@
-"""Columns that several stages name."""
+"""The columns of metadata and scores, under our names."""
 
 from __future__ import annotations
 
+from typing import Literal
+
+# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
+# a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes first.
+ALIASES: dict[str, tuple[str, ...]] = {
+    "url": ("url",),
+    "caption": ("text", "caption"),
+    "width": ("original_width", "width"),
+    "height": ("original_height", "height"),
+    "similarity": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+    "hash": ("hash",),
+    "pwatermark": ("pwatermark", "watermark_score"),
+    "punsafe": ("punsafe",),
+    "aesthetic": ("aesthetic_score", "aesthetic_score_laion_v2"),
+    "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
+    "language": ("language",),
+    "nsfw": ("nsfw",),
+    "md5": ("md5",),  # of the image's bytes; `hash` is of URL and caption
+    "sha256": ("sha256",),
+}
+TYPES: dict[str, str] = {
+    **dict.fromkeys(("url", "caption"), "VARCHAR"),
+    **dict.fromkeys(("width", "height"), "INTEGER"),
+    "similarity": "DOUBLE",
+    "hash": "BIGINT",
+    **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
+    **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
+}
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
+"""What a network says of an image; the metadata may have each of them, too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
+"""Measured on the decoded image alone; see `filters.score.quality`."""
 UNDECODABLE = "undecodable"
 """The reason of an image that no decoder reads."""
+
+SwappedSizes = Literal["auto", "yes", "no"]
+"""Whether WIDTH and HEIGHT of the metadata are exchanged; "auto": in LAION's raw releases."""

@@ -8,10 +8,11 @@ from functools import partial
 from typing import Any
 
 from filters import pipeline
+from filters.columns import SCORE_COLUMNS
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
 from filters.select.lists import list_files
 from filters.select.metadata_files import find_metadata
-from filters.select.schema import SCORES, check_columns
+from filters.select.schema import check_columns
 from filters.select.score_joins import columns_of, join_files
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
@@ -135,7 +136,7 @@ def _check_metadata(recipe: Recipe) -> str:
     select = recipe.select
     files = find_metadata(select.metadata, select.swapped_sizes)
     may_miss = [column for join in select.joins for column in columns_of(join, join_files(join))]
-    check_columns(files, select.rules, [*may_miss, *(SCORES if select.null_policy == "score_later" else ())])
+    check_columns(files, select.rules, [*may_miss, *(SCORE_COLUMNS if select.null_policy == "score_later" else ())])
     return f"{len(files)} files, {sum(file.num_rows for file in files):,} rows"
 
 

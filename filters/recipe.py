@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
-from filters.select.schema import ALIASES, SwappedSizes
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Location, Settings, load_settings, nearest, parse_settings

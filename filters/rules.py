@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from filters.captions import IS_NAME, NUM_WORDS
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
@@ -76,14 +75,38 @@ RULES: dict[str, Rule] = {
     "min_contrast": _of_image("contrast", ">=", "nearly one colour: contrast under {value}"),
 }
 
+# SQL over `{caption}`: \p{L} is a letter of any script; words are what white space of any kind separates.
+_ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
+# What cameras, phones and programs call an image that nobody has named.
+_DEVICES = (
+    "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|picture|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
+    "wp|pxl|kif|scan|screenshot|screen shot|slide|figure|fig|file|untitled|unnamed|noname|no name|thumbnail|thumb|"
+    "default|dji|whatsapp image|bild|imagen|immagine|obr"
+)
+_NUMBERS = "[-_ .():x#0-9]*"
+_NAMES = (
+    rf"\S+[.](?:{_ENDINGS})",  # one word that ends as image files do
+    # Numbers, dates and times follow: "IMG-20190504-WA0012", "Screenshot 2021-03-04 at 10.11.12".
+    rf"(?:{_DEVICES})(?:[-_ .]?(?:img|image|copy))?{_NUMBERS}(?:(?:at|wa|copy){_NUMBERS})?(?:[.](?:{_ENDINGS}))?",
+    r"p[0-9]{5,}",
+    r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}|[0-9a-f]{16,}",  # the digests and ids of content systems
+    r"\P{L}*",  # not one letter: empty, numbers, dates, stars
+)
+_IS_NAME = rf"regexp_full_match({{caption}}, '(?is)\s*(?:{'|'.join(_NAMES)})\s*')"
+# Without a regular expression, which would take five times as long.
+_BLANK_CODES = (*range(9, 14), *range(28, 32), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F)
+_BLANKS = "".join(map(chr, (*_BLANK_CODES, 0x205F, 0x3000)))
+_ONE_BLANK = f"translate({{caption}}, '{_BLANKS}', '{' ' * len(_BLANKS)}')"
+_NUM_WORDS = f"len(list_filter(string_split({_ONE_BLANK}, ' '), lambda word: word <> ''))"
+
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
 # Columns that rules look at and that follow from others.
 DERIVED: dict[str, str] = {
     "side": f"CASE WHEN {_HAS_SIZE} THEN least({{width}}, {{height}}) END",
     "aspect_ratio": f"CASE WHEN {_HAS_SIZE} THEN greatest({{width}}, {{height}}) / least({{width}}, {{height}}) END",
     "caption_chars": "length({caption})",
-    "caption_words": NUM_WORDS,
-    "caption_is_name": IS_NAME,
+    "caption_words": _NUM_WORDS,
+    "caption_is_name": _IS_NAME,
 }
 DERIVED_FROM: dict[str, tuple[str, ...]] = {
     name: tuple(column for column in ("width", "height", "caption") if f"{{{column}}}" in sql)

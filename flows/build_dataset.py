@@ -17,7 +17,7 @@ from flows.support.credentials import s3_credentials
 from flows.support.parameters import records_no_secrets
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import Engine, start_engine
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.s3.sync import keep_local as keep_files
@@ -49,7 +49,7 @@ def _run_name() -> str:
 
 @records_no_secrets
 @flow(name="build-dataset", flow_run_name=_run_name)
-@fails_with_a_sentence
+@report_user_errors
 def build_dataset(
     recipe: RecipeName = "laion-aesthetics",
     metadata: Location | None = None,

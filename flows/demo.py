@@ -27,7 +27,7 @@ from prefect.settings import (
 from filters.recipe import Overrides, Recipe, load_recipe
 from flows.build_dataset import build
 from flows.support.stage_runner import StageOptions
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.train_unet import train
 from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
@@ -78,7 +78,7 @@ class DemoDir:
 
 
 @flow(name="build-demo")
-@fails_with_a_sentence
+@report_user_errors
 def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
     """Makes a little world of captioned images, serves it, and builds a dataset from it.
 
@@ -96,7 +96,7 @@ def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
 
 
 @flow(name="train-demo")
-@fails_with_a_sentence
+@report_user_errors
 def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
     """Trains the tiny UNet on the demo's latents."""
     demo = DemoDir(Path(output).absolute())

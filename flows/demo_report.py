@@ -10,7 +10,7 @@ from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.evaluation.demo import evaluate_demo
+from sdtrain.demo.evaluation import evaluate_demo
 from sdtrain.report.page import ImageSection
 from sdtrain.sampling.sampler import SampleSettings
 from sdtrain.training.run_dir import RunDir

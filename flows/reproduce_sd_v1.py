@@ -10,7 +10,7 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from flows.support.parameters import records_no_secrets
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
@@ -51,7 +51,7 @@ def _cancel_jobs(flow: Any, flow_run: Any, state: Any) -> None:
 
 @records_no_secrets
 @flow(name="reproduce-sd-v1", on_cancellation=[_cancel_jobs])
-@fails_with_a_sentence
+@report_user_errors
 def reproduce_sd_v1(
     laion2b_en: Location = "data/laion2b-en",
     high_resolution: Location = "data/laion-high-resolution",

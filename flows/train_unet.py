@@ -24,7 +24,7 @@ from flows.support import slurm
 from flows.support.parameters import records_no_secrets
 from flows.support.process_tree import run_tree
 from flows.support.progress import ProgressArtifact, Throttle
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.settings import Location
@@ -68,7 +68,7 @@ def cancel_job(folder: Path) -> None:
 
 @records_no_secrets
 @flow(name="train-unet", flow_run_name=_run_name, on_cancellation=[_cancel_job])
-@fails_with_a_sentence
+@report_user_errors
 def train_unet(
     config: str = "tiny",
     data: Location = "demo-output/data",

@@ -9,15 +9,16 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters.columns import SCORE_COLUMNS
 from filters.recipe import KeepConfig, Recipe
 from filters.rules import RULES, RuleValue, active_rules, derived_sql, in_words, reason_case
 from filters.select.removed_rows import alike_uids
-from filters.select.schema import SCORES
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
@@ -93,7 +94,7 @@ def _scores(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
     rules = [RULES[name] for name in active_rules(keep.rules)]
     wanted = {"aesthetic", *(rule.column for rule in rules)}
     origin = "s" if keep.decide_by == "metadata" else "c"
-    for name in SCORES:
+    for name in SCORE_COLUMNS:
         if name in wanted:
             _check_known(dataset, name, keep)
             yield f"{origin}.{name}::DOUBLE AS {name}"

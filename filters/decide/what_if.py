@@ -12,7 +12,8 @@ from filters.decide.stage import KEEP, decide, report_of
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, read_entry
+from sdtrain.dataset.manifest import read_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, run_batch
 from sdtrain.errors import UserError
 from sdtrain.settings import parse_settings

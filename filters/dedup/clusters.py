@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from filters.dedup.buckets import Buckets, Embedded
 from filters.dedup.columns import Images
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
 # Up to here all are compared with all: that takes seconds, and misses nothing between clusters.
@@ -46,7 +46,9 @@ def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Itera
     """
     owned = _all_in_one(images) if num_clusters == 1 else _owned(images, learn_centers(images, num_clusters, seed))
     with Buckets(folder, images.num, num_clusters) as buckets:
-        for embedded, owners in told(owned, "dedup: clusters", images.num, "embeddings", lambda pair: len(pair[1])):
+        for embedded, owners in report_progress(
+            owned, "dedup: clusters", images.num, "embeddings", lambda pair: len(pair[1])
+        ):
             buckets.add(embedded, owners)
     yield from buckets.clusters()
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from sdtrain.dataset.mixing import GAMMA, mix64
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 
 Words = NDArray[np.uint64]
 
@@ -64,7 +64,7 @@ def store_columns(images: Images, folder: Path, with_looks: bool) -> Columns:
     names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_looks else ())]
     files = dict[str, Any]()
     try:
-        for table in told(images.read(names), "dedup: reading", images.num, "images", len):
+        for table in report_progress(images.read(names), "dedup: reading", images.num, "images", len):
             for name, values in _arrays(table, with_looks):
                 if name not in files:
                     files[name] = (folder / name).open("wb")

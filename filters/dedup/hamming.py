@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 
 HASH_BITS = 64
 Hashes = NDArray[np.uint64]
@@ -80,7 +80,7 @@ def near_pairs(hashes: Hashes, radius: int) -> Iterator[tuple[Hashes, Hashes]]:
     if radius == 0 or len(hashes) < 2:
         return
     tables = plan_tables(hashes, radius)
-    for table in told(tables, "dedup: near hashes", len(tables), "tables"):
+    for table in report_progress(tables, "dedup: near hashes", len(tables), "tables"):
         for values in _sorted_parts(hashes, table):
             for left, right in _near_in_order(values, table.key_bits, radius):
                 one, other = table.restored(left), table.restored(right)

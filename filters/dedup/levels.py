@@ -20,7 +20,7 @@ from filters.dedup.perceptual import link_alike
 from filters.dedup.semantic import link_similar
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
 LEVELS = ("exact", "perceptual", "semantic")
@@ -99,7 +99,9 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
     if "semantic" in levels:
         num_clusters = num_clusters_for(images.num, config.num_clusters)
         clusters = cluster(images, num_clusters, config.seed, folder)
-        compared = told(clusters, "dedup: embeddings", images.num, "embeddings", lambda embedded: len(embedded.nodes))
+        compared = report_progress(
+            clusters, "dedup: embeddings", images.num, "embeddings", lambda embedded: len(embedded.nodes)
+        )
         link_similar(compared, config.semantic_threshold, components)
         yield "semantic"
 

@@ -15,10 +15,11 @@ from filters.dedup.levels import LEVELS, Found, group_images
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
-from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from filters.columns import SCORE_COLUMNS
 from filters.recipe import Recipe
 from filters.rules import DERIVED, RULES, derived_sql
-from filters.select.schema import SCORES
 from sdtrain.report.examples import Border
 
 
@@ -29,5 +29,5 @@ def _in_selection(column: str) -> str:
 def _in_keep(column: str, decide_by: str) -> str:
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
-    origin = "s" if column in SCORES and decide_by == "metadata" else "c"
+    origin = "s" if column in SCORE_COLUMNS and decide_by == "metadata" else "c"
     return f"{origin}.{column}::DOUBLE AS {column}"

@@ -11,8 +11,9 @@ from filters import pipeline
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.lock import at_work
-from sdtrain.dataset.manifest import ShardReport, entries
+from sdtrain.dataset.lock import active_commands
+from sdtrain.dataset.manifest import entries
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
 
 _WINDOW_S = 3600.0
@@ -74,7 +75,9 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """
     recipe = read_recipe(dataset)
     stages = [_status(stage, dataset, recipe) for stage in pipeline.STAGES]
-    return DatasetStatus(str(dataset), recipe.name, stages, at_work(dataset), shutil.disk_usage(dataset.root).free)
+    return DatasetStatus(
+        str(dataset), recipe.name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free
+    )
 
 
 def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageStatus:

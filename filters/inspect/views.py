@@ -10,15 +10,16 @@ from pathlib import Path
 import duckdb
 
 from filters import pipeline
-from filters.columns import SCORE_COLUMNS
+from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
-from filters.select.schema import TYPES, normalised_sql
+from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, entries, read_entry, recorded_stages
+from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
 from sdtrain.dataset.s3.sync import fetch_tables
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret

@@ -36,8 +36,8 @@ from filters.select.hosts import host_sql
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, alike_uids
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
-from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 
 _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}

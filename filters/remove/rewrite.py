@@ -15,9 +15,10 @@ from filters.recipe import Recipe
 from filters.remove.shard_files import drop_images, drop_latents, drop_packed, drop_rows
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, read_entry, write_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, read_entry, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, digest_sql, read_ledger
 from sdtrain.dataset.s3.files import discard
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, Table, record
 from sdtrain.download.publish import report_images
 from sdtrain.download.stage import DOWNLOAD

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir, index_path
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 from sdtrain.download.image_shards import (
     ImageShard,
@@ -24,7 +25,6 @@ from sdtrain.download.image_shards import (
     write_shard,
 )
 from sdtrain.download.publish import final_files, publish_images, settle_images
-from sdtrain.download.rows import read_parquet
 from sdtrain.encode.stage import latent_place
 
 Uids = Collection[str]

@@ -20,7 +20,7 @@ import torch
 from filters.score.models import Models, judge
 from filters.score.preprocess import Looked, Sample, look, read_shard
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.prefetch import in_background
+from sdtrain.dataset.prefetch import prefetch
 
 # Batches that are read and being decoded beside the one that the networks have: two even out what takes longer.
 _DEPTH = 2
@@ -77,7 +77,7 @@ def _batches(
                 ends = not following
                 yield _Batch(shard, begin(part), ends)
 
-    return in_background(made(), _DEPTH)
+    return prefetch(made(), _DEPTH)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from filters.dedup.columns import Images
 from filters.dedup.stage import scored_images
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import require_entry
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
-from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 
 _FORMAT = "search/1"

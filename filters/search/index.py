@@ -27,7 +27,7 @@ from filters.dedup.clusters import learn_centers, load_faiss, unit
 from filters.search.embeddings import Block, Embeddings, embeddings_digest, embeddings_of
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
 EXACT_UP_TO = 1_000_000
@@ -181,4 +181,6 @@ def _write_part(index: Any, work: Path, number: int) -> str:
 
 
 def _told(embeddings: Embeddings) -> Iterator[Block]:
-    return told(embeddings.blocks(), "search: index", embeddings.images.num, "images", lambda b: len(b.numbers))
+    return report_progress(
+        embeddings.blocks(), "search: index", embeddings.images.num, "images", lambda b: len(b.numbers)
+    )

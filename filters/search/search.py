@@ -19,7 +19,7 @@ from filters.search.hits import Hit, look_up
 from filters.search.index import ImageIndex, open_index
 from filters.search.words import by_key, by_words
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.download.rows import read_parquet
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header

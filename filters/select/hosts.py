@@ -6,7 +6,7 @@ import duckdb
 from duckdb.func import PythonUDFType
 from duckdb.sqltypes import VARCHAR
 
-from sdtrain.dataset.hosts import host_of
+from sdtrain.dataset.addresses import host_of
 
 # A host of letters, digits, hyphens and underscores, followed by nothing that changes what the host is.
 _PLAIN = r"^(?i:https?)://([a-zA-Z0-9_-]+(?:[.][a-zA-Z0-9_-]+)*)(?:[/?#]|$)"

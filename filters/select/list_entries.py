@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import urlsplit
 
-from sdtrain.dataset.hosts import plain_host
+from sdtrain.dataset.addresses import plain_host
 from sdtrain.errors import UserError
 
 Entry = str | int

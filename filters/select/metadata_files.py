@@ -11,8 +11,9 @@ from typing import Any
 
 import duckdb
 
+from filters.columns import SwappedSizes
 from filters.select.httpfs import is_remote, load_remote, whole_location
-from filters.select.schema import MetadataFile, SwappedSizes, describe_file, turn_sizes
+from filters.select.schema import MetadataFile, describe_file, turn_sizes
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from filters.columns import ALIASES, SCORE_COLUMNS
 from filters.recipe import SelectConfig
 from filters.rules import RULES, active_rules
-from filters.select.schema import ALIASES, SCORES, MetadataFile
+from filters.select.schema import MetadataFile
 
 _RELIC = "__index_level_0__"
 
@@ -34,7 +35,8 @@ def notes(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
     relics = sum(_RELIC in file.all_columns for file in files)
     if relics:
         said.append(f"{_RELIC} of {of(relics)} ignored")
-    for column in (name for name in SCORES if name != "aesthetic_v1"):  # which few have, and few look for
+    usual = set(SCORE_COLUMNS) - {"aesthetic_v1"}  # which few have, and few look for
+    for column in (name for name in ALIASES if name in usual):
         num_without = sum(column not in file.columns for file in files)
         if num_without:
             said.append(f"{of(num_without)} have no {column}: NULL there")
@@ -58,10 +60,10 @@ def _floats(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str
 
 
 def _null_policy(select: SelectConfig) -> list[str]:
-    judged = {RULES[name].column for name in active_rules(select.rules)} & set(SCORES)
+    judged = {RULES[name].column for name in active_rules(select.rules)} & set(SCORE_COLUMNS)
     if not judged:
         return []
-    names = ", ".join(column for column in SCORES if column in judged)
+    names = ", ".join(column for column in ALIASES if column in judged)
     if select.null_policy == "drop":
         return [f"rows with NULL or NaN in {names} are dropped (null_policy: drop)"]
     return [f"rows with NULL or NaN in {names} stay until the image is scored (null_policy: score_later)"]

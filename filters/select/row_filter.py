@@ -15,11 +15,12 @@ import duckdb
 import psutil
 import pyarrow as pa
 
+from filters.columns import ALIASES, SCORE_COLUMNS
 from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
 from filters.select.metadata_files import first_line, prepare
 from filters.select.pushdown import Prefilter
-from filters.select.schema import ALIASES, SCORES, MetadataFile, check_columns, normalised_sql
+from filters.select.schema import MetadataFile, check_columns, normalised_sql
 from filters.select.side_inputs import Extras, has_extras, load_extras
 from filters.select.urls import allowed_sql, register_url_check
 from sdtrain.dataset.files import raise_if_disk_full
@@ -85,7 +86,7 @@ class Survivors:
             _set_up(database, source, source.num_threads, memory_mib)
             self.extras = load_extras(database, source.select, source.files, source.removed)
         joined = self.extras.joins.columns if self.extras else frozenset[str]()
-        score_later = SCORES if source.select.null_policy == "score_later" else ()
+        score_later = SCORE_COLUMNS if source.select.null_policy == "score_later" else ()
         self._joined = joined
         self._null_policy = score_later
         had = {name for file in source.files for name in file.columns} | joined

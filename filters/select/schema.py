@@ -4,46 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
+from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import DERIVED_FROM, RULES
 from filters.select.pushdown import Prefilter, prefilter_sql
 from filters.select.sql_functions import hash_sql
 from sdtrain.errors import UserError
 
-# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
-# a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes first.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "url": ("url",),
-    "caption": ("text", "caption"),
-    "width": ("original_width", "width"),
-    "height": ("original_height", "height"),
-    "similarity": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
-    "hash": ("hash",),
-    "pwatermark": ("pwatermark", "watermark_score"),
-    "punsafe": ("punsafe",),
-    "aesthetic": ("aesthetic_score", "aesthetic_score_laion_v2"),
-    "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
-    "language": ("language",),
-    "nsfw": ("nsfw",),
-    "md5": ("md5",),  # of the image's bytes; `hash` is of URL and caption
-    "sha256": ("sha256",),
-}
-TYPES: dict[str, str] = {
-    **dict.fromkeys(("url", "caption"), "VARCHAR"),
-    **dict.fromkeys(("width", "height"), "INTEGER"),
-    "similarity": "DOUBLE",
-    "hash": "BIGINT",
-    **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
-    **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
-}
-SCORES = ("similarity", "pwatermark", "punsafe", "aesthetic", "aesthetic_v1")
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
 # Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
 _RAW_RELEASE = {"sample_id", "license"}
-
-SwappedSizes = Literal["auto", "yes", "no"]
 
 
 @dataclass(frozen=True)
@@ -142,7 +114,7 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
     advice = ""
     if column in ("width", "height"):
         advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded image."
-    elif column in SCORES:
+    elif column in SCORE_COLUMNS:
         advice = " Or set `select.null_policy: score_later` and let the image's own score decide."
     return (
         f"{file.path} has no column {names}{purpose}. It has: {', '.join(file.all_columns)}. "

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import duckdb
 
+from filters.columns import ALIASES
 from filters.recipe import JOINABLE, JoinConfig
 from filters.select.hash_check import check_hashes
 from filters.select.metadata_files import find_files, first_line, prepare, read_footers
-from filters.select.schema import ALIASES, MetadataFile, normalised_sql, turn_sizes
+from filters.select.schema import MetadataFile, normalised_sql, turn_sizes
 from filters.select.sql_functions import URL_CAPTION
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets

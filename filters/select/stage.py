@@ -22,8 +22,9 @@ from filters.select.shuffle import Shuffle
 from filters.select.side_inputs import extra_inputs
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, forget_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
 

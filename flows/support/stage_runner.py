@@ -17,10 +17,9 @@ from flows.support.clusters import is_given_up, needs_of
 from flows.support.progress import ProgressArtifact
 from flows.support.task_runners import Engine, lost_its_worker, start_engine
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport
-from sdtrain.dataset.progress import listening, seldom
+from sdtrain.dataset.progress import StageTotals, add_up, progress_listener, throttled
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, begin, hold_of, pending, run_batch
-from sdtrain.dataset.totals import StageTotals, add_up
 from sdtrain.errors import UserError
 from sdtrain.redaction import safe_error
 
@@ -135,7 +134,7 @@ def _run_batch(
 ) -> list[ShardReport] | State[Any]:
     logger = get_run_logger()
     try:
-        with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
+        with progress_listener(throttled(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
             return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
     except UserError as error:
         time.sleep(_HEARING_S)

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sdtrain.dataset.addresses import host_of
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.hosts import host_of
-from sdtrain.download.rows import read_parquet
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.errors import UserError
 
 REMOVED = "removed"

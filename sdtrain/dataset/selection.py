@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import Output, ShardReport, entries, require_entry
+from sdtrain.dataset.manifest import entries, require_entry
+from sdtrain.dataset.shard_report import Output, ShardReport
 
 
 def selection(dataset: DatasetDir) -> ShardReport:

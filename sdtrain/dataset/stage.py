@@ -15,10 +15,11 @@ from typing import Any, Generic, TypeVar
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, forget_entry, is_whole, read_entry, write_entry
-from sdtrain.dataset.s3.hold import working_for
+from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.s3.lock import with_lock_token
 from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
+from sdtrain.dataset.shard_report import ShardReport
 
 # Contravariant: a stage that reads a part of the recipe also takes the whole one.
 RecipeT = TypeVar("RecipeT", contravariant=True)
@@ -174,7 +175,7 @@ def run_batch(
         on_report: called for each that is recorded.
         hold: what `hold_of` gives in the process that has locked the dataset, where this is another one.
     """
-    with working_for(hold):
+    with with_lock_token(hold):
         return _run_batch(stage, dataset, recipe, shards, on_report)
 
 

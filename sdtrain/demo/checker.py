@@ -68,7 +68,7 @@ def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) 
         ValueError: no images, or not as many as pairs.
     """
     if not images:
-        raise ValueError("agreement() needs at least one picture")
+        raise ValueError("agreement() needs at least one image")
     verdicts = [judge(image) for image in images]
     right = np.array(
         [(v.color == color, v.shape == shape) for v, (color, shape) in zip(verdicts, wanted, strict=True)], bool

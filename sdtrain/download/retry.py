@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Iterator
 from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, forget_entry, read_entry
+from sdtrain.dataset.manifest import forget_entry, read_entry
 from sdtrain.dataset.s3.sync import fetch_outputs
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
 from sdtrain.download.download_request import Finished, Request, RetryRequest, ShardRequest
 from sdtrain.download.http.failures import is_worth_another_try

@@ -8,14 +8,15 @@ from pathlib import Path
 from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, fingerprint, forget_entry
+from sdtrain.dataset.manifest import forget_entry
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import num_selected_shards, selected_shards
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table
 from sdtrain.download.download_request import Finished, Request, ShardRequest
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
 from sdtrain.download.publish import adopt_images, publish_images
-from sdtrain.download.rows import read_parquet
 from sdtrain.download.worker_process import download_process
 from sdtrain.errors import UserError
 

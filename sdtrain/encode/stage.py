@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, index_path
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
-from sdtrain.dataset.prefetch import in_background
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.prefetch import prefetch
 from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
@@ -103,7 +104,7 @@ class _ShardEncoder:
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
         """The latents' members, some samples at a time; images are decoded while the VAE has the ones before."""
-        with closing(in_background(self._decoded(samples), _DECODED_AHEAD)) as parts:
+        with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
                 for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
                     yield self._member(sample, cut_out, moments)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.progress import report_progress
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
@@ -136,7 +137,7 @@ def _draw(directory: EvaluationDir, job: Drawing, part: int, prompts: list[str])
     seeds = [protocol.seed + place for place in protocol.places(part)]
     starts = range(0, len(prompts), protocol.batch_size)
     images: list[Image.Image] = []
-    for first in told(starts, f"guidance {job.scale:g}, part {part}", len(starts), "batches"):
+    for first in report_progress(starts, f"guidance {job.scale:g}, part {part}", len(starts), "batches"):
         batch = slice(first, first + protocol.batch_size)
         images += sampler.sample(prompts[batch], seeds[batch], settings)
     if len(images) > 1 and len({image.tobytes() for image in images}) == 1:

@@ -18,7 +18,6 @@ from sdtrain.errors import UserError
 from sdtrain.models.clip_view import pixels_of
 from sdtrain.models.weights import Published, find_weights, random_seed, read_state, seeded
 
-NUM_FEATURES = 2048
 SIDE_PX = 299
 PUBLISHED: Mapping[str, Published] = {
     "inception-fid": Published(

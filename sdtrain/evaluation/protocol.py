@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from sdtrain.choices import Resize, SamplerName, Weights
 from sdtrain.precision import Precision
-from sdtrain.settings import Settings
+from sdtrain.settings import Settings, nearest
 
 # Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Evaluation Results".
 CARD_SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
+STAND_INS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/evaluation.py")))
+"""Packages of sdtrain that bring networks of their own for trials, in a module `evaluation`."""
+NETWORKS = ("inception", *STAND_INS)
+AGREEMENTS = ("clip", *STAND_INS, "none")
+
 
 class Protocol(Settings):
     """What is drawn, and what it is compared with; the defaults are the model card's where it says something."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     prompts: str
     """Text file with one prompt a line, or COCO's captions (.json)."""
@@ -48,20 +56,28 @@ class Protocol(Settings):
     """Images drawn at once; another number gives images that differ in their last bits."""
     part_size: int = Field(default=256, ge=2)
     """Images in one part, which is drawn and kept as a whole."""
-    network: Literal["inception", "demo"] = "inception"
-    """Whose features are compared; `demo` is the demo's tiny autoencoder, whose numbers mean nothing elsewhere."""
+    network: str = Field(default="inception", json_schema_extra={"enum": list(NETWORKS)})
+    """The network whose features FID compares; a stand-in's numbers mean nothing elsewhere."""
     network_weights: str = "inception-fid"
     """Inception's weights: `inception-fid` (fetched once), or a file."""
     resize: Resize = "pytorch-fid"
     """How images come to Inception's 299 pixels."""
-    agreement: Literal["clip", "demo", "none"] = "clip"
-    """How images are compared with their prompts: by CLIP, or by the demo's checker of colours and shapes."""
+    agreement: str = Field(default="clip", json_schema_extra={"enum": list(AGREEMENTS)})
+    """What compares images with their prompts: CLIP, a stand-in's checker, or nothing."""
     clip_model: str = "ViT-L-14-quickgelu"
     """An open_clip model."""
     clip_weights: str = "openai"
     """Its weights: open_clip's tag, or a file."""
     cmmd: bool = False
     """Also compare CLIP's embeddings of real and drawn images."""
+
+    @field_validator("network", "agreement")
+    @classmethod
+    def _is_known(cls, name: str, info: ValidationInfo) -> str:
+        known = {"network": NETWORKS, "agreement": AGREEMENTS}[info.field_name or ""]
+        if name not in known:
+            raise ValueError(f"there is no '{name}'.{nearest(name, list(known))}")
+        return name
 
     @field_validator("scales")
     @classmethod

@@ -20,12 +20,6 @@ from sdtrain.settings import Settings
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LABELS = {
-    "fid": "FID",
-    "fid_demo_features": "FID of the demo's own features",
-    "clip_score": "CLIP score (cosine)",
-    "agreement_demo_checker": "named colours and shapes that the demo's checker sees",
-}
 _COLORS = ("#1f7a5c", "#d1495b", "#3066be", "#edae49", "#6d597a", "#2b9eb3", "#7f5539", "#5c677d")
 _INK, _PALE = "#24292f", "#e6eaee"
 
@@ -45,7 +39,9 @@ class Results(Settings):
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
         p = self.protocol
-        network = f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else "the demo's own"
+        network = (
+            f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else f"the {p['network']}'s own"
+        )
         drawn = f"{p['num_prompts']:,} images a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
         return (
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
@@ -66,18 +62,17 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` for them.") from error
 
 
-def write_results(directory: EvaluationDir, results: Results, x: str | None, y: str) -> None:
+def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y: Axis) -> None:
     """Writes all three files, results.json last; without agreement there is no plot.
 
     Args:
         directory: of the evaluation.
         results: the numbers.
-        x: the column of agreement with prompts.
-        y: the column of distance from real images.
+        x: agreement with prompts.
+        y: distance from real images.
     """
     if x is not None:
-        axes = Axis(x, _LABELS[x]), Axis(y, _LABELS[y])
-        draw_curve(results.rows, *axes, results.footnote(), directory.curve)
+        draw_curve(results.rows, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(results.rows[0]))
         table.writeheader()

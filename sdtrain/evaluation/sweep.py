@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.evaluation.features import caption_stage, look_stage
+from sdtrain.evaluation.features import caption_stage, feature_stage
 from sdtrain.evaluation.generate import Drawing, context_stage, draw_stage
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
-from sdtrain.evaluation.metrics import Judge
+from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
@@ -27,7 +27,7 @@ from sdtrain.evaluation.reference import (
     reference_parts,
     reference_stage,
 )
-from sdtrain.evaluation.results import Results, write_results
+from sdtrain.evaluation.results import Axis, Results, write_results
 from sdtrain.formats.any_model import pinned
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
@@ -66,11 +66,11 @@ class Sweep:
         by_text_encoder = {drawing.model.text_encoder: drawing for drawing in reversed(drawings)}
         steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
         steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
-        steps += [self._step(caption_stage, drawings[0])] if self.protocol.agreement == "clip" else []
+        steps += [self._step(caption_stage, drawings[0])] if self._needs_captions else []
         for drawing in drawings:
             for scale in self.protocol.scales:
                 at_scale = replace(drawing, scale=scale)
-                steps += [self._step(draw_stage, at_scale), self._step(look_stage, at_scale)]
+                steps += [self._step(draw_stage, at_scale), self._step(feature_stage, at_scale)]
         return steps
 
     def checks(self) -> list[Check]:
@@ -96,20 +96,25 @@ class Sweep:
 
     def finish(self) -> Results:
         """Computes the numbers and writes them, with the plot. Every step has to be finished."""
-        judge = Judge(self.protocol, self._real_images())
-        parts, captions = self.protocol.parts, None
-        if self.protocol.agreement == "clip":
+        metrics = open_metrics(self.protocol, self._real_images())
+        parts, captions = self.protocol.parts, {}
+        if self._needs_captions:
             captions = _arrays([self.directory.captions(part) for part in parts])
         rows = []
         for model in self.models:
             for scale in self.protocol.scales:
                 drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
                 about = {"model": model.label, "guidance_scale": scale, "num_pictures": self.protocol.num_prompts}
-                rows.append(about | judge.numbers(drawn, captions))
-        notes = [*judge.notes(), *self._cut_prompts(captions)]
-        results = Results(protocol=self._described(), metrics=judge.descriptions(), notes=notes, rows=rows)
-        write_results(self.directory, results, judge.names.agreement, judge.names.fid)
+                rows.append(about | numbers(metrics, drawn, captions))
+        notes = [remark for metric in metrics for remark in metric.remarks()] + self._cut_prompts(captions)
+        results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)
+        axes = {metric.axis: Axis(metric.name, metric.label) for metric in metrics}
+        write_results(self.directory, results, axes.get("x"), axes["y"])
         return results
+
+    @property
+    def _needs_captions(self) -> bool:
+        return bool(arrays_needed(self.protocol, "captions"))
 
     def _step(self, stage: Any, drawing: Drawing) -> Step:
         return Step(stage(drawing), self.directory, drawing)
@@ -120,9 +125,9 @@ class Sweep:
         folder, job = self.real
         return _arrays([folder.reference(part) for part in reference_parts(job)])
 
-    def _cut_prompts(self, captions: dict[str, Any] | None) -> list[str]:
+    def _cut_prompts(self, captions: dict[str, Any]) -> list[str]:
         cut = {f"the text encoder of {model.label}": self._num_cut(model) for model in self.models}
-        if captions is not None:
+        if captions:
             cut[f"CLIP {self.protocol.clip_model}"] = int(captions["cut"].sum())
         return [f"{num:,} prompts are longer than {who} reads and were cut." for who, num in cut.items() if num]
 
@@ -162,7 +167,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     found = identify_all([pinned(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
     if reference.statistics is not None:
-        Judge(protocol, reference.statistics)
+        open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
     write_json(directory.protocol, as_recorded(protocol.model_dump(mode="json")))
     real = None if reference.statistics else prepare_reference(reference, protocol, found[0].size_px)

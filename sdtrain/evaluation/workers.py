@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.terminal_progress import run_with_bar
 from sdtrain.errors import UserError

@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, index_path
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside
 from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.download.image_shards import PLACE, image_place

@@ -27,7 +27,8 @@ from filters.recipe_record import read_recipe, record_recipe
 from filters.remove.apply import finish_removal, start_removal
 from filters.remove.plan import Removal, find_removal
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, entries, is_whole
+from sdtrain.dataset.manifest import entries, is_whole
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 
 NUM_ROWS = 40

@@ -41,7 +41,7 @@ TEST_FLOWS = """
 import subprocess, sys
 from pathlib import Path
 from prefect import flow
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir
@@ -63,7 +63,7 @@ def run(dataset, bad_shard, shards):
 SIX = plain_stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
 
 @flow(name="six-shards")
-@fails_with_a_sentence
+@report_user_errors
 def six_shards(output: str, bad_shard: int = -1) -> str:
     for _ in range(2):
         run_stage(SIX, DatasetDir(Path(output)), bad_shard, StageOptions(workers=2, shards_per_task=2))
@@ -80,13 +80,13 @@ def sleep(dataset, recipe, shards):
 SLEEP = plain_stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
 
 @flow(name="sleeping-stage")
-@fails_with_a_sentence
+@report_user_errors
 def sleeping_stage(output: str) -> str:
     run_stage(SLEEP, DatasetDir(Path(output)), None, StageOptions(workers=2))
     return output
 
 @flow(name="sleeping-training")
-@fails_with_a_sentence
+@report_user_errors
 def sleeping_training(output: str) -> str:
     return train("tiny", "data", output, num_gpus=2, script=Path(__file__).with_name("sleeper.py"))
 """

@@ -35,7 +35,7 @@ WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "
 SCRIPT = """
 import sys
 from flows.build_dataset import build_dataset
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train_unet
 from pathlib import Path
@@ -53,14 +53,14 @@ def fail(dataset, recipe, shards):
     yield
 
 @flow
-@fails_with_a_sentence
+@report_user_errors
 def batches():
     bad = plain_stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail)
     run_stage(bad, DatasetDir(Path(folder, "bad")),
               planted, StageOptions())
 
 @flow
-@fails_with_a_sentence
+@report_user_errors
 def breaks():
     try:
         raise OSError(f"GET {planted} was answered with 403")

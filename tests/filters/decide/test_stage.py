@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from filters.decide.stage import KEEP, decide
 from filters.recipe import KeepConfig, Recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
 from tests.image_fixtures import Fetched, write_downloads

@@ -11,7 +11,7 @@ from filters.dedup.clusters import num_clusters_for
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
-from sdtrain.dataset.progress import listening
+from sdtrain.dataset.progress import progress_listener
 from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from tests.filters.dedup.duplicate_fixtures import distinct_colors, groups_of, looks_table, search, with_embeddings
@@ -35,7 +35,7 @@ def semantic(table: pa.Table, **settings) -> dict[int, tuple[int, str]]:
 
 def test_every_step_of_the_search_says_how_far_it_is():
     heard = dict[str, tuple[int, int]]()
-    with listening(lambda step: heard.update({step.name: (step.done, step.total)})):
+    with progress_listener(lambda step: heard.update({step.name: (step.done, step.total)})):
         search(planted(), level="semantic")
     steps = ("reading", "equal pixels", "equal bytes", "near hashes", "clusters", "embeddings")
     assert list(heard) == [f"dedup: {step}" for step in steps]

@@ -19,7 +19,8 @@ from sdtrain.cli import app
 from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import Output, ShardReport, write_entry
+from sdtrain.dataset.manifest import write_entry
+from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.errors import UserError
 from sdtrain.training.run_dir import RunDir
 from sdtrain.training.run_status import run_status

@@ -30,7 +30,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.pack.stage import PACK
 from sdtrain.dataset.stage import clear_leftovers, pending, run_batch
 
-road()
+# imported above
 
 def nothing(dataset):
     pass

@@ -7,9 +7,10 @@ import mmh3
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters.columns import ALIASES
 from filters.select.metadata_files import find_metadata
 from filters.select.pushdown import Prefilter
-from filters.select.schema import ALIASES, normalised_sql
+from filters.select.schema import normalised_sql
 from filters.select.side_inputs import load_extras
 
 NUM_ROWS = 30

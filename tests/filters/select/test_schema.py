@@ -10,11 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from filters.columns import ALIASES, TYPES
 from filters.recipe import SelectConfig
 from filters.select.metadata_files import find_metadata
 from filters.select.pushdown import Prefilter
 from filters.select.remarks import notes
-from filters.select.schema import ALIASES, TYPES, check_columns, normalised_sql
+from filters.select.schema import check_columns, normalised_sql
 from sdtrain.errors import UserError
 
 NAN = float("nan")

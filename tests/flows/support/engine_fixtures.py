@@ -60,12 +60,12 @@ import sys
 from pathlib import Path
 import stub_stages
 from prefect import flow
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from sdtrain.dataset.layout import DatasetDir
 
 @flow
-@fails_with_a_sentence
+@report_user_errors
 def stub_flow(stage, output, shards_per_task, engine, address):
     options = StageOptions(2, shards_per_task, engine, address)
     run_stage(getattr(stub_stages, stage), DatasetDir(Path(output)), None, options)

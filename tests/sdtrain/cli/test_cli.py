@@ -11,7 +11,8 @@ from filters.recipe_record import read_recipe
 from sdtrain import cli
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import plain_stage
 
 

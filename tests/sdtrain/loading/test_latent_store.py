@@ -9,7 +9,8 @@ import pytest
 
 from filters.remove.shard_files import drop_latents
 from sdtrain.dataset.layout import DatasetDir, index_path
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.encode.info import ROWS_KEY, VAE_KEY, describe_rows
 from sdtrain.errors import UserError
 from sdtrain.loading import latent_store, shard_catalog

@@ -7,13 +7,13 @@ import pytest
 
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, read_entry
-from sdtrain.dataset.s3.hold import check_hold, working_for
-from sdtrain.dataset.s3.lock import LOCK_NAME
+from sdtrain.dataset.manifest import describe_outputs, read_entry
+from sdtrain.dataset.s3.lock import LOCK_NAME, check_lock_token, with_lock_token
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
 from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import hold_of, plain_stage, run_batch
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
@@ -86,19 +86,19 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
 def test_a_batch_does_not_take_the_next_holder_of_the_same_folder_for_its_own(dataset):
     with lock_to_change(dataset, "sdtrain build"):
         before = hold_of(dataset)
-        with working_for(before):
-            check_hold(objects_of(dataset))
+        with with_lock_token(before):
+            check_lock_token(objects_of(dataset))
     with lock_to_change(dataset, "sdtrain build"):
-        with working_for(before), pytest.raises(UserError, match="has ended, or another one"):
-            check_hold(objects_of(dataset))
-        with working_for(hold_of(dataset)):
-            check_hold(objects_of(dataset))
+        with with_lock_token(before), pytest.raises(UserError, match="has ended, or another one"):
+            check_lock_token(objects_of(dataset))
+        with with_lock_token(hold_of(dataset)):
+            check_lock_token(objects_of(dataset))
 
 
 def test_without_a_holder_nothing_is_written(dataset):
     objects = objects_of(dataset)
     with pytest.raises(UserError, match="has ended, or another one"):
-        check_hold(objects)
+        check_lock_token(objects)
     mirror = mirror_of(dataset)
     (dataset.root / "report.html").write_text("a report")
     with pytest.raises(UserError, match="run the command again when nobody is at work"):
