@@ -30,8 +30,6 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.pack.stage import PACK
 from sdtrain.dataset.stage import clear_leftovers, pending, run_batch
 
-# imported above
-
 def nothing(dataset):
     pass
 

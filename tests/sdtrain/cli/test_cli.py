@@ -1,19 +1,21 @@
 import inspect
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from filters.pipeline import STAGES
 from filters.recipe import Overrides, load_recipe
 from filters.recipe_record import read_recipe
+from filters.select.stage import SELECT
 from sdtrain import cli
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import plain_stage
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> SimpleNamespace:
@@ -32,7 +34,7 @@ def sdtrain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def short_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One stage of two shards that reads nothing, so that the command can be tried alone."""
+    """A first stage of two shards that reads nothing, and nothing behind it, so that the command can be tried alone."""
 
     def shards(dataset: DatasetDir, recipe: Any) -> list[int]:
         return [0, 1]
@@ -51,7 +53,11 @@ def short_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
     monkeypatch.setattr("filters.preflight.BuildPreflight", lambda dataset, recipe: lambda *_: None)
-    monkeypatch.setattr("filters.pipeline.STAGES", (plain_stage("select", shards, digest, do),))
+    stages = (
+        replace(SELECT, shards=shards, fingerprint=digest, run=do),
+        *(replace(stage, shards=lambda *_: []) for stage in STAGES[1:]),
+    )
+    monkeypatch.setattr("filters.pipeline.STAGES", stages)
     finish = SimpleNamespace(finish_dataset=lambda dataset, recipe: dataset.database.write_text(""))
     monkeypatch.setitem(sys.modules, "filters.inspect.report", finish)
 
