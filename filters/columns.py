@@ -31,11 +31,21 @@ TYPES: dict[str, str] = {
     **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
 }
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-"""What a network says of an image; the metadata may have each of them, too."""
+"""Scores that networks give an image; the metadata may have each of them, too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 """Measured on the decoded image alone; see `filters.score.quality`."""
 UNDECODABLE = "undecodable"
 """The reason of an image that no decoder reads."""
+
+Table = Literal["metadata", "selection", "images", "scores"]
+"""Where a rule can look: `select` reads the metadata; `decide` joins selection, images and scores."""
+TABLES: dict[str, frozenset[Table]] = {
+    **dict.fromkeys(ALIASES, frozenset({"metadata"})),
+    **dict.fromkeys(("url", "caption"), frozenset({"metadata", "selection"})),
+    **dict.fromkeys(("width", "height"), frozenset({"metadata", "images"})),  # of the image as it was fetched
+    **dict.fromkeys(SCORE_COLUMNS, frozenset({"metadata", "selection", "scores"})),
+    **dict.fromkeys(QUALITY_COLUMNS, frozenset({"scores"})),
+}
 
 SwappedSizes = Literal["auto", "yes", "no"]
 """Whether WIDTH and HEIGHT of the metadata are exchanged; "auto": in LAION's raw releases."""

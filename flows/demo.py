@@ -168,7 +168,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         "trained on, all on this machine.",
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
-        borders=list(borders(demo_recipe(demo))),
+        thresholds=list(borders(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,

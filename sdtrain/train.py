@@ -56,8 +56,8 @@ def train(
     """
     # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
     from sdtrain.training.energy import EnergyRecorder
-    from sdtrain.training.monitor import Observer
-    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.monitor import Monitor
+    from sdtrain.training.optimizer import learning_rate
     from sdtrain.training.state import TrainingState
     from sdtrain.training.throughput import Progress
     from sdtrain.training.watchdog import Watchdog
@@ -66,14 +66,14 @@ def train(
     _require(late_checks(config, run_dir.path), ranks)
     energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
-    first_step = state.saves.restore()
+    first_step = state.checkpoints.restore()
     progress = Progress(run_dir, config, ranks, state.begin(first_step))
-    observer = Observer(config, run_dir, ranks, state, first_step)
+    monitor = Monitor(config, run_dir, ranks, state, first_step)
     batches = progress.timed(state.batches(first_step))
     step = first_step
 
-    with energy, state.saves, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
-        while step < config.steps and not ranks.any(stop_requested() or state.saves.have_failed()):
+    with energy, state.checkpoints, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
+        while step < config.steps and not ranks.any(stop_requested() or state.checkpoints.have_failed()):
             lr = learning_rate(step, config.optimizer, config.schedule)
             state.partition.set_learning_rate(lr)
             seen = []
@@ -88,22 +88,22 @@ def train(
             step += 1
             watchdog.at(step, "logging")
             if step % config.log_every == 0 or step == config.steps:
-                figures = state.figures(lr)
-                observer.log(step, figures, progress.line(step, figures))
+                metrics = state.metrics(lr)
+                monitor.log(step, metrics, progress.line(step, metrics))
                 state.guard.check(step)
                 energy.add(step)
-            observer.look(step, progress, watchdog.at)
+            monitor.on_step_end(step, progress, watchdog.at)
             if step % config.checkpoint.every == 0 and step < config.steps:
                 watchdog.at(step, "a checkpoint")
                 with progress.paused():
                     progress.check(step)
-                    state.saves.save(step)
+                    state.checkpoints.save(step)
             watchdog.at(step, "agreement to go on")
         watchdog.at(step, "the last checkpoint")
         progress.check(step)
-        state.saves.finish(step, first_step)
+        state.checkpoints.finish(step, first_step)
         energy.add(step)
-    observer.close()
+    monitor.close()
     if ranks.is_first:
         _write_card(run_dir.path)
     return step

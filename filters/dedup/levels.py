@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from filters.dedup.clusters import MAX_ONE_CLUSTER, cluster, load_faiss, num_clusters_for
 from filters.dedup.columns import Images, store_columns
 from filters.dedup.exact import link_exact
-from filters.dedup.perceptual import link_alike
+from filters.dedup.perceptual import link_near_duplicates
 from filters.dedup.semantic import link_similar
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
@@ -94,7 +94,7 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
     link_exact(columns, components)
     yield "exact"
     if "perceptual" in levels:
-        link_alike(columns, config.radius, components)
+        link_near_duplicates(columns, config.radius, components)
         yield "perceptual"
     if "semantic" in levels:
         num_clusters = num_clusters_for(images.num, config.num_clusters)

@@ -20,7 +20,7 @@ from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
     [

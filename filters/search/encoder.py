@@ -12,10 +12,8 @@ from PIL import Image
 from filters.recipe import ScoreConfig
 from filters.search.index import IndexInfo
 from sdtrain.errors import UserError
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import clip_view, normalised, pixels_of
-from sdtrain.models.digests import clip_digest
-from sdtrain.models.weights import RANDOM, RANDOM_FULL
+from sdtrain.models.clip import clip_preprocess, clip_view, load_clip, normalised, pixels_of
+from sdtrain.models.weights import RANDOM, RANDOM_FULL, clip_digest
 
 _BATCH = 32
 

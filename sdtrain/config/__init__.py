@@ -23,9 +23,18 @@ from sdtrain.config.resuming import (
     flat,
     rules_of,
 )
-from sdtrain.config.safety import CheckpointConfig, GuardConfig
-from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
-from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
+from sdtrain.config.sections import (
+    CheckpointConfig,
+    DiffusionConfig,
+    GuardConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    ScheduleConfig,
+    SpeedConfig,
+    TrackingConfig,
+    UNetConfig,
+    ValidationConfig,
+)
 from sdtrain.errors import UserError
 from sdtrain.precision import Precision
 from sdtrain.redaction import as_recorded

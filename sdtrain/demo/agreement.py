@@ -14,7 +14,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import Agreement, agreement
 from sdtrain.demo.images import COLORS, SHAPES, UNSEEN_PAIRS
 from sdtrain.formats.export import write_pipeline
-from sdtrain.models.build import build_unet
+from sdtrain.models.unet import build_unet
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 

@@ -24,9 +24,9 @@ from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
-from sdtrain.models.build import load_vae
-from sdtrain.models.clip_view import pixels_of
-from sdtrain.models.digests import vae_digest
+from sdtrain.formats.digests import vae_digest
+from sdtrain.formats.frozen import load_vae
+from sdtrain.models.clip import pixels_of
 
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 NUM_STEPS, NUM_EACH = 25, 2

@@ -38,10 +38,10 @@ from sdtrain.encode.info import (
 )
 from sdtrain.encode.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
+from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.device import cores_of_process
-from sdtrain.models.digests import compute_vae_digest
 from sdtrain.pack.plan import expected_shards
 from sdtrain.pack.stage import PACK
 

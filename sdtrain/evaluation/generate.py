@@ -27,10 +27,9 @@ from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_
 from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.formats.dtypes import DTYPES
 from sdtrain.models.device import claim_device
 from sdtrain.models.text import tokenize
-from sdtrain.precision import Fixed, resolve
+from sdtrain.precision import Fixed, resolve, torch_dtype
 from sdtrain.sampling.pipeline import Networks, load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
@@ -177,4 +176,4 @@ def _networks(job: Drawing) -> Networks:
 @lru_cache(maxsize=1)
 def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
     """The networks, kept for the next part; the digest tells a run's newest checkpoint from the one before."""
-    return load_networks(path, str(claim_device()), DTYPES[dtype], weights, tokenizer=tokenizer)
+    return load_networks(path, str(claim_device()), torch_dtype(dtype), weights, tokenizer=tokenizer)

@@ -15,7 +15,7 @@ from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
 from sdtrain.choices import Resize
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.clip import pixels_of
 from sdtrain.models.weights import Published, find_weights, random_seed, read_state, seeded
 
 SIDE_PX = 299

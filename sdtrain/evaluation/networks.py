@@ -19,10 +19,9 @@ from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 BATCH_SIZE = 32
 """Images or prompts in one batch of a network."""

@@ -35,7 +35,7 @@ from sdtrain.evaluation.metrics import arrays_needed
 from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_images, feature_config, features_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view
+from sdtrain.models.clip import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

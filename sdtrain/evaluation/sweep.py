@@ -28,7 +28,7 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Axis, Results, write_results
-from sdtrain.formats.any_model import pinned
+from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded
@@ -164,7 +164,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
     features_digest(protocol), agreement_digest(protocol)  # the weights are there
     # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
-    found = identify_all([pinned(path.absolute()) for path in models], protocol)
+    found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)

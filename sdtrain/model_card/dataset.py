@@ -11,7 +11,8 @@ from pydantic import Field
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import read_ledger
-from sdtrain.impact.carbon import CORE_W, board_watts, energy_kwh
+from sdtrain.impact.carbon import CORE_W, energy_kwh
+from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
 GPU_STAGES = ("score", "encode")

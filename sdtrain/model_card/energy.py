@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdtrain.config.card import CardConfig
-from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh
+from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.gpus import board_watts
 from sdtrain.model_card.dataset import DatasetFacts
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh
+from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
+from sdtrain.impact.gpus import board_watts
 from sdtrain.plan.rates import Rates, known
 from sdtrain.settings import nearest
 

@@ -47,7 +47,7 @@ def late_checks(config: TrainConfig, output: Path) -> list[Check]:
 def _num_parameters(config: TrainConfig) -> int:
     import torch
 
-    from sdtrain.models.build import build_unet
+    from sdtrain.models.unet import build_unet
 
     try:
         with torch.device("meta"):
@@ -57,8 +57,8 @@ def _num_parameters(config: TrainConfig) -> int:
 
 
 def _check_data(config: TrainConfig) -> str:
+    from sdtrain.formats.frozen import vae_scaling_factor
     from sdtrain.loading.sources import make_plan, open_samples, require_samples
-    from sdtrain.models.build import vae_scaling_factor
 
     require_samples(config.data)
     store = open_samples(config, vae_scaling_factor(config.vae))

@@ -23,7 +23,7 @@ from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
-from sdtrain.formats.dtypes import fast_dtype
+from sdtrain.precision import fast_dtype
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
@@ -75,7 +75,7 @@ def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
 
-def place_of_rank() -> tuple[int, int, str | None]:
+def rank_and_device() -> tuple[int, int, str | None]:
     """Rank and number of the processes that `torchrun` or `deepspeed` started, and the device of this one.
 
     Without a launcher, 0 and 1; the device is then None.
@@ -94,7 +94,7 @@ def place_of_rank() -> tuple[int, int, str | None]:
 
 def wait_for_all() -> None:
     """Returns when every process that the launcher started has come here."""
-    if place_of_rank()[1] > 1:
+    if rank_and_device()[1] > 1:
         dist.init_process_group("gloo")
         dist.barrier()
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ SHEET = "grid.png"
 
 
 @dataclass(frozen=True)
-class Album:
+class SampleFolder:
     """The folder.
 
     Attributes:
@@ -111,16 +111,16 @@ class Album:
 class Writer:
     """Writes images in threads, because compressing one takes about as long as drawing a good part of it on a GPU."""
 
-    def __init__(self, album: Album):
-        self._album, self._pool = album, ThreadPoolExecutor(_NUM_THREADS)
+    def __init__(self, sample_folder: SampleFolder):
+        self._folder, self._pool = sample_folder, ThreadPoolExecutor(_NUM_THREADS)
         self._waiting: list[Future[None]] = []
 
     def save(self, job: Job, image: Image.Image, flagged: bool) -> Path:
         """Begins to write; waits where too many are waiting. An error of an earlier one is raised here."""
-        self._waiting.append(self._pool.submit(self._album.save, job, image, flagged))
+        self._waiting.append(self._pool.submit(self._folder.save, job, image, flagged))
         while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()
-        return self._album.path(job)
+        return self._folder.path(job)
 
     def __enter__(self) -> Writer:
         return self

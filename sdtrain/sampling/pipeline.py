@@ -14,9 +14,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.formats.any_model import open_model
-from sdtrain.formats.dtypes import fast_dtype
 from sdtrain.models.backends import compile_unet, set_backends
-from sdtrain.models.build import prepare_for
+from sdtrain.models.unet import prepare_for
+from sdtrain.precision import fast_dtype
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdtrain.errors import UserError
+from sdtrain.formats.hub import find_part_folder
+from sdtrain.formats.names import checker_name
 from sdtrain.formats.part_files import open_part
-from sdtrain.formats.spellings import checker_name, fit
-from sdtrain.models.build import find_weights
+from sdtrain.formats.tensor_file import fit
 from sdtrain.sampling.batch import Job
 
 Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
@@ -67,7 +68,7 @@ def load_safety_checker(name: str, device: str = "cpu") -> Judge:
     # Not above: with it come all pipelines of diffusers, for which whoever draws unjudged would wait.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-    folder = find_weights(name, "safety_checker")
+    folder = find_part_folder(name, "safety_checker")
     try:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -84,7 +85,7 @@ def load_safety_checker(name: str, device: str = "cpu") -> Judge:
 
 
 def _processor(name: str, config: CLIPConfig) -> CLIPImageProcessor:
-    folder = find_weights(name, "safety_checker")
+    folder = find_part_folder(name, "safety_checker")
     for place in (folder, folder.parent / "feature_extractor"):
         if (place / "preprocessor_config.json").is_file():
             return CLIPImageProcessor.from_pretrained(place, local_files_only=True)

@@ -13,9 +13,9 @@ from sdtrain.choices import SamplerName
 from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
 from sdtrain.models.backends import attention_kernels, begin_graphs
-from sdtrain.models.build import LATENT_CHANNELS
 from sdtrain.models.schedulers import make_scheduler
 from sdtrain.models.text import tokenize
+from sdtrain.models.unet import LATENT_CHANNELS
 from sdtrain.sampling.pipeline import Networks
 
 _DECODED_AT_ONCE = 8

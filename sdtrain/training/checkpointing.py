@@ -21,7 +21,7 @@ from sdtrain.training.run_dir import RunDir
 from sdtrain.training.zero_partition import ZeroPartition
 
 
-class Saves:
+class CheckpointManager:
     """Saves and restores a run's state. Every method is called by all ranks together.
 
     A context manager around training, at whose end the checkpoint in the making is finished.
@@ -138,7 +138,7 @@ class Saves:
         if self._ranks.is_first:
             print(f"{'finished' if is_done else 'stopped'} at step {step}: {self._run_dir.path}", flush=True)
 
-    def __enter__(self) -> Saves:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -24,7 +24,6 @@ _OURS = (
 )
 _BUCKET_NUMEL = 200_000_000
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Of weights and activations, by the config's `precision`."""
 
 

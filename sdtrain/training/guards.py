@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import GuardState
 

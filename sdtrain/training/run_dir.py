@@ -1,8 +1,14 @@
-"""The output directory of one training run: its config and what was changed in it, logs, lock and DONE marker."""
+"""The output directory of a training run: config and its changes, logs, lock, DONE marker, and the status they tell."""
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdtrain.config import MAY_CHANGE, Change, TrainConfig, changes, differences
@@ -10,7 +16,6 @@ from sdtrain.dataset.files import publish, refuse_url
 from sdtrain.dataset.lock import DatasetLock, lock_folder
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, dump_settings, load_settings
-from sdtrain.training.step_table import StepTable
 
 NUM_LOSS_PARTS = 10
 """Equal parts of the noise schedule whose losses are logged apart."""
@@ -18,6 +23,7 @@ NUM_LOSS_PARTS = 10
 LOSS_PARTS = tuple(f"loss_part_{part}" for part in range(NUM_LOSS_PARTS))
 _SPEED = ("images_per_s", "seconds", "data_wait", "mfu", "memory_gb")
 _LOG = ("step", "loss", "lr", "grad_norm", *_SPEED, "num_skipped", "num_substituted", *LOSS_PARTS)
+_SHOWN_METRICS = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu", "memory_gb", "num_skipped")
 
 
 class ConfigChanges(Settings):
@@ -122,3 +128,103 @@ class RunDir:
             temporary.write_text(
                 json.dumps({"step": step, "checkpoint": str(checkpoint.relative_to(self.path))}) + "\n"
             )
+
+
+class StepTable:
+    """A CSV file whose first column is the optimizer step.
+
+    Attributes:
+        path: the file.
+        columns: its header, "step" first; files of an earlier version may have fewer.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]):
+        self.path, self.columns = path, tuple(columns)
+
+    def rows(self) -> list[dict[str, str]]:
+        """The rows so far; a last row cut short by a crash is left out."""
+        if not self.path.exists():
+            return []
+        with self.path.open(newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+
+    def cut(self, step: int) -> list[dict[str, str]]:
+        """Forgets what came after `step`; returns the rows that stay."""
+        rows = [row for row in self.rows() if int(row["step"]) <= step]
+        with publish(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        return rows
+
+    def add(self, **row: float | str | None) -> None:
+        """Appends one row; None leaves its column empty."""
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run.
+
+    Attributes:
+        path: its directory.
+        name: its config's.
+        step: optimizer steps in its log.
+        num_steps: of the whole run.
+        is_done: whether it was finished.
+        metrics: of the last line of the log, by the log's names; what is empty there is left out.
+        left_s: until its end at the last line's rate; 0 when finished.
+        heartbeats_s: seconds since each rank's last sign of life, by rank; only of a run that is at work or was killed.
+        free_bytes: on its disk.
+    """
+
+    path: Path
+    name: str
+    step: int
+    num_steps: int
+    is_done: bool
+    metrics: Mapping[str, float]
+    left_s: float | None
+    heartbeats_s: Mapping[int, float]
+    free_bytes: int
+
+
+def is_run_dir(path: Path) -> bool:
+    """Whether a directory is a training run's."""
+    return (path / "config.yaml").exists() and not (path / "recipe.yaml").exists()
+
+
+def run_status(path: Path) -> RunStatus:
+    """How far a run is.
+
+    Raises:
+        UserError: its config cannot be read.
+    """
+    run, config = RunDir(path), load_settings(TrainConfig, path / "config.yaml")
+    rows = run.log.rows()
+    last = rows[-1] if rows else {}
+    metrics = {name: float(last[name]) for name in _SHOWN_METRICS if last.get(name)}
+    step, done = int(last.get("step", 0)), run.finished_step()
+    rate = metrics.get("images_per_s")
+    left_s = max(0, config.steps - step) * config.global_batch_size / rate if rate else None
+    is_done = done is not None and done >= config.steps
+    return RunStatus(
+        path=path,
+        name=config.name,
+        step=max(step, done or 0),
+        num_steps=config.steps,
+        is_done=is_done,
+        metrics=metrics,
+        left_s=0.0 if is_done else left_s,
+        heartbeats_s=_heartbeats(path / "heartbeats"),
+        free_bytes=shutil.disk_usage(path).free,
+    )
+
+
+def _heartbeats(folder: Path) -> dict[int, float]:
+    found = {}
+    for file in sorted(folder.glob("rank-*.json")):
+        with suppress(OSError):  # the run ended meanwhile
+            found[int(file.stem.removeprefix("rank-"))] = max(0.0, time.time() - file.stat().st_mtime)
+    return found

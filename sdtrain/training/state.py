@@ -14,20 +14,22 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
-from sdtrain.models.build import build_unet, load_text_encoder, load_vae, memory_format, prepare_for, vae_scaling_factor
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet, memory_format, prepare_for
+from sdtrain.precision import torch_dtype
 from sdtrain.sampling.pipeline import Networks
-from sdtrain.training.checkpointing import Saves
+from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
-from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+from sdtrain.training.engine import deepspeed_config, start_engine
 from sdtrain.training.guards import StepGuard
 from sdtrain.training.loss import Objective
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.throughput import StepFigures
+from sdtrain.training.throughput import StepMetrics
 from sdtrain.training.validation import Validation
 from sdtrain.training.zero_partition import ZeroPartition
 
@@ -42,13 +44,13 @@ class TrainingState:
         scaling_factor: of the VAE; applied once, when the posterior is sampled.
         accumulation: micro-batches of one optimizer step.
         guard: decides which optimizer steps are applied.
-        saves: what of it is on disk.
+        checkpoints: saves and restores it.
         num_repeated: optimizer steps done again because their gradients overflowed; only in fp16.
     """
 
     def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks, deepspeed_json: Path | None = None):
         self._config, self._run_dir, self._ranks = config, run_dir, ranks
-        self._dtype = DTYPES[config.precision]
+        self._dtype = torch_dtype(config.precision)
         set_backends(config.speed)
         self.scaling_factor = vae_scaling_factor(config.vae)
         store = open_samples(config, self.scaling_factor)
@@ -62,7 +64,7 @@ class TrainingState:
         self.accumulation = self._batches.accumulation
         self.guard = StepGuard(config.guard)
         self._start_engine(deepspeed_json)
-        self.saves = Saves(config, run_dir, ranks, store, self.partition, self.ema, self.guard)
+        self.checkpoints = CheckpointManager(config, run_dir, ranks, store, self.partition, self.ema, self.guard)
 
     def _start_engine(self, deepspeed_json: Path | None) -> None:
         config, ranks = self._config, self._ranks
@@ -79,7 +81,7 @@ class TrainingState:
         self.partition = ZeroPartition(self.engine, ranks.rank)
         if config.speed.fp32_gradients:
             self.partition.add_up_in_fp32()
-        self.partition.let_judge(self.guard, config.guard.reads_every_norm)
+        self.partition.install_step_guard(self.guard, config.guard.reads_every_norm)
         if initial:  # DeepSpeed copied its fp32 weights from the rounded ones
             self.partition.load_master(self.partition.cut(initial))
         self.ema = Ema(self.partition.master, config.ema)
@@ -158,9 +160,9 @@ class TrainingState:
             self.num_repeated += 1
             yield from kept
 
-    def figures(self, lr: float) -> StepFigures:
+    def metrics(self, lr: float) -> StepMetrics:
         """What is known of the last step, which had the learning rate `lr`."""
-        return StepFigures(lr, self.grad_norm(), self.guard.state.num_skipped, self._batches.num_substituted)
+        return StepMetrics(lr, self.grad_norm(), self.guard.state.num_skipped, self._batches.num_substituted)
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all ranks, before clipping; NaN where it was not finite."""

@@ -47,7 +47,7 @@ class ZeroPartition:
         """
         self._zero.add_up_in_fp32()
 
-    def let_judge(self, guard: StepGuard, reads_every_norm: bool) -> None:
+    def install_step_guard(self, guard: StepGuard, reads_every_norm: bool) -> None:
         """Asks `guard` before every optimizer step; a step that it refuses changes nothing on any rank.
 
         In bf16 the norm is not read unless asked for, so that the host need not wait for the device; in fp32 and fp16

@@ -21,7 +21,7 @@ from filters.inspect.prometheus import StatusCollector
 from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.select.metadata_files import find_metadata
-from filters.select.side_inputs import extra_inputs
+from filters.select.side_inputs import identify_side_inputs
 from sdtrain import cli, redaction, train
 from sdtrain.config import TrainConfig, changes
 from sdtrain.dataset.layout import DatasetDir
@@ -344,7 +344,7 @@ def test_what_identifies_a_file_is_the_same_whatever_its_signature():
                     "blocklists": [{"files": f"{store.url}/data/good.txt{query}", "by": "host"}],
                 }
             )
-            return [[file.identity for file in find_metadata(select.metadata)], extra_inputs(select)]
+            return [[file.identity for file in find_metadata(select.metadata)], identify_side_inputs(select)]
 
         assert identities("") == identities("?sig=1") == identities("?X-Amz-Signature=abc&x=y")
 

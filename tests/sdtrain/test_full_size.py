@@ -41,8 +41,8 @@ def main(folder: Path) -> None:
 
     from sdtrain.config import UNetConfig, load_config
     from sdtrain.training.distributed import join
+    from sdtrain.training.optimizer import learning_rate
     from sdtrain.training.run_dir import RunDir
-    from sdtrain.training.schedules import learning_rate
     from sdtrain.training.state import TrainingState
     from tests.training_fixtures import write_config, write_latents, write_models
 

@@ -11,7 +11,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model, training_weights
 from sdtrain.formats.checkpoint import STATE, find_checkpoint
 from sdtrain.formats.export import ExportSettings, export_model
-from sdtrain.models.build import find_weights
+from sdtrain.formats.hub import find_part_folder
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config
 
@@ -135,6 +135,6 @@ def test_a_tokenizer_comes_from_the_hub_without_the_weights_beside_it(tokenizer,
         return tokenizer
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    find_weights("openai/clip-vit-large-patch14", part)
+    find_part_folder("openai/clip-vit-large-patch14", part)
     assert ("model.safetensors" in asked) == with_weights
     assert {"*.json", "*.txt"} < set(asked)

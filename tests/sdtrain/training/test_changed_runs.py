@@ -12,8 +12,8 @@ from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.settings import Settings, load_settings
 from sdtrain.train import configure, train
+from sdtrain.training.optimizer import learning_rate
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.schedules import learning_rate
 from tests.sdtrain.launching import log_of
 from tests.training_fixtures import write_config
 

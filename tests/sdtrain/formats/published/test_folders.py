@@ -14,7 +14,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.export import ExportSettings, export_model
-from sdtrain.models.build import load_text_encoder, load_tokenizer, load_vae, vae_digest, vae_scaling_factor
+from sdtrain.formats.frozen import load_text_encoder, load_tokenizer, load_vae, vae_digest, vae_scaling_factor
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.safety import load_safety_checker
 from sdtrain.sampling.sampler import Sampler, SampleSettings

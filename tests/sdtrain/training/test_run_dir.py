@@ -1,6 +1,6 @@
 import pytest
 
-from sdtrain.training.step_table import StepTable
+from sdtrain.training.run_dir import StepTable
 
 
 @pytest.fixture
