@@ -14,7 +14,7 @@ from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job,
 from sdtrain.plan.chain import Dataset, Phase, RunName, chain
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
-from sdtrain.settings import Location
+from sdtrain.redaction import Location
 from sdtrain.train import configure
 from sdtrain.training.run_dir import RunDir
 

@@ -1,4 +1,4 @@
-"""`sdtrain card` and `sdtrain plan`: what a run was, and what one would take."""
+"""`sdtrain card` describes a run; `sdtrain plan` estimates one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _GENERAL = {
     *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
     *("picture_bytes_256", "picture_bytes_512", "picture_bytes_1024"),
 }
-"""Names of the rates that are in every plan; others are named beside their stages."""
+"""Rates in every plan; the others stand beside their stages."""
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
 
 def card(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
-    """Write a run's model card, RUN/README.md, anew, for instance after an evaluation."""
+    """Write a run's model card, RUN/README.md, again, for instance after an evaluation."""
     from sdtrain.model_card import write_card
 
     print(write_card(run))
@@ -47,7 +47,7 @@ def plan(
     assume: Annotated[list[str] | None, typer.Option(help="Another rate, as in link_rot=0.4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
-    """Reckon what a dataset or a chain of runs takes: images, disk, hours, cost and CO2, each with its source."""
+    """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import PHASES, configs_of, find_chain
     from sdtrain.plan.estimate import Machines, Planner, total

@@ -1,4 +1,4 @@
-"""`sdtrain search` and `sdtrain memorised`: what is in the training data, and what of it comes out again."""
+"""`sdtrain search` finds images in the training data; `sdtrain memorised` finds them among samples."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ AGREEMENTS = ("clip", *STAND_INS, "none")
 
 
 class Protocol(Settings):
-    """What is drawn, and what it is compared with; the defaults are the model card's where it says something."""
+    """How images are drawn and what they are compared with; defaults are the model card's where it has any."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -93,9 +93,9 @@ class Protocol(Settings):
 
     @property
     def parts(self) -> list[int]:
-        """The parts of a scale, by number."""
+        """The parts of each scale, by number."""
         return list(range(-(-self.num_prompts // self.part_size)))
 
-    def places(self, part: int) -> range:
-        """Which images a part holds."""
+    def indices(self, part: int) -> range:
+        """The images of a part, by number."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_prompts))

@@ -1,4 +1,4 @@
-"""The card's numbers of hours, energy and CO2."""
+"""The card's hours, energy and CO2, measured or estimated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EnergyRow:
     """One line of the table.
 
     Attributes:
-        what: was done.
+        what: the work.
         hours: in words.
         kwh: None if it is not known.
         kg: of CO2 equivalents; None if energy or grid is not known.

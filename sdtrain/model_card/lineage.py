@@ -1,4 +1,4 @@
-"""From which runs a run's weights came."""
+"""The chain of runs that a run's weights came from."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ MAX_VALUES = 200_000
 
 @dataclass(frozen=True)
 class SampleSection:
-    """The grid of samples and what a checker says of it."""
+    """The grid of samples, and a checker's counts."""
 
     image: Path
     text: str
@@ -47,7 +47,7 @@ class ImageSection:
 
 @dataclass(frozen=True)
 class Report:
-    """What goes into one report; sections without a source are left out."""
+    """The content of one report; sections without a source are left out."""
 
     title: str
     lead: str
@@ -65,9 +65,9 @@ class Report:
     thresholds: Sequence[RuleThreshold] = ()
     """The limits near which examples are to be shown."""
     prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
-    """Lets a connection read where the metadata lies, if that is on S3 or on the web."""
+    """Gives a connection access to metadata on S3 or the web."""
     scores_note: str = ""
-    """What one should know before comparing our scores with the metadata's."""
+    """A caveat for comparing our scores with the metadata's."""
 
 
 def write_report(report: Report, path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""LAION's scores beside ours: how far they agree, and on which side of the recipe's limit each puts an image."""
+"""Compares LAION's scores with ours: correlation, difference, agreement about the recipe's limit."""
 
 from __future__ import annotations
 

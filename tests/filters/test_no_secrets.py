@@ -48,7 +48,6 @@ LOCATIONS = {
     "EncodeConfig": {"vae"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
-    "Overrides": {"metadata"},
     "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "clip_weights"},
     "ScoreConfig": {
         "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
