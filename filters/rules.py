@@ -39,7 +39,7 @@ _ONE_BLANK = f"translate({{caption}}, '{_BLANKS}', '{' ' * len(_BLANKS)}')"
 _NUM_WORDS = f"len(list_filter(string_split({_ONE_BLANK}, ' '), lambda word: word <> ''))"
 
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
-# Columns that rules look at and that follow from others.
+# Columns for rules that follow from others.
 DERIVED: dict[str, str] = {
     "side": f"CASE WHEN {_HAS_SIZE} THEN least({{width}}, {{height}}) END",
     "aspect_ratio": f"CASE WHEN {_HAS_SIZE} THEN greatest({{width}}, {{height}}) / least({{width}}, {{height}}) END",
@@ -68,7 +68,7 @@ class Rule:
         sql: the condition, with one `?` for the recipe's value unless that is true or false.
         meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
         kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
-        pushdown: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
+        pushdown: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They are of
             columns as they are in the files, so that DuckDB can skip row groups by their statistics.
     """
 
@@ -187,11 +187,11 @@ def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, Ru
 
     Args:
         rules: name -> value, as read from a recipe.
-        in_keep: whether they are to be judged after the download.
+        in_keep: whether they are for `keep.rules`, after the download.
 
     Raises:
         UserError: a rule that does not exist (with the nearest one), a value of the wrong kind, or a rule that cannot
-            be judged there.
+            be used there.
     """
     return {name: _checked(name, value, in_keep) for name, value in rules.items()}
 

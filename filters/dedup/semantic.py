@@ -1,4 +1,4 @@
-"""Images that show the same to CLIP: embeddings of one cluster whose cosine is above a threshold.
+"""Semantic duplicates: embeddings of one cluster whose cosine is above a threshold.
 
 As SemDeDup (Abbas et al. 2023, arXiv 2303.09540) finds them; which of them stays is decided by `filters.decide.stage`.
 """

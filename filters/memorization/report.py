@@ -1,4 +1,4 @@
-"""What came of a search for memorised images, as sheets and figures in a folder."""
+"""The report of a search for memorised images: sheets, a histogram and JSON in a folder."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDE
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that a model drew. It is read when it is looked at, so that any number of samples can be checked.
+    """An image that a model drew. It is read when it is compared, so that any number of samples can be checked.
 
     Attributes:
         name: its file, with the tar's before a colon.
@@ -88,7 +88,7 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """What `sdtrain sample` wrote into the image."""
+    """The prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])
@@ -123,12 +123,12 @@ def draw_samples(
         UserError: no such model.
     """
     from sdtrain.formats.any_model import resolve_checkpoint
-    from sdtrain.sampling.batch import Model, all_devices, cut, draw_batches, make_jobs
+    from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
 
     samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
     jobs = make_jobs(prompts, seed, per_prompt)
-    pending = samples.pending(cut(jobs, settings))
+    pending = samples.pending(split_batches(jobs, settings))
     with Writer(samples) as writer:
         for job, image in draw_batches(samples.model, pending, settings, all_devices()):
             writer.save(job, image, flagged=False)

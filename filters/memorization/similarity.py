@@ -21,12 +21,12 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as memorised.
+    """The limits beyond which a sample counts as memorised.
 
     Attributes:
         threshold: least cosine of CLIP's embeddings that is flagged.
         radius: bits in which the perceptual hashes of one image may differ.
-        top: neighbours that are looked at.
+        top: neighbours that are compared.
     """
 
     threshold: float = 0.95
@@ -48,13 +48,13 @@ class Neighbour:
     pixel_distance: float | None = None
 
     def is_same(self, limits: Limits) -> bool:
-        """Whether it is the sample itself, to the pixel check."""
+        """Whether the pixel check finds the sample itself."""
         if self.hash_bits is None or self.pixel_distance is None:
             return False
         return self.hash_bits <= limits.radius and self.pixel_distance <= MAX_PIXEL_DISTANCE
 
     def is_near_duplicate(self, limits: Limits) -> bool:
-        """Whether CLIP takes both for nearly the same."""
+        """Whether CLIP's embeddings are nearly equal."""
         return self.hit.similarity >= limits.threshold
 
     def row(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Calibration:
     Attributes:
         threshold: the limit.
         nearest: of each with its nearest other image of all that were kept.
-        pairs: of all pairs of the chosen, which are two images by chance and show different things.
+        pairs: of all pairs of the chosen, which are random and show different things.
     """
 
     threshold: float
@@ -91,7 +91,7 @@ class Calibration:
     pairs: Sequence[float]
 
     def share(self, cosines: Sequence[float]) -> float | None:
-        """Which share of them reaches the limit; None of none."""
+        """The share of them that reaches the limit; None of none."""
         return round(float(np.mean(np.asarray(cosines) >= self.threshold)), 6) if len(cosines) else None
 
     def summary(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Calibration:
         }
 
     def sentence(self) -> str:
-        """What one must know to read the limit."""
+        """The meaning of the limit in this dataset, for the reader."""
         near, pairs = self.share(self.nearest), self.share(self.pairs)
         if near is None or pairs is None:
             return "There are too few kept images to say what the limit means here."

@@ -54,7 +54,7 @@ def _letterbox_margin(gray: NDArray[np.uint8]) -> float:
 
 
 def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
-    """How many rows (axis 1) or columns (0) are left when those of the first one's level and the last one's are cut."""
+    """The number of rows (axis 1) or columns (0) between the margins of the first one's level and the last one's."""
     lowest, highest = (cv2.reduce(gray, axis, kind).ravel().astype(int) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
     first = _leading(lowest, highest, levels[0])
     last = _leading(lowest[::-1], highest[::-1], levels[1])
@@ -62,6 +62,6 @@ def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
 
 
 def _leading(lowest: NDArray[np.int_], highest: NDArray[np.int_], level: int) -> int:
-    """How many lines, from the first on, have no level far from `level`."""
+    """The number of lines, from the first on, without a level far from `level`."""
     others = (lowest < level - _FUZZ) | (highest > level + _FUZZ)
     return int(np.argmax(others)) if others.any() else len(others)

@@ -1,4 +1,4 @@
-"""Captions and images as the embeddings of the network that scored a dataset."""
+"""Encoder of captions and images: the network that scored a dataset."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Encoder:
         ):
             raise UserError(
                 f"The dataset was scored with CLIP {info.clip_model} ({info.clip_digest}), and its recipe.yaml names "
-                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores anew, or undo the recipe."
+                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores again, or undo the recipe."
             )
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         network, self._tokenizer = load_clip(config.clip_model, weights)

@@ -1,4 +1,4 @@
-"""The images of a dataset that are nearest to a caption or to another image."""
+"""Search of a dataset by a caption's or image's embedding, by words, or by key."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Search:
 
     @property
     def num_pictures(self) -> int:
-        """How many can be found."""
+        """The number of images that can be found."""
         return self._index.info.num_vectors
 
     @property
@@ -100,7 +100,7 @@ class Search:
         Args:
             vectors: what is asked.
             top: at most this many each.
-            kept_only: without images that were dropped; then more are looked at until there are enough, up to the
+            kept_only: without images that were dropped; then more are fetched until there are enough, up to the
                 nearest `_MAX_LOOKED_AT`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Blocklists and allowlists: which rows that pass the rules may not be used all the same."""
+"""Blocklists and allowlists: they refuse rows that pass the rules."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def load_lists(
 ) -> Lists:
     """Reads the lists of a recipe into tables of `connection`.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a list goes by hash.
+    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a list is keyed by hash.
 
     Args:
         connection: where the metadata is read too.
@@ -103,7 +103,7 @@ def load_lists(
         joined: columns that score files bring.
 
     Raises:
-        UserError: a list that is missing, unreadable or goes by what the metadata does not have.
+        UserError: a list that is missing, unreadable or keyed by a column that the metadata lacks.
     """
     tables, remarks = [], list[str]()
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]

@@ -1,4 +1,4 @@
-"""Conditions on the plain columns of Parquet files that rules imply: DuckDB skips row groups by them."""
+"""Predicate pushdown: conditions on plain Parquet columns that rules imply, by which DuckDB skips row groups."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Value = float | int | list[str]
 
 @dataclass(frozen=True)
 class Pushdown:
-    """Rules whose bounds are looked at while the files are read.
+    """Rules whose conditions are pushed down into the Parquet reader.
 
     Attributes:
         rules: the recipe's.
-        null_passes: our names of columns where NULL does not drop a row: because a missing score is judged later, or
-            because a join may still fill it.
+        null_passes: our names of columns where NULL does not drop a row, because a missing score is decided on later
+            or a join may still fill it.
     """
 
     rules: Mapping[str, RuleValue]

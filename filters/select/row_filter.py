@@ -40,7 +40,7 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and what judges them.
+    """The metadata files and the configuration that filters their rows.
 
     Attributes:
         folder: for what does not fit into memory.
@@ -76,7 +76,7 @@ def open_passing_rows(source: Source) -> Iterator[PassingRows]:
 
 
 class PassingRows:
-    """Which rows pass; see `open_passing_rows`."""
+    """The rows that pass, see `open_passing_rows`."""
 
     def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
         self.source = source
@@ -100,7 +100,7 @@ class PassingRows:
         return {*self._null_policy, *self._joined}
 
     def count(self) -> tuple[int, Counter[str]]:
-        """How many rows pass the rules, and how many each of them drops; reads no column but theirs."""
+        """The number of rows that pass the rules, and of those that each rule drops; reads no column but theirs."""
         rows, values = self._rows(self.source.files, pushdown=None)
         reason, bound = self._reason()
         query = f"SELECT {reason} AS reason, count(*) FROM ({rows}) GROUP BY ALL"  # noqa: S608
@@ -169,7 +169,7 @@ class PassingRows:
     def _rows(
         self, files: Sequence[MetadataFile], pushdown: Pushdown | None, numbers: tuple[int, int] | None = None
     ) -> tuple[str, list[Any]]:
-        """Rows under our names, scores joined, with what the rules look at: sizes and captions in other words."""
+        """Rows under our names, with joined scores and the derived columns that rules need."""
         compute_hash = bool(self.side_inputs and self.side_inputs.compute_hash)
         rows, values = normalised_sql(files, pushdown, compute_hash, numbers)
         joined = self.side_inputs.joins.sql(rows) if self.side_inputs else rows

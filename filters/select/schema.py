@@ -148,8 +148,8 @@ def normalised_sql(
 
     Args:
         files: the input.
-        pushdown: rules whose bounds are checked while reading, see `pushdown_sql`; rows that pass must still be
-            judged. Without it every row comes.
+        pushdown: rules to push down, see `pushdown_sql`; rows that pass must still be checked. Without it every
+            row comes.
         compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
             (`filters.select.sql_functions.register_laion_hash`). Costs nothing for a query that does not ask for
             `hash`.

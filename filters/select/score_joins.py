@@ -1,4 +1,4 @@
-"""Scores from files of their own, joined onto the metadata."""
+"""Joins of score files onto the metadata."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Joins:
 def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:
     """Reads the score files of a recipe into tables of `connection`, one row for each key.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join goes by hash.
+    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join is keyed by hash.
 
     Raises:
         UserError: files that are missing or unreadable, or without the columns that a join needs.
@@ -87,7 +87,7 @@ def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ..
     """The columns that a join brings, by our names.
 
     Raises:
-        UserError: the files lack what the join goes by, or what it is to bring.
+        UserError: the files lack the join's key, or a column that it is to bring.
     """
     for file in files:
         needed = {"url", "caption"} - set(file.columns)

@@ -1,4 +1,4 @@
-"""Rows in their final order -> selection files of exactly N rows, keyed as img2dataset numbers them."""
+"""Rows in their final order -> selection files of exactly N rows with img2dataset's keys; lookup of selected uids."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHARD_DIGITS = 5  # as img2dataset's oom_shard_count
 
 
 def key_digits(samples_per_shard: int) -> int:
-    """How many digits of a key count samples within a shard, as in img2dataset."""
+    """The number of digits that count samples within a shard, as in img2dataset's keys."""
     return math.ceil(math.log10(samples_per_shard))
 
 
@@ -37,7 +37,7 @@ def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
 
 @dataclass
 class ExactShards:
-    """Cuts what it is given into shards and writes them, several at a time.
+    """Splits rows into shards of exactly N and writes several of them concurrently.
 
     Attributes:
         first_shard: number of the first one.
@@ -118,7 +118,7 @@ class SelectedUids:
         self._first_key = lru_cache(maxsize=None)(self._read_first_key)
 
     def are_selected(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
-        """Which of `uids`, given with their keys in shuffled order, have been selected: (B,) bool."""
+        """(B,) whether each of `uids`, given with their keys in shuffled order, is selected already."""
         known = np.zeros(len(uids), bool)
         if not len(uids):
             return known

@@ -1,4 +1,4 @@
-"""An exact shuffle of any number of rows in bounded memory: equal seeds give equal orders, whatever came first."""
+"""An exact shuffle of any number of rows in bounded memory; the order depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Bucket:
     """Rows whose keys lie in one range, in shuffled order, each uid once.
 
     Attributes:
-        num_before: rows that came in with these uids, those taken out included.
+        num_before: rows that came in with these uids, dropped ones included.
         positions: for each row, how many of the rows that came in stand before it.
     """
 
@@ -98,7 +98,7 @@ class Shuffle:
 
         Args:
             number: from 0; a bucket's rows stand before those of the next.
-            is_selected: says which of some uids, with their keys, in shuffled order, are to be taken out.
+            is_selected: tells which uids, given with their keys in shuffled order, are selected already and so dropped.
         """
         batches = self._files[number].take_all()
         if not batches:

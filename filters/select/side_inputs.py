@@ -1,4 +1,4 @@
-"""What a selection reads beside its metadata: score files, blocklists and allowlists."""
+"""Side inputs of a selection: score files, blocklists, allowlists and the ledger of removed samples."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def load_side_inputs(
 
 
 def identify_side_inputs(select: SelectConfig) -> list[list[object]]:
-    """What identifies the contents of joins and lists, wherever they lie, for a fingerprint."""
+    """The identity of joins and lists by their contents, wherever they lie, for a fingerprint."""
     found: list[list[object]] = [["join", join.by, join.columns, _named(join_files(join))] for join in select.joins]
     for kind, configs in (("blocklist", select.blocklists), ("allowlist", select.allowlists)):
         for config in configs:

@@ -139,7 +139,7 @@ def _named(file: MetadataFile) -> str:
 
 
 def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]]:
-    """Which files each selection is made from: those of finished ones as they were, the others in one more.
+    """The files of each selection: those of finished ones as they were, the others in one more.
 
     When a finished one no longer fits, because its recipe, one of its files or what it is to be was changed, there is
     one selection, of everything.

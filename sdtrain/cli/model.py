@@ -90,18 +90,18 @@ def export(
 
 def _fill(folder: SampleFolder, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
     """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
-    from sdtrain.sampling.batch import all_devices, cut, draw_batches, rank_and_device
+    from sdtrain.sampling.batch import all_devices, draw_batches, rank_and_device, split_batches
     from sdtrain.sampling.output_folder import Writer
-    from sdtrain.sampling.safety import judged, load_safety_checker
+    from sdtrain.sampling.safety import check_images, load_safety_checker
 
     rank, world_size, device = rank_and_device()
     devices = [device] if device else all_devices(processes)
-    judge = load_safety_checker(folder.judge, devices[0]) if folder.judge else None
-    batches = cut(jobs, folder.settings)[rank::world_size]
+    check = load_safety_checker(folder.safety_checker, devices[0]) if folder.safety_checker else None
+    batches = split_batches(jobs, folder.settings)[rank::world_size]
     pending = folder.pending(batches) if keep else batches
     drawn, num_flagged = draw_batches(folder.model, pending, folder.settings, devices), 0
     with Writer(folder) as writer:
-        for result in judged(drawn, judge, folder.flagged):
+        for result in check_images(drawn, check, folder.flagged):
             num_flagged += result.flagged
             if result.image is not None:
                 print(writer.save(result.job, result.image, result.flagged))
@@ -110,7 +110,7 @@ def _fill(folder: SampleFolder, jobs: Sequence[Job], keep: bool, processes: int 
     num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
     if keep:
         print(f"{num_drawn} images drawn, {num - num_drawn} kept")
-    if judge:
+    if check:
         what = "are black" if folder.flagged == "black" else "were not written"
         print(f"{num_flagged} of {num_drawn} images were flagged by the safety checker and {what}")
 

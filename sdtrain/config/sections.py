@@ -117,6 +117,15 @@ class ScheduleConfig(Settings):
         return self
 
 
+class EmaConfig(Settings):
+    """Exponential moving average of the fp32 weights, updated once per optimizer step."""
+
+    decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
+    """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
+    warmup: Tunable[bool] = True
+    """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
+
+
 class SpeedConfig(Settings):
     """Levers that change how fast a step is, and its result only by rounding. The defaults are safe everywhere."""
 
@@ -210,7 +219,7 @@ class PreviewConfig(Settings):
 
 
 class TrackingConfig(Settings):
-    """Where figures go beside log.csv and TensorBoard's event files, which are always written."""
+    """Where metrics go beside log.csv and TensorBoard's event files, which are always written."""
 
     wandb_project: Free[str | None] = None
     """Project at Weights & Biases (`WANDB_MODE=offline` keeps the run on disk); null: not used."""

@@ -35,7 +35,7 @@ def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool =
 
 
 def late_checks(config: TrainConfig, output: Path) -> list[Check]:
-    """What training itself would open only after hours: a trainer makes these, and all others by its first step."""
+    """Checks of what training opens only after hours; the trainer runs these, and hits all others by its first step."""
     checks = [
         Check("output", lambda: check_writable(output)),
         Check("checkpoint", lambda: _check_room(config, output)),

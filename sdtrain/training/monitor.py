@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """Looks at a run from time to time. Every method is called by all ranks together; the first one writes.
+    """Validates, previews and tracks a run. All ranks call every method together; the first one writes.
 
     Args:
         config: the run.
@@ -65,7 +65,7 @@ class Monitor:
         self._track(step, values | {f"train/{name}": loss for name, loss in parts if not math.isnan(loss)})
 
     def on_step_end(self, step: int, progress: Progress, at: Callable[[int, str], None]) -> None:
-        """Validates and samples where it is due after optimizer step `step`; `at` is told before each long piece."""
+        """Validates and samples previews when due after step `step`; calls `at` before each."""
         is_last = step == self._config.steps
         if self._validation is not None and (step % self._config.validation.every == 0 or is_last):
             at(step, "validation")
@@ -118,7 +118,7 @@ class Trackers:
     Args:
         folder: the run directory.
         config: the run.
-        first_step: where training goes on; what was written after it does not count.
+        first_step: where training resumes; later points are discarded.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int):
@@ -178,7 +178,7 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
 
 
 def _run_id(folder: Path) -> str:
-    """What the run is called there; kept in the run directory."""
+    """The run's id at Weights & Biases, kept in the run directory."""
     path = folder / "wandb-id"
     if not path.exists():
         with publish(path) as temporary:

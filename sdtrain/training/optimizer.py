@@ -54,6 +54,12 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     return made
 
 
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Sets the rate of the next step, on an optimizer of torch or DeepSpeed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
     """Both moments of a parameter in float32; zeros before the first step."""
     state = optimizer.state[parameter]
@@ -128,7 +134,7 @@ def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfi
 
 
 def _height(step: int, schedule: ScheduleConfig) -> float:
-    """Where between `min_lr` (0) and the full rate (1) the rate is after the warm-up."""
+    """The rate after warm-up, from 0 (`min_lr`) to 1 (the full rate)."""
     if schedule.decay_steps is None:
         return 1.0
     done = min(1.0, (step - schedule.warmup_steps) / (schedule.decay_steps - schedule.warmup_steps))

@@ -27,20 +27,20 @@ _SHOWN_METRICS = ("loss", "lr", "grad_norm", "images_per_s", "data_wait", "mfu",
 
 
 class ConfigChanges(Settings):
-    """What was changed when a run went on."""
+    """Settings that changed when a run resumed."""
 
     step: int
-    """The first step that was done with the new settings."""
+    """The first step with the new settings."""
     changes: tuple[Change, ...]
 
 
 class RunDir:
-    """Where a run leaves what it makes.
+    """The files of a run.
 
     Attributes:
         path: the directory.
         log: a row every `log_every` steps.
-        validation: a row for each timestep of each validation, of the averaged ("ema") and the raw weights.
+        validation: a row per timestep of each validation, for averaged ("ema") and raw weights.
         previews: folder with the sheets of samples.
     """
 
@@ -60,10 +60,10 @@ class RunDir:
             return None
 
     def check_config(self, config: TrainConfig) -> None:
-        """Refuses to go on with a run if what a run keeps for life has changed.
+        """Refuses to resume a run whose fixed settings changed.
 
         Raises:
-            UserError: naming every such setting, why it is kept, and what may change.
+            UserError: names every such setting, the reason, and what may change.
         """
         if not self._config.exists():
             return
@@ -76,33 +76,33 @@ class RunDir:
             )
 
     def with_kept_precision(self, config: TrainConfig) -> TrainConfig:
-        """The config with the precision that the run began with, where it says `auto` and there is a run."""
+        """The config with `precision: auto` replaced by that of the run so far, if there is one."""
         if config.precision != "auto" or not self._config.exists():
             return config
         return config.model_copy(update={"precision": load_settings(TrainConfig, self._config).precision})
 
     def lock(self) -> DatasetLock:
-        """Keeps other trainings out of the directory until it is closed or this process ends, kill -9 included.
+        """Locks the directory until closed or until this process ends, kill -9 included.
 
         Raises:
-            UserError: one is at work there, or it cannot be written.
+            UserError: another training holds it, or it cannot be written.
         """
         return lock_folder(self.path, self.path / "run.lock", "training")
 
     def history(self) -> list[ConfigChanges]:
-        """What was changed in the middle of the run, oldest first; `config.yaml` holds what came of it."""
+        """Changes made during the run, oldest first; `config.yaml` holds the result."""
         lines = self._changes.read_text().splitlines() if self._changes.exists() else []
         return [ConfigChanges.model_validate_json(line) for line in lines]
 
     def record_changes(self, config: TrainConfig, step: int) -> list[Change]:
-        """Writes down, before `begin`, in what `config` differs from the run's until now, and returns it.
+        """Records, before `begin`, how `config` differs from that of the run so far, and returns it.
 
-        What was changed at a later step, which is done again, counts from `step`.
+        Changes made at a later step, which is repeated now, count from `step`.
         """
         made = changes(load_settings(TrainConfig, self._config), config) if self._config.exists() else []
         history = [entry.model_copy(update={"step": min(entry.step, step)}) for entry in self.history()]
         new = ConfigChanges(step=step, changes=tuple(made))
-        if made and new not in history[-1:]:  # else it ended between here and `begin`
+        if made and new not in history[-1:]:  # else the process ended between here and `begin`
             history.append(new)
         if history:
             with publish(self._changes) as temporary:
@@ -110,16 +110,16 @@ class RunDir:
         return made
 
     def begin(self, config: TrainConfig, step: int) -> float:
-        """Writes the config and cuts the logs back to `step`; returns the seconds trained until then."""
+        """Writes the config and truncates the logs to `step`; returns the seconds trained until then."""
         with publish(self._config) as temporary:
             temporary.write_text(dump_settings(config))
         self._done.unlink(missing_ok=True)
-        self.validation.cut(step)
-        rows = self.log.cut(step)
+        self.validation.truncate(step)
+        rows = self.log.truncate(step)
         return float(rows[-1]["seconds"]) if rows else 0.0
 
     def preview(self, step: int) -> Path:
-        """Where the sheet of samples of one step goes."""
+        """Path of a step's preview sheet."""
         return self.previews / f"step-{step:08d}.png"
 
     def finish(self, step: int, checkpoint: Path) -> None:
@@ -142,14 +142,14 @@ class StepTable:
         self.path, self.columns = path, tuple(columns)
 
     def rows(self) -> list[dict[str, str]]:
-        """The rows so far; a last row cut short by a crash is left out."""
+        """The rows so far, without a last row that a crash left incomplete."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
 
-    def cut(self, step: int) -> list[dict[str, str]]:
-        """Forgets what came after `step`; returns the rows that stay."""
+    def truncate(self, step: int) -> list[dict[str, str]]:
+        """Drops the rows after `step`; returns the others."""
         rows = [row for row in self.rows() if int(row["step"]) <= step]
         with publish(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
@@ -165,7 +165,7 @@ class StepTable:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run.
+    """The status of a run, as read from its files.
 
     Attributes:
         path: its directory.
@@ -173,9 +173,9 @@ class RunStatus:
         step: optimizer steps in its log.
         num_steps: of the whole run.
         is_done: whether it was finished.
-        metrics: of the last line of the log, by the log's names; what is empty there is left out.
+        metrics: of the log's last line, by column, without empty ones.
         left_s: until its end at the last line's rate; 0 when finished.
-        heartbeats_s: seconds since each rank's last sign of life, by rank; only of a run that is at work or was killed.
+        heartbeats_s: seconds since each rank's last sign of life, by rank; only of a run that is active or was killed.
         free_bytes: on its disk.
     """
 
@@ -196,7 +196,7 @@ def is_run_dir(path: Path) -> bool:
 
 
 def run_status(path: Path) -> RunStatus:
-    """How far a run is.
+    """Reads the status of a run.
 
     Raises:
         UserError: its config cannot be read.

@@ -31,17 +31,17 @@ TRAIN_FACTOR = 3
 
 @dataclass(frozen=True)
 class Measured:
-    """Some steps, seen over all ranks.
+    """Measurements of the steps since the last line, over all ranks.
 
     Attributes:
-        loss: mean of the unweighted losses; not a number where there were none.
+        loss: mean of the unweighted losses; NaN if there were none.
         loss_parts: the same for each tenth of the noise schedule, from the least noise to the most.
         images_per_s: images a second of all ranks together.
         mfu: model FLOP/s over the peak that the GPU's data sheet promises (dense bf16; a step is three forward passes,
             attention counted, recomputation not); None where the peak is not known.
         memory_gb: most GPU memory held by the first rank; without a GPU, the first rank's resident memory.
         data_wait: share of the time in which the first rank waited for batches.
-        num_substituted: damaged samples, since the run was last started, that others took the place of.
+        num_substituted: damaged samples replaced by others since the process started.
     """
 
     loss: float
@@ -55,13 +55,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """What the training loop knows of its last step.
+    """Metrics of the last step.
 
     Attributes:
         lr: its learning rate.
         grad_norm: norm of its gradient over all ranks.
         num_skipped: optimizer steps of the run that were not applied.
-        num_substituted: damaged samples, on this rank, since the run was last started, that others took the place of.
+        num_substituted: damaged samples replaced by others on this rank since the process started.
     """
 
     lr: float

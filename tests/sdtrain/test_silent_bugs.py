@@ -7,7 +7,8 @@ that steps once a rank and a checkpoint of the first rank only (test_train_launc
 
 import torch
 
-from sdtrain.config import EmaConfig, load_config
+from sdtrain.config import load_config
+from sdtrain.config.sections import EmaConfig
 from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import open_samples

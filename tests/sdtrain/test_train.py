@@ -87,7 +87,7 @@ def test_fresh_master_weights_are_not_rounded_to_bf16(tmp_path, world, ranks):
     state = TrainingState(config, RunDir(tmp_path / "run"), ranks)
     torch.manual_seed(config.seed)
     fresh = build_unet(config.unet, config.latent_size).state_dict()
-    assert torch.equal(state.partition.master, state.partition.cut(fresh))
+    assert torch.equal(state.partition.master, state.partition.shard(fresh))
     assert not torch.equal(state.partition.master, state.partition.master.bfloat16().float())
 
 
@@ -100,8 +100,8 @@ def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, 
     state = TrainingState(second, RunDir(tmp_path / "second"), ranks)
     assert state.checkpoints.restore() == 0
     weights = {which: dict(find_checkpoint(tmp_path / "first").weights(which)) for which in ("master", "ema")}
-    assert torch.equal(state.partition.master, state.partition.cut(weights["master"]))
-    assert torch.equal(state.ema.average, state.partition.cut(weights["ema"]))
+    assert torch.equal(state.partition.master, state.partition.shard(weights["master"]))
+    assert torch.equal(state.ema.average, state.partition.shard(weights["ema"]))
     assert (state.partition.moments()["exp_avg"] == 0).all()
 
 

@@ -10,6 +10,7 @@ from sdtrain.config import load_config
 from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.training.guards import StepGuard
+from sdtrain.training.optimizer import set_learning_rate
 from tests.sdtrain.training.forked_ranks import on_ranks
 from tests.training_fixtures import write_config
 
@@ -72,7 +73,7 @@ def guarded(ranks, config, bad, at):
     guard, weights, applied = StepGuard(config.guard), [], []
     partition.install_step_guard(guard, config.guard.reads_every_norm)
     for step in range(3):
-        partition.set_learning_rate(0.125)
+        set_learning_rate(engine.optimizer, 0.125)
         for k in range(ACCUMULATION):
             value = bad if (step, ranks.rank, k) == (1, *at) else 1.0
             engine.backward(engine(torch.tensor(value, dtype=next(engine.module.parameters()).dtype)))

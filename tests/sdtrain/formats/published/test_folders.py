@@ -133,10 +133,10 @@ def test_training_starts_from_a_public_folder(v1_5, tmp_path, ranks):
     data = write_latents(tmp_path / "data", v1_5)
     path = write_config(tmp_path / "c.yaml", v1_5, data, unet=unet, init_from=str(v1_5))
     state = TrainingState(load_config(str(path)), RunDir(tmp_path / "run"), ranks)
-    assert state.saves.restore() == 0
+    assert state.checkpoints.restore() == 0
     assert state.scaling_factor == 0.18215
     published = load_file(v1_5 / "unet" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(state.partition.master, state.partition.cut(published))
+    assert torch.equal(state.partition.master, state.partition.shard(published))
 
 
 @pytest.mark.parametrize("version", VAE_CONFIGS)
