@@ -94,7 +94,7 @@ def decide(
     decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Decide anew which downloaded images stay, by other rules; no image is touched."""
+    """Decide again which downloaded images stay, by other rules; no image is touched."""
     from filters.decide.stage import KEEP
     from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
     from filters.pipeline import STAGES

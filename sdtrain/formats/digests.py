@@ -1,6 +1,6 @@
-"""What identifies a stage's networks in a fingerprint, told without loading them, or the libraries they are made with.
+"""The digest of a VAE for fingerprints, remembered so that neither the VAE nor its libraries need to be loaded.
 
-Whether a shard is finished hangs on it, so a build with nothing left to do asks it too.
+A build with nothing left to do asks for it too.
 """
 
 from __future__ import annotations

@@ -71,10 +71,10 @@ class SourceTars:
     def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
         """What gives the bytes of an image and of the header before it; of a tar on S3 they are on their way."""
         tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
-        place = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
+        extent = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
         if shard in self._open or tar.exists() or not mirror_of(self._dataset):
-            return partial(self._read_here, shard, *place)
-        return self._threads.submit(read_part, self._dataset, tar, *place).result
+            return partial(self._read_here, shard, *extent)
+        return self._threads.submit(read_part, self._dataset, tar, *extent).result
 
     def _read_here(self, shard: int, offset: int, num_bytes: int) -> bytes:
         file = self._file(shard)

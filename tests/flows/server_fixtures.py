@@ -46,8 +46,10 @@ from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import plain_stage
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 def run(dataset, bad_shard, shards):

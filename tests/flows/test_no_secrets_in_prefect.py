@@ -43,8 +43,9 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import fingerprint
+from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.dataset.stage import plain_stage
+from sdtrain.dataset.stage import Stage
 
 signed, planted, recipe, folder = sys.argv[1:]
 
