@@ -1,4 +1,4 @@
-"""The whole road on a little world: metadata, images, latents, training, samples, report.
+"""The whole pipeline on a small synthetic world: metadata, images, latents, training, samples, report.
 
 `make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
 """
@@ -24,10 +24,11 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from filters.recipe import Overrides, Recipe, load_recipe
+from filters.build_options import BuildOptions
+from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
 from flows.support.stage_runner import StageOptions
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.train_unet import train
 from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
@@ -78,9 +79,9 @@ class DemoDir:
 
 
 @flow(name="build-demo")
-@fails_with_a_sentence
+@report_user_errors
 def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
-    """Makes a little world of captioned images, serves it, and builds a dataset from it.
+    """Makes a small world of captioned images, serves it, and builds a dataset from it.
 
     Args:
         output: The demo's directory.
@@ -92,11 +93,11 @@ def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
     demo = DemoDir(Path(output).absolute())
     world = make_world(demo.world, num_rows)
     with serve_world(world):
-        return build(demo_recipe(demo), str(demo.data.root), StageOptions())
+        return build(demo_recipe(demo), BuildOptions(output=str(demo.data.root)), StageOptions())
 
 
 @flow(name="train-demo")
-@fails_with_a_sentence
+@report_user_errors
 def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
     """Trains the tiny UNet on the demo's latents."""
     demo = DemoDir(Path(output).absolute())
@@ -105,7 +106,7 @@ def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
 
 def demo_recipe(demo: DemoDir) -> Recipe:
     """The demo's recipe, pointed at its world."""
-    return load_recipe("demo", Overrides(metadata=str(demo.world / "metadata")))
+    return load_recipe("demo", BuildOptions(metadata=str(demo.world / "metadata")))
 
 
 def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
@@ -168,7 +169,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         "trained on, all on this machine.",
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
-        borders=list(borders(demo_recipe(demo))),
+        thresholds=list(borders(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,

@@ -13,11 +13,12 @@ from pydantic import Field
 from flows.support.parameters import records_no_secrets
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import Engine, start_engine
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.preflight.checks import require
-from sdtrain.settings import Location, parse_settings
+from sdtrain.redaction import Location
+from sdtrain.settings import parse_settings
 
 if TYPE_CHECKING:
     from sdtrain.evaluation.sweep import Step
@@ -35,7 +36,7 @@ def _run_name() -> str:
 
 @records_no_secrets
 @flow(name="evaluate-checkpoint", flow_run_name=_run_name)
-@fails_with_a_sentence
+@report_user_errors
 def evaluate_checkpoint(
     model: Location | list[Location] = "runs/sd-v1-4",
     prompts: Location = "data/coco/captions_val2017.json",

@@ -24,10 +24,10 @@ from flows.support import slurm
 from flows.support.parameters import records_no_secrets
 from flows.support.process_tree import run_tree
 from flows.support.progress import ProgressArtifact, Throttle
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
-from sdtrain.settings import Location
+from sdtrain.redaction import Location
 from sdtrain.train import configure
 from sdtrain.training.run_dir import RunDir
 
@@ -41,7 +41,7 @@ _STEP = re.compile(r"step (\d+)/\d+")
 Count = Annotated[int, Field(ge=1)]
 Launcher = Literal["deepspeed", "slurm"]
 Start = Callable[[Path, Sequence[str], Path, Callable[[str], None]], str | None]
-"""Runs a script with arguments to its end, its output to a file and line by line to a function; says what failed."""
+"""Runs a script with arguments to its end, its output to a file and line by line to a function; names what failed."""
 
 
 def _run_name() -> str:
@@ -68,7 +68,7 @@ def cancel_job(folder: Path) -> None:
 
 @records_no_secrets
 @flow(name="train-unet", flow_run_name=_run_name, on_cancellation=[_cancel_job])
-@fails_with_a_sentence
+@report_user_errors
 def train_unet(
     config: str = "tiny",
     data: Location = "demo-output/data",
@@ -115,7 +115,7 @@ def train(
     script: Path = TRAIN_SCRIPT,
     start: Start | None = None,
 ) -> str:
-    """The training run, in a flow, started by DeepSpeed's launcher unless told otherwise. Returns the run's directory.
+    """The training run, in a flow, started by DeepSpeed's launcher by default. Returns the run's directory.
 
     Raises:
         UserError: training did not reach its last step; the message ends with the last lines of its log.

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.images import SEEN_PAIRS, draw, random_scene
 from sdtrain.download.image_shards import TABLE, image_place

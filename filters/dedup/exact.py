@@ -1,4 +1,4 @@
-"""Images that are the same: equal pixels, or equal bytes as they were fetched."""
+"""Exact duplicates: equal pixels, or equal bytes as they were fetched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from filters.dedup.columns import Columns, in_order, starts_of_runs
 from filters.dedup.union_find import Components
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.progress import report_progress
 
 
 def link_exact(columns: Columns, components: Components) -> None:
@@ -16,7 +16,7 @@ def link_exact(columns: Columns, components: Components) -> None:
     """
     for kind in ("pixels", "bytes"):
         pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
-        counted = told(pieces, f"dedup: equal {kind}", columns.num, "images", lambda piece: len(piece[0]))
+        counted = report_progress(pieces, f"dedup: equal {kind}", columns.num, "images", lambda piece: len(piece[0]))
         for nodes, ones, others in counted:
             starts = starts_of_runs(ones, others)
             first = nodes[starts][np.cumsum(starts) - 1]

@@ -1,9 +1,10 @@
-"""DEDUP: which images are copies of one another."""
+"""DEDUP: scores -> groups of duplicates."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,10 +15,11 @@ from filters.dedup.levels import LEVELS, Found, group_images
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
-from sdtrain.dataset.stage import Stage
-from sdtrain.download.rows import read_parquet
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are
@@ -37,7 +39,7 @@ def scored_images(dataset: DatasetDir) -> Images:
     if has_embeddings and len(networks) > 1:
         raise UserError(
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
-            "compared. Run the build again: it scores those shards anew that are not of the recipe."
+            "compared. Run the build again: it scores again the shards that are not of the recipe."
         )
     return Images(partial(_read, dataset, shards), num, has_embeddings)
 
@@ -52,7 +54,7 @@ def check_decoders(dataset: DatasetDir) -> None:
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
             f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
-            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores anew."
+            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores them again."
         )
 
 
@@ -68,8 +70,8 @@ def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) ->
         yield table.select(list(columns))
 
 
-def _notes(found: Found) -> list[str]:
-    """What each level would take away, as a sentence."""
+def _remarks(found: Found) -> list[str]:
+    """The number of images that each level would drop, as a sentence."""
     if not found.removed:
         return []
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
@@ -100,8 +102,26 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
         num_out=images.num - sum(found.dropped.values()),
         dropped=found.dropped,
         outputs=describe_outputs(dataset, [dataset.duplicates]),
-        notes=_notes(found),
+        notes=_remarks(found),
     )
 
 
-DEDUP: Stage[Recipe] = Stage("dedup", _shards, _fingerprint, _run)
+def _path(dataset: DatasetDir, shard: int) -> Path:
+    return dataset.duplicates
+
+
+DEDUP: Stage[Recipe] = Stage(
+    *("dedup", _shards, _fingerprint, _run),
+    inputs={"score": "all shards", "download": "all shards"},
+    planned_by=None,
+    num_shards=one_shard,
+    beside=nothing_beside,
+    table=Table(
+        view="duplicates",
+        comment="Images that are copies of one another: those with one group_id",
+        columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
+        path=_path,
+    ),
+    drops=None,  # which one of a group stays, DECIDE says
+    uses_gpu=False,
+)

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import publish, scratch
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, delete_index
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 from sdtrain.download.image_shards import (
     ImageShard,
@@ -24,9 +25,7 @@ from sdtrain.download.image_shards import (
     write_shard,
 )
 from sdtrain.download.publish import final_files, publish_images, settle_images
-from sdtrain.download.rows import read_parquet
-from sdtrain.encode.stage import latent_place
-from sdtrain.loading.shard_index import index_path
+from sdtrain.encode.stage import latent_offset
 
 Uids = Collection[str]
 
@@ -86,8 +85,8 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
 
 def drop_latents(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a shard of latents."""
-    _drop_from_pair(tar, table, uids, latent_place)
-    index_path(table).unlink(missing_ok=True)
+    _drop_from_pair(tar, table, uids, latent_offset)
+    delete_index(table)
 
 
 def _drop_from_pair(tar: Path, table: Path, uids: Uids, place: Callable[[Path, SampleIndex], dict[str, Any]]) -> None:

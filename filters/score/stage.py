@@ -9,16 +9,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.inspect.tables import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
+from filters.columns import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
+from filters.rules import RuleValue, in_words
 from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
-from sdtrain.dataset.selection import selected_shards
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.selection import num_selected_shards, selected_shards
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
     [
@@ -75,7 +77,7 @@ def _schema(config: ScoreConfig) -> pa.Schema:
 
 
 def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
-    """Which models gave the scores, and how, for the file's own metadata."""
+    """The models and settings behind the scores, for the file's own metadata."""
     settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
     digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
     return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
@@ -83,7 +85,7 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 
 @lru_cache(maxsize=1)
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """What identifies the weights of CLIP and of the heads that are used; without CLIP, only one is.
+    """Digests of the weights of CLIP and of the heads that are used; without CLIP, only one is.
 
     Raises:
         UserError: weights that cannot be had, or are not those that the recipe pins.
@@ -93,7 +95,7 @@ def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
 
 @lru_cache
 def weight_digest(config: ScoreConfig, name: str) -> str:
-    """What identifies the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
+    """Digest of the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
 
     Raises:
         UserError: weights that cannot be had, or are not those that the recipe pins.
@@ -126,4 +128,32 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     yield from score_shards(dataset, recipe.score, shards)
 
 
-SCORE: Stage[Recipe] = Stage("score", _shards, _fingerprint, _run)
+def _rules(recipe: Recipe) -> dict[str, RuleValue]:
+    return {}
+
+
+SCORE: Stage[Recipe] = Stage(
+    *("score", _shards, _fingerprint, _run),
+    inputs={"download": "same shard"},
+    planned_by=None,
+    num_shards=num_selected_shards,
+    beside=nothing_beside,
+    table=Table(
+        view="scores",
+        comment="One row for every downloaded image: our scores, measures of quality and hashes",
+        columns={
+            **dict.fromkeys(("uid", "key", "pixel_sha256"), "VARCHAR"),
+            "phash": "BIGINT",
+            "thumbnail": "BLOB",
+            **dict.fromkeys(("image_width", "image_height"), "INTEGER"),
+            **dict.fromkeys((*SCORE_COLUMNS, *QUALITY_COLUMNS), "FLOAT"),
+            "reason": "VARCHAR",
+            "shard": "INTEGER",
+        },
+        path=DatasetDir.scores,
+    ),
+    drops=Drops(
+        repeats=False, rules=_rules, last={UNDECODABLE: "the stored image cannot be decoded"}, explain=in_words
+    ),
+    uses_gpu=True,
+)

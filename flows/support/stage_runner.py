@@ -1,11 +1,12 @@
-"""Runs a stage over its pending shards: batches become Prefect tasks."""
+"""Runs the pending shards of a stage in batches, each a Prefect task."""
 
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
@@ -17,33 +18,36 @@ from flows.support.clusters import is_given_up, needs_of
 from flows.support.progress import ProgressArtifact
 from flows.support.task_runners import Engine, lost_its_worker, start_engine
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport
-from sdtrain.dataset.progress import listening, seldom
+from sdtrain.dataset.progress import StageTotals, add_up, progress_listener, throttled
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, begin, hold_of, pending, run_batch
-from sdtrain.dataset.totals import StageTotals, add_up
 from sdtrain.errors import UserError
-from sdtrain.redaction import safe_error
+from sdtrain.options import option
+from sdtrain.redaction import Location, safe_error
 
 LOG_INTERVAL_S = 10.0
 # A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
-_HEARING_S = 0.5
+_CANCEL_DELAY_S = 0.5
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How the work is spread.
+    """How the shards of a stage are spread over workers."""
 
-    Attributes:
-        workers: batches at once, unless a running cluster decides that.
-        shards_per_task: shards in one task run; a task should be a minute of work or more.
-        engine: what runs the batches.
-        engine_address: a running Dask or Ray cluster's.
-    """
-
-    workers: int = 2
-    shards_per_task: int = 1
-    engine: Engine = "threads"
-    engine_address: str | None = None
+    workers: Annotated[int, Ge(1), Le(256)] = option(
+        2, "Batches of shards at once, unless a running cluster decides that."
+    )
+    shards_per_task: Annotated[int, Ge(1)] = option(
+        1, "Shards in one batch; a batch should be a minute of work or more."
+    )
+    engine: Engine = option(
+        "threads", "What runs the batches of shards: threads or processes of this machine, or Dask or Ray."
+    )
+    engine_address: Location | None = option(
+        None,
+        "A running Dask or Ray cluster's; without, one is started on this machine. All its machines must see the "
+        "dataset under the same path.",
+    )
 
 
 def run_stage(
@@ -97,7 +101,7 @@ def _run_batches(
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
     common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
     with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
-        with needs_of(stage.name):
+        with needs_of(stage):
             futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
         reports, failures = _collect(futures, progress)
     if failures:
@@ -135,13 +139,13 @@ def _run_batch(
 ) -> list[ShardReport] | State[Any]:
     logger = get_run_logger()
     try:
-        with listening(seldom(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
+        with progress_listener(throttled(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
             return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
     except UserError as error:
-        time.sleep(_HEARING_S)
+        time.sleep(_CANCEL_DELAY_S)
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
     except Exception as error:
-        time.sleep(_HEARING_S)  # else the next batch might begin in a flow that is about to end
+        time.sleep(_CANCEL_DELAY_S)  # else the next batch might begin in a flow that is about to end
         raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 
 
@@ -155,7 +159,7 @@ def _error(stage: str, failures: list[Exception], num_batches: int) -> Exception
     again = "The finished ones are kept; the same command goes on from there."
     for error in failures:
         if isinstance(error, UserError):
-            return UserError(str(error))  # anew, without the traceback from the batch
+            return UserError(str(error))  # a new one, without the batch's traceback
     first = f"{type(failures[0]).__name__}: {(str(failures[0]).strip().splitlines() or ['no message'])[-1]}"
     if lost_its_worker(failures[0]):
         return UserError(f"{failed}, because a worker ended, killed or out of memory ({first}). {again}")

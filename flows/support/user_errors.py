@@ -1,4 +1,4 @@
-"""User errors become the message of a failed state, not a traceback in the log."""
+"""Reports a user's mistake as the message of a failed state, without a traceback."""
 
 import functools
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from sdtrain.redaction import safe_error
 ParamsT = ParamSpec("ParamsT")
 
 
-def fails_with_a_sentence(function: Callable[ParamsT, Any]) -> Callable[ParamsT, Any]:
-    """Lets a flow end as Failed with the sentence of a UserError, and never with a secret. Goes below `@flow`."""
+def report_user_errors(function: Callable[ParamsT, Any]) -> Callable[ParamsT, Any]:
+    """Ends a flow as Failed with the message of its UserError; no error shows a secret. Goes below `@flow`."""
 
     @functools.wraps(function)
     def wrapped(*arguments: ParamsT.args, **named: ParamsT.kwargs) -> Any:
@@ -22,7 +22,7 @@ def fails_with_a_sentence(function: Callable[ParamsT, Any]) -> Callable[ParamsT,
             return function(*arguments, **named)
         except UserError as error:
             get_run_logger().error("%s", error)
-            return Failed(message=str(error), data=UserError(str(error)))  # anew: Prefect prints its traceback
+            return Failed(message=str(error), data=UserError(str(error)))  # a new one: Prefect prints its traceback
         except Exception as error:
             raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 

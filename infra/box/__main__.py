@@ -1,4 +1,4 @@
-"""`python -m infra.box up`, `down`, `deploy`, `status` and `run`; SDTRAIN_STATE and SDTRAIN_PORT say where."""
+"""`python -m infra.box up`, `down`, `deploy`, `status` and `run`, for the box of SDTRAIN_STATE and SDTRAIN_PORT."""
 
 import argparse
 import os
@@ -10,9 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from flows.support.process_tree import end_processes
-from infra.box.layout import ROOT, Box, box_of_environment
-from infra.box.lock import holder
-from infra.box.programs import furnish
+from infra.box.layout import ROOT, Box, box_of_environment, supervisor_pid
+from infra.box.programs import run_bootstrap
 from infra.box.services import FAMILY_GRACE_S, marked
 from infra.box.supervisor import Supervisor
 from sdtrain.errors import UserError
@@ -21,83 +20,83 @@ _UP_S, _DOWN_S = 300.0, 180.0
 
 
 def up(box: Box) -> None:
-    """Starts the box in the background and returns when it is healthy; says so if it is up already.
+    """Starts the box in the background and returns when it is healthy; one that is up already stays as it is.
 
     Raises:
         UserError: it did not come up.
     """
-    place = box.place
-    if holder(place) is not None:
+    directory = box.directory
+    if supervisor_pid(directory) is not None:
         status(box)
         return
-    place.logs.mkdir(parents=True, exist_ok=True)
-    place.ready.unlink(missing_ok=True)
-    with place.log("supervisor").open("wb") as log:
+    directory.logs.mkdir(parents=True, exist_ok=True)
+    directory.ready.unlink(missing_ok=True)
+    with directory.log("supervisor").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "infra.box", "run"],
             cwd=ROOT,
-            env={**os.environ, "SDTRAIN_STATE": str(place.root), "SDTRAIN_PORT": str(box.port)},
+            env={**os.environ, "SDTRAIN_STATE": str(directory.root), "SDTRAIN_PORT": str(box.port)},
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        came_up = _wait(lambda: place.ready.exists() or process.poll() is not None, _UP_S) and place.ready.exists()
+        _wait(lambda: directory.ready.exists() or process.poll() is not None, _UP_S)
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
         raise
-    if not came_up:
+    if not directory.ready.exists():
         process.terminate()
         process.wait()
-        said = place.log("supervisor").read_text(errors="replace").strip()
+        log = directory.log("supervisor").read_text(errors="replace").strip()
         raise UserError(
-            said.partition("error: ")[2] or f"The box did not come up. {place.log('supervisor')} says:\n{said}"
+            log.partition("error: ")[2] or f"The box did not come up. {directory.log('supervisor')} says:\n{log}"
         )
-    print(f"Up: {box.page}   (logs in {place.logs})\n\n    source {place.variables}\n")
+    print(f"Up: {box.page}   (logs in {directory.logs})\n\n    source {directory.variables}\n")
     print("in each shell that is to use it; then, for example, prefect deployment run build-demo --watch")
 
 
 def down(box: Box) -> None:
-    """Ends the box and all that it started; its data stays.
+    """Ends the box and every process that it started; its data stays.
 
     Raises:
         UserError: it did not end.
     """
-    place = box.place
-    pid = holder(place)
+    directory = box.directory
+    pid = supervisor_pid(directory)
     if pid is not None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-        if not _wait(lambda: holder(place) is None, _DOWN_S):
-            raise UserError(f"The box did not end within {_DOWN_S:.0f} s; {place.log('supervisor')} says why.")
-    leftover = marked(place.root)  # of a supervisor that was killed
+        if not _wait(lambda: supervisor_pid(directory) is None, _DOWN_S):
+            raise UserError(f"The box did not end within {_DOWN_S:.0f} s; {directory.log('supervisor')} says why.")
+    leftover = marked(directory.root)  # of a killed supervisor
     end_processes(leftover, FAMILY_GRACE_S)
-    print("Down." if pid is not None or leftover else f"The box in {place.root} was not up.")
+    print("Down." if pid is not None or leftover else f"The box in {directory.root} was not up.")
 
 
 def status(box: Box) -> None:
-    """Says whether the box is up, and on which page."""
-    pid = holder(box.place)
+    """Prints whether the box is up, and the address of its page."""
+    pid = supervisor_pid(box.directory)
     if pid is None:
-        print(f"Down: {box.place.root}")
-    elif box.place.ready.exists():
-        print(f"It is up: {box.place.ready.read_text().strip()}   (process {pid}, state in {box.place.root})")
+        print(f"Down: {box.directory.root}")
+    elif box.directory.ready.exists():
+        print(f"It is up: {box.directory.ready.read_text().strip()}   (process {pid}, state in {box.directory.root})")
     else:
-        print(f"Starting or ending: process {pid}, state in {box.place.root}")
+        print(f"Starting or ending: process {pid}, state in {box.directory.root}")
 
 
 def deploy(box: Box) -> None:
-    """Applies pools, automations and deployments as they are now.
+    """Applies the current pools, automations and deployments.
 
     Raises:
         UserError: the box is down, or a deployment was refused.
     """
-    if holder(box.place) is None or not box.place.ready.exists():
-        raise UserError(f"The box in {box.place.root} is not up. `make up` first, which deploys as well.")
-    furnish(box)
-    print(f"Deployed; {box.place.log('furnish')} has the details.")
+    if supervisor_pid(box.directory) is None or not box.directory.ready.exists():
+        raise UserError(f"The box in {box.directory.root} is not up. `make up` first, which deploys as well.")
+    run_bootstrap(box)
+    print(f"Deployed; {box.directory.log('bootstrap')} has the details.")
 
 
 def run(box: Box) -> None:
@@ -108,9 +107,9 @@ def run(box: Box) -> None:
 COMMANDS: dict[str, Callable[[Box], None]] = {"up": up, "down": down, "deploy": deploy, "status": status, "run": run}
 
 
-def _wait(holds: Callable[[], bool], seconds: float) -> bool:
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
-    while not holds():
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
@@ -118,7 +117,7 @@ def _wait(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 def main() -> int:
-    """Exit code 0, or 2 with a sentence."""
+    """Runs a command; exit code 2, with a sentence, for a mistake of the user."""
     parser = argparse.ArgumentParser(prog="python -m infra.box", description="Runs everything on this machine.")
     parser.add_argument("command", choices=COMMANDS)
     try:

@@ -1,35 +1,80 @@
-"""Furnishes the server at PREFECT_API_URL with pools, automations and deployments; again changes nothing.
+"""The box's work pools, and the setup of its server: pools, automations and deployments.
 
-`python -m infra.box.bootstrap` is what the box runs at each start; `make deploy` runs it after a change of
-prefect.yaml.
+`python -m infra.box.bootstrap` sets up the server at PREFECT_API_URL; the box runs it at each start, and `make deploy`
+after a change of prefect.yaml. Repeating it changes nothing.
 """
+
+from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.exceptions import ObjectNotFound
-from prefect.workers.process import ProcessWorker
+import yaml
 
-from flows.support.automations import apply_automations
 from infra.box.layout import ROOT
-from infra.box.pools import POOLS, Pool, write_deployments
+from sdtrain.dataset.files import publish
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+# Prefect is imported where it is used: the supervisor needs the names of the pools only.
 
 
-def furnish() -> None:
-    """Pools, automations, deployments.
+@dataclass(frozen=True)
+class Pool:
+    """A work pool with one worker.
+
+    Attributes:
+        name: of the pool, and part of its worker's name.
+        limit: concurrent runs; None for no limit.
+    """
+
+    name: str
+    limit: int | None = None
+
+
+POOLS = (Pool("cpu"), Pool("gpu"), Pool("train", limit=1))
+
+
+def pool_of(tags: Iterable[str]) -> str:
+    """The pool for a deployment: `train` runs one training at a time, `gpu` what scores and encodes."""
+    if "training" in tags:
+        return "train"
+    return "cpu" if "demo" in tags else "gpu"
+
+
+def assign_pools(source: Path = ROOT / "prefect.yaml") -> dict[str, Any]:
+    """The deployments of `source`, each in the box's pool for its tags."""
+    config = yaml.safe_load(source.read_text())
+    for deployment in config["deployments"]:
+        deployment["work_pool"] = {"name": pool_of(deployment.get("tags", []))}
+    return {"deployments": config["deployments"]}
+
+
+def write_deployments(target: Path) -> None:
+    """Writes a prefect.yaml for the box's pools."""
+    with publish(target) as temporary:
+        temporary.write_text(yaml.safe_dump(assign_pools(), sort_keys=False, allow_unicode=True))
+
+
+def bootstrap() -> None:
+    """Applies pools, automations and deployments.
 
     Raises:
         subprocess.CalledProcessError: a deployment was refused; Prefect has said why.
     """
+    from prefect.client.orchestration import get_client
+
+    from flows.support.automations import apply_automations
+
     with get_client(sync_client=True) as client:
-        template = ProcessWorker.get_default_base_job_template()
         for pool in POOLS:
-            _apply_pool(client, pool, template)
+            _apply_pool(client, pool)
         apply_automations(client)
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder, "prefect.yaml")
@@ -39,19 +84,24 @@ def furnish() -> None:
         subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
 
 
-def _apply_pool(client: SyncPrefectClient, pool: Pool, template: dict[str, Any]) -> None:
-    """Makes the pool; one that is there keeps what its owner changed, but for the limit."""
+def _apply_pool(client: SyncPrefectClient, pool: Pool) -> None:
+    """Creates the pool; an existing one keeps what its owner changed, but gets a missing limit."""
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+    from prefect.exceptions import ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
     try:
-        there = client.read_work_pool(pool.name)
+        existing = client.read_work_pool(pool.name)
     except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
         wanted = WorkPoolCreate(
             name=pool.name, type="process", base_job_template=template, concurrency_limit=pool.limit
         )
         client.create_work_pool(wanted)
         return
-    if pool.limit is not None and there.concurrency_limit is None:
+    if pool.limit is not None and existing.concurrency_limit is None:
         client.update_work_pool(pool.name, WorkPoolUpdate(concurrency_limit=pool.limit))
 
 
 if __name__ == "__main__":
-    furnish()
+    bootstrap()

@@ -1,6 +1,9 @@
-"""Where the box keeps its state, and how its processes are known."""
+"""The box's directory and its lock, which a supervisor holds as long as it lives."""
 
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +22,7 @@ class BoxDir:
 
     @property
     def logs(self) -> Path:
-        """A file for each process."""
+        """One log for each process."""
         return self.root / "logs"
 
     @property
@@ -29,7 +32,7 @@ class BoxDir:
 
     @property
     def passfile(self) -> Path:
-        """The password of the database, for its owner's eyes only."""
+        """The database's password, readable for its owner only."""
         return self.root / "pgpass"
 
     @property
@@ -39,12 +42,12 @@ class BoxDir:
 
     @property
     def lock(self) -> Path:
-        """Held while the box runs; holds the supervisor's process id."""
+        """Locked while the box runs; contains the supervisor's process id."""
         return self.root / "lock"
 
     @property
     def ready(self) -> Path:
-        """There while everything is up; holds the page's address."""
+        """Exists while everything is up; contains the page's address."""
         return self.root / "ready"
 
     @property
@@ -54,7 +57,7 @@ class BoxDir:
 
     @property
     def deployments(self) -> Path:
-        """The repository's prefect.yaml, spread over the box's pools."""
+        """The repository's prefect.yaml, with the box's pools."""
         return self.root / "prefect.yaml"
 
     def log(self, name: str) -> Path:
@@ -64,14 +67,14 @@ class BoxDir:
 
 @dataclass(frozen=True)
 class Box:
-    """What is to run where.
+    """A deployment on this machine.
 
     Attributes:
-        place: directory of its state.
+        directory: where its state is.
         port: of Prefect's page and API on 127.0.0.1.
     """
 
-    place: BoxDir
+    directory: BoxDir
     port: int = DEFAULT_PORT
 
     @property
@@ -89,10 +92,40 @@ def box_of_environment() -> Box:
     """The box that SDTRAIN_STATE and SDTRAIN_PORT name, by default .sdtrain-box in this repository, port 4200.
 
     Raises:
-        UserError: the port is no port.
+        UserError: SDTRAIN_PORT is not a port.
     """
     root = Path(os.environ.get("SDTRAIN_STATE") or ROOT / ".sdtrain-box").absolute()
     port = os.environ.get("SDTRAIN_PORT") or str(DEFAULT_PORT)
     if not port.isdecimal() or not 0 < int(port) <= LARGEST_PORT:
         raise UserError(f"SDTRAIN_PORT={port} is no port. Give a number from 1 to {LARGEST_PORT}, such as 4200.")
     return Box(BoxDir(root), int(port))
+
+
+@contextmanager
+def lock_box(directory: BoxDir) -> Iterator[None]:
+    """Takes the box's lock, which the kernel releases when this process ends, however that happens.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with directory.lock.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"The box in {directory.root} is already up. `make down` ends it.") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def supervisor_pid(directory: BoxDir) -> int | None:
+    """Process id of the running supervisor; None if the box is down."""
+    if not directory.lock.exists():
+        return None
+    with directory.lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(file.read() or 0) or None
+    return None

@@ -1,4 +1,4 @@
-"""A PostgreSQL of the box's own, from the system's packages; on loopback, with a password."""
+"""The box's own PostgreSQL, from the system's packages, on loopback and with a password."""
 
 import os
 import pwd
@@ -33,13 +33,13 @@ class Postgres:
     """The box's database server.
 
     Attributes:
-        place: the box's directory.
+        directory: the box's directory.
         programs: directory of PostgreSQL's programs.
-        port: on 127.0.0.1; another one at each start.
-        system_user: whom it runs as; None for the one who calls, unless that is root, whom PostgreSQL refuses.
+        port: on 127.0.0.1; a new one at each start.
+        system_user: user to run as; None for the caller, unless that is root, which PostgreSQL refuses.
     """
 
-    place: BoxDir
+    directory: BoxDir
     programs: Path
     port: int
     system_user: str | None
@@ -51,36 +51,36 @@ class Postgres:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client needs to know the password, without knowing it."""
-        return {"PGPASSFILE": str(self.place.passfile)}
+        """Tells a client where the password is, without the password."""
+        return {"PGPASSFILE": str(self.directory.passfile)}
 
     @property
     def program(self) -> Program:
         """The server; SIGINT is its fast shutdown, which does not wait for clients."""
         options = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": ""}
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        command: list[str | Path] = [self.programs / "postgres", "-D", self.place.cluster, *flags]
+        command: list[str | Path] = [self.programs / "postgres", "-D", self.directory.cluster, *flags]
         return Program("postgres", command, user=self.system_user, stop_signal=signal.SIGINT, grace_s=_SHUTDOWN_S)
 
     def prepare(self) -> None:
-        """Makes the cluster, if there is none, and ends a server that a killed box left on it.
+        """Creates the cluster if there is none, and ends a server that a killed box left on it.
 
         Raises:
-            UserError: it cannot be made.
+            UserError: it cannot be created.
         """
-        _end_leftover(self.place.cluster)
-        if not (self.place.cluster / "PG_VERSION").exists():
+        _end_leftover(self.directory.cluster)
+        if not (self.directory.cluster / "PG_VERSION").exists():
             self._make_cluster()
         try:
-            password = self.place.passfile.read_text().strip().rpartition(":")[2]
+            password = self.directory.passfile.read_text().strip().rpartition(":")[2]
         except OSError:
             password = ""
         if not password:
             raise UserError(
-                f"{self.place.passfile} holds no password for the database in {self.place.cluster}. Put it back from a "
-                "copy, or move the directory away to begin with an empty history."
+                f"{self.directory.passfile} holds no password for the database in {self.directory.cluster}. Put it "
+                "back from a copy, or move the directory away to begin with an empty history."
             )
-        _write_secret(self.place.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
+        _write_secret(self.directory.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
 
     def is_ready(self) -> bool:
         """Whether it answers."""
@@ -88,17 +88,17 @@ class Postgres:
         return subprocess.run(command, check=False).returncode == 0  # noqa: S603
 
     def make_database(self) -> None:
-        """Makes Prefect's database, if there is none; the server must run."""
+        """Creates Prefect's database if there is none; the server must run."""
         common = ["-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-w"]
         query = f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'"  # noqa: S608 (a constant)
-        there = self._ask([self.programs / "psql", *common, "-d", "postgres", "-tAc", query])
-        if not there.strip():
-            self._ask([self.programs / "createdb", *common, DATABASE])
+        existing = self._run([self.programs / "psql", *common, "-d", "postgres", "-tAc", query])
+        if not existing.strip():
+            self._run([self.programs / "createdb", *common, DATABASE])
 
     def _make_cluster(self) -> None:
-        # Under another name until it is whole: initdb writes what a cluster is known by first.
-        made = self.place.cluster.with_name(f".{self.place.cluster.name}.new")
-        for half_made in (made, self.place.cluster):
+        # Under another name until it is complete: initdb writes PG_VERSION first.
+        made = self.directory.cluster.with_name(f".{self.directory.cluster.name}.new")
+        for half_made in (made, self.directory.cluster):
             shutil.rmtree(half_made, ignore_errors=True)
         made.mkdir(mode=0o700)
         password = secrets.token_urlsafe(32)
@@ -109,11 +109,11 @@ class Postgres:
                 shutil.chown(made, self.system_user)
                 os.chown(file.name, pwd.getpwnam(self.system_user).pw_uid, -1)
             options = ["--auth=scram-sha-256", f"--pwfile={file.name}", "--encoding=UTF8", "--locale=C.UTF-8"]
-            self._ask([self.programs / "initdb", "-D", made, "-U", USER, *options], self.system_user)
-        _write_secret(self.place.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
-        made.rename(self.place.cluster)
+            self._run([self.programs / "initdb", "-D", made, "-U", USER, *options], self.system_user)
+        _write_secret(self.directory.passfile, f"127.0.0.1:{self.port}:*:{USER}:{password}\n")
+        made.rename(self.directory.cluster)
 
-    def _ask(self, command: list[str | Path], user: str | None = None) -> str:
+    def _run(self, command: list[str | Path], user: str | None = None) -> str:
         done = subprocess.run(  # noqa: S603
             [str(part) for part in command],
             env={**os.environ, **self.environment},
@@ -129,48 +129,48 @@ class Postgres:
         return done.stdout
 
 
-def find_postgres(place: BoxDir, port: int) -> Postgres:
-    """PostgreSQL as this machine has it.
+def find_postgres(directory: BoxDir, port: int) -> Postgres:
+    """The installed PostgreSQL: of the cluster's release, or else the newest.
 
     Raises:
-        UserError: it is missing, too old, of another release than the box's data, or could not reach them.
+        UserError: it is missing, too old, of another release than the cluster, or may not enter its folder.
     """
     releases = _releases()
-    marker = place.cluster / "PG_VERSION"
+    marker = directory.cluster / "PG_VERSION"
     if marker.exists():
         release = int(marker.read_text())
         if release not in releases:
             raise UserError(
-                f"{place.cluster} was made by PostgreSQL {release}, which is not installed any more. Run `apt-get "
+                f"{directory.cluster} was made by PostgreSQL {release}, which is not installed any more. Run `apt-get "
                 f"install postgresql-{release}`, or move the data on with pg_upgrade, or choose another SDTRAIN_STATE."
             )
     elif not releases:
         raise UserError(f"PostgreSQL {OLDEST} or newer is missing. Run `apt-get install postgresql`, then again.")
     else:
         release = max(releases)
-    return Postgres(place, releases[release], port, _system_user(place))
+    return Postgres(directory, releases[release], port, _system_user(directory))
 
 
 def _releases() -> dict[int, Path]:
-    """The installed releases with their programs' directories."""
+    """The installed releases, with the directories of their programs."""
     found = {int(folder.parent.name): folder for folder in _DEBIAN.glob("[0-9]*/bin") if (folder / "initdb").exists()}
     on_path = shutil.which("initdb")
     if on_path and not found:
-        said = subprocess.run([on_path, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
-        if match := re.search(r"(\d+)", said):
+        shown = subprocess.run([on_path, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
+        if match := re.search(r"(\d+)", shown):
             found[int(match.group(1))] = Path(on_path).resolve().parent
     return {release: folder for release, folder in found.items() if release >= OLDEST}
 
 
-def _system_user(place: BoxDir) -> str | None:
-    """Whom PostgreSQL is to run as."""
+def _system_user(directory: BoxDir) -> str | None:
+    """The user that PostgreSQL runs as; None for the caller."""
     if os.geteuid() != 0:
         return None
     try:
         pwd.getpwnam(_SYSTEM_USER)
     except KeyError:
         raise UserError(f"PostgreSQL refuses root, and there is no user {_SYSTEM_USER}. Run as another user.") from None
-    for folder in (place.root, *place.root.parents):
+    for folder in (directory.root, *directory.root.parents):
         if not folder.stat().st_mode & 0o001:
             raise UserError(
                 f"PostgreSQL runs as user {_SYSTEM_USER}, who cannot enter {folder}. Choose another directory "
@@ -194,7 +194,7 @@ def _end_leftover(cluster: Path) -> None:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """For its owner's eyes from the first byte on."""
+    """Writes a file that only its owner can read, from the first byte on."""
     temporary = path.with_name(f".{path.name}")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

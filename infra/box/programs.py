@@ -1,4 +1,4 @@
-"""What the box runs, with which settings: Prefect's server, its workers, and what furnishes the server."""
+"""The box's programs and their settings: Prefect's server, its workers, and the setup of the server."""
 
 import json
 import os
@@ -21,27 +21,27 @@ _HEARTBEAT_S = 30  # as in flows.support.automations, which would import Prefect
 
 
 def client_environment(box: Box) -> dict[str, str]:
-    """What a program needs to talk to the box, and what all of its flows run with."""
+    """Environment of a program that talks to the box, and of all flows of the box."""
     hosts = {*filter(None, os.environ.get("no_proxy", "").split(",")), "127.0.0.1", "localhost"}
     return {
         "DO_NOT_TRACK": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         "PREFECT_API_URL": box.api,
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_S),
-        "PREFECT_HOME": str(box.place.home),
+        "PREFECT_HOME": str(box.directory.home),
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "no_proxy": ",".join(sorted(hosts)),
     }
 
 
 def server_program(box: Box, postgres: Postgres) -> Program:
-    """Prefect's server; it knows the database's password by the file that only its owner can read."""
+    """Prefect's server; it reads the database's password from the file that only its owner can read."""
     environment = {
         **client_environment(box),
         **postgres.environment,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.url,
-        # Half of a run's rows are events, which serve the automations and the images of the page only.
+        # Half of a run's rows are events, which only the automations and the page's charts need.
         "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": _KEEP_EVENTS,
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(_KEEP_RUNS_S),
@@ -62,25 +62,25 @@ def worker_program(box: Box, pool: str) -> Program:
 
 
 def write_variables(box: Box) -> None:
-    """A file for `source`, so that `prefect` and `sdtrain` are found and talk to this box."""
+    """Writes a file for `source`: a shell that reads it finds `prefect` and `sdtrain`, and they talk to this box."""
     lines = [
         f"export PREFECT_API_URL={shlex.quote(box.api)}",
         "export PREFECT_SERVER_EPHEMERAL_ENABLED=false PREFECT_PLUGINS_ENABLED=true DO_NOT_TRACK=1",
         f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"',
         'export no_proxy="127.0.0.1,localhost${no_proxy:+,$no_proxy}"',
     ]
-    with publish(box.place.variables) as temporary:
+    with publish(box.directory.variables) as temporary:
         temporary.write_text("\n".join(lines) + "\n")
 
 
-def furnish(box: Box) -> None:
-    """Applies pools, automations and deployments; the server must be up.
+def run_bootstrap(box: Box) -> None:
+    """Runs `infra.box.bootstrap` in a process of its own, since it loads Prefect; the server must be up.
 
     Raises:
         UserError: a deployment was refused.
     """
-    log = box.place.log("furnish")
-    environment = {**os.environ, **client_environment(box), BOX_MARK: str(box.place.root)}
+    log = box.directory.log("bootstrap")
+    environment = {**os.environ, **client_environment(box), BOX_MARK: str(box.directory.root)}
     with log.open("ab") as output:
         done = subprocess.run(
             [sys.executable, "-m", "infra.box.bootstrap"],

@@ -1,4 +1,4 @@
-"""Long-running processes of the box: started with a mark, ended with all that they started."""
+"""Long-running processes of the box; a mark in the environment finds all that they start."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ import psutil
 from flows.support.process_tree import end_processes
 
 BOX_MARK, SERVICE_MARK = "SDTRAIN_BOX", "SDTRAIN_BOX_SERVICE"
-"""In the environment of everything that the box starts: its directory, and the service's name."""
+"""Variables of every process that the box starts: its directory, and the service's name."""
 
 MAX_LOG_BYTES = 50_000_000
 FAMILY_GRACE_S = 20.0
@@ -31,11 +31,11 @@ class Program:
 
     Attributes:
         name: of the service and of its log.
-        command: program and arguments; no secrets, for everybody can read them.
+        command: program and arguments; no secrets, since everybody can read them.
         environment: variables beside the supervisor's own.
-        user: whom it runs as; by default the supervisor's user.
-        stop_signal: what asks it to end.
-        grace_s: how long it may take to end.
+        user: by default the supervisor's.
+        stop_signal: asks it to end.
+        grace_s: time that it has to end.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Program:
 
 
 class Service:
-    """A program that is started again when it ends by itself, later and later if it does so at once."""
+    """A program that is restarted whenever it ends, with a growing delay if it does so at once."""
 
     def __init__(self, program: Program, box: Path, log: Path):
         self.program, self._box, self._log = program, box, log
@@ -60,7 +60,7 @@ class Service:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts the process; it is told to end when this one dies, kill -9 included."""
+        """Starts the process; the kernel signals it to end when this one dies, kill -9 included."""
         marks = {BOX_MARK: str(self._box), SERVICE_MARK: self.program.name}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (no shell, and the arguments are ours)
@@ -77,8 +77,8 @@ class Service:
             )
         self._started = time.monotonic()
 
-    def revive(self) -> str | None:
-        """Starts the process again if it has ended, and says so; what it had started ends first."""
+    def restart_if_ended(self) -> str | None:
+        """Restarts a process that has ended, once all that it had started has ended too; returns a line for the log."""
         if self.is_running or self._process is None or time.monotonic() < self._not_before:
             return None
         code = self._process.returncode
@@ -87,15 +87,15 @@ class Service:
         self._delay_s = 1.0 if lived_s > _STEADY_S else min(_MAX_DELAY_S, 2 * self._delay_s)
         self._not_before = time.monotonic() + self._delay_s
         self.start()
-        return f"{self.program.name} had ended ({_how(code)}) after {lived_s:.0f} s and was started again"
+        return f"{self.program.name} had ended ({_describe_exit(code)}) after {lived_s:.0f} s and was started again"
 
     def ask_to_end(self) -> None:
-        """Sends the signal that ends it; `end` waits."""
+        """Sends its stop signal; `end` waits."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(self.program.stop_signal)
 
     def end(self) -> None:
-        """Waits for the process, then ends what is left of it and of its children."""
+        """Waits for the process, then ends whatever is left of it and of its children."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.program.grace_s)
@@ -105,14 +105,14 @@ class Service:
         end_processes(marked(self._box, self.program.name), FAMILY_GRACE_S)
 
     def trim_log(self) -> None:
-        """Keeps the log below twice its limit: what is full becomes NAME.log.1."""
+        """Keeps the log below twice its limit: a full one becomes NAME.log.1."""
         if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
             self._log.with_name(self._log.name + ".1").write_bytes(self._log.read_bytes())
-            os.truncate(self._log, 0)  # the writers append, so they go on at the new end
+            os.truncate(self._log, 0)  # writers append, so they continue at the new end
 
 
 def marked(box: Path, service: str | None = None) -> set[psutil.Process]:
-    """All living processes that were started by the box, or by one of its services, but not this one."""
+    """All running processes that the box, or one of its services, has started; never this one."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -124,7 +124,7 @@ def marked(box: Path, service: str | None = None) -> set[psutil.Process]:
 
 
 def tail(log: Path, num_lines: int = 15) -> str:
-    """The end of a log, for the sentence that says what went wrong."""
+    """The end of a log, for an error message."""
     lines = log.read_text(errors="replace").splitlines()[-num_lines:] if log.exists() else []
     return f"Last lines of {log}:\n" + "\n".join(lines)
 
@@ -141,5 +141,5 @@ def _group(user: str) -> int:
     return pwd.getpwnam(user).pw_gid
 
 
-def _how(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

@@ -1,4 +1,4 @@
-"""The one process that starts everything of the box, keeps it up, and ends it on one SIGTERM."""
+"""Starts all services of the box, keeps them up, and ends them on SIGTERM."""
 
 import json
 import signal
@@ -12,11 +12,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flows.support.process_tree import end_processes
-from infra.box.layout import Box
-from infra.box.lock import hold
-from infra.box.pools import POOLS
+from infra.box.bootstrap import POOLS
+from infra.box.layout import Box, lock_box
 from infra.box.postgres import find_postgres
-from infra.box.programs import furnish, server_program, worker_program, write_variables
+from infra.box.programs import run_bootstrap, server_program, worker_program, write_variables
 from infra.box.services import FAMILY_GRACE_S, Program, Service, marked, tail
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
@@ -24,72 +23,72 @@ from sdtrain.errors import UserError
 _START_S = 180.0
 _PAUSE_S = 0.5
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""The box's own addresses are never asked through a proxy."""
+"""Without a proxy, since the addresses are on this machine."""
 
 
 class _Stop(BaseException):
-    """Somebody has asked the box to end."""
+    """SIGTERM or Ctrl-C: the box is to end."""
 
 
 class Supervisor:
-    """Starts the services in order, starts again what ends, ends all in reverse order."""
+    """Starts the services in order, restarts those that end, and stops all in reverse order."""
 
     def __init__(self, box: Box):
         self._box, self._services = box, list[Service]()
 
     def run(self) -> None:
-        """Runs the box until SIGTERM or Ctrl-C. Nothing of it is left afterwards.
+        """Runs the box until SIGTERM or Ctrl-C, and leaves no process behind.
 
         Raises:
-            UserError: it is up already, or did not come up.
+            UserError: it is already up, or did not come up.
         """
-        place = self._box.place
-        place.logs.mkdir(parents=True, exist_ok=True)
-        (place.root / ".gitignore").write_text("*\n")  # passwords and a database
-        with hold(place):
+        directory = self._box.directory
+        directory.logs.mkdir(parents=True, exist_ok=True)
+        (directory.root / ".gitignore").write_text("*\n")  # passwords and a database
+        with lock_box(directory):
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, _raise_stop)
             try:
-                end_processes(marked(place.root), FAMILY_GRACE_S)  # of a supervisor that was killed
+                end_processes(marked(directory.root), FAMILY_GRACE_S)  # of a killed supervisor
                 self._come_up()
                 self._watch()
             except _Stop:
-                _say("asked to end")
+                _log("asked to end")
             finally:
                 self._end()
 
     def _come_up(self) -> None:
-        box, place = self._box, self._box.place
+        box, directory = self._box, self._box.directory
         require_free_port(box.port)
-        postgres = find_postgres(place, _free_port())
+        postgres = find_postgres(directory, _free_port())
         postgres.prepare()
         self._start(postgres.program)
         self._wait(postgres.is_ready, "postgres")
         postgres.make_database()
         self._start(server_program(box, postgres))
         self._wait(lambda: self._ask("/health") is True, "server")
-        furnish(box)
+        run_bootstrap(box)
         for pool in POOLS:
             self._start(worker_program(box, pool.name))
         for pool in POOLS:
             self._wait(lambda name=pool.name: self._is_online(name), f"worker-{pool.name}")  # type: ignore[misc]
         write_variables(box)
-        with publish(place.ready) as temporary:
+        with publish(directory.ready) as temporary:
             temporary.write_text(f"{box.page}\n")
-        _say(f"up: {box.page}")
+        _log(f"up: {box.page}")
 
     def _watch(self) -> None:
         while True:
             for service in self._services:
-                if said := service.revive():
-                    _say(said)
+                if line := service.restart_if_ended():
+                    _log(line)
                 service.trim_log()
             time.sleep(_PAUSE_S)
 
     def _end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
-        self._box.place.ready.unlink(missing_ok=True)
+        self._box.directory.ready.unlink(missing_ok=True)
         workers = [service for service in self._services if service.program.name.startswith("worker")]
         others = [service for service in reversed(self._services) if service not in workers]
         for group in (workers, *([service] for service in others)):
@@ -97,18 +96,18 @@ class Supervisor:
                 service.ask_to_end()
             for service in group:
                 service.end()
-        end_processes(marked(self._box.place.root), FAMILY_GRACE_S)
-        _say("ended")
+        end_processes(marked(self._box.directory.root), FAMILY_GRACE_S)
+        _log("ended")
 
     def _start(self, program: Program) -> None:
-        service = Service(program, self._box.place.root, self._box.place.log(program.name))
+        service = Service(program, self._box.directory.root, self._box.directory.log(program.name))
         self._services.append(service)
         service.start()
 
-    def _wait(self, holds: Callable[[], bool], name: str) -> None:
-        deadline, log = time.monotonic() + _START_S, self._box.place.log(name)
+    def _wait(self, is_ready: Callable[[], bool], name: str) -> None:
+        deadline, log = time.monotonic() + _START_S, self._box.directory.log(name)
         service = next(service for service in self._services if service.program.name == name)
-        while not holds():
+        while not is_ready():
             if not service.is_running:
                 raise UserError(f"{name} ended while it was starting. {tail(log)}")
             if time.monotonic() > deadline:
@@ -127,7 +126,7 @@ class Supervisor:
 
 
 def require_free_port(port: int) -> None:
-    """Says that another program has the page's port before anything is started.
+    """Checks, before anything is started, that no other program has the page's port.
 
     Raises:
         UserError: it is taken.
@@ -138,8 +137,8 @@ def require_free_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise UserError(
-                f"Port {port} cannot be had ({error.strerror}); is another Prefect server running? End it, or choose "
-                "another port: SDTRAIN_PORT=4201 make up."
+                f"Port {port} is not available ({error.strerror}); is another Prefect server running? End it, or "
+                "choose another port: SDTRAIN_PORT=4201 make up."
             ) from error
 
 
@@ -153,5 +152,5 @@ def _raise_stop(*_: object) -> None:
     raise _Stop
 
 
-def _say(sentence: str) -> None:
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {sentence}", flush=True)
+def _log(line: str) -> None:
+    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {line}", flush=True)

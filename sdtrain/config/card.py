@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from sdtrain.config.resuming import Free
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import find_region
-from sdtrain.impact.devices import board_watts
+from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
 

@@ -1,4 +1,4 @@
-"""Which URLs and which network addresses may be asked for an image."""
+"""Hosts of URLs, and which URLs and network addresses may be fetched."""
 
 from __future__ import annotations
 
@@ -95,3 +95,21 @@ def _is_private_host(parts: SplitResult) -> bool:
         return not is_public(literal) if literal else _LOCAL_NAMES.search(host) is not None
     except ValueError:
         return True
+
+
+def host_of(url: str) -> str:
+    """The host that a request for `url` goes to: lower case, without the last dot, in ASCII; "" if there is none."""
+    try:
+        return plain_host(urlsplit(url.strip()).hostname or "")
+    except ValueError:
+        return ""
+
+
+def plain_host(host: str) -> str:
+    """A host's name as it is compared.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    name = host.lower().rstrip(".")
+    return name if name.isascii() else name.encode("idna").decode("ascii")

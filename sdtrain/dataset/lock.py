@@ -96,7 +96,7 @@ def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
     return DatasetLock(file)
 
 
-def at_work(dataset: DatasetDir) -> list[str]:
+def active_commands(dataset: DatasetDir) -> list[str]:
     """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody.
 
     The store is asked where the dataset is named by its URL, and not where its work folder is.

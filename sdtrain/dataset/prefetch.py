@@ -1,4 +1,4 @@
-"""Work of a thread of its own, done ahead of its use."""
+"""Computes items in a thread, ahead of their use."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def in_background(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yields from `items`, which another thread works through, `depth` ahead; its errors are raised here."""
+def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
+    """Yields from `items`, which a thread computes up to `depth` ahead; its errors are raised here."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
     end = object()
@@ -34,7 +34,7 @@ def in_background(items: Iterator[T], depth: int) -> Generator[T, None, None]:
         except BaseException as error:  # handed to the thread that uses the items, which raises it
             put((end, error))
 
-    thread = threading.Thread(target=work, name="in-background", daemon=True)
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:

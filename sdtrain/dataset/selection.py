@@ -7,7 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import Output, ShardReport, entries, require_entry
+from sdtrain.dataset.manifest import entries, require_entry
+from sdtrain.dataset.shard_report import Output, ShardReport
 
 
 def selection(dataset: DatasetDir) -> ShardReport:
@@ -24,6 +25,12 @@ def selection(dataset: DatasetDir) -> ShardReport:
 def selected_shards(dataset: DatasetDir) -> dict[int, Output]:
     """Shard number -> its selection file's digest, in order."""
     return {int(Path(name).stem): output for name, output in selection(dataset).outputs.items()}
+
+
+def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
+    """How many shards are selected; None before the first selection. `Stage.num_shards` of what follows it."""
+    selected = entries(dataset, "select")
+    return sum(len(entry.outputs) for entry in selected) if selected else None
 
 
 @lru_cache(maxsize=4)

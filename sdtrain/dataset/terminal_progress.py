@@ -10,9 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.progress import Step, listening, seldom
+from sdtrain.dataset.progress import StageTotals, Step, add_up, progress_listener, throttled
 from sdtrain.dataset.stage import Stage, begin, pending, run_batch
-from sdtrain.dataset.totals import StageTotals, add_up
 
 _LINE_INTERVAL_S = 10.0
 
@@ -55,7 +54,7 @@ def run_with_bar(
         def show(step: Step) -> None:
             bar.update(line, description=str(step))
 
-        listener = show if console.is_terminal else seldom(lambda step: console.print(str(step)), _LINE_INTERVAL_S)
-        with listening(listener):
+        listener = show if console.is_terminal else throttled(lambda step: console.print(str(step)), _LINE_INTERVAL_S)
+        with progress_listener(listener):
             reports = run_batch(stage, dataset, recipe, shards, lambda report: bar.advance(line)) if shards else []
     return add_up(stage.name, reports, len(all_shards) - len(shards), time.monotonic() - started)

@@ -43,11 +43,11 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def draw_pool(num_pictures: int, resolution_px: int, seed: int) -> torch.Tensor:
-    """(num_pictures, 3, resolution_px, resolution_px) uint8 images of random scenes, all pairs alike."""
+def draw_pool(num_images: int, resolution_px: int, seed: int) -> torch.Tensor:
+    """(num_images, 3, resolution_px, resolution_px) uint8 images of random scenes, all pairs alike."""
     rng = np.random.default_rng(seed)
-    pool = np.empty((num_pictures, resolution_px, resolution_px, 3), np.uint8)
-    for i in range(num_pictures):
+    pool = np.empty((num_images, resolution_px, resolution_px, 3), np.uint8)
+    for i in range(num_images):
         scene = random_scene(rng, str(rng.choice(list(COLORS))), str(rng.choice(SHAPES)))
         image = draw(scene, 4 * resolution_px, 4 * resolution_px)
         pool[i] = np.asarray(image.resize((resolution_px, resolution_px), Image.Resampling.BICUBIC))
@@ -55,7 +55,7 @@ def draw_pool(num_pictures: int, resolution_px: int, seed: int) -> torch.Tensor:
 
 
 def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weight: float) -> torch.Tensor:
-    """What differs between (B, 3, H, W) images: pixels (L1), edges, and the mean colour of 8x8 blocks.
+    """L1 of pixels and of edges, and the squared error of the mean colours of 8x8 blocks, of (B, 3, H, W) images.
 
     L1 alone settles for two hues (warm and cold); the squared error of block means tells all six apart.
     """
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--block-weight", type=float, default=4.0, help="of the mean colours of 8x8 blocks")
-    parser.add_argument("--pictures", type=int, default=3000)
+    parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--init", type=Path, help="go on from these weights")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

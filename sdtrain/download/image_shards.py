@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import sha256_of
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.tars import Member, SampleIndex, index_samples, write_samples
-from sdtrain.download.rows import SCHEMA, Row, read_parquet
+from sdtrain.download.rows import SCHEMA, Row
 from sdtrain.images.decode import image_extension
 
 _FINGERPRINT, _TAR_SHA256 = b"sdtrain.fingerprint", b"sdtrain.tar_sha256"

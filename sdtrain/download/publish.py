@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import Output, ShardReport, describe_outputs
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.download.image_shards import ImageShard, ShardTable, read_rows, read_shard_table, write_stats
 from sdtrain.errors import UserError
 

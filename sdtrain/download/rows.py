@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdtrain.dataset.parquet import read_parquet
 from sdtrain.download.http.failures import FetchError
 from sdtrain.images.decode import ImageError
 
@@ -49,12 +50,6 @@ def read_selected(path: Path) -> list[Selected]:
     """The rows of a selection file, in order."""
     columns = [name for name in _SELECTED if name in pq.read_schema(path).names]
     return [Selected(**row) for row in read_parquet(path, columns).to_pylist()]
-
-
-def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One file's rows. Not by pyarrow's read_table, which imports pandas and more for it."""
-    with pq.ParquetFile(path) as file:
-        return file.read(columns)
 
 
 def failed_row(selected: Selected, error: FetchError | ImageError) -> Row:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +18,20 @@ from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
+from sdtrain.formats.digests import vae_digest
 from sdtrain.images.crops import Size, bucket_sizes
-from sdtrain.models.digests import vae_digest
 
 SCHEMA_VERSION = 1
 NORMALISATION = "x / 127.5 - 1"
 """What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
 CHECK_KEY = "sdtrain.check"
-"""In the tables' metadata: JSON, the figures of the latents that were decoded again."""
+"""In the tables' metadata: JSON, how well the latents that were decoded again give their images back."""
+VAE_KEY = "sdtrain.vae_sha256"
+"""In the tables' metadata: digest of the VAE that made the shard."""
+ROWS_KEY = "sdtrain.rows_sha256"
+"""In the tables' metadata: digest of the rows, so that the footer tells one table from another."""
+SIZES_KEY = "sdtrain.samples_of_size"
+"""In the tables' metadata: JSON, how many of the rows have each of the sizes in latents/info.json."""
 
 
 def sizes_px(config: EncodeConfig) -> list[Size]:
@@ -35,7 +42,7 @@ def sizes_px(config: EncodeConfig) -> list[Size]:
 
 
 def vae_digest_in(dataset: DatasetDir, name: str) -> str:
-    """The digest by which a dataset knows a VAE; one that an earlier version wrote stays, lest all is encoded anew.
+    """The digest by which a dataset knows a VAE; one of an earlier version stays, so nothing is encoded again.
 
     Raises:
         UserError: no such VAE.
@@ -54,14 +61,14 @@ def _recorded(path: Path) -> str | None:
 
 @lru_cache(maxsize=4)
 def _known_digest(name: str, recorded: str, digest: str) -> str:
-    from sdtrain.models.build import recorded_vae_digest  # late: it brings torch
+    from sdtrain.formats.frozen import recorded_vae_digest  # late: it brings torch
 
     return recorded_vae_digest(name, recorded)
 
 
 def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     """What training must know of the latents, and checks."""
-    from sdtrain.models.build import vae_scaling_factor
+    from sdtrain.formats.frozen import vae_scaling_factor
 
     sizes = sizes_px(config)
     content = {
@@ -84,16 +91,22 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     return content
 
 
+def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
+    """Digest of what a table says: which samples, with which captions, where."""
+    content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
-    """Writes latents/info.json, with the figures of the first shard that is finished."""
+    """Writes latents/info.json, with the decode quality of the first finished shard."""
     with _alone(dataset.latents_info.parent):
-        figures = _figures(dataset.latents_info.parent)
-        content = latents_info(dataset, config) | ({"check": figures} if figures else {})
+        quality = _first_quality(dataset.latents_info.parent)
+        content = latents_info(dataset, config) | ({"check": quality} if quality else {})
         with publish(dataset.latents_info) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _figures(folder: Path) -> dict[str, Any] | None:
+def _first_quality(folder: Path) -> dict[str, Any] | None:
     for table in sorted(folder.glob("[0-9]*.parquet"))[:1]:
         stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
         return {"shard": table.stem, **json.loads(stated)} if stated else None
@@ -102,7 +115,7 @@ def _figures(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Other processes that encode into the folder wait: each would put what it read before in the place of newer."""
+    """Other processes that encode into the folder wait: each would overwrite newer content with what it read before."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network mounts have no locks

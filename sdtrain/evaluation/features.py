@@ -1,44 +1,56 @@
-"""Two stages: prompts through CLIP, once; what the networks see in the images of one model at one scale."""
+"""Two stages: embeds the prompts once; extracts features of the images of one model at one scale."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint, require_entry
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import read_samples
-from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts
+from sdtrain.evaluation.generate import SampleJob, draw_stage, part_prompts
 from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
-from sdtrain.evaluation.networks import agreement_digest, embed_images, embed_texts, features_of, shown_by
+from sdtrain.evaluation.metrics import arrays_needed
+from sdtrain.evaluation.networks import (
+    agreement_digest,
+    embed_images,
+    embed_texts,
+    feature_config,
+    features_of,
+    stand_in,
+)
 from sdtrain.evaluation.prompts import digest_of
-from sdtrain.evaluation.reference import feature_config
+from sdtrain.evaluation.protocol import Protocol
 
 
-def caption_stage(job: Drawing) -> Stage[Drawing]:
+def caption_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that embeds the prompts of each part."""
-    return Stage("captions", _parts, _caption_fingerprint, _embed_parts)
+    return plain_stage("captions", _parts, _caption_fingerprint, _embed_parts, uses_gpu=True)
 
 
-def look_stage(job: Drawing) -> Stage[Drawing]:
-    """The stage that looks at each part's images."""
-    return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _look_fingerprint, _look_at_parts)
+def feature_stage(job: SampleJob) -> Stage[SampleJob]:
+    """The stage that extracts the features of each part's images."""
+    return plain_stage(
+        f"look-{job.model.key}-{key_of(job.scale)}", _parts, _feature_fingerprint, _extract_parts, uses_gpu=True
+    )
 
 
-def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:
+def _parts(dataset: DatasetDir, job: SampleJob) -> list[int]:
     return job.protocol.parts
 
 
-def _caption_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _caption_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     prompts = digest_of(part_prompts(EvaluationDir(dataset.root), job, part))
     return fingerprint("captions/1", prompts, weights=[agreement_digest(job.protocol)])
 
 
-def _embed_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _embed_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory = EvaluationDir(dataset.root)
     for part in parts:
         prompts, path = part_prompts(directory, job, part), directory.captions(part)
@@ -48,28 +60,34 @@ def _embed_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Ite
         yield ShardReport(stage="captions", shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
 
 
-def _look_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _feature_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     drawn = require_entry(dataset, draw_stage(job).name, part)
     return fingerprint("look/1", [*feature_config(job.protocol), agreement_digest(job.protocol)], inputs=[drawn])
 
 
-def _look_at_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
-    directory, stage, protocol = EvaluationDir(dataset.root), look_stage(job).name, job.protocol
+def _extract_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
+    directory, stage, protocol = EvaluationDir(dataset.root), feature_stage(job).name, job.protocol
     for part in parts:
         images, texts = read_images(directory.samples(job.model.key, key_of(job.scale), part))
-        tensors = {"features": features_of(images, protocol)}
-        if protocol.agreement == "clip":
-            tensors["clip"] = embed_images(images, protocol)
-        elif protocol.agreement == "demo":
-            tensors["shown"] = shown_by(images, texts)
+        tensors = _arrays_of(images, texts, protocol)
         path = directory.features(job.model.key, key_of(job.scale), part)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage=stage, shard=part, num_in=len(images), num_out=len(images), outputs=outputs)
 
 
+def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Protocol) -> dict[str, Tensor]:
+    """What the metrics read of drawn images (see `metrics.Metric`)."""
+    make: dict[str, Callable[[], Tensor]] = {
+        "features": lambda: features_of(images, protocol),
+        "clip": lambda: embed_images(images, protocol),
+        "shown": lambda: stand_in(protocol.agreement).score_images(images, texts),
+    }
+    return {name: make[name]() for name in sorted(arrays_needed(protocol, "drawn"))}
+
+
 def read_images(tar: Path) -> tuple[list[Image.Image], list[str]]:
-    """The images of a part and their prompts.
+    """The images and prompts of a part.
 
     Raises:
         UserError: the tar is damaged.

@@ -1,61 +1,94 @@
-"""The numbers of one model at one guidance scale, each with its spread."""
+"""The metrics of one model at one guidance scale, each with all facts about it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
-from sdtrain.evaluation.distances import FrechetDistance, Gaussian, gaussian_of
-from sdtrain.evaluation.jackknife import half_width_of_mean
-from sdtrain.evaluation.kernels import KID_SUBSETS, cmmd, kid, kid_subset_size
-from sdtrain.evaluation.networks import NUM_FEATURES
-from sdtrain.evaluation.protocol import Protocol
+from sdtrain.evaluation.distances import (
+    KID_SUBSETS,
+    FrechetDistance,
+    Gaussian,
+    cmmd,
+    gaussian_of,
+    half_width_of_mean,
+    kid,
+    kid_subset_size,
+)
+from sdtrain.evaluation.networks import feature_network, stand_in
+from sdtrain.evaluation.protocol import STAND_INS, Protocol
 
 Arrays = Mapping[str, NDArray[Any]]
-_INTERVAL = "95 % interval, ± {name}_ci95"
 
 
-@dataclass(frozen=True)
-class Names:
-    """What the numbers are called: those of the demo's networks say that they are the demo's."""
+class Metric(ABC):
+    """One number with its spread. To add one, subclass this and list the class in METRICS.
 
-    fid: str
-    kid: str
-    agreement: str | None
-    cmmd: str | None
-
-    @staticmethod
-    def of(protocol: Protocol) -> Names:
-        """The names for a protocol."""
-        demo = "_demo_features" if protocol.network == "demo" else ""
-        agreement = {"clip": "clip_score", "demo": "agreement_demo_checker", "none": None}[protocol.agreement]
-        return Names(f"fid{demo}", f"kid{demo}", agreement, "cmmd" if protocol.cmmd else None)
-
-
-class Judge:
-    """Compares drawn images with one reference and with their prompts.
+    Arrays have a row an image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown` (n,),
+    a stand-in's own score of an image for its prompt.
 
     Args:
-        protocol: which numbers are wanted.
-        reference: `features` (m, d) and perhaps `clip` (m, e) of real images; or statistics, which give no KID and no
-            CMMD.
+        protocol: the settings.
+        real: arrays of the real images, or statistics of their features.
 
-    Raises:
-        UserError: the statistics are of another network's features, or CMMD is wanted, which needs images.
+    Attributes:
+        name: its column in the results; the spread's is `NAME_SPREAD`.
+        description: how it is computed, in words.
+        better: direction.
+        spread: half of a 95 % interval, or a standard deviation.
+        spread_text: the spread in words.
+        drawn, real, captions: names of the arrays that it needs of drawn images, real images and prompts.
+        axis: of the plot, where it has one.
+        label: of that axis.
     """
 
-    def __init__(self, protocol: Protocol, reference: Arrays | Gaussian):
-        self.names, self._protocol = Names.of(protocol), protocol
-        self._real = None if isinstance(reference, Gaussian) else reference
-        if protocol.cmmd and self._real is None:
-            raise UserError("CMMD compares images, and the reference is an .npz of statistics. Name the images.")
-        gaussian = reference if isinstance(reference, Gaussian) else gaussian_of(reference["features"])
-        found, size = len(gaussian.mean), NUM_FEATURES[protocol.network]
+    name: str
+    description: str
+    better: Literal["lower", "higher"] = "lower"
+    spread: Literal["ci95", "std"] = "ci95"
+    spread_text: str = "95 % interval, ± {column}"
+    drawn: tuple[str, ...] = ("features",)
+    real: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
+    axis: Literal["x", "y"] | None = None
+    label: str = ""
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        self.protocol = protocol
+
+    @classmethod
+    def applies(cls, protocol: Protocol, has_images: bool) -> bool:
+        """Whether it is measured; `has_images` is False for a reference of statistics."""
+        return has_images or not cls.real
+
+    @abstractmethod
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """The number and its spread."""
+
+    def remarks(self) -> list[str]:
+        """Caveats for readers of this number."""
+        return []
+
+
+class Fid(Metric):
+    """The Fréchet distance."""
+
+    spread_text = "95 % interval, ± {column} (grouped jackknife)"
+    real = ("features",)
+    axis = "y"
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        super().__init__(protocol, real)
+        network = feature_network(protocol.network)
+        self.name, self.label = f"fid{network.suffix}", f"FID{network.label}"
+        self.description = f"Fréchet distance of {network.description}"
+        gaussian = real if isinstance(real, Gaussian) else gaussian_of(real["features"])
+        found, size = len(gaussian.mean), network.num_features
         if found != size:
             raise UserError(
                 f"The reference's statistics are of {found} features, and network '{protocol.network}' gives {size}. "
@@ -63,65 +96,132 @@ class Judge:
             )
         self._frechet = FrechetDistance(gaussian)
 
-    @property
-    def reference(self) -> Gaussian:
-        """Mean and covariance of the real images' features."""
-        return self._frechet.reference
+    @classmethod
+    def applies(cls, protocol: Protocol, has_images: bool) -> bool:
+        """Always: statistics are enough."""
+        return True
 
-    def numbers(self, drawn: Arrays, captions: Arrays | None) -> dict[str, float]:
-        """Each number and its spread by name.
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """The distance of the drawn images' features."""
+        features = drawn["features"]
+        return self._frechet.to(gaussian_of(features)), self._frechet.spread(features)
 
-        Args:
-            drawn: `features` (n, d), and `clip` (n, e) or `shown` (n,), as the protocol wants.
-            captions: `clip` (n, e) of the prompts.
-        """
-        features, names = drawn["features"], self.names
-        found = {names.fid: self._frechet.to(gaussian_of(features))}
-        found[f"{names.fid}_ci95"] = self._frechet.spread(features)
-        if self._real is not None:
-            found[names.kid], found[f"{names.kid}_std"] = kid(features, self._real["features"], self._protocol.seed)
-        if names.cmmd and self._real is not None:
-            found["cmmd"], found["cmmd_ci95"] = cmmd(drawn["clip"], self._real["clip"])
-        if names.agreement:
-            scores = clip_scores(drawn["clip"], captions["clip"]) if captions else drawn["shown"].astype(np.float64)
-            found[names.agreement] = float(scores.mean())
-            found[f"{names.agreement}_ci95"] = half_width_of_mean(scores)
-        return found
-
-    def descriptions(self) -> dict[str, str]:
-        """What each number is, in words."""
-        names, protocol = self.names, self._protocol
-        by = "Inception's 2048 pooled features"
-        if protocol.network == "demo":
-            by = f"{NUM_FEATURES['demo']} features of the demo's own tiny autoencoder, comparable with nothing else"
-        interval = f"{_INTERVAL.format(name=names.fid)} (grouped jackknife)"
-        texts = {names.fid: f"Fréchet distance of {by}; lower is better; {interval}"}
-        if self._real is not None:
-            size = kid_subset_size(protocol.num_prompts, len(self._real["features"]))
-            subsets = f"mean of {KID_SUBSETS} subsets of {size:,}, ± {names.kid}_std their standard deviation"
-            texts[names.kid] = f"squared kernel distance of the same features; lower is better; {subsets}"
-        if names.agreement:
-            how = (
-                f"cosine of image and prompt by CLIP {protocol.clip_model}"
-                if protocol.agreement == "clip"
-                else "share of named colours and shapes that the demo's checker sees; not a CLIP score"
-            )
-            texts[names.agreement] = f"{how}; higher is better; {_INTERVAL.format(name=names.agreement)}"
-        if names.cmmd:
-            texts["cmmd"] = f"kernel distance of CLIP's embeddings; lower is better; {_INTERVAL.format(name='cmmd')}"
-        return texts
-
-    def notes(self) -> list[str]:
-        """What a reader has to know about these numbers."""
-        size, num = len(self.reference.mean), self._protocol.num_prompts
-        sets = {"images were drawn": num, "real images were taken": self.reference.num}
-        few = [f"{n:,} {which}" for which, n in sets.items() if n is not None and n <= size]
+    def remarks(self) -> list[str]:
+        """That the covariance is singular, where it is."""
+        real = self._frechet.reference
+        size, nums = (
+            len(real.mean),
+            {"images were drawn": self.protocol.num_prompts, "real images were taken": real.num},
+        )
+        few = [f"{num:,} {which}" for which, num in nums.items() if num is not None and num <= size]
         if not few:
             return []
         return [
             f"Only {' and '.join(few)} for {size:,} features: the covariance has not its full rank and "
-            f"{self.names.fid} is too high; compare it only with numbers of as many images."
+            f"{self.name} is too high; compare it only with numbers of as many images."
         ]
+
+
+class Kid(Metric):
+    """The kernel distance of the same features."""
+
+    description = "squared kernel distance of the same features"
+    spread = "std"
+    real = ("features",)
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        super().__init__(protocol, real)
+        self.name = f"kid{feature_network(protocol.network).suffix}"
+        self._real = _images(real)["features"]
+        size = kid_subset_size(protocol.num_prompts, len(self._real))
+        self.spread_text = f"mean of {KID_SUBSETS} subsets of {size:,}, ± {{column}} their standard deviation"
+
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """Mean and deviation over subsets."""
+        return kid(drawn["features"], self._real, self.protocol.seed)
+
+
+class Cmmd(Metric):
+    """The kernel distance of CLIP's embeddings."""
+
+    name, description = "cmmd", "kernel distance of CLIP's embeddings"
+    drawn = real = ("clip",)
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        super().__init__(protocol, real)
+        self._real = _images(real)["clip"]
+
+    @classmethod
+    def applies(cls, protocol: Protocol, has_images: bool) -> bool:
+        """Where it is asked for: CLIP has to see the real images too."""
+        return protocol.cmmd
+
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """The distance from the real images."""
+        return cmmd(drawn["clip"], self._real)
+
+
+class ClipScore(Metric):
+    """How well images agree with their prompts."""
+
+    name, better = "clip_score", "higher"
+    drawn = captions = ("clip",)
+    axis, label = "x", "CLIP score (cosine)"
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        super().__init__(protocol, real)
+        self.description = f"cosine of image and prompt by CLIP {protocol.clip_model}"
+
+    @classmethod
+    def applies(cls, protocol: Protocol, has_images: bool) -> bool:
+        """Where CLIP compares images with prompts."""
+        return protocol.agreement == "clip"
+
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """The mean over the images."""
+        return mean_of(clip_scores(drawn["clip"], captions["clip"]))
+
+
+METRICS: tuple[type[Metric], ...] = (Fid, Kid, Cmmd, ClipScore)
+"""In the order of their columns."""
+
+
+def metrics_for(protocol: Protocol, has_images: bool = True) -> list[type[Metric]]:
+    """The metrics that a protocol asks for, a stand-in's own last."""
+    own = [stand_in(protocol.agreement).AGREEMENT] if protocol.agreement in STAND_INS else []
+    return [metric for metric in (*METRICS, *own) if metric.applies(protocol, has_images)]
+
+
+def open_metrics(protocol: Protocol, real: Arrays | Gaussian) -> list[Metric]:
+    """The metrics, ready to measure against real images.
+
+    Raises:
+        UserError: statistics of another network's features, or a metric that needs images and has statistics.
+    """
+    has_images = not isinstance(real, Gaussian)
+    return [metric(protocol, real) for metric in metrics_for(protocol, has_images)]
+
+
+def arrays_needed(protocol: Protocol, of: Literal["drawn", "real", "captions"]) -> set[str]:
+    """Names of the arrays that the metrics of a protocol read."""
+    return {name for metric in metrics_for(protocol) for name in getattr(metric, of)}
+
+
+def numbers(metrics: Sequence[Metric], drawn: Arrays, captions: Arrays) -> dict[str, float]:
+    """Each number and its spread, by column."""
+    found = {}
+    for metric in metrics:
+        found[metric.name], found[f"{metric.name}_{metric.spread}"] = metric.measure(drawn, captions)
+    return found
+
+
+def descriptions(metrics: Sequence[Metric]) -> dict[str, str]:
+    """Each metric in words, by name."""
+    return {
+        metric.name: f"{metric.description}; {metric.better} is better; "
+        + metric.spread_text.format(column=f"{metric.name}_{metric.spread}")
+        for metric in metrics
+    }
 
 
 def clip_scores(images: NDArray[Any], captions: NDArray[Any]) -> NDArray[np.float64]:
@@ -131,3 +231,15 @@ def clip_scores(images: NDArray[Any], captions: NDArray[Any]) -> NDArray[np.floa
     """
     scores: NDArray[np.float64] = (images.astype(np.float64) * captions.astype(np.float64)).sum(axis=1)
     return scores
+
+
+def mean_of(scores: NDArray[Any]) -> tuple[float, float]:
+    """The mean of independent scores and half of its 95 % interval."""
+    wide = scores.astype(np.float64)
+    return float(wide.mean()), half_width_of_mean(wide)
+
+
+def _images(real: Arrays | Gaussian) -> Arrays:
+    if isinstance(real, Gaussian):
+        raise UserError("CMMD compares images, and the reference is an .npz of statistics. Name the images.")
+    return real

@@ -1,52 +1,115 @@
-"""The networks that look at images: features for FID and KID, CLIP's embeddings, the demo's checker."""
+"""The networks of the metrics: features for FID and KID, CLIP's embeddings of images and prompts."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdtrain.choices import Resize
 from sdtrain.dataset.files import sha256_of
-from sdtrain.demo.checker import judge
-from sdtrain.demo.images import COLORS, SHAPES
 from sdtrain.errors import UserError
-from sdtrain.evaluation.inception import NUM_FEATURES as INCEPTION_FEATURES
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.models.build import load_vae, vae_digest
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
-NUM_FEATURES = {"inception": INCEPTION_FEATURES, "demo": 96}
-"""Features of an image, by network."""
 BATCH_SIZE = 32
-"""Images or prompts that a network looks at together."""
+"""Images or prompts in one batch of a network."""
 
 
-@dataclass(frozen=True)
-class FeatureNetwork:
-    """What turns images into features.
+class FeatureNetwork(ABC):
+    """A network whose features FID and KID compare.
 
     Attributes:
-        view: an RGB image as the network wants it.
-        network: (B, …) views -> (B, d) features.
+        num_features: of an image.
+        description: of the features, in words.
+        suffix: ends the names of its metrics, so that numbers of two networks are never mistaken for each other.
+        label: ends their names in words.
     """
 
-    view: Callable[[Image.Image], Tensor]
-    network: Callable[[Tensor], Tensor]
+    num_features: int
+    description: str
+    suffix: str = ""
+    label: str = ""
+
+    @abstractmethod
+    def digest(self, weights: str) -> str:
+        """Identifies the weights.
+
+        Raises:
+            UserError: no such weights.
+        """
+
+    @abstractmethod
+    def load(self, weights: str) -> nn.Module:
+        """The network, (B, …) views -> (B, num_features), in eval mode on the CPU.
+
+        Raises:
+            UserError: no such weights.
+        """
+
+    @abstractmethod
+    def view(self, image: Image.Image, resize: Resize) -> Tensor:
+        """An RGB image as the network takes it."""
+
+    def view_key(self, resize: Resize) -> str:
+        """The setting that decides views, where one does."""
+        return ""
+
+
+class Inception(FeatureNetwork):
+    """The network of FID, TensorFlow's Inception of 2015."""
+
+    num_features = 2048
+    description = "Inception's 2048 pooled features"
+
+    def digest(self, weights: str) -> str:
+        """The file's sha256, or the seed of random weights."""
+        path = find_inception(weights)
+        return sha256_of(path) if path else weights
+
+    def load(self, weights: str) -> nn.Module:
+        """The network in eval mode."""
+        return load_inception(weights)
+
+    def view(self, image: Image.Image, resize: Resize) -> Tensor:
+        """(3, 299, 299), from -1 to 1."""
+        return inception_view(image, resize)
+
+    def view_key(self, resize: Resize) -> str:
+        """How images come to 299 pixels."""
+        return resize
+
+
+def stand_in(name: str) -> Any:
+    """The module of a stand-in (see `protocol.STAND_INS`), imported only where its name is given.
+
+    It holds FEATURES, a FeatureNetwork; AGREEMENT, a Metric of the array `shown`; and `score_images`, which makes that
+    array from images and prompts.
+    """
+    return import_module(f"sdtrain.{name}.evaluation")
+
+
+def feature_network(name: str) -> FeatureNetwork:
+    """The network of that name in `protocol.NETWORKS`."""
+    if name == "inception":
+        return Inception()
+    found: FeatureNetwork = stand_in(name).FEATURES
+    return found
 
 
 def features_digest(protocol: Protocol) -> str:
-    """What identifies the features: the weights' sha256, or the seed of random ones.
+    """Identifies the network's weights.
 
     Raises:
         UserError: no such weights.
@@ -56,60 +119,42 @@ def features_digest(protocol: Protocol) -> str:
 
 @lru_cache  # each part asks
 def _features_digest(network: str, weights: str) -> str:
-    if network == "demo":
-        return vae_digest("demo")
-    path = find_inception(weights)
-    return sha256_of(path) if path else weights
+    return feature_network(network).digest(weights)
+
+
+def feature_config(protocol: Protocol) -> list[str]:
+    """All that decides the features of an image."""
+    return [features_digest(protocol), feature_network(protocol.network).view_key(protocol.resize)]
 
 
 def features_of(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
-    """(n, d) float32 features; `NUM_FEATURES` says how many.
+    """(n, num_features) float32.
 
     Raises:
         UserError: no such weights, or features that are not finite.
     """
-    found = _feature_network(protocol)
+    network = _load_features(protocol.network, protocol.network_weights)
+    views = _views(images, lambda image: feature_network(protocol.network).view(image, protocol.resize))
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        parts = [found.network(views.to(claim_device())).float().cpu() for views in _views(images, found.view)]
+        parts = [network(batch.to(claim_device())).float().cpu() for batch in views]
     return _finite(torch.cat(parts), f"The features of network '{protocol.network}'")
 
 
+@lru_cache(maxsize=1)
+def _load_features(name: str, weights: str) -> nn.Module:
+    return feature_network(name).load(weights).to(claim_device())
+
+
 def check_networks(protocol: Protocol) -> str:
-    """Loads what will look at the images, to see that it is there; it goes to no GPU and is not kept.
+    """Loads each network once, on the CPU, to see that it is there.
 
     Raises:
         UserError: a network that cannot be loaded.
     """
-    load_vae("demo") if protocol.network == "demo" else load_inception(protocol.network_weights)
+    feature_network(protocol.network).load(protocol.network_weights)
     if protocol.agreement == "clip":
         load_clip(protocol.clip_model, protocol.clip_weights)
     return f"{protocol.network}, {protocol.agreement}"
-
-
-def _feature_network(protocol: Protocol) -> FeatureNetwork:
-    return _load_features(protocol.network, protocol.network_weights, protocol.resize)
-
-
-@lru_cache(maxsize=1)
-def _load_features(name: str, weights: str, resize: Any) -> FeatureNetwork:
-    if name == "demo":
-        encoder = load_vae("demo").encoder.to(claim_device())
-        return FeatureNetwork(_demo_view, lambda views: _demo_features(encoder, views))
-    return FeatureNetwork(lambda image: inception_view(image, resize), load_inception(weights).to(claim_device()))
-
-
-def _demo_view(image: Image.Image) -> Tensor:
-    small = image.resize((64, 64), Image.Resampling.BICUBIC)
-    return pixels_of(small).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def _demo_features(encoder: Any, views: Tensor) -> Tensor:
-    """(B, 96): the means over all places of what the autoencoder's encoder has before its last convolution."""
-    hidden: Tensor = encoder.conv_in(views)
-    for block in encoder.down_blocks:
-        hidden = block(hidden)
-    hidden = torch.nn.functional.silu(encoder.conv_norm_out(encoder.mid_block(hidden)))
-    return hidden.mean(dim=(2, 3))
 
 
 @dataclass(frozen=True)
@@ -126,7 +171,7 @@ def _load_clip(model: str, weights: str) -> _Clip:
 
 
 def agreement_digest(protocol: Protocol) -> str:
-    """What identifies that which compares images with prompts.
+    """Identifies what compares images with prompts.
 
     Raises:
         UserError: no such weights.
@@ -157,10 +202,9 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 
 
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """(n, e) float32 embeddings of length 1, and which texts were cut, (n,) bool.
+    """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    A text that has more tokens than the model reads (77) is cut as open_clip's tokenizer does: the end token takes the
-    last place.
+    A text of more tokens than the model reads (77) is truncated as by open_clip's tokenizer: the last token is the end.
 
     Raises:
         UserError: CLIP cannot be loaded, or its embeddings are not finite.
@@ -173,25 +217,8 @@ def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tenso
     return _finite(torch.cat(parts), "CLIP's embeddings of prompts"), (tokens != one_more).any(dim=1)
 
 
-def shown_by(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """(n,) float32: how much of the colour and shape that a prompt names its image shows, 0, 0.5 or 1.
-
-    Raises:
-        UserError: a prompt names no colour or no shape of the demo's.
-    """
-    scores = []
-    for image, text in zip(images, texts, strict=True):
-        words = text.replace(",", " ").split()
-        wanted = next((w for w in words if w in COLORS), None), next((w for w in words if w in SHAPES), None)
-        if None in wanted:
-            raise UserError(f"The demo's checker needs a colour and a shape in each prompt; '{text}' lacks one.")
-        verdict = judge(image)
-        scores.append(np.mean([verdict.color == wanted[0], verdict.shape == wanted[1]]))
-    return torch.tensor(scores, dtype=torch.float32)
-
-
 def _views(images: Sequence[Image.Image], view: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
-    """Batches of what a network sees; Pillow and torch resize on several cores at once."""
+    """Batches of views; Pillow and torch resize on several cores at once."""
     with ThreadPoolExecutor(cores_of_process()) as pool:
         for first in range(0, len(images), BATCH_SIZE):
             yield torch.stack(list(pool.map(view, images[first : first + BATCH_SIZE])))

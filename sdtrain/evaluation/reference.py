@@ -1,4 +1,4 @@
-"""The real images that drawn ones are compared with, and what the networks see in them."""
+"""The real images that drawn ones are compared with, and their features."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from PIL import Image
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, entries, fingerprint
-from sdtrain.dataset.progress import told
+from sdtrain.dataset.manifest import describe_outputs, entries
+from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.dataset.s3.open import open_to_ask
 from sdtrain.dataset.s3.url import is_s3
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import index_samples
-from sdtrain.download.rows import read_parquet
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
-from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_images, features_digest, features_of
+from sdtrain.evaluation.metrics import arrays_needed
+from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_images, feature_config, features_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view
+from sdtrain.models.clip import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -42,7 +44,7 @@ _PLACE = ["picture_offset", "picture_bytes"]
 
 
 class Place(NamedTuple):
-    """Where an image's bytes are: a file, or a stretch of one (`size` of -1 is all of it)."""
+    """A file with an image, or the byte range of an image in a file (`size` of -1 is all of it)."""
 
     path: str
     offset: int = 0
@@ -58,10 +60,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Chosen real images, or statistics of some that somebody else has chosen.
+    """Chosen real images, or published statistics.
 
     Attributes:
-        source: where they are from, in words.
+        source: in words.
         digest: sha256 of the images in their order: of their bytes, or of their places in shards whose digests the
             manifest has; or of the file of statistics.
         places: where the images are; empty for statistics.
@@ -76,7 +78,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """What the stage of a reference needs.
+    """The input of the stage of a reference.
 
     Attributes:
         digest: of the reference.
@@ -174,9 +176,9 @@ def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
 
 
 def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
-    """A directory in the cache for what the networks see in the images, and the job that fills it.
+    """A directory in the cache for the features, and the job that fills it.
 
-    It is named after everything that it is made from, so that every evaluation with the same reference shares it.
+    Its name is a digest of all inputs, so evaluations with the same reference share it.
 
     Raises:
         UserError: no such weights.
@@ -188,8 +190,8 @@ def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) ->
 
 
 def reference_stage(job: ReferenceJob) -> Stage[ReferenceJob]:
-    """The stage that looks at the real images."""
-    return Stage("reference", _parts, _fingerprint, _look_at_parts)
+    """The stage that extracts the features of the real images."""
+    return plain_stage("reference", _parts, _fingerprint, _extract_parts, uses_gpu=True)
 
 
 def reference_parts(job: ReferenceJob) -> list[int]:
@@ -205,35 +207,34 @@ def _fingerprint(dataset: DatasetDir, job: ReferenceJob, part: int) -> str:
     return _job_digest(job)
 
 
+def _embeds(protocol: Protocol) -> bool:
+    return "clip" in arrays_needed(protocol, "real")
+
+
 def _job_digest(job: ReferenceJob) -> str:
     size_px = job.size_px if job.protocol.reference_view == "as_samples" else None
-    embedded_by = agreement_digest(job.protocol) if job.protocol.cmmd else None
+    embedded_by = agreement_digest(job.protocol) if _embeds(job.protocol) else None
     return fingerprint("reference/1", [feature_config(job.protocol), size_px, embedded_by, job.digest, _PART_SIZE])
 
 
-def feature_config(protocol: Protocol) -> list[str]:
-    """What decides the features of an image."""
-    return [features_digest(protocol), protocol.resize if protocol.network == "inception" else ""]
-
-
-def _look_at_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _extract_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory = EvaluationDir(dataset.root)
     places = [Place(*place) for place in json.loads(directory.images.read_text())]
     for part in parts:
         some = places[part * _PART_SIZE : (part + 1) * _PART_SIZE]
-        tensors = _look(told(some, f"reference, part {part}", len(some), "images"), job)
+        tensors = _extract(report_progress(some, f"reference, part {part}", len(some), "images"), job)
         path = directory.reference(part)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage="reference", shard=part, num_in=len(some), num_out=len(some), outputs=outputs)
 
 
-def _look(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
-    """What the networks see, a few images in memory at a time."""
+def _extract(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
+    """The features, with a few images in memory at a time."""
     features, embeddings, rest = [], [], iter(places)
     while images := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
         features.append(features_of(images, job.protocol))
-        embeddings += [embed_images(images, job.protocol)] if job.protocol.cmmd else []
+        embeddings += [embed_images(images, job.protocol)] if _embeds(job.protocol) else []
     return {"features": torch.cat(features)} | ({"clip": torch.cat(embeddings)} if embeddings else {})
 
 

@@ -1,12 +1,14 @@
-"""What an evaluation leaves: results.json, results.csv, curve.png."""
+"""The results of an evaluation: results.json, results.csv, curve.png."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -15,30 +17,31 @@ from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir, write_json
 from sdtrain.settings import Settings
 
-_LABELS = {
-    "fid": "FID",
-    "fid_demo_features": "FID of the demo's own features",
-    "clip_score": "CLIP score (cosine)",
-    "agreement_demo_checker": "named colours and shapes that the demo's checker sees",
-}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLORS = ("#1f7a5c", "#d1495b", "#3066be", "#edae49", "#6d597a", "#2b9eb3", "#7f5539", "#5c677d")
+_INK, _PALE = "#24292f", "#e6eaee"
 
 
 class Results(Settings):
-    """The numbers of an evaluation, and all that decided them."""
+    """The numbers of an evaluation with their protocol."""
 
     protocol: dict[str, Any]
     """Every setting, and digests of reference, prompts, networks and models."""
     metrics: dict[str, str]
-    """What each number is, in words."""
+    """Description of each metric."""
     notes: list[str]
-    """What a reader has to know."""
+    """Remarks for readers of the numbers."""
     rows: list[dict[str, Any]]
     """One for each model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
 
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
         p = self.protocol
-        network = f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else "the demo's own"
+        network = (
+            f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else f"the {p['network']}'s own"
+        )
         drawn = f"{p['num_prompts']:,} images a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
         return (
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
@@ -59,20 +62,17 @@ def read_results(path: Path) -> Results:
         raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` for them.") from error
 
 
-def write_results(directory: EvaluationDir, results: Results, x: str | None, y: str) -> None:
+def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y: Axis) -> None:
     """Writes all three files, results.json last; without agreement there is no plot.
 
     Args:
         directory: of the evaluation.
         results: the numbers.
-        x: the column of agreement with prompts.
-        y: the column of distance from real images.
+        x: agreement with prompts.
+        y: distance from real images.
     """
     if x is not None:
-        from sdtrain.evaluation.curve import Axis, draw_curve  # late: matplotlib
-
-        axes = Axis(x, _LABELS[x]), Axis(y, _LABELS[y])
-        draw_curve(results.rows, *axes, results.footnote(), directory.curve)
+        draw_curve(results.rows, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(results.rows[0]))
         table.writeheader()
@@ -92,7 +92,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
 
 
 def protocol_lines(results: Results) -> list[str]:
-    """The protocol, a setting a line, then what the numbers are, then the notes."""
+    """The protocol, a setting a line, then the metrics, then the remarks."""
     lines = [f"{name}: {_text(value)}" for name, value in results.protocol.items()]
     return [*lines, *(f"{name}: {text}" for name, text in results.metrics.items()), *results.notes]
 
@@ -104,3 +104,69 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A number on an axis: its column, and what is written beside it."""
+
+    column: str
+    label: str
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: str, path: Path) -> None:
+    """One line a model, a point a guidance scale with its number beside it, thin bars for 95 % intervals.
+
+    Args:
+        rows: with `model`, `guidance_scale`, both columns, and `COLUMN_ci95` where it is known; in order of scale.
+        x: agreement.
+        y: distance.
+        footnote: the protocol in a sentence or two.
+        path: the PNG to write.
+    """
+    import matplotlib  # late: costs a second
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.0, 5.4), dpi=140)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_INK)
+    axes.grid(color=_PALE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=9)
+    labels = list(dict.fromkeys(row["model"] for row in rows))
+    for number, label in enumerate(labels):
+        _draw_line(axes, [row for row in rows if row["model"] == label], x, y, _COLORS[number % len(_COLORS)])
+    axes.set_xlabel(f"{x.label}, higher is better", fontsize=10, color=_INK)
+    axes.set_ylabel(f"{y.label}, lower is better", fontsize=10, color=_INK)
+    axes.margins(x=0.08, y=0.12)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no distance is below 0, though an interval around it may be
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    figure.text(0.012, 0.012, textwrap.fill(footnote, 150), fontsize=6.5, color="#57606a", va="bottom", ha="left")
+    figure.tight_layout(rect=(0, 0.075, 1, 1))
+    with publish(path) as temporary:
+        # Without the software tag the same numbers give the same bytes.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+    plt.close(figure)
+
+
+def _draw_line(axes: Axes, rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, color: str) -> None:
+    from matplotlib.patheffects import withStroke
+
+    xs, ys = ([row[axis.column] for row in rows] for axis in (x, y))
+    x_error, y_error = ([row.get(f"{axis.column}_ci95") or 0 for row in rows] for axis in (x, y))
+    axes.errorbar(xs, ys, xerr=x_error, yerr=y_error, fmt="none", ecolor=color, elinewidth=0.8, alpha=0.35)
+    axes.plot(xs, ys, color=color, linewidth=2, marker="o", markersize=5.5, label=rows[0]["model"])
+    for number, (row, across, up) in enumerate(zip(rows, xs, ys, strict=True)):
+        rises = number + 1 < len(ys) and ys[number + 1] > up
+        axes.annotate(
+            f"{row['guidance_scale']:g}",
+            (across, up),
+            xytext=(7, -11) if rises else (6, 5),  # off the line
+            textcoords="offset points",
+            fontsize=8.5,
+            color=color,
+            weight="bold",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )

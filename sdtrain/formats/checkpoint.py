@@ -20,7 +20,6 @@ from safetensors import safe_open
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings
-from sdtrain.training.guards import GuardState
 
 FORMAT = 1
 STATE = ("master", "exp_avg", "exp_avg_sq", "ema")
@@ -37,6 +36,17 @@ class ParameterSlot(Settings):
     def numel(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
+
+
+class GuardState(Settings):
+    """What the next verdicts depend on; goes into checkpoints, so that a resumed run decides alike."""
+
+    num_skipped: int = 0
+    """Optimizer steps that were not applied, since the start of the run."""
+    num_in_a_row: int = 0
+    """How many of the last ones, without a break."""
+    recent_norms: tuple[float, ...] = ()
+    """Gradient norms of the last applied steps; only kept where spikes are looked for."""
 
 
 class Layout(Settings):
@@ -108,7 +118,7 @@ class Checkpoint:
                 raise UserError(f"{file} is missing or damaged.")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one of STATE's flat vectors, however it was cut; zeros past its end."""
+        """Elements [start, stop) of one of STATE's flat vectors, however it was sharded; zeros past its end."""
         result, size = torch.zeros(stop - start), self.layout.partition_numel
         last_slot = self.layout.parameters[-1]
         stop = min(stop, last_slot.offset + last_slot.numel)

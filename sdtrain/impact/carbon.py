@@ -19,6 +19,9 @@ from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
 _TABLE = Path(__file__).parent / "carbon.csv"
+CORE_W = 7.0
+"""Assumed for a busy core of a server's CPU, its share of the package included: 225 to 350 W of 32 to 64 cores are 4 to
+10 W a core."""
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore
-from sdtrain.loading.shard_catalog import Catalogue, whole_tables_digest
-from sdtrain.loading.shard_index import ShardIndex, read_index
+from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, whole_tables_digest
 
-# Files open at once: tars and indexes each. Many systems allow a process 1024.
+# Tars open at once, and indexes mapped. Many systems allow a process 1024 open files.
 OPEN_SHARDS = 256
 # Up to here indexes stay in memory and nothing is written beside the tables.
 _SMALL = 1_000_000
@@ -78,7 +77,7 @@ class LatentStore(SampleStore):
         return digest == self.digest or digest == whole_tables_digest(self._folder)
 
     def check_shards(self) -> None:
-        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded anew.
+        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded again.
 
         Raises:
             UserError: naming the shard.
@@ -102,18 +101,18 @@ class LatentStore(SampleStore):
     def fetch(
         self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
     ) -> Fetched:
-        """Reads samples; each epoch takes the next of an image's crops, from a first one that is drawn by lot."""
+        """Reads samples; each epoch takes the next of an image's crops, from a random first one."""
         fetched = Fetched.blank(len(indices))
-        for place, index in enumerate(indices.tolist()):
+        for position, index in enumerate(indices.tolist()):
             try:
                 shard, row = self._locate(index)
                 described = self._index(shard)
-                fetched.uids[place], fetched.captions[place] = described.uid(row), described.caption(row)
+                fetched.uids[position], fetched.captions[position] = described.uid(row), described.caption(row)
                 if rows is not None:
-                    crop = _crop(seed, fetched.uids[place], int(epochs[place]), self.num_crops)
-                    self._read(shard, described, row, crop, rows[place])
+                    crop = _crop(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
+                    self._read(shard, described, row, crop, rows[position])
             except UserError as error:
-                fetched.damaged[place] = str(error)
+                fetched.damaged[position] = str(error)
         return fetched
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
@@ -137,14 +136,13 @@ class LatentStore(SampleStore):
         return shard, int(self._index(shard).rows_of(self.sizes[size])[rank])
 
     def _read(self, shard: int, index: ShardIndex, row: int, crop: int, out: NDArray[np.float16]) -> None:
-        file, num_bytes = self._tar(shard), int(index.num_bytes[row])
+        file, (offset, num_bytes) = self._tar(shard), index.extent(row)
         if num_bytes != self.num_crops * out.nbytes:
             raise UserError(
                 f"{file.name} holds a latent of {num_bytes} bytes, but data.resolution {8 * out.shape[1]} needs "
                 f"{self.num_crops * out.nbytes}. Set data.resolution to the recipe's encode.resolution."
             )
-        offset = int(index.offsets[row]) + crop * out.nbytes
-        if os.preadv(file.fileno(), [out.data], offset) < out.nbytes:
+        if os.preadv(file.fileno(), [out.data], offset + crop * out.nbytes) < out.nbytes:
             raise UserError(
                 f"{file.name} is shorter than its table says. Run the build again: it redoes damaged shards."
             )

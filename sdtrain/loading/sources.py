@@ -19,10 +19,9 @@ from sdtrain.dataset.s3.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
-from sdtrain.loading.interleave import whole_shares
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
 from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
-from sdtrain.loading.sample_plan import SamplePlan, SourcePlan
+from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, whole_shares
 from sdtrain.loading.sample_store import Fetched, SampleStore
 
 
@@ -59,12 +58,12 @@ class MixedStore(SampleStore):
         """Reads samples, each from its dataset."""
         fetched = Fetched.blank(len(indices))
         numbers = np.searchsorted(self._ends, indices, side="right")
-        for place, number in enumerate(numbers.tolist()):
-            here = slice(place, place + 1)
+        for position, number in enumerate(numbers.tolist()):
+            here = slice(position, position + 1)
             own = self.stores[number].fetch(
                 indices[here] - self._first(number), epochs[here], seed, None if rows is None else rows[here]
             )
-            fetched.put([place], own)
+            fetched.put([position], own)
         return fetched
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
@@ -126,7 +125,7 @@ def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) ->
         num_held_out: so many of the last samples are in no epoch.
 
     Raises:
-        UserError: groups of one size that the batches cannot be cut into; nothing left to train on.
+        UserError: groups of one size that the batches cannot be split into; nothing left to train on.
     """
     group = _group(store, config)
     stores = store.stores if isinstance(store, MixedStore) else (store,)
@@ -179,7 +178,9 @@ def _group(store: SampleStore, config: TrainConfig) -> int:
 
 
 def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
-    from sdtrain.models.build import recorded_vae_digest  # late: DeepSpeed must not come in before the ranks are joined
+    from sdtrain.formats.frozen import (
+        recorded_vae_digest,  # late: DeepSpeed must not come in before the ranks are joined
+    )
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
     store = LatentStore(root, config.data.resolution, config.data.verify, open_shards)

@@ -1,30 +1,43 @@
-"""Puts the card together."""
+"""Writes the card of a run: front matter for the Hub, then Markdown from a template."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub import EvalResult, ModelCardData
 from pydantic import ValidationError
 
 from sdtrain import __version__
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
+from sdtrain.errors import UserError
 from sdtrain.impact.energy_log import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
-from sdtrain.model_card.evaluation import read_evaluation
-from sdtrain.model_card.front_matter import front_matter
 from sdtrain.model_card.lineage import lineage
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir
 
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
 _KEPT_FACTS = "datasets.json"
+TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image"]
+
+_PROMPT = (
+    "The weights are open to everybody under the licence named above, which has conditions. In short: do not use the "
+    "model to make or spread what is illegal or does harm; what you make is yours, and so is the responsibility for "
+    "it; whoever gets the weights or a service from you has to get the same conditions, with a copy of the licence. "
+    "Read the licence in full before you agree."
+)
+_SHOWN = ("prompts_source", "num_prompts", "reference_source", "reference_sha256", "num_steps", "sampler", "weights")
+_ALSO = ("seed", "size_px", "network", "network_sha256", "resize")
 
 
 def write_card(run: Path) -> Path:
@@ -41,8 +54,9 @@ def write_card(run: Path) -> Path:
     previews = sorted(RunDir(run).previews.glob("step-*.png"))
     sessions = chain[-1].sessions
     hardware = _hardware(sessions)
+    evaluation = read_evaluation(run / "evaluation")
     text = _environment().from_string(_TEMPLATE.read_text()).render(
-        front_matter=front_matter(config, datasets, total_kg, hardware),
+        front_matter=front_matter(config, datasets, total_kg, hardware, evaluation),
         config=config,
         chain=chain,
         step=chain[-1].step,
@@ -51,7 +65,7 @@ def write_card(run: Path) -> Path:
         total_kg=total_kg,
         intensity=config.card.intensity(),
         hardware=hardware,
-        evaluation=read_evaluation(run / "evaluation"),
+        evaluation=evaluation,
         preview=previews[-1].relative_to(run) if previews else None,
         run=run.name,
         version=__version__,
@@ -111,3 +125,114 @@ def _environment() -> jinja2.Environment:
     environment.filters["cell"] = lambda value: " ".join(str(value).split()).replace("|", "\\|").replace("<", "&lt;")
     environment.filters["amount"] = amount
     return environment
+
+
+def front_matter(
+    config: TrainConfig,
+    datasets: Sequence[DatasetFacts],
+    total_kg: float | None,
+    hardware: str | None,
+    evaluation: Evaluation | None = None,
+) -> str:
+    """The YAML that the Hub reads, with its dashes.
+
+    Args:
+        config: the run.
+        datasets: that it was trained on.
+        total_kg: CO2 equivalents of training and data; None if not known.
+        hardware: what it was trained on.
+        evaluation: of the run.
+    """
+    more: dict[str, Any] = {"inference": True}
+    results = list(evaluation.results) if evaluation else []
+    if total_kg is not None:
+        more["co2_eq_emissions"] = {
+            "emissions": round(1000 * total_kg, 3),  # the Hub counts in grams
+            "source": "energy of training, measured or estimated, and of data preparation: see the card",
+            "training_type": "pre-training" if config.init_from is None else "fine-tuning",
+            "geographical_location": config.card.region or "own figure of the grid",
+            "hardware_used": hardware or "not recorded",
+        }
+    if config.card.gated:
+        more |= {
+            "extra_gated_heading": "Please read the licence and agree to it",
+            "extra_gated_prompt": _PROMPT,
+            "extra_gated_fields": {"I have read the licence and agree to its conditions": "checkbox"},
+        }
+    data = ModelCardData(
+        license=config.card.license,
+        language=["en"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(TAGS),
+        datasets=sorted({facts.hub_id for facts in datasets if facts.hub_id}) or None,
+        model_name=config.name if results else None,
+        eval_results=results or None,
+        **more,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation.
+
+    Attributes:
+        header: columns of the table.
+        rows: its lines.
+        metrics: name of each metric -> its description.
+        protocol: settings that decided the numbers.
+        curve: whether there is a plot.
+        results: the numbers as the Hub takes them; none where several models were compared.
+    """
+
+    header: list[str]
+    rows: list[list[str]]
+    metrics: dict[str, str]
+    protocol: dict[str, Any]
+    curve: bool
+    results: tuple[EvalResult, ...]
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The results in an evaluation's folder; None if there are none.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        rows, protocol, metrics = content["rows"], content["protocol"], dict(content["metrics"])
+        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+        shown = {name: protocol[name] for name in (*_SHOWN, *_ALSO) if name in protocol}
+        table = [[_text(row.get(name)) for name in header] for row in rows]
+        results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
+        return Evaluation(header, table, metrics, shown, (folder / "curve.png").exists(), tuple(results))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` again.") from error
+
+
+def _eval_results(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], protocol: Mapping[str, Any]
+) -> Iterator[EvalResult]:
+    for row, name in itertools.product(rows, metrics):
+        scale = f"{row['guidance_scale']:g}"
+        if isinstance(row.get(name), float) and math.isfinite(row[name]):
+            yield EvalResult(
+                task_type="text-to-image",
+                dataset_type="images",
+                dataset_name=str(protocol.get("reference_source", "not recorded")),
+                metric_type=name,
+                metric_name=f"{name}, guidance scale {scale}",
+                metric_value=round(row[name], 6),
+                metric_args={"guidance_scale": row["guidance_scale"]},
+            )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_text(part) for part in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sdtrain.config import TrainConfig
 from sdtrain.loading.loader import BatchMaker, MicroBatch
-from sdtrain.loading.sample_plan import Picks
+from sdtrain.loading.sample_plan import SampleIndices
 from sdtrain.training.distributed import Ranks
 
 # Steps count from 0, so no training step has this noise.
@@ -47,11 +47,11 @@ class Validation:
     ) -> list[float]:
         """Mean loss at each of the timesteps.
 
-        The losses of single samples are added up in one order, however many ranks share the work.
+        Samples' losses are summed in one order, however many ranks share the work.
 
         Args:
             losses_of: the unweighted loss of each sample in a batch, (B,).
-            moved: told before each batch: a validation may take longer than a hanging rank is given.
+            moved: called before each batch: validation may take longer than the watchdog's timeout.
         """
         rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)
@@ -70,4 +70,4 @@ class Validation:
 
     def _batch(self, places: NDArray[np.int64]) -> MicroBatch:
         """The samples with their noise and captions; none is dropped."""
-        return self._maker.assemble(Picks(self._indices[places], np.zeros_like(places)), _NOISE_STEP, 0.0)
+        return self._maker.assemble(SampleIndices(self._indices[places], np.zeros_like(places)), _NOISE_STEP, 0.0)

@@ -30,7 +30,8 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import index_samples
 from sdtrain.download.stage import DOWNLOAD

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 from filters.recipe import KeepConfig, Recipe, SelectConfig
 from filters.select.stage import SELECT
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
 from sdtrain.download.rows import SCHEMA
 

@@ -7,7 +7,8 @@ import yaml
 from filters.preflight import BuildPreflight, local_checks, network_checks, size_check_before_selection
 from filters.recipe import ListConfig, Recipe, load_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, write_entry
+from sdtrain.dataset.manifest import write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import findings
 from sdtrain.preflight.networks import check_vae

@@ -41,12 +41,14 @@ TEST_FLOWS = """
 import subprocess, sys
 from pathlib import Path
 from prefect import flow
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
@@ -60,10 +62,10 @@ def run(dataset, bad_shard, shards):
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage="six", shard=shard, num_in=10, num_out=8, dropped={"http_404": 2}, outputs=outputs)
 
-SIX = Stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
+SIX = plain_stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
 
 @flow(name="six-shards")
-@fails_with_a_sentence
+@report_user_errors
 def six_shards(output: str, bad_shard: int = -1) -> str:
     for _ in range(2):
         run_stage(SIX, DatasetDir(Path(output)), bad_shard, StageOptions(workers=2, shards_per_task=2))
@@ -77,16 +79,16 @@ def sleep(dataset, recipe, shards):
             raise UserError("The child was ended.")
         yield ShardReport(stage="sleep", shard=shard, num_in=0, num_out=0)
 
-SLEEP = Stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
+SLEEP = plain_stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
 
 @flow(name="sleeping-stage")
-@fails_with_a_sentence
+@report_user_errors
 def sleeping_stage(output: str) -> str:
     run_stage(SLEEP, DatasetDir(Path(output)), None, StageOptions(workers=2))
     return output
 
 @flow(name="sleeping-training")
-@fails_with_a_sentence
+@report_user_errors
 def sleeping_training(output: str) -> str:
     return train("tiny", "data", output, num_gpus=2, script=Path(__file__).with_name("sleeper.py"))
 """

@@ -35,7 +35,7 @@ WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "
 SCRIPT = """
 import sys
 from flows.build_dataset import build_dataset
-from flows.support.user_errors import fails_with_a_sentence
+from flows.support.user_errors import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train_unet
 from pathlib import Path
@@ -43,7 +43,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import fingerprint
+from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.dataset.stage import Stage
 
 signed, planted, recipe, folder = sys.argv[1:]
@@ -53,13 +54,14 @@ def fail(dataset, recipe, shards):
     yield
 
 @flow
-@fails_with_a_sentence
+@report_user_errors
 def batches():
-    run_stage(Stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail), DatasetDir(Path(folder, "bad")),
+    bad = plain_stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail)
+    run_stage(bad, DatasetDir(Path(folder, "bad")),
               planted, StageOptions())
 
 @flow
-@fails_with_a_sentence
+@report_user_errors
 def breaks():
     try:
         raise OSError(f"GET {planted} was answered with 403")

@@ -15,7 +15,8 @@ import torch
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.dataset.config import EncodeConfig, PackConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene

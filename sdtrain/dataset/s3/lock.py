@@ -15,7 +15,9 @@ import os
 import secrets
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import datetime
 from threading import Event, Thread
 
@@ -25,6 +27,7 @@ from sdtrain.errors import UserError
 LOCK_NAME = "dataset.lock"
 EXPIRY_S = float(os.environ.get("SDTRAIN_LOCK_EXPIRY_S", "120"))
 _log = logging.getLogger(__name__)
+_token: ContextVar[str] = ContextVar("lock_token", default="")
 
 
 class RemoteLock:
@@ -156,3 +159,31 @@ def _said(content: bytes) -> str:
         signed = json.loads(content)
         return f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since {signed['since']})."
     return "Another command uses it."
+
+
+@contextmanager
+def with_lock_token(token: str) -> Iterator[None]:
+    """Within the block, this process writes for the command whose lock has this token.
+
+    The processes and machines that work for a command do not take the lock, but must not write once it is lost. So they
+    receive its token with their work, and check it before each write.
+    """
+    before = _token.set(token)
+    try:
+        yield
+    finally:
+        _token.reset(before)
+
+
+def check_lock_token(store: ObjectStore) -> None:
+    """Called before each write by a process that has not taken the lock itself.
+
+    Raises:
+        UserError: the command that it works for no longer holds the lock.
+    """
+    token, held = _token.get(), store.read(LOCK_NAME)
+    if not token or held is None or token.encode() not in held.content:
+        raise UserError(
+            f"{store.url}: the command that this work is for has ended, or another one has taken the dataset over. "
+            "What was finished is kept; run the command again when nobody is at work."
+        )

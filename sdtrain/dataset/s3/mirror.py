@@ -19,7 +19,7 @@ from typing import Protocol
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.hold import check_hold
+from sdtrain.dataset.s3.lock import check_lock_token
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
 from sdtrain.errors import UserError
@@ -50,7 +50,7 @@ class Mirror:
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
         self.dataset, self.store = dataset, ObjectStore(url)
-        self.may_write: Callable[[], None] = lambda: check_hold(self.store)
+        self.may_write: Callable[[], None] = lambda: check_lock_token(self.store)
         self.token = ""
         self._known: dict[str, Object] | None = None
         self._guard = Lock()
@@ -160,7 +160,7 @@ class Mirror:
 
     def _drop(self, entry: Path) -> None:
         """Forgets a shard that another machine has taken back: its entry, and its files here."""
-        from sdtrain.dataset.manifest import parse_entry
+        from sdtrain.dataset.shard_report import parse_entry
 
         # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
         is_download = entry.parent.name == "download"
@@ -176,7 +176,7 @@ class Mirror:
 
     def _forget_others(self, entry: bytes, name: str) -> None:
         """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
-        from sdtrain.dataset.manifest import parse_entry
+        from sdtrain.dataset.shard_report import parse_entry
 
         for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
             path = self.dataset.root / output_name

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.dedup import DEDUP, buckets
+from filters.dedup import DEDUP, clusters
 from filters.dedup.clusters import num_clusters_for
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
-from sdtrain.dataset.progress import listening
+from sdtrain.dataset.progress import progress_listener
 from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from tests.filters.dedup.duplicate_fixtures import distinct_colors, groups_of, looks_table, search, with_embeddings
@@ -35,7 +35,7 @@ def semantic(table: pa.Table, **settings) -> dict[int, tuple[int, str]]:
 
 def test_every_step_of_the_search_says_how_far_it_is():
     heard = dict[str, tuple[int, int]]()
-    with listening(lambda step: heard.update({step.name: (step.done, step.total)})):
+    with progress_listener(lambda step: heard.update({step.name: (step.done, step.total)})):
         search(planted(), level="semantic")
     steps = ("reading", "equal pixels", "equal bytes", "near hashes", "clusters", "embeddings")
     assert list(heard) == [f"dedup: {step}" for step in steps]
@@ -72,7 +72,7 @@ def test_clusters_depend_on_neither_threads_nor_order_nor_the_division_into_file
     table = planted(noise=0.25)
     expected = search(table, level="semantic", num_clusters=6)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_threads))
-    monkeypatch.setattr(buckets, "_ROWS_PER_BUCKET", 100)
+    monkeypatch.setattr(clusters, "_ROWS_PER_BUCKET", 100)
     mixed = table.take(pa.array(np.random.default_rng(num_threads).permutation(NUM)))
     parts = [mixed.slice(0, 1), mixed.slice(1, 0), mixed.slice(1, 500), mixed.slice(501)]
     assert search(*parts, level="semantic", num_clusters=6) == expected

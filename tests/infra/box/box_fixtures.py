@@ -24,7 +24,7 @@ BIN = Path(sys.executable).parent
 class LiveBox:
     """A box, and what a shell beside it has set."""
 
-    place: BoxDir
+    directory: BoxDir
     environment: Environment
     """As after `source STATE/env`."""
     own: Environment
@@ -38,15 +38,15 @@ class LiveBox:
         return done.stdout + done.stderr
 
     def log(self, name: str) -> str:
-        path = self.place.log(name)
+        path = self.directory.log(name)
         return path.read_text(errors="replace") if path.exists() else ""
 
     def processes(self, service: str | None = None) -> set[psutil.Process]:
-        return marked(self.place.root, service)
+        return marked(self.directory.root, service)
 
     def process_of(self, service: str) -> psutil.Process:
         """The service's own process: the one that the supervisor started."""
-        supervisor = int(self.place.lock.read_text())
+        supervisor = int(self.directory.lock.read_text())
         for child in psutil.Process(supervisor).children():
             if child.environ().get(SERVICE_MARK) == service:
                 return child

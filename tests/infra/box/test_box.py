@@ -17,9 +17,8 @@ import yaml
 from flows.support.automations import AUTOMATIONS, HEARTBEAT_S
 from infra.box import __main__ as command_line
 from infra.box import postgres, services
-from infra.box.layout import ROOT, Box, BoxDir, box_of_environment
-from infra.box.lock import hold, holder
-from infra.box.pools import POOLS, pool_of, spread, write_deployments
+from infra.box.bootstrap import POOLS, assign_pools, pool_of, write_deployments
+from infra.box.layout import ROOT, Box, BoxDir, box_of_environment, lock_box, supervisor_pid
 from infra.box.programs import client_environment, server_program, worker_program, write_variables
 from infra.box.services import Program, Service, marked
 from infra.box.supervisor import require_free_port
@@ -71,10 +70,10 @@ def test_service_that_is_killed_ends_with_its_children_and_comes_back(
     wait_until(lambda: len(marked(tmp_path, "one")) == 2)
     first = marked(tmp_path)
     parent = next(process for process in first if process.ppid() == os.getpid())
-    assert one.revive() is None
+    assert one.restart_if_ended() is None
     parent.kill()
     wait_until(lambda: not one.is_running)
-    assert "one had ended (killed by SIGKILL)" in str(one.revive())
+    assert "one had ended (killed by SIGKILL)" in str(one.restart_if_ended())
     assert not [process for process in first if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert one.is_running
 
@@ -82,9 +81,9 @@ def test_service_that_is_killed_ends_with_its_children_and_comes_back(
 def test_service_that_ends_at_once_is_started_less_and_less_often(service: Callable[..., Service]) -> None:
     one = service("one", "raise SystemExit(3)")
     wait_until(lambda: not one.is_running)
-    assert "exit code 3" in str(one.revive())
+    assert "exit code 3" in str(one.restart_if_ended())
     wait_until(lambda: not one.is_running)
-    assert one.revive() is None  # not before two seconds have passed
+    assert one.restart_if_ended() is None  # not before two seconds have passed
 
 
 def test_service_that_ignores_its_signal_is_killed(service: Callable[..., Service], tmp_path: Path) -> None:
@@ -184,13 +183,13 @@ def test_root_is_told_of_a_folder_that_postgres_cannot_enter(folder: Path) -> No
 
 
 def test_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
-    place = BoxDir(tmp_path)
-    assert holder(place) is None
-    with hold(place):
-        assert holder(place) == os.getpid()
-        with pytest.raises(UserError, match="is already up"), hold(place):
+    directory = BoxDir(tmp_path)
+    assert supervisor_pid(directory) is None
+    with lock_box(directory):
+        assert supervisor_pid(directory) == os.getpid()
+        with pytest.raises(UserError, match="is already up"), lock_box(directory):
             pass
-    assert holder(place) is None
+    assert supervisor_pid(directory) is None
 
 
 def test_taken_port_is_a_sentence() -> None:
@@ -217,7 +216,7 @@ def test_box_lies_in_the_repository_unless_told_otherwise(monkeypatch: pytest.Mo
 
 
 def test_every_deployment_goes_to_a_pool_that_has_a_worker(tmp_path: Path) -> None:
-    pools = {deployment["name"]: deployment["work_pool"]["name"] for deployment in spread()["deployments"]}
+    pools = {deployment["name"]: deployment["work_pool"]["name"] for deployment in assign_pools()["deployments"]}
     assert set(pools.values()) <= {pool.name for pool in POOLS}
     assert pools["train-sd-v1"] == "train"
     assert {pool_of([]), pool_of(["dataset", "demo"]), pool_of(["training", "demo"])} == {"gpu", "cpu", "train"}
@@ -231,7 +230,7 @@ def test_every_deployment_goes_to_a_pool_that_has_a_worker(tmp_path: Path) -> No
 
 def test_only_the_server_learns_where_the_database_is(tmp_path: Path) -> None:
     box = Box(BoxDir(tmp_path), 4300)
-    server = server_program(box, postgres.Postgres(box.place, tmp_path, 5433, None))
+    server = server_program(box, postgres.Postgres(box.directory, tmp_path, 5433, None))
     assert "@127.0.0.1:5433/prefect" in server.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
     assert not [name for name in worker_program(box, "gpu").environment if "DATABASE" in name or "PASS" in name]
 
@@ -244,11 +243,11 @@ def test_runs_are_crashed_after_three_missing_heartbeats(tmp_path: Path) -> None
 
 
 def test_variables_survive_a_folder_with_a_space(tmp_path: Path) -> None:
-    place = BoxDir(tmp_path / "my box")
-    place.root.mkdir()
-    write_variables(Box(place, 4300))
+    directory = BoxDir(tmp_path / "my box")
+    directory.root.mkdir()
+    write_variables(Box(directory, 4300))
     said = subprocess.run(
-        ["sh", "-c", f'. "{place.variables}"; echo "$PREFECT_API_URL"; command -v sdtrain; echo "$no_proxy"'],
+        ["sh", "-c", f'. "{directory.variables}"; echo "$PREFECT_API_URL"; command -v sdtrain; echo "$no_proxy"'],
         env={"PATH": "/usr/bin:/bin", "no_proxy": "example.org"},
         capture_output=True,
         text=True,

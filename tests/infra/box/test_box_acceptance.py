@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from filters.pipeline import STAGE_NAMES
+from filters.pipeline import STAGES
 from flows.support.process_tree import end_processes
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.demo.server import serve_world
@@ -67,7 +67,7 @@ Digests = Callable[[DatasetDir], dict[str, str]]
 @pytest.fixture(scope="module")
 def box() -> Iterator[LiveBox]:
     with new_box() as box:
-        assert f"source {box.place.variables}" in box.make("up")
+        assert f"source {box.directory.variables}" in box.make("up")
         yield box
 
 
@@ -95,19 +95,19 @@ def finished_shards(output: Path, stage: str) -> int:
 
 
 def test_password_is_in_no_log_and_no_command_line(box: LiveBox) -> None:
-    password = box.place.passfile.read_text().strip().rpartition(":")[2]
+    password = box.directory.passfile.read_text().strip().rpartition(":")[2]
     assert len(password) >= 32
-    assert box.place.passfile.stat().st_mode & 0o077 == 0
-    assert [log for log in box.place.logs.iterdir() if password in log.read_text(errors="replace")] == []
+    assert box.directory.passfile.stat().st_mode & 0o077 == 0
+    assert [log for log in box.directory.logs.iterdir() if password in log.read_text(errors="replace")] == []
     for process in box.processes():
         assert password not in " ".join(process.cmdline())
         assert password not in str(process.environ())
 
 
 def test_up_again_says_that_it_is_up(box: LiveBox) -> None:
-    supervisor = box.place.lock.read_text()
-    assert box.make("up").startswith(f"It is up: {box.place.ready.read_text().strip()} ")
-    assert box.place.lock.read_text() == supervisor
+    supervisor = box.directory.lock.read_text()
+    assert box.make("up").startswith(f"It is up: {box.directory.ready.read_text().strip()} ")
+    assert box.directory.lock.read_text() == supervisor
 
 
 def test_worker_killed_during_download_crashes_the_run_and_the_rerun_gives_the_same_bytes(
@@ -235,7 +235,7 @@ def test_killed_supervisor_leaves_no_process_and_the_next_up_crashes_its_runs(bo
     run = run_deployment(box.environment, "build-demo", "-p", f"output={tmp_path}", "-p", "num_rows=2000")
     seconds_until(lambda: finished_shards(tmp_path / "data", "select") == 1, 180)
     everything = box.processes()
-    os.kill(int(box.place.lock.read_text()), signal.SIGKILL)
+    os.kill(int(box.directory.lock.read_text()), signal.SIGKILL)
     started = time.monotonic()
     _, alive = psutil.wait_procs(everything, timeout=60)
     print(f"{len(everything)} processes, {len(alive)} alive after {time.monotonic() - started:.1f} s")
@@ -270,11 +270,11 @@ def test_lost_history_costs_nothing_but_itself(box: LiveBox, build_options: list
     )
     run_deployment(box.environment, *command)
     box.make("down")
-    shutil.rmtree(box.place.cluster)
+    shutil.rmtree(box.directory.cluster)
     box.make("up")
     assert num_runs(box.environment) == 0
     log = logs_of(box.environment, run_deployment(box.environment, *command))
-    assert log.count("finished before, nothing to do") == len(STAGE_NAMES)
+    assert log.count("finished before, nothing to do") == len(STAGES)
 
 
 def test_deployments_are_spread_over_the_pools(box: LiveBox) -> None:
@@ -286,9 +286,9 @@ def test_deployments_are_spread_over_the_pools(box: LiveBox) -> None:
 
 
 def test_the_variables_make_any_shell_a_user_of_the_box(box: LiveBox) -> None:
-    bare = {"PATH": "/usr/bin:/bin", "HOME": str(box.place.root / "client"), "SHELL": "/bin/bash"}
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(box.directory.root / "client"), "SHELL": "/bin/bash"}
     said = subprocess.run(
-        ["/bin/bash", "-c", f". {box.place.variables} && prefect work-pool ls && command -v sdtrain"],
+        ["/bin/bash", "-c", f". {box.directory.variables} && prefect work-pool ls && command -v sdtrain"],
         cwd="/",
         env=bare,
         capture_output=True,

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sdtrain.dataset.prefetch import in_background
+from sdtrain.dataset.prefetch import prefetch
 
 
 def is_running():
@@ -12,12 +12,12 @@ def is_running():
 
 
 def test_items_come_in_their_order_none_among_them():
-    assert list(in_background(iter([3, None, 1]), 2)) == [3, None, 1]
+    assert list(prefetch(iter([3, None, 1]), 2)) == [3, None, 1]
 
 
 def test_no_more_than_the_depth_is_made_ahead():
     made = []
-    items = in_background((made.append(i) or i for i in itertools.count()), 2)
+    items = prefetch((made.append(i) or i for i in itertools.count()), 2)
     next(items)
     time.sleep(0.3)
     assert len(made) <= 4  # one used, two in the queue, one waiting to be put there
@@ -30,7 +30,7 @@ def test_an_error_comes_after_the_items_before_it_and_ends_the_thread():
         yield 1
         raise ValueError("no more")
 
-    items = in_background(broken(), 2)
+    items = prefetch(broken(), 2)
     assert next(items) == 1
     with pytest.raises(ValueError, match="no more"):
         next(items)

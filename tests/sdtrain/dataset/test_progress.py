@@ -7,20 +7,20 @@ from rich.console import Console
 
 from sdtrain.dataset import progress, terminal_progress
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport
-from sdtrain.dataset.progress import Step, listening, seldom, told
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.progress import Step, progress_listener, report_progress, throttled
+from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.stage import plain_stage
 
 
 def test_every_piece_is_told_and_passed_on():
     heard = []
-    with listening(heard.append):
-        assert list(told([[1, 2], [3]], "reading", 3, "rows", len)) == [[1, 2], [3]]
+    with progress_listener(heard.append):
+        assert list(report_progress([[1, 2], [3]], "reading", 3, "rows", len)) == [[1, 2], [3]]
     assert [(step.name, step.done, step.total, step.unit) for step in heard] == [
         ("reading", 2, 3, "rows"),
         ("reading", 3, 3, "rows"),
     ]
-    assert list(told([1], "reading", 1, "rows")) == [1], "nobody listens"
+    assert list(report_progress([1], "reading", 1, "rows")) == [1], "nobody listens"
     assert len(heard) == 2
 
 
@@ -41,7 +41,7 @@ def test_a_log_hears_of_it_seldom(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     heard = []
-    listen = seldom(heard.append, 10)
+    listen = throttled(heard.append, 10)
     for second in range(35):
         now[0] = float(second)
         listen(Step("dedup", second, 35, "tables", 0.0))
@@ -58,9 +58,10 @@ def test_a_build_shows_it_in_the_terminal_and_in_a_log(tmp_path, monkeypatch, is
 
     def run(dataset, recipe, shards):
         yield from (
-            ShardReport(stage="dedup", shard=i, num_in=0, num_out=0) for i in told(shards, "dedup", 9, "tables")
+            ShardReport(stage="dedup", shard=i, num_in=0, num_out=0)
+            for i in report_progress(shards, "dedup", 9, "tables")
         )
 
-    stage = Stage("dedup", lambda dataset, recipe: [0, 1], lambda dataset, recipe, shard: "", run)
+    stage = plain_stage("dedup", lambda dataset, recipe: [0, 1], lambda dataset, recipe, shard: "", run)
     terminal_progress.run_with_bar(stage, DatasetDir(tmp_path), None)
     assert "dedup: 2 of 9 tables" in screen.getvalue()

@@ -20,7 +20,8 @@ from PIL import Image
 
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.download.stage import DOWNLOAD
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import EncodeConfig, PackConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import write_samples
 from sdtrain.download.image_shards import image_place

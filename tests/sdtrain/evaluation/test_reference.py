@@ -4,7 +4,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.reference import open_reference

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from sdtrain.dataset.config import PackConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, require_entry, write_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry, write_entry
+from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from sdtrain.config import TrainConfig
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
+from sdtrain.formats.checkpoint import GuardState
 from sdtrain.settings import parse_settings
-from sdtrain.training.guards import GuardState, StepGuard
+from sdtrain.training.guards import StepGuard
 
 NAN = math.nan
 

@@ -7,14 +7,14 @@ import pytest
 
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, read_entry
-from sdtrain.dataset.s3.hold import check_hold, working_for
-from sdtrain.dataset.s3.lock import LOCK_NAME
+from sdtrain.dataset.manifest import describe_outputs, read_entry
+from sdtrain.dataset.s3.lock import LOCK_NAME, check_lock_token, with_lock_token
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
 from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
-from sdtrain.dataset.stage import Stage, hold_of, run_batch
+from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.stage import hold_of, plain_stage, run_batch
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
@@ -42,7 +42,7 @@ def rows(dataset, recipe, shards):
         yield ShardReport(stage="rows", shard=shard, num_in=1, num_out=1, outputs=outputs)
 
 
-ROWS = Stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
+ROWS = plain_stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def worker(dataset, monkeypatch):
     """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and its hold."""
     with lock_to_change(dataset, "sdtrain build"):
         hold, own = hold_of(dataset), Mirror(dataset, parse_url(dataset.url))
-        for module in ("manifest", "recorder", "s3.files"):
+        for module in ("manifest", "stage", "s3.files"):
             monkeypatch.setattr(f"sdtrain.dataset.{module}.mirror_of", lambda _: own)
         yield dataset, hold
 
@@ -78,7 +78,7 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
                 taken.set()
 
     with pytest.raises(UserError, match="another one has taken the dataset over"):
-        run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
+        run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
     assert objects_of(dataset).read("manifest/rows/00000.json")
     assert objects_of(dataset).read("manifest/rows/00001.json") is None
 
@@ -86,19 +86,19 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
 def test_a_batch_does_not_take_the_next_holder_of_the_same_folder_for_its_own(dataset):
     with lock_to_change(dataset, "sdtrain build"):
         before = hold_of(dataset)
-        with working_for(before):
-            check_hold(objects_of(dataset))
+        with with_lock_token(before):
+            check_lock_token(objects_of(dataset))
     with lock_to_change(dataset, "sdtrain build"):
-        with working_for(before), pytest.raises(UserError, match="has ended, or another one"):
-            check_hold(objects_of(dataset))
-        with working_for(hold_of(dataset)):
-            check_hold(objects_of(dataset))
+        with with_lock_token(before), pytest.raises(UserError, match="has ended, or another one"):
+            check_lock_token(objects_of(dataset))
+        with with_lock_token(hold_of(dataset)):
+            check_lock_token(objects_of(dataset))
 
 
 def test_without_a_holder_nothing_is_written(dataset):
     objects = objects_of(dataset)
     with pytest.raises(UserError, match="has ended, or another one"):
-        check_hold(objects)
+        check_lock_token(objects)
     mirror = mirror_of(dataset)
     (dataset.root / "report.html").write_text("a report")
     with pytest.raises(UserError, match="run the command again when nobody is at work"):
@@ -121,7 +121,7 @@ def test_a_shard_is_written_while_the_next_one_is_made(dataset, monkeypatch):
 
     monkeypatch.setattr(ObjectStore, "put", slow)
     with lock_to_change(dataset, "sdtrain build"):
-        reports = run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, run), dataset, None, [0, 1, 2])
+        reports = run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, run), dataset, None, [0, 1, 2])
     assert seen == [True]
     assert [report.shard for report in reports] == [0, 1, 2]
 

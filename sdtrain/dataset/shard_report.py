@@ -1,0 +1,92 @@
+"""The report of one stage about one shard, as a manifest entry records it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+
+from sdtrain.errors import UserError
+from sdtrain.redaction import without_secrets
+
+SCHEMA_VERSION = 1
+
+
+class Output(BaseModel):
+    """One file that a stage wrote."""
+
+    model_config = ConfigDict(extra="forbid")
+    sha256: str
+    bytes: int
+
+
+class ShardReport(BaseModel):
+    """What one stage did with one shard. No sample disappears: in = out + dropped by reason."""
+
+    model_config = ConfigDict(extra="forbid")
+    schema_version: int = SCHEMA_VERSION
+    stage: str
+    shard: int
+    fingerprint: str = ""
+    num_in: int
+    num_out: int
+    dropped: dict[str, int] = {}
+    outputs: dict[str, Output] = {}
+    inputs: list[str] = []
+    """Files from outside that were read, by name, size and digest."""
+    notes: list[Annotated[str, AfterValidator(without_secrets)]] = []
+    """What was done on purpose with odd input, as sentences."""
+    seconds: float = 0.0
+    finished_at: float = 0.0
+    """Unix time when the work ended; 0 where it was not noted. The file's own time is that of its last copy."""
+
+    @model_validator(mode="after")
+    def _counts_add_up(self) -> ShardReport:
+        if self.num_in != self.num_out + sum(self.dropped.values()):
+            raise ValueError(
+                f"{self.stage} shard {self.shard}: {self.num_in} samples came in, but {self.num_out} went out and "
+                f"{sum(self.dropped.values())} were dropped for a reason: samples were lost"
+            )
+        return self
+
+
+def parse_entry(content: bytes, path: Path) -> ShardReport:
+    """What an entry says; `path` is for sentences.
+
+    Raises:
+        UserError: it was written by another version, or is damaged.
+    """
+    try:
+        entry = ShardReport.model_validate_json(content)
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is not a manifest entry that this version can read; delete it to redo the shard."
+        ) from error
+    if entry.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema version {entry.schema_version}, this sdtrain reads {SCHEMA_VERSION}. "
+            "Use the sdtrain that wrote it, or build into another --output."
+        )
+    return entry
+
+
+def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
+    """Hex digest of everything that decides a shard's bytes.
+
+    Args:
+        stage: the stage's name and version, such as "score/1".
+        config: the part of the configuration that matters, as JSON-like data.
+        inputs: entries of the shards that are read.
+        weights: digests of the model weights used.
+    """
+    described = {
+        "stage": stage,
+        "config": config,
+        "inputs": [{name: output.sha256 for name, output in entry.outputs.items()} for entry in inputs],
+        "weights": list(weights),
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()

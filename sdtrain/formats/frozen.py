@@ -1,0 +1,260 @@
+"""The networks that training leaves as they are, VAE and text encoder: loaded from folders, the hub or single files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from sdtrain.errors import UserError
+from sdtrain.formats.compvis_layout import SCALING_FACTOR, VAE_CONFIG, Architecture
+from sdtrain.formats.hub import find_part_folder
+from sdtrain.formats.names import VAE, former_vae_name, text_name, vae_modules, vae_name
+from sdtrain.formats.part_files import open_part
+from sdtrain.formats.stored_model import FrozenModels
+from sdtrain.formats.tensor_file import Fitted, PartOf, Stored, TensorFile, fit
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class StoredVae:
+    """A VAE in files; its tensors are read when asked for, but their names and shapes are checked at once.
+
+    Attributes:
+        where: the folder or the file, for messages.
+        config: in diffusers' words, with a scaling factor.
+        files: that hold its tensors.
+    """
+
+    where: Path
+    config: Mapping[str, Any]
+    files: Stored
+
+    def __post_init__(self) -> None:
+        _ = self.tensors  # names and shapes are looked at before there is any work that could be lost
+
+    @cached_property
+    def tensors(self) -> Fitted:
+        """By the names that diffusers gives them today, whatever they are called in the files.
+
+        Raises:
+            UserError: they are not those of the config's network.
+        """
+        empty = self.empty()
+        return fit(self.files, empty, vae_name(vae_modules(empty.config)), str(self.where))
+
+    def empty(self) -> AutoencoderKL:
+        """The network, whose parameters have shapes but no memory.
+
+        Raises:
+            UserError: the config is of another network.
+        """
+        try:
+            with torch.device("meta"):
+                return AutoencoderKL.from_config(dict(self.config))
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(f"{self.where} is not a VAE that diffusers can load: {error}") from error
+
+    def load(self) -> AutoencoderKL:
+        """The frozen network in fp32.
+
+        Raises:
+            UserError: the tensors are not those of the config's network.
+        """
+        vae = self.empty()
+        vae.load_state_dict({name: tensor.float() for name, tensor in self.tensors.items()}, assign=True)
+        return vae.requires_grad_(False).eval()
+
+
+def open_vae(name: str) -> StoredVae:
+    """A VAE of a folder, a hub id, `demo`, or a file: an SD v1 in one file, or SD v1's VAE alone.
+
+    Raises:
+        UserError: it is not there, or not an AutoencoderKL; its files are damaged, or ask for code to be run.
+    """
+    if Path(name).is_file():
+        return _open_vae_file(Path(name))
+    folder = find_part_folder(name, "vae")
+    config = _read_vae_config(folder / "config.json")
+    return StoredVae(folder, config, open_part(folder, "vae"))
+
+
+def _open_vae_file(path: Path) -> StoredVae:
+    file = TensorFile(path)
+    return vae_of(file, VAE_CONFIG if file.notes is None else Architecture.from_json(file.notes, str(path)).vae)
+
+
+def vae_of(file: TensorFile, config: Mapping[str, Any]) -> StoredVae:
+    """The VAE in a file, alone or with the other networks.
+
+    Raises:
+        UserError: the file holds another one, or none.
+    """
+    return StoredVae(file.path, _with_scaling_factor(config, file.path), PartOf(file, VAE))
+
+
+def _read_vae_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the config of a VAE: {error}") from error
+    kind = config.get("_class_name", "AutoencoderKL") if isinstance(config, dict) else "no mapping"
+    if kind != "AutoencoderKL":
+        raise UserError(
+            f"{path} is not the config of a VAE that diffusers can load here: it is {kind}, and not AutoencoderKL."
+        )
+    return _with_scaling_factor(config, path)
+
+
+def _with_scaling_factor(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    factor = config.get("scaling_factor")
+    factor = SCALING_FACTOR if factor is None else factor
+    is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
+    if not is_number or not math.isfinite(factor) or factor <= 0:
+        raise UserError(f"{path}: scaling_factor is {factor!r}, and has to be a number above 0.")
+    return {**config, "scaling_factor": float(factor)}
+
+
+def load_vae(name: str) -> AutoencoderKL:
+    """The frozen autoencoder in fp32; `name` as for `open_vae`.
+
+    Raises:
+        UserError: it is not there, or not an AutoencoderKL.
+    """
+    return open_vae(name).load()
+
+
+def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """The tokenizer and the frozen text encoder in fp32, from a folder, a hub id, or `demo`.
+
+    Raises:
+        UserError: they are not there, or not CLIP's.
+    """
+    folder = find_part_folder(name, "text_encoder")
+    tokenizer = load_tokenizer(name)
+    try:
+        config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a CLIP text encoder: {error}") from error
+    return tokenizer, text_encoder_of(open_part(folder, "text_encoder"), config, str(folder))
+
+
+def text_encoder_of(stored: Stored, config: CLIPTextConfig, where: str) -> CLIPTextModel:
+    """The frozen text encoder in fp32.
+
+    Args:
+        stored: files that hold its tensors, by whatever names.
+        config: of the network.
+        where: names the files in messages.
+
+    Raises:
+        UserError: the tensors are not those of the config's network.
+    """
+    try:
+        with torch.device("meta"):
+            empty = CLIPTextModel(config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{where} is not a CLIP text encoder: {error}") from error
+    is_nested = any(name.startswith("text_model.") for name in empty.state_dict())
+    tensors = dict(fit(stored, empty, text_name(is_nested), where))
+    encoder = CLIPTextModel.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32)
+    return encoder.requires_grad_(False).eval()
+
+
+def load_tokenizer(name: str) -> CLIPTokenizer:
+    """The tokenizer of a text encoder, from a folder, a hub id, or `demo`.
+
+    Raises:
+        UserError: it is not there, or not CLIP's.
+    """
+    folder = find_part_folder(name, "tokenizer")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a CLIP tokenizer: {error}") from error
+
+
+def vae_digest(name: str) -> str:
+    """What identifies a VAE: hex sha256 over its tensors, by the names that diffusers gives them today.
+
+    Other tensor names, another file format, a folder or an SD v1 in one file change nothing. The dtype counts: a file
+    of fp16 weights is another function, for its numbers were rounded. In which precision the network then computes is
+    not part of it: latents/info.json says that beside it.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    return next(vae_digests(name))
+
+
+def vae_digests(name: str) -> Iterator[str]:
+    """`vae_digest`, then what else means the same VAE.
+
+    Earlier versions reckoned with the names in the file, which are those of before 2023 in public ones; and the numbers
+    of a file of fp16 are the same function when another file holds them in fp32.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    tensors = open_vae(name).tensors
+    for dtype in (None, torch.float32):
+        for spelling in (str, former_vae_name):
+            yield _digest(tensors, spelling, dtype)
+
+
+def recorded_vae_digest(name: str, recorded: str | None) -> str:
+    """The digest by which a dataset goes on knowing a VAE.
+
+    Args:
+        name: of the VAE.
+        recorded: what the dataset has written down, if anything.
+
+    Returns:
+        `recorded` if it means this VAE, by today's rule or by an earlier one; otherwise `vae_digest`.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    digests = vae_digests(name)
+    first = next(digests)
+    return recorded if recorded is not None and (recorded == first or recorded in digests) else first
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], spelling: Callable[[str], str], dtype: torch.dtype | None) -> str:
+    digest = hashlib.sha256()
+    for there, key in sorted((spelling(key), key) for key in tensors):
+        tensor = tensors[key] if dtype is None else tensors[key].to(dtype)
+        digest.update(f"{there} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def vae_scaling_factor(name: str) -> float:
+    """What the VAE's latents are multiplied by; SD v1's 0.18215, where its config says nothing of it.
+
+    Raises:
+        UserError: no such VAE.
+    """
+    if Path(name).is_file():
+        return float(_open_vae_file(Path(name)).config["scaling_factor"])
+    return float(_read_vae_config(find_part_folder(name, "vae") / "config.json")["scaling_factor"])
+
+
+def load_frozen(vae: str, text_encoder: str) -> FrozenModels:
+    """VAE, tokenizer and text encoder, by names as for `load_vae` and `load_text_encoder`.
+
+    Raises:
+        UserError: one is not there, or of another kind.
+    """
+    return FrozenModels(load_vae(vae), *load_text_encoder(text_encoder))

@@ -1,0 +1,38 @@
+"""Captions as CLIP's token ids."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import CLIPTokenizer
+
+# A tokenizer sets its padding before it works, so that two threads may not use one at the same time.
+_TOKENIZING = threading.Lock()
+
+
+class CaptionTokens:
+    """Captions as token ids; those of the empty caption are made once."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        self._tokenize = partial(tokenize, tokenizer)
+        self._empty = self._tokenize([""])
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """Token ids, (B, L) int64."""
+        ids = self._empty.repeat(len(captions), 1)
+        positions = [position for position, caption in enumerate(captions) if caption]
+        if positions:
+            ids[positions] = self._tokenize([captions[position] for position in positions])
+        return ids
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """Token ids, (B, L) int64: truncated and padded to the encoder's length, the end token kept."""
+    with _TOKENIZING:
+        encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
+    return encoded.input_ids

@@ -1,0 +1,27 @@
+import json
+import sys
+
+import pytest
+
+from filters.memorization.samples import repeated_captions
+from sdtrain import cli
+from sdtrain.demo.agreement import export_untrained
+
+
+@pytest.mark.long
+def test_images_are_drawn_for_the_captions_that_repeat_and_not_again_in_a_second_run(
+    embedded_dataset, tmp_path, monkeypatch
+):
+    model, out = export_untrained("tiny", tmp_path / "model"), tmp_path / "out"
+    command = ["memorised", model, "--data", embedded_dataset.root, "--output", out, "--repeated-prompts", 2]
+    monkeypatch.setattr(sys, "argv", ["sdtrain", *map(str, command), "--per-prompt", "1", "--steps", "2"])
+    times = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+        times.append({path.name: path.stat().st_mtime_ns for path in (out / "samples").glob("*.png")})
+    assert list(times[0])
+    assert times[0] == times[1]
+    rows = json.loads((out / "memorised.json").read_text())["samples"]
+    assert {row["prompt"] for row in rows} == {caption for caption, _ in repeated_captions(embedded_dataset, 2)}

@@ -1,0 +1,59 @@
+import csv
+
+import pytest
+
+from sdtrain.errors import UserError
+from sdtrain.evaluation import metrics
+from sdtrain.evaluation.distances import Gaussian
+from sdtrain.evaluation.metrics import METRICS, Metric, arrays_needed, open_metrics
+from sdtrain.evaluation.results import protocol_lines, table_of
+from sdtrain.evaluation.sweep import plan
+from sdtrain.evaluation.workers import run_sweep
+from sdtrain.model_card.write import read_evaluation
+
+
+class MeanShift(Metric):
+    """How far the mean feature has moved: what somebody adds, whole."""
+
+    name, description = "mean_shift", "distance of the mean features"
+    real = ("features",)
+
+    def __init__(self, protocol, real):
+        super().__init__(protocol, real)
+        self._mean = real["features"].mean(axis=0)
+
+    def measure(self, drawn, captions):
+        return float(abs(drawn["features"].mean(axis=0) - self._mean).mean()), 0.5
+
+
+def test_a_metric_is_one_class_and_one_line(little, run, tmp_path, monkeypatch):
+    """Results, table, CSV, command line, and model card show it without knowing it."""
+    monkeypatch.setattr(metrics, "METRICS", (*METRICS, MeanShift))
+    results = run_sweep(plan(little, [run], tmp_path), say=lambda line: None)
+    assert all(row["mean_shift"] > 0 and row["mean_shift_ci95"] == 0.5 for row in results.rows)
+    described = "mean_shift: distance of the mean features; lower is better; 95 % interval, ± mean_shift_ci95"
+    assert described in protocol_lines(results)
+    assert table_of(results)[0]["mean_shift"].endswith("± 0.5")
+    with (tmp_path / "results.csv").open() as file:
+        assert "mean_shift_ci95" in next(csv.reader(file))
+    assert "mean_shift" in read_evaluation(tmp_path).header
+
+
+def test_every_metric_states_what_it_needs(little):
+    clip = little.model_copy(update={"agreement": "clip", "cmmd": True})
+    assert arrays_needed(little, "drawn") == {"features", "shown"}
+    assert arrays_needed(little, "real") == {"features"}
+    assert arrays_needed(clip, "drawn") == arrays_needed(clip, "real") == {"features", "clip"}
+    assert (arrays_needed(little, "captions"), arrays_needed(clip, "captions")) == (set(), {"clip"})
+
+
+def test_cmmd_of_statistics_is_a_sentence(little):
+    import numpy as np
+
+    statistics = Gaussian(np.zeros(96), np.eye(96))
+    assert [metric.name for metric in open_metrics(little, statistics)] == [
+        "fid_demo_features",
+        "agreement_demo_checker",
+    ]
+    with pytest.raises(UserError, match="CMMD compares images"):
+        open_metrics(little.model_copy(update={"agreement": "clip", "cmmd": True}), statistics)
