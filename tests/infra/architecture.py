@@ -22,8 +22,8 @@ _HEAD = """# Architecture
 <!-- Written by `python -m tests.infra.architecture`; a test compares. -->
 
 An arrow goes from a folder to one that it imports, and none goes back: there is no cycle between folders, lazy imports
-included. Arrows that follow from others are left out. `lint-imports` holds every import to the layers in `pyproject.toml`.
-The [tour](tour.md) leads through the code from a metadata row to a sampled image.
+included. Arrows that follow from others are left out. `lint-imports` holds every import to the layers in
+`pyproject.toml`. The [tour](tour.md) leads through the code from a metadata row to a sampled image.
 
 """
 
@@ -37,7 +37,7 @@ def node_of(module: str) -> str:
 
 @lru_cache
 def imports() -> nx.DiGraph:
-    """Which box imports which; packages' own `__init__` modules are left out where they hold nothing but a docstring."""
+    """The boxes, with an edge from each to those that it imports."""
     found = grimp.build_graph(*ROOTS)
     graph = nx.DiGraph()
     for module in sorted(found.modules):
