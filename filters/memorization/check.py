@@ -3,11 +3,11 @@
 Two checks:
 
 - **Near-duplicate** (recorded as `alike`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
-  CLIP tells what an image shows and not whether it was copied, so images of one motif are near each other too. By default
-  the limit is 0.95, where `duplicates.semantic_threshold` begins to call training images duplicates. (Somepalli et al.
-  2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's cannot be
-  compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of training
-  images that have another one so near, and the share of random pairs.
+  CLIP tells what an image shows and not whether it was copied, so images of one motif are near each other too. By
+  default the limit is 0.95, where `duplicates.semantic_threshold` begins to call training images duplicates.
+  (Somepalli et al. 2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's
+  cannot be compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of
+  training images that have another one so near, and the share of random pairs.
 - **The same image** (`same`): root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
   (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images are near each
   other by that alone, perceptual hashes that differ in at most `radius` bits. Both are of the centre crop that training
