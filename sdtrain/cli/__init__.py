@@ -48,13 +48,14 @@ app.command()(curate.recipe)
 def funnel(dataset: curate.NamedDataset) -> None:
     """Show what each rule dropped."""
     from filters.decide import funnel as numbers
+    from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.s3.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
-    print_table([dict(row) for row in numbers.funnel(directory, recipe)])
-    print(*numbers.remarks(directory, recipe), sep="\n")
+    print_table([dict(row) for row in numbers.funnel(directory, recipe, STAGES)])
+    print(*numbers.remarks(directory, recipe, STAGES), sep="\n")
 
 
 @app.command()
