@@ -15,12 +15,11 @@ from urllib.parse import urlsplit
 
 from prefect.task_runners import TaskRunner
 
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 ANSWER_S = 10
 """Time that a running cluster has to answer at its address."""
-GPU_STAGES = frozenset({"score", "encode", "reference", "contexts", "captions", "draw", "look"})
-"""Stages of a build or an evaluation; the latter add model and scale to the name: draw-MODEL-guidance-7-5."""
 _DASK_PORT = 8786
 _OBJECT_STORE_BYTES = 100 * 2**20  # reports travel through it, and no images
 
@@ -81,10 +80,10 @@ def start_ray(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
         ray.shutdown()
 
 
-def needs_of(stage: str) -> AbstractContextManager[Any]:
+def needs_of(stage: Stage[Any]) -> AbstractContextManager[Any]:
     """Context for submitting a stage's batches: those of a GPU stage ask Ray for one GPU each."""
     ray = sys.modules.get("ray")
-    if stage.partition("-")[0] not in GPU_STAGES or ray is None or not ray.is_initialized():
+    if not stage.uses_gpu or ray is None or not ray.is_initialized():
         return nullcontext()
     if not ray.cluster_resources().get("GPU"):
         return nullcontext()

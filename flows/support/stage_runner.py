@@ -101,7 +101,7 @@ def _run_batches(
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
     common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
     with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
-        with needs_of(stage.name):
+        with needs_of(stage):
             futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
         reports, failures = _collect(futures, progress)
     if failures:

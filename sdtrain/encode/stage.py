@@ -23,7 +23,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.prefetch import prefetch
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
@@ -42,6 +42,8 @@ from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.device import cores_of_process
+from sdtrain.pack.plan import expected_shards
+from sdtrain.pack.stage import PACK
 
 T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
@@ -209,8 +211,6 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
-    from sdtrain.pack.stage import PACK
-
     return PACK.shards(dataset, recipe)
 
 
@@ -229,4 +229,29 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         yield encode_shard(dataset, recipe.encode, shard)
 
 
-ENCODE: Stage[ImageRecipe] = Stage("encode", _shards, _fingerprint, _run)
+def _info(dataset: DatasetDir, shard: int) -> list[Path]:
+    return [dataset.latents_info]
+
+
+ENCODE: Stage[ImageRecipe] = Stage(
+    *("encode", _shards, _fingerprint, _run),
+    # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
+    inputs={"pack": "same shard", "encode": "first shard"},
+    planned_by="keep",
+    num_shards=expected_shards,
+    beside=_info,
+    table=Table(
+        view="latents",
+        comment="Encoded samples, and where their moments lie in the latents shards",
+        columns={
+            **dict.fromkeys(("uid", "key", "caption", "url"), "VARCHAR"),
+            **dict.fromkeys(("offset", "num_bytes"), "BIGINT"),
+            **dict.fromkeys(("height", "width"), "INTEGER"),
+            "shard": "INTEGER",
+            "tar": "VARCHAR",
+        },
+        path=DatasetDir.latents_table,
+    ),
+    drops=None,
+    uses_gpu=True,
+)

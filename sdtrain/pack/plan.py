@@ -17,10 +17,10 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.config import PackConfig
+from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import require_entry
+from sdtrain.dataset.manifest import read_entry, require_entry
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
@@ -68,6 +68,14 @@ def short_shards(decisions: Path) -> dict[int, int]:
     """How many samples were removed from which packed shard since the decisions were made."""
     described = (pq.read_schema(decisions).metadata or {}) if decisions.exists() else {}
     return {int(shard): num for shard, num in json.loads(described.get(SHORT, b"{}")).items()}
+
+
+def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
+    """How many packed shards there are, by the manifest alone; None before the decisions."""
+    decided = read_entry(dataset, "keep", 0)
+    # After a removal there may be more than the samples would fill.
+    recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
+    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
 
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
