@@ -55,7 +55,7 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
     from filters.build import open_build
     from filters.recipe import load_recipe
     from sdtrain.dataset.terminal_progress import run_with_bar
-    from sdtrain.download.recovery import recover
+    from sdtrain.download.retry import retry_and_count
     from sdtrain.settings import check_options
 
     check_options(options, "command line")
@@ -64,7 +64,7 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
             print(f"Not the recipe of the run before; what this touches is redone: {build.changes}")
         build.run(
             lambda stage: print(run_with_bar(stage, build.dataset, build.recipe, build.preflight), flush=True),
-            lambda: print(recover(build.dataset, build.recipe), flush=True),
+            lambda: print(retry_and_count(build.dataset, build.recipe), flush=True),
         )
     print(f"{build.recipe.name}: {build.dataset}")
 
