@@ -122,7 +122,7 @@ def test_a_host_that_never_stops_asking_for_rests_does_not_hold_up_the_shard(web
 
 def test_a_host_to_which_no_connection_comes_about_is_given_up(web, names, monkeypatch):
     tried = []
-    monkeypatch.setattr("sdtrain.download.http.sockets.is_public", lambda address: not tried.append(address))
+    monkeypatch.setattr("sdtrain.download.http.connections.is_public", lambda address: not tried.append(address))
     urls = [f"http://hostile.example:1/{number}" for number in range(100)]
     results = fetch_all(quick(connections_per_host=4, retries=0), urls)
     assert {str(error) for _, error, _ in results} == {"connection_failed: Connection refused"}
