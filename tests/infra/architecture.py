@@ -59,9 +59,13 @@ def diagram() -> str:
     lines = ["```mermaid", "flowchart TD"]
     for root in ROOTS:
         boxes = sorted(node for node in graph if node == root or node.startswith(f"{root}."))
-        lines += [f'  subgraph "{_path(root)}"', *(f'    {box}["{_label(box, root)}"]' for box in boxes), "  end"]
-    lines += [f"  {above} --> {below}" for above, below in sorted(graph.edges)]
+        lines += [f'  subgraph "{_path(root)}"', *(f'    {_id(box)}["{_label(box, root)}"]' for box in boxes), "  end"]
+    lines += [f"  {_id(above)} --> {_id(below)}" for above, below in sorted(graph.edges)]
     return "\n".join([*lines, "```"])
+
+
+def _id(box: str) -> str:
+    return box.replace(".", "_")
 
 
 def _path(module: str) -> str:
