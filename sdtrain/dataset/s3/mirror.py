@@ -12,16 +12,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.lock import check_lock_token
+from sdtrain.dataset.local_storage import LocalStorage
+from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
 from sdtrain.dataset.s3.store import Object, ObjectStore
-from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
+from sdtrain.dataset.s3.url import S3Url
+from sdtrain.dataset.shard_report import Output, ShardReport, dump_entry, parse_entry
 from sdtrain.errors import UserError
 
 _THREADS = 16
@@ -31,36 +31,41 @@ _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "late
 """Files that are no output of a shard, and that every command looks at."""
 
 
-class Stored(Protocol):
-    """An output of a manifest entry."""
-
-    sha256: str
-    bytes: int
-
-
-class Mirror:
+class Mirror(LocalStorage):
     """One dataset on S3 and its work folder.
 
     Attributes:
-        dataset: the work folder.
         store: the objects.
-        may_write: raises where this process may not change the dataset any more.
-        token: of the lock, in the process that has taken it.
+        may_write: raises where this process may no longer change the dataset.
     """
 
+    is_remote = True
+
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
-        self.dataset, self.store = dataset, ObjectStore(url)
+        super().__init__(dataset)
+        self.store = ObjectStore(url)
         self.may_write: Callable[[], None] = lambda: check_lock_token(self.store)
-        self.token = ""
         self._known: dict[str, Object] | None = None
         self._guard = Lock()
 
-    def sync(self, may_delete: bool = True) -> None:
-        """Brings the record of what is finished here, and takes from here what no longer is.
+    def lock(self, command: str) -> RemoteLock:
+        """Locks the dataset against all machines, and brings its work folder up to date."""
+        lock = RemoteLock(self.store, command)
+        try:
+            self.may_write, self.lock_token = lock.check, lock.token
+            self.store.sweep()
+            self.sync()
+        except UserError:
+            lock.close()
+            raise
+        return lock
 
-        Args:
-            may_delete: no command of this machine is about to record something.
-        """
+    def active_command(self) -> str | None:
+        """A sentence about the command that holds the lock."""
+        return holder(self.store)
+
+    def sync(self, may_delete: bool = True) -> None:
+        """Brings the record of what is finished here, and deletes here what no longer is."""
         with self._alone():
             self._known = found = self.store.list()
             names = {name for name in found if name.startswith(_MANIFEST)}
@@ -72,17 +77,10 @@ class Mirror:
                     (self.dataset.root / name).unlink(missing_ok=True)
             self._each(self._renew, sorted(names | (found.keys() & set(_WHOLE))))
 
-    def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
-        """Makes a shard count as finished on S3.
-
-        Args:
-            entry: the path that its manifest entry will have here.
-            content: of the entry.
-            outputs: by name, what it consists of; they have their final names here.
-            beside: files that belong to it and are not in the manifest.
-        """
+    def record(self, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
+        """Makes a shard count as finished, on S3 first."""
         self.may_write()
-        name = self.dataset.relative(entry)
+        name, outputs = self.dataset.relative(self.dataset.manifest_entry(entry.stage, entry.shard)), entry.outputs
         changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
         # In a removal the old entry stays, because its journal says that files and entries do not fit each other.
         if changed and not self.dataset.removal.exists():
@@ -94,13 +92,15 @@ class Mirror:
         self._each(
             lambda n: self.store.put(self.dataset.root / n, n, outputs[n].sha256), [n for n in changed if n not in tars]
         )
-        self.push_files(path for path in beside if path.exists())
+        self.push(*(path for path in beside if path.exists()))
         self.may_write()
+        content = dump_entry(entry)
         self.store.put_bytes(content, name)
         self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
+        super().record(entry)
 
-    def push_files(self, paths: Iterable[Path]) -> None:
-        """Writes files of the dataset as they are, those that are there already excepted."""
+    def push(self, *paths: Path) -> None:
+        """Uploads files as they are, unless they are there already."""
         self.may_write()
 
         def put(path: Path) -> None:
@@ -108,17 +108,21 @@ class Mirror:
             if self.store.digest(name) != digest:
                 self.store.put(path, name, digest)
 
-        self._each(put, list(paths))
+        self._each(put, paths)
 
     def push_folder(self, folder: Path) -> None:
-        """Makes a folder there what it is here: what is not here is deleted there."""
+        """Makes a folder there what it is here."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
-        self.push_files(paths)
+        self.push(*paths)
         kept = {self.dataset.relative(path) for path in paths}
         self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
 
     def discard(self, path: Path) -> None:
-        """Deletes a file there."""
+        """Deletes a file, there first."""
+        self._discard(path)
+        super().discard(path)
+
+    def _discard(self, path: Path) -> None:
         name = self.dataset.relative(path)
         if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
             return  # entries that are there are here too; all shards of a build are asked for before the first is made
@@ -127,15 +131,32 @@ class Mirror:
         self._objects().pop(name, None)
 
     def has(self, name: str, num_bytes: int) -> bool:
-        """Whether an object of that size is there."""
+        """Whether a file of that size is here or, if there is none, there."""
+        if (self.dataset.root / name).exists():
+            return super().has(name, num_bytes)
         seen = self._objects().get(name)
         return seen is not None and seen.size == num_bytes
 
-    def pull(self, wanted: Mapping[str, Stored | None]) -> None:
-        """Brings files here that are not; of each, what its content must be, None for whatever is there."""
-        self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
+    def fetch(self, wanted: Mapping[str, Output | None]) -> None:
+        """Downloads files that are not here."""
+        self._each(lambda name: self._fetch(name, wanted[name]), list(wanted))
 
-    def _pull(self, name: str, output: Stored | None) -> None:
+    def evict(self, outputs: Mapping[str, Output]) -> None:
+        """Deletes tars here that S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
+        if self.dataset.removal.exists():  # a removal's files are ahead of their entries
+            return
+        for name, output in outputs.items():
+            path = self.dataset.root / name
+            if name.endswith(".tar") and path.exists() and self.store.digest(name) == output.sha256:
+                path.unlink()
+
+    def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
+        """A part of a file here, or else of the object."""
+        if path.exists():
+            return super().read_part(path, offset, num_bytes)
+        return self.store.read_part(self.dataset.relative(path), offset, num_bytes)
+
+    def _fetch(self, name: str, output: Output | None) -> None:
         path = self.dataset.root / name
         if path.exists():
             return
@@ -159,10 +180,9 @@ class Mirror:
             temporary.write_bytes(read.content)
 
     def _drop(self, entry: Path) -> None:
-        """Forgets a shard that another machine has taken back: its entry, and its files here."""
-        from sdtrain.dataset.shard_report import parse_entry
+        """Forgets a shard that another machine no longer has finished: its entry, and its files here."""
 
-        # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
+        # Downloaded images stay: they are reused if whole, and may not be available a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)
@@ -176,7 +196,6 @@ class Mirror:
 
     def _forget_others(self, entry: bytes, name: str) -> None:
         """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
-        from sdtrain.dataset.shard_report import parse_entry
 
         for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
             path = self.dataset.root / output_name
@@ -205,30 +224,6 @@ class Mirror:
             return
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(do, items))
-
-
-def mirror_of(dataset: DatasetDir) -> Mirror | None:
-    """The mirror of a dataset; None for one that lies on disk alone."""
-    url = dataset.url or _marked(dataset.root)
-    return _mirror(dataset.root, url) if url else None
-
-
-def _marked(root: Path) -> str:
-    try:
-        return (root / MARKER).read_text().strip()
-    except OSError:
-        return ""
-
-
-@lru_cache(maxsize=8)
-def _mirror(root: Path, url: str) -> Mirror:
-    if _marked(root) not in ("", url):
-        raise UserError(f"{root} is the work folder of {_marked(root)}, not of {url}. Choose another --work-dir.")
-    root.mkdir(parents=True, exist_ok=True)
-    if not _marked(root):
-        with publish(root / MARKER) as temporary:
-            temporary.write_text(url + "\n")
-    return Mirror(DatasetDir(root, url), parse_url(url))
 
 
 @contextmanager
