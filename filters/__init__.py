@@ -1,1 +1,1 @@
-"""Which samples stay, and why."""
+"""Selection of samples: from metadata rows to decisions, each with its reason."""

@@ -4,38 +4,43 @@ from __future__ import annotations
 
 from typing import Literal
 
-# Our name -> the names it has in LAION's releases, COYO and DataComp, compared without regard to case; the first that
-# a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes first.
-ALIASES: dict[str, tuple[str, ...]] = {
-    "url": ("url",),
-    "caption": ("text", "caption"),
-    "width": ("original_width", "width"),
-    "height": ("original_height", "height"),
-    "similarity": ("similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
-    "hash": ("hash",),
-    "pwatermark": ("pwatermark", "watermark_score"),
-    "punsafe": ("punsafe",),
-    "aesthetic": ("aesthetic_score", "aesthetic_score_laion_v2"),
-    "aesthetic_v1": ("aesthetic_v1", "aesthetic"),  # of LAION's first predictor: another scale, never mixed with V2
-    "language": ("language",),
-    "nsfw": ("nsfw",),
-    "md5": ("md5",),  # of the image's bytes; `hash` is of URL and caption
-    "sha256": ("sha256",),
+# Our name -> its DuckDB type, and the names it has in LAION's releases, COYO and DataComp, compared without regard to
+# case; the first that a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes
+# first.
+_METADATA: dict[str, tuple[str, ...]] = {
+    "url": ("VARCHAR", "url"),
+    "caption": ("VARCHAR", "text", "caption"),
+    "width": ("INTEGER", "original_width", "width"),
+    "height": ("INTEGER", "original_height", "height"),
+    "similarity": ("DOUBLE", "similarity", "clip_similarity_vitb32", "clip_b32_similarity_score"),
+    "hash": ("BIGINT", "hash"),
+    "pwatermark": ("DOUBLE", "pwatermark", "watermark_score"),
+    "punsafe": ("DOUBLE", "punsafe"),
+    "aesthetic": ("DOUBLE", "aesthetic_score", "aesthetic_score_laion_v2"),
+    "aesthetic_v1": ("DOUBLE", "aesthetic_v1", "aesthetic"),  # LAION's first predictor: another scale, never mixed
+    "language": ("VARCHAR", "language"),
+    "nsfw": ("VARCHAR", "nsfw"),
+    "md5": ("VARCHAR", "md5"),  # of the image's bytes; `hash` is of URL and caption
+    "sha256": ("VARCHAR", "sha256"),
 }
-TYPES: dict[str, str] = {
-    **dict.fromkeys(("url", "caption"), "VARCHAR"),
-    **dict.fromkeys(("width", "height"), "INTEGER"),
-    "similarity": "DOUBLE",
-    "hash": "BIGINT",
-    **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
-    **dict.fromkeys(("language", "nsfw", "md5", "sha256"), "VARCHAR"),
-}
+TYPES = {ours: sql_type for ours, (sql_type, *_) in _METADATA.items()}
+ALIASES = {ours: tuple(names) for ours, (_, *names) in _METADATA.items()}
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-"""What a network says of an image; the metadata may have each of them, too."""
+"""Scores that networks give an image; the metadata may have each of them, too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 """Measured on the decoded image alone; see `filters.score.quality`."""
 UNDECODABLE = "undecodable"
 """The reason of an image that no decoder reads."""
+
+Table = Literal["metadata", "selection", "images", "scores"]
+"""Where a rule can look: `select` reads the metadata; `decide` joins selection, images and scores."""
+TABLES: dict[str, frozenset[Table]] = {
+    **dict.fromkeys(ALIASES, frozenset({"metadata"})),
+    **dict.fromkeys(("url", "caption"), frozenset({"metadata", "selection"})),
+    **dict.fromkeys(("width", "height"), frozenset({"metadata", "images"})),  # of the image as it was fetched
+    **dict.fromkeys(SCORE_COLUMNS, frozenset({"metadata", "selection", "scores"})),
+    **dict.fromkeys(QUALITY_COLUMNS, frozenset({"scores"})),
+}
 
 SwappedSizes = Literal["auto", "yes", "no"]
 """Whether WIDTH and HEIGHT of the metadata are exchanged; "auto": in LAION's raw releases."""

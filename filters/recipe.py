@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from filters.build_options import BuildOptions
 from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
 from sdtrain.errors import UserError
-from sdtrain.settings import Location, Settings, load_settings, nearest, parse_settings
+from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
@@ -192,26 +195,13 @@ class Recipe(Settings):
         return self
 
 
-class Overrides(Settings):
-    """The flat settings that flows and command line offer on top of a recipe; None leaves the recipe's."""
-
-    metadata: Location | None = None
-    limit: int | None = Field(default=None, ge=1)
-    min_side: int | None = Field(default=None, ge=1)
-    min_aesthetic: float | None = Field(default=None, ge=0, le=10)
-    max_watermark: float | None = Field(default=None, gt=0, le=1)
-    samples_per_shard: int | None = Field(default=None, ge=1)
-    allow_private_hosts: bool | None = None
-    new_files: Literal["append", "reshuffle"] | None = None
-
-
 def known_recipes() -> list[str]:
     """Names of the recipes that come with sdtrain."""
     return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
 
-def load_recipe(name_or_file: str, overrides: Overrides | None = None) -> Recipe:
-    """A recipe by its name or from a YAML file, with overrides applied.
+def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recipe:
+    """A recipe by its name or from a YAML file, with the settings that the options override.
 
     Raises:
         UserError: unknown name (with the nearest known one), unknown key, bad value.
@@ -222,23 +212,16 @@ def load_recipe(name_or_file: str, overrides: Overrides | None = None) -> Recipe
         if not path.exists():
             raise UserError(f"There is no recipe '{name_or_file}'.{nearest(name_or_file, known_recipes())}")
     recipe = load_settings(Recipe, path)
-    return apply_overrides(recipe, overrides) if overrides else recipe
+    return _override(recipe, options) if options else recipe
 
 
-def apply_overrides(recipe: Recipe, overrides: Overrides) -> Recipe:
-    """The recipe with every override that is not None put in its place."""
+def _override(recipe: Recipe, options: BuildOptions) -> Recipe:
     content: dict[str, Any] = recipe.model_dump()
-    given = overrides.model_dump(exclude_none=True)
-    for name in ("metadata", "limit", "new_files"):
-        if name in given:
-            content["select"][name] = given[name]
-    for name in ("min_side", "min_aesthetic", "max_watermark"):
-        if name in given:
-            content["select"]["rules"][name] = given[name]
-    if "min_side" in given and "min_side" in content["keep"]["rules"]:
-        content["keep"]["rules"]["min_side"] = given["min_side"]
-    if "allow_private_hosts" in given:
-        content["download"]["allow_private_hosts"] = given["allow_private_hosts"]
-    if "samples_per_shard" in given:
-        content["select"]["samples_per_shard"] = content["pack"]["samples_per_shard"] = given["samples_per_shard"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        for setting in (*field.metadata["sets"], *field.metadata["sets_if_given"]):
+            *sections, name = setting.split(".")
+            section = functools.reduce(dict.__getitem__, sections, content)
+            if value is not None and (setting in field.metadata["sets"] or name in section):
+                section[name] = value
     return parse_settings(Recipe, content, f"recipe '{recipe.name}' with overrides")

@@ -3,77 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from filters.columns import TABLES, TYPES
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
 RuleValue = bool | float | list[str]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One condition that a sample must meet.
-
-    Attributes:
-        column: the column it needs; NULL there is counted as a reason of its own.
-        sql: the condition, with one `?` for the recipe's value unless that is true or false.
-        meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
-        kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
-        bounds: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They look at
-            columns as they are in the files, so that DuckDB can skip row groups by their statistics.
-        in_keep: whether it can be judged after the download too; else only the metadata knows.
-        in_select: whether the metadata knows; else only a decoded image tells.
-    """
-
-    column: str
-    sql: str
-    meaning: str
-    kind: type = float
-    bounds: tuple[tuple[str, str], ...] = ()
-    in_keep: bool = True
-    in_select: bool = True
-
-
-def _limit(column: str, operator: str, meaning: str) -> Rule:
-    return Rule(column, f"{column} {operator} ?", meaning, bounds=((column, operator),))
-
-
-def _one_of(column: str, meaning: str) -> Rule:
-    sql = f"list_contains(?, lower({column}))"
-    return Rule(column, sql, meaning, kind=list, bounds=((column, "in"),), in_keep=False)
-
-
-def _of_image(column: str, operator: str, meaning: str) -> Rule:
-    return Rule(column, f"{column} {operator} ?", meaning, in_select=False)
-
-
-_BOTH_SIDES = (("width", ">="), ("height", ">="))
-RULES: dict[str, Rule] = {
-    "min_side": Rule("side", "side >= ?", "shorter side under {value} px", bounds=_BOTH_SIDES),
-    "max_aspect_ratio": Rule("aspect_ratio", "aspect_ratio <= ?", "sides differ by more than {value} times"),
-    "min_aesthetic": _limit("aesthetic", ">", "aesthetic score not over {value}"),
-    "min_aesthetic_v1": _limit("aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}"),
-    "max_watermark": _limit("pwatermark", "<", "watermark probability not under {value}"),
-    "max_unsafe": _limit("punsafe", "<", "unsafe probability not under {value}"),
-    "min_similarity": _limit("similarity", ">", "caption similarity not over {value}"),
-    "max_similarity": _limit("similarity", "<", "caption similarity not under {value}"),
-    "min_caption_chars": Rule("caption_chars", "caption_chars >= ?", "caption shorter than {value} characters"),
-    "max_caption_chars": Rule("caption_chars", "caption_chars <= ?", "caption longer than {value} characters"),
-    "min_caption_words": Rule("caption_words", "caption_words >= ?", "caption of fewer than {value} words"),
-    "no_filename_captions": Rule(
-        "caption_is_name", "NOT caption_is_name", "caption empty, without words, or the name of a file or camera", bool
-    ),
-    "languages": _one_of("language", "language not one of {value}"),
-    "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
-    # What these measure is told in filters.score.quality.
-    "min_sharpness": _of_image("sharpness", ">=", "sharpness under {value}"),
-    "min_entropy": _of_image("entropy", ">=", "gray levels of an entropy under {value} bits"),
-    "max_border": _of_image("border", "<=", "more than the share {value} of the image is border of one colour"),
-    "min_contrast": _of_image("contrast", ">=", "nearly one colour: contrast under {value}"),
-}
 
 # SQL over `{caption}`: \p{L} is a letter of any script; words are what white space of any kind separates.
 _ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
@@ -100,7 +39,7 @@ _ONE_BLANK = f"translate({{caption}}, '{_BLANKS}', '{' ' * len(_BLANKS)}')"
 _NUM_WORDS = f"len(list_filter(string_split({_ONE_BLANK}, ' '), lambda word: word <> ''))"
 
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
-# Columns that rules look at and that follow from others.
+# Columns for rules that follow from others.
 DERIVED: dict[str, str] = {
     "side": f"CASE WHEN {_HAS_SIZE} THEN least({{width}}, {{height}}) END",
     "aspect_ratio": f"CASE WHEN {_HAS_SIZE} THEN greatest({{width}}, {{height}}) / least({{width}}, {{height}}) END",
@@ -108,10 +47,124 @@ DERIVED: dict[str, str] = {
     "caption_words": _NUM_WORDS,
     "caption_is_name": _IS_NAME,
 }
-DERIVED_FROM: dict[str, tuple[str, ...]] = {
-    name: tuple(column for column in ("width", "height", "caption") if f"{{{column}}}" in sql)
-    for name, sql in DERIVED.items()
+
+
+def sources_of(column: str) -> tuple[str, ...]:
+    """The columns of tables that a column follows from: itself, unless it is derived."""
+    if column not in DERIVED:
+        return (column,)
+    return tuple(name for name in ("width", "height", "caption") if f"{{{name}}}" in DERIVED[column])
+
+
+_VALUES = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One condition that a sample must meet. Its column decides where it can be used, see `filters.columns.TABLES`.
+
+    Attributes:
+        column: the column it needs; NULL there is counted as a reason of its own.
+        sql: the condition, with one `?` for the recipe's value unless that is true or false.
+        meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
+        kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
+        pushdown: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They are of
+            columns as they are in the files, so that DuckDB can skip row groups by their statistics.
+    """
+
+    column: str
+    sql: str
+    meaning: str
+    kind: type = float
+    pushdown: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.sources if name not in TABLES]
+        if unknown:
+            raise ValueError(
+                f"a rule looks at column '{self.column}', and no table is known to have {', '.join(unknown)}: "
+                "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns"
+            )
+        if not (self.in_select or self.in_keep):
+            raise ValueError(f"no stage has all that column '{self.column}' follows from: {', '.join(self.sources)}")
+        num_values = re.sub("'[^']*'", "", self.sql).count("?")
+        if self.kind not in _VALUES or num_values != (self.kind is not bool):
+            raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The columns of tables that its own column consists of, or follows from."""
+        return sources_of(self.column)
+
+    @property
+    def in_select(self) -> bool:
+        """Whether the metadata knows its column; else only a decoded image tells."""
+        return all("metadata" in TABLES[name] for name in self.sources)
+
+    @property
+    def in_keep(self) -> bool:
+        """Whether its column is known after the download too; else only the metadata has it."""
+        return all(TABLES[name] - {"metadata"} for name in self.sources)
+
+
+def _limit(column: str, operator: str, meaning: str) -> Rule:
+    return Rule(column, f"{column} {operator} ?", meaning, pushdown=((column, operator),))
+
+
+def _one_of(column: str, meaning: str) -> Rule:
+    sql = f"list_contains(?, lower({column}))"
+    return Rule(column, sql, meaning, kind=list, pushdown=((column, "in"),))
+
+
+_BOTH_SIDES = (("width", ">="), ("height", ">="))
+RULES: dict[str, Rule] = {
+    "min_side": Rule("side", "side >= ?", "shorter side under {value} px", pushdown=_BOTH_SIDES),
+    "max_aspect_ratio": Rule("aspect_ratio", "aspect_ratio <= ?", "sides differ by more than {value} times"),
+    "min_aesthetic": _limit("aesthetic", ">", "aesthetic score not over {value}"),
+    "min_aesthetic_v1": _limit("aesthetic_v1", ">", "aesthetic score of LAION's first predictor not over {value}"),
+    "max_watermark": _limit("pwatermark", "<", "watermark probability not under {value}"),
+    "max_unsafe": _limit("punsafe", "<", "unsafe probability not under {value}"),
+    "min_similarity": _limit("similarity", ">", "caption similarity not over {value}"),
+    "max_similarity": _limit("similarity", "<", "caption similarity not under {value}"),
+    "min_caption_chars": Rule("caption_chars", "caption_chars >= ?", "caption shorter than {value} characters"),
+    "max_caption_chars": Rule("caption_chars", "caption_chars <= ?", "caption longer than {value} characters"),
+    "min_caption_words": Rule("caption_words", "caption_words >= ?", "caption of fewer than {value} words"),
+    "no_filename_captions": Rule(
+        "caption_is_name", "NOT caption_is_name", "caption empty, without words, or the name of a file or camera", bool
+    ),
+    "languages": _one_of("language", "language not one of {value}"),
+    "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
+    # What these measure is told in filters.score.quality.
+    "min_sharpness": Rule("sharpness", "sharpness >= ?", "sharpness under {value}"),
+    "min_entropy": Rule("entropy", "entropy >= ?", "gray levels of an entropy under {value} bits"),
+    "max_border": Rule("border", "border <= ?", "more than the share {value} of the image is border of one colour"),
+    "min_contrast": Rule("contrast", "contrast >= ?", "nearly one colour: contrast under {value}"),
 }
+
+
+def select_item(column: str) -> str:
+    """SELECT item of a rule's column, from the selection `s` as the metadata has it."""
+    return derived_sql((column,), "s.width", "s.height", "s.caption") if column in DERIVED else _as_number("s", column)
+
+
+def keep_item(column: str, decide_by: str) -> str:
+    """SELECT item of a rule's column after the download, from the selection `s`, the images `i` and the scores `c`.
+
+    Args:
+        column: of a rule for which `in_keep` holds.
+        decide_by: whether scores are the metadata's or the image's, see `KeepConfig`.
+    """
+    if column in DERIVED:
+        return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
+    if "images" in TABLES[column]:
+        return f"i.original_{column} AS {column}"
+    is_ours = "scores" in TABLES[column] and (decide_by != "metadata" or "selection" not in TABLES[column])
+    return _as_number("c" if is_ours else "s", column)
+
+
+def _as_number(table: str, column: str) -> str:
+    is_text = TYPES.get(column) == "VARCHAR"
+    return f"{table}.{column}" if is_text else f"{table}.{column}::DOUBLE AS {column}"
 
 
 def derived_sql(
@@ -134,11 +187,11 @@ def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, Ru
 
     Args:
         rules: name -> value, as read from a recipe.
-        in_keep: whether they are to be judged after the download.
+        in_keep: whether they are for `keep.rules`, after the download.
 
     Raises:
         UserError: a rule that does not exist (with the nearest one), a value of the wrong kind, or a rule that cannot
-            be judged there.
+            be used there.
     """
     return {name: _checked(name, value, in_keep) for name, value in rules.items()}
 
@@ -162,8 +215,7 @@ def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if rule.kind is float and is_number and math.isfinite(value):
         return float(value)
-    wanted = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]"}[rule.kind]
-    raise UserError(f"rule '{name}' wants {wanted}, not {value!r}")
+    raise UserError(f"rule '{name}' wants {_VALUES[rule.kind]}, not {value!r}")
 
 
 def active_rules(rules: Mapping[str, RuleValue]) -> list[str]:

@@ -24,7 +24,8 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from filters.recipe import Overrides, Recipe, load_recipe
+from filters.build_options import BuildOptions
+from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
 from flows.support.stage_runner import StageOptions
 from flows.support.user_errors import report_user_errors
@@ -92,7 +93,7 @@ def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
     demo = DemoDir(Path(output).absolute())
     world = make_world(demo.world, num_rows)
     with serve_world(world):
-        return build(demo_recipe(demo), str(demo.data.root), StageOptions())
+        return build(demo_recipe(demo), BuildOptions(output=str(demo.data.root)), StageOptions())
 
 
 @flow(name="train-demo")
@@ -105,7 +106,7 @@ def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
 
 def demo_recipe(demo: DemoDir) -> Recipe:
     """The demo's recipe, pointed at its world."""
-    return load_recipe("demo", Overrides(metadata=str(demo.world / "metadata")))
+    return load_recipe("demo", BuildOptions(metadata=str(demo.world / "metadata")))
 
 
 def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
@@ -168,7 +169,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         "trained on, all on this machine.",
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
-        borders=list(borders(demo_recipe(demo))),
+        thresholds=list(borders(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from filters.memorization.check import check_samples
-from filters.memorization.repeated import draw_samples, repeated_captions
 from filters.memorization.report import write_memorised
+from filters.memorization.samples import draw_samples, repeated_captions
 from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
@@ -66,4 +66,4 @@ def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> ImageSect
 
 
 def _cells(data: DatasetDir, hits: list[Hit]) -> list[Cell]:
-    return [Cell(image_of(data, hit), f"{hit.nearness:.3f} {hit.fate}", hit.caption) for hit in hits]
+    return [Cell(image_of(data, hit), f"{hit.similarity:.3f} {hit.status}", hit.caption) for hit in hits]

@@ -17,7 +17,8 @@ from flows.support.user_errors import report_user_errors
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.preflight.checks import require
-from sdtrain.settings import Location, parse_settings
+from sdtrain.redaction import Location
+from sdtrain.settings import parse_settings
 
 if TYPE_CHECKING:
     from sdtrain.evaluation.sweep import Step

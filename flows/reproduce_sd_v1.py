@@ -1,9 +1,8 @@
 """The model card's chain of runs: sd-v1-1 (256, then 512) -> sd-v1-2 -> sd-v1-3, -4 or -5, each from the last."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -12,34 +11,12 @@ from pydantic import Field
 from flows.support.parameters import records_no_secrets
 from flows.support.user_errors import report_user_errors
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
+from sdtrain.plan.chain import Dataset, Phase, RunName, chain
 from sdtrain.preflight.checks import require
 from sdtrain.preflight.training import training_checks
-from sdtrain.settings import Location
+from sdtrain.redaction import Location
 from sdtrain.train import configure
 from sdtrain.training.run_dir import RunDir
-
-Name = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
-Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One run of the chain: what it is trained on, and which run it starts from."""
-
-    name: Name
-    dataset: Dataset
-    after: Name | None
-
-
-# Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Training Procedure"; -5 in runwayml's copy of it.
-PHASES: tuple[Phase, ...] = (
-    Phase("sd-v1-1-256", "laion2b_en", None),
-    Phase("sd-v1-1-512", "high_resolution", "sd-v1-1-256"),
-    Phase("sd-v1-2", "aesthetics", "sd-v1-1-512"),
-    Phase("sd-v1-3", "aesthetics", "sd-v1-2"),
-    Phase("sd-v1-4", "aesthetics", "sd-v1-2"),
-    Phase("sd-v1-5", "aesthetics", "sd-v1-2"),
-)
 
 
 def _cancel_jobs(flow: Any, flow_run: Any, state: Any) -> None:
@@ -57,7 +34,7 @@ def reproduce_sd_v1(
     high_resolution: Location = "data/laion-high-resolution",
     aesthetics: Location = "data/laion-aesthetics",
     output: Location = "runs",
-    until: Name = "sd-v1-4",
+    until: RunName = "sd-v1-4",
     configs: str | None = None,
     num_gpus: Annotated[int, Field(ge=1)] | None = None,
     launcher: Launcher = "deepspeed",
@@ -114,17 +91,6 @@ def check(
         config = configure(_config(phase, configs), roots[phase.dataset])
         if RunDir(output / phase.name).finished_step() is None:
             require(training_checks(config, output / phase.name, is_later_in_chain=phase.after is not None))
-
-
-def chain(until: Name) -> list[Phase]:
-    """The run and all that it builds on, in the order of training."""
-    by_name = {phase.name: phase for phase in PHASES}
-    phases: list[Phase] = []
-    name: Name | None = until
-    while name is not None:
-        phases.append(by_name[name])
-        name = by_name[name].after
-    return phases[::-1]
 
 
 def _config(phase: Phase, configs: str | None) -> str:

@@ -27,7 +27,7 @@ from flows.support.progress import ProgressArtifact, Throttle
 from flows.support.user_errors import report_user_errors
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
-from sdtrain.settings import Location
+from sdtrain.redaction import Location
 from sdtrain.train import configure
 from sdtrain.training.run_dir import RunDir
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Fixed = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _FASTER = 1.1  # what the rounding of bf16 must gain at least, and more than measurements differ by
 _HOPELESS = 0.25  # of fp32's speed: without bf16 units a large product would take most of a second
 _SMALL, _LARGE, _NUM_ROUNDS = 64, 256, 6  # widths
@@ -134,6 +135,19 @@ def _convolution(dtype: torch.dtype, side: int) -> Callable[[], None]:
     inputs = torch.randn(4, channels, 16, 16, dtype=dtype, requires_grad=True)
     weight = torch.randn(channels, channels, 3, 3, dtype=dtype, requires_grad=True)
     return lambda: torch.nn.functional.conv2d(inputs, weight, padding=1).sum().backward()
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """PyTorch's dtype of a precision, which may also be called as PyTorch calls it."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES.get(name, name))
+    return dtype
+
+
+def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
+    """The dtype of `precision: auto` on `device`, by default the GPU, if there is one."""
+    return torch_dtype(resolve("auto", device))
 
 
 def default_device() -> str:

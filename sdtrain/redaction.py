@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, unquote_plus
 
 LEFT_OUT = "credential-not-recorded"
@@ -21,6 +21,17 @@ LEFT_OUT = "credential-not-recorded"
 HIDDEN = "…"
 PLAIN_LOCATION = r"^(?!.*://[^/?#]*@)(?!.*\?[^/]*=).*$"
 """JSON schema's pattern of a path or URL without a credential, for records that keep what they are given."""
+
+
+class _HasPattern:
+    """Adds the pattern to pydantic's JSON schema, without importing pydantic; values are not checked."""
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
+        return handler(core) | {"pattern": PLAIN_LOCATION}
+
+
+Location = Annotated[str, _HasPattern()]
+"""A path or URL; as a flow's parameter the server takes it only without a password or query, which it would keep."""
 
 # `?` begins a query there only before `name=`; elsewhere it stands for one character of a name. DuckDB's s3:// has
 # queries, and no such character.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from sdtrain.errors import UserError
-from sdtrain.redaction import PLAIN_LOCATION, as_recorded, remember_secrets
+from sdtrain.redaction import as_recorded, remember_secrets
 
 
 class Settings(BaseModel):
@@ -19,10 +20,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Location = Annotated[str, Field(json_schema_extra={"pattern": PLAIN_LOCATION})]
-"""A path or URL; as a flow's parameter the server takes it only without a password or query, which it would keep."""
-
 SettingsT = TypeVar("SettingsT", bound=Settings)
+ModelT = TypeVar("ModelT")
 
 
 def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
@@ -52,9 +51,22 @@ def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) 
     Raises:
         UserError: an unknown key or a bad value.
     """
+    return _validate(model, content, where)
+
+
+def check_options(options: Any, where: str) -> None:
+    """Checks a dataclass of options (`sdtrain.options`) against the types and bounds of its fields.
+
+    Raises:
+        UserError: a bad value; `where` names its origin.
+    """
+    _validate(type(options), asdict(options), where)
+
+
+def _validate(model: type[ModelT], content: dict[str, Any], where: str) -> ModelT:
     remember_secrets(content)
     try:
-        return model.model_validate(content)
+        return TypeAdapter(model).validate_python(content)
     except ValidationError as error:
         raise UserError(f"{where}: " + "; ".join(_sentence(model, detail) for detail in error.errors())) from error
 
@@ -70,7 +82,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(sorted(known))}."
 
 
-def _sentence(model: type[BaseModel], detail: Any) -> str:
+def _sentence(model: type, detail: Any) -> str:
     location = [str(part) for part in detail["loc"]]
     name = ".".join(location)
     if detail["type"] == "extra_forbidden":
@@ -82,7 +94,7 @@ def _sentence(model: type[BaseModel], detail: Any) -> str:
     return f"'{name}' is {detail['input']!r}: {why}" if name else why
 
 
-def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+def _known_keys(model: Any, path: list[str]) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         candidates = [] if field is None else [field.annotation, *get_args(field.annotation)]

@@ -2,8 +2,8 @@
 
     deepspeed sdtrain/train.py [--config NAME|FILE] [--data DIR] [--output DIR] [--init_from DIR] [--steps N]
 
-Also runs under torchrun and plain Python, on GPUs or CPU cores. Started again it goes on from its newest checkpoint,
-on any number of ranks, with the samples and the noise of an undisturbed run.
+Also runs under torchrun and plain Python, on GPUs or CPU cores. Started again, it resumes from its newest checkpoint on
+any number of ranks, with the samples and noise of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Launchers put this file's folder first on the path, where our modules would hide others of the same name.
+    # Launchers put this file's folder first on the path, where our modules would shadow others of the same name.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.config import TrainConfig, load_config
@@ -32,7 +32,7 @@ from sdtrain.training.run_dir import RunDir
 if TYPE_CHECKING:
     from sdtrain.training.distributed import Ranks
 
-# Imports that need torch are inside the functions: the flows take `configure` from here, and mistakes are told at once.
+# Functions import what needs torch: flows import `configure` from here, and mistakes are reported at once.
 
 
 def train(
@@ -54,10 +54,10 @@ def train(
     Raises:
         UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
     """
-    # DeepSpeed looks for its accelerator when it is first imported, so it must not be before `join`.
+    # DeepSpeed chooses its accelerator on import, so it must not be imported before `join`.
     from sdtrain.training.energy import EnergyRecorder
-    from sdtrain.training.monitor import Observer
-    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.monitor import Monitor
+    from sdtrain.training.optimizer import learning_rate, set_learning_rate
     from sdtrain.training.state import TrainingState
     from sdtrain.training.throughput import Progress
     from sdtrain.training.watchdog import Watchdog
@@ -66,19 +66,19 @@ def train(
     _require(late_checks(config, run_dir.path), ranks)
     energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
-    first_step = state.saves.restore()
+    first_step = state.checkpoints.restore()
     progress = Progress(run_dir, config, ranks, state.begin(first_step))
-    observer = Observer(config, run_dir, ranks, state, first_step)
+    monitor = Monitor(config, run_dir, ranks, state, first_step)
     batches = progress.timed(state.batches(first_step))
     step = first_step
 
-    with energy, state.saves, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
-        while step < config.steps and not ranks.any(stop_requested() or state.saves.have_failed()):
+    with energy, state.checkpoints, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
+        while step < config.steps and not ranks.any(stop_requested() or state.checkpoints.have_failed()):
             lr = learning_rate(step, config.optimizer, config.schedule)
-            state.partition.set_learning_rate(lr)
+            set_learning_rate(state.engine.optimizer, lr)
             seen = []
             for batch in watchdog.follow(state.micro_batches(batches), step):
-                weighted, unweighted = state.losses(batch)
+                weighted, unweighted = state.losses(batch)  # samples z_0, adds noise, predicts and compares
                 state.engine.backward(weighted.mean())
                 state.engine.step()
                 seen.append((unweighted, batch.timesteps))
@@ -88,29 +88,29 @@ def train(
             step += 1
             watchdog.at(step, "logging")
             if step % config.log_every == 0 or step == config.steps:
-                figures = state.figures(lr)
-                observer.log(step, figures, progress.line(step, figures))
+                metrics = state.metrics(lr)
+                monitor.log(step, metrics, progress.line(step, metrics))
                 state.guard.check(step)
                 energy.add(step)
-            observer.look(step, progress, watchdog.at)
+            monitor.on_step_end(step, progress, watchdog.at)
             if step % config.checkpoint.every == 0 and step < config.steps:
                 watchdog.at(step, "a checkpoint")
                 with progress.paused():
                     progress.check(step)
-                    state.saves.save(step)
+                    state.checkpoints.save(step)
             watchdog.at(step, "agreement to go on")
         watchdog.at(step, "the last checkpoint")
         progress.check(step)
-        state.saves.finish(step, first_step)
+        state.checkpoints.finish(step, first_step)
         energy.add(step)
-    observer.close()
+    monitor.close()
     if ranks.is_first:
         _write_card(run_dir.path)
     return step
 
 
 def _require(checks: Sequence[Check], ranks: Ranks) -> None:
-    """Makes the checks on the first rank; all ranks raise what it found, so that none waits for it.
+    """Runs the checks on the first rank; all ranks raise its error, so that none waits.
 
     Raises:
         UserError: a check failed.
@@ -127,7 +127,7 @@ def _require(checks: Sequence[Check], ranks: Ranks) -> None:
 
 
 def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> TrainConfig:
-    """The config with `precision: auto` replaced by what the run began with, or by what the first rank is fast at."""
+    """The config with `precision: auto` replaced by that of the run so far, or by the first rank's fast one."""
     config = run_dir.with_kept_precision(config)
     if config.precision != "auto":
         if ranks.is_first and (warning := warning_if_slow(config.precision, ranks.device)):
@@ -141,7 +141,7 @@ def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> Train
 
 
 def _write_card(run: Path) -> None:
-    """Writes the model card. What was trained does not depend on it, so that a damaged record is only warned of."""
+    """Writes the model card. The training is done by now, so a damaged record only leads to a warning."""
     from sdtrain.model_card import write_card
 
     try:
@@ -151,7 +151,7 @@ def _write_card(run: Path) -> None:
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGINT, so that training stops between two steps, with a checkpoint."""
+    """Records SIGTERM and SIGINT, so that training stops between steps, with a checkpoint."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -190,7 +190,7 @@ def configure(
     Raises:
         UserError: an unknown config or a bad value.
     """
-    content = load_config(name).model_dump(exclude_unset=True)  # what the config names counts as asked for
+    content = load_config(name).model_dump(exclude_unset=True)  # so that only settings named in the file count as set
     if data is not None:
         content["data"] = content.get("data", {}) | {"root": data, "sources": ()}
     if steps is not None:
@@ -208,10 +208,10 @@ def configure(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything between the command line and the exit code.
+    """Trains as the command line says.
 
     Raises:
-        UserError: something that the user can put right.
+        UserError: a mistake that the user can fix.
     """
     config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
     from sdtrain.loading.sources import require_samples
@@ -243,7 +243,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """The exit code: 0 when finished or stopped with a checkpoint, 2 for a mistake that a sentence explains."""
+    """Returns the exit code: 0 when finished or stopped with a checkpoint, 2 for a user error."""
     hide_secrets_in_logs()
     try:
         run(parse_arguments())
@@ -254,7 +254,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
-        # Nothing is left to stop; one more signal while Python shuts down would make a good end look like a bad one.
+        # Another signal while Python shuts down would turn success into failure.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return 0
 

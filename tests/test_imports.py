@@ -56,6 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, cache: str) -> tuple[Path
     [
         ("--help",),
         ("build", "--help"),
+        ("evaluate", "--help"),
         ("recipes",),
         ("recipe", "laion-aesthetics"),
         ("plan", "--recipe", "laion-aesthetics"),

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from sdtrain.encode.info import NORMALISATION, VAE_KEY
-from sdtrain.models.build import vae_digest, vae_scaling_factor
+from sdtrain.formats.frozen import vae_digest, vae_scaling_factor
 
 COLORS, SHAPES = ("red", "green", "blue"), ("circle", "square")
 WORDS = ["a", *COLORS, *SHAPES]
@@ -140,9 +140,9 @@ def write_config(path: Path, models: Path, latents: Path, **changes: object) -> 
 def write_run(folder: Path, ema_offset: float) -> Path:
     """A run with one checkpoint, at step 5: raw weights are a fresh UNet's, the average is those plus `ema_offset`."""
     from sdtrain.config import load_config
-    from sdtrain.config.safety import CheckpointConfig
+    from sdtrain.config.sections import CheckpointConfig
     from sdtrain.formats.checkpoint import STATE, slots_of
-    from sdtrain.models.build import build_unet
+    from sdtrain.models.unet import build_unet
     from sdtrain.training.checkpoint_writer import CheckpointStore
     from sdtrain.training.run_dir import RunDir
 

@@ -9,10 +9,9 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.columns import SCORE_COLUMNS
 from filters.recipe import KeepConfig, Recipe
-from filters.rules import RULES, active_rules, derived_sql, reason_case
-from filters.select.removed_rows import alike_uids
+from filters.rules import RULES, active_rules, keep_item, reason_case
+from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
@@ -25,10 +24,7 @@ from sdtrain.errors import UserError
 # One row for every selected row, with the columns that rules name. Sizes are those of the image as it was fetched.
 _JOINED = """
 SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
-       least(i.original_width, i.original_height) AS side,
-       i.original_width::BIGINT * i.original_height AS area,
-       greatest(i.original_width, i.original_height) / least(i.original_width, i.original_height) AS aspect_ratio,
-       b.uid IS NOT NULL AS is_removed, {captions}, {scores}
+       i.original_width::BIGINT * i.original_height AS area, b.uid IS NOT NULL AS is_removed, {columns}
 FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard
       FROM read_parquet($selection, filename = true, union_by_name = true)) s
 LEFT JOIN read_parquet($images) i USING (uid)
@@ -68,14 +64,11 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     """
     case, values = reason_case(recipe.keep.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
-    scores = ", ".join(_scores(dataset, recipe.keep))
-    captions = derived_sql(("caption_chars", "caption_words", "caption_is_name"), caption="s.caption")
+    columns = ", ".join(_columns(dataset, recipe.keep))
     # Else what does not fit into memory goes to wherever the user happens to stand.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
         connection.register("blocked", _alike_to_removed(connection, dataset))
-        connection.execute(
-            f"CREATE TEMP TABLE joined AS {_JOINED.format(captions=captions, scores=scores)}", _sources(dataset)
-        )
+        connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -85,27 +78,21 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
         )
 
 
-def _scores(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
-    """SELECT items of the scores that decide: the survivors' rule wants `aesthetic`, and rules what they look at.
+def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
+    """SELECT items of what the rules look at, and of the score by which one of a group of duplicates stays.
 
     Raises:
         UserError: the metadata are to decide, and none has a score.
     """
-    rules = [RULES[name] for name in active_rules(keep.rules)]
-    wanted = {"aesthetic", *(rule.column for rule in rules)}
-    origin = "s" if keep.decide_by == "metadata" else "c"
-    for name in SCORE_COLUMNS:
-        if name in wanted:
-            _check_known(dataset, name, keep)
-            yield f"{origin}.{name}::DOUBLE AS {name}"
-    # Measures of quality, which no metadata has.
-    yield from (f"c.{rule.column}" for rule in rules if not rule.in_select)
+    for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(keep.rules))]):
+        _check_known(dataset, column, keep)
+        yield keep_item(column, keep.decide_by)
 
 
-def _check_known(dataset: DatasetDir, score: str, keep: KeepConfig) -> None:
+def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
     """Selections have a column for V1's scores only where the metadata has it, unlike all others."""
-    files = _sources(dataset)["selection"] if score == "aesthetic_v1" and keep.decide_by == "metadata" else []
-    if files and not any(score in pq.read_schema(path).names for path in files):
+    files = _sources(dataset)["selection"] if column == "aesthetic_v1" and keep.decide_by == "metadata" else []
+    if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(
             f"keep.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
             f"{dataset.root} do not have. Set keep.decide_by: picture and score.aesthetic_v1_weights, or leave it out."
@@ -115,7 +102,9 @@ def _check_known(dataset: DatasetDir, score: str, keep: KeepConfig) -> None:
 def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
     """The uids of images that look like one that was taken out with a radius."""
     sources = _sources(dataset)
-    return alike_uids(connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed))
+    return near_duplicate_uids(
+        connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed)
+    )
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:

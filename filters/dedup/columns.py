@@ -1,4 +1,4 @@
-"""What the search for copies needs of every image, in plain files: more images than memory holds."""
+"""Columns of digests, hashes and thumbnails in memory-mapped files, for more images than memory holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ROWS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Images:
-    """All images to look at; node n is the n-th of them.
+    """All images to compare; node n is the n-th of them.
 
     Attributes:
         read: some columns of all of them, table by table, always in the same order. There are uid, pixel_sha256,
@@ -59,13 +59,13 @@ class Columns:
         return np.memmap(self.folder / "colors", np.uint8, "r", shape=(self.num, COLOR_BYTES))
 
 
-def store_columns(images: Images, folder: Path, with_looks: bool) -> Columns:
-    """Writes the digests, and with `with_looks` also hashes and thumbnails, of all images."""
-    names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_looks else ())]
+def store_columns(images: Images, folder: Path, with_appearance: bool) -> Columns:
+    """Writes the digests, and with `with_appearance` also hashes and thumbnails, of all images."""
+    names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_appearance else ())]
     files = dict[str, Any]()
     try:
         for table in report_progress(images.read(names), "dedup: reading", images.num, "images", len):
-            for name, values in _arrays(table, with_looks):
+            for name, values in _arrays(table, with_appearance):
                 if name not in files:
                     files[name] = (folder / name).open("wb")
                 values.tofile(files[name])
@@ -89,7 +89,7 @@ def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], W
 
 
 def starts_of_runs(ones: Words, others: Words) -> NDArray[np.bool_]:
-    """Which rows of sorted ones differ from the row before."""
+    """(N,) whether each of sorted rows differs from the row before."""
     differs = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
     return np.concatenate([[True], differs])
 
@@ -111,12 +111,12 @@ def _within(values: Words, low: int, high: int) -> NDArray[np.int64]:
     return np.concatenate(found)
 
 
-def _arrays(table: pa.Table, with_looks: bool) -> Iterator[tuple[str, NDArray[Any]]]:
+def _arrays(table: pa.Table, with_appearance: bool) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, column in (("pixels", "pixel_sha256"), ("bytes", "sha256")):
         digest = _digest_words(table[column])
         for i in range(_DIGEST_WORDS):
             yield f"{name}{i}", digest[:, i]
-    if with_looks:
+    if with_appearance:
         colors = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.uint8).reshape(-1, COLOR_BYTES)
         yield "hash", table["phash"].to_numpy().view(np.uint64)
         yield "colors", colors

@@ -1,4 +1,4 @@
-"""Images that are the same: equal pixels, or equal bytes as they were fetched."""
+"""Exact duplicates: equal pixels, or equal bytes as they were fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of very many 64-bit hashes differ in few bits."""
+"""Search for pairs within a small Hamming distance among very many 64-bit hashes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Hashes = NDArray[np.uint64]
 
 _ROWS_AT_ONCE = 1 << 22  # sorted in memory at a time, 8 bytes each
 _ROWS_IN_CACHE = 1 << 16
-# What is looked at to plan a search, and what its steps cost in nanoseconds on one core; measured.
+# The sample that a search is planned by, and the measured cost of its steps in nanoseconds on one core.
 _SAMPLE_ROWS, _SAMPLE_TABLES, _MAX_TABLES = 1 << 15, 12, 5000
 _ROW_NS, _PAIR_NS = 110.0, 8.0
 
@@ -38,27 +38,27 @@ class BitTable:
 
     @property
     def key_bits(self) -> int:
-        """How many bits must agree."""
+        """The number of bits that must agree."""
         return sum(width for _, width in self.key)
 
     def permuted(self, hashes: Hashes) -> Hashes:
         """The hashes with the key's bits moved to the top; how many bits two of them differ in stays the same."""
-        moved, place = np.zeros(hashes.shape, np.uint64), HASH_BITS
+        moved, position = np.zeros(hashes.shape, np.uint64), HASH_BITS
         for low, width in _runs(self.key + self.rest):
-            place -= width
-            moved |= _bits(hashes, low, width) << np.uint64(place)
+            position -= width
+            moved |= _bits(hashes, low, width) << np.uint64(position)
         return moved
 
     def restored(self, permuted: Hashes) -> Hashes:
-        """What `permuted` was made from."""
-        hashes, place = np.zeros(permuted.shape, np.uint64), HASH_BITS
+        """The inverse of `permuted`."""
+        hashes, position = np.zeros(permuted.shape, np.uint64), HASH_BITS
         for low, width in _runs(self.key + self.rest):
-            place -= width
-            hashes |= _bits(permuted, place, width) << np.uint64(low)
+            position -= width
+            hashes |= _bits(permuted, position, width) << np.uint64(low)
         return hashes
 
     def is_first_for(self, differing: Hashes) -> NDArray[np.bool_]:
-        """Whether pairs with these differing bits are in no earlier table of the search."""
+        """(N,) whether pairs with these differing bits are in no earlier table of the search."""
         first = np.ones(len(differing), bool)
         for low, width in self.earlier:
             first &= _bits(differing, low, width) != 0
@@ -116,7 +116,7 @@ def _tables(num_blocks: int, radius: int) -> list[BitTable]:
 
 
 def _share_of_pairs(table: BitTable, sample: Hashes) -> float:
-    """Which part of all pairs of the sample have equal keys."""
+    """The share of all pairs of the sample with equal keys."""
     keys = np.sort(table.permuted(sample) >> np.uint64(HASH_BITS - table.key_bits))
     counts = np.diff(np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))).astype(float)
     return float((counts * (counts - 1)).sum() / (len(sample) * (len(sample) - 1)))

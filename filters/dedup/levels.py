@@ -1,4 +1,4 @@
-"""Groups of copies: all levels one after the other, each including those before it."""
+"""Groups of duplicates: one level after the other, each including those before it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from filters.dedup.clusters import MAX_ONE_CLUSTER, cluster, load_faiss, num_clusters_for
 from filters.dedup.columns import Images, store_columns
 from filters.dedup.exact import link_exact
-from filters.dedup.perceptual import link_alike
+from filters.dedup.perceptual import link_near_duplicates
 from filters.dedup.semantic import link_similar
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
@@ -39,7 +39,7 @@ FROM read_parquet(?)
 
 @dataclass
 class Found:
-    """What a search for copies found.
+    """The result of a search for duplicates.
 
     Attributes:
         num_pictures: among how many.
@@ -53,17 +53,17 @@ class Found:
 
 
 def group_images(images: Images, config: DuplicatesConfig, folder: Path, target: Path) -> Found:
-    """Writes the groups of copies; the same bytes whatever order the images come in.
+    """Writes the groups of duplicates; the same bytes whatever order the images come in.
 
     In memory are 8 bytes an image, and pieces of bounded size. The rest lies in `folder`, up to 150 bytes an image,
-    mapped where it is looked at; and with it the embeddings, if they are looked at.
+    mapped into memory, and the embeddings too if they are compared.
 
     Args:
-        images: what to look at.
-        config: what is a copy.
+        images: to compare.
+        config: defines a duplicate.
         folder: an empty one.
         target: Parquet for groups of two and more: uid, group_id (the smallest uid of the group), kind (the first
-            level at which the image has a copy), sorted by uid.
+            level at which the image has a duplicate), sorted by uid.
 
     Raises:
         UserError: the level is semantic and there are no embeddings, or faiss is needed and not installed.
@@ -86,15 +86,15 @@ def _asked(config: DuplicatesConfig) -> tuple[str, ...]:
 
 
 def _search(images: Images, config: DuplicatesConfig, folder: Path, components: Components) -> Iterator[str]:
-    """Links the copies of one level after the other, and yields each level when it is done."""
+    """Links the duplicates of one level after the other, and yields each level when it is done."""
     levels = _levels(images, config)
     if not levels:
         return
-    columns = store_columns(images, folder, with_looks="perceptual" in levels)
+    columns = store_columns(images, folder, with_appearance="perceptual" in levels)
     link_exact(columns, components)
     yield "exact"
     if "perceptual" in levels:
-        link_alike(columns, config.radius, components)
+        link_near_duplicates(columns, config.radius, components)
         yield "perceptual"
     if "semantic" in levels:
         num_clusters = num_clusters_for(images.num, config.num_clusters)
@@ -132,7 +132,7 @@ def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
 
 
 def _write_members(images: Images, kinds: NDArray[np.uint8], components: Components, target: Path) -> None:
-    """Writes uid, component and kind of all images that have a copy."""
+    """Writes uid, component and kind of all images that have a duplicate."""
     names, start = np.array(LEVELS), 0
     with pq.ParquetWriter(target, _MEMBERS) as writer:
         for table in images.read(["uid"]):

@@ -1,34 +1,98 @@
-"""Images that look alike: near perceptual hashes, and colours that agree.
+"""Near-duplicates: close perceptual hashes, and colours that agree.
 
-This finds copies that were scaled or compressed again, about half of those with a watermark or without 5 % of their
+This finds duplicates that were scaled or compressed again, about half of those with a watermark or without 5 % of their
 sides, and none that were mirrored or recoloured: `python -m tests.benchmarks.duplicates` prints the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from filters.dedup.colors import Colors, agree, seeds_of
 from filters.dedup.columns import Columns, Words, in_order, starts_of_runs
 from filters.dedup.hamming import near_pairs
 from filters.dedup.union_find import Components, Nodes
+
+# Largest difference (0 to 255) between the 4x4 colour thumbnails of duplicates. The perceptual hash sees brightness
+# only, so a red and a blue disc hash alike; recompressed and resized duplicates differ by 3 or less.
+MAX_COLOR_DIFFERENCE = 16
+
+_CELL = MAX_COLOR_DIFFERENCE + 1
+_ROW = 256 // _CELL + 2  # one more than there are cells, so that a cell's neighbours never belong to the next row
+_PLACES = np.array([1, _ROW, _ROW * _ROW])
+_NEIGHBOURS = [int(np.dot(_PLACES, steps)) for steps in product((-1, 0, 1), repeat=len(_PLACES))]
+
+Colors = NDArray[np.uint8]
+
+
+def agree(colors: Colors, others: Colors) -> NDArray[np.bool_]:
+    """(...) whether thumbnails, (..., C) channel values, are within the largest difference in every channel."""
+    difference = np.maximum(colors, others) - np.minimum(colors, others)
+    within: NDArray[np.bool_] = difference.max(axis=-1, initial=0) <= MAX_COLOR_DIFFERENCE
+    return within
+
+
+def seeds_of(colors: Colors) -> NDArray[np.int64]:
+    """(N,) for each of some thumbnails, one of its connected set of those that agree, the same for all of the set.
+
+    Each thumbnail that is reached takes those that agree with it, and they are not compared again.
+    """
+    waiting, seeds = _Waiting(colors), np.full(len(colors), -1)
+    for seed in range(len(colors)):
+        if seeds[seed] >= 0:
+            continue
+        reached, seeds[seed] = [seed], seed
+        while reached:
+            taken = waiting.take_agreeing(reached.pop())
+            new = taken[seeds[taken] < 0]
+            seeds[new] = seed
+            reached += new.tolist()
+    return seeds
+
+
+class _Waiting:
+    """Thumbnails by cells of the three channels that vary most: those that agree are in one cell or in neighbours."""
+
+    def __init__(self, colors: Colors) -> None:
+        self._colors = colors
+        channels = np.argsort(np.ptp(colors, axis=0), kind="stable")[-len(_PLACES) :]
+        self._keys = colors[:, channels].astype(np.int64) // _CELL @ _PLACES
+        order = np.argsort(self._keys, kind="stable")
+        rows = np.split(order, 1 + np.flatnonzero(np.diff(self._keys[order])))
+        self._cells = {int(self._keys[some[0]]): some for some in rows if len(some)}
+
+    def take_agreeing(self, row: int) -> NDArray[np.int64]:
+        """Those still here that agree with `row`, which leave."""
+        taken, key = [np.empty(0, np.int64)], int(self._keys[row])
+        for cell in (key + step for step in _NEIGHBOURS):
+            rows = self._cells.get(cell)
+            if rows is None:
+                continue
+            same = agree(self._colors[rows], self._colors[row])
+            if same.any():
+                taken.append(rows[same])
+                self._cells[cell] = rows[~same]
+                if same.all():
+                    del self._cells[cell]
+        return np.concatenate(taken)
+
 
 _CHUNK_PAIRS = 1 << 20
 _LARGE_RUN = 64
 
 
-class Looks(NamedTuple):
-    """Images of distinct looks, ordered by hash, mapped from files.
+class Appearances(NamedTuple):
+    """Distinct pairs of hash and colours, ordered by hash, mapped from files.
 
     Attributes:
-        nodes: one image of each look.
+        nodes: one image of each.
         hashes: the distinct hashes.
-        starts: where in `nodes` the looks of each hash begin, and the end.
+        starts: where in `nodes` those of each hash begin, and the end.
     """
 
     nodes: NDArray[np.int64]
@@ -36,24 +100,24 @@ class Looks(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def link_alike(columns: Columns, radius: int, components: Components) -> None:
-    """Links images that look alike, or others that connect the same: hashes within `radius`, and colours agree.
+def link_near_duplicates(columns: Columns, radius: int, components: Components) -> None:
+    """Links near-duplicates, or others that connect the same images: hashes within `radius`, and colours agree.
 
     Blank images hash alike whatever their colour, and come by the thousand: those with equal colours are linked to
     the first of them, which alone is compared with others; of the many of one hash, those linked are not compared
     again; and only different hashes are compared bit by bit, and by colour only where images are not linked already.
     """
     colors = columns.colors()
-    looks = _store_looks(columns, components)
-    _link_equal_hashes(looks, colors, components)
-    for ones, others in _batched(near_pairs(looks.hashes, radius)):
-        one, other = np.searchsorted(looks.hashes, ones), np.searchsorted(looks.hashes, others)
-        for left, right in _products(looks.starts, one, other):
-            _link_agreeing(looks.nodes[left], looks.nodes[right], colors, components)
+    appearances = _store_appearances(columns, components)
+    _link_equal_hashes(appearances, colors, components)
+    for ones, others in _batched(near_pairs(appearances.hashes, radius)):
+        one, other = np.searchsorted(appearances.hashes, ones), np.searchsorted(appearances.hashes, others)
+        for left, right in _products(appearances.starts, one, other):
+            _link_agreeing(appearances.nodes[left], appearances.nodes[right], colors, components)
 
 
-def _store_looks(columns: Columns, components: Components) -> Looks:
-    """Links images of equal looks, and writes the first of each look in the order of hashes."""
+def _store_appearances(columns: Columns, components: Components) -> Appearances:
+    """Links images of equal hash and colours, and writes the first of each in the order of hashes."""
     folder, num = columns.folder, 0
     names = [folder / name for name in ("look_nodes", "look_hashes", "look_starts")]
     with names[0].open("wb") as node_file, names[1].open("wb") as hash_file, names[2].open("wb") as start_file:
@@ -68,23 +132,25 @@ def _store_looks(columns: Columns, components: Components) -> Looks:
             (begins + num).tofile(start_file)
             num += len(first)
         np.array([num]).tofile(start_file)
-    return Looks(*(_mapped(path, kind) for path, kind in zip(names, (np.int64, np.uint64, np.int64), strict=True)))
+    return Appearances(
+        *(_mapped(path, kind) for path, kind in zip(names, (np.int64, np.uint64, np.int64), strict=True))
+    )
 
 
 def _mapped(path: Path, kind: type) -> NDArray:
     return np.memmap(path, kind, "r")
 
 
-def _link_equal_hashes(looks: Looks, colors: Colors, components: Components) -> None:
-    """Links looks of one hash: the few of most hashes each with each, those of frequent ones by `seeds_of`."""
-    for start in range(0, len(looks.hashes), _CHUNK_PAIRS):
-        counts = np.diff(looks.starts[start : start + _CHUNK_PAIRS + 1])
+def _link_equal_hashes(appearances: Appearances, colors: Colors, components: Components) -> None:
+    """Links images of one hash: the few of most hashes each with each, those of frequent ones by `seeds_of`."""
+    for start in range(0, len(appearances.hashes), _CHUNK_PAIRS):
+        counts = np.diff(appearances.starts[start : start + _CHUNK_PAIRS + 1])
         few = start + np.flatnonzero((counts > 1) & (counts <= _LARGE_RUN))
-        for left, right in _products(looks.starts, few, few):
+        for left, right in _products(appearances.starts, few, few):
             upper = left < right
-            _link_agreeing(looks.nodes[left[upper]], looks.nodes[right[upper]], colors, components)
+            _link_agreeing(appearances.nodes[left[upper]], appearances.nodes[right[upper]], colors, components)
         for run in (start + np.flatnonzero(counts > _LARGE_RUN)).tolist():
-            nodes = looks.nodes[looks.starts[run] : looks.starts[run + 1]]
+            nodes = appearances.nodes[appearances.starts[run] : appearances.starts[run + 1]]
             components.link(nodes, nodes[seeds_of(colors[nodes])])
 
 
@@ -96,7 +162,7 @@ def _link_agreeing(ones: Nodes, others: Nodes, colors: Colors, components: Compo
 
 
 def _products(starts: Nodes, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes, Nodes]]:
-    """Positions of all looks of a hash with all looks of the hash at its place in `others`, in bounded pieces."""
+    """Positions of all images of a hash with all of the hash beside it in `others`, in bounded pieces."""
     widths = starts[others + 1] - starts[others]
     sizes = (starts[ones + 1] - starts[ones]) * widths
     ends = np.cumsum(sizes)

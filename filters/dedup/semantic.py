@@ -1,4 +1,4 @@
-"""Images that show the same to CLIP: embeddings of one cluster whose cosine is above a threshold.
+"""Semantic duplicates: embeddings of one cluster whose cosine is above a threshold.
 
 As SemDeDup (Abbas et al. 2023, arXiv 2303.09540) finds them; which of them stays is decided by `filters.decide.stage`.
 """
@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from filters.dedup.buckets import Embedded
-from filters.dedup.clusters import Vectors, unit
+from filters.dedup.clusters import Embedded, Vectors, unit
 from filters.dedup.union_find import Components
 
 _ROWS_AT_ONCE, _PAIRS_AT_ONCE = 1024, 1 << 16

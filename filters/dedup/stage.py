@@ -1,4 +1,4 @@
-"""DEDUP: which images are copies of one another."""
+"""DEDUP: scores -> groups of duplicates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def scored_images(dataset: DatasetDir) -> Images:
     if has_embeddings and len(networks) > 1:
         raise UserError(
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
-            "compared. Run the build again: it scores those shards anew that are not of the recipe."
+            "compared. Run the build again: it scores again the shards that are not of the recipe."
         )
     return Images(partial(_read, dataset, shards), num, has_embeddings)
 
@@ -53,7 +53,7 @@ def check_decoders(dataset: DatasetDir) -> None:
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
             f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
-            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores anew."
+            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores them again."
         )
 
 
@@ -69,8 +69,8 @@ def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) ->
         yield table.select(list(columns))
 
 
-def _notes(found: Found) -> list[str]:
-    """What each level would take away, as a sentence."""
+def _remarks(found: Found) -> list[str]:
+    """The number of images that each level would drop, as a sentence."""
     if not found.removed:
         return []
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
@@ -101,7 +101,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
         num_out=images.num - sum(found.dropped.values()),
         dropped=found.dropped,
         outputs=describe_outputs(dataset, [dataset.duplicates]),
-        notes=_notes(found),
+        notes=_remarks(found),
     )
 
 

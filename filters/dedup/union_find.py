@@ -1,4 +1,4 @@
-"""Which nodes of a graph hang together, its links given a few at a time."""
+"""Connected components of a graph whose links come a few at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROWS_AT_ONCE = 1 << 22
 class Components:
     """Connected components of a graph that grows by links: a forest in which each tree is a component.
 
-    It takes 4 bytes a node (8 from 2^31 nodes on). In which order links come makes no difference.
+    It takes 4 bytes a node (8 from 2^31 nodes on). The order of links makes no difference.
 
     Attributes:
         num_linked: nodes less components, that is, how many nodes go if one of each component stays.
@@ -44,8 +44,8 @@ class Components:
         if not apart.any():
             return
         ends = np.concatenate([tops[apart], bottoms[apart]])
-        nodes, places = np.unique(ends, return_inverse=True)
-        rows, columns = places.reshape(2, -1)
+        nodes, positions = np.unique(ends, return_inverse=True)
+        rows, columns = positions.reshape(2, -1)
         edges = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(nodes), len(nodes)))
         num, labels = connected_components(edges, directed=False)
         # Nodes are sorted, so the first of a label is its smallest.
@@ -54,7 +54,7 @@ class Components:
         self.num_linked += len(nodes) - num
 
     def grouped(self) -> NDArray[np.bool_]:
-        """Which nodes have a link."""
+        """(N,) whether each node has a link."""
         num = len(self._parents)
         linked = np.zeros(num, bool)
         for start in range(0, num, _ROWS_AT_ONCE):

@@ -19,7 +19,7 @@ from sdtrain.dataset.s3.open import dataset_at, open_dataset
 from sdtrain.dataset.s3.url import is_s3
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
-from sdtrain.training.run_status import RunStatus, is_run_dir, run_status
+from sdtrain.training.run_dir import RunStatus, is_run_dir, run_status
 
 # The log's name of a figure -> the metric's, and what it is.
 _FIGURES = {
@@ -139,7 +139,7 @@ def _of_runs(runs: Iterable[RunStatus]) -> Iterator[Metric]:
         _add(free, [name], run.free_bytes)
         for rank, age_s in run.heartbeats_s.items():
             _add(beats, [name, str(rank)], age_s)
-        for figure, value in run.figures.items():
+        for figure, value in run.metrics.items():
             _add(figures[figure], [name], value)
     yield from (step, steps, left, free, beats, *figures.values())
 

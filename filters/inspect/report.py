@@ -51,7 +51,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         lead=recipe.description,
         dataset=dataset,
         limits=limits_of(recipe),
-        borders=list(borders(recipe)),
+        thresholds=list(borders(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
         scores_note=scores_note(recipe),
     )

@@ -1,1 +1,1 @@
-"""Whether a model draws its training images again."""
+"""Search for training images that a model has memorised."""

@@ -1,14 +1,14 @@
-"""Do samples repeat images of the training data? For each sample, its nearest training images.
+"""Comparison of samples with their nearest training images, to find memorised ones.
 
-Two questions, and what answers them:
+Two checks:
 
-- **Is it alike?** The cosine of CLIP's embeddings is at least `threshold`. This is a proxy: CLIP tells what an image
-  shows and not whether it was copied, so images of one motif are near each other too. By default the limit is 0.95,
-  which is where `duplicates.semantic_threshold` begins to call training images copies of one another. (Somepalli et
-  al. 2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's cannot be
-  compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of training
-  images that have another one so near, and the share of pairs drawn by chance.
-- **Is it the same image?** Root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
+- **Near-duplicate** (recorded as `alike`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
+  CLIP tells what an image shows and not whether it was copied, so images of one motif are near each other too. By
+  default the limit is 0.95, where `duplicates.semantic_threshold` begins to call training images duplicates.
+  (Somepalli et al. 2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's
+  cannot be compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of
+  training images that have another one so near, and the share of random pairs.
+- **The same image** (`same`): root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
   (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images are near each
   other by that alone, perceptual hashes that differ in at most `radius` bits. Both are of the centre crop that training
   sees.
@@ -24,9 +24,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from filters.memorization.calibration import Calibration, calibrate, quantiles
 from filters.memorization.samples import Sample
-from filters.memorization.similarity import MAX_PIXEL_DISTANCE, Limits, Neighbour, compare
+from filters.memorization.similarity import (
+    MAX_PIXEL_DISTANCE,
+    Calibration,
+    Limits,
+    Neighbour,
+    calibrate,
+    compare,
+    quantiles,
+)
 from filters.search.hits import image_of
 from filters.search.search import Search
 from sdtrain.errors import UserError
@@ -44,9 +51,9 @@ class Verdict:
     kind: str
 
     @property
-    def nearness(self) -> float:
+    def similarity(self) -> float:
         """Cosine of the nearest."""
-        return max((neighbour.hit.nearness for neighbour in self.neighbours), default=-1.0)
+        return max((neighbour.hit.similarity for neighbour in self.neighbours), default=-1.0)
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
@@ -56,7 +63,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Memorised:
-    """What came of all samples: the flagged first, those nearest to a training image before others.
+    """The verdicts on all samples: the flagged first, those nearest to a training image before others.
 
     Attributes:
         calibration: what the threshold means in this dataset.
@@ -76,7 +83,7 @@ class Memorised:
         """For JSON: counts, limits, and the distributions of cosines."""
         kinds = {kind: self.count(kind) for kind in KINDS}
         limits = {"threshold": self.limits.threshold, "radius": self.limits.radius, "pixels": MAX_PIXEL_DISTANCE}
-        cosines = quantiles([verdict.nearness for verdict in self.verdicts])
+        cosines = quantiles([verdict.similarity for verdict in self.verdicts])
         named = {"num_samples": len(self.verdicts), **kinds, "limits": limits, "cosines": cosines}
         return named | {"calibration": self.calibration.summary(), "notes": list(self.notes)}
 
@@ -91,7 +98,7 @@ def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | No
     verdicts = [verdict for part in _parts(samples) for verdict in _verdicts(search, part, limits)]
     if not verdicts:
         raise UserError("There are no samples to look for.")
-    verdicts.sort(key=lambda verdict: (KINDS.index(verdict.kind), -verdict.nearness, verdict.sample.name))
+    verdicts.sort(key=lambda verdict: (KINDS.index(verdict.kind), -verdict.similarity, verdict.sample.name))
     calibration = calibrate(search, limits.threshold)
     return Memorised(verdicts, calibration, limits, [*_notes(search, limits), calibration.sentence()])
 
@@ -109,7 +116,7 @@ def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits) -> Iter
         neighbours = [compare(image, hit, image_of(search.dataset, hit)) for hit in hits]
         same = [neighbour for neighbour in neighbours if neighbour.is_same(limits)]
         others = [neighbour for neighbour in neighbours if not neighbour.is_same(limits)]
-        alike = any(neighbour.is_alike(limits) for neighbour in neighbours)
+        alike = any(neighbour.is_near_duplicate(limits) for neighbour in neighbours)
         yield Verdict(sample, same + others, "same" if same else "alike" if alike else "new")
 
 

@@ -1,4 +1,4 @@
-"""What came of a search for memorised images, as sheets and figures in a folder."""
+"""The report of a search for memorised images: sheets, a histogram and JSON in a folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list
 def _plot(found: Memorised, path: Path) -> None:
     from sdtrain.report.plots import plot_histogram
 
-    groups = {"training images": list(found.calibration.nearest), "samples": [v.nearness for v in found.verdicts]}
+    groups = {"training images": list(found.calibration.nearest), "samples": [v.similarity for v in found.verdicts]}
     with publish(path) as temporary:
         drawn = temporary.with_suffix(".png")  # matplotlib goes by the ending
         plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training image", drawn)
@@ -51,8 +51,8 @@ def _row(found: Memorised, verdict: Verdict, dataset: DatasetDir) -> Row:
 def _cells(found: Memorised, verdict: Verdict, named: str, dataset: DatasetDir) -> Iterator[Cell]:
     yield Cell(verdict.sample.read(), "sample", named)
     for neighbour in verdict.neighbours:
-        hit, head = neighbour.hit, f"{neighbour.hit.nearness:.3f}"
+        hit, head = neighbour.hit, f"{neighbour.hit.similarity:.3f}"
         if neighbour.hash_bits is not None:
             head += f", {neighbour.hash_bits} bits, px {neighbour.pixel_distance:.2f}"
-        marked = neighbour.is_same(found.limits) or neighbour.is_alike(found.limits)
+        marked = neighbour.is_same(found.limits) or neighbour.is_near_duplicate(found.limits)
         yield Cell(image_of(dataset, hit), head, f"{hit.caption} ({hit.key})", marked)

@@ -1,28 +1,42 @@
-"""Images that a model drew: those of `sdtrain sample`, or those of an evaluation."""
+"""Images that a model drew: those of `sdtrain sample`, those of an evaluation, or new ones for repeated captions."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import duckdb
 from PIL import Image
 
 from filters.search.search import read_image, read_image_file
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from sdtrain.sampling.sampler import SampleSettings
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _SHEET = "grid"  # of `sdtrain sample --grid`
 _PART = re.compile(r"[0-9]+\.tar")
 
+# The prompts that training saw most often are those whose images a model remembers first.
+_CAPTIONS = """
+SELECT caption, count(*) AS num FROM read_parquet($images, union_by_name = true) JOIN read_parquet($decisions) d
+USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDER BY num DESC, caption LIMIT $num
+"""
+
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that a model drew. It is read when it is looked at, so that any number of samples can be checked.
+    """An image that a model drew. It is read when it is compared, so that any number of samples can be checked.
 
     Attributes:
         name: its file, with the tar's before a colon.
@@ -74,10 +88,49 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """What `sdtrain sample` wrote into the image."""
+    """The prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])
         return str(made["prompt"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
+    """The captions that most kept images have, and how many do.
+
+    Raises:
+        UserError: nothing is decided yet, or kept.
+    """
+    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    if not dataset.decisions.exists() or not images:
+        raise UserError(f"{dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
+    with closing(duckdb.connect()) as connection:
+        asked = {"images": images, "decisions": str(dataset.decisions), "num": num}
+        rows = connection.execute(_CAPTIONS, asked).fetchall()
+    if not rows:
+        raise UserError(f"{dataset.root} holds no captions of kept images.")
+    return rows
+
+
+def draw_samples(
+    model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
+) -> list[Sample]:
+    """Draws images for prompts into a folder, as `sdtrain sample --keep` does: what is there already is not drawn.
+
+    Raises:
+        UserError: no such model.
+    """
+    from sdtrain.formats.any_model import resolve_checkpoint
+    from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
+    from sdtrain.sampling.output_folder import SampleFolder, Writer
+
+    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
+    jobs = make_jobs(prompts, seed, per_prompt)
+    pending = samples.pending(split_batches(jobs, settings))
+    with Writer(samples) as writer:
+        for job, image in draw_batches(samples.model, pending, settings, all_devices()):
+            writer.save(job, image, flagged=False)
+    paths = [(job, samples.path(job)) for job in jobs]
+    return [Sample(path.name, partial(read_image_file, path), job.prompt) for job, path in paths]

@@ -1,28 +1,32 @@
-"""Whether two images are one: by their pixels and by perceptual hashes."""
+"""Similarity of two images by pixels and perceptual hashes, and what a limit for cosines means in a dataset."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from filters.score.inputs import perceptual_hash
 from filters.search.hits import Hit
+from filters.search.search import Search
+from sdtrain.images.perceptual_hash import perceptual_hash
 
 MAX_PIXEL_DISTANCE = 0.15
 _COMPARED_PX = 256
+_NUM_CALIBRATED = 256
+_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What counts as memorised.
+    """The limits beyond which a sample counts as memorised.
 
     Attributes:
         threshold: least cosine of CLIP's embeddings that is flagged.
         radius: bits in which the perceptual hashes of one image may differ.
-        top: neighbours that are looked at.
+        top: neighbours that are compared.
     """
 
     threshold: float = 0.95
@@ -44,14 +48,14 @@ class Neighbour:
     pixel_distance: float | None = None
 
     def is_same(self, limits: Limits) -> bool:
-        """Whether it is the sample itself, to the pixel check."""
+        """Whether the pixel check finds the sample itself."""
         if self.hash_bits is None or self.pixel_distance is None:
             return False
         return self.hash_bits <= limits.radius and self.pixel_distance <= MAX_PIXEL_DISTANCE
 
-    def is_alike(self, limits: Limits) -> bool:
-        """Whether CLIP takes both for nearly the same."""
-        return self.hit.nearness >= limits.threshold
+    def is_near_duplicate(self, limits: Limits) -> bool:
+        """Whether CLIP's embeddings are nearly equal."""
+        return self.hit.similarity >= limits.threshold
 
     def row(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,3 +74,59 @@ def compare(sample: Image.Image, hit: Hit, image: Image.Image | None) -> Neighbo
 
 def _crop(image: Image.Image) -> Image.Image:
     return ImageOps.fit(image, (_COMPARED_PX, _COMPARED_PX), Image.Resampling.BICUBIC)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Cosines among some kept images, evenly chosen.
+
+    Attributes:
+        threshold: the limit.
+        nearest: of each with its nearest other image of all that were kept.
+        pairs: of all pairs of the chosen, which are random and show different things.
+    """
+
+    threshold: float
+    nearest: Sequence[float]
+    pairs: Sequence[float]
+
+    def share(self, cosines: Sequence[float]) -> float | None:
+        """The share of them that reaches the limit; None of none."""
+        return round(float(np.mean(np.asarray(cosines) >= self.threshold)), 6) if len(cosines) else None
+
+    def summary(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "num_pictures": len(self.nearest),
+            "nearest_other": quantiles(self.nearest),
+            "nearest_other_flagged": self.share(self.nearest),
+            "num_pairs": len(self.pairs),
+            "pairs_by_chance": quantiles(self.pairs),
+            "pairs_by_chance_flagged": self.share(self.pairs),
+        }
+
+    def sentence(self) -> str:
+        """The meaning of the limit in this dataset, for the reader."""
+        near, pairs = self.share(self.nearest), self.share(self.pairs)
+        if near is None or pairs is None:
+            return "There are too few kept images to say what the limit means here."
+        return (
+            f"Of {len(self.nearest):,} training images, {near:.1%} have another one at {self.threshold:g} or nearer, "
+            f"and of {len(self.pairs):,} pairs by chance {pairs:.2%} are: that many are flagged without any copying."
+        )
+
+
+def calibrate(search: Search, threshold: float) -> Calibration:
+    """Measures what a limit flags among training images themselves."""
+    vectors = search.some_vectors(_NUM_CALIBRATED)
+    nearest = [hits[1].similarity for hits in search.nearest(vectors, 2, kept_only=True) if len(hits) > 1]
+    above = np.triu_indices(len(vectors), 1)
+    return Calibration(threshold, nearest, (vectors @ vectors.T)[above].tolist())
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Share of the values -> the value that this share does not exceed."""
+    if not len(values):
+        return {}
+    found = np.quantile(np.asarray(values, np.float64), _QUANTILES).tolist()
+    return {f"{share:.0%}": round(value, 4) for share, value in zip(_QUANTILES, found, strict=True)}

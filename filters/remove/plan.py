@@ -32,16 +32,14 @@ import pyarrow.parquet as pq
 
 from filters.recipe_record import read_recipe
 from filters.remove.stage_tables import rows_sql, touched_shards
-from filters.select.hosts import host_sql
 from filters.select.list_entries import Entry, read_entries
-from filters.select.removed_rows import Blocked, alike_uids
+from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
 from sdtrain.errors import UserError
 
 _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}
-_KEYS = {"uid": "uid", "url": "trim(url)", "host": host_sql("trim(url)"), "sha256": "sha256"}
 
 
 @dataclass(frozen=True)
@@ -172,9 +170,11 @@ class _Search:
 
     def blocked(self, ledger: pa.Table) -> set[str]:
         """Uids that a ledger blocks."""
-        known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", _KEYS)
+        known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", uid="uid")
         found = self._uids(f"SELECT uid FROM ({known}) WHERE is_removed")  # noqa: S608
-        return found | set(alike_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist())
+        return found | set(
+            near_duplicate_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist()
+        )
 
     def same_bytes(self, uids: set[str]) -> set[str]:
         """Other uids of images that came as the same bytes."""

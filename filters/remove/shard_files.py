@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.files import publish, scratch
-from sdtrain.dataset.layout import DatasetDir, index_path
+from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 from sdtrain.download.image_shards import (
@@ -86,7 +86,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
 def drop_latents(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a shard of latents."""
     _drop_from_pair(tar, table, uids, latent_place)
-    index_path(table).unlink(missing_ok=True)
+    delete_index(table)
 
 
 def _drop_from_pair(tar: Path, table: Path, uids: Uids, place: Callable[[Path, SampleIndex], dict[str, Any]]) -> None:

@@ -1,1 +1,1 @@
-"""What networks and measurements say of each image: the stage SCORE."""
+"""The stage SCORE: scores by networks and measures of quality of every image."""

@@ -1,8 +1,8 @@
-"""A look at a batch of images whose JPEGs a GPU decodes and resizes.
+"""Preprocessing of a batch of images whose JPEGs a GPU decodes and resizes.
 
 nvJPEG (through torchvision) and the GPU's resizing round otherwise than libjpeg and Pillow: most pixels are equal, the
-others differ by a level or a few, so scores and hashes are not quite those of a look by the CPU. What is no plain JPEG
-(8-bit RGB, upright, whole) is looked at by the CPU.
+others differ by a level or a few, so scores and hashes differ slightly from the CPU's. What is no plain JPEG (8-bit
+RGB, upright, whole) goes to the CPU.
 """
 
 from __future__ import annotations
@@ -18,26 +18,35 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from filters.score.inputs import WATERMARK_PX
-from filters.score.preprocess import Looked, Sample, Wanted, caption_of, describe, look
+from filters.score.preprocess import (
+    WATERMARK_PX,
+    PreprocessedImage,
+    RequiredViews,
+    Sample,
+    caption_of,
+    describe,
+    preprocess,
+)
 from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
-from sdtrain.models.clip_view import Preprocess
+from sdtrain.models.clip import Preprocess
 
 
-def look_on_device(samples: Sequence[Sample], wanted: Wanted, device: torch.device, pool: Executor) -> list[Looked]:
-    """Looks at a batch; the views stay on `device`, and `pool` does what is left to the CPU."""
+def preprocess_on_device(
+    samples: Sequence[Sample], required: RequiredViews, device: torch.device, pool: Executor
+) -> list[PreprocessedImage]:
+    """Preprocesses a batch; the views stay on `device`, and `pool` does what is left to the CPU."""
     plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.image)]
     pixels = _decoded([samples[i].image for i in plain], device)
-    found: dict[int, Future[Looked]] = {}
+    found: dict[int, Future[PreprocessedImage]] = {}
     for group in _by_shape(pixels):
-        views = _views(torch.stack([pixels[i] for i in group]), wanted)
+        views = _views(torch.stack([pixels[i] for i in group]), required)
         for i, seen in zip(group, views, strict=True):
-            found[plain[i]] = pool.submit(_described, samples[plain[i]], wanted, *seen)
-    for place, sample in enumerate(samples):
-        if place not in found:
-            found[place] = pool.submit(look, sample, wanted)
-    return [found[place].result() for place in range(len(samples))]
+            found[plain[i]] = pool.submit(_described, samples[plain[i]], required, *seen)
+    for position, sample in enumerate(samples):
+        if position not in found:
+            found[position] = pool.submit(preprocess, sample, required)
+    return [found[position].result() for position in range(len(samples))]
 
 
 def _is_plain_jpeg(content: bytes) -> bool:
@@ -68,10 +77,10 @@ def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _views(pixels: Tensor, wanted: Wanted) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
+def _views(pixels: Tensor, required: RequiredViews) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
     """Of (B, 3, H, W): CLIP's view, the watermark detector's, and in the CPU's memory that and the whole image."""
     squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
-    clip = list(_clip_view(pixels, wanted.clip)) if wanted.clip else [None] * len(pixels)
+    clip = list(_clip_view(pixels, required.clip)) if required.clip else [None] * len(pixels)
     squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
     return zip(clip, squashed, squashed.cpu(), whole.cpu(), strict=True)
 
@@ -91,8 +100,8 @@ def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
 
 
 def _described(
-    sample: Sample, wanted: Wanted, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
-) -> Looked:
+    sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
+) -> PreprocessedImage:
     image, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
     row = describe(sample, image, small)
-    return Looked(row, caption_of(sample), clip, watermark if wanted.watermark else None)
+    return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)

@@ -1,4 +1,4 @@
-"""The networks that judge images, or CLIP's embeddings of them: aesthetic, watermark and safety heads."""
+"""The aesthetic and safety heads on CLIP's embeddings, and the watermark detector."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class WatermarkClassifier(nn.Module):
         self.backbone: nn.Module = network
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """P(watermark), (B,), of (B, 3, 256, 256) images as `filters.score.inputs.watermark_pixels` prepares them."""
+        """P(watermark), (B,), of (B, 3, 256, 256) images, normalised by ImageNet's moments."""
         return torch.softmax(self.backbone(pixels), dim=-1)[:, 0]
 
 

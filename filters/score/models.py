@@ -1,4 +1,4 @@
-"""The networks of a recipe, and what they say of a batch of images."""
+"""The networks of a recipe, and the scores that they give a batch of images."""
 
 from __future__ import annotations
 
@@ -17,17 +17,15 @@ from torch import Tensor
 
 from filters.recipe import ScoreConfig
 from filters.score.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD
-from filters.score.preprocess import Looked, Wanted
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, PreprocessedImage, RequiredViews
 from filters.score.weights import PUBLISHED
 from sdtrain.errors import UserError
-from sdtrain.models.clip import clip_preprocess, embedding_size, load_clip
-from sdtrain.models.clip_view import Preprocess, normalised
+from sdtrain.models.clip import Preprocess, clip_preprocess, embedding_size, load_clip, normalised
 from sdtrain.models.device import claim_device
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
+from sdtrain.precision import torch_dtype
 
-_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The published heads judge embeddings of this model by OpenAI, and of no other.
+# The published heads were trained on embeddings of this model by OpenAI, and of no other.
 _HEADS_MODEL = "ViT-L-14-quickgelu"
 # Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
 _ONE_AT_A_TIME = Lock()
@@ -40,7 +38,7 @@ class Models:
 
     Attributes:
         dtype: of the large networks' products (autocast); the heads, small, are always float32.
-        heads: by the name of their score; they judge CLIP's embeddings.
+        heads: by the name of their score; their input is CLIP's embeddings.
     """
 
     device: torch.device
@@ -53,23 +51,23 @@ class Models:
     store_embeddings: bool = False
 
     @property
-    def wanted(self) -> Wanted:
-        """Which views of an image the networks want."""
-        return Wanted(self.preprocess, self.watermark is not None)
+    def required_views(self) -> RequiredViews:
+        """The views of an image that the networks need."""
+        return RequiredViews(self.preprocess, self.watermark is not None)
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredBatch:
     """A batch whose scores are on their way from the device.
 
     Attributes:
-        looked: the batch, damaged images included.
+        batch: its images, damaged ones included.
         scores: by name, one for each image that is not damaged.
-        embeddings: of these images, float16; None where they are not wanted.
+        embeddings: of these images, float16; None where the recipe does not store them.
         arrived: when the scores can be read; None where they can be at once.
     """
 
-    looked: Sequence[Looked]
+    batch: Sequence[PreprocessedImage]
     scores: dict[str, Tensor]
     embeddings: Tensor | None = None
     arrived: torch.cuda.Event | None = None
@@ -78,7 +76,7 @@ class Judged:
         """The rows of the batch, with scores."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        rows = [dict(item.row) for item in self.looked]
+        rows = [dict(item.row) for item in self.batch]
         alive = [row for row in rows if row["reason"] is None]
         for name, values in self.scores.items():
             for row, value in zip(alive, values.tolist(), strict=True):
@@ -90,11 +88,11 @@ class Judged:
         return rows
 
 
-def judge(looked: Sequence[Looked], models: Models) -> Judged:
+def score_batch(batch: Sequence[PreprocessedImage], models: Models) -> ScoredBatch:
     """Starts the networks on a batch; a GPU goes on with the next while this one's rows are made."""
-    whole = [item for item in looked if not item.is_damaged]
+    whole = [item for item in batch if not item.is_damaged]
     if not whole:
-        return Judged(looked, {})
+        return ScoredBatch(batch, {})
     cuda = models.device.type == "cuda"
     with _ONE_AT_A_TIME, torch.inference_mode():
         with _autocast(models):
@@ -108,7 +106,7 @@ def judge(looked: Sequence[Looked], models: Models) -> Judged:
         here = {name: values.float().to("cpu", non_blocking=cuda) for name, values in scores.items()}
         kept = images.half().to("cpu", non_blocking=cuda) if models.store_embeddings and images is not None else None
         arrived = torch.cuda.current_stream().record_event() if cuda else None
-    return Judged(looked, here, kept, arrived)
+    return ScoredBatch(batch, here, kept, arrived)
 
 
 def _autocast(models: Models) -> AbstractContextManager[Any]:
@@ -117,25 +115,25 @@ def _autocast(models: Models) -> AbstractContextManager[Any]:
     return torch.autocast(models.device.type, models.dtype)
 
 
-def _image_embeddings(looked: Sequence[Looked], models: Models) -> Tensor | None:
+def _image_embeddings(images: Sequence[PreprocessedImage], models: Models) -> Tensor | None:
     if models.clip is None or models.preprocess is None:
         return None
-    pixels = _on_device([item.clip for item in looked], models.device)
+    pixels = _on_device([item.clip for item in images], models.device)
     inputs = normalised(pixels, models.preprocess.mean, models.preprocess.std)
     return torch.nn.functional.normalize(models.clip.encode_image(inputs).float(), dim=-1)
 
 
-def _text_embeddings(looked: Sequence[Looked], models: Models) -> Tensor | None:
+def _text_embeddings(images: Sequence[PreprocessedImage], models: Models) -> Tensor | None:
     if models.clip is None or models.tokenizer is None:
         return None
-    tokens = _sent(models.tokenizer([item.caption for item in looked]), models.device)
+    tokens = _sent(models.tokenizer([item.caption for item in images]), models.device)
     return torch.nn.functional.normalize(models.clip.encode_text(tokens).float(), dim=-1)
 
 
-def _watermark_scores(looked: Sequence[Looked], models: Models) -> dict[str, Tensor]:
+def _watermark_scores(images: Sequence[PreprocessedImage], models: Models) -> dict[str, Tensor]:
     if models.watermark is None:
         return {}
-    pixels = _on_device([item.watermark for item in looked], models.device)
+    pixels = _on_device([item.watermark for item in images], models.device)
     return {"pwatermark": models.watermark(normalised(pixels, WATERMARK_MEAN, WATERMARK_STD))}
 
 
@@ -183,14 +181,14 @@ def _load_models(config: ScoreConfig) -> Models:
     if config.decode == "gpu" and device.type != "cuda":
         raise UserError("score.decode: gpu needs an NVIDIA GPU, and none is seen here. Set it to auto or cpu.")
     watermark = load_watermark(config.watermark_weights).to(device) if config.watermark_weights else None
-    models = Models(device, _DTYPES[config.dtype], watermark=watermark)
+    models = Models(device, torch_dtype(config.dtype), watermark=watermark)
     if config.clip_weights is None:
         return models
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights)
     preprocess = clip_preprocess(clip, config.clip_model, config.clip_weights)
     heads = tuple((name, load(weights).to(device)) for name, load, weights in _heads(config) if weights)
     rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings)
-    return Models(device, _DTYPES[config.dtype], *rest)
+    return Models(device, torch_dtype(config.dtype), *rest)
 
 
 def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:

@@ -1,8 +1,8 @@
-"""Images are decoded ahead, by threads, so that the networks do not wait for them.
+"""Threads that decode images ahead, so that the networks do not wait for them.
 
-A look takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a fifth at
-most: five or six threads, 700 images a second, are what one process can do. A GPU that wants more is fed by several
-processes (`sdtrain.models.device` spreads them), or decodes itself.
+Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a
+fifth at most: five or six threads, 700 images a second, are what one process can do. A GPU that wants more is fed by
+several processes (`sdtrain.models.device` spreads them), or decodes itself.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from filters.score.models import Models, judge
-from filters.score.preprocess import Looked, Sample, look, read_shard
+from filters.score.models import Models, score_batch
+from filters.score.preprocess import PreprocessedImage, Sample, preprocess, read_shard
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.prefetch import prefetch
 
 # Batches that are read and being decoded beside the one that the networks have: two even out what takes longer.
 _DEPTH = 2
-Pending = Callable[[], list[Looked]]
+Pending = Callable[[], list[PreprocessedImage]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class _Batch:
     """Some images of one shard; batches end with it, so that scores do not depend on what else is scored."""
 
     shard: int
-    looked: Pending
+    images: Pending
     ends_shard: bool
 
 
@@ -53,12 +53,12 @@ def score_rows(
     """
     rows: list[dict[str, Any]] = []
     waiting = None
-    with _looking(models, on_gpu) as begin, closing(_batches(dataset, shards, batch_size, begin)) as batches:
+    with _preprocessing(models, on_gpu) as begin, closing(_batches(dataset, shards, batch_size, begin)) as batches:
         for batch in batches:
-            judged = judge(batch.looked(), models)
+            scored = score_batch(batch.images(), models)
             # The scores of the batch before, while a GPU is busy with this one.
             rows += waiting.rows() if waiting else []
-            waiting = judged
+            waiting = scored
             if batch.ends_shard:
                 yield batch.shard, rows + waiting.rows()
                 rows, waiting = [], None
@@ -81,18 +81,18 @@ def _batches(
 
 
 @contextmanager
-def _looking(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Sample]], Pending]]:
-    """Gives what begins to look at a batch."""
+def _preprocessing(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Sample]], Pending]]:
+    """Yields the function that starts preprocessing a batch."""
     pool, decoder = ThreadPoolExecutor(num_threads()), ThreadPoolExecutor(1)
 
     def by_cpu(samples: list[Sample]) -> Pending:
-        futures = [pool.submit(look, sample, models.wanted) for sample in samples]
+        futures = [pool.submit(preprocess, sample, models.required_views) for sample in samples]
         return lambda: [future.result() for future in futures]
 
     def by_gpu(samples: list[Sample]) -> Pending:
-        from filters.score.gpu_decode import look_on_device
+        from filters.score.gpu_decode import preprocess_on_device
 
-        return decoder.submit(look_on_device, samples, models.wanted, models.device, pool).result
+        return decoder.submit(preprocess_on_device, samples, models.required_views, models.device, pool).result
 
     try:
         yield by_gpu if on_gpu else by_cpu

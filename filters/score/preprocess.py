@@ -1,24 +1,32 @@
-"""One look at an image: it is decoded once, and everything that later stages need of it is taken."""
+"""Preprocessing: an image is decoded once, and everything that later stages need of it is computed."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from filters.columns import UNDECODABLE
-from filters.score.inputs import gray_of, perceptual_hash, pixel_sha256, thumbnail, watermark_view
 from filters.score.quality import measure
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view, pixels_of
+from sdtrain.images.perceptual_hash import perceptual_hash
+from sdtrain.models.clip import Preprocess, clip_view, pixels_of
+
+THUMBNAIL_SIDE = 4
+# The watermark detector's, which are ImageNet's.
+WATERMARK_PX = 256
+WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Sample(NamedTuple):
@@ -38,21 +46,21 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which views of an image the networks want."""
+class RequiredViews:
+    """The views of an image that the networks need."""
 
     clip: Preprocess | None
     watermark: bool
 
 
 @dataclass(frozen=True)
-class Looked:
-    """What one decode gives.
+class PreprocessedImage:
+    """Everything that one decode gives.
 
     Attributes:
         row: of the table of scores.
         caption: what CLIP compares the image with.
-        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image or where it is not wanted.
+        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image, or where no network needs it.
         watermark: the watermark detector's, likewise.
     """
 
@@ -63,7 +71,7 @@ class Looked:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether there is nothing to judge."""
+        """Whether there is nothing to score."""
         return self.row["reason"] is not None
 
 
@@ -76,7 +84,7 @@ def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
     tar, table = dataset.images_tar(shard), dataset.images_table(shard)
     fetch_shard_file(dataset.root, tar, "download")
     uids = _uids(dataset, shard)
-    again = "Delete both and run the build again: they are made anew."
+    again = "Delete both and run the build again: they are made again."
     for key, members in read_samples(tar):
         if key not in uids:
             raise UserError(f"{tar} holds a sample {key}, which {table} does not know as downloaded. {again}")
@@ -85,18 +93,18 @@ def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
         raise UserError(f"{tar} lacks {len(uids)} samples that {table} lists, {next(iter(uids))} for one. {again}")
 
 
-def look(sample: Sample, wanted: Wanted) -> Looked:
+def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
     """Decodes one image, once."""
     try:
         image = decode_rgb(sample.image)
     except OSError:
         return damaged(sample)
     squashed = watermark_view(image)
-    return Looked(
+    return PreprocessedImage(
         describe(sample, image, squashed),
         caption_of(sample),
-        pixels_of(clip_view(image, wanted.clip)) if wanted.clip else None,
-        pixels_of(squashed) if wanted.watermark else None,
+        pixels_of(clip_view(image, required.clip)) if required.clip else None,
+        pixels_of(squashed) if required.watermark else None,
     )
 
 
@@ -115,9 +123,9 @@ def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[
     }
 
 
-def damaged(sample: Sample) -> Looked:
-    """What is known of an image that cannot be decoded."""
-    return Looked({"uid": sample.uid, "key": sample.key, "reason": UNDECODABLE}, caption_of(sample))
+def damaged(sample: Sample) -> PreprocessedImage:
+    """The result for an image that cannot be decoded."""
+    return PreprocessedImage({"uid": sample.uid, "key": sample.key, "reason": UNDECODABLE}, caption_of(sample))
 
 
 def caption_of(sample: Sample) -> str:
@@ -129,3 +137,25 @@ def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
     """The uids by key of the shard's downloaded images."""
     table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
+
+
+def watermark_view(image: Image.Image) -> Image.Image:
+    """The watermark detector's view of an RGB image, before normalisation: 256 x 256, squashed."""
+    return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
+
+
+def pixel_sha256(image: Image.Image) -> str:
+    """Hex sha256 of an RGB image's size and pixels, whatever it was encoded as."""
+    digest = hashlib.sha256(b"%d %d " % image.size)
+    digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def thumbnail(image: Image.Image) -> bytes:
+    """Mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
+    return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+
+
+def gray_of(image: Image.Image) -> NDArray[np.uint8]:
+    """The brightness (ITU-R 601 luma) of an RGB image, (H, W)."""
+    return np.asarray(image.convert("L"))

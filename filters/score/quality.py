@@ -1,4 +1,4 @@
-"""Simple measures of an image's quality, all from one gray copy of 256 x 256 pixels.
+"""Simple measures of image quality, all from one gray copy of 256 x 256 pixels.
 
 The copy has the same size for every image, so that values can be compared; it is the watermark detector's view in
 gray, which is there anyway. Together they cost 0.2 ms: sharpness 0.04, entropy 0.03, border 0.1, contrast 0.004.
@@ -7,7 +7,7 @@ gray, which is there anyway. Together they cost 0.2 ms: sharpness 0.04, entropy 
 |---|---|---|---|
 | sharpness | variance of the Laplacian, kernel [0 1 0; 1 -4 1; 0 1 0] | 0 and up | low: blurred or blown up |
 | entropy | -sum p log2 p over the 256 gray levels' shares p | 0 to 8 bits | low: drawings, text, blank |
-| border | area of the rows and columns of one colour at the edges, as a share | 0 to 1 | high: frames, letterboxes |
+| border | letterbox margin: the share of rows and columns of one colour at the edges | 0 to 1 | high: frames |
 | contrast | standard deviation of the gray levels, divided by 255 | 0 to 0.5 | low: nearly one colour |
 
 Sources: sharpness, Pech-Pacheco et al., "Diatom autofocusing in brightfield microscopy" (ICPR 2000); entropy, Shannon
@@ -30,7 +30,7 @@ def measure(gray: NDArray[np.uint8]) -> dict[str, float]:
     return {
         "sharpness": _sharpness(gray),
         "entropy": _entropy(gray),
-        "border": _border(gray),
+        "border": _letterbox_margin(gray),
         "contrast": float(deviation[0, 0]) / 255,
     }
 
@@ -46,7 +46,7 @@ def _entropy(gray: NDArray[np.uint8]) -> float:
     return abs(float(np.sum(shares * np.log2(shares))))  # abs: else one colour gives -0
 
 
-def _border(gray: NDArray[np.uint8]) -> float:
+def _letterbox_margin(gray: NDArray[np.uint8]) -> float:
     height, width = gray.shape
     rows = _inside(gray, 1, (int(gray[0, 0]), int(gray[-1, 0])))
     columns = _inside(gray, 0, (int(gray[0, 0]), int(gray[0, -1])))
@@ -54,7 +54,7 @@ def _border(gray: NDArray[np.uint8]) -> float:
 
 
 def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
-    """How many rows (axis 1) or columns (0) are left when those of the first one's level and the last one's are cut."""
+    """The number of rows (axis 1) or columns (0) between the margins of the first one's level and the last one's."""
     lowest, highest = (cv2.reduce(gray, axis, kind).ravel().astype(int) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
     first = _leading(lowest, highest, levels[0])
     last = _leading(lowest[::-1], highest[::-1], levels[1])
@@ -62,6 +62,6 @@ def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
 
 
 def _leading(lowest: NDArray[np.int_], highest: NDArray[np.int_], level: int) -> int:
-    """How many lines, from the first on, have no level far from `level`."""
+    """The number of lines, from the first on, without a level far from `level`."""
     others = (lowest < level - _FUZZ) | (highest > level + _FUZZ)
     return int(np.argmax(others)) if others.any() else len(others)

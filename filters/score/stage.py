@@ -19,7 +19,7 @@ from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
     [
@@ -76,7 +76,7 @@ def _schema(config: ScoreConfig) -> pa.Schema:
 
 
 def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
-    """Which models gave the scores, and how, for the file's own metadata."""
+    """The models and settings behind the scores, for the file's own metadata."""
     settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
     digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
     return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
@@ -84,7 +84,7 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 
 @lru_cache(maxsize=1)
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """What identifies the weights of CLIP and of the heads that are used; without CLIP, only one is.
+    """Digests of the weights of CLIP and of the heads that are used; without CLIP, only one is.
 
     Raises:
         UserError: weights that cannot be had, or are not those that the recipe pins.
@@ -94,7 +94,7 @@ def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
 
 @lru_cache
 def weight_digest(config: ScoreConfig, name: str) -> str:
-    """What identifies the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
+    """Digest of the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
 
     Raises:
         UserError: weights that cannot be had, or are not those that the recipe pins.

@@ -40,7 +40,7 @@ def find_weights(name: str) -> Path:
 
 
 def digest_of(name: str | None) -> str:
-    """What identifies the weights in a fingerprint; random ones by their seed, none as "none"."""
+    """The weights in a fingerprint: their digest, the name of random ones, or "none"."""
     if name is None:
         return "none"
     return name if random_seed(name) is not None else sha256_of(find_weights(name))

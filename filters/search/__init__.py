@@ -1,1 +1,1 @@
-"""Which images of a dataset are nearest to a caption or to another image, by the embeddings that SCORE stored."""
+"""Search for images of a dataset by caption or image, with the embeddings that SCORE stored."""

@@ -70,7 +70,7 @@ class Embeddings:
 
 
 def embeddings_of(dataset: DatasetDir) -> Embeddings:
-    """What a dataset has.
+    """The embeddings of a dataset.
 
     Raises:
         UserError: it is not scored, or without embeddings, or with those of different networks.
@@ -79,7 +79,7 @@ def embeddings_of(dataset: DatasetDir) -> Embeddings:
     if not images.has_embeddings:
         raise UserError(
             f"{dataset.root} has no embeddings to search. Set score.store_embeddings: true (and score.clip_weights) "
-            f"in {dataset.recipe} and run `sdtrain build {dataset.recipe} --output {dataset.root}`: it scores anew."
+            f"in {dataset.recipe} and run `sdtrain build {dataset.recipe} --output {dataset.root}`: it scores again."
         )
     shards = list(selected_shards(dataset))
     schema = pq.read_schema(dataset.scores(shards[0]))

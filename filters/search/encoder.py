@@ -1,4 +1,4 @@
-"""Captions and images as the embeddings of the network that scored a dataset."""
+"""Encoder of captions and images: the network that scored a dataset."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from PIL import Image
 from filters.recipe import ScoreConfig
 from filters.search.index import IndexInfo
 from sdtrain.errors import UserError
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import clip_view, normalised, pixels_of
-from sdtrain.models.digests import clip_digest
-from sdtrain.models.weights import RANDOM, RANDOM_FULL
+from sdtrain.models.clip import clip_preprocess, clip_view, load_clip, normalised, pixels_of
+from sdtrain.models.weights import RANDOM, RANDOM_FULL, clip_digest
 
 _BATCH = 32
 
@@ -39,7 +37,7 @@ class Encoder:
         ):
             raise UserError(
                 f"The dataset was scored with CLIP {info.clip_model} ({info.clip_digest}), and its recipe.yaml names "
-                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores anew, or undo the recipe."
+                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores again, or undo the recipe."
             )
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         network, self._tokenizer = load_clip(config.clip_model, weights)

@@ -1,4 +1,4 @@
-"""What is known of images that were found: where they are from, why they stayed, and their bytes."""
+"""Images that a search found: their origin, status, scores and bytes."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Hit:
     """An image of the dataset.
 
     Attributes:
-        nearness: to what was asked: a cosine, or the share of the words that its caption has.
+        similarity: to the question: a cosine, or the share of the words that its caption has.
         reason: why it was dropped; None if it was kept, "undecided" before `keep`.
         scores: LAION's as `NAME_metadata` and ours as `NAME_image`, where there are any.
         others: further columns of the metadata.
     """
 
-    nearness: float
+    similarity: float
     uid: str
     key: str
     shard: int
@@ -52,7 +52,7 @@ class Hit:
     num_bytes: int | None = None
 
     @property
-    def fate(self) -> str:
+    def status(self) -> str:
         """Why it is, or is not, in the training data."""
         return self.reason or "kept"
 
@@ -64,8 +64,8 @@ class Hit:
     def row(self) -> dict[str, Any]:
         """For tables and JSON."""
         size = f"{self.width}x{self.height}" if self.width else None
-        named = {"nearness": round(self.nearness, 4), "caption": self.caption, "url": self.url, "key": self.key}
-        named |= {"fate": self.fate, "size": size, "uid": self.uid, "sha256": self.sha256, "image": self.place}
+        named = {"nearness": round(self.similarity, 4), "caption": self.caption, "url": self.url, "key": self.key}
+        named |= {"fate": self.status, "size": size, "uid": self.uid, "sha256": self.sha256, "image": self.place}
         return named | dict(self.scores) | dict(self.others)
 
 
@@ -89,7 +89,7 @@ def image_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
 
 
 def look_up(dataset: DatasetDir, found: Iterable[tuple[float, int, str]]) -> list[Hit]:
-    """What is known of (nearness, shard, uid), in the same order; what nothing is known of is left out."""
+    """The hits of (similarity, shard, uid), in the same order, without those that no table has."""
     asked = list(found)
     shards, uids = sorted({shard for _, shard, _ in asked}), sorted({uid for _, _, uid in asked})
     if not asked:
@@ -100,23 +100,23 @@ def look_up(dataset: DatasetDir, found: Iterable[tuple[float, int, str]]) -> lis
         decisions = _rows(connection, [dataset.decisions], "decisions", uids)
     is_decided = dataset.decisions.exists()
     hits = []
-    for nearness, shard, uid in asked:
+    for similarity, shard, uid in asked:
         images = rows["images"].get(uid)
         if images is not None:
             reason = decisions.get(uid, {}).get("reason") if is_decided else "undecided"
             hits.append(
-                _hit(nearness, shard, images, rows["selection"].get(uid, {}), rows["scores"].get(uid, {}), reason)
+                _hit(similarity, shard, images, rows["selection"].get(uid, {}), rows["scores"].get(uid, {}), reason)
             )
     return hits
 
 
 def _hit(
-    nearness: float, shard: int, images: dict[str, Any], chosen: dict[str, Any], scores: dict[str, Any], reason: Any
+    similarity: float, shard: int, images: dict[str, Any], chosen: dict[str, Any], scores: dict[str, Any], reason: Any
 ) -> Hit:
     known = {f"{name}_metadata": chosen.get(name) for name in SCORE_COLUMNS}
     known |= {f"{name}_image": scores.get(name) for name in SCORE_COLUMNS}
     return Hit(
-        nearness=nearness,
+        similarity=similarity,
         uid=images["uid"],
         key=images["key"],
         shard=shard,

@@ -1,4 +1,4 @@
-"""The vector index of a dataset's embeddings, kept in the dataset and made anew when they change.
+"""The vector index of a dataset's embeddings, kept in the dataset and rebuilt when they change.
 
 | images | index | memory while searching | disk | finds |
 |---|---|---|---|---|
@@ -38,7 +38,7 @@ _SEED = 42
 
 
 class IndexInfo(BaseModel):
-    """What an index is of.
+    """The contents of an index.
 
     Attributes:
         clip_model: whose embeddings, by open_clip's name.
@@ -104,7 +104,7 @@ def open_index(dataset: DatasetDir) -> ImageIndex:
 
 
 def forget_index(dataset: DatasetDir) -> None:
-    """Deletes all indices of a dataset; they hold the embeddings of what was taken out."""
+    """Deletes all indices of a dataset; they hold the embeddings of removed samples."""
     shutil.rmtree(dataset.search, ignore_errors=True)
 
 
@@ -145,7 +145,7 @@ def _write_exact(embeddings: Embeddings, num_lists: int, made: Path, work: Path)
     faiss = load_faiss()
     kind, metric = faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
     index = faiss.IndexIDMap(faiss.IndexScalarQuantizer(embeddings.width, kind, metric))
-    for block in _told(embeddings):
+    for block in _with_progress(embeddings):
         index.add_with_ids(unit(block.vectors), block.numbers)
     faiss.write_index(index, str(made / "index.faiss"))
     return int(index.ntotal)
@@ -163,7 +163,7 @@ def _write_lists(embeddings: Embeddings, num_lists: int, made: Path, work: Path)
     index = faiss.IndexIVFScalarQuantizer(quantizer, embeddings.width, len(centers), kind, metric, False)
     index.train(centers)
     parts = list[str]()
-    for block in _told(embeddings):
+    for block in _with_progress(embeddings):
         index.add_with_ids(unit(block.vectors), block.numbers)
         if index.ntotal >= _BLOCK_ROWS:
             parts.append(_write_part(index, work, len(parts)))
@@ -180,7 +180,7 @@ def _write_part(index: Any, work: Path, number: int) -> str:
     return path
 
 
-def _told(embeddings: Embeddings) -> Iterator[Block]:
+def _with_progress(embeddings: Embeddings) -> Iterator[Block]:
     return report_progress(
         embeddings.blocks(), "search: index", embeddings.images.num, "images", lambda b: len(b.numbers)
     )

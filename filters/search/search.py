@@ -1,13 +1,16 @@
-"""The images of a dataset that are nearest to a caption or to another image."""
+"""Search of a dataset by a caption's or image's embedding, by words, or by key."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
+import duckdb
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -17,9 +20,9 @@ from filters.search.embeddings import kept_vectors
 from filters.search.encoder import Encoder, is_stand_in
 from filters.search.hits import Hit, look_up
 from filters.search.index import ImageIndex, open_index
-from filters.search.words import by_key, by_words
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.selection import selected_shards
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header
@@ -27,6 +30,15 @@ from sdtrain.images.header import read_header
 MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 32 * 2**20
 _MAX_LOOKED_AT = 1 << 14
+_WORD = re.compile(r"\w+")
+# Captions are cut at all that is neither letter nor digit nor underscore, as `\w` has it.
+_MATCHED = """
+SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{L}\\p{N}_]+'), $words)) AS matched, shard, uid
+FROM (SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard
+      FROM read_parquet($images, filename = true, union_by_name = true) WHERE reason IS NULL AND caption IS NOT NULL)
+WHERE matched > 0"""
+_KEPT = " AND uid IN (SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL)"
+_FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 
 
 class Search:
@@ -50,7 +62,7 @@ class Search:
 
     @property
     def num_pictures(self) -> int:
-        """How many can be found."""
+        """The number of images that can be found."""
         return self._index.info.num_vectors
 
     @property
@@ -88,7 +100,7 @@ class Search:
         Args:
             vectors: what is asked.
             top: at most this many each.
-            kept_only: without images that were dropped; then more are looked at until there are enough, up to the
+            kept_only: without images that were dropped; then more are fetched until there are enough, up to the
                 nearest `_MAX_LOOKED_AT`.
 
         Raises:
@@ -129,10 +141,10 @@ class Search:
         for question, place in zip(questions, places, strict=True):
             if place is None:
                 continue
-            nearness, _, uid = next(found)
+            similarity, _, uid = next(found)
             hit = known.get(uid)
             if hit is not None and not (kept_only and hit.reason is not None):
-                by_question[question].append(replace(hit, nearness=nearness))
+                by_question[question].append(replace(hit, similarity=similarity))
         return by_question
 
     @cached_property
@@ -168,3 +180,27 @@ def read_image_file(path: Path) -> Image.Image:
         return read_image(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
+    """(share of the words, shard, uid) of the downloaded images whose captions have most of them, shortest first."""
+    words = sorted(set(_WORD.findall(text.lower())))
+    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    if not words or not images:
+        return []
+    with closing(duckdb.connect()) as connection:
+        asked = {"words": words, "images": images, "top": top}
+        asked |= {"decisions": str(dataset.decisions)} if kept_only else {}
+        rows = connection.execute(_MATCHED + (_KEPT if kept_only else "") + _FIRST, asked).fetchall()
+    return [(matched / len(words), shard, uid) for matched, shard, uid in rows]
+
+
+def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
+    """(1, shard, uid) of the downloaded image with this key, if there is one."""
+    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    query = (
+        "SELECT 1.0, parse_filename(filename, true)::INTEGER, uid FROM read_parquet(?, filename = true, "
+        "union_by_name = true) WHERE key = ? AND reason IS NULL"
+    )
+    with closing(duckdb.connect()) as connection:
+        return connection.execute(query, [images, key]).fetchall() if images else []

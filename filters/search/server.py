@@ -1,4 +1,4 @@
-"""The page on which a dataset is searched: `sdtrain search DATASET --serve`.
+"""The search page of a dataset: `sdtrain search DATASET --serve`.
 
 Everything is put together here and escaped by the template; the page's script only sends a dropped image. Images
 are named by key, which is digits, and read from the tars at the place that the tables give.
@@ -99,7 +99,7 @@ class SearchPage:
         return environment().get_template("search.html").render(context | {"is_stand_in": self.search.is_stand_in})
 
     def _find(self, asked: dict[str, str], by: str) -> tuple[list[Hit] | None, str]:
-        """What was found, and the address of the image that was asked for."""
+        """The hits, and the address of the image that was asked for."""
         question, kept = asked["q"].strip()[:_MAX_CHARS], asked["only"] == "kept"
         if asked["image"]:
             known = self._asked.get(asked["image"])

@@ -1,1 +1,1 @@
-"""Which rows of the metadata are taken, in which order: the stage SELECT."""
+"""The stage SELECT: rows of the metadata in shuffled order."""

@@ -1,4 +1,4 @@
-"""Entries of blocklists and allowlists, as they stand in text files."""
+"""Parsing of the entries of blocklists and allowlists in text files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
         name: of the file, for the sentence.
 
     Raises:
-        UserError: names file and line of an entry that is not what the list goes by.
+        UserError: names file and line of an entry that is not of the list's kind.
     """
     read = _READERS[by]
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Blocklists and allowlists: which rows that pass the rules may not be used all the same."""
+"""Blocklists and allowlists: they refuse rows that pass the rules."""
 
 from __future__ import annotations
 
@@ -11,21 +11,27 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe import ListConfig, SelectConfig
-from filters.select.hash_check import check_hashes
-from filters.select.hosts import host_sql, register_host_of
 from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
 from filters.select.metadata_files import PARQUET, find_files, first_line, is_parquet, prepare, read_footers
-from filters.select.schema import MetadataFile, normalised_sql, quoted
-from filters.select.sql_functions import URL_CAPTION, hash_sql
+from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
+from filters.select.sql_functions import (
+    UID,
+    URL_CAPTION,
+    Lookup,
+    hash_sql,
+    host_suffix_sql,
+    lookup_sql,
+    register_host_of,
+)
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
-# A row's key, from our columns; a host has one for each number of labels that listed hosts have.
+# A row's key, from our columns.
 _KEYS = {
     "url": "md5_number(trim(url))",
     "hash": f"coalesce(hash, {hash_sql('url', 'caption')})",
-    "uid": "md5_number(md5(trim(coalesce(url, '')) || chr(10) || coalesce(caption, '')))",
+    "uid": f"md5_number({UID})",
     "md5": "md5_number(md5)",
     "sha256": "md5_number(sha256)",
     "url_caption": URL_CAPTION,
@@ -44,22 +50,18 @@ class _Table:
     by: str
     allows: bool
     num_labels: tuple[int, ...]
-    """How many labels the listed hosts have; (0,) for what is no host."""
+    """How many labels the listed hosts have; none for other lists."""
 
     @property
-    def keys(self) -> list[tuple[str, str]]:
-        """The row's columns to look up in the table, and their SQL."""
-        if self.by != "host":
-            return [(f"key_{self.number}", _KEYS[self.by])]
-        return [
-            (f"key_{self.number}_{labels}", f"array_to_string(string_split(host, '.')[-{labels}:], '.')")
-            for labels in self.num_labels
-        ]
+    def lookups(self) -> list[Lookup]:
+        """One, but for hosts: one for each number of labels."""
+        keys = [host_suffix_sql(num) for num in self.num_labels] if self.by == "host" else [_KEYS[self.by]]
+        return [Lookup(f"list_{self.number}", f"l{self.number}_{n}", key) for n, key in enumerate(keys)]
 
     @property
     def lists_row(self) -> str:
         """SQL condition: the row is on the list."""
-        return f"({' OR '.join(f'l_{key}.key IS NOT NULL' for key, _ in self.keys) or 'false'})"
+        return f"({' OR '.join(f'{lookup.alias}.key IS NOT NULL' for lookup in self.lookups) or 'false'})"
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,14 @@ class Lists:
     """Blocklists and allowlists that lie in tables of a connection."""
 
     tables: tuple[_Table, ...] = ()
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def sql(self, rows: str) -> str:
         """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
         if not self.tables:
             return f"SELECT *, NULL::VARCHAR AS list_reason FROM ({rows})"  # noqa: S608
-        keys = [key for table in self.tables for key in table.keys]
-        hosts = f", {host_sql('trim(url)')} AS host" if any(table.by == "host" for table in self.tables) else ""
-        looked_up = ", ".join(f"{sql} AS {key}" for key, sql in keys)
-        joins = " ".join(
-            f"LEFT JOIN list_{table.number} l_{key} ON l_{key}.key = r.{key}"
-            for table in self.tables
-            for key, _ in table.keys
-        )
-        hidden = ", ".join([key for key, _ in keys] + (["host"] if hosts else []))
-        # S608: the names are from ALIASES and numbers.
-        keyed = f"SELECT *, {looked_up} FROM (SELECT *{hosts} FROM ({rows}))"  # noqa: S608
-        return f"SELECT r.* EXCLUDE ({hidden}), {self._case()} AS list_reason FROM ({keyed}) r {joins}"  # noqa: S608
+        lookups = [lookup for table in self.tables for lookup in table.lookups]
+        return lookup_sql(rows, lookups, f", {self._case()} AS list_reason")
 
     def _case(self) -> str:
         blocked = [table.lists_row for table in self.tables if not table.allows]
@@ -102,7 +94,7 @@ def load_lists(
 ) -> Lists:
     """Reads the lists of a recipe into tables of `connection`.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a list goes by hash.
+    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a list is keyed by hash.
 
     Args:
         connection: where the metadata is read too.
@@ -111,21 +103,21 @@ def load_lists(
         joined: columns that score files bring.
 
     Raises:
-        UserError: a list that is missing, unreadable or goes by what the metadata does not have.
+        UserError: a list that is missing, unreadable or keyed by a column that the metadata lacks.
     """
-    tables, notes = [], list[str]()
+    tables, remarks = [], list[str]()
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]
     if any(config.by == "host" for config, _ in configs):
         register_host_of(connection)
     for number, (config, allows) in enumerate(configs):
-        notes += _check_key(config, files, joined)
+        remarks += _check_key(config, files, joined)
         try:
             num_entries, num_unusable = _load(connection, number, config)
         except duckdb.Error as error:
             raise UserError(f"The list {config.files} cannot be read: {first_line(error)}") from error
         tables.append(_Table(number, config.by, allows, _num_labels(connection, number, config)))
-        notes.append(_note(config, allows, num_entries, num_unusable))
-    return Lists(tuple(tables), tuple(notes))
+        remarks.append(_remark(config, allows, num_entries, num_unusable))
+    return Lists(tuple(tables), tuple(remarks))
 
 
 def list_files(config: ListConfig) -> list[str]:
@@ -225,12 +217,12 @@ def _lines(connection: duckdb.DuckDBPyConnection, path: str) -> Iterator[str]:
 
 def _num_labels(connection: duckdb.DuckDBPyConnection, number: int, config: ListConfig) -> tuple[int, ...]:
     if config.by != "host":
-        return (0,)
+        return ()
     query = f"SELECT DISTINCT len(string_split(key, '.')) AS num FROM list_{number} ORDER BY num"  # noqa: S608
     return tuple(num for (num,) in connection.execute(query).fetchall())
 
 
-def _note(config: ListConfig, allows: bool, num_entries: int, num_unusable: int) -> str:
+def _remark(config: ListConfig, allows: bool, num_entries: int, num_unusable: int) -> str:
     unusable = f"; {num_unusable:,} rows of it hold none and were passed over" if num_unusable else ""
     kind = "allowlist" if allows else "blocklist"
     return f"{kind} {without_secrets(config.files)}: {num_entries:,} entries, by {config.by}{unusable}"

@@ -1,23 +1,27 @@
-"""From what a recipe names to Parquet files, on disk or on the web, and what their footers say."""
+"""The Parquet files that a recipe names, on disk or on the web, what their footers say, and remarks on them."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import duckdb
 
-from filters.columns import SwappedSizes
+from filters.columns import ALIASES, SCORE_COLUMNS, SwappedSizes
+from filters.recipe import SelectConfig
+from filters.rules import RULES, active_rules
 from filters.select.httpfs import is_remote, load_remote, whole_location
 from filters.select.schema import MetadataFile, describe_file, turn_sizes
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
 PARQUET = ".parquet"
+_RELIC = "__index_level_0__"
 _GLOB = frozenset("*?[")
 
 
@@ -174,10 +178,10 @@ def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) 
     if not urls:
         return {}
     query = """
-        SELECT file_name, sha256(string_agg(said, chr(10) ORDER BY row_group_id, column_id)) FROM (
+        SELECT file_name, sha256(string_agg(described, chr(10) ORDER BY row_group_id, column_id)) FROM (
             SELECT file_name, row_group_id, column_id, concat_ws('|', row_group_num_rows, path_in_schema, type,
                 num_values, stats_null_count, stats_min_value, stats_max_value, compression, data_page_offset,
-                total_compressed_size, total_uncompressed_size) AS said
+                total_compressed_size, total_uncompressed_size) AS described
             FROM parquet_metadata(?)
         ) GROUP BY file_name
     """
@@ -188,3 +192,59 @@ def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) 
 def first_line(error: Any) -> str:
     """The first line of an error of DuckDB's, which may go on with advice for people who write SQL."""
     return str(error).strip().partition("\n")[0]
+
+
+def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
+    """Sentences on swapped sizes, other scales, other names, missing columns and missing values.
+
+    Joins and lists have remarks of their own.
+    """
+
+    def of(num: int) -> str:
+        return f"{num} of {len(files)} files"
+
+    remarks = []
+    swapped = sum(file.swapped for file in files)
+    if swapped:
+        why = "raw LAION release" if select.swapped_sizes == "auto" else "select.swapped_sizes"
+        remarks.append(f"{of(swapped)} have WIDTH and HEIGHT swapped ({why}); turned back")
+    v1 = [file.columns["aesthetic_v1"] for file in files if "aesthetic_v1" in file.columns]
+    if v1:
+        remarks.append(f"column {v1[0]} of {of(len(v1))} holds V1 scores; used only by min_aesthetic_v1")
+    remarks += _renamed(files, of)
+    remarks += _floats(files, of)
+    relics = sum(_RELIC in file.all_columns for file in files)
+    if relics:
+        remarks.append(f"{_RELIC} of {of(relics)} ignored")
+    usual = set(SCORE_COLUMNS) - {"aesthetic_v1"}  # which few have, and few look for
+    for column in (name for name in ALIASES if name in usual):
+        num_without = sum(column not in file.columns for file in files)
+        if num_without:
+            remarks.append(f"{of(num_without)} have no {column}: NULL there")
+    return remarks + _null_policy(select)
+
+
+def _renamed(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str]:
+    """Columns whose name says more than ours does."""
+    found = Counter((ours, name) for file in files for ours, name in file.columns.items() if _tells_more(ours, name))
+    return [f"{ours} is read from {name} in {of(num)}" for (ours, name), num in found.items()]
+
+
+def _tells_more(ours: str, name: str) -> bool:
+    plain = {ours, "caption", "text", "aesthetic_score", *(("width", "height") if ours in ("width", "height") else ())}
+    return ours != "aesthetic_v1" and name.lower() in ALIASES[ours] and name.lower() not in plain
+
+
+def _floats(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str]:
+    num = sum(file.types.get("width") in ("FLOAT", "DOUBLE") for file in files)
+    return [f"sizes in {of(num)} are fractions; cut to whole pixels, NaN is NULL"] if num else []
+
+
+def _null_policy(select: SelectConfig) -> list[str]:
+    judged = {RULES[name].column for name in active_rules(select.rules)} & set(SCORE_COLUMNS)
+    if not judged:
+        return []
+    names = ", ".join(column for column in ALIASES if column in judged)
+    if select.null_policy == "drop":
+        return [f"rows with NULL or NaN in {names} are dropped (null_policy: drop)"]
+    return [f"rows with NULL or NaN in {names} stay until the image is scored (null_policy: score_later)"]

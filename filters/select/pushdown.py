@@ -1,4 +1,4 @@
-"""Conditions on the plain columns of Parquet files that rules imply: DuckDB skips row groups by them."""
+"""Predicate pushdown: conditions on plain Parquet columns that rules imply, by which DuckDB skips row groups."""
 
 from __future__ import annotations
 
@@ -15,41 +15,39 @@ Value = float | int | list[str]
 
 
 @dataclass(frozen=True)
-class Prefilter:
-    """Rules whose bounds are looked at while the files are read.
+class Pushdown:
+    """Rules whose conditions are pushed down into the Parquet reader.
 
     Attributes:
         rules: the recipe's.
-        null_passes: our names of columns where NULL does not drop a row: because a missing score is judged later, or
-            because a join may still fill it.
+        null_passes: our names of columns where NULL does not drop a row, because a missing score is decided on later
+            or a join may still fill it.
     """
 
     rules: Mapping[str, RuleValue]
     null_passes: Collection[str] = ()
 
 
-def prefilter_sql(
-    prefilter: Prefilter, columns: Mapping[str, str], types: Mapping[str, str]
-) -> tuple[str, list[Value]]:
+def pushdown_sql(pushdown: Pushdown, columns: Mapping[str, str], types: Mapping[str, str]) -> tuple[str, list[Value]]:
     """A condition that holds for every row which the rules let pass, and the values to bind.
 
     It may hold for others too: whoever uses it must still ask the rules.
 
     Args:
-        prefilter: the rules.
+        pushdown: the rules.
         columns: our name -> the SQL of the plain column, for those that the files have.
         types: our name -> its DuckDB type in the files.
     """
     conditions, values = [], list[Value]()
-    for name in active_rules(prefilter.rules):
-        for column, operator in RULES[name].bounds:
-            if column != RULES[name].column in prefilter.null_passes:
+    for name in active_rules(pushdown.rules):
+        for column, operator in RULES[name].pushdown:
+            if column != RULES[name].column in pushdown.null_passes:
                 continue  # it follows from several columns, which may have values that give NULL together
-            null_passes = not {column, RULES[name].column}.isdisjoint(prefilter.null_passes)
+            null_passes = not {column, RULES[name].column}.isdisjoint(pushdown.null_passes)
             if column not in columns:
                 conditions += [] if null_passes else ["false"]
                 continue
-            bounds = _bounds(columns[column], types[column], operator, prefilter.rules[name])
+            bounds = _bounds(columns[column], types[column], operator, pushdown.rules[name])
             for condition, value in bounds:
                 conditions.append(_or_missing(condition, columns[column], types[column]) if null_passes else condition)
                 values.append(value)

@@ -1,4 +1,4 @@
-"""Which rows a dataset's ledger of removed samples knows, as SQL."""
+"""Lookup of rows in a dataset's ledger of removed samples, as SQL."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from filters.select.hosts import host_sql, register_host_of
+from filters.select.sql_functions import UID, Lookup, host_suffix_sql, lookup_sql, register_host_of
 from sdtrain.dataset.removal_ledger import digest_sql, removed_hashes
 
-# What a row is known by: the kind of the ledger's row, and the row's own value.
-_UID = "md5(trim(coalesce(url, '')) || chr(10) || coalesce(caption, ''))"
-METADATA_KEYS = {"uid": _UID, "url": "trim(url)", "host": host_sql("trim(url)"), "sha256": "sha256"}
 _BATCH = 100_000
 
 
@@ -40,33 +37,24 @@ class Blocked:
             labels = connection.execute("SELECT DISTINCT labels FROM removed_host ORDER BY labels").fetchall()
             self._num_labels = [number for (number,) in labels]
 
-    def sql(self, rows: str, keys: dict[str, str]) -> str:
-        """`rows` (a SELECT) and column `is_removed`.
+    def sql(self, rows: str, uid: str = UID) -> str:
+        """`rows` (a SELECT of `url`, `sha256` and what `uid` names) and column `is_removed`.
 
         Args:
             rows: to look at.
-            keys: kind -> SQL of the row's value for it; see `METADATA_KEYS`.
+            uid: SQL of a row's uid.
         """
-        lookups = list[tuple[str, str]]()
-        for kind in ("uid", "url", "sha256", "host"):
-            if kind in self._kinds and kind in keys:
-                lookups += [(kind, digest_sql(kind, value)) for value in self._values(kind, keys[kind])]
-        joins = [f"LEFT JOIN removed_{kind} x{n} ON x{n}.digest = r.key{n}" for n, (kind, _) in enumerate(lookups)]
-        keyed = "".join(f", {digest} AS key{n}" for n, (_, digest) in enumerate(lookups))
-        found = " OR ".join(f"x{n}.digest IS NOT NULL" for n in range(len(lookups))) or "false"
-        hidden = ", ".join(f"key{n}" for n in range(len(lookups)))
-        shown = f"r.* EXCLUDE ({hidden})" if hidden else "r.*"
-        # S608: names and expressions are constants, and numbers.
-        return f"SELECT {shown}, ({found}) AS is_removed FROM (SELECT *{keyed} FROM ({rows})) r {' '.join(joins)}"  # noqa: S608
-
-    def _values(self, kind: str, value: str) -> list[str]:
-        if kind != "host":
-            return [value]
-        # A host means its subdomains too: its last labels, as many as a listed host has, are looked up.
-        return [f"array_to_string(string_split({value}, '.')[-{number}:], '.')" for number in self._num_labels]
+        values = {"uid": [uid], "url": ["trim(url)"], "sha256": ["sha256"]}
+        values["host"] = [host_suffix_sql(num) for num in self._num_labels]
+        keys = [(kind, digest_sql(kind, value)) for kind in values if kind in self._kinds for value in values[kind]]
+        lookups = [Lookup(f"removed_{kind}", f"x{n}", key, "digest") for n, (kind, key) in enumerate(keys)]
+        found = " OR ".join(f"{lookup.alias}.digest IS NOT NULL" for lookup in lookups) or "false"
+        return lookup_sql(rows, lookups, f", ({found}) AS is_removed")
 
 
-def alike_uids(connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table) -> pa.Table:
+def near_duplicate_uids(
+    connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table
+) -> pa.Table:
     """The uids of rows whose perceptual hash is near a removed one, each once.
 
     Args:

@@ -1,4 +1,4 @@
-"""The rows that a recipe's rules let pass, read from Parquet by DuckDB, and what dropped the others."""
+"""The rows that pass a recipe's rules, read from Parquet by DuckDB, and the reasons that dropped the others."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from filters.columns import ALIASES, SCORE_COLUMNS
 from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
 from filters.select.metadata_files import first_line, prepare
-from filters.select.pushdown import Prefilter
+from filters.select.pushdown import Pushdown
 from filters.select.schema import MetadataFile, check_columns, normalised_sql
-from filters.select.side_inputs import Extras, has_extras, load_extras
-from filters.select.urls import allowed_sql, register_url_check
+from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
+from filters.select.sql_functions import allowed_sql, register_url_check
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.dataset.removal_ledger import LEDGER
+from sdtrain.dataset.uid import uid_sql
 from sdtrain.errors import UserError
 
 # Rows that one query looks at: enough that starting it does not count.
@@ -39,7 +40,7 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from, and what judges them.
+    """The metadata files and the configuration that filters their rows.
 
     Attributes:
         folder: for what does not fit into memory.
@@ -54,38 +55,38 @@ class Source:
     removed: pa.Table = field(default_factory=LEDGER.empty_table)
 
     @property
-    def has_extras(self) -> bool:
+    def has_side_inputs(self) -> bool:
         """Whether more than the metadata is read."""
-        return has_extras(self.select) or len(self.removed) > 0
+        return has_side_inputs(self.select) or len(self.removed) > 0
 
 
 @contextmanager
-def open_survivors(source: Source) -> Iterator[Survivors]:
-    """The survivors of `source`, with joins and lists read into a database for as long as the block lasts.
+def open_passing_rows(source: Source) -> Iterator[PassingRows]:
+    """The rows of `source` that pass, with joins and lists read into a database for as long as the block lasts.
 
     Raises:
         UserError: here and in the block: a file is missing, cannot be read, or lacks a column that a rule needs.
     """
     # On disk, because score files and lists may be larger than memory.
-    place = source.folder / "extras.duckdb" if source.has_extras else ":memory:"
+    place = source.folder / "side_inputs.duckdb" if source.has_side_inputs else ":memory:"
     with _readable(source), closing(duckdb.connect(place)) as database:
-        survivors = Survivors(source, database)
-        check_columns(source.files, source.select.rules, survivors.null_passes)
-        yield survivors
+        passing = PassingRows(source, database)
+        check_columns(source.files, source.select.rules, passing.null_passes)
+        yield passing
 
 
-class Survivors:
-    """Which rows pass; see `open_survivors`."""
+class PassingRows:
+    """The rows that pass, see `open_passing_rows`."""
 
     def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
         self.source = source
         self._database = database
-        self.extras: Extras | None = None
-        if source.has_extras:
+        self.side_inputs: SideInputs | None = None
+        if source.has_side_inputs:
             memory_mib = max(_READER_MIB, psutil.virtual_memory().available // 2**21)
             _set_up(database, source, source.num_threads, memory_mib)
-            self.extras = load_extras(database, source.select, source.files, source.removed)
-        joined = self.extras.joins.columns if self.extras else frozenset[str]()
+            self.side_inputs = load_side_inputs(database, source.select, source.files, source.removed)
+        joined = self.side_inputs.joins.columns if self.side_inputs else frozenset[str]()
         score_later = SCORE_COLUMNS if source.select.null_policy == "score_later" else ()
         self._joined = joined
         self._null_policy = score_later
@@ -99,8 +100,8 @@ class Survivors:
         return {*self._null_policy, *self._joined}
 
     def count(self) -> tuple[int, Counter[str]]:
-        """How many rows pass the rules, and how many each of them drops; reads no column but theirs."""
-        rows, values = self._rows(self.source.files, prefilter=None)
+        """The number of rows that pass the rules, and of those that each rule drops; reads no column but theirs."""
+        rows, values = self._rows(self.source.files, pushdown=None)
         reason, bound = self._reason()
         query = f"SELECT {reason} AS reason, count(*) FROM ({rows}) GROUP BY ALL"  # noqa: S608
         with self._cursor(self.source.num_threads) as connection:
@@ -114,7 +115,7 @@ class Survivors:
         Returns:
             What dropped rows that had passed the rules: their URLs, and lists.
         """
-        if self.extras:  # one query, because every query would begin by making hash tables of joins and lists
+        if self.side_inputs:  # one query, because every query would begin by making hash tables of joins and lists
             with self._cursor(self.source.num_threads) as connection:
                 return self._read(connection, self.source.files, None, consume)
         local, connections = threading.local(), list[Any]()
@@ -150,25 +151,28 @@ class Survivors:
         return dropped
 
     def _query(self, files: Sequence[MetadataFile], numbers: tuple[int, int] | None) -> tuple[str, list[Any]]:
-        rows, values = self._rows(files, Prefilter(self.source.select.rules, self.null_passes), numbers)
+        rows, values = self._rows(files, Pushdown(self.source.select.rules, self.null_passes), numbers)
         rule, bound = self._reason()
         passed = f"SELECT * FROM ({rows}) WHERE {rule} IS NULL"  # noqa: S608
-        listed = self.extras.listed_sql(passed) if self.extras else f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
+        listed = f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
+        if self.side_inputs:
+            listed = self.side_inputs.listed_sql(passed)
         # URLs come after the rules, because looking at all of them takes longer than everything else together.
         late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
         query = f"""
-            SELECT coalesce({late}, list_reason) AS reason, md5(url || chr(10) || caption) AS uid,
+            SELECT coalesce({late}, list_reason) AS reason, {uid_sql()} AS uid,
                 {", ".join(self.columns)}
             FROM ({listed})
         """  # noqa: S608 - names are from ALIASES and RULES, values are bound
         return query, [*values, *bound]
 
     def _rows(
-        self, files: Sequence[MetadataFile], prefilter: Prefilter | None, numbers: tuple[int, int] | None = None
+        self, files: Sequence[MetadataFile], pushdown: Pushdown | None, numbers: tuple[int, int] | None = None
     ) -> tuple[str, list[Any]]:
-        """Rows under our names, scores joined, with what the rules look at: sizes and captions in other words."""
-        rows, values = normalised_sql(files, prefilter, bool(self.extras and self.extras.compute_hash), numbers)
-        joined = self.extras.joins.sql(rows) if self.extras else rows
+        """Rows under our names, with joined scores and the derived columns that rules need."""
+        compute_hash = bool(self.side_inputs and self.side_inputs.compute_hash)
+        rows, values = normalised_sql(files, pushdown, compute_hash, numbers)
+        joined = self.side_inputs.joins.sql(rows) if self.side_inputs else rows
         cleaned = f"SELECT * REPLACE (coalesce(caption, '') AS caption, {_TRIMMED} AS url) FROM ({joined})"  # noqa: S608
         return f"SELECT *, {derived_sql()} FROM ({cleaned})", values  # noqa: S608
 
@@ -202,7 +206,7 @@ class Survivors:
     @contextmanager
     def _cursor(self, num_threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection of the database with joins and lists, or, where there are none, to a database of its own."""
-        if self.extras:
+        if self.side_inputs:
             yield self._database
             return
         with closing(duckdb.connect()) as connection:

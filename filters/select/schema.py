@@ -6,12 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import duckdb
+
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
-from filters.rules import DERIVED_FROM, RULES
-from filters.select.pushdown import Prefilter, prefilter_sql
-from filters.select.sql_functions import hash_sql
+from filters.rules import RULES, sources_of
+from filters.select.pushdown import Pushdown, pushdown_sql
+from filters.select.sql_functions import hash_sql, laion_hash
 from sdtrain.errors import UserError
 
+# To compare `hash` with.
+_HASHES_CHECKED = 1000
+_HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
 # Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
@@ -99,7 +104,7 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
     needed = {"url": "", "caption": ""}
     for rule in rules:
         column = RULES[rule].column
-        for source in DERIVED_FROM.get(column, (column,)):
+        for source in sources_of(column):
             needed.setdefault(source, f", which rule '{rule}' needs")
     required = {column: purpose for column, purpose in needed.items() if column not in set(missing_passes)}
     for file in files:
@@ -133,7 +138,7 @@ def _refuse_v1(file: MetadataFile, column: str, purpose: str) -> None:
 
 def normalised_sql(
     files: Sequence[MetadataFile],
-    prefilter: Prefilter | None = None,
+    pushdown: Pushdown | None = None,
     compute_hash: bool = False,
     rows: tuple[int, int] | None = None,
 ) -> tuple[str, list[Any]]:
@@ -143,8 +148,8 @@ def normalised_sql(
 
     Args:
         files: the input.
-        prefilter: rules whose bounds are checked while reading, see `prefilter_sql`; rows that pass must still be
-            judged. Without it every row comes.
+        pushdown: rules to push down, see `pushdown_sql`; rows that pass must still be checked. Without it every
+            row comes.
         compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
             (`filters.select.sql_functions.register_laion_hash`). Costs nothing for a query that does not ask for
             `hash`.
@@ -155,7 +160,7 @@ def normalised_sql(
         groups.setdefault((*file.columns.items(), *file.types.items()), []).append(file)
     parts, values = [], list[Any]()
     for group in groups.values():
-        part, bound = _part_sql(group, prefilter, compute_hash, rows)
+        part, bound = _part_sql(group, pushdown, compute_hash, rows)
         parts.append(part)
         values += bound
     return " UNION ALL ".join(parts), values
@@ -163,7 +168,7 @@ def normalised_sql(
 
 def _part_sql(
     group: Sequence[MetadataFile],
-    prefilter: Prefilter | None,
+    pushdown: Pushdown | None,
     compute_hash: bool,
     rows: tuple[int, int] | None,
 ) -> tuple[str, list[Any]]:
@@ -179,8 +184,8 @@ def _part_sql(
     if rows:
         conditions.append("file_row_number >= ? AND file_row_number < ?")
         values += rows
-    if prefilter:
-        condition, bound = prefilter_sql(prefilter, names, group[0].types)
+    if pushdown:
+        condition, bound = pushdown_sql(pushdown, names, group[0].types)
         conditions.append(condition)
         values += bound
     return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
@@ -211,3 +216,34 @@ def column_sql(ours: str, name: str | None, kind: str) -> str:
 def quoted(name: str) -> str:
     """A column's name as SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def check_hashes(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile]) -> int:
+    """Compares `hash` with URL and TEXT on some rows of every file that has all three.
+
+    Returns:
+        How many rows were compared.
+
+    Raises:
+        UserError: a `hash` is something else; names the file and one example.
+    """
+    checked = [file for file in files if {"hash", "url", "caption"} <= set(file.columns)]
+    per_file = max(_HASHES_PER_FILE, _HASHES_CHECKED // max(1, len(checked)))
+    return sum(_check_file(connection, file, per_file) for file in checked)
+
+
+def _check_file(connection: duckdb.DuckDBPyConnection, file: MetadataFile, num_rows: int) -> int:
+    rows, values = normalised_sql([file])
+    sample = f"SELECT url, caption, hash FROM ({rows}) LIMIT {num_rows}"  # noqa: S608 - built from ALIASES
+    compared = 0
+    for url, caption, found in connection.execute(sample, values).fetchall():
+        if found is None and file.types["hash"].endswith("INT"):
+            continue  # not known here; in other types it may be text that is no number
+        compared += 1
+        if found != laion_hash(url, caption):
+            raise UserError(
+                f"Column '{file.columns['hash']}' of {file.path} is not the hash of URL and TEXT: for "
+                f"{url} it holds {found}, not {laion_hash(url, caption)}. Go by url_caption "
+                "instead of hash."
+            )
+    return compared

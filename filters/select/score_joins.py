@@ -1,4 +1,4 @@
-"""Scores from files of their own, joined onto the metadata."""
+"""Joins of score files onto the metadata."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import duckdb
 
 from filters.columns import ALIASES
 from filters.recipe import JOINABLE, JoinConfig
-from filters.select.hash_check import check_hashes
 from filters.select.metadata_files import find_files, first_line, prepare, read_footers
-from filters.select.schema import MetadataFile, normalised_sql, turn_sizes
-from filters.select.sql_functions import URL_CAPTION
+from filters.select.schema import MetadataFile, check_hashes, normalised_sql, turn_sizes
+from filters.select.sql_functions import URL_CAPTION, Lookup, lookup_sql
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
@@ -26,12 +25,12 @@ class Joins:
     Attributes:
         keys: what each table is joined by.
         filled: the columns that each table brings.
-        notes: what was done, as sentences.
+        remarks: what was done, as sentences.
     """
 
     keys: tuple[str, ...] = ()
     filled: tuple[tuple[str, ...], ...] = ()
-    notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def columns(self) -> frozenset[str]:
@@ -42,30 +41,24 @@ class Joins:
         """`rows` (a SELECT of our columns) with NULLs filled from the score files; unchanged where there are none."""
         if not self.keys:
             return rows
-        sources = {column: [f"m.{column}"] for column in ALIASES if column in self.columns}
+        sources = {column: [f"r.{column}"] for column in ALIASES if column in self.columns}
         for number, columns in enumerate(self.filled):
             for column in columns:
                 sources[column].append(f"j{number}.{column}")
         replaced = ", ".join(f"coalesce({', '.join(values)}) AS {column}" for column, values in sources.items())
-        by = sorted(set(self.keys))
-        keys = ", ".join(f"{_KEYS[key]} AS key_{key}" for key in by)
-        joined = " ".join(
-            f"LEFT JOIN {_table(number)} j{number} ON j{number}.key = m.key_{key}"
-            for number, key in enumerate(self.keys)
-        )
-        hidden = ", ".join(f"key_{key}" for key in by)
-        return f"SELECT m.* EXCLUDE ({hidden}) REPLACE ({replaced}) FROM (SELECT *, {keys} FROM ({rows})) m {joined}"  # noqa: S608
+        lookups = [Lookup(_table(number), f"j{number}", _KEYS[key]) for number, key in enumerate(self.keys)]
+        return lookup_sql(rows, lookups, f" REPLACE ({replaced})")
 
 
 def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:
     """Reads the score files of a recipe into tables of `connection`, one row for each key.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join goes by hash.
+    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join is keyed by hash.
 
     Raises:
         UserError: files that are missing or unreadable, or without the columns that a join needs.
     """
-    filled, notes = [], list[str]()
+    filled, remarks = [], list[str]()
     for number, join in enumerate(joins):
         files = join_files(join)
         columns = columns_of(join, files)
@@ -76,9 +69,9 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
             num_rows, num_more = _load(connection, number, join, files, columns)
         except duckdb.Error as error:
             raise UserError(f"The score files {join.files} cannot be read: {first_line(error)}") from error
-        notes.append(_note(join, columns, num_rows, num_more))
+        remarks.append(_remark(join, columns, num_rows, num_more))
         filled.append(columns)
-    return Joins(tuple(join.by for join in joins), tuple(filled), tuple(notes))
+    return Joins(tuple(join.by for join in joins), tuple(filled), tuple(remarks))
 
 
 def join_files(join: JoinConfig) -> list[MetadataFile]:
@@ -94,7 +87,7 @@ def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ..
     """The columns that a join brings, by our names.
 
     Raises:
-        UserError: the files lack what the join goes by, or what it is to bring.
+        UserError: the files lack the join's key, or a column that it is to bring.
     """
     for file in files:
         needed = {"url", "caption"} - set(file.columns)
@@ -146,7 +139,7 @@ def _load(
     return num_rows, num_rows - num_keys
 
 
-def _note(join: JoinConfig, columns: Sequence[str], num_rows: int, num_more: int) -> str:
+def _remark(join: JoinConfig, columns: Sequence[str], num_rows: int, num_more: int) -> str:
     shown = f"{', '.join(columns)} come from {without_secrets(join.files)} ({num_rows:,} rows, by {join.by})"
     more = f"; {num_more:,} of them have the key of another row, and one row of each key was used" if num_more else ""
     return f"{shown} where the metadata has none{more}"

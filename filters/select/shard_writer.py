@@ -1,19 +1,23 @@
-"""Rows in their final order -> selection files of exactly N rows, keyed as img2dataset numbers them."""
+"""Rows in their final order -> selection files of exactly N rows with img2dataset's keys; lookup of selected uids."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from filters.select.shuffle import Keys, shuffle_keys
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 
@@ -21,7 +25,7 @@ _SHARD_DIGITS = 5  # as img2dataset's oom_shard_count
 
 
 def key_digits(samples_per_shard: int) -> int:
-    """How many digits of a key count samples within a shard, as in img2dataset."""
+    """The number of digits that count samples within a shard, as in img2dataset's keys."""
     return math.ceil(math.log10(samples_per_shard))
 
 
@@ -33,7 +37,7 @@ def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
 
 @dataclass
 class ExactShards:
-    """Cuts what it is given into shards and writes them, several at a time.
+    """Splits rows into shards of exactly N and writes several of them concurrently.
 
     Attributes:
         first_shard: number of the first one.
@@ -98,3 +102,36 @@ def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path)
             write_statistics=False,
             row_group_size=samples_per_shard,
         )
+
+
+class SelectedUids:
+    """The uids of finished selections, each a sequence of files in shuffled order.
+
+    Args:
+        selections: the files of each selection, which the same seed has shuffled.
+        seed: that one.
+    """
+
+    def __init__(self, selections: Sequence[Sequence[Path]], seed: int) -> None:
+        self._selections = [files for files in selections if files]
+        self._seed = seed
+        self._first_key = lru_cache(maxsize=None)(self._read_first_key)
+
+    def are_selected(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
+        """(B,) whether each of `uids`, given with their keys in shuffled order, is selected already."""
+        known = np.zeros(len(uids), bool)
+        if not len(uids):
+            return known
+        for files in self._selections:
+            begin = max(0, bisect_right(files, int(keys[0]) - 1, key=self._first_key) - 1)
+            end = bisect_right(files, int(keys[-1]), key=self._first_key)
+            for file in files[begin:end]:
+                known |= pc.is_in(uids, pq.read_table(file, columns=["uid"])["uid"]).to_numpy(zero_copy_only=False)
+        return known
+
+    def _read_first_key(self, file: Path) -> int:
+        first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid"]), None)
+        if first is None:  # all of it was removed: it stands before the next one, wherever that begins
+            following = next(files[files.index(file) + 1 :] for files in self._selections if file in files)
+            return self._first_key(following[0]) if following else 2**64 - 1
+        return int(shuffle_keys(first["uid"], self._seed)[0])

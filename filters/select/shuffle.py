@@ -1,4 +1,4 @@
-"""An exact shuffle of any number of rows in bounded memory: equal seeds give equal orders, whatever came first."""
+"""An exact shuffle of any number of rows in bounded memory; the order depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdtrain.dataset.mixing import GAMMA, mix64
 
 _UID_BYTES = 32
 Keys = npt.NDArray[np.uint64]
-IsKnown = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
+IsSelected = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
 
 
 def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
@@ -41,7 +41,7 @@ class Bucket:
     """Rows whose keys lie in one range, in shuffled order, each uid once.
 
     Attributes:
-        num_before: rows that came in with these uids, those taken out included.
+        num_before: rows that came in with these uids, dropped ones included.
         positions: for each row, how many of the rows that came in stand before it.
     """
 
@@ -77,28 +77,28 @@ class Shuffle:
                 self._files[number].append(spread.slice(begin, end - begin))
             begin = end
 
-    def buckets(self, threads: ThreadPoolExecutor, num_ahead: int, is_known: IsKnown) -> Iterator[Bucket]:
+    def buckets(self, threads: ThreadPoolExecutor, num_ahead: int, is_selected: IsSelected) -> Iterator[Bucket]:
         """All buckets in order, of which some are made ahead of time.
 
         Args:
             threads: does the work.
             num_ahead: how many buckets may be in memory beside the one in use.
-            is_known: see `bucket`.
+            is_selected: see `bucket`.
         """
         waiting = deque[Future[Bucket]]()
         for number in range(self.num_buckets):
-            waiting.append(threads.submit(self.bucket, number, is_known))
+            waiting.append(threads.submit(self.bucket, number, is_selected))
             if len(waiting) > num_ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
-    def bucket(self, number: int, is_known: IsKnown | None = None) -> Bucket:
+    def bucket(self, number: int, is_selected: IsSelected | None = None) -> Bucket:
         """One bucket's rows; of rows with one uid the smallest stays.
 
         Args:
             number: from 0; a bucket's rows stand before those of the next.
-            is_known: says which of some uids, with their keys, in shuffled order, are to be taken out.
+            is_selected: tells which uids, given with their keys in shuffled order, are selected already and so dropped.
         """
         batches = self._files[number].take_all()
         if not batches:
@@ -106,8 +106,8 @@ class Shuffle:
         rows = pa.Table.from_batches(batches).combine_chunks()
         keys = shuffle_keys(rows["uid"].chunk(0), self.seed)
         order, first = _order(rows, keys)
-        if is_known:
-            first &= ~is_known(rows["uid"].chunk(0).take(pa.array(order)), keys[order])
+        if is_selected:
+            first &= ~is_selected(rows["uid"].chunk(0).take(pa.array(order)), keys[order])
         return Bucket(rows.take(pa.array(order[first])), len(rows), np.flatnonzero(first))
 
     def _bucket_of(self, keys: Keys) -> npt.NDArray[np.uint16]:

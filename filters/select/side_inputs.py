@@ -1,4 +1,4 @@
-"""What a selection reads beside its metadata: score files, blocklists and allowlists."""
+"""Side inputs of a selection: score files, blocklists, allowlists and the ledger of removed samples."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe import SelectConfig
-from filters.select.hash_check import check_hashes
 from filters.select.httpfs import is_remote
 from filters.select.lists import Lists, list_files, load_lists
 from filters.select.metadata_files import is_parquet, prepare, read_footers
-from filters.select.removed_rows import METADATA_KEYS, Blocked
-from filters.select.schema import MetadataFile
+from filters.select.removed_rows import Blocked
+from filters.select.schema import MetadataFile, check_hashes
 from filters.select.score_joins import Joins, join_files, load_joins
 from filters.select.sql_functions import register_laion_hash
 from sdtrain.dataset.removal_ledger import LEDGER, REMOVED
@@ -25,41 +24,41 @@ from sdtrain.redaction import without_secrets
 
 
 @dataclass(frozen=True)
-class Extras:
+class SideInputs:
     """Joins and lists of a selection, in tables of a database.
 
     Attributes:
         compute_hash: whether `normalised_sql` must fill `hash` where a file has none.
-        notes: what was done, as sentences.
+        remarks: what was done, as sentences.
     """
 
     joins: Joins
     lists: Lists
     blocked: Blocked
     compute_hash: bool
-    notes: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     def listed_sql(self, rows: str) -> str:
         """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
-        known = self.blocked.sql(self.lists.sql(rows), METADATA_KEYS)
+        known = self.blocked.sql(self.lists.sql(rows))
         reason = f"CASE WHEN is_removed THEN '{REMOVED}' ELSE list_reason END AS list_reason"
         return f"SELECT * EXCLUDE (is_removed) REPLACE ({reason}) FROM ({known})"  # noqa: S608
 
 
-def has_extras(select: SelectConfig) -> bool:
+def has_side_inputs(select: SelectConfig) -> bool:
     """Whether a recipe names any joins or lists."""
     return bool(select.joins or select.blocklists or select.allowlists)
 
 
-def load_extras(
+def load_side_inputs(
     connection: duckdb.DuckDBPyConnection,
     select: SelectConfig,
     files: Sequence[MetadataFile],
     removed: pa.Table | None = None,
-) -> Extras:
+) -> SideInputs:
     """Reads joins and lists into tables of the connection's database, once; its cursors see them too.
 
-    Use them like this: `Joins.sql` around `normalised_sql(files, Prefilter(rules, null_passes | joins.columns),
+    Use them like this: `Joins.sql` around `normalised_sql(files, Pushdown(rules, null_passes | joins.columns),
     compute_hash)`, then the rules, then `Lists.sql` around what passed.
 
     Args:
@@ -71,24 +70,24 @@ def load_extras(
     Raises:
         UserError: a file is missing, unreadable or does not fit the metadata.
     """
-    notes = list[str]()
+    remarks = list[str]()
     keys: set[str] = {join.by for join in select.joins}
     by_hash = "hash" in keys.union(config.by for config in (*select.blocklists, *select.allowlists))
     if by_hash:
         register_laion_hash(connection)
         prepare(connection, (file.path for file in files))
         num_checked = check_hashes(connection, files)
-        notes += [f"hash of URL and TEXT agrees in {num_checked:,} rows looked at"] if num_checked else []
+        remarks += [f"hash of URL and TEXT agrees in {num_checked:,} rows looked at"] if num_checked else []
         num = sum("hash" not in file.columns for file in files)
-        notes += [f"hash of URL and TEXT computed for {num} of {len(files)} files, which have none"] if num else []
+        remarks += [f"hash of URL and TEXT computed for {num} of {len(files)} files, which have none"] if num else []
     joins = load_joins(connection, select.joins)
     lists = load_lists(connection, select, files, joins.columns)
     blocked = Blocked(connection, LEDGER.empty_table() if removed is None else removed)
-    return Extras(joins, lists, blocked, by_hash, (*notes, *joins.notes, *lists.notes))
+    return SideInputs(joins, lists, blocked, by_hash, (*remarks, *joins.remarks, *lists.remarks))
 
 
-def extra_inputs(select: SelectConfig) -> list[list[object]]:
-    """What identifies the contents of joins and lists, wherever they lie, for a fingerprint."""
+def identify_side_inputs(select: SelectConfig) -> list[list[object]]:
+    """The identity of joins and lists by their contents, wherever they lie, for a fingerprint."""
     found: list[list[object]] = [["join", join.by, join.columns, _named(join_files(join))] for join in select.joins]
     for kind, configs in (("blocklist", select.blocklists), ("allowlist", select.allowlists)):
         for config in configs:

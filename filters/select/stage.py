@@ -11,14 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from filters.recipe import Recipe, SelectConfig
-from filters.select.known import KnownUids
-from filters.select.metadata_files import find_metadata
-from filters.select.remarks import notes
-from filters.select.row_filter import Source, open_survivors
+from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
-from filters.select.shard_writer import ExactShards
+from filters.select.shard_writer import ExactShards, SelectedUids
 from filters.select.shuffle import Shuffle
-from filters.select.side_inputs import extra_inputs
+from filters.select.side_inputs import identify_side_inputs
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
@@ -28,13 +26,13 @@ from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
-_EXTRAS = ("joins", "blocklists", "allowlists")  # known by their contents, wherever they lie
+_SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # known by their contents, wherever they lie
 _MAX_BUCKETS = 512  # each is an open file, of which a process may have 1,024
 
 
 @dataclass(frozen=True)
 class Before:
-    """What has been selected from other files already: it stays as it is, and its rows do not come again.
+    """Earlier selections, of other files: they stay as they are, and their rows do not come again.
 
     Attributes:
         number: how many selections there are.
@@ -74,12 +72,12 @@ class Selection:
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)
             source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads, removed)
-            with open_survivors(source) as survivors:
-                num_passed, dropped = survivors.count()
+            with open_passing_rows(source) as passing:
+                num_passed, dropped = passing.count()
                 num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
                 shuffle = Shuffle(folder, num_buckets, self.select.seed)
-                late = survivors.each(shuffle.add)
-                said = survivors.extras.notes if survivors.extras else ()
+                late = passing.each(shuffle.add)
+                remarks = passing.side_inputs.remarks if passing.side_inputs else ()
             paths, num_out, repeated = self._write(shuffle)
         _delete_from(self.dataset, self.before.num_shards + len(paths))
         dropped += late + repeated
@@ -92,18 +90,18 @@ class Selection:
             dropped=dict(sorted(dropped.items())),
             outputs=describe_outputs(self.dataset, paths),
             inputs=[_named(file) for file in self.files],
-            notes=[*notes(self.files, self.select), *said],
+            notes=[*remarks_on(self.files, self.select), *remarks],
         )
 
     def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
         """Writes the shards; returns them, how many rows they have, and what dropped the others."""
         limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
-        known = KnownUids(self.before.files, self.select.seed)
+        selected = SelectedUids(self.before.files, self.select.seed)
         num_out = num_repeated = num_over = 0
         # Two more than there are processors, because the last thing that a thread does is to wait for the disk.
         with ThreadPoolExecutor(self.num_threads + 2) as threads:
             shards = ExactShards(self.dataset, self.select.samples_per_shard, self.before.num_shards, threads)
-            for bucket in shuffle.buckets(threads, self.num_threads, known.are_known):
+            for bucket in shuffle.buckets(threads, self.num_threads, selected.are_selected):
                 left = int(min(len(bucket.rows), limit - num_out))
                 # Of the rows up to the last that is taken, some repeat; whatever comes after it is over the limit.
                 num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
@@ -141,7 +139,7 @@ def _named(file: MetadataFile) -> str:
 
 
 def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]]:
-    """Which files each selection is made from: those of finished ones as they were, the others in one more.
+    """The files of each selection: those of finished ones as they were, the others in one more.
 
     When a finished one no longer fits, because its recipe, one of its files or what it is to be was changed, there is
     one selection, of everything.
@@ -160,10 +158,10 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
 
 def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
-    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_EXTRAS})
+    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS})
     # As pairs, because the order of the rules decides the reasons.
     config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
-    return fingerprint("select/2", config | {"files": sorted(inputs), "extras": extra_inputs(recipe.select)})
+    return fingerprint("select/2", config | {"files": sorted(inputs), "extras": identify_side_inputs(recipe.select)})
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:

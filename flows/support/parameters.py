@@ -1,13 +1,22 @@
-"""Parameters as Prefect's database may keep them: everybody who sees a run sees them."""
+"""Parameters of flows: made from declared options, and recorded without secrets."""
 
+import dataclasses
+from inspect import Parameter
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow
+from pydantic import Field
 
 from sdtrain.redaction import as_recorded
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
+
+
+def flow_parameter(field: "dataclasses.Field[Any]", hint: Any) -> Parameter:
+    """A flow's parameter for a field of `sdtrain.options`; its help text is the description on Prefect's page."""
+    default = Field(default=field.default, description=field.metadata["help"])
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def records_no_secrets(flow: Flow[ParamsT, ResultT]) -> Flow[ParamsT, ResultT]:

@@ -4,8 +4,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture, as_completed
@@ -21,7 +22,8 @@ from sdtrain.dataset.progress import StageTotals, add_up, progress_listener, thr
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, begin, hold_of, pending, run_batch
 from sdtrain.errors import UserError
-from sdtrain.redaction import safe_error
+from sdtrain.options import option
+from sdtrain.redaction import Location, safe_error
 
 LOG_INTERVAL_S = 10.0
 # A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
@@ -30,19 +32,22 @@ _HEARING_S = 0.5
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How the work is spread.
+    """How the shards of a stage are spread over workers."""
 
-    Attributes:
-        workers: batches at once, unless a running cluster decides that.
-        shards_per_task: shards in one task run; a task should be a minute of work or more.
-        engine: what runs the batches.
-        engine_address: a running Dask or Ray cluster's.
-    """
-
-    workers: int = 2
-    shards_per_task: int = 1
-    engine: Engine = "threads"
-    engine_address: str | None = None
+    workers: Annotated[int, Ge(1), Le(256)] = option(
+        2, "Batches of shards at once, unless a running cluster decides that."
+    )
+    shards_per_task: Annotated[int, Ge(1)] = option(
+        1, "Shards in one batch; a batch should be a minute of work or more."
+    )
+    engine: Engine = option(
+        "threads", "What runs the batches of shards: threads or processes of this machine, or Dask or Ray."
+    )
+    engine_address: Location | None = option(
+        None,
+        "A running Dask or Ray cluster's; without, one is started on this machine. All its machines must see the "
+        "dataset under the same path.",
+    )
 
 
 def run_stage(

@@ -1,4 +1,4 @@
-"""`sdtrain card` and `sdtrain plan`: what a run was, and what one would take."""
+"""`sdtrain card` describes a run; `sdtrain plan` estimates one."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _GENERAL = {
     *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
     *("picture_bytes_256", "picture_bytes_512", "picture_bytes_1024"),
 }
-"""Names of the rates that are in every plan; others are named beside their stages."""
+"""Rates in every plan; the others stand beside their stages."""
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
 
 def card(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
-    """Write a run's model card, RUN/README.md, anew, for instance after an evaluation."""
+    """Write a run's model card, RUN/README.md, again, for instance after an evaluation."""
     from sdtrain.model_card import write_card
 
     print(write_card(run))
@@ -47,9 +47,9 @@ def plan(
     assume: Annotated[list[str] | None, typer.Option(help="Another rate, as in link_rot=0.4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
-    """Reckon what a dataset or a chain of runs takes: images, disk, hours, cost and CO2, each with its source."""
+    """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
     from sdtrain.impact.carbon import find_region
-    from sdtrain.plan.chain import RECIPE_OF, chain_of, recipes_of
+    from sdtrain.plan.chain import PHASES, configs_of, find_chain
     from sdtrain.plan.estimate import Machines, Planner, total
     from sdtrain.plan.rates import load_rates
 
@@ -58,15 +58,13 @@ def plan(
     rates = load_rates(assume or ())
     machines = Machines(gpus, gpu.lower(), find_region(region).kg_per_kwh if region else None, price_per_gpu_hour)
     planner = Planner(rates, machines)
-    runs = chain_of(chain) if chain else []
-    jobs = [_job(name, rows) for name in ([recipe] if recipe else recipes_of(runs))]
+    phases = find_chain(chain) if chain else []
+    jobs = [_job(name, rows) for name in dict.fromkeys([recipe] if recipe else (phase.recipe for phase in phases))]
     if rows:  # stated, so the known number has no part in the plan
         rates.pop(f"rows_{jobs[0].recipe}", None)
-    first_run = next((run for run, name in RECIPE_OF.items() if name == jobs[0].recipe), None)
-    if recipe and first_run:
-        from sdtrain.config import load_config
-
-        runs = [load_config(first_run)]
+    if recipe:  # with the first run on that dataset
+        phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]
+    runs = configs_of(phases)
     lines = [line for job in jobs for line in planner.dataset(job)] + [planner.training(run) for run in runs]
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
@@ -107,7 +105,8 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines) -> list[str]:
     for line in lines:
         parts.setdefault(line.source, []).append(line.stage if line.stage != "train" else line.part)
     used = [f"{', '.join(dict.fromkeys(stages))}: {source}" for source, stages in parts.items()]
-    from sdtrain.impact.carbon import CORE_W, board_watts
+    from sdtrain.impact.carbon import CORE_W
+    from sdtrain.impact.gpus import board_watts
 
     recipes = {line.part for line in lines if line.stage == "download"}
     names = [name for name in rates if name.partition("_")[2] in recipes or name in _GENERAL]

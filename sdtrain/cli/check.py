@@ -67,11 +67,12 @@ def _is_recipe(name: str) -> bool:
 
 
 def _of_recipe(name: str, metadata: str | None, limit: int | None, output: str | None) -> list[Check]:
+    from filters.build_options import BuildOptions
     from filters.preflight import local_checks, network_checks, size_check_before_selection
-    from filters.recipe import Overrides, load_recipe
+    from filters.recipe import load_recipe
     from filters.recipe_record import output_dataset, require_metadata
 
-    recipe = load_recipe(name, Overrides(metadata=metadata, limit=limit))
+    recipe = load_recipe(name, BuildOptions(metadata=metadata, limit=limit))
     require_metadata(recipe)
     dataset = output_dataset(output or "data/{recipe}", recipe)
     return [

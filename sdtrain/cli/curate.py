@@ -1,21 +1,26 @@
-"""`sdtrain decide` and `sdtrain remove`: changes of mind about a finished dataset."""
+"""`sdtrain build`, `recipes` and `recipe`, and `decide` and `remove`, which change a finished dataset."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import Field
 from enum import StrEnum
+from inspect import Parameter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from filters.build_options import BuildOptions
 from sdtrain.cli.output import print_table
+from sdtrain.options import with_options
 
 if TYPE_CHECKING:
     from sdtrain.dataset.layout import DatasetDir
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
 NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
 
@@ -35,6 +40,49 @@ class RemoveBy(StrEnum):
     host = "host"
     sha256 = "sha256"
     phash = "phash"
+
+
+def _typer_option(field: Field[Any], hint: Any) -> Parameter:
+    """An option of the command line for a field of `sdtrain.options`; a switch that is off needs no --no-."""
+    names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
+    annotation = Annotated[hint, typer.Option(*names, help=field.metadata["help"])]
+    return Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+
+
+@with_options(_typer_option, with_bounds=False)
+def build(recipe: RecipeArgument, options: BuildOptions) -> None:
+    """Build a dataset, from metadata to latents; what is finished is not done again."""
+    from filters.build import open_build
+    from filters.recipe import load_recipe
+    from sdtrain.dataset.terminal_progress import run_with_bar
+    from sdtrain.download.recovery import recover
+    from sdtrain.settings import check_options
+
+    check_options(options, "command line")
+    with open_build(load_recipe(recipe, options), options, "sdtrain build") as build:
+        if build.changes:
+            print(f"Not the recipe of the run before; what this touches is redone: {build.changes}")
+        build.run(
+            lambda stage: print(run_with_bar(stage, build.dataset, build.recipe, build.preflight), flush=True),
+            lambda: print(recover(build.dataset, build.recipe), flush=True),
+        )
+    print(f"{build.recipe.name}: {build.dataset}")
+
+
+def recipes() -> None:
+    """List the recipes that come with sdtrain."""
+    from filters.recipe import known_recipes, load_recipe
+
+    for name in known_recipes():
+        print(f"{name:24} {load_recipe(name).description}")
+
+
+def recipe(name: RecipeArgument) -> None:
+    """Show a recipe whole, defaults included; saved to a file it is a recipe of your own to edit."""
+    from filters.recipe import load_recipe
+    from sdtrain.settings import dump_settings
+
+    print(dump_settings(load_recipe(name)), end="")
 
 
 def decide(

@@ -1,56 +1,57 @@
-"""`sdtrain evaluate`: FID against CLIP score over guidance scales."""
+"""`sdtrain evaluate`: FID against CLIP score over guidance scales. Its options are the fields of `Protocol`."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from sdtrain.cli.output import print_table
 from sdtrain.errors import UserError
-from sdtrain.precision import Precision
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 # Imports of our own code are inside the commands, so that a help text does not wait for torch.
 
+_SHORT = {"num_prompts": "--num", "num_steps": "--steps"}
+_OWN = {
+    "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
+    "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
+    "processes": Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)],
+}
 
-def evaluate(
-    models: Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
-    reference: Annotated[
-        str, typer.Option(help="Real images: a dataset (s3://… too), a folder, or an .npz of statistics.")
-    ],
-    prompts: Annotated[Path, typer.Option(help="Text file with one prompt a line, or COCO's captions (.json).")],
-    output: Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")] = None,
-    num: Annotated[int, typer.Option(help="Prompts, and images for each scale.", min=2)] = 10_000,
-    scales: Annotated[str, typer.Option(help="Guidance scales.")] = "1.5,2,3,4,5,6,7,8",
-    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 50,
-    sampler: Annotated[Literal["plms", "ddim", "dpm"], typer.Option(help="The sampler.")] = "plms",
-    seed: Annotated[int, typer.Option(help="Of the first image; each next one has the next.", min=0)] = 0,
-    weights: Annotated[Literal["ema", "raw"], typer.Option(help="Averaged weights, or raw ones.")] = "ema",
-    dtype: Annotated[
-        Precision, typer.Option(help="Of the UNet; auto: as the evaluation began, or bf16 where it is faster here.")
-    ] = "auto",
-    tokenizer: Annotated[str | None, typer.Option(help="For a CompVis file: folder, hub id or `demo`.")] = None,
-    network: Annotated[Literal["inception", "demo"], typer.Option(help="Whose features FID compares.")] = "inception",
-    network_weights: Annotated[str, typer.Option(help="Inception's weights, by name or file.")] = "inception-fid",
-    resize: Annotated[
-        Literal["pytorch-fid", "torch-fidelity", "clean-fid"], typer.Option(help="How Inception gets its 299 pixels.")
-    ] = "pytorch-fid",
-    reference_view: Annotated[
-        Literal["as_samples", "as_is"], typer.Option(help="Real images cropped to the samples' size, or as they are.")
-    ] = "as_samples",
-    num_reference: Annotated[int, typer.Option(help="Real images, at most.", min=2)] = 50_000,
-    agreement: Annotated[
-        Literal["clip", "demo", "none"], typer.Option(help="Compare with prompts by CLIP, or the demo's checker.")
-    ] = "clip",
-    clip_model: Annotated[str, typer.Option(help="An open_clip model.")] = "ViT-L-14-quickgelu",
-    clip_weights: Annotated[str, typer.Option(help="Its weights: open_clip's tag, or a file.")] = "openai",
-    cmmd: Annotated[bool, typer.Option("--cmmd", help="Also compare CLIP's embeddings of the images.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once.", min=1)] = 16,
-    part_size: Annotated[int, typer.Option(help="Images in a part, which is kept as a whole.", min=2)] = 256,
-    processes: Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)] = None,
-) -> None:
+
+class FromProtocol(TyperCommand):
+    """Takes its options from `Protocol` when it is used: no other command waits for them."""
+
+    @cached_property
+    def _command(self) -> TyperCommand:
+        app = typer.Typer(add_completion=False)
+        app.command()(_with_options())
+        command = typer.main.get_command(app)
+        assert isinstance(command, TyperCommand)  # noqa: S101
+        return command
+
+    def get_params(self, ctx: Any) -> Any:
+        """The arguments and options."""
+        return self._command.get_params(ctx)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        return self._command.invoke(ctx)
+
+
+def evaluate() -> None:
     """Draw images over guidance scales and measure them; started again, it goes on where it was."""
+
+
+def _evaluate(models: list[Path], output: Path | None, processes: int | None, **settings: Any) -> None:
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of
     from sdtrain.evaluation.sweep import plan
@@ -58,35 +59,45 @@ def evaluate(
     from sdtrain.sampling.batch import all_devices
     from sdtrain.settings import parse_settings
 
-    given: dict[str, Any] = {
-        "prompts": str(prompts),
-        "num_prompts": num,
-        "reference": reference,
-        "num_reference": num_reference,
-        "reference_view": reference_view,
-        "scales": parse_scales(scales),
-        "num_steps": steps,
-        "sampler": sampler,
-        "seed": seed,
-        "weights": weights,
-        "dtype": dtype,
-        "tokenizer": tokenizer,
-        "batch_size": batch_size,
-        "part_size": part_size,
-        "network": network,
-        "network_weights": network_weights,
-        "resize": resize,
-        "agreement": agreement,
-        "clip_model": clip_model,
-        "clip_weights": clip_weights,
-        "cmmd": cmmd,
-    }
+    given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
     sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
     results = run_sweep(sweep, num_processes, lambda line: print(line, flush=True))
     print(*protocol_lines(results), sep="\n")
     print_table(table_of(results))
     print(*(path for path in (sweep.directory.results, sweep.directory.curve) if path.exists()), sep="\n")
+
+
+def _with_options() -> Callable[..., None]:
+    """`_evaluate` as typer reads it: with its own arguments, and an option for each field of `Protocol`."""
+    from sdtrain.evaluation.protocol import Protocol
+
+    def command(**given: Any) -> None:
+        _evaluate(**given)
+
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in _OWN.items()]
+    own[1:] = [parameter.replace(default=None) for parameter in own[1:]]
+    parameters = [own[0], *(_option(name, field) for name, field in Protocol.model_fields.items()), *own[1:]]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = evaluate.__doc__
+    return command
+
+
+def _option(name: str, field: FieldInfo) -> inspect.Parameter:
+    kind, default = field.annotation, field.default
+    least = next((limit.ge for limit in field.metadata if hasattr(limit, "ge")), None)
+    if isinstance(default, tuple):
+        kind, default = str, ",".join(f"{part:g}" for part in default)
+    elif isinstance(field.json_schema_extra, dict):
+        kind = Literal[tuple(field.json_schema_extra["enum"])]  # type: ignore[arg-type, assignment]
+    flag = _SHORT.get(name, f"--{name.replace('_', '-')}")
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if field.is_required() else default,
+        annotation=Annotated[kind, typer.Option(flag, help=field.description, min=least)],
+    )
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from sdtrain.precision import Precision, resolve
 
 if TYPE_CHECKING:
     from sdtrain.sampling.batch import Job
-    from sdtrain.sampling.output_folder import Album
+    from sdtrain.sampling.output_folder import SampleFolder
 
 Flagged = Literal["black", "refuse"]
 
@@ -53,22 +53,22 @@ def sample(
 ) -> None:
     """Draw images for prompts; each has its own seed, whatever else is drawn."""
     from sdtrain.config.sections import SpeedConfig
-    from sdtrain.formats.any_model import pinned
-    from sdtrain.formats.dtypes import DTYPES
+    from sdtrain.formats.any_model import resolve_checkpoint
+    from sdtrain.precision import torch_dtype
     from sdtrain.sampling.batch import Model, make_jobs, read_prompts
-    from sdtrain.sampling.output_folder import Album
+    from sdtrain.sampling.output_folder import SampleFolder
     from sdtrain.sampling.sampler import SampleSettings
 
     wanted = [*(prompts or []), *(read_prompts(prompts_file) if prompts_file else [])]
     if not wanted:
         raise UserError("There is no prompt. Name some, or give --prompts-file.")
     speed = SpeedConfig(compile=compile_unet)
-    chosen = Model(pinned(model), weights, DTYPES[resolve(dtype)], tokenizer, speed)
-    album = Album(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker, flagged)
+    chosen = Model(resolve_checkpoint(model), weights, torch_dtype(resolve(dtype)), tokenizer, speed)
+    folder = SampleFolder(output, chosen, SampleSettings(guidance, steps, sampler, batch_size), safety_checker, flagged)
     jobs = make_jobs(wanted, seed, per_prompt)
-    _fill(album, jobs, keep, processes)
+    _fill(folder, jobs, keep, processes)
     if grid:
-        _write_sheet(album, jobs, per_prompt if per_prompt > 1 else None)
+        _write_sheet(folder, jobs, per_prompt if per_prompt > 1 else None)
 
 
 def export(
@@ -88,36 +88,36 @@ def export(
     print(export_model(model, output, ExportSettings(weights, dtype, tokenizer)))
 
 
-def _fill(album: Album, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
+def _fill(folder: SampleFolder, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
     """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
-    from sdtrain.sampling.batch import all_devices, cut, draw_batches, place_of_rank
+    from sdtrain.sampling.batch import all_devices, draw_batches, rank_and_device, split_batches
     from sdtrain.sampling.output_folder import Writer
-    from sdtrain.sampling.safety import judged, load_safety_checker
+    from sdtrain.sampling.safety import check_images, load_safety_checker
 
-    rank, world_size, device = place_of_rank()
+    rank, world_size, device = rank_and_device()
     devices = [device] if device else all_devices(processes)
-    judge = load_safety_checker(album.judge, devices[0]) if album.judge else None
-    batches = cut(jobs, album.settings)[rank::world_size]
-    pending = album.pending(batches) if keep else batches
-    drawn, num_flagged = draw_batches(album.model, pending, album.settings, devices), 0
-    with Writer(album) as writer:
-        for result in judged(drawn, judge, album.flagged):
+    check = load_safety_checker(folder.safety_checker, devices[0]) if folder.safety_checker else None
+    batches = split_batches(jobs, folder.settings)[rank::world_size]
+    pending = folder.pending(batches) if keep else batches
+    drawn, num_flagged = draw_batches(folder.model, pending, folder.settings, devices), 0
+    with Writer(folder) as writer:
+        for result in check_images(drawn, check, folder.flagged):
             num_flagged += result.flagged
             if result.image is not None:
                 print(writer.save(result.job, result.image, result.flagged))
             else:
-                album.refuse(result.job)
+                folder.refuse(result.job)
     num, num_drawn = (sum(map(len, part)) for part in (batches, pending))
     if keep:
         print(f"{num_drawn} images drawn, {num - num_drawn} kept")
-    if judge:
-        what = "are black" if album.flagged == "black" else "were not written"
+    if check:
+        what = "are black" if folder.flagged == "black" else "were not written"
         print(f"{num_flagged} of {num_drawn} images were flagged by the safety checker and {what}")
 
 
-def _write_sheet(album: Album, jobs: Sequence[Job], columns: int | None) -> None:
-    from sdtrain.sampling.batch import place_of_rank, wait_for_all
+def _write_sheet(folder: SampleFolder, jobs: Sequence[Job], columns: int | None) -> None:
+    from sdtrain.sampling.batch import rank_and_device, wait_for_all
 
     wait_for_all()
-    if place_of_rank()[0] == 0:
-        print(album.write_sheet(jobs, columns))
+    if rank_and_device()[0] == 0:
+        print(folder.write_sheet(jobs, columns))

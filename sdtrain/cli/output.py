@@ -20,7 +20,7 @@ _ROWS_SHOWN = 100
 
 
 class Form(StrEnum):
-    """How an answer is written."""
+    """The format of an answer."""
 
     table = "table"
     csv = "csv"
@@ -29,10 +29,10 @@ class Form(StrEnum):
 
 
 def form_of(output: Path | None) -> Form:
-    """What a file's name asks for; a table in the terminal if there is none.
+    """The format of a file by its name; a table in the terminal without one.
 
     Raises:
-        UserError: the name says nothing.
+        UserError: an unknown suffix.
     """
     if output is None:
         return Form.table
@@ -120,7 +120,7 @@ def _text(value: Any) -> Any:
 
 
 def _first(answer: pa.RecordBatchReader) -> list[dict[str, object]]:
-    """As many rows as one likes to see."""
+    """The rows that fit a terminal."""
     batch = next(iter(answer), None)
     rows: list[dict[str, object]] = batch.slice(0, _ROWS_SHOWN).to_pylist() if batch is not None else []
     if batch is not None and len(batch) > _ROWS_SHOWN:

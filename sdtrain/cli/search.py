@@ -1,4 +1,4 @@
-"""`sdtrain search` and `sdtrain memorised`: what is in the training data, and what of it comes out again."""
+"""`sdtrain search` finds images in the training data; `sdtrain memorised` finds them among samples."""
 
 from __future__ import annotations
 
@@ -73,9 +73,8 @@ def memorised(
 ) -> None:
     """Look for samples in the training data: does a model repeat images that it was trained on?"""
     from filters.memorization.check import KINDS, check_samples
-    from filters.memorization.repeated import draw_samples
     from filters.memorization.report import write_memorised
-    from filters.memorization.samples import read_samples
+    from filters.memorization.samples import draw_samples, read_samples
     from filters.memorization.similarity import Limits
     from filters.recipe_record import read_recipe
     from filters.search.search import Search
@@ -101,7 +100,7 @@ def memorised(
 
 def _repeated(dataset: DatasetDir, num: int) -> list[str]:
     """Says which captions repeat most, and returns them."""
-    from filters.memorization.repeated import repeated_captions
+    from filters.memorization.samples import repeated_captions
 
     captions = repeated_captions(dataset, num)
     for caption, count in captions:
@@ -135,7 +134,7 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
             temporary.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     elif output is not None:
         cells = [
-            Cell(image_of(asked.dataset, hit), f"{hit.nearness:.3f} {hit.fate}", f"{hit.caption} {hit.url}")
+            Cell(image_of(asked.dataset, hit), f"{hit.similarity:.3f} {hit.status}", f"{hit.caption} {hit.url}")
             for hit in hits
         ]
         write_sheet(output, title, [str(asked.dataset)], [Row("", cells)])

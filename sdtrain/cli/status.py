@@ -14,7 +14,7 @@ from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
     from filters.inspect.status import DatasetStatus, StageStatus
-    from sdtrain.training.run_status import RunStatus
+    from sdtrain.training.run_dir import RunStatus
 
 _LIST_EVERY_S = 30.0
 """A dataset on S3 is listed, a thousand objects a request."""
@@ -28,7 +28,7 @@ def status(
 ) -> None:
     """Show how far a dataset or a training run is, who is at work on it, and how long it will take."""
     from sdtrain.dataset.s3.url import is_s3
-    from sdtrain.training.run_status import is_run_dir
+    from sdtrain.training.run_dir import is_run_dir
 
     while True:
         if is_run_dir(Path(directory)):
@@ -87,12 +87,12 @@ def _row(stage: StageStatus) -> dict[str, object]:
 
 
 def _show_run(directory: Path) -> None:
-    from sdtrain.training.run_status import run_status
+    from sdtrain.training.run_dir import run_status
 
     run: RunStatus = run_status(directory)
     print(f"{run.name}: step {run.step:,} of {run.num_steps:,}{', finished' if run.is_done else ''}")
-    if run.figures:
-        print_table([{name: f"{value:,.4g}" for name, value in run.figures.items()}])
+    if run.metrics:
+        print_table([{name: f"{value:,.4g}" for name, value in run.metrics.items()}])
     if run.left_s:
         print(f"{timedelta(seconds=round(run.left_s))} left at this rate")
     if run.heartbeats_s:

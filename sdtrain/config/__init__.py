@@ -20,27 +20,29 @@ from sdtrain.config.resuming import (
     Tunable,
     TunableOnRequest,
     changeable,
+    defaults_of_added,
     flat,
     rules_of,
 )
-from sdtrain.config.safety import CheckpointConfig, GuardConfig
-from sdtrain.config.sections import DiffusionConfig, OptimizerConfig, ScheduleConfig, SpeedConfig, UNetConfig
-from sdtrain.config.watch import PreviewConfig, TrackingConfig, ValidationConfig
+from sdtrain.config.sections import (
+    CheckpointConfig,
+    DiffusionConfig,
+    EmaConfig,
+    GuardConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    ScheduleConfig,
+    SpeedConfig,
+    TrackingConfig,
+    UNetConfig,
+    ValidationConfig,
+)
 from sdtrain.errors import UserError
 from sdtrain.precision import Precision
 from sdtrain.redaction import as_recorded
 from sdtrain.settings import Settings, load_settings, nearest
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
-
-
-class EmaConfig(Settings):
-    """Exponential moving average of the fp32 weights, updated once per optimizer step."""
-
-    decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
-    warmup: Tunable[bool] = True
-    """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
 
 
 class TrainConfig(Settings):
@@ -136,11 +138,12 @@ class TrainConfig(Settings):
 
     def digest(self) -> str:
         """Hex digest of all settings that make two runs different."""
-        content = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
+        decisive = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
+        content = {name: value for name, value in decisive.items() if name not in _ADDED or value != _ADDED[name]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-_RULES = rules_of(TrainConfig)
+_RULES, _ADDED = rules_of(TrainConfig), defaults_of_added(TrainConfig)
 MAY_CHANGE = changeable(_RULES)
 """Settings, and whole sections, that a stopped run may change."""
 

@@ -6,7 +6,8 @@ from pydantic import Field, field_validator
 
 from sdtrain.config.resuming import Free
 from sdtrain.errors import UserError
-from sdtrain.impact.carbon import board_watts, find_region
+from sdtrain.impact.carbon import find_region
+from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
 

@@ -1,4 +1,4 @@
-"""What a stopped run may change when it goes on. Every training setting says so where it is declared.
+"""Marks that state, where a training setting is declared, whether a resumed run may change it.
 
 seed: DecidesSamples[int] = 42
 lr: Tunable[float] = Field(default=1e-4, gt=0)
@@ -11,12 +11,13 @@ from enum import Enum
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 ValueT = TypeVar("ValueT")
 
 
 class OnResume(Enum):
-    """What a change of the setting would do to a run; the text completes "it decides ..."."""
+    """The effect of a change on a run; the text completes "it decides ..."."""
 
     SAMPLES = "which samples, captions and noise a step sees"
     NETWORK = "which network is trained, or what it is trained on"
@@ -44,12 +45,17 @@ TunableOnRequest = Annotated[ValueT, OnResume.ON_REQUEST]
 Free = Annotated[ValueT, OnResume.FREE]
 """May change; it does not make another run."""
 
+_ADDED = "added"
+Added = Annotated[ValueT, _ADDED]
+"""For a setting that is new, as in Added[Tunable[float]]: at its default it is left out of digests, which so stay those
+of runs from before."""
+
 
 def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
-    """What each setting of `model` says of itself, by dotted name.
+    """The mark of each setting of `model`, by dotted name.
 
     Raises:
-        TypeError: one says nothing.
+        TypeError: a setting has none.
     """
     rules: dict[str, OnResume] = {}
     for name, field in model.model_fields.items():
@@ -65,6 +71,17 @@ def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
                 "Free[...], Tunable[...] or one of the others in sdtrain/config/resuming.py"
             )
     return rules
+
+
+def defaults_of_added(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """The default of each setting marked Added, as in JSON, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        if _ADDED in field.metadata:
+            found[prefix + name] = to_jsonable_python(field.default)
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= defaults_of_added(field.annotation, f"{prefix}{name}.")
+    return found
 
 
 def changeable(rules: Mapping[str, OnResume]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Sections of a training configuration: the network, what it learns, and how."""
+"""Sections of a training configuration: network, objective, optimizer, speed, checkpoints, guards, what it shows."""
 
 from __future__ import annotations
 
@@ -117,6 +117,15 @@ class ScheduleConfig(Settings):
         return self
 
 
+class EmaConfig(Settings):
+    """Exponential moving average of the fp32 weights, updated once per optimizer step."""
+
+    decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
+    """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
+    warmup: Tunable[bool] = True
+    """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
+
+
 class SpeedConfig(Settings):
     """Levers that change how fast a step is, and its result only by rounding. The defaults are safe everywhere."""
 
@@ -177,3 +186,89 @@ class SpeedConfig(Settings):
         if self.compile == "off" and self.compile_mode != "default":
             raise ValueError("compile_mode has no effect while compile is off; set compile to regional or whole")
         return self
+
+
+class ValidationConfig(Settings):
+    """The loss on samples that training never sees, at fixed timesteps with fixed noise."""
+
+    num_samples: DecidesSamples[int] = Field(default=0, ge=0)
+    """How many of the dataset's last samples are held out for it; 0: no validation, as in the original runs."""
+    every: Free[int] = Field(default=1000, ge=1)
+    """Optimizer steps between validations."""
+    num_timesteps: Free[int] = Field(default=8, ge=1)
+    """Timesteps at which every sample is tried, in the middle of as many equal parts of the noise schedule."""
+
+
+class PreviewConfig(Settings):
+    """Images of fixed prompts and seeds, sampled from the averaged weights during training."""
+
+    every: Free[int] = Field(default=0, ge=0)
+    """Optimizer steps between sheets; 0: none."""
+    prompts: Free[tuple[str, ...]] = ()
+    """One image for each; image i has seed i."""
+    guidance_scale: Free[float] = Field(default=7.5, ge=0)
+    """Strength of classifier-free guidance; 1 is none."""
+    num_steps: Free[int] = Field(default=50, ge=1)
+    """PLMS steps."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> PreviewConfig:
+        if self.every and not self.prompts:
+            raise ValueError("previews need prompts; name some, or set every to 0")
+        return self
+
+
+class TrackingConfig(Settings):
+    """Where metrics go beside log.csv and TensorBoard's event files, which are always written."""
+
+    wandb_project: Free[str | None] = None
+    """Project at Weights & Biases (`WANDB_MODE=offline` keeps the run on disk); null: not used."""
+
+
+class CheckpointConfig(Settings):
+    """When the training state is written, and how much of it stays."""
+
+    every: Free[int] = Field(default=5000, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep_last: Free[int] = Field(default=3, ge=2)
+    """Newest checkpoints that stay; at least two, in case the newest is damaged."""
+    keep_every: Free[int] = Field(default=0, ge=0)
+    """Checkpoints at multiples of this many steps stay for ever; a multiple of `every`. 0: none do."""
+    mode: Free[Literal["async", "sync"]] = "async"
+    """async: training waits only while the state is copied to host memory (16 bytes a parameter, shared by the ranks)
+    and goes on while a thread writes it. sync: training waits for the disk."""
+
+    @model_validator(mode="after")
+    def _permanent_ones_are_made(self) -> CheckpointConfig:
+        if self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every {self.keep_every} is no multiple of every {self.every}, so there would be no checkpoint "
+                "to keep at most of its steps; set it to a multiple"
+            )
+        return self
+
+
+class GuardConfig(Settings):
+    """What happens at a step that would ruin the run, or that does not end."""
+
+    on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
+    """A gradient with NaN or infinity: stop, or leave the weights as they are and go on with the next batch. `skip`
+    reads the gradient's norm from the device in every optimizer step. In fp16 the step is first repeated with smaller
+    loss scales."""
+    max_grad_norm_ratio: Free[float] = Field(default=0.0, ge=0)
+    """A gradient norm above this many times the median of the last `norm_window` ones is a spike; 0: no step is, as in
+    the original runs. Above 0 the norm is read from the device in every optimizer step."""
+    on_spike: Free[Literal["stop", "skip"]] = "skip"
+    """What happens at a spike."""
+    norm_window: Free[int] = Field(default=100, ge=2)
+    """Applied steps whose norms make the median; no step is a spike before there were that many."""
+    max_skips_in_a_row: Free[int] = Field(default=10, ge=1)
+    """Training stops when so many steps in a row were skipped."""
+    stall_timeout_s: Free[float] = Field(default=600, ge=0)
+    """Seconds without any progress on a rank after which it says which ranks are behind, and ends the job; 0: never.
+    The first steps compile and are slow: leave room."""
+
+    @property
+    def reads_every_norm(self) -> bool:
+        """Whether the gradient's norm is read from the device in every step."""
+        return self.on_nonfinite == "skip" or self.max_grad_norm_ratio > 0

@@ -122,5 +122,11 @@ class DatasetDir:
 
 
 def index_path(table: Path) -> Path:
-    """The copy of a latents table from which training reads single rows (`sdtrain.loading`)."""
-    return table.with_suffix(".index.safetensors")
+    """The copy of a latents table from which training reads single rows (`sdtrain.loading.shard_catalog`)."""
+    return table.with_suffix(".index.arrow")
+
+
+def delete_index(table: Path) -> None:
+    """Deletes that copy, also in the form of earlier versions."""
+    for path in (index_path(table), table.with_suffix(".index.safetensors")):
+        path.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.addresses import host_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.uid import uid_of
 from sdtrain.errors import UserError
 
 REMOVED = "removed"
@@ -80,7 +81,7 @@ class RemovedRows:
         """Whether (URL, caption) was removed."""
         url, caption = (row[0] or "").strip(), row[1] or ""
         labels = host_of(url).split(".")
-        keys: list[tuple[Kind, str]] = [("url", url), ("uid", hashlib.md5(f"{url}\n{caption}".encode()).hexdigest())]  # noqa: S324
+        keys: list[tuple[Kind, str]] = [("url", url), ("uid", uid_of(url, caption))]
         keys += [("host", ".".join(labels[begin:])) for begin in range(len(labels))]
         return bool(self._digests) and any(key_digest(kind, value) in self._digests for kind, value in keys)
 

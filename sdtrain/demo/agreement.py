@@ -1,4 +1,4 @@
-"""Do the samples show what was asked for? Samples all colour-shape prompts and lets the checker judge them."""
+"""Samples all colour-shape prompts and counts how often the checker sees what they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import Agreement, agreement
 from sdtrain.demo.images import COLORS, SHAPES, UNSEEN_PAIRS
 from sdtrain.formats.export import write_pipeline
-from sdtrain.models.build import build_unet
+from sdtrain.models.unet import build_unet
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
@@ -26,7 +26,7 @@ _TILE_PX, _MARGIN_PX, _SEEDS_IN_SHEET = 96, 64, 2
 
 @dataclass(frozen=True)
 class Trial:
-    """One model's samples and verdicts.
+    """One model's samples and their agreement.
 
     Attributes:
         rounds: one list of images a guidance scale, each in the order of `PAIRS`.
@@ -40,7 +40,7 @@ class Trial:
 
 
 def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES, num_steps: int = 50) -> Trial:
-    """Samples every pair once for each guidance scale by PLMS and judges the images.
+    """Samples every pair once for each guidance scale by PLMS and checks the images.
 
     Args:
         folder: a diffusers folder.
@@ -101,6 +101,6 @@ def write_results(path: Path, checkpoint: str, results: dict[str, Agreement]) ->
 
 
 def _agreement(rounds: list[list[Image.Image]], unseen: bool) -> Agreement:
-    judged = [(p, pair) for images in rounds for p, pair in zip(images, PAIRS, strict=True)]
-    chosen = [(p, pair) for p, pair in judged if (pair in UNSEEN_PAIRS) == unseen]
+    pairs = [(p, pair) for images in rounds for p, pair in zip(images, PAIRS, strict=True)]
+    chosen = [(p, pair) for p, pair in pairs if (pair in UNSEEN_PAIRS) == unseen]
     return agreement([p for p, _ in chosen], [pair for _, pair in chosen])

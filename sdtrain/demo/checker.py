@@ -1,4 +1,4 @@
-"""Says which colour and shape a demo image shows, from its pixels alone; nothing here is learnt."""
+"""Recognises the colour and shape in a demo image from its pixels alone; nothing here is learnt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANGLES = range(-15, 16, 3)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an image shows; None where it shows no colour or shape of the demo clearly."""
+    """The colour and shape that an image clearly shows, or None."""
 
     color: str | None
     shape: str | None
@@ -41,8 +41,8 @@ class Agreement:
     num_pictures: int
 
 
-def judge(image: Image.Image) -> Verdict:
-    """Judges one RGB image of any size; made for 64 x 64.
+def classify(image: Image.Image) -> Verdict:
+    """The colour and shape in one RGB image of any size; made for 64 x 64.
 
     The saturated pixels are the shape. Its colour is the demo colour with the nearest hue;
     its shape is the one whose drawn mask, at small rotations, overlaps best.
@@ -69,7 +69,7 @@ def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) 
     """
     if not images:
         raise ValueError("agreement() needs at least one image")
-    verdicts = [judge(image) for image in images]
+    verdicts = [classify(image) for image in images]
     right = np.array(
         [(v.color == color, v.shape == shape) for v, (color, shape) in zip(verdicts, wanted, strict=True)], bool
     )

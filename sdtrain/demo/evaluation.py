@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sdtrain.choices import Resize
 from sdtrain.dataset.files import publish
-from sdtrain.demo.checker import judge
+from sdtrain.demo.checker import classify
 from sdtrain.demo.images import COLORS, SHAPES
 from sdtrain.errors import UserError
 from sdtrain.evaluation.metrics import Arrays, Metric, mean_of
@@ -24,9 +24,9 @@ from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import Results
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
-from sdtrain.models.build import load_vae
-from sdtrain.models.clip_view import pixels_of
-from sdtrain.models.digests import vae_digest
+from sdtrain.formats.digests import vae_digest
+from sdtrain.formats.frozen import load_vae
+from sdtrain.models.clip import pixels_of
 
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 NUM_STEPS, NUM_EACH = 25, 2
@@ -71,7 +71,7 @@ class DemoFeatures(FeatureNetwork):
 
 
 class CheckerAgreement(Metric):
-    """How much of what prompts name the demo's checker sees."""
+    """The share of named colours and shapes that the demo's checker sees."""
 
     name, better = "agreement_demo_checker", "higher"
     description = "share of named colours and shapes that the demo's checker sees; not a CLIP score"
@@ -98,7 +98,7 @@ def score_images(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
         wanted = next((w for w in words if w in COLORS), None), next((w for w in words if w in SHAPES), None)
         if None in wanted:
             raise UserError(f"The demo's checker needs a colour and a shape in each prompt; '{text}' lacks one.")
-        verdict = judge(image)
+        verdict = classify(image)
         scores.append(np.mean([verdict.color == wanted[0], verdict.shape == wanted[1]]))
     return torch.tensor(scores, dtype=torch.float32)
 
@@ -106,13 +106,13 @@ def score_images(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
 def evaluate_demo(
     models: Sequence[Path], data: Path, output: Path, say: Callable[[str], None] = print
 ) -> tuple[Results, Path]:
-    """Draws every colour with every shape twice at each guidance scale; what was finished before is kept.
+    """Draws every colour with every shape twice at each guidance scale; finished parts are kept.
 
     Args:
         models: the demo's runs or exports, a line each in the plot.
         data: its dataset, whose images are the reference.
         output: where the evaluation goes, for a single run best `RUN/evaluation`.
-        say: hears a line when a step has ended.
+        say: prints a line when a step has ended.
 
     Returns:
         The numbers, whose names say that they are the demo's, and the plot's file.

@@ -1,4 +1,4 @@
-"""How the demo's server answers at each path: with the image, or as badly as the real web does."""
+"""The answers of the demo's server: the image, or what the real web sends instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the demo's metadata lists: mostly good images, and everything else that the web answers with."""
+"""Plans the rows of the demo's metadata: mostly good images, and every failure that the web has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts a demo world on line, in a process of its own, over HTTP and HTTPS.
+"""Serves a demo world over HTTP and HTTPS from its own process.
 
 By hand: `python -m sdtrain.demo.server WORLD_DIR` (Ctrl-C ends it).
 """
@@ -37,7 +37,7 @@ _FOLLOW_PARENT = "--follow-parent"
 
 @dataclass(frozen=True)
 class Served:
-    """A world that is on line."""
+    """A world that is being served."""
 
     world: World
 

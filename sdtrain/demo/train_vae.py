@@ -55,7 +55,7 @@ def draw_pool(num_images: int, resolution_px: int, seed: int) -> torch.Tensor:
 
 
 def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weight: float) -> torch.Tensor:
-    """What differs between (B, 3, H, W) images: pixels (L1), edges, and the mean colour of 8x8 blocks.
+    """L1 of pixels and of edges, and the squared error of the mean colours of 8x8 blocks, of (B, 3, H, W) images.
 
     L1 alone settles for two hues (warm and cold); the squared error of block means tells all six apart.
     """

@@ -26,7 +26,7 @@ from sdtrain.demo.images import draw, spoil, watermark
 from sdtrain.demo.rows import HOSTS, REFUSING_HOST, Row, plan_rows
 from sdtrain.errors import UserError
 
-# Raise it when other images or rows come out of the same arguments.
+# Raise it when the same arguments give other images or rows.
 VERSION = 1
 HTTP_PORT, HTTPS_PORT = 18080, 18443
 NUM_METADATA_FILES = 2
@@ -56,7 +56,7 @@ _COPY_QUALITY = 78
 
 @dataclass(frozen=True)
 class World:
-    """A finished world on disk; `serve_world` of `sdtrain.demo.server` puts it on line."""
+    """A finished world on disk; `serve_world` of `sdtrain.demo.server` serves it."""
 
     directory: Path
     num_rows: int
@@ -87,7 +87,7 @@ class World:
 
     @property
     def ca(self) -> Path:
-        """Certificate that clients must trust; made anew whenever the server starts."""
+        """Certificate that clients must trust; new at each start of the server."""
         return self.directory / "ca.pem"
 
     @property
@@ -186,7 +186,7 @@ def draw_files(
     """Writes each row's image to `folder` unless it is there; files appear whole or not at all.
 
     Args:
-        rows: rows without a file, and exact copies of another row's, are passed over.
+        rows: rows without a file, and exact copies of another row's, are skipped.
         folder: must exist.
         num_processes: processes that draw; 1 means this one.
         on_progress: called with (rows done, rows in all).

@@ -18,8 +18,8 @@ from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
+from sdtrain.formats.digests import vae_digest
 from sdtrain.images.crops import Size, bucket_sizes
-from sdtrain.models.digests import vae_digest
 
 SCHEMA_VERSION = 1
 NORMALISATION = "x / 127.5 - 1"
@@ -61,14 +61,14 @@ def _recorded(path: Path) -> str | None:
 
 @lru_cache(maxsize=4)
 def _known_digest(name: str, recorded: str, digest: str) -> str:
-    from sdtrain.models.build import recorded_vae_digest  # late: it brings torch
+    from sdtrain.formats.frozen import recorded_vae_digest  # late: it brings torch
 
     return recorded_vae_digest(name, recorded)
 
 
 def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     """What training must know of the latents, and checks."""
-    from sdtrain.models.build import vae_scaling_factor
+    from sdtrain.formats.frozen import vae_scaling_factor
 
     sizes = sizes_px(config)
     content = {

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.layout import DatasetDir, index_path
+from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.prefetch import prefetch
 from sdtrain.dataset.s3.files import fetch_shard_file
@@ -38,10 +38,10 @@ from sdtrain.encode.info import (
 )
 from sdtrain.encode.vae import encode_pixels, shared_vae
 from sdtrain.errors import UserError
+from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.device import cores_of_process
-from sdtrain.models.digests import compute_vae_digest
 
 T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
@@ -77,7 +77,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, figures)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
-    index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
+    delete_index(dataset.latents_table(shard))
     write_info(dataset, config)
     outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
     return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)

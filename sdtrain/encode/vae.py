@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
+from sdtrain.precision import torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -67,11 +68,10 @@ def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np
 def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
     import torch
 
-    from sdtrain.models.build import load_vae
+    from sdtrain.formats.frozen import load_vae
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     # Convolutions of halves on CUDA want channels last; else every one of them transposes its input.
     layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
     vae = load_vae(name)
-    torch.nn.Module.to(vae, device, dtype).to(memory_format=layout)
+    torch.nn.Module.to(vae, device, torch_dtype(precision)).to(memory_format=layout)
     return vae

@@ -1,1 +1,1 @@
-"""How good a model's images are: FID against CLIP score over guidance scales, with the protocol beside each."""
+"""Measures a model's images: FID against CLIP score over guidance scales, always with the protocol."""

@@ -25,7 +25,7 @@ class Gaussian:
     """Mean (d,) and covariance (d, d) of features, float64.
 
     Attributes:
-        num: features that they are of; None where nobody said.
+        num: number of feature vectors; None if not recorded.
     """
 
     mean: Floats
@@ -61,12 +61,12 @@ class FrechetDistance:
         return max(0.0, float(distance))
 
     def spread(self, features: Floats) -> float:
-        """Half of the 95 % interval that the choice of the (n, d) features leaves; the reference counts as given."""
+        """Half of the 95 % interval over other draws of the (n, d) features; the reference counts as given."""
         return half_width([self.to(part) for part in _without_each_group(np.asarray(features, np.float64))])
 
 
 def _without_each_group(features: Floats) -> Iterator[Gaussian]:
-    """The Gaussian without each group of the features in turn, from sums, so that they are multiplied once."""
+    """The Gaussian without each group of the features in turn; from sums, so that products are computed once."""
     centre = features.mean(axis=0)
     groups = [features[members] - centre for members in grouped(len(features))]
     total, products = np.zeros_like(centre), np.zeros((len(centre), len(centre)))

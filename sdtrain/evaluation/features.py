@@ -14,7 +14,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tars import read_samples
-from sdtrain.evaluation.generate import Drawing, draw_stage, part_prompts
+from sdtrain.evaluation.generate import SampleJob, draw_stage, part_prompts
 from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
 from sdtrain.evaluation.metrics import arrays_needed
 from sdtrain.evaluation.networks import (
@@ -29,26 +29,26 @@ from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
 
 
-def caption_stage(job: Drawing) -> Stage[Drawing]:
+def caption_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that embeds the prompts of each part."""
     return Stage("captions", _parts, _caption_fingerprint, _embed_parts)
 
 
-def feature_stage(job: Drawing) -> Stage[Drawing]:
+def feature_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that extracts the features of each part's images."""
     return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _feature_fingerprint, _extract_parts)
 
 
-def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:
+def _parts(dataset: DatasetDir, job: SampleJob) -> list[int]:
     return job.protocol.parts
 
 
-def _caption_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _caption_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     prompts = digest_of(part_prompts(EvaluationDir(dataset.root), job, part))
     return fingerprint("captions/1", prompts, weights=[agreement_digest(job.protocol)])
 
 
-def _embed_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _embed_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory = EvaluationDir(dataset.root)
     for part in parts:
         prompts, path = part_prompts(directory, job, part), directory.captions(part)
@@ -58,12 +58,12 @@ def _embed_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Ite
         yield ShardReport(stage="captions", shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
 
 
-def _feature_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _feature_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     drawn = require_entry(dataset, draw_stage(job).name, part)
     return fingerprint("look/1", [*feature_config(job.protocol), agreement_digest(job.protocol)], inputs=[drawn])
 
 
-def _extract_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _extract_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory, stage, protocol = EvaluationDir(dataset.root), feature_stage(job).name, job.protocol
     for part in parts:
         images, texts = read_images(directory.samples(job.model.key, key_of(job.scale), part))
@@ -85,7 +85,7 @@ def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Pr
 
 
 def read_images(tar: Path) -> tuple[list[Image.Image], list[str]]:
-    """The images of a part and their prompts.
+    """The images and prompts of a part.
 
     Raises:
         UserError: the tar is damaged.

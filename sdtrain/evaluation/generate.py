@@ -1,4 +1,4 @@
-"""Two stages: prompts through the text encoder, once for all scales; images of one model at one scale."""
+"""Two stages: encodes the prompts once for all scales; draws the images of one model at one scale."""
 
 from __future__ import annotations
 
@@ -27,24 +27,23 @@ from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_
 from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.formats.dtypes import DTYPES
 from sdtrain.models.device import claim_device
 from sdtrain.models.text import tokenize
-from sdtrain.precision import Fixed, resolve
+from sdtrain.precision import Fixed, resolve, torch_dtype
 from sdtrain.sampling.pipeline import Networks, load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
-# Parts may be drawn by several threads of a process; they take turns at the networks.
+# Several threads of a process may draw parts; they take turns at the networks.
 _ONE_AT_A_TIME = Lock()
-_EVERY_CONTEXT = 64
+_CONTEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """What the stages of one model need.
+class SampleJob:
+    """The input of the stages of one model.
 
     Attributes:
-        scale: guidance scale; the stage of prompts does not look at it.
+        scale: guidance scale; unused by the stages of prompts.
         prompts: digest of all prompts.
     """
 
@@ -54,12 +53,12 @@ class Drawing:
     scale: float = 1.0
 
 
-def context_stage(job: Drawing) -> Stage[Drawing]:
+def context_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that encodes the prompts of each part."""
     return Stage(f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts)
 
 
-def draw_stage(job: Drawing) -> Stage[Drawing]:
+def draw_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that draws each part."""
     return Stage(f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts)
 
@@ -67,30 +66,30 @@ def draw_stage(job: Drawing) -> Stage[Drawing]:
 def part_prompts(directory: EvaluationDir, job: Any, part: int) -> list[str]:
     """The prompts of a part; `job` has the digest of all in `prompts`, and the protocol."""
     texts = read_texts(directory.prompts, job.prompts)
-    return [texts[place] for place in job.protocol.places(part)]
+    return [texts[index] for index in job.protocol.indices(part)]
 
 
-def _parts(dataset: DatasetDir, job: Drawing) -> list[int]:
+def _parts(dataset: DatasetDir, job: SampleJob) -> list[int]:
     return job.protocol.parts
 
 
-def _context_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _context_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     prompts = digest_of(part_prompts(EvaluationDir(dataset.root), job, part))
     return fingerprint("contexts/1", [job.protocol.dtype, prompts], weights=[job.model.text_encoder])
 
 
-def _draw_fingerprint(dataset: DatasetDir, job: Drawing, part: int) -> str:
+def _draw_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     protocol = job.protocol
     config = {
         "prompts": digest_of(part_prompts(EvaluationDir(dataset.root), job, part)),
-        "first_seed": protocol.seed + protocol.places(part).start,
+        "first_seed": protocol.seed + protocol.indices(part).start,
         "scale": job.scale,
         **protocol.model_dump(include={"num_steps", "sampler", "dtype", "batch_size"}),
     }
     return fingerprint("draw/1", config, weights=[job.model.digest])
 
 
-def _encode_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _encode_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory, stage = EvaluationDir(dataset.root), context_stage(job).name
     for part in parts:
         prompts = part_prompts(directory, job, part)
@@ -98,39 +97,39 @@ def _encode_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> It
         with _ONE_AT_A_TIME, torch.inference_mode():
             networks = _networks(job)
             token_ids = tokenize(networks.tokenizer, ["", *prompts])
-            batches = token_ids.to(networks.vae.device).split(_EVERY_CONTEXT)
+            batches = token_ids.to(networks.vae.device).split(_CONTEXT_BATCH)
             contexts = torch.cat([networks.text_encoder(batch).last_hidden_state.cpu() for batch in batches])
         tensors = {"token_ids": token_ids, "contexts": contexts.clone()}
-        write_tensors(path, tensors | {"cut": torch.tensor([_is_cut(networks, prompt) for prompt in prompts])})
+        write_tensors(path, tensors | {"cut": torch.tensor([_is_truncated(networks, prompt) for prompt in prompts])})
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage=stage, shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
 
 
-def _is_cut(networks: Networks, prompt: str) -> bool:
+def _is_truncated(networks: Networks, prompt: str) -> bool:
     return len(networks.tokenizer(prompt).input_ids) > networks.tokenizer.model_max_length
 
 
-def _draw_parts(dataset: DatasetDir, job: Drawing, parts: Sequence[int]) -> Iterator[ShardReport]:
+def _draw_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
     directory, stage = EvaluationDir(dataset.root), draw_stage(job)
     for part in parts:
         path = directory.samples(job.model.key, key_of(job.scale), part)
-        prompts, places = part_prompts(directory, job, part), job.protocol.places(part)
+        prompts, indices = part_prompts(directory, job, part), job.protocol.indices(part)
         with _ONE_AT_A_TIME:
             images = _draw(directory, job, part, prompts)
-        samples = zip(places, images, prompts, strict=True)
+        samples = zip(indices, images, prompts, strict=True)
         with publish(path) as temporary:
             write_samples(temporary, [_sample(job, *sample) for sample in samples])
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage=stage.name, shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
 
 
-def _draw(directory: EvaluationDir, job: Drawing, part: int, prompts: list[str]) -> list[Image.Image]:
-    """The images of a part, in batches that do not depend on who draws it."""
+def _draw(directory: EvaluationDir, job: SampleJob, part: int, prompts: list[str]) -> list[Image.Image]:
+    """The images of a part, in batches that do not depend on the process."""
     protocol = job.protocol
     encoder = _StoredContexts(directory.contexts(job.model.text_encoder[:12], part))
     sampler = Sampler(replace(_networks(job), text_encoder=cast(Any, encoder)))
     settings = SampleSettings(job.scale, protocol.num_steps, protocol.sampler, protocol.batch_size)
-    seeds = [protocol.seed + place for place in protocol.places(part)]
+    seeds = [protocol.seed + index for index in protocol.indices(part)]
     starts = range(0, len(prompts), protocol.batch_size)
     images: list[Image.Image] = []
     for first in report_progress(starts, f"guidance {job.scale:g}, part {part}", len(starts), "batches"):
@@ -144,16 +143,16 @@ def _draw(directory: EvaluationDir, job: Drawing, part: int, prompts: list[str])
     return images
 
 
-def _sample(job: Drawing, place: int, image: Image.Image, prompt: str) -> tuple[str, dict[str, bytes]]:
+def _sample(job: SampleJob, index: int, image: Image.Image, prompt: str) -> tuple[str, dict[str, bytes]]:
     file = io.BytesIO()
     image.save(file, "PNG")
-    made = {"seed": job.protocol.seed + place, "guidance_scale": job.scale, "prompt": prompt}
+    made = {"seed": job.protocol.seed + index, "guidance_scale": job.scale, "prompt": prompt}
     made_json = json.dumps(made, ensure_ascii=False).encode()
-    return f"{place:09d}", {"png": file.getvalue(), "json": made_json, "txt": prompt.encode()}
+    return f"{index:09d}", {"png": file.getvalue(), "json": made_json, "txt": prompt.encode()}
 
 
 class _StoredContexts:
-    """Stands for the text encoder: gives back what it gave for the same tokens."""
+    """Stands in for the text encoder: returns its stored outputs by token ids."""
 
     def __init__(self, path: Path):
         stored = read_tensors([path])
@@ -165,7 +164,7 @@ class _StoredContexts:
         return SimpleNamespace(last_hidden_state=found.to(token_ids.device))
 
 
-def _networks(job: Drawing) -> Networks:
+def _networks(job: SampleJob) -> Networks:
     protocol = job.protocol
     return _load(job.model.path, job.model.digest, protocol.weights, resolve(protocol.dtype), protocol.tokenizer)
 
@@ -173,4 +172,4 @@ def _networks(job: Drawing) -> Networks:
 @lru_cache(maxsize=1)
 def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
     """The networks, kept for the next part; the digest tells a run's newest checkpoint from the one before."""
-    return load_networks(path, str(claim_device()), DTYPES[dtype], weights, tokenizer=tokenizer)
+    return load_networks(path, str(claim_device()), torch_dtype(dtype), weights, tokenizer=tokenizer)

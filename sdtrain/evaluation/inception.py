@@ -1,4 +1,4 @@
-"""The Inception network of FID: its graph, its weights, and how it is shown images."""
+"""The Inception network of FID: its graph, its weights and its preprocessing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
 from sdtrain.choices import Resize
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.clip import pixels_of
 from sdtrain.models.weights import Published, find_weights, random_seed, read_state, seeded
 
 SIDE_PX = 299
@@ -136,7 +136,7 @@ def _checked(state: dict[str, Tensor], network: FidInception, path: Path) -> dic
 
 
 def inception_view(image: Image.Image, resize: Resize) -> Tensor:
-    """What Inception sees of an RGB image, (3, 299, 299) float32 from -1 to 1.
+    """An RGB image as Inception takes it, (3, 299, 299) float32 from -1 to 1.
 
     `pytorch-fid`: bilinear, without smoothing, corners not aligned. `torch-fidelity`: bilinear as TensorFlow 1 had it,
     whose grid begins at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32, which smooths before it
@@ -165,10 +165,10 @@ def _tensorflow_bilinear(pixels: Tensor) -> Tensor:
     """(3, H, W) -> (3, 299, 299); tensorflow/core/kernels/resize_bilinear_op.cc with half_pixel_centers off."""
     for dim in (2, 1):
         length = pixels.shape[dim]
-        place = torch.arange(SIDE_PX) * torch.tensor(length / SIDE_PX)
-        low = place.long()
+        position = torch.arange(SIDE_PX) * torch.tensor(length / SIDE_PX)
+        low = position.long()
         high = (low + 1).clamp_max(length - 1)
-        share = (place - low).view((-1, 1) if dim == 1 else (1, -1))
+        weight = (position - low).view((-1, 1) if dim == 1 else (1, -1))
         lower = pixels.index_select(dim, low)
-        pixels = lower + (pixels.index_select(dim, high) - lower) * share
+        pixels = lower + (pixels.index_select(dim, high) - lower) * weight
     return pixels

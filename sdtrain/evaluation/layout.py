@@ -1,4 +1,4 @@
-"""Where an evaluation keeps what it makes."""
+"""The files of an evaluation's directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class EvaluationDir(DatasetDir):
         return self.root / "prompts.json"
 
     def contexts(self, text_encoder: str, part: int) -> Path:
-        """Prompts as a model's text encoder sees them."""
+        """Prompts, encoded by a model's text encoder."""
         return self.root / "contexts" / text_encoder / f"{part:05d}.safetensors"
 
     def captions(self, part: int) -> Path:
@@ -39,7 +39,7 @@ class EvaluationDir(DatasetDir):
         return self.root / "samples" / model / scale / f"{part:05d}.tar"
 
     def features(self, model: str, scale: str, part: int) -> Path:
-        """What the networks see in them."""
+        """Arrays that the metrics read of these images."""
         return self.root / "features" / model / scale / f"{part:05d}.safetensors"
 
     @property
@@ -48,12 +48,12 @@ class EvaluationDir(DatasetDir):
         return self.root / "pictures.json"
 
     def reference(self, part: int) -> Path:
-        """Of a reference: what the networks see in its images."""
+        """Of a reference: arrays that the metrics read of its images."""
         return self.root / "reference" / f"{part:05d}.safetensors"
 
     @property
     def protocol(self) -> Path:
-        """The settings that this evaluation began with; what was measured is of these."""
+        """The settings that this evaluation began with."""
         return self.root / "protocol.json"
 
     @property
@@ -108,7 +108,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Tensors by name from several files, laid one behind the other; by default all that there are.
+    """Tensors by name from several files, concatenated; by default all names.
 
     Raises:
         UserError: a file is missing or damaged.

@@ -1,4 +1,4 @@
-"""The metrics of one model at one guidance scale; each states all that is to be known of it."""
+"""The metrics of one model at one guidance scale, each with all facts about it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Metric(ABC):
-    """One number with its spread. To add one, subclass this and name the class in METRICS; all else follows.
+    """One number with its spread. To add one, subclass this and list the class in METRICS.
 
     Arrays have a row an image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown` (n,),
     a stand-in's own score of an image for its prompt.
@@ -71,7 +71,7 @@ class Metric(ABC):
         """The number and its spread."""
 
     def remarks(self) -> list[str]:
-        """Sentences that a reader of this number needs."""
+        """Caveats for readers of this number."""
         return []
 
 

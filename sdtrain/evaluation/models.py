@@ -1,4 +1,4 @@
-"""The models under evaluation, by what is in them."""
+"""The models under evaluation, identified by their weights."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedMod
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a model is, or is a checkpoint of."""
+    """The run that a model is or belongs to."""
     if not is_run(path):
         return None
     return path if (path / "checkpoints").is_dir() else path.resolve().parents[1]

@@ -1,4 +1,4 @@
-"""The networks that look at images: features for FID and KID, and CLIP's embeddings of images and prompts."""
+"""The networks of the metrics: features for FID and KID, CLIP's embeddings of images and prompts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
-from sdtrain.models.clip import clip_preprocess, load_clip
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.weights import clip_digest
 
 BATCH_SIZE = 32
 """Images or prompts in one batch of a network."""
@@ -203,10 +202,9 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 
 
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
-    """(n, e) float32 embeddings of length 1, and which texts were cut, (n,) bool.
+    """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    A text that has more tokens than the model reads (77) is cut as open_clip's tokenizer does: the end token takes the
-    last place.
+    A text of more tokens than the model reads (77) is truncated as by open_clip's tokenizer: the last token is the end.
 
     Raises:
         UserError: CLIP cannot be loaded, or its embeddings are not finite.

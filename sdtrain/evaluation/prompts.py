@@ -19,8 +19,8 @@ class Prompts:
     """The chosen prompts.
 
     Attributes:
-        texts: in the order in which they are drawn.
-        source: where they are from and how they were chosen, in words.
+        texts: in the order of drawing.
+        source: file and choice, in words.
     """
 
     texts: tuple[str, ...]
@@ -48,7 +48,7 @@ def digest_of(texts: Sequence[str]) -> str:
 
 
 def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
-    """The first `num` of all prompts in the order of the seed, so that a larger number goes on from a smaller one.
+    """The first `num` of all prompts in the order of the seed, so a larger number extends a smaller one.
 
     A text file has one prompt a line. COCO's captions (`captions_val2017.json` and its like) give one caption an
     image; only when every image has been taken does each give a second one.

@@ -21,7 +21,7 @@ AGREEMENTS = ("clip", *STAND_INS, "none")
 
 
 class Protocol(Settings):
-    """What is drawn, and what it is compared with; the defaults are the model card's where it says something."""
+    """How images are drawn and what they are compared with; defaults are the model card's where it has any."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -30,11 +30,11 @@ class Protocol(Settings):
     num_prompts: int = Field(default=10_000, ge=2)
     """Prompts, and so images for each scale; a seeded choice."""
     prompt_seed: int = Field(default=0, ge=0)
-    """Of that choice."""
+    """Seed of the choice of prompts."""
     reference: str
-    """Real images: a dataset of sdtrain's, a folder of images, or an .npz with `mu` and `sigma`."""
+    """Real images: a dataset of sdtrain's (s3://… too), a folder of images, or an .npz with `mu` and `sigma`."""
     num_reference: int = Field(default=50_000, ge=2)
-    """At most this many of them, a seeded choice; an .npz counts as it is."""
+    """Real images at most, a seeded choice; an .npz counts as it is."""
     reference_view: Literal["as_samples", "as_is"] = "as_samples"
     """Real images resized (bicubic) and centre-cropped to the samples' size first, or as they are."""
     scales: tuple[float, ...] = Field(default=CARD_SCALES, min_length=1)
@@ -44,18 +44,17 @@ class Protocol(Settings):
     sampler: SamplerName = "plms"
     """The sampler."""
     seed: int = Field(default=0, ge=0)
-    """Of the first image; each next one has the next, and all scales and models have the same."""
+    """Seed of the first image; each next one has the next, the same for all scales and models."""
     weights: Weights = "ema"
     """Averaged weights, or raw ones."""
     dtype: Precision = "auto"
-    """Of UNet and text encoder. auto: as this evaluation began, or bf16 where this machine computes faster in it, else
-    fp32."""
+    """Of UNet and text encoder. auto: as the evaluation began, or bf16 where it is faster here, else fp32."""
     tokenizer: str | None = None
     """For a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's."""
     batch_size: int = Field(default=16, ge=1)
     """Images drawn at once; another number gives images that differ in their last bits."""
     part_size: int = Field(default=256, ge=2)
-    """Images in one part, which is drawn and kept as a whole."""
+    """Images in a part, which is drawn and kept as a whole."""
     network: str = Field(default="inception", json_schema_extra={"enum": list(NETWORKS)})
     """The network whose features FID compares; a stand-in's numbers mean nothing elsewhere."""
     network_weights: str = "inception-fid"
@@ -94,9 +93,9 @@ class Protocol(Settings):
 
     @property
     def parts(self) -> list[int]:
-        """The parts of a scale, by number."""
+        """The parts of each scale, by number."""
         return list(range(-(-self.num_prompts // self.part_size)))
 
-    def places(self, part: int) -> range:
-        """Which images a part holds."""
+    def indices(self, part: int) -> range:
+        """The images of a part, by number."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_prompts))

@@ -35,7 +35,7 @@ from sdtrain.evaluation.metrics import arrays_needed
 from sdtrain.evaluation.networks import BATCH_SIZE, agreement_digest, embed_images, feature_config, features_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.models.clip_view import Preprocess, clip_view
+from sdtrain.models.clip import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -44,7 +44,7 @@ _PLACE = ["picture_offset", "picture_bytes"]
 
 
 class Place(NamedTuple):
-    """Where an image's bytes are: a file, or a stretch of one (`size` of -1 is all of it)."""
+    """A file with an image, or the byte range of an image in a file (`size` of -1 is all of it)."""
 
     path: str
     offset: int = 0
@@ -60,10 +60,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Chosen real images, or statistics of some that somebody else has chosen.
+    """Chosen real images, or published statistics.
 
     Attributes:
-        source: where they are from, in words.
+        source: in words.
         digest: sha256 of the images in their order: of their bytes, or of their places in shards whose digests the
             manifest has; or of the file of statistics.
         places: where the images are; empty for statistics.
@@ -78,7 +78,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """What the stage of a reference needs.
+    """The input of the stage of a reference.
 
     Attributes:
         digest: of the reference.

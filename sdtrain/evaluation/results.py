@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, results.csv, curve.png."""
+"""The results of an evaluation: results.json, results.csv, curve.png."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _INK, _PALE = "#24292f", "#e6eaee"
 
 
 class Results(Settings):
-    """The numbers of an evaluation, and all that decided them."""
+    """The numbers of an evaluation with their protocol."""
 
     protocol: dict[str, Any]
     """Every setting, and digests of reference, prompts, networks and models."""
     metrics: dict[str, str]
-    """What each number is, in words."""
+    """Description of each metric."""
     notes: list[str]
-    """What a reader has to know."""
+    """Remarks for readers of the numbers."""
     rows: list[dict[str, Any]]
     """One for each model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
 
@@ -92,7 +92,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
 
 
 def protocol_lines(results: Results) -> list[str]:
-    """The protocol, a setting a line, then what the numbers are, then the notes."""
+    """The protocol, a setting a line, then the metrics, then the remarks."""
     lines = [f"{name}: {_text(value)}" for name, value in results.protocol.items()]
     return [*lines, *(f"{name}: {text}" for name, text in results.metrics.items()), *results.notes]
 

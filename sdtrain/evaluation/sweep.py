@@ -1,4 +1,4 @@
-"""An evaluation from its protocol to its results: which steps there are, and what becomes of them."""
+"""An evaluation from its protocol to its results: plans the steps and turns their output into numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.evaluation.features import caption_stage, feature_stage
-from sdtrain.evaluation.generate import Drawing, context_stage, draw_stage
+from sdtrain.evaluation.generate import SampleJob, context_stage, draw_stage
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
 from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
@@ -28,17 +28,17 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Axis, Results, write_results
-from sdtrain.formats.any_model import pinned
+from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded
 
-_PICTURE_BYTES_PER_PIXEL = 2.0
-"""Of a PNG of a photograph, about."""
+_IMAGE_BYTES_PER_PIXEL = 2.0
+"""Roughly, of a PNG of a photograph."""
 
 
 class Step(NamedTuple):
-    """A stage, the directory in which it leaves what it makes, and what it takes."""
+    """A stage, its output directory and its input."""
 
     stage: Stage[Any]
     directory: EvaluationDir
@@ -50,7 +50,7 @@ class Sweep:
     """An evaluation about to be run.
 
     Attributes:
-        real: where the networks' view of the real images is kept, and what makes it; None for statistics.
+        real: directory and input of the reference's stage; None for statistics.
     """
 
     protocol: Protocol
@@ -61,8 +61,8 @@ class Sweep:
     real: tuple[EvaluationDir, ReferenceJob] | None
 
     def steps(self) -> list[Step]:
-        """The steps in their order; each does only those parts that are not finished."""
-        drawings = [Drawing(self.protocol, model, self.prompts.digest) for model in self.models]
+        """The steps in order; each does only its unfinished parts."""
+        drawings = [SampleJob(self.protocol, model, self.prompts.digest) for model in self.models]
         by_text_encoder = {drawing.model.text_encoder: drawing for drawing in reversed(drawings)}
         steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
         steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
@@ -74,22 +74,22 @@ class Sweep:
         return steps
 
     def checks(self) -> list[Check]:
-        """The networks that will look at the images, and where these go; none once all images were looked at."""
+        """Checks of networks and output; none once all images are measured."""
         left = self._num_pending()
         if not left:
             return []
-        wanted = left * _PICTURE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
+        num_bytes = left * _IMAGE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
         return [
             Check("output", lambda: check_writable(self.directory.root)),
-            Check("disk", lambda: check_room(self.directory.root, wanted, "The images")),
+            Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
         ]
 
     def _num_pending(self) -> int:
-        """Images that nobody has looked at yet."""
+        """Images whose features are still to be extracted."""
         scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
         return sum(
-            len(self.protocol.places(part))
+            len(self.protocol.indices(part))
             for model, scale, part in itertools.product(self.models, scales, parts)
             if not self.directory.features(model.key, scale, part).exists()
         )
@@ -106,7 +106,7 @@ class Sweep:
                 drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
                 about = {"model": model.label, "guidance_scale": scale, "num_pictures": self.protocol.num_prompts}
                 rows.append(about | numbers(metrics, drawn, captions))
-        notes = [remark for metric in metrics for remark in metric.remarks()] + self._cut_prompts(captions)
+        notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
         results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)
         axes = {metric.axis: Axis(metric.name, metric.label) for metric in metrics}
         write_results(self.directory, results, axes.get("x"), axes["y"])
@@ -116,7 +116,7 @@ class Sweep:
     def _needs_captions(self) -> bool:
         return bool(arrays_needed(self.protocol, "captions"))
 
-    def _step(self, stage: Any, drawing: Drawing) -> Step:
+    def _step(self, stage: Any, drawing: SampleJob) -> Step:
         return Step(stage(drawing), self.directory, drawing)
 
     def _real_images(self) -> Any:
@@ -125,13 +125,15 @@ class Sweep:
         folder, job = self.real
         return _arrays([folder.reference(part) for part in reference_parts(job)])
 
-    def _cut_prompts(self, captions: dict[str, Any]) -> list[str]:
-        cut = {f"the text encoder of {model.label}": self._num_cut(model) for model in self.models}
+    def _truncated_prompts(self, captions: dict[str, Any]) -> list[str]:
+        truncated = {f"the text encoder of {model.label}": self._num_truncated(model) for model in self.models}
         if captions:
-            cut[f"CLIP {self.protocol.clip_model}"] = int(captions["cut"].sum())
-        return [f"{num:,} prompts are longer than {who} reads and were cut." for who, num in cut.items() if num]
+            truncated[f"CLIP {self.protocol.clip_model}"] = int(captions["cut"].sum())
+        return [
+            f"{num:,} prompts are longer than {who} reads and were truncated." for who, num in truncated.items() if num
+        ]
 
-    def _num_cut(self, model: EvaluatedModel) -> int:
+    def _num_truncated(self, model: EvaluatedModel) -> int:
         paths = [self.directory.contexts(model.text_encoder[:12], part) for part in self.protocol.parts]
         return int(read_tensors(paths, ["cut"])["cut"].sum())
 
@@ -164,7 +166,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
     features_digest(protocol), agreement_digest(protocol)  # the weights are there
     # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
-    found = identify_all([pinned(path.absolute()) for path in models], protocol)
+    found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)
@@ -175,7 +177,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
 
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:
-    """The precision asked for; for `auto` the one that this evaluation began with, maybe on another machine."""
+    """The precision asked for; for `auto` the one that this evaluation began with, perhaps on another machine."""
     if protocol.dtype == "auto":
         for file, settings in ((directory.protocol, lambda it: it), (directory.results, lambda it: it["protocol"])):
             if file.exists():

@@ -1,4 +1,4 @@
-"""Runs the steps of an evaluation, here or in several processes, each with a GPU of its own where there are any."""
+"""Runs the steps of an evaluation, here or in several processes, one for each GPU."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from sdtrain.preflight.checks import require
 def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:
     """Does what is not finished, then computes the numbers.
 
-    Parts are cut before they are dealt out, so that the images are the same for any number of processes.
+    Parts do not depend on the number of processes, and neither do the images.
 
     Args:
         sweep: from `plan`.
         num_processes: that share the parts.
-        say: hears a line when a step has ended.
+        say: prints a line when a step has ended.
 
     Raises:
         UserError: a mistake that the user can put right; what was finished is kept.
@@ -40,7 +40,7 @@ def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] =
     require(sweep.checks())
     with _pool(num_processes) if num_processes > 1 else nullcontext() as pool:
         for step in sweep.steps():
-            stage = step.stage if pool is None else _spread(step.stage, pool)
+            stage = step.stage if pool is None else _in_processes(step.stage, pool)
             say(str(run_with_bar(stage, step.directory, step.job)))
     return sweep.finish()
 
@@ -49,20 +49,20 @@ def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] =
 def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
     threads = max(1, torch.get_num_threads() // num_processes)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, context, _begin, (threads,)) as pool:
+    with ProcessPoolExecutor(num_processes, context, _init_worker, (threads,)) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _spread(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
-    """The same stage, whose parts are done by the processes of the pool."""
+def _in_processes(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
+    """The same stage, run by the processes of the pool."""
 
     def run(dataset: DatasetDir, job: Any, parts: Sequence[int]) -> Iterator[ShardReport]:
         futures = [pool.submit(_run_part, stage, dataset, job, part) for part in parts]
         try:
-            yield from _all_that_end_well(futures)
+            yield from _completed_reports(futures)
         except BrokenProcessPool as error:
             raise UserError(
                 "A process of the evaluation was ended from outside. Is there too little memory? Lower --batch-size, "
@@ -72,8 +72,8 @@ def _spread(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
     return replace(stage, run=run)
 
 
-def _all_that_end_well(futures: Sequence[Future[ShardReport]]) -> Iterator[ShardReport]:
-    """Reports as they come; after an error no part is begun, and those under way still count before it is raised."""
+def _completed_reports(futures: Sequence[Future[ShardReport]]) -> Iterator[ShardReport]:
+    """Reports as they complete; after an error no part starts, and those that run still count before it is raised."""
     failed: Exception | None = None
     for future in as_completed(futures):
         if future.cancelled():
@@ -94,13 +94,13 @@ def _run_part(stage: Stage[Any], dataset: DatasetDir, job: Any, part: int) -> Sh
     return next(iter(stage.run(dataset, job, [part])))
 
 
-def _begin(num_threads: int) -> None:
+def _init_worker(num_threads: int) -> None:
     torch.set_num_threads(num_threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Else it would wait for work for ever when the parent is killed."""
+def _exit_with_parent() -> None:
+    """Otherwise it would wait for work for ever after the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -12,11 +12,12 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.compvis import open_compvis
+from sdtrain.formats.frozen import load_frozen, load_text_encoder, load_vae
 from sdtrain.formats.part_files import find_part, open_part
-from sdtrain.formats.spellings import fit
-from sdtrain.formats.stored_model import Average, Frozen, State, StoredModel, Weights, empty_unet
-from sdtrain.models.build import build_unet, load_text_encoder, load_vae
+from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, empty_unet
+from sdtrain.formats.tensor_file import fit
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet
 from sdtrain.settings import load_settings
 
 RAW_VARIANT = "non_ema"
@@ -28,7 +29,7 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / "layout.json").exists()
 
 
-def pinned(path: Path) -> Path:
+def resolve_checkpoint(path: Path) -> Path:
     """A run's newest checkpoint, so that it stays the same one while training goes on; other paths as they are.
 
     Raises:
@@ -68,21 +69,11 @@ def open_run(path: Path) -> StoredModel:
         unet_config=build_unet(config.unet, config.latent_size).config,
         scheduler_config=sampling_scheduler(config.diffusion).config,
         states={"ema": lambda: dict(checkpoint.weights("ema")), "raw": lambda: dict(checkpoint.weights("master"))},
-        frozen=lambda: frozen_of(config),
+        frozen=lambda: load_frozen(config),
         average=Average(config.ema.decay, checkpoint.layout.ema_updates),
         step=step,
         tokenizer_name=None if Path(name).is_dir() else name,
     )
-
-
-def frozen_of(config: TrainConfig) -> Frozen:
-    """VAE and text encoder of a training config.
-
-    Raises:
-        UserError: they are not there.
-    """
-    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
-    return Frozen(load_vae(config.vae), tokenizer, text_encoder)
 
 
 def open_folder(path: Path) -> StoredModel:
@@ -118,9 +109,9 @@ def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) 
         raise UserError(f"{folder} is not a UNet that diffusers can load: {error}") from error
 
 
-def _folder_frozen(path: Path) -> Frozen:
+def _folder_frozen(path: Path) -> FrozenModels:
     tokenizer, text_encoder = load_text_encoder(str(path))
-    return Frozen(load_vae(str(path)), tokenizer, text_encoder)
+    return FrozenModels(load_vae(str(path)), tokenizer, text_encoder)
 
 
 def training_weights(path: Path) -> tuple[State, State, int | None]:

@@ -6,21 +6,25 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig
 
 from sdtrain.dataset.files import publish
+from sdtrain.diffusion import Floats, zero_terminal_snr
 from sdtrain.errors import UserError
-from sdtrain.formats.buffers import UNCOUNTED, average_buffers, position_ids, schedule_buffers
 from sdtrain.formats.compvis_layout import Architecture, sd_v1
-from sdtrain.formats.compvis_names import TEXT, TEXT_STAGE, average_name
-from sdtrain.formats.dtypes import cast
-from sdtrain.formats.spellings import Fitted, PartOf, compvis_name, one_name_each
-from sdtrain.formats.stored_model import Average, Frozen, State, StoredModel, Weights
-from sdtrain.formats.tensor_file import NOTES, TensorFile
-from sdtrain.models.build import load_tokenizer, text_encoder_of, vae_of
+from sdtrain.formats.frozen import load_tokenizer, text_encoder_of, vae_of
+from sdtrain.formats.names import TEXT, TEXT_STAGE, average_name, compvis_name
+from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, cast
+from sdtrain.formats.tensor_file import NOTES, Fitted, PartOf, TensorFile, one_name_each
+
+_SMALLEST = 1e-20
+UNCOUNTED = -1
+"""What `LitEma` in CompVis/stable-diffusion, ldm/modules/ema.py, has for the number of updates if it counts none."""
 
 
 def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
@@ -77,7 +81,7 @@ def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
     return Average(decay, int(counted) if math.isfinite(counted) and counted >= 0 else None)
 
 
-def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> Frozen:
+def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> FrozenModels:
     if tokenizer is None:
         raise UserError(f"{file.path} does not say which tokenizer belongs to it; name one with --tokenizer.")
     text_config = CLIPTextConfig.from_dict(dict(architecture.text_encoder))
@@ -88,11 +92,11 @@ def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None)
             f"The tokenizer '{tokenizer}' has {len(found)} tokens, but the text encoder in {file.path} knows "
             f"{text_config.vocab_size}; name the one that belongs to it with --tokenizer."
         )
-    return Frozen(vae_of(file, architecture.vae).load(), found, encoder)
+    return FrozenModels(vae_of(file, architecture.vae).load(), found, encoder)
 
 
 def write_compvis(
-    model: StoredModel, path: Path, frozen: Frozen, state: State, average: State | None, dtype: torch.dtype
+    model: StoredModel, path: Path, frozen: FrozenModels, state: State, average: State | None, dtype: torch.dtype
 ) -> None:
     """Writes a model in one file, whole or not at all.
 
@@ -127,7 +131,7 @@ def write_compvis(
             save_file(tensors, temporary, metadata={NOTES: notes})  # of two entries, either may come first
 
 
-def architecture_of(model: StoredModel, frozen: Frozen) -> Architecture:
+def architecture_of(model: StoredModel, frozen: FrozenModels) -> Architecture:
     """The configs of a model's parts.
 
     Raises:
@@ -143,7 +147,7 @@ def architecture_of(model: StoredModel, frozen: Frozen) -> Architecture:
     return Architecture(dict(model.unet_config), dict(frozen.vae.config), text_config, scheduler, model.tokenizer_name)
 
 
-def stored_weights(architecture: Architecture, frozen: Frozen, state: State, average: State | None) -> State:
+def stored_weights(architecture: Architecture, frozen: FrozenModels, state: State, average: State | None) -> State:
     """All weights by their names in a file, in the shapes that they have there."""
     vae, text = frozen.vae.state_dict(), frozen.text_encoder.state_dict()
     tensors = {stored: state[name] for name, stored in architecture.unet_names.items()}
@@ -154,3 +158,52 @@ def stored_weights(architecture: Architecture, frozen: Frozen, state: State, ave
         is_attention = ".mid.attn_1." in stored and vae[name].dim() == 2
         tensors[stored] = vae[name][:, :, None, None] if is_attention else vae[name]
     return tensors | {stored: text[name] for name, stored in architecture.text_names.items()}
+
+
+def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The twelve buffers of the noise schedule, each (T,), float32, computed in float64.
+
+    `DDPM.register_schedule` in CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py, with v_posterior = 0; the
+    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7.
+
+    Args:
+        scheduler: config of a diffusers scheduler with scaled-linear betas.
+    """
+    start, end, length = (scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
+    betas: Floats = np.linspace(start**0.5, end**0.5, length, dtype=np.float64) ** 2
+    if scheduler.get("rescale_betas_zero_snr"):
+        rescaled = zero_terminal_snr(np.cumprod(1.0 - betas))
+        betas = 1.0 - rescaled / np.append(1.0, rescaled[:-1])
+    alphas = 1.0 - betas
+    alpha_bar = np.cumprod(alphas)
+    before, noise = np.append(1.0, alpha_bar[:-1]), 1.0 - alpha_bar
+    variance = betas * (1.0 - before) / noise
+    with np.errstate(divide="ignore"):  # nothing of the latent is left at the end of zero terminal SNR
+        values = {
+            "betas": betas,
+            "alphas_cumprod": alpha_bar,
+            "alphas_cumprod_prev": before,
+            "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+            "sqrt_one_minus_alphas_cumprod": np.sqrt(noise),
+            "log_one_minus_alphas_cumprod": np.log(noise),
+            "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alpha_bar),
+            "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alpha_bar - 1.0),
+            "posterior_variance": variance,
+            "posterior_log_variance_clipped": np.log(np.maximum(variance, _SMALLEST)),
+            "posterior_mean_coef1": betas * np.sqrt(before) / noise,
+            "posterior_mean_coef2": (1.0 - before) * np.sqrt(alphas) / noise,
+        }
+    return {name: torch.from_numpy(value.astype(np.float32)) for name, value in values.items()}
+
+
+def average_buffers(decay: float, num_updates: int | None) -> dict[str, torch.Tensor]:
+    """What a file says of the average itself: its largest decay, and how often it was updated, where that is known."""
+    return {
+        "model_ema.decay": torch.tensor(decay, dtype=torch.float32),
+        "model_ema.num_updates": torch.tensor(UNCOUNTED if num_updates is None else num_updates, dtype=torch.int32),
+    }
+
+
+def position_ids(num_positions: int) -> torch.Tensor:
+    """The positions of tokens, (1, 77), int64: old versions of transformers count them among CLIP's tensors."""
+    return torch.arange(num_positions)[None]

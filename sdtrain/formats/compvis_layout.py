@@ -14,12 +14,34 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import UNetConfig
 from sdtrain.errors import UserError
-from sdtrain.formats.compvis_names import TEXT, UNET, VAE, renamed, text_names, unet_modules, vae_modules
-from sdtrain.formats.published import TEXT_CONFIG, VAE_CONFIG
+from sdtrain.formats.names import TEXT, UNET, VAE, renamed, text_names, unet_modules, vae_modules
 from sdtrain.formats.stored_model import empty_unet, empty_vae
-from sdtrain.models.build import build_unet
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet
 
+SCALING_FACTOR = 0.18215
+"""Of a VAE whose config names none, as those of 2022 do not: diffusers' default."""
+VAE_CONFIG: Mapping[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": SCALING_FACTOR,
+}
+TEXT_CONFIG: Mapping[str, Any] = {
+    "vocab_size": 49_408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "projection_dim": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49_406,
+    "eos_token_id": 49_407,
+}
 _TELLTALE = {
     "conditioner.": "is a Stable Diffusion XL",
     "cond_stage_model.model.": "is a Stable Diffusion 2",
@@ -90,7 +112,7 @@ class Architecture:
         """Checks that a file's tensors are this model's, all of them and no others.
 
         Args:
-            names: as CompVis writes them; see `spellings.compvis_name`.
+            names: as CompVis writes them; see `names.compvis_name`.
             where: names the file.
 
         Raises:

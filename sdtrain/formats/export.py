@@ -17,13 +17,13 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.errors import UserError
-from sdtrain.formats.any_model import RAW_VARIANT, frozen_of, open_model
+from sdtrain.formats.any_model import RAW_VARIANT, open_model
 from sdtrain.formats.compvis import write_compvis
-from sdtrain.formats.dtypes import DTYPES, cast
-from sdtrain.formats.stored_model import Frozen, StoredModel, Weights
+from sdtrain.formats.frozen import load_frozen
+from sdtrain.formats.stored_model import FrozenModels, StoredModel, Weights, cast
 from sdtrain.formats.tensor_file import SUFFIXES
 from sdtrain.models.schedulers import make_scheduler, sampling_scheduler
-from sdtrain.precision import Fixed
+from sdtrain.precision import Fixed, torch_dtype
 
 Network = TypeVar("Network", bound=torch.nn.Module)
 
@@ -73,7 +73,7 @@ def _export_compvis(model: StoredModel, output: Path, settings: ExportSettings) 
     both = settings.weights == "both"
     state = model.state("raw" if settings.weights != "ema" else "ema")
     average = model.state("ema") if both else None
-    write_compvis(model, output, model.frozen(), state, average, DTYPES[settings.dtype])
+    write_compvis(model, output, model.frozen(), state, average, torch_dtype(settings.dtype))
 
 
 def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings) -> None:
@@ -81,7 +81,7 @@ def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings
     unet, dtype = _cast(model.unet(first), settings.dtype), settings.dtype
     raw = _cast(model.unet("raw"), dtype) if settings.weights == "both" else None
     frozen = model.frozen()
-    frozen = Frozen(_cast(frozen.vae, dtype), frozen.tokenizer, _cast(frozen.text_encoder, dtype))
+    frozen = FrozenModels(_cast(frozen.vae, dtype), frozen.tokenizer, _cast(frozen.text_encoder, dtype))
     with _publish_folder(output) as temporary:
         _pipeline(unet, frozen, make_scheduler(None, model.scheduler_config)).save_pretrained(temporary)
         if raw is not None:
@@ -90,7 +90,7 @@ def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings
 
 
 def _cast(network: Network, dtype: Fixed) -> Network:
-    state = {name: cast(tensor, DTYPES[dtype], name) for name, tensor in network.state_dict().items()}
+    state = {name: cast(tensor, torch_dtype(dtype), name) for name, tensor in network.state_dict().items()}
     network.load_state_dict(state, assign=True)
     return network
 
@@ -102,14 +102,14 @@ def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path
         UserError: `output` holds something that is no earlier export.
     """
     _require_replaceable(output)
-    pipeline = _pipeline(unet, frozen_of(config), sampling_scheduler(config.diffusion))
+    pipeline = _pipeline(unet, load_frozen(config), sampling_scheduler(config.diffusion))
     with _publish_folder(output) as temporary:
         pipeline.save_pretrained(temporary)
         _forget_places(temporary)
     return output
 
 
-def _pipeline(unet: UNet2DConditionModel, frozen: Frozen, scheduler: object) -> StableDiffusionPipeline:
+def _pipeline(unet: UNet2DConditionModel, frozen: FrozenModels, scheduler: object) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=frozen.vae,
         text_encoder=frozen.text_encoder,

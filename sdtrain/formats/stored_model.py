@@ -17,7 +17,7 @@ State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenModels:
     """The networks that training leaves as they are; all in fp32."""
 
     vae: AutoencoderKL
@@ -53,7 +53,7 @@ class StoredModel:
     unet_config: Mapping[str, Any]
     scheduler_config: Mapping[str, Any]
     states: Mapping[Weights, Callable[[], State]]
-    frozen: Callable[[], Frozen]
+    frozen: Callable[[], FrozenModels]
     average: Average | None = None
     step: int = 0
     tokenizer_name: str | None = None
@@ -93,3 +93,15 @@ def empty_vae(config: Mapping[str, Any]) -> AutoencoderKL:
     """A VAE whose parameters have shapes but no memory."""
     with torch.device("meta"):
         return AutoencoderKL.from_config(dict(config))
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The tensor on the host, rounded to `dtype`.
+
+    Raises:
+        UserError: fp16 cannot hold its numbers, which would become infinite.
+    """
+    result = tensor.detach().to("cpu", dtype)
+    if dtype is torch.float16 and not torch.isfinite(result).all():
+        raise UserError(f"{name} has numbers that fp16 cannot hold (beyond 65504, or not finite). Export bf16 or fp32.")
+    return result

@@ -1,1 +1,1 @@
-"""What computing costs the environment: energy counted or estimated, and the CO2 of it."""
+"""The environmental cost of computing: energy counted or estimated, and its CO2."""

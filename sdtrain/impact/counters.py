@@ -1,4 +1,4 @@
-"""Counters of energy that the hardware keeps: NVML for GPUs, RAPL for CPUs and their memory."""
+"""The hardware's energy counters: NVML for GPUs, RAPL for CPUs and their memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GpuCounter:
         self._first: int = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def joules(self) -> float | None:
-        """Energy since the counter was made; None if the driver was loaded anew, or is gone."""
+        """Energy since the counter was made; None if the driver was reloaded or is gone."""
         try:
             used: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._first
         except self._nvml.NVMLError:
@@ -49,7 +49,7 @@ class RaplCounter:
         zone: its folder, with `energy_uj` and `max_energy_range_uj`.
 
     Raises:
-        OSError: it cannot be read; since Linux 5.10 only root may, unless told otherwise.
+        OSError: it cannot be read; since Linux 5.10 by default only root may.
     """
 
     def __init__(self, zone: Path):

@@ -1,4 +1,4 @@
-"""energy.csv of a run: what each of its sessions has spent. Unlike the other logs it is never cut back.
+"""energy.csv of a run: the energy of each session. Unlike the other logs it is never truncated.
 
 A session is one start of the training command. Steps that a killed session had done after its last checkpoint are done
 again by the next one; their energy was spent all the same, so both count. What a killed session spent after its last
@@ -68,7 +68,7 @@ class EnergyLog:
             writer.writerow({name: _short(value) for name, value in asdict(spent).items()})
 
     def sessions(self) -> list[Spent]:
-        """The last line of each session, in the order of their beginnings; lines cut short by a crash are passed over.
+        """The last line of each session, in the order of their beginnings; lines cut short by a crash are skipped.
 
         Raises:
             UserError: the file is no such log.

@@ -21,10 +21,9 @@ from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore
-from sdtrain.loading.shard_catalog import Catalogue, whole_tables_digest
-from sdtrain.loading.shard_index import ShardIndex, read_index
+from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, whole_tables_digest
 
-# Files open at once: tars and indexes each. Many systems allow a process 1024.
+# Tars open at once, and indexes mapped. Many systems allow a process 1024 open files.
 OPEN_SHARDS = 256
 # Up to here indexes stay in memory and nothing is written beside the tables.
 _SMALL = 1_000_000
@@ -137,14 +136,13 @@ class LatentStore(SampleStore):
         return shard, int(self._index(shard).rows_of(self.sizes[size])[rank])
 
     def _read(self, shard: int, index: ShardIndex, row: int, crop: int, out: NDArray[np.float16]) -> None:
-        file, num_bytes = self._tar(shard), int(index.num_bytes[row])
+        file, (offset, num_bytes) = self._tar(shard), index.extent(row)
         if num_bytes != self.num_crops * out.nbytes:
             raise UserError(
                 f"{file.name} holds a latent of {num_bytes} bytes, but data.resolution {8 * out.shape[1]} needs "
                 f"{self.num_crops * out.nbytes}. Set data.resolution to the recipe's encode.resolution."
             )
-        offset = int(index.offsets[row]) + crop * out.nbytes
-        if os.preadv(file.fileno(), [out.data], offset) < out.nbytes:
+        if os.preadv(file.fileno(), [out.data], offset + crop * out.nbytes) < out.nbytes:
             raise UserError(
                 f"{file.name} is shorter than its table says. Run the build again: it redoes damaged shards."
             )

@@ -14,8 +14,10 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from sdtrain.loading.interleave import Ints, draw
 from sdtrain.loading.order import Order
+
+Ints = NDArray[np.int64]
+SHARES = 2**20
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SamplePlan:
     """The order of samples over all epochs.
 
     Positions take turns between the sources in the proportion of their shares, and within a source between its sizes
-    in the proportion of their numbers (`interleave.draw`). Each size of each source has its own endless stream:
+    in the proportion of their numbers (`draw`). Each size of each source has its own endless stream:
     epoch after epoch, every sample exactly once per epoch, shuffled anew in each. `group` positions that follow each
     other are of one size. A group may straddle two epochs of its stream, so that nothing is left over: no sample is
     dropped or repeated, and at any time the sizes of one source have got equally far, give or take a group for each.
@@ -116,6 +118,44 @@ def _over_epochs(order: Order, epochs: Ints, offsets: Ints) -> Ints:
         here = epochs == epoch
         indices[here] = order.at(int(epoch), offsets[here])
     return indices
+
+
+def draw(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
+    """Which stream each position draws from, and how often that stream was drawn from before.
+
+    The first stream takes the positions p where floor((p + 1) a / n) exceeds floor(p a / n), for its share a of n
+    (Bresenham's line); the others share what is left in the same way. So of the first p positions, stream i has
+    p * shares[i] / n, give or take less than the number of streams, for every p: nothing is left to chance.
+
+    Args:
+        positions: from 0.
+        shares: integers, one for each stream, with a sum below 2**31.
+
+    Returns:
+        Streams and places within their streams, in the shape of `positions`.
+    """
+    streams = np.full_like(positions, len(shares) - 1)
+    places, left, total = positions.copy(), np.ones(len(positions), bool), sum(shares)
+    for stream, share in enumerate(shares[:-1]):
+        before, after = _taken(places, share, total), _taken(places + 1, share, total)
+        mine = left & (after > before)
+        streams[mine] = stream
+        places = np.where(mine, before, np.where(left, places - before, places))
+        left &= ~mine
+        total -= share
+    return streams, places
+
+
+def whole_shares(weights: Sequence[float]) -> list[int]:
+    """Weights as integers that sum to about 2**20, none of them 0."""
+    total = sum(weights)
+    return [max(1, round(SHARES * weight / total)) for weight in weights]
+
+
+def _taken(positions: Ints, share: int, total: int) -> Ints:
+    """floor(position * share / total), without the product, which could pass 2**63."""
+    turns, rest = np.divmod(positions, total)
+    return turns * share + rest * share // total
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What there is in each shard of a dataset's latents, without its rows: read in moments however many there are."""
+"""The shards of a dataset's latents: what each holds, from the footers of their tables, and where each row lies."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import delete_index, index_path
 from sdtrain.encode.info import SIZES_KEY, VAE_KEY
 from sdtrain.errors import UserError
 
@@ -24,6 +25,8 @@ _FILE = "catalogue.json"
 _VERSION = 1
 _WORTH_KEEPING = 256
 _READERS = 16
+_COLUMNS = ["uid", "caption", "offset", "num_bytes", "height", "width"]
+_DIGEST = b"table_digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +142,90 @@ def _keep(path: Path, shards: list[Shard]) -> None:
     rows = [[shard.table, shard.stamp, shard.digest, shard.made_by, shard.samples] for shard in shards]
     with suppress(OSError), publish(path) as temporary:  # a folder that cannot be written costs time and nothing else
         temporary.write_text(json.dumps([_VERSION, rows]))
+
+
+class ShardIndex:
+    """The rows of one shard's table.
+
+    A table of 10,000 rows takes milliseconds to decode and megabytes to keep, and a global shuffle goes to another
+    shard with every sample. So beside the tables of a large dataset lies `NNNNN.index.arrow`, mapped into memory, of
+    which only the pages of the wanted rows are read. It is a copy: made when it is missing or not of its table.
+    """
+
+    def __init__(self, rows: pa.RecordBatch) -> None:
+        self._uids, self._captions, self._offsets, self._num_bytes = (rows[name] for name in _COLUMNS[:4])
+        self._rows = rows
+        self._rows_of: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows_of(self, size: tuple[int, int]) -> NDArray[np.int64]:
+        """The rows whose latents have this height and width, in order."""
+        if size not in self._rows_of:
+            height, width = (self._rows[name].to_numpy() for name in _COLUMNS[4:])
+            self._rows_of[size] = np.flatnonzero((height == size[0]) & (width == size[1]))
+        return self._rows_of[size]
+
+    def uid(self, row: int) -> str:
+        """The identity of a sample."""
+        return str(self._uids[row].as_py())
+
+    def caption(self, row: int) -> str:
+        """The caption of a sample."""
+        return self._captions[row].as_py() or ""
+
+    def extent(self, row: int) -> tuple[int, int]:
+        """Where a latent begins in the tar, and its number of bytes."""
+        return self._offsets[row].as_py(), self._num_bytes[row].as_py()
+
+
+def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:
+    """The index of one shard.
+
+    Args:
+        table: its Parquet file.
+        digest: of the table, as the catalogue has it; another one's index is not used.
+        keep: write the index beside the table for the next time. A folder that cannot be written is no error.
+
+    Raises:
+        UserError: the table cannot be read.
+    """
+    path = index_path(table)
+    if path.exists() and (mapped := _mapped(path, digest)) is not None:
+        return ShardIndex(mapped)
+    rows = _rows_of_table(table)
+    if keep:
+        with suppress(OSError):
+            delete_index(table)
+            _write_index(path, rows, digest)
+    return ShardIndex(rows)
+
+
+def _rows_of_table(table: Path) -> pa.RecordBatch:
+    try:
+        with pq.ParquetFile(table) as file:
+            rows = file.read(_COLUMNS)
+        return pa.RecordBatch.from_arrays([pa.concat_arrays(rows[name].chunks) for name in _COLUMNS], _COLUMNS)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{table} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error
+
+
+def _write_index(path: Path, rows: pa.RecordBatch, digest: str) -> None:
+    """Writes one batch in Arrow's stream format, which opens faster than its file format."""
+    schema = rows.schema.with_metadata({_DIGEST: digest})
+    with publish(path) as temporary, pa.ipc.new_stream(str(temporary), schema) as writer:
+        writer.write_batch(rows)
+
+
+def _mapped(path: Path, digest: str) -> pa.RecordBatch | None:
+    """The rows without reading them; None if the file is damaged or belongs to another table."""
+    try:
+        with pa.memory_map(str(path)) as content, pa.ipc.open_stream(content) as reader:
+            if reader.schema.metadata[_DIGEST] != digest.encode():
+                return None
+            rows = reader.read_next_batch()
+        rows.validate()  # offsets that lead out of the file
+    except (OSError, ValueError, KeyError, TypeError, StopIteration, pa.ArrowException):
+        return None
+    return rows

@@ -19,10 +19,9 @@ from sdtrain.dataset.s3.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
-from sdtrain.loading.interleave import whole_shares
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
 from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
-from sdtrain.loading.sample_plan import SamplePlan, SourcePlan
+from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, whole_shares
 from sdtrain.loading.sample_store import Fetched, SampleStore
 
 
@@ -179,7 +178,9 @@ def _group(store: SampleStore, config: TrainConfig) -> int:
 
 
 def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
-    from sdtrain.models.build import recorded_vae_digest  # late: DeepSpeed must not come in before the ranks are joined
+    from sdtrain.formats.frozen import (
+        recorded_vae_digest,  # late: DeepSpeed must not come in before the ranks are joined
+    )
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
     store = LatentStore(root, config.data.resolution, config.data.verify, open_shards)

@@ -1,4 +1,4 @@
-"""What a dataset says of itself: its recipe, its funnel, what was taken out, and how long its stages worked."""
+"""The records of a dataset that the card shows: recipe, funnel, removed samples, hours of its stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import Field
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import read_ledger
-from sdtrain.impact.carbon import CORE_W, board_watts, energy_kwh
+from sdtrain.impact.carbon import CORE_W, energy_kwh
+from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
 GPU_STAGES = ("score", "encode")
@@ -19,7 +20,7 @@ GPU_STAGES = ("score", "encode")
 
 
 class DatasetFacts(Settings):
-    """What the card tells of one dataset; empty where nothing is recorded."""
+    """The card's facts of one dataset; empty where nothing is recorded."""
 
     root: str
     name: str = ""
@@ -34,7 +35,7 @@ class DatasetFacts(Settings):
     stage_hours: dict[str, float] = Field(default={})
     """Hours of the workers, added up over the shards."""
     num_removed: int | None = None
-    """Rows of the ledger of what was taken out for good."""
+    """Rows of the ledger of removed samples."""
 
     @property
     def hub_id(self) -> str | None:
@@ -46,7 +47,7 @@ class DatasetFacts(Settings):
         """Energy of the stages at stated power, as nothing measured it.
 
         Args:
-            gpu: what scored and encoded; None: CPU cores.
+            gpu: used for scoring and encoding; None: CPU cores.
             cores: that each worker kept busy.
         """
         watts = board_watts(gpu) if gpu else None

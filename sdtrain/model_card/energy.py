@@ -1,4 +1,4 @@
-"""The card's numbers of hours, energy and CO2."""
+"""The card's hours, energy and CO2, measured or estimated."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sdtrain.config.card import CardConfig
-from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh
+from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.gpus import board_watts
 from sdtrain.model_card.dataset import DatasetFacts
 
 
@@ -16,7 +17,7 @@ class EnergyRow:
     """One line of the table.
 
     Attributes:
-        what: was done.
+        what: the work.
         hours: in words.
         kwh: None if it is not known.
         kg: of CO2 equivalents; None if energy or grid is not known.

@@ -1,4 +1,4 @@
-"""From which runs a run's weights came."""
+"""The chain of runs that a run's weights came from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.impact.energy_log import EnergyLog, Spent
 from sdtrain.settings import load_settings
-from sdtrain.training.run_dir import RunDir
-from sdtrain.training.step_table import StepTable
+from sdtrain.training.run_dir import RunDir, StepTable
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,17 @@
-"""Puts the card together."""
+"""Writes the card of a run: front matter for the Hub, then Markdown from a template."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from pydantic import ValidationError
 
 from sdtrain import __version__
@@ -52,8 +54,9 @@ def write_card(run: Path) -> Path:
     previews = sorted(RunDir(run).previews.glob("step-*.png"))
     sessions = chain[-1].sessions
     hardware = _hardware(sessions)
+    evaluation = read_evaluation(run / "evaluation")
     text = _environment().from_string(_TEMPLATE.read_text()).render(
-        front_matter=front_matter(config, datasets, total_kg, hardware),
+        front_matter=front_matter(config, datasets, total_kg, hardware, evaluation),
         config=config,
         chain=chain,
         step=chain[-1].step,
@@ -62,7 +65,7 @@ def write_card(run: Path) -> Path:
         total_kg=total_kg,
         intensity=config.card.intensity(),
         hardware=hardware,
-        evaluation=read_evaluation(run / "evaluation"),
+        evaluation=evaluation,
         preview=previews[-1].relative_to(run) if previews else None,
         run=run.name,
         version=__version__,
@@ -125,28 +128,25 @@ def _environment() -> jinja2.Environment:
 
 
 def front_matter(
-    config: TrainConfig, datasets: Sequence[DatasetFacts], total_kg: float | None, hardware: str | None
+    config: TrainConfig,
+    datasets: Sequence[DatasetFacts],
+    total_kg: float | None,
+    hardware: str | None,
+    evaluation: Evaluation | None = None,
 ) -> str:
-    """The block, with its dashes.
+    """The YAML that the Hub reads, with its dashes.
 
     Args:
         config: the run.
         datasets: that it was trained on.
         total_kg: CO2 equivalents of training and data; None if not known.
         hardware: what it was trained on.
+        evaluation: of the run.
     """
-    content: dict[str, Any] = {
-        "license": config.card.license,
-        "language": ["en"],
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": TAGS,
-        "inference": True,
-    }
-    if ids := sorted({facts.hub_id for facts in datasets if facts.hub_id}):
-        content["datasets"] = ids
+    more: dict[str, Any] = {"inference": True}
+    results = list(evaluation.results) if evaluation else []
     if total_kg is not None:
-        content["co2_eq_emissions"] = {
+        more["co2_eq_emissions"] = {
             "emissions": round(1000 * total_kg, 3),  # the Hub counts in grams
             "source": "energy of training, measured or estimated, and of data preparation: see the card",
             "training_type": "pre-training" if config.init_from is None else "fine-tuning",
@@ -154,24 +154,36 @@ def front_matter(
             "hardware_used": hardware or "not recorded",
         }
     if config.card.gated:
-        content |= {
+        more |= {
             "extra_gated_heading": "Please read the licence and agree to it",
             "extra_gated_prompt": _PROMPT,
             "extra_gated_fields": {"I have read the licence and agree to its conditions": "checkbox"},
         }
-    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)}---"
+    data = ModelCardData(
+        license=config.card.license,
+        language=["en"],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=list(TAGS),
+        datasets=sorted({facts.hub_id for facts in datasets if facts.hub_id}) or None,
+        model_name=config.name if results else None,
+        eval_results=results or None,
+        **more,
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured.
+    """The results of an evaluation.
 
     Attributes:
         header: columns of the table.
         rows: its lines.
-        metrics: name of each number -> what it is.
+        metrics: name of each metric -> its description.
         protocol: settings that decided the numbers.
         curve: whether there is a plot.
+        results: the numbers as the Hub takes them; none where several models were compared.
     """
 
     header: list[str]
@@ -179,6 +191,7 @@ class Evaluation:
     metrics: dict[str, str]
     protocol: dict[str, Any]
     curve: bool
+    results: tuple[EvalResult, ...]
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
@@ -192,13 +205,31 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         return None
     try:
         content = json.loads(path.read_text())
-        rows, protocol = content["rows"], content["protocol"]
+        rows, protocol, metrics = content["rows"], content["protocol"], dict(content["metrics"])
         header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
         shown = {name: protocol[name] for name in (*_SHOWN, *_ALSO) if name in protocol}
         table = [[_text(row.get(name)) for name in header] for row in rows]
-        return Evaluation(header, table, dict(content["metrics"]), shown, (folder / "curve.png").exists())
+        results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
+        return Evaluation(header, table, metrics, shown, (folder / "curve.png").exists(), tuple(results))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` again.") from error
+
+
+def _eval_results(
+    rows: Sequence[Mapping[str, Any]], metrics: Mapping[str, str], protocol: Mapping[str, Any]
+) -> Iterator[EvalResult]:
+    for row, name in itertools.product(rows, metrics):
+        scale = f"{row['guidance_scale']:g}"
+        if isinstance(row.get(name), float) and math.isfinite(row[name]):
+            yield EvalResult(
+                task_type="text-to-image",
+                dataset_type="images",
+                dataset_name=str(protocol.get("reference_source", "not recorded")),
+                metric_type=name,
+                metric_name=f"{name}, guidance scale {scale}",
+                metric_value=round(row[name], 6),
+                metric_args={"guidance_scale": row["guidance_scale"]},
+            )
 
 
 def _text(value: Any) -> str:

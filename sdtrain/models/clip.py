@@ -3,16 +3,74 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import Preprocess
 from sdtrain.models.weights import find_weights, random_seed, seeded
 
 _CLIP_MODELS = Path(__file__).parent / "clip_models"
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a CLIP model wants its images; OpenAI's way but for the size, unless told otherwise.
+
+    Attributes:
+        size_px: side of the square that it sees.
+        mean: of its training images' channels, from 0 to 1.
+        std: likewise.
+        resample: "bicubic" or "bilinear".
+        squash: both sides are brought to `size_px`; else the shorter one, and the centre is cut out.
+    """
+
+    size_px: int
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    resample: str = "bicubic"
+    squash: bool = False
+
+    def resized_px(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height before the centre is cut out: the longer side rounded down (openai/CLIP, clip/clip.py)."""
+        if self.squash:
+            return self.size_px, self.size_px
+        short = min(width, height)
+        wide, high = (self.size_px if side == short else int(self.size_px * side / short) for side in (width, height))
+        return wide, high
+
+    def centre(self, width: int, height: int) -> tuple[int, int]:
+        """Left and top edge of the centre."""
+        return round((width - self.size_px) / 2.0), round((height - self.size_px) / 2.0)
+
+
+def clip_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
+    """What CLIP sees of an RGB image, before normalisation: `size_px` square, resized by Pillow."""
+    size = preprocess.resized_px(*image.size)
+    resized = image.resize(size, Image.Resampling[preprocess.resample.upper()])
+    left, top = preprocess.centre(*size)
+    return resized.crop((left, top, left + preprocess.size_px, top + preprocess.size_px))
+
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """An RGB image as (H, W, 3) uint8."""
+    return torch.from_numpy(np.array(image))
+
+
+def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 as networks want it, on the same device."""
+    # Divided by a tensor, because CUDA multiplies by the reciprocal of a number, which is not bit for bit the same.
+    scale, mean_, std_ = (
+        torch.tensor(tuple(values), device=pixels.device).view(-1, 1, 1) for values in ((255.0,), mean, std)
+    )
+    return pixels.permute(0, 3, 1, 2).float().div(scale).sub(mean_).div(std_)
 
 
 def load_clip(model: str, weights: str) -> tuple[Any, Any]:
@@ -21,6 +79,8 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     Raises:
         UserError: unknown model or weights, or weights trained with QuickGELU (OpenAI's) in a model without it.
     """
+    import open_clip
+
     config = _config(model)
     known = open_clip.get_pretrained_cfg(model, weights)
     if known.get("quick_gelu") and not config.get("quick_gelu"):
@@ -68,6 +128,8 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
     Raises:
         UserError: it is a way that we do not have.
     """
+    import open_clip
+
     wanted = dict(network.visual.preprocess_cfg)
     if not open_clip.get_pretrained_cfg(model, weights):
         ways = [open_clip.get_pretrained_cfg(model, tag) for tag in open_clip.list_pretrained_tags_by_model(model)]
@@ -85,6 +147,8 @@ def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
 
 
 def _config(model: str) -> dict[str, Any]:
+    import open_clip
+
     open_clip.add_model_config(_CLIP_MODELS)
     config: dict[str, Any] | None = open_clip.get_model_config(model)
     if config is None:

@@ -20,6 +20,7 @@ from sdtrain.settings import nearest
 # Weights for trials. Where the published network is large, the first means a small one of the same form.
 RANDOM = "random:"
 RANDOM_FULL = "random-full:"
+DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
 _TIMEOUT_S = 60
 _log = logging.getLogger(__name__)
 
@@ -156,3 +157,20 @@ def _download(published: Published, path: Path, otherwise: str) -> None:
         )
     with publish(path) as temporary:
         temporary.write_bytes(content)
+
+
+def clip_digest(model: str, weights: str | None) -> str:
+    """What identifies CLIP's weights: open_clip's tag, a seed, or a file's digest; "none" without CLIP."""
+    if weights is None or random_seed(weights) is not None:
+        return weights or "none"
+    path = Path(weights).expanduser()
+    if not path.is_file():  # a tag: the name of anything else is refused when the weights are loaded
+        return weights
+    # Tags go before files, and none has a folder.
+    return weights if path.name == weights and _is_tag(model, weights) else sha256_of(find_weights(weights, {}))
+
+
+def _is_tag(model: str, weights: str) -> bool:
+    import open_clip
+
+    return bool(open_clip.get_pretrained_cfg(model, weights))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.layout import DatasetDir, index_path
+from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.s3.mirror import mirror_of
@@ -173,7 +173,7 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
             files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
             for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):
                 discard(dataset, path)
-            index_path(dataset.latents_table(shard)).unlink(missing_ok=True)
+            delete_index(dataset.latents_table(shard))
             discard(dataset, entry)
 
 

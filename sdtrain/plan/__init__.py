@@ -1,1 +1,1 @@
-"""What a dataset or a whole chain of runs will take: rows, disk, hours, money and CO2, from rates and their sources."""
+"""Estimates rows, disk, hours, money and CO2 of a dataset or a chain of runs, from rates with their sources."""

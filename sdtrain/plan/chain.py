@@ -1,38 +1,77 @@
-"""The model card's chains of runs, and the datasets that they are trained on."""
+"""The model card's chain of runs: sd-v1-1 (256, then 512) -> sd-v1-2 -> sd-v1-3, -4 or -5, each from the last."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
-RECIPE_OF = {
-    "sd-v1-1-256": "laion2b-en",
-    "sd-v1-1-512": "laion-high-resolution",
-    "sd-v1-2": "laion-aesthetics",
-    "sd-v1-3": "laion-aesthetics",
-    "sd-v1-4": "laion-aesthetics",
-    "sd-v1-5": "laion-aesthetics",
-}
-_BASE = ("sd-v1-1-256", "sd-v1-1-512")
-CHAINS = {
-    "v1-1": _BASE,
-    "v1-2": (*_BASE, "sd-v1-2"),
-    **{f"v1-{n}": (*_BASE, "sd-v1-2", f"sd-v1-{n}") for n in (3, 4, 5)},
+RunName = Literal["sd-v1-1-256", "sd-v1-1-512", "sd-v1-2", "sd-v1-3", "sd-v1-4", "sd-v1-5"]
+Dataset = Literal["laion2b_en", "high_resolution", "aesthetics"]
+
+RECIPES: dict[Dataset, str] = {
+    "laion2b_en": "laion2b-en",
+    "high_resolution": "laion-high-resolution",
+    "aesthetics": "laion-aesthetics",
 }
 
 
-def chain_of(name: str) -> list[TrainConfig]:
-    """The runs of a chain, in order.
+@dataclass(frozen=True)
+class Phase:
+    """One run of the chain: its training data, and the run that it starts from."""
+
+    name: RunName
+    dataset: Dataset
+    after: RunName | None
+
+    @property
+    def recipe(self) -> str:
+        """The recipe of its dataset."""
+        return RECIPES[self.dataset]
+
+
+# Stable_Diffusion_v1_Model_Card.md in CompVis/stable-diffusion, "Training Procedure"; -5 in runwayml's copy of it.
+PHASES: tuple[Phase, ...] = (
+    Phase("sd-v1-1-256", "laion2b_en", None),
+    Phase("sd-v1-1-512", "high_resolution", "sd-v1-1-256"),
+    Phase("sd-v1-2", "aesthetics", "sd-v1-1-512"),
+    Phase("sd-v1-3", "aesthetics", "sd-v1-2"),
+    Phase("sd-v1-4", "aesthetics", "sd-v1-2"),
+    Phase("sd-v1-5", "aesthetics", "sd-v1-2"),
+)
+CHAINS: dict[str, RunName] = {
+    "v1-1": "sd-v1-1-512",
+    **{phase.name.removeprefix("sd-"): phase.name for phase in PHASES[2:]},
+}
+"""The last run of each published model."""
+
+
+def chain(until: RunName) -> list[Phase]:
+    """The run and all that it builds on, in the order of training."""
+    by_name = {phase.name: phase for phase in PHASES}
+    phases: list[Phase] = []
+    name: RunName | None = until
+    while name is not None:
+        phases.append(by_name[name])
+        name = by_name[name].after
+    return phases[::-1]
+
+
+def find_chain(name: str) -> list[Phase]:
+    """The runs of a published model, such as "v1-4", in the order of training.
 
     Raises:
-        UserError: there is no such chain.
+        UserError: there is no such model.
     """
     if name not in CHAINS:
         raise UserError(f"There is no chain '{name}'.{nearest(name, list(CHAINS))}")
-    return [load_config(run) for run in CHAINS[name]]
+    return chain(CHAINS[name])
 
 
-def recipes_of(runs: list[TrainConfig]) -> list[str]:
-    """The recipes of the datasets that some runs need, each once."""
-    return list(dict.fromkeys(RECIPE_OF[run.name] for run in runs))
+def configs_of(phases: Sequence[Phase]) -> list[TrainConfig]:
+    """The configs of runs."""
+    return [load_config(phase.name) for phase in phases]

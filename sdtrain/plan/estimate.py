@@ -1,4 +1,4 @@
-"""What each stage of a dataset, and each training run, will take."""
+"""Estimates the resources of each stage of a dataset and of each training run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh
-from sdtrain.plan.rates import Rates, known
+from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
+from sdtrain.impact.gpus import board_watts
+from sdtrain.plan.rates import Rates, find_rate
 from sdtrain.settings import nearest
 
 GPUS = ("a100", "h100", "h200")
@@ -16,7 +17,7 @@ GPUS = ("a100", "h100", "h200")
 
 @dataclass(frozen=True)
 class Machines:
-    """What there is to work with.
+    """The machines of a plan.
 
     Attributes:
         num_gpus: GPUs.
@@ -86,8 +87,8 @@ class Planner:
     """Makes lines.
 
     Args:
-        rates: what to reckon with.
-        machines: on what.
+        rates: work per second, and shares.
+        machines: that do the work.
     """
 
     def __init__(self, rates: Rates, machines: Machines):
@@ -129,7 +130,7 @@ class Planner:
         return self._on_gpus(config.name, "train", config.steps * config.global_batch_size, 0.0, name)
 
     def _value(self, name: str) -> float:
-        return known(name, self._rates).value
+        return find_rate(name, self._rates).value
 
     def _value_of_recipe(self, what: str, job: DatasetJob, instead: str) -> float:
         found = self._rates.get(f"{what}_{job.recipe}")

@@ -1,4 +1,4 @@
-"""The rates and assumptions of plans, with where each is from."""
+"""The rates and assumptions of plans, each with its source."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def load_rates(assumed: Iterable[str] = ()) -> Rates:
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
     for text in assumed:
         name, _, value = text.partition("=")
-        known(name, rates)
+        find_rate(name, rates)
         rates[name] = Rate(
             value=_number(text, value, rates[name].unit), unit=rates[name].unit, kind="stated", source="yours"
         )
     return rates
 
 
-def known(name: str, rates: Rates) -> Rate:
+def find_rate(name: str, rates: Rates) -> Rate:
     """The rate of that name.
 
     Raises:

@@ -1,1 +1,1 @@
-"""What a run will need later is opened before its work begins."""
+"""Opens everything that a run will need, before its work begins."""

@@ -1,4 +1,4 @@
-"""Checks made before any work: all that is wrong is said at once, with what to do about it."""
+"""Checks made before any work, which report all problems at once, with what to do about each."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a check.
+    """The result of a check.
 
     Attributes:
         name: of the check.
@@ -43,7 +43,7 @@ class Finding:
 
 
 def findings(checks: Iterable[Check]) -> list[Finding]:
-    """Makes all checks, whatever fails."""
+    """Runs all checks, even after a failure."""
     found = []
     for check in checks:
         try:
@@ -54,10 +54,10 @@ def findings(checks: Iterable[Check]) -> list[Finding]:
 
 
 def require(checks: Iterable[Check]) -> list[Finding]:
-    """Makes all checks before any work is begun.
+    """Runs all checks before any work begins.
 
     Raises:
-        UserError: some failed; it names all of these.
+        UserError: names all that failed.
     """
     found = findings(checks)
     problems = list({finding.text: finding for finding in found if finding.is_problem}.values())

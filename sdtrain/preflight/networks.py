@@ -19,7 +19,8 @@ def check_vae(name: str) -> str:
     """
     import torch
 
-    from sdtrain.models.build import LATENT_CHANNELS, load_vae, vae_digest, vae_scaling_factor
+    from sdtrain.formats.frozen import load_vae, vae_digest, vae_scaling_factor
+    from sdtrain.models.unet import LATENT_CHANNELS
 
     vae, digest, factor = load_vae(name), vae_digest(name), vae_scaling_factor(name)
     with torch.inference_mode():
@@ -50,7 +51,7 @@ def check_text_encoder(name: str, width: int | None = None) -> str:
     """
     import torch
 
-    from sdtrain.models.build import load_text_encoder
+    from sdtrain.formats.frozen import load_text_encoder
     from sdtrain.models.text import tokenize
 
     tokenizer, encoder = load_text_encoder(name)

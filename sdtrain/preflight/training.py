@@ -35,7 +35,7 @@ def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool =
 
 
 def late_checks(config: TrainConfig, output: Path) -> list[Check]:
-    """What training itself would open only after hours: a trainer makes these, and all others by its first step."""
+    """Checks of what training opens only after hours; the trainer runs these, and hits all others by its first step."""
     checks = [
         Check("output", lambda: check_writable(output)),
         Check("checkpoint", lambda: _check_room(config, output)),
@@ -47,7 +47,7 @@ def late_checks(config: TrainConfig, output: Path) -> list[Check]:
 def _num_parameters(config: TrainConfig) -> int:
     import torch
 
-    from sdtrain.models.build import build_unet
+    from sdtrain.models.unet import build_unet
 
     try:
         with torch.device("meta"):
@@ -57,8 +57,8 @@ def _num_parameters(config: TrainConfig) -> int:
 
 
 def _check_data(config: TrainConfig) -> str:
+    from sdtrain.formats.frozen import vae_scaling_factor
     from sdtrain.loading.sources import make_plan, open_samples, require_samples
-    from sdtrain.models.build import vae_scaling_factor
 
     require_samples(config.data)
     store = open_samples(config, vae_scaling_factor(config.vae))

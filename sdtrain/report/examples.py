@@ -1,4 +1,4 @@
-"""Example images of what was kept, of what each rule dropped, of what lies near its limit, and of copies."""
+"""Example images of what was kept, of what each rule dropped, of what lies near its threshold, and of duplicates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdtrain.redaction import without_secrets
 
 EXAMPLES_PER_GALLERY = 12
 EXAMPLES_PER_SIDE = 6
-GROUPS, COPIES_PER_GROUP = 8, 8
+GROUPS, IMAGES_PER_GROUP = 8, 8
 MAX_CHARS = 160
 THUMBNAIL_PX = 160
 # Of billions of rows, the first are enough to find examples among.
@@ -43,28 +43,28 @@ class Gallery:
     """Some examples that belong together: thumbnails where there are images, else lines of text."""
 
     title: str
-    fate: Literal["kept", "dropped", "border", "copies"]
+    status: Literal["kept", "dropped", "threshold", "duplicates"]
     rows: list[list[Shown]] = field(default_factory=list)
     """Images; more than one row where what is beside each other is to be compared."""
     lines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Border:
-    """The limit of a rule.
+class RuleThreshold:
+    """A rule with its limit.
 
     Attributes:
         rule: its name.
         stage: "select" or "keep".
-        column: what it looks at.
-        item: SQL that gives this column from the views selection s, images i and scores c.
+        column: that it compares.
+        expression: SQL of this column from the views selection s, images i and scores c.
         limit: the recipe's value.
     """
 
     rule: str
     stage: str
     column: str
-    item: str
+    expression: str
     limit: float
 
 
@@ -73,24 +73,24 @@ def galleries(
     dataset: DatasetDir,
     images: Path,
     find_image: FindImage | None,
-    borders: Iterable[Border] = (),
+    thresholds: Iterable[RuleThreshold] = (),
 ) -> list[Gallery]:
-    """Galleries of kept samples, of each rule's limit, of each reason against an image, and of copies.
+    """Galleries of kept samples, of each rule's limit, of each reason against an image, and of duplicates.
 
     Args:
         connection: open on the dataset's views.
         dataset: where the image shards lie.
         images: folder for the thumbnails.
         find_image: a local file for a URL that was never fetched; None shows such rows as text.
-        borders: the limits of the recipe's rules.
+        thresholds: the limits of the recipe's rules.
     """
     thumbnails = Thumbnails(dataset, images)
     found = [_kept(connection, thumbnails)]
-    found += [_border(connection, thumbnails, border) for border in borders]
+    found += [_near_threshold(connection, thumbnails, threshold) for threshold in thresholds]
     found.append(_never_fetched(connection, RemovedRows(read_ledger(dataset.removed)), images, find_image))
     reasons = connection.execute("SELECT reason, count(*) FROM drops GROUP BY reason ORDER BY reason").fetchall()
     found += [_dropped(connection, thumbnails, reason, count) for reason, count in reasons]
-    found.append(_copies(connection, thumbnails))
+    found.append(_duplicates(connection, thumbnails))
     return [gallery for gallery in found if any(gallery.rows) or gallery.lines]
 
 
@@ -99,32 +99,32 @@ def _kept(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gall
         f"SELECT {_PLACE}, s.caption FROM {_JOINED} WHERE d.reason IS NULL ORDER BY md5(d.uid) LIMIT ?",  # noqa: S608
         [EXAMPLES_PER_GALLERY],
     ).fetchall()
-    return Gallery("Kept, at random", "kept", [_shown(thumbnails, rows, kept=True)])
+    return Gallery("Kept, at random", "kept", [_show(thumbnails, rows, kept=True)])
 
 
-def _border(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, border: Border) -> Gallery:
+def _near_threshold(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, threshold: RuleThreshold) -> Gallery:
     """The kept samples nearest to a limit, and below them those that it dropped."""
 
     def nearest(condition: str) -> list[Any]:
-        rows = f"SELECT {_PLACE}, {border.item}, s.caption, d.uid FROM {_JOINED} WHERE {condition}"  # noqa: S608
+        rows = f"SELECT {_PLACE}, {threshold.expression}, s.caption, d.uid FROM {_JOINED} WHERE {condition}"  # noqa: S608
         query = (
-            f"SELECT * EXCLUDE (uid) FROM ({rows}) WHERE {border.column} IS NOT NULL "  # noqa: S608
-            f"ORDER BY abs({border.column} - ?), md5(uid) LIMIT ?"
+            f"SELECT * EXCLUDE (uid) FROM ({rows}) WHERE {threshold.column} IS NOT NULL "  # noqa: S608
+            f"ORDER BY abs({threshold.column} - ?), md5(uid) LIMIT ?"
         )
-        return connection.execute(query, [border.limit, EXAMPLES_PER_SIDE]).fetchall()
+        return connection.execute(query, [threshold.limit, EXAMPLES_PER_SIDE]).fetchall()
 
-    kept = _shown(thumbnails, map(_with_value(border), nearest("d.reason IS NULL")), kept=True)
+    kept = _show(thumbnails, map(_with_value(threshold), nearest("d.reason IS NULL")), kept=True)
     # What the metadata ruled out was never fetched.
-    under = nearest(f"d.reason = '{border.rule}'") if border.stage == "keep" else []
-    dropped = _shown(thumbnails, map(_with_value(border), under), kept=False)
-    where = "metadata, before the download" if border.stage == "select" else "after the download"
-    return Gallery(f"Nearest to {border.rule} {border.limit:g} ({where})", "border", [kept, dropped])
+    under = nearest(f"d.reason = '{threshold.rule}'") if threshold.stage == "keep" else []
+    dropped = _show(thumbnails, map(_with_value(threshold), under), kept=False)
+    where = "metadata, before the download" if threshold.stage == "select" else "after the download"
+    return Gallery(f"Nearest to {threshold.rule} {threshold.limit:g} ({where})", "threshold", [kept, dropped])
 
 
-def _with_value(border: Border) -> Callable[[Sequence[Any]], Sequence[Any]]:
+def _with_value(threshold: RuleThreshold) -> Callable[[Sequence[Any]], Sequence[Any]]:
     def described(row: Sequence[Any]) -> Sequence[Any]:
         *place, value, caption = row
-        return *place, f"{border.column} {value:.6g}: {caption}" if caption else f"{border.column} {value:.6g}"
+        return *place, f"{threshold.column} {value:.6g}: {caption}" if caption else f"{threshold.column} {value:.6g}"
 
     return described
 
@@ -135,11 +135,11 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
         "WHERE d.reason = ? ORDER BY md5(d.uid) LIMIT ?",
         [reason, EXAMPLES_PER_GALLERY],
     ).fetchall()
-    shown = _shown(thumbnails, (row[:5] for row in rows), kept=False)
+    shown = _show(thumbnails, (row[:5] for row in rows), kept=False)
     lines = (
         []
         if shown
-        else [f"{_cut(without_secrets(url or ''))}  {_cut(message)}".strip() for *_, url, message in rows[:4]]
+        else [f"{_shorten(without_secrets(url or ''))}  {_shorten(message)}".strip() for *_, url, message in rows[:4]]
     )
     return Gallery(f"Dropped: {reason} ({count:,})", "dropped", [shown], lines)
 
@@ -147,7 +147,7 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
 def _never_fetched(
     connection: duckdb.DuckDBPyConnection, removed: RemovedRows, images: Path, find_image: FindImage | None
 ) -> Gallery:
-    """Rows that the selection left out, with the figures that it went by; not those that were taken out for good."""
+    """Rows that the selection left out, with their scores; not removed samples."""
     rows = connection.execute(
         "SELECT url, caption, aesthetic, pwatermark, width, height FROM (FROM metadata LIMIT ?) m "
         "ANTI JOIN selection s ON m.url = s.url ORDER BY md5(m.url) LIMIT ?",
@@ -156,53 +156,53 @@ def _never_fetched(
     shown, lines = list[Shown](), list[str]()
     shown_rows = [row for row in rows if row[:2] not in removed]
     for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(shown_rows):
-        scores = f"aesthetic {_figure(aesthetic)}, watermark {_figure(pwatermark)}"
-        figures = f"{scores}, {width}x{height}: {_cut(caption)}"
+        scores = f"aesthetic {_score_text(aesthetic)}, watermark {_score_text(pwatermark)}"
+        text = f"{scores}, {width}x{height}: {_shorten(caption)}"
         path = find_image(url) if find_image else None
         if path is None:
-            lines.append(f"{_cut(without_secrets(url or ''))}  {figures}")
+            lines.append(f"{_shorten(without_secrets(url or ''))}  {text}")
         else:
             image: Image.Image = decode_rgb(path.read_bytes())
             thumbnail = save_thumbnail(image, images / f"never-fetched-{number:02d}.jpg")
-            shown.append(Shown(thumbnail, figures, kept=False))
+            shown.append(Shown(thumbnail, text, kept=False))
     return Gallery("Dropped by the metadata alone, never fetched", "dropped", [shown], lines[:4])
 
 
-def _copies(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
-    """Groups of copies, a row each, the one that stayed first."""
+def _duplicates(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
+    """A row for each group, the kept one first."""
     num_groups = connection.execute("SELECT count(DISTINCT group_id) FROM duplicates").fetchall()[0][0]
     groups = connection.execute(
         "SELECT DISTINCT group_id FROM duplicates ORDER BY md5(group_id) LIMIT ?", [GROUPS]
     ).fetchall()
     rows = [_group(connection, thumbnails, group_id) for (group_id,) in groups]
-    return Gallery(f"Copies of one another ({num_groups:,} groups), the one that stayed first", "copies", rows)
+    return Gallery(f"Duplicates ({num_groups:,} groups), the kept one first", "duplicates", rows)
 
 
 def _group(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, group_id: str) -> list[Shown]:
     rows = connection.execute(
         f"SELECT {_PLACE}, i.original_width || 'x' || i.original_height, d.reason FROM {_JOINED} "  # noqa: S608
         "JOIN duplicates USING (uid) WHERE group_id = ? ORDER BY d.reason IS NOT NULL, d.uid LIMIT ?",
-        [group_id, COPIES_PER_GROUP],
+        [group_id, IMAGES_PER_GROUP],
     ).fetchall()
     return [
         shown
         for *place, size, reason in rows
-        for shown in _shown(thumbnails, [(*place, f"{reason or 'kept'}, {size}")], kept=reason is None)
+        for shown in _show(thumbnails, [(*place, f"{reason or 'kept'}, {size}")], kept=reason is None)
     ]
 
 
-def _figure(value: float | None) -> str:
+def _score_text(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.2f}"
 
 
-def _shown(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
+def _show(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
     """The images of rows that begin with their place and end with a text; those without an image are left out."""
     found = ((thumbnails.make(*place), text) for *place, text in rows)
-    return [Shown(thumbnail, _cut(text), kept) for thumbnail, text in found if thumbnail]
+    return [Shown(thumbnail, _shorten(text), kept) for thumbnail, text in found if thumbnail]
 
 
-def _cut(text: str | None) -> str:
-    """The beginning of what may be long: a page of text as a caption, a whole image as a data: URL."""
+def _shorten(text: str | None) -> str:
+    """Captions can be a page of text, and data: URLs a whole image."""
     known = text or ""
     return known if len(known) <= MAX_CHARS else f"{known[: MAX_CHARS - 1]}…"
 

@@ -15,7 +15,7 @@ import jinja2
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
-from sdtrain.report.examples import Border, FindImage, Gallery, galleries
+from sdtrain.report.examples import FindImage, Gallery, RuleThreshold, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.score_pairs import draw_pairs
 from sdtrain.report.training import draw_training
@@ -27,7 +27,7 @@ MAX_VALUES = 200_000
 
 @dataclass(frozen=True)
 class SampleSection:
-    """The grid of samples and what a checker says of it."""
+    """The grid of samples, and a checker's counts."""
 
     image: Path
     text: str
@@ -47,7 +47,7 @@ class ImageSection:
 
 @dataclass(frozen=True)
 class Report:
-    """What goes into one report; sections without a source are left out."""
+    """The content of one report; sections without a source are left out."""
 
     title: str
     lead: str
@@ -62,12 +62,12 @@ class Report:
     """The model's card, to which the page links."""
     find_image: FindImage | None = None
     """A local file for a URL that was never fetched, where there is one."""
-    borders: Sequence[Border] = ()
+    thresholds: Sequence[RuleThreshold] = ()
     """The limits near which examples are to be shown."""
     prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
-    """Lets a connection read where the metadata lies, if that is on S3 or on the web."""
+    """Gives a connection access to metadata on S3 or the web."""
     scores_note: str = ""
-    """What one should know before comparing our scores with the metadata's."""
+    """A caveat for comparing our scores with the metadata's."""
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -137,7 +137,7 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
 
 
 def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, images: Path) -> list[Gallery]:
-    return galleries(connection, report.dataset, images, report.find_image, report.borders)
+    return galleries(connection, report.dataset, images, report.find_image, report.thresholds)
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
@@ -163,7 +163,7 @@ def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:
     return [
         {
             "title": gallery.title,
-            "fate": gallery.fate,
+            "status": gallery.status,
             "lines": gallery.lines,
             "rows": [
                 [(shown.thumbnail.relative_to(root).as_posix(), shown.text, shown.kept) for shown in row]

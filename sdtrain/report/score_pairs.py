@@ -1,4 +1,4 @@
-"""LAION's scores beside ours: how far they agree, and on which side of the recipe's limit each puts an image."""
+"""Compares LAION's scores with ours: correlation, difference, agreement about the recipe's limit."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], 
             continue
         both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_image IS NOT NULL"
         limit = limits.get(rule)
-        figures = _figures(connection, column, both, limit)
-        if not figures["num"]:
+        metrics = _compare(connection, column, both, limit)
+        if not metrics["num"]:
             continue
         pairs = connection.execute(
             f"SELECT {column}_metadata, {column}_image FROM (SELECT * {both}) "  # noqa: S608 - names are from here
             f"USING SAMPLE reservoir({MAX_POINTS} ROWS) REPEATABLE (1)"
         ).fetchall()
         plot_pairs(pairs, limit, label, images / f"{column}_pairs.png")
-        drawn.append({"image": f"pictures/{column}_pairs.png", "text": _sentence(label, figures, limit)})
+        drawn.append({"image": f"pictures/{column}_pairs.png", "text": _sentence(label, metrics, limit)})
     return drawn
 
 
-def _figures(connection: duckdb.DuckDBPyConnection, column: str, both: str, limit: float | None) -> dict[str, Any]:
+def _compare(connection: duckdb.DuckDBPyConnection, column: str, both: str, limit: float | None) -> dict[str, Any]:
     metadata, image = f"{column}_metadata", f"{column}_image"
     names = ("num", "correlation", "difference", "same_side")
     row = connection.execute(
@@ -59,11 +59,11 @@ def _figures(connection: duckdb.DuckDBPyConnection, column: str, both: str, limi
     return dict(zip(names, row or (0, None, None, None), strict=True))
 
 
-def _sentence(label: str, figures: dict[str, Any], limit: float | None) -> str:
-    said = f"{label}: {figures['num']:,} images, ours {figures['difference']:+.3g} on average"
-    correlation = figures["correlation"]
+def _sentence(label: str, metrics: dict[str, Any], limit: float | None) -> str:
+    text = f"{label}: {metrics['num']:,} images, ours {metrics['difference']:+.3g} on average"
+    correlation = metrics["correlation"]
     if correlation is not None and math.isfinite(correlation):  # one value only has none
-        said += f", correlation {correlation:.3f}"
+        text += f", correlation {correlation:.3f}"
     if limit is not None:
-        said += f", {100 * figures['same_side']:.1f} % on the same side of {limit:g}"
-    return said + "."
+        text += f", {100 * metrics['same_side']:.1f} % on the same side of {limit:g}"
+    return text + "."

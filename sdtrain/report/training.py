@@ -17,10 +17,10 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Training:
-    """What the page shows of one run; paths are relative to the page.
+    """The page's section about one run; paths are relative to the page.
 
     Attributes:
-        text: its last figures.
+        text: its last metrics.
         curve: the loss against the step.
         by_timestep: validation loss against the timestep; None without validation.
         previews: (image, step), in the order of the steps.

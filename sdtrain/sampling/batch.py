@@ -1,4 +1,4 @@
-"""Images for many prompts, on all devices of a machine, with what made them written into each."""
+"""Samples images for many prompts on all devices of a machine, and writes into each how it was made."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
-from sdtrain.formats.dtypes import fast_dtype
+from sdtrain.precision import fast_dtype
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
@@ -38,7 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Model:
-    """Which networks to sample from; see `load_networks`."""
+    """The networks to sample from; see `load_networks`."""
 
     path: Path
     weights: Weights = "ema"
@@ -69,13 +69,13 @@ def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
 
 
-def cut(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
-    """The jobs in batches. They are cut before they are dealt out, so that an image is the same whoever draws it."""
+def split_batches(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
+    """The jobs in batches. Split before they are dealt out, so an image is the same whichever device draws it."""
     size = settings.batch_size
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
 
-def place_of_rank() -> tuple[int, int, str | None]:
+def rank_and_device() -> tuple[int, int, str | None]:
     """Rank and number of the processes that `torchrun` or `deepspeed` started, and the device of this one.
 
     Without a launcher, 0 and 1; the device is then None.
@@ -93,8 +93,8 @@ def place_of_rank() -> tuple[int, int, str | None]:
 
 
 def wait_for_all() -> None:
-    """Returns when every process that the launcher started has come here."""
-    if place_of_rank()[1] > 1:
+    """Waits until every process of the launcher has called it."""
+    if rank_and_device()[1] > 1:
         dist.init_process_group("gloo")
         dist.barrier()
         dist.destroy_process_group()
@@ -117,18 +117,18 @@ def all_devices(num_processes: int | None = None) -> list[str]:
 def draw(
     model: Model, jobs: Sequence[Job], settings: SampleSettings, devices: Sequence[str]
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """The images in the order of the jobs, each as soon as it and those before it are there.
+    """Yields images in the order of the jobs, as soon as they are drawn.
 
     Raises:
         UserError: no such model, or a model that gives no finite numbers.
     """
-    yield from draw_batches(model, cut(jobs, settings), settings, devices)
+    yield from draw_batches(model, split_batches(jobs, settings), settings, devices)
 
 
 def draw_batches(
     model: Model, batches: Sequence[Sequence[Job]], settings: SampleSettings, devices: Sequence[str]
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `draw`, of batches that `cut` made."""
+    """As `draw`, of batches that `split_batches` made."""
     if not batches:
         return
     if len(devices) == 1 or len(batches) == 1:
@@ -155,7 +155,7 @@ def draw_batches(
 
 
 def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, Any]:
-    """How an image is made."""
+    """Record of how an image is made."""
     made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
     made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
@@ -170,7 +170,7 @@ def save_image(
     settings: SampleSettings,
     also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a PNG that says in its text chunk `sdtrain` how it was made, and what else is to be known of it."""
+    """Writes a PNG whose text chunk `sdtrain` holds how it was made, and `also`."""
     made = description(job, model, settings) | dict(also or {})
     text = PngInfo()
     text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
@@ -188,7 +188,7 @@ def _sample(sampler: Sampler, batch: Sequence[Job], settings: SampleSettings) ->
 
 @dataclass
 class _Worker:
-    """What a process of the pool draws with; the networks are loaded by its first batch, whose errors are passed on."""
+    """State of a pool process; its first batch loads the networks, so that their errors reach the caller."""
 
     model: Model
     device: str

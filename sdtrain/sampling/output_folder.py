@@ -1,4 +1,4 @@
-"""Images in a folder: each says what made it, and what is there need not be drawn again."""
+"""A folder of sampled images, each with a record of how it was made, so that finished ones are not drawn again."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SHEET = "grid.png"
 
 
 @dataclass(frozen=True)
-class Album:
-    """The folder.
+class SampleFolder:
+    """A folder of sampled images.
 
     Attributes:
         folder: where the images are, each named by its seed.
-        model: what they are drawn with.
+        model: the model that draws them.
         settings: how.
-        judge: name of the safety checker that sees them first, if one does.
-        flagged: what becomes of those that it flags: a black image, or a note beside where the image would be.
+        safety_checker: name of the safety checker that sees them first, if one does.
+        flagged: what replaces an image that it flags: a black one, or a note.
     """
 
     folder: Path
     model: Model
     settings: SampleSettings
-    judge: str | None = None
+    safety_checker: str | None = None
     flagged: Flagged = "black"
 
     def path(self, job: Job) -> Path:
@@ -45,15 +45,14 @@ class Album:
         return self.folder / f"{job.seed:05d}.png"
 
     def has(self, job: Job) -> bool:
-        """Whether the image is there, is younger than the model, and says that it was made and judged as now."""
-        wanted = description(job, self.model, self.settings)
-        if self._made(self._refusal(job)) == wanted | self._judged(True):
+        """Whether the image exists, is newer than the model, and was made and checked with the same settings."""
+        if self._made(self._refusal(job)) == self._record(job, flagged=True):
             return self.flagged == "refuse"
-        made = self._made(self.path(job))
-        return made == wanted | self._judged(False) or (self.flagged == "black" and made == wanted | self._judged(True))
+        accepted = [self._record(job, flagged) for flagged in ([False, True] if self.flagged == "black" else [False])]
+        return self._made(self.path(job)) in accepted
 
     def _made(self, path: Path) -> dict[str, Any] | None:
-        """What an image or a note says of itself; None if there is none, or if it is older than the model."""
+        """The record in an image or a note; None if it is missing or older than the model."""
         try:
             if path.stat().st_mtime < self._model_changed:
                 return None
@@ -77,19 +76,23 @@ class Album:
     def save(self, job: Job, image: Image.Image, flagged: bool = False) -> None:
         """Writes a job's image."""
         self._refusal(job).unlink(missing_ok=True)
-        save_image(self.path(job), image, job, self.model, self.settings, self._judged(flagged))
+        save_image(self.path(job), image, job, self.model, self.settings, self._verdict(flagged))
 
     def refuse(self, job: Job) -> None:
-        """Notes that a job's image was drawn and is not to be shown; one that an earlier run left is deleted."""
+        """Notes that a job's image was flagged, and deletes one that an earlier run left."""
         self.path(job).unlink(missing_ok=True)
         with publish(self._refusal(job)) as temporary:
-            temporary.write_text(json.dumps(description(job, self.model, self.settings) | self._judged(True)) + "\n")
+            temporary.write_text(json.dumps(self._record(job, flagged=True)) + "\n")
 
-    def _judged(self, flagged: bool) -> dict[str, Any]:
-        return ({"safety_checker": self.judge} if self.judge else {}) | ({"flagged": True} if flagged else {})
+    def _record(self, job: Job, flagged: bool) -> dict[str, Any]:
+        return description(job, self.model, self.settings) | self._verdict(flagged)
+
+    def _verdict(self, flagged: bool) -> dict[str, Any]:
+        checker = {"safety_checker": self.safety_checker} if self.safety_checker else {}
+        return checker | ({"flagged": True} if flagged else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
-        """The batches of which an image is missing: whole ones, so that all images are those of one run."""
+        """The batches that lack an image. They are drawn whole, so that a batch's images are of one run."""
         return [batch for batch in batches if not all(self.has(job) for job in batch)]
 
     def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
@@ -109,18 +112,18 @@ class Album:
 
 
 class Writer:
-    """Writes images in threads, because compressing one takes about as long as drawing a good part of it on a GPU."""
+    """Writes images in threads, because PNG compression takes a good part of the time that a GPU draws for."""
 
-    def __init__(self, album: Album):
-        self._album, self._pool = album, ThreadPoolExecutor(_NUM_THREADS)
+    def __init__(self, sample_folder: SampleFolder):
+        self._folder, self._pool = sample_folder, ThreadPoolExecutor(_NUM_THREADS)
         self._waiting: list[Future[None]] = []
 
     def save(self, job: Job, image: Image.Image, flagged: bool) -> Path:
-        """Begins to write; waits where too many are waiting. An error of an earlier one is raised here."""
-        self._waiting.append(self._pool.submit(self._album.save, job, image, flagged))
+        """Queues an image, and waits while the queue is full. Raises errors of earlier ones."""
+        self._waiting.append(self._pool.submit(self._folder.save, job, image, flagged))
         while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()
-        return self._album.path(job)
+        return self._folder.path(job)
 
     def __enter__(self) -> Writer:
         return self

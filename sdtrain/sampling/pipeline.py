@@ -14,14 +14,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.formats.any_model import open_model
-from sdtrain.formats.dtypes import fast_dtype
 from sdtrain.models.backends import compile_unet, set_backends
-from sdtrain.models.build import prepare_for
+from sdtrain.models.unet import prepare_for
+from sdtrain.precision import fast_dtype
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What an image is made with.
+    """The networks of a text-to-image pipeline.
 
     Attributes:
         unet: the noise predictor: (latents, timesteps, context) -> an output whose `sample` is the prediction.
@@ -58,8 +58,8 @@ def load_networks(
     Args:
         path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder, or a CompVis file.
         device: where to run; CUDA if there is one, by default.
-        dtype: of UNet and text encoder; by default what the device computes fast, as `precision: auto`.
-        weights: averaged or raw ones; a model that was given away mostly has one kind only, which counts as averaged.
+        dtype: of UNet and text encoder; by default the device's fast one, as `precision: auto`.
+        weights: averaged or raw ones; a published model mostly has one kind only, which counts as averaged.
         speed: attention kernel, memory layout, compilation.
         tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
 

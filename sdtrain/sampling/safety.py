@@ -1,4 +1,4 @@
-"""The safety checker that published SD v1 comes with, or another judge of images."""
+"""The safety checker of the published SD v1, and its use on sampled images."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdtrain.errors import UserError
+from sdtrain.formats.hub import find_part_folder
+from sdtrain.formats.names import checker_name
 from sdtrain.formats.part_files import open_part
-from sdtrain.formats.spellings import checker_name, fit
-from sdtrain.models.build import find_weights
+from sdtrain.formats.tensor_file import fit
 from sdtrain.sampling.batch import Job
 
-Judge = Callable[[Sequence[Image.Image]], Sequence[bool]]
-"""Images -> which of them are not to be shown."""
+SafetyCheck = Callable[[Sequence[Image.Image]], Sequence[bool]]
+"""Images -> which of them are flagged."""
 Flagged = Literal["black", "refuse"]
-"""What becomes of those that are not to be shown."""
+"""What replaces a flagged image: a black one, or none."""
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An image and what the judge said.
+class CheckedImage:
+    """An image and its verdict.
 
     Attributes:
-        job: what was drawn.
-        image: black, or None, where it is not to be shown.
-        flagged: whether that is so.
+        job: what was sampled.
+        image: black, or None, if it is flagged.
+        flagged: whether the check flagged it.
     """
 
     job: Job
@@ -37,24 +38,24 @@ class Judged:
     flagged: bool = False
 
 
-def judged(
-    drawn: Iterable[tuple[Job, Image.Image]], judge: Judge | None, flagged: Flagged = "black"
-) -> Iterator[Judged]:
-    """Every image, one judged at a time, so that the verdict does not depend on the others.
+def check_images(
+    drawn: Iterable[tuple[Job, Image.Image]], check: SafetyCheck | None, flagged: Flagged = "black"
+) -> Iterator[CheckedImage]:
+    """Checks images one at a time, so that a verdict does not depend on the others.
 
     Args:
         drawn: what `draw` gives.
-        judge: None lets all of them pass.
-        flagged: what becomes of those that are not to be shown: a black image of the same size, or none.
+        check: None lets all of them pass.
+        flagged: what replaces a flagged image: a black one of the same size, or none.
     """
     for job, image in drawn:
-        if judge is None or not judge([image])[0]:
-            yield Judged(job, image)
+        if check is None or not check([image])[0]:
+            yield CheckedImage(job, image)
         else:
-            yield Judged(job, Image.new("RGB", image.size) if flagged == "black" else None, True)
+            yield CheckedImage(job, Image.new("RGB", image.size) if flagged == "black" else None, True)
 
 
-def load_safety_checker(name: str, device: str = "cpu") -> Judge:
+def load_safety_checker(name: str, device: str = "cpu") -> SafetyCheck:
     """Diffusers' StableDiffusionSafetyChecker (Rando et al. 2022, arXiv:2210.04610, take it apart).
 
     Args:
@@ -64,10 +65,10 @@ def load_safety_checker(name: str, device: str = "cpu") -> Judge:
     Raises:
         UserError: it is not there, or something else is.
     """
-    # Not above: with it come all pipelines of diffusers, for which whoever draws unjudged would wait.
+    # Not above: with it come all pipelines of diffusers, which would slow down sampling without a check.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-    folder = find_weights(name, "safety_checker")
+    folder = find_part_folder(name, "safety_checker")
     try:
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
@@ -84,7 +85,7 @@ def load_safety_checker(name: str, device: str = "cpu") -> Judge:
 
 
 def _processor(name: str, config: CLIPConfig) -> CLIPImageProcessor:
-    folder = find_weights(name, "safety_checker")
+    folder = find_part_folder(name, "safety_checker")
     for place in (folder, folder.parent / "feature_extractor"):
         if (place / "preprocessor_config.json").is_file():
             return CLIPImageProcessor.from_pretrained(place, local_files_only=True)

@@ -1,4 +1,4 @@
-"""From prompts to images, with classifier-free guidance."""
+"""Samples images from prompts, with classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sdtrain.choices import SamplerName
 from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
 from sdtrain.models.backends import attention_kernels, begin_graphs
-from sdtrain.models.build import LATENT_CHANNELS
 from sdtrain.models.schedulers import make_scheduler
 from sdtrain.models.text import tokenize
+from sdtrain.models.unet import LATENT_CHANNELS
 from sdtrain.sampling.pipeline import Networks
 
 _DECODED_AT_ONCE = 8
@@ -24,7 +24,7 @@ _DECODED_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How images are sampled; by default as SD v1's samples were.
+    """Sampling settings; the defaults are those of SD v1's samples.
 
     Attributes:
         guidance_scale: 1 is no guidance, and skips the unconditional half.
@@ -80,7 +80,7 @@ class Sampler:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
         missing = 0
-        if self._networks.speed.compile != "off":  # a smaller batch would be compiled for anew, so it is filled up
+        if self._networks.speed.compile != "off":  # a smaller batch would be compiled again, so it is filled up
             self._compiled_for = self._compiled_for or len(prompts)
             missing = max(0, self._compiled_for - len(prompts))
         filled = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]

@@ -1,23 +1,32 @@
-"""The checkpoints of one run: written by all ranks together, at once or while training goes on; old ones purged."""
+"""Writes the checkpoints of a run, by all ranks together, at once or while training goes on, and purges old ones.
+
+The files are safetensors (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes, the
+header as JSON padded with spaces to a multiple of 8, the tensors one behind the other. The library's own writer copies
+every tensor into Python bytes while it holds the interpreter's lock, which would stop the training thread for seconds;
+ours writes in pieces, without a second copy, and computes the digest on the way.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sdtrain.config.safety import CheckpointConfig
+from sdtrain.config.sections import CheckpointConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import STATE, Checkpoint, Layout, ParameterSlot, finished, folder_of, newest_whole
 from sdtrain.training.guards import ADVICE
-from sdtrain.training.safetensors_writer import write_tensors
 
 _CHUNK = 2**24
 _MEANINGS = {
@@ -26,6 +35,8 @@ _MEANINGS = {
     "exp_avg_sq": "Adam's second moment",
     "ema": "The average",
 }
+_CHUNK_BYTES = 16 * 2**20
+_ALIGNMENT = 8
 
 
 class CheckpointStore:
@@ -226,3 +237,49 @@ def _remove(folder: Path) -> None:
 def _write(path: Path, state: Mapping[str, torch.Tensor]) -> str:
     with publish(path) as temporary:
         return write_tensors(temporary, {name: state[name] for name in STATE})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Writes flat fp32 tensors of the host, waits until they are on the disk; returns the file's sha256.
+
+    The digest is of what should be in the file, so reading it back finds what the disk got wrong.
+
+    Raises:
+        OSError: the disk is full, or fails.
+    """
+    with ThreadPoolExecutor(1) as hasher, path.open("wb") as file:
+        digest = hasher.submit(_sha256, tensors)
+        for piece in _pieces(tensors):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return digest.result()
+
+
+def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(tensors):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    """The file's bytes, in order; the tensors' own memory, not copies."""
+    yield _header(tensors)
+    for tensor in tensors.values():
+        content = tensor.detach().numpy().data.cast("B")
+        for start in range(0, len(content), _CHUNK_BYTES):
+            yield content[start : start + _CHUNK_BYTES]
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    entries, offset = {}, 0
+    for name, tensor in tensors.items():
+        if tensor.dtype is not torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not a flat fp32 tensor")
+        end = offset + 4 * tensor.numel()
+        entries[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

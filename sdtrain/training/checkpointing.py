@@ -1,4 +1,4 @@
-"""What of a training run goes to disk and comes back."""
+"""Saves a training run and restores it, from its own checkpoint or from another model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sdtrain.training.run_dir import RunDir
 from sdtrain.training.zero_partition import ZeroPartition
 
 
-class Saves:
+class CheckpointManager:
     """Saves and restores a run's state. Every method is called by all ranks together.
 
-    A context manager around training, at whose end the checkpoint in the making is finished.
+    As a context manager around training, it finishes a pending checkpoint on exit.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Saves:
         self._saver = CheckpointSaver(self._store, config.checkpoint.mode)
 
     def restore(self) -> int:
-        """Goes back to the newest checkpoint, or to `init_from`, or stays at the start; returns the steps done."""
+        """Loads the newest checkpoint, else the weights of `init_from`; returns the steps done."""
         checkpoint = self._store.newest()
         if checkpoint is None:
             self._begin_from_other_model()
@@ -54,7 +54,7 @@ class Saves:
         if not self._samples.has_digest(layout.data_digest):
             raise UserError(
                 f"{self._run_dir.path} was trained on other latents than {self._config.data.name} holds now. Choose "
-                "another --output, or delete it to start anew."
+                "another --output, or delete it to start again."
             )
         self._check_parameters(checkpoint)
         moments = {name: self._part(checkpoint, name) for name in ("exp_avg", "exp_avg_sq")}
@@ -65,9 +65,9 @@ class Saves:
         return layout.step
 
     def _begin_from_other_model(self) -> None:
-        """Takes raw and averaged weights of an earlier run or of a published model; the optimizer begins anew.
+        """Loads raw and averaged weights of another run or model; the optimizer starts fresh.
 
-        The average goes on where that model's ended, with its count of updates, as CompVis' does when it is restored.
+        The average keeps that model's count of updates, as CompVis' does when it is restored.
         """
         if self._config.init_from is None:
             return
@@ -79,17 +79,17 @@ class Saves:
             num_updates: int | None = checkpoint.layout.ema_updates
         else:
             raw_state, averaged_state, num_updates = training_weights(path)
-            raw, average = (self._cut(state, path) for state in (raw_state, averaged_state))
+            raw, average = (self._shard(state, path) for state in (raw_state, averaged_state))
         if self._ranks.any(any(first_nonfinite(part) is not None for part in (raw, average))):
             raise UserError(f"{path} holds weights that are not finite. Begin with another model.")
         self._partition.load_master(raw)
         self._ema.go_on_from(average, num_updates)
 
-    def _cut(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
+    def _shard(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
         wanted = {slot.name: slot.shape for slot in self._partition.slots}
         if wanted != {name: tuple(tensor.shape) for name, tensor in state.items()}:
             raise _another_unet(path)
-        return self._partition.cut(state)
+        return self._partition.shard(state)
 
     def _part(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         start = self._partition.start
@@ -100,10 +100,10 @@ class Saves:
             raise _another_unet(checkpoint.path)
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint after `step` optimizer steps, or begins to. All ranks take part.
+        """Writes a checkpoint after `step` optimizer steps, or starts a thread that does.
 
         Raises:
-            UserError: this one, or the one before, could not be written; weights that are not finite.
+            UserError: this one or the previous one could not be written; weights that are not finite.
         """
         self._guard.check(step)
         self._saver.start(
@@ -118,11 +118,11 @@ class Saves:
         )
 
     def have_failed(self) -> bool:
-        """Whether a checkpoint in the making could not be written, as far as this rank knows."""
+        """Whether this rank knows that a pending checkpoint could not be written."""
         return self._saver.has_failed
 
     def finish(self, step: int, first_step: int) -> None:
-        """Writes the last checkpoint, and DONE if the run reached its end.
+        """Writes the last checkpoint, and DONE at the end of the run.
 
         Raises:
             UserError: a checkpoint could not be written.
@@ -138,11 +138,11 @@ class Saves:
         if self._ranks.is_first:
             print(f"{'finished' if is_done else 'stopped'} at step {step}: {self._run_dir.path}", flush=True)
 
-    def __enter__(self) -> Saves:
+    def __enter__(self) -> CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Training ends: the checkpoint in the making is finished first; its own error does not hide another."""
+        """Finishes a pending checkpoint, whose error must not hide that of training."""
         with suppress(Exception) if kind else nullcontext():
             self._saver.wait()
 

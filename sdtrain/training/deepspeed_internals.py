@@ -1,8 +1,8 @@
-"""Everything of DeepSpeed that is not public and that training relies on; nothing else in sdtrain touches it.
+"""All that training uses of DeepSpeed's internals; no other module touches them.
 
-Another version may flatten parameters in another order, look for overflow in another place or rename an attribute, and
-train on without a word. So one version is pinned, it is asked for at the start, and what is used of it is written down
-here (`missing`) and tested.
+Another version may flatten parameters in another order, check for overflow elsewhere or rename an attribute, and train
+on silently. So one version is pinned and required at the start, and what we use of it is listed here (`missing`) and
+tested.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def require_tested_version() -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and told to use the CPU where there is no GPU before it looks for itself."""
+    """Imports DeepSpeed, quiet, and set to the CPU if there is no GPU, which it decides on import."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -166,11 +166,11 @@ class ZeroInternals:
     def add_up_in_fp32(self) -> None:
         """From now on gradients of micro-batches and ranks are added up in float32; before the first backward pass.
 
-        `communication_data_type` says in which they are sent. ZeRO-1 with bf16 has to be told here of the rest: told by
-        its configuration it would take another optimizer, without the partitions that checkpoints are made of.
+        `communication_data_type` says in which they are sent. For ZeRO-1 with bf16 the rest is set here: asked
+        by its configuration, DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of.
 
         Raises:
-            UserError: DeepSpeed was told otherwise.
+            UserError: --deepspeed_config contradicts it.
         """
         zero = self._zero
         if not zero.partition_gradients:
@@ -228,7 +228,7 @@ class ZeroInternals:
 
     @property
     def can_rescale(self) -> bool:
-        """Whether a loss scaler is at work that can still lower its scale."""
+        """Whether there is a loss scaler that can still lower its scale."""
         scaler = self._zero.loss_scaler
         return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
 
@@ -242,11 +242,6 @@ class ZeroInternals:
     def loss_scaler(self, state: Mapping[str, float]) -> None:
         if self._zero.loss_scaler.dynamic:
             vars(self._zero.loss_scaler).update(state)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """The rate of the next optimizer step."""
-        for group in self._zero.param_groups:
-            group["lr"] = lr
 
     def refresh_network(self) -> None:
         """Copies `master` into the network's own weights. All ranks take part."""

@@ -1,4 +1,4 @@
-"""The processes of one training run: who I am, on which device, and what all of us agree on."""
+"""The processes of a training run: rank and device, and the agreements between them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Ranks:
         return total
 
     def gather(self, values: list[ItemT]) -> list[ItemT]:
-        """The lists of all ranks, dealt out one by one in turn: what each rank made of `work[rank::world_size]`."""
+        """Interleaves the lists of all ranks, where each holds the results of `work[rank::world_size]`."""
         if self.world_size == 1:
             return values
         parts: list[list[ItemT]] = [[] for _ in range(self.world_size)]

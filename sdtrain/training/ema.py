@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from sdtrain.config import EmaConfig
+from sdtrain.config.sections import EmaConfig
 
 
 def ema_decay(num_updates: int, config: EmaConfig) -> float:
@@ -24,7 +24,7 @@ class Ema:
 
     Attributes:
         average: the flat average, fp32, on the partition's device.
-        num_updates: updates that it is the result of, those of the runs before included that it began from.
+        num_updates: updates so far, including those of the runs it started from.
     """
 
     def __init__(self, master: torch.Tensor, config: EmaConfig):

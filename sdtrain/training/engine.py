@@ -24,21 +24,18 @@ _OURS = (
 )
 _BUCKET_NUMEL = 200_000_000
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""Of weights and activations, by the config's `precision`."""
-
 
 def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int, extra: Path | None) -> dict[str, Any]:
     """DeepSpeed's settings for a run.
 
-    ZeRO-1 by default: it reduces gradients once per optimizer step, where stages 2 and 3 do on every micro-step. In
-    bf16 the loop stops on a loss that is not finite, so DeepSpeed's own check, which silently skips a step and reads
-    the device in each, is off. So is its throughput timer, which waits for the device twice in each step.
+    ZeRO-1 by default: it reduces gradients once per optimizer step, stages 2 and 3 on every micro-step. In bf16 the
+    loop itself stops on a loss that is not finite, so DeepSpeed's check, which waits for the device and silently skips
+    steps, is off; so is its throughput timer, which waits twice in each step.
 
     Args:
         config: the run.
         accumulation: micro-steps of one optimizer step.
-        num_parameters: size of the network; gradient buckets need be no larger.
+        num_parameters: of the network; caps the gradient buckets.
         extra: a DeepSpeed JSON file whose settings are laid over these (`--deepspeed_config`).
 
     Raises:
@@ -65,10 +62,10 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
 
 
 def _gradient_dtype(config: TrainConfig) -> str:
-    """In which gradients are added up, as far as DeepSpeed is told.
+    """The dtype in which DeepSpeed accumulates gradients.
 
-    Told of float32 under bf16 and ZeRO-1 it would take another optimizer, without the partitions that checkpoints are
-    made of; there ZeroInternals.add_up_in_fp32 sets it.
+    Asked for float32 under bf16 and ZeRO-1, DeepSpeed would switch to an optimizer without the partitions that
+    checkpoints consist of; ZeroInternals.add_up_in_fp32 sets it later instead.
     """
     is_set_later = config.precision == "bf16" and config.zero_stage == 1
     return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision

@@ -1,4 +1,4 @@
-"""Whether an optimizer step may be applied: no gradient that is not finite, none that is far above the usual."""
+"""Refuses optimizer steps whose gradient is not finite or far above the usual."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import GuardState
 
@@ -20,13 +20,12 @@ ADVICE = (
 class StepGuard:
     """Judges every optimizer step by the norm of its gradient, before it is applied.
 
-    The norm is of the mean gradient over all ranks, so all ranks come to the same verdict. A skipped step leaves
-    weights, moments and average as they were; the step counts, so that the learning rate and the data go on as if it
-    had been applied.
+    The norm is of the mean gradient over all ranks, so all ranks reach the same verdict. A skipped step leaves weights,
+    moments and average unchanged but still counts, so learning rate and data advance as usual.
 
     Attributes:
         applied: whether the last step was applied.
-        must_repeat: whether it was not because a loss scaler has to lower its scale; then it is done again.
+        must_repeat: whether it overflowed and is repeated with a smaller loss scale.
         is_finite: whether its gradient was finite, where its norm was read.
         norm: that norm, NaN if it was not finite; None where norms are not read.
     """
@@ -40,7 +39,7 @@ class StepGuard:
         self._any_nonfinite: torch.Tensor | None = None
 
     def note(self, norm: torch.Tensor) -> None:
-        """Remembers for `check` whether a norm shows a gradient that is not finite, without waiting for the device.
+        """Records for `check`, without waiting for the device, whether a norm is of a gradient that is not finite.
 
         Such a norm is infinite, NaN or negative: versions of DeepSpeed differ in it.
         """
@@ -49,7 +48,7 @@ class StepGuard:
         self._any_nonfinite = is_nonfinite if self._any_nonfinite is None else self._any_nonfinite | is_nonfinite
 
     def may_apply(self, norm: float, can_rescale: bool = False) -> bool:
-        """The verdict on a step.
+        """Decides on a step.
 
         Args:
             norm: of its gradient; negative or not finite if the gradient is not finite.
@@ -68,10 +67,10 @@ class StepGuard:
         return self.applied
 
     def after_step(self, step: int) -> str:
-        """What there is to say about step number `step`; empty where it was applied.
+        """Returns a message if step `step` was not applied, else "".
 
         Raises:
-            UserError: the policy is to stop here.
+            UserError: the policy is to stop.
         """
         if self.applied:
             return ""
@@ -83,7 +82,7 @@ class StepGuard:
         return f"step {step} skipped: {self._refusal} ({self.state.num_skipped} skipped so far)"
 
     def check(self, step: int) -> None:
-        """Waits for the device and asks about the norms noted until now; one that was not finite is never forgotten.
+        """Waits for the device and checks all norms noted so far.
 
         Raises:
             UserError: one was not finite.

@@ -1,4 +1,4 @@
-"""What the UNet learns: which target it is given, and how much each timestep weighs."""
+"""The training objective: the UNet's target, and the weight of each timestep's loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdtrain.diffusion import NoiseSchedule
 
 
 class Objective:
-    """The training loss; by default SD v1's: the noise's mean squared error, all timesteps alike (L_simple).
+    """The training loss; by default SD v1's L_simple: the mean squared error of the noise, unweighted.
 
     Attributes:
         schedule: the forward process.
@@ -25,7 +25,7 @@ class Objective:
     def inputs(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet sees and what it has to predict, both (B, 4, h, w), float32.
+        """Returns the noisy latents and the UNet's target, both (B, 4, h, w), float32.
 
         Args:
             latents: z_0, (B, 4, h, w).
@@ -40,9 +40,9 @@ class Objective:
     def losses(
         self, predicted: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each sample's mean squared error, weighted and as it is, both (B,), float32.
+        """Each sample's mean squared error, weighted and unweighted, both (B,), float32.
 
-        Training minimises the mean of the weighted ones; the others can be compared between runs.
+        Training minimises the weighted mean; the unweighted one can be compared between runs.
         """
         unweighted = F.mse_loss(predicted.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
         weighted = unweighted if self.weights is None else self.weights[timesteps] * unweighted

@@ -1,26 +1,32 @@
-"""What a run shows of itself beside its log: validation, previews, curves for TensorBoard and others."""
+"""Validates a run and samples previews from it, and writes the curves for TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
 
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
+from sdtrain.errors import UserError
+from sdtrain.redaction import as_recorded
 from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.run_dir import LOSS_PARTS, RunDir
-from sdtrain.training.throughput import Measured, Progress, StepFigures
-from sdtrain.training.trackers import Trackers
+from sdtrain.training.throughput import Measured, Progress, StepMetrics
 from sdtrain.training.validation import Validation
 
 if TYPE_CHECKING:
     from sdtrain.training.state import TrainingState
 
 
-class Observer:
-    """Looks at a run from time to time. Every method is called by all ranks together; the first one writes.
+class Monitor:
+    """Validates, previews and tracks a run. All ranks call every method together; the first one writes.
 
     Args:
         config: the run.
@@ -41,13 +47,13 @@ class Observer:
         if self._trackers is not None:
             self._trackers.close()
 
-    def log(self, step: int, figures: StepFigures, measured: Measured) -> None:
+    def log(self, step: int, metrics: StepMetrics, measured: Measured) -> None:
         """Adds a line of the log to the curves."""
         values = {
             "train/loss": measured.loss,
-            "train/lr": figures.lr,
-            "train/grad_norm": figures.grad_norm,
-            "train/num_skipped": figures.num_skipped,
+            "train/lr": metrics.lr,
+            "train/grad_norm": metrics.grad_norm,
+            "train/num_skipped": metrics.num_skipped,
             "train/num_substituted": measured.num_substituted,
             "speed/images_per_s": measured.images_per_s,
             "speed/data_wait": measured.data_wait,
@@ -58,8 +64,8 @@ class Observer:
         parts = zip(LOSS_PARTS, measured.loss_parts, strict=True)
         self._track(step, values | {f"train/{name}": loss for name, loss in parts if not math.isnan(loss)})
 
-    def look(self, step: int, progress: Progress, at: Callable[[int, str], None]) -> None:
-        """Validates and samples where it is due after optimizer step `step`; `at` is told before each long piece."""
+    def on_step_end(self, step: int, progress: Progress, at: Callable[[int, str], None]) -> None:
+        """Validates and samples previews when due after step `step`; calls `at` before each."""
         is_last = step == self._config.steps
         if self._validation is not None and (step % self._config.validation.every == 0 or is_last):
             at(step, "validation")
@@ -104,3 +110,77 @@ class Observer:
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         if self._trackers is not None:
             self._trackers.scalars(step, values)
+
+
+class Trackers:
+    """Writes to all trackers of a run; belongs to the first rank.
+
+    Args:
+        folder: the run directory.
+        config: the run.
+        first_step: where training resumes; later points are discarded.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, first_step: int):
+        # The import takes a second, which ranks that write nothing need not spend.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        self._wandb = _start_wandb(folder, config) if config.tracking.wandb_project else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each named curve, after optimizer step `step`."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log(dict(values), step=step)
+
+    def image(self, step: int, name: str, image: Image.Image) -> None:
+        """Shows an image, after optimizer step `step`."""
+        self._board.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._board.flush()
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(image)}, step=step)
+
+    def close(self) -> None:
+        """Ends all of them; what was written stays."""
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _start_wandb(folder: Path, config: TrainConfig) -> Any:
+    """The run at Weights & Biases, the same one after a resume."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "tracking.wandb_project needs the package wandb: pip install wandb, or set it to null."
+        ) from error
+    try:
+        return wandb.init(
+            project=config.tracking.wandb_project,
+            name=config.name,
+            id=_run_id(folder),
+            resume="allow",
+            dir=folder,
+            config=as_recorded(config.model_dump(mode="json")),
+            settings=wandb.Settings(silent=True, init_timeout=60),
+        )
+    except (wandb.errors.Error, OSError) as error:
+        raise UserError(
+            f"Weights & Biases did not start: {error}. Run `wandb login`, set WANDB_MODE=offline, or set "
+            "tracking.wandb_project to null."
+        ) from error
+
+
+def _run_id(folder: Path) -> str:
+    """The run's id at Weights & Biases, kept in the run directory."""
+    path = folder / "wandb-id"
+    if not path.exists():
+        with publish(path) as temporary:
+            temporary.write_text(os.urandom(6).hex() + "\n")
+    return path.read_text().strip()

@@ -1,14 +1,19 @@
-"""AdamW with its moments in float32, or in 8 bits where memory is scarce: made, read and put back."""
+"""AdamW, with moments in float32 or 8 bits, and its learning rate.
+
+The rate is a pure function of the optimizer step, so neither the number of ranks nor a resume can shift it.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from sdtrain.config import TrainConfig
+from sdtrain.config.sections import OptimizerConfig, ScheduleConfig
 from sdtrain.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -17,6 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _CODES = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
 _BLOCK = 256
 _CHUNK = 2**24
+_FIRST_SHARE = 1e-6
 
 
 def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -46,6 +52,12 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     optimizer.name2qmap["dynamic"][0] = -1.0
     made: torch.optim.Optimizer = optimizer
     return made
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Sets the rate of the next step, on an optimizer of torch or DeepSpeed."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 
 def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,3 +119,23 @@ def _encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mea
         first = number * _CHUNK
         codes[first : first + len(part)] = nearest.flatten()[: len(part)]
         scales[first // _BLOCK : first // _BLOCK + len(largest)] = largest
+
+
+def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:
+    """Rate of optimizer step `step` (from 0).
+
+    It rises linearly from 1e-6 of `optimizer.lr` over the warm-up: `LambdaLinearScheduler` in
+    CompVis/stable-diffusion, ldm/lr_scheduler.py, with f_start 1e-6. Then it stays, or falls to `schedule.min_lr` along
+    half a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983, eq. 5) or a line, and stays there.
+    """
+    if step < schedule.warmup_steps:
+        return optimizer.lr * (_FIRST_SHARE + (1.0 - _FIRST_SHARE) * step / schedule.warmup_steps)
+    return schedule.min_lr + (optimizer.lr - schedule.min_lr) * _height(step, schedule)
+
+
+def _height(step: int, schedule: ScheduleConfig) -> float:
+    """The rate after warm-up, from 0 (`min_lr`) to 1 (the full rate)."""
+    if schedule.decay_steps is None:
+        return 1.0
+    done = min(1.0, (step - schedule.warmup_steps) / (schedule.decay_steps - schedule.warmup_steps))
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if schedule.decay == "cosine" else 1.0 - done

@@ -1,4 +1,4 @@
-"""What a training run holds: networks, optimizer, average, batches; how it is made and used."""
+"""Builds and holds the state of a training run: networks, optimizer, average, batches."""
 
 from __future__ import annotations
 
@@ -14,41 +14,43 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
-from sdtrain.models.build import build_unet, load_text_encoder, load_vae, memory_format, prepare_for, vae_scaling_factor
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet, memory_format, prepare_for
+from sdtrain.precision import torch_dtype
 from sdtrain.sampling.pipeline import Networks
-from sdtrain.training.checkpointing import Saves
+from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
-from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+from sdtrain.training.engine import deepspeed_config, start_engine
 from sdtrain.training.guards import StepGuard
 from sdtrain.training.loss import Objective
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.throughput import StepFigures
+from sdtrain.training.throughput import StepMetrics
 from sdtrain.training.validation import Validation
 from sdtrain.training.zero_partition import ZeroPartition
 
 
 class TrainingState:
-    """Everything that changes while training, and what it is trained with.
+    """The network in training, and everything it is trained with.
 
     Attributes:
         engine: the UNet under DeepSpeed.
         partition: this rank's part of the fp32 weights.
         ema: the average of that part.
-        scaling_factor: of the VAE; applied once, when the posterior is sampled.
+        scaling_factor: of the VAE; applied once, in `losses`.
         accumulation: micro-batches of one optimizer step.
         guard: decides which optimizer steps are applied.
-        saves: what of it is on disk.
-        num_repeated: optimizer steps done again because their gradients overflowed; only in fp16.
+        checkpoints: saves and restores it.
+        num_repeated: optimizer steps repeated because their gradients overflowed (fp16 only).
     """
 
     def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks, deepspeed_json: Path | None = None):
         self._config, self._run_dir, self._ranks = config, run_dir, ranks
-        self._dtype = DTYPES[config.precision]
+        self._dtype = torch_dtype(config.precision)
         set_backends(config.speed)
         self.scaling_factor = vae_scaling_factor(config.vae)
         store = open_samples(config, self.scaling_factor)
@@ -62,7 +64,7 @@ class TrainingState:
         self.accumulation = self._batches.accumulation
         self.guard = StepGuard(config.guard)
         self._start_engine(deepspeed_json)
-        self.saves = Saves(config, run_dir, ranks, store, self.partition, self.ema, self.guard)
+        self.checkpoints = CheckpointManager(config, run_dir, ranks, store, self.partition, self.ema, self.guard)
 
     def _start_engine(self, deepspeed_json: Path | None) -> None:
         config, ranks = self._config, self._ranks
@@ -70,29 +72,27 @@ class TrainingState:
         unet = build_unet(config.unet, config.latent_size)
         initial = dict(unet.state_dict()) if config.init_from is None else {}
         unet = prepare_for(unet, ranks.device, config.speed, for_training=True)
-        torch.nn.Module.to(
-            unet, self._dtype
-        )  # diffusers' own `to` warns of what it would keep in float32: nothing here
+        torch.nn.Module.to(unet, self._dtype)  # diffusers' own `to` warns of float32 modules, of which there are none
         compile_unet(unet, config.speed)
         settings = deepspeed_config(config, self.accumulation, unet.num_parameters(), deepspeed_json)
         self.engine = start_engine(unet, config, settings)
         self.partition = ZeroPartition(self.engine, ranks.rank)
         if config.speed.fp32_gradients:
             self.partition.add_up_in_fp32()
-        self.partition.let_judge(self.guard, config.guard.reads_every_norm)
-        if initial:  # DeepSpeed copied its fp32 weights from the rounded ones
-            self.partition.load_master(self.partition.cut(initial))
+        self.partition.install_step_guard(self.guard, config.guard.reads_every_norm)
+        if initial:  # DeepSpeed made its fp32 weights from the rounded ones
+            self.partition.load_master(self.partition.shard(initial))
         self.ema = Ema(self.partition.master, config.ema)
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each sample's loss, weighted and unweighted, both (B,), float32; `batch` is on the device."""
+        """Samples z_0, adds noise, predicts and compares: each sample's weighted and unweighted loss, (B,), float32."""
         latents = sample_posterior(batch.moments, batch.posterior, self.scaling_factor)
         noisy, target = self._objective.inputs(latents, batch.noise, batch.timesteps)
         predicted = self.predict(noisy, batch.timesteps, batch.token_ids)
         return self._objective.losses(predicted, target, batch.timesteps)
 
     def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """What the UNet says of noisy latents and captions, (B, 4, h, w): noise or velocity, as the config asks."""
+        """The UNet's prediction, noise or velocity as configured, (B, 4, h, w)."""
         begin_graphs(self._config.speed)
         with torch.no_grad():
             context = self._text_encoder(token_ids).last_hidden_state
@@ -103,17 +103,17 @@ class TrainingState:
         return predicted
 
     def validation(self) -> Validation:
-        """The held-out samples, whose loss `validation_losses` gives."""
+        """The held-out samples."""
         return Validation(self._config, self._batches, self._ranks)
 
     def validation_losses(self, batch: MicroBatch) -> torch.Tensor:
-        """The unweighted loss of each sample of a batch, (B,), without gradients."""
+        """Each sample's unweighted loss, (B,), without gradients."""
         with torch.no_grad():
             return self.losses(batch)[1]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Puts the average in the place of the weights for the block. All ranks take part."""
+        """Replaces the weights by their average inside the block. All ranks take part."""
         weights = self.partition.master.detach().clone()
         self.partition.load_master(self.ema.average)
         try:
@@ -122,7 +122,7 @@ class TrainingState:
             self.partition.load_master(weights)
 
     def networks(self) -> Networks:
-        """What images are sampled with: the UNet in training, and the VAE, which training itself does not need."""
+        """The networks that sample previews: the UNet in training, and the VAE, which training itself does not need."""
         return Networks(
             unet=self.engine.module,
             vae=load_vae(self._config.vae).to(self._ranks.device),
@@ -141,9 +141,8 @@ class TrainingState:
     def micro_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, on the device.
 
-        In fp16 they come again, with a smaller loss scale, for as long as their gradients overflow: DeepSpeed then
-        leaves the weights as they are, and a repeated step neither loses samples nor shifts the steps of sample plan,
-        learning rate, average and Adam.
+        In fp16 they are repeated with a smaller loss scale while their gradients overflow. DeepSpeed then leaves the
+        weights unchanged, so no sample is lost, and sample plan, learning rate, average and Adam stay in step.
 
         Raises:
             UserError: the gradients are not finite at any scale.
@@ -158,9 +157,9 @@ class TrainingState:
             self.num_repeated += 1
             yield from kept
 
-    def figures(self, lr: float) -> StepFigures:
-        """What is known of the last step, which had the learning rate `lr`."""
-        return StepFigures(lr, self.grad_norm(), self.guard.state.num_skipped, self._batches.num_substituted)
+    def metrics(self, lr: float) -> StepMetrics:
+        """Metrics of the last step, which had the learning rate `lr`."""
+        return StepMetrics(lr, self.grad_norm(), self.guard.state.num_skipped, self._batches.num_substituted)
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient over all ranks, before clipping; NaN where it was not finite."""
@@ -170,7 +169,7 @@ class TrainingState:
         return norm if math.isfinite(norm) and norm >= 0 else math.nan  # DeepSpeed says infinity, or -1
 
     def step_was_applied(self, step: int) -> bool:
-        """Whether the guard let optimizer step `step` change the weights; says so on the first rank if not.
+        """Whether the guard applied optimizer step `step`; if not, the first rank prints why.
 
         Raises:
             UserError: the guard's policy is to stop.

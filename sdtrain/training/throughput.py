@@ -1,4 +1,4 @@
-"""What is measured while training, without waiting for the device in every step."""
+"""Measures loss and speed while training, without waiting for the device in every step."""
 
 from __future__ import annotations
 
@@ -8,34 +8,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from typing import TypeVar
 
 import psutil
 import torch
+from diffusers.models.attention_processor import AttnProcessor
+from torch.utils.flop_counter import FlopCounterMode
 
-from sdtrain.config import TrainConfig
+from sdtrain.config import TrainConfig, UNetConfig
 from sdtrain.errors import UserError
+from sdtrain.impact.gpus import peak_tflops
+from sdtrain.models.unet import LATENT_CHANNELS, build_unet
 from sdtrain.training.distributed import Ranks
-from sdtrain.training.flops import TRAIN_FACTOR, forward_flops, peak_flops
 from sdtrain.training.run_dir import LOSS_PARTS, NUM_LOSS_PARTS, RunDir
 
 ItemT = TypeVar("ItemT")
 _BAR_WIDTH = 24
+TRAIN_FACTOR = 3
+"""A training step costs three forward passes: one forward, two backward; recomputed activations are not counted."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Some steps, seen over all ranks.
+    """Measurements of the steps since the last line, over all ranks.
 
     Attributes:
-        loss: mean of the unweighted losses; not a number where there were none.
+        loss: mean of the unweighted losses; NaN if there were none.
         loss_parts: the same for each tenth of the noise schedule, from the least noise to the most.
         images_per_s: images a second of all ranks together.
         mfu: model FLOP/s over the peak that the GPU's data sheet promises (dense bf16; a step is three forward passes,
             attention counted, recomputation not); None where the peak is not known.
         memory_gb: most GPU memory held by the first rank; without a GPU, the first rank's resident memory.
         data_wait: share of the time in which the first rank waited for batches.
-        num_substituted: damaged samples, since the run was last started, that others took the place of.
+        num_substituted: damaged samples replaced by others since the process started.
     """
 
     loss: float
@@ -48,14 +54,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class StepFigures:
-    """What the training loop knows of its last step.
+class StepMetrics:
+    """Metrics of the last step.
 
     Attributes:
         lr: its learning rate.
         grad_norm: norm of its gradient over all ranks.
         num_skipped: optimizer steps of the run that were not applied.
-        num_substituted: damaged samples, on this rank, since the run was last started, that others took the place of.
+        num_substituted: damaged samples replaced by others on this rank since the process started.
     """
 
     lr: float
@@ -109,21 +115,21 @@ class Progress:
         sums, counts = self._ranks.sum(self._sums).T
         return self._finite(float(sums.sum() / counts.sum().clamp(min=1)), step)
 
-    def line(self, step: int, figures: StepFigures) -> Measured:
+    def line(self, step: int, metrics: StepMetrics) -> Measured:
         """Writes one line of the log, on the first rank, and begins a new window.
 
         Raises:
             UserError: the loss is not finite.
         """
-        measured = self._measure(step, figures)
+        measured = self._measure(step, metrics)
         if self._ranks.is_first:
             loss, *parts = [None if math.isnan(loss) else loss for loss in (measured.loss, *measured.loss_parts)]
             self._run_dir.log.add(
                 step=step,
                 loss=loss,
-                lr=figures.lr,
-                grad_norm=figures.grad_norm,
-                num_skipped=figures.num_skipped,
+                lr=metrics.lr,
+                grad_norm=metrics.grad_norm,
+                num_skipped=metrics.num_skipped,
                 num_substituted=measured.num_substituted,
                 images_per_s=round(measured.images_per_s, 2),
                 seconds=round(self._seconds_before + time.monotonic() - self._started, 3),
@@ -132,7 +138,7 @@ class Progress:
                 memory_gb=round(measured.memory_gb, 3),
                 **dict(zip(LOSS_PARTS, parts, strict=True)),
             )
-            print(self._text(step, measured, figures), flush=True)
+            print(self._text(step, measured, metrics), flush=True)
         self._new_window()
         return measured
 
@@ -143,7 +149,7 @@ class Progress:
         yield
         self._window_started += time.monotonic() - began
 
-    def _measure(self, step: int, figures: StepFigures) -> Measured:
+    def _measure(self, step: int, metrics: StepMetrics) -> Measured:
         window_s = max(time.monotonic() - self._window_started, 1e-9)
         sums, counts = self._ranks.sum(self._sums).T
         images_per_s = self._num_images * self._ranks.world_size / window_s
@@ -155,7 +161,7 @@ class Progress:
             mfu=flops / self._peak if self._peak else None,
             memory_gb=_memory_bytes(self._ranks.device) / 1e9,
             data_wait=self._wait_s / window_s,
-            num_substituted=int(self._ranks.sum(torch.tensor([figures.num_substituted]))),
+            num_substituted=int(self._ranks.sum(torch.tensor([metrics.num_substituted]))),
         )
 
     def _finite(self, loss: float, step: int) -> float:
@@ -166,7 +172,7 @@ class Progress:
             )
         return loss
 
-    def _text(self, step: int, measured: Measured, figures: StepFigures) -> str:
+    def _text(self, step: int, measured: Measured, metrics: StepMetrics) -> str:
         steps = self._config.steps
         left_s = (steps - step) * self._config.global_batch_size / max(measured.images_per_s, 1e-9)
         shown = [
@@ -174,13 +180,13 @@ class Progress:
             f"step {step}/{steps}",
             "no step applied" if math.isnan(measured.loss) else f"loss {measured.loss:.4f}",
             f"val {self._validation_loss:.4f}" if self._validation_loss is not None else "",
-            f"grad {figures.grad_norm:.3g}",
-            f"lr {figures.lr:.1e}",
+            f"grad {metrics.grad_norm:.3g}",
+            f"lr {metrics.lr:.1e}",
             f"{measured.images_per_s:,.0f} img/s",
             f"MFU {measured.mfu:.1%}" if measured.mfu is not None else "",
             f"wait {measured.data_wait:.1%}",
             f"{measured.memory_gb:.1f} GB",
-            f"{figures.num_skipped} steps skipped" if figures.num_skipped else "",
+            f"{metrics.num_skipped} steps skipped" if metrics.num_skipped else "",
             f"{measured.num_substituted} samples substituted" if measured.num_substituted else "",
             f"{timedelta(seconds=round(left_s))} left",
         ]
@@ -201,3 +207,37 @@ def _memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return int(psutil.Process().memory_info().rss)
+
+
+def forward_flops(config: UNetConfig, latent_size: int, num_tokens: int = 77) -> int:
+    """Floating-point operations of one forward pass of the UNet for one image, attention's matrix products included.
+
+    A multiplication with its addition counts as two. SD v1 at 64x64 latents: 803.3 GFLOP.
+
+    Args:
+        config: the architecture.
+        latent_size: height and width of the latents.
+        num_tokens: length of the text's encoding.
+    """
+    return _forward_flops(config.model_dump_json(), latent_size, num_tokens)
+
+
+@lru_cache(maxsize=4)
+def _forward_flops(config_json: str, latent_size: int, num_tokens: int) -> int:
+    config = UNetConfig.model_validate_json(config_json)
+    with torch.device("meta"), torch.no_grad():
+        unet = build_unet(config, latent_size).eval()
+        unet.set_attn_processor(AttnProcessor())  # plain matrix products, which the counter knows on every device
+        latents = torch.empty(1, LATENT_CHANNELS, latent_size, latent_size)
+        context = torch.empty(1, num_tokens, config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter:
+            unet(latents, torch.zeros(1, dtype=torch.int64), context)
+    return counter.get_total_flops()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s that the GPU's data sheet promises; None for CPUs and GPUs that are not in the table."""
+    if device.type != "cuda":
+        return None
+    tflops = peak_tflops(torch.cuda.get_device_name(device))
+    return None if tflops is None else 1e12 * tflops

@@ -47,11 +47,11 @@ class Validation:
     ) -> list[float]:
         """Mean loss at each of the timesteps.
 
-        The losses of single samples are added up in one order, however many ranks share the work.
+        Samples' losses are summed in one order, however many ranks share the work.
 
         Args:
             losses_of: the unweighted loss of each sample in a batch, (B,).
-            moved: told before each batch: a validation may take longer than a hanging rank is given.
+            moved: called before each batch: validation may take longer than the watchdog's timeout.
         """
         rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)

@@ -31,7 +31,7 @@ _PULSE_S = 5.0
 
 
 class Heartbeat(Settings):
-    """What a rank says of itself."""
+    """Status that a rank publishes."""
 
     rank: int
     host: str

@@ -15,7 +15,7 @@ from sdtrain.training.optimizer import read_moments, restore_moments
 
 
 class ZeroPartition:
-    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, cut into equal parts, one a rank.
+    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, split into equal shards, one a rank.
 
     A test checks that a checkpoint read by name equals the engine's own full parameters.
 
@@ -25,7 +25,7 @@ class ZeroPartition:
         start: position of the part's first element in the whole vector.
 
     Raises:
-        UserError: the engine was told to lay the parameters out otherwise.
+        UserError: --deepspeed_config changes the order of the parameters.
     """
 
     def __init__(self, engine: DeepSpeedEngine, rank: int):
@@ -43,15 +43,15 @@ class ZeroPartition:
         """From now on gradients of micro-batches are added up, and sent, in float32; before the first backward pass.
 
         Raises:
-            UserError: DeepSpeed was told otherwise.
+            UserError: --deepspeed_config contradicts it.
         """
         self._zero.add_up_in_fp32()
 
-    def let_judge(self, guard: StepGuard, reads_every_norm: bool) -> None:
+    def install_step_guard(self, guard: StepGuard, reads_every_norm: bool) -> None:
         """Asks `guard` before every optimizer step; a step that it refuses changes nothing on any rank.
 
-        In bf16 the norm is not read unless asked for, so that the host need not wait for the device; in fp32 and fp16
-        DeepSpeed reads it in every step.
+        In bf16 the norm is read only on request, so the host need not wait for the device; in fp32 and fp16 DeepSpeed
+        reads it in every step anyway.
         """
         zero = self._zero
         if zero.is_bf16 and not reads_every_norm:
@@ -66,12 +66,8 @@ class ZeroPartition:
         return self._zero.loss_scaler
 
     def restore_loss_scaler(self, state: Mapping[str, float]) -> None:
-        """Puts it back. Without a state, or without a scaler, nothing happens: the precision was changed."""
+        """Restores it. Does nothing without a state or a scaler: the precision was changed."""
         self._zero.loss_scaler = dict(state)
-
-    def set_learning_rate(self, lr: float) -> None:
-        """The rate of the next optimizer step."""
-        self._zero.set_learning_rate(lr)
 
     def moments(self) -> dict[str, torch.Tensor]:
         """Adam's moments of this part; zeros before the first step."""
@@ -79,7 +75,7 @@ class ZeroPartition:
 
     @torch.no_grad()
     def restore(self, master: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int) -> None:
-        """Puts back weights and Adam's state as they were after `step` applied steps. All ranks take part."""
+        """Restores weights and Adam's state after `step` applied steps. All ranks take part."""
         restore_moments(self._zero.adam, self.master, moments, step)
         self.load_master(master)
 
@@ -89,8 +85,8 @@ class ZeroPartition:
         self.master.copy_(master)
         self._zero.refresh_network()
 
-    def cut(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """This rank's part of whole weights given by name, fp32, padded with zeros at the end."""
+    def shard(self, named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Splits whole weights given by name; returns this rank's shard, fp32, padded with zeros at the end."""
         part = torch.zeros(self.master.numel(), dtype=torch.float32)
         for slot in self.slots:
             first, last = max(slot.offset, self.start), min(slot.offset + slot.numel, self.start + len(part))

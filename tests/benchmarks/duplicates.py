@@ -31,7 +31,8 @@ import pyarrow.parquet as pq
 from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import group_images
 from filters.recipe import DuplicatesConfig
-from filters.score.inputs import perceptual_hash, pixel_sha256, thumbnail
+from filters.score.preprocess import pixel_sha256, thumbnail
+from sdtrain.images.perceptual_hash import perceptual_hash
 from tests.benchmarks.planted import CHANGES, base_images
 
 SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)

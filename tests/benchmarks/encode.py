@@ -35,7 +35,7 @@ from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import write_samples
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import posterior_moments, shared_vae
-from sdtrain.training.flops import peak_flops
+from sdtrain.training.throughput import peak_flops
 from tests.benchmarks.image_server import draw_photo
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
 from tests.full_size_vae import write_full_size_vae

@@ -34,11 +34,11 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tars import write_samples
 from sdtrain.encode.stage import latent_place
+from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.order import BlockOrder, GlobalOrder
 from sdtrain.loading.sample_plan import SamplePlan, SourcePlan
-from sdtrain.models.build import load_text_encoder
 
 CORES, BATCH, SAMPLES_PER_SHARD = 2, 32, 1000
 WORDS = ["photo", "old", "red", "boat", "quiet", "lake", "under", "grey", "clouds", "in", "autumn", "on", "the"]

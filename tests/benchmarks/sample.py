@@ -33,12 +33,12 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdtrain.config import DiffusionConfig
 from sdtrain.config.sections import SpeedConfig, UNetConfig
 from sdtrain.formats.compvis_layout import sd_v1
-from sdtrain.formats.dtypes import fast_dtype
-from sdtrain.models.build import build_unet, load_tokenizer
+from sdtrain.formats.frozen import load_tokenizer
 from sdtrain.models.schedulers import sampling_scheduler
-from sdtrain.precision import resolve
+from sdtrain.models.unet import build_unet
+from sdtrain.precision import fast_dtype, resolve
 from sdtrain.sampling.batch import Job, Model, make_jobs
-from sdtrain.sampling.output_folder import Album, Writer
+from sdtrain.sampling.output_folder import SampleFolder, Writer
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 from tests.benchmarks.training_loops import CUDA, DEVICE
@@ -86,7 +86,7 @@ def ours(model: Path, output: Path, batch_size: int) -> Draw:
 
     def draw(jobs: Sequence[Job], num_steps: int) -> None:
         settings = SampleSettings(SCALE, num_steps, batch_size=batch_size)
-        with Writer(Album(output, chosen, settings)) as writer:
+        with Writer(SampleFolder(output, chosen, settings)) as writer:
             images = sampler.sample([job.prompt for job in jobs], [job.seed for job in jobs], settings)
             for job, image in zip(jobs, images, strict=True):
                 writer.save(job, image, flagged=False)

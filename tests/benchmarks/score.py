@@ -32,10 +32,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from filters.recipe import Recipe, ScoreConfig
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
-from filters.score.models import Models, judge, load_models
+from filters.score.models import Models, load_models, score_batch
 from filters.score.pipeline import num_threads
-from filters.score.preprocess import Sample, look, read_shard
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD, Sample, preprocess, read_shard
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
@@ -122,9 +121,11 @@ def _forward(models: Models, clip: torch.Tensor, watermark: torch.Tensor, tokens
 
 
 def decode_rate(dataset: DatasetDir, models: Models) -> float:
-    """Images that one thread looks at in a second: decode, views, hashes, measures."""
+    """Images that one thread preprocesses in a second: decode, views, hashes, measures."""
     samples: list[Sample] = list(islice(read_shard(dataset, 0), NUM_DRAWN))
-    seconds = min(_timed(lambda: [look(sample, models.wanted) for sample in samples]) for _ in range(TURNS))
+    seconds = min(
+        _timed(lambda: [preprocess(sample, models.required_views) for sample in samples]) for _ in range(TURNS)
+    )
     return len(samples) / seconds
 
 
@@ -148,7 +149,10 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
         "ours": lambda: run_ours(dataset, config, shards),
         "plain": lambda: run_plain(dataset, config, models, shards),
     }
-    judge([look(sample, models.wanted) for sample in islice(read_shard(dataset, 0), config.batch_size)], models).rows()
+    score_batch(
+        [preprocess(sample, models.required_views) for sample in islice(read_shard(dataset, 0), config.batch_size)],
+        models,
+    ).rows()
     # In turns, because a machine is not always equally fast; ratios are of what stood side by side.
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(QUICK_TURNS if quick else TURNS):

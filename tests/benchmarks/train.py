@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from sdtrain.config import TrainConfig
-from sdtrain.training.flops import TRAIN_FACTOR, forward_flops, peak_flops
+from sdtrain.training.throughput import TRAIN_FACTOR, forward_flops, peak_flops
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops, run_ours, run_stock
 from tests.benchmarks.training_world import settings_of, write_settings, write_world
 

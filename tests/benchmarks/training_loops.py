@@ -81,9 +81,9 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
     from transformers import CLIPTextModel
 
     from sdtrain.config import load_config
-    from sdtrain.formats.dtypes import DTYPES
-    from sdtrain.models.build import build_unet, vae_scaling_factor
-    from sdtrain.precision import resolve
+    from sdtrain.formats.frozen import vae_scaling_factor
+    from sdtrain.models.unet import build_unet
+    from sdtrain.precision import resolve, torch_dtype
 
     config = load_config(settings)
     accumulation = config.accumulation(1)
@@ -96,7 +96,7 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
     average = EMAModel(unet.parameters(), decay=config.ema.decay)
     average.to(accelerator.device)
     text_encoder = CLIPTextModel.from_pretrained(Path(config.text_encoder, "text_encoder"))
-    text_encoder.requires_grad_(False).to(accelerator.device, DTYPES[precision])
+    text_encoder.requires_grad_(False).to(accelerator.device, torch_dtype(precision))
     chosen = config.optimizer
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=chosen.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, eps=chosen.eps
@@ -115,7 +115,7 @@ def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:
                     latents = scale * (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
                     noise = torch.randn_like(latents)
                     timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
-                    noisy = scheduler.add_noise(latents, noise, timesteps).to(DTYPES[precision])
+                    noisy = scheduler.add_noise(latents, noise, timesteps).to(torch_dtype(precision))
                     context = text_encoder(token_ids).last_hidden_state
                     loss = F.mse_loss(unet(noisy, timesteps, context).sample.float(), noise)
                     train_loss += accelerator.gather(loss.repeat(len(latents))).mean().item()
@@ -135,7 +135,7 @@ class _Latents(torch.utils.data.Dataset):  # type: ignore[type-arg]
     """Moments from the shards, and captions tokenised beforehand, as the example's dataset has them."""
 
     def __init__(self, config: Any):
-        from sdtrain.models.build import load_text_encoder
+        from sdtrain.formats.frozen import load_text_encoder
         from sdtrain.models.text import tokenize
 
         tokenizer, _ = load_text_encoder(config.text_encoder)

@@ -21,7 +21,7 @@ from filters.inspect.prometheus import StatusCollector
 from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.select.metadata_files import find_metadata
-from filters.select.side_inputs import extra_inputs
+from filters.select.side_inputs import identify_side_inputs
 from sdtrain import cli, redaction, train
 from sdtrain.config import TrainConfig, changes
 from sdtrain.dataset.layout import DatasetDir
@@ -48,7 +48,6 @@ LOCATIONS = {
     "EncodeConfig": {"vae"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
-    "Overrides": {"metadata"},
     "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "clip_weights"},
     "ScoreConfig": {
         "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
@@ -344,7 +343,7 @@ def test_what_identifies_a_file_is_the_same_whatever_its_signature():
                     "blocklists": [{"files": f"{store.url}/data/good.txt{query}", "by": "host"}],
                 }
             )
-            return [[file.identity for file in find_metadata(select.metadata)], extra_inputs(select)]
+            return [[file.identity for file in find_metadata(select.metadata)], identify_side_inputs(select)]
 
         assert identities("") == identities("?sig=1") == identities("?X-Amz-Signature=abc&x=y")
 

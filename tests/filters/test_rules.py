@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.recipe import KeepConfig, SelectConfig, load_recipe
-from filters.rules import RULES, derived_sql, explain, reason_case
-from filters.select.pushdown import Prefilter, prefilter_sql
+from filters.rules import RULES, Rule, derived_sql, explain, reason_case
+from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.schema import column_sql
 from sdtrain.errors import UserError
 
@@ -126,6 +126,20 @@ def test_rules_that_only_the_metadata_can_answer_are_refused_in_keep(rule):
         KeepConfig(rules={rule: ["en"] if RULES[rule].kind is list else 1})
 
 
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (("loudness", "loudness < ?", "loud"), "no table is known to have loudness: add it to filters.columns"),
+        (("side", "side < 9", "large"), "needs one `\\?` for its value"),
+        (("caption", "caption <> ?", "empty", bool), "needs one `\\?` for its value, and none for a bool"),
+        (("side", "side < ?", "large", int), "the rule on column 'side'"),
+    ],
+)
+def test_incomplete_rules_are_refused_where_they_are_declared(rule, words):
+    with pytest.raises(ValueError, match=words):
+        Rule(*rule)
+
+
 def test_reasons_are_told_in_words_with_their_value():
     rules = {"min_side": 512.0, "languages": ["en", "de"], "no_filename_captions": True}
     assert explain("min_side", rules) == "shorter side under 512 px"
@@ -156,7 +170,7 @@ def test_bounds_hold_for_every_row_that_passes_whatever_the_type(data, kind, rul
     rows = data.draw(st.lists(raw | st.none() | st.just(str(value) if kind == "VARCHAR" else None), max_size=20))
     columns = {name: f'"{name.upper()}"' for name in COLUMNS[rule]}
     types = dict.fromkeys(columns, kind)
-    condition, bound = prefilter_sql(Prefilter({rule: value}, null_passes), columns, types)
+    condition, bound = pushdown_sql(Pushdown({rule: value}, null_passes), columns, types)
     ours = ", ".join(f"{column_sql(name, sql, kind)} AS {name}" for name, sql in columns.items())
     case, values = reason_case({rule: value}, null_passes=null_passes)
     side = f", {derived_sql(['side'])}" if rule == "min_side" else ""

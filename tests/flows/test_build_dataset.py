@@ -1,4 +1,6 @@
+import functools
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +8,11 @@ import pytest
 import yaml
 from prefect.logging import disable_run_logger
 from prefect.states import State
+from pydantic import TypeAdapter
 
-from filters.recipe import Overrides, known_recipes
+from filters.build_options import BuildOptions
+from filters.recipe import known_recipes, load_recipe
+from filters.rules import RULES
 from flows.build_dataset import build_dataset
 from flows.evaluate_checkpoint import evaluate_checkpoint
 from flows.train_unet import train_unet
@@ -21,12 +26,31 @@ PARAMETERS = build_dataset.parameters.model_dump()["properties"]
 
 def bounds(schema: dict[str, Any]) -> dict[str, Any]:
     options = [option for option in schema.get("anyOf", [schema]) if option.get("type") != "null"]
-    return {key: value for key, value in options[0].items() if key not in ("title", "description", "default")}
+    return {
+        key: value for key, value in options[0].items() if key not in ("title", "description", "default", "position")
+    }
 
 
-@pytest.mark.parametrize("name", list(Overrides.model_fields))
-def test_parameter_has_the_type_and_bounds_of_the_override(name: str) -> None:
-    assert bounds(PARAMETERS[name]) == bounds(Overrides.model_json_schema()["properties"][name])
+@pytest.mark.parametrize("name", [field.name for field in fields(BuildOptions)])
+def test_parameter_has_the_type_and_bounds_of_the_option(name: str) -> None:
+    assert bounds(PARAMETERS[name]) == bounds(TypeAdapter(BuildOptions).json_schema()["properties"][name])
+
+
+def test_parameter_has_the_bounds_that_its_option_declares() -> None:
+    assert bounds(PARAMETERS["limit"]) == {"type": "integer", "minimum": 1}
+    assert bounds(PARAMETERS["min_aesthetic"]) == {"type": "number", "minimum": 0, "maximum": 10}
+    assert bounds(PARAMETERS["max_watermark"]) == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert bounds(PARAMETERS["workers"]) == {"type": "integer", "minimum": 1, "maximum": 256}
+
+
+def test_every_setting_that_an_option_overrides_exists() -> None:
+    """Rules are named by the user, so that only their section is looked up."""
+    recipe = load_recipe("laion-aesthetics").model_dump()
+    for field in fields(BuildOptions):
+        for setting in (*field.metadata["sets"], *field.metadata["sets_if_given"]):
+            *sections, name = setting.split(".")
+            section = functools.reduce(dict.__getitem__, sections, recipe)
+            assert name in (RULES if sections[-1] == "rules" else section), setting
 
 
 def test_every_parameter_is_explained() -> None:

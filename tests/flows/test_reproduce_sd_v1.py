@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from prefect.testing.utilities import prefect_test_harness
 
-from flows.reproduce_sd_v1 import PHASES, chain, check, reproduce_sd_v1
+from flows.reproduce_sd_v1 import check, reproduce_sd_v1
 from sdtrain.config import known_configs, load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.plan.chain import PHASES, chain
 from tests.training_fixtures import write_config, write_latents, write_models
 
 

@@ -20,11 +20,12 @@ SCALE = 0.35
 def train_plainly(config, skipped=None):
     """Mean loss of every step and the averaged weights; step `skipped` is not applied."""
     from sdtrain.diffusion import NoiseSchedule
+    from sdtrain.formats.frozen import load_text_encoder
     from sdtrain.loading.loader import BatchMaker
     from sdtrain.loading.sources import open_samples
-    from sdtrain.models.build import build_unet, load_text_encoder
+    from sdtrain.models.unet import build_unet
     from sdtrain.training.ema import ema_decay
-    from sdtrain.training.schedules import learning_rate
+    from sdtrain.training.optimizer import learning_rate
 
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     torch.manual_seed(config.seed)

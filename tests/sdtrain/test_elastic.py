@@ -99,9 +99,9 @@ def test_every_step_has_the_same_samples_noise_timesteps_and_drops(legs, alone):
 
 
 def samples_of_one_process(config):
+    from sdtrain.formats.frozen import load_text_encoder
     from sdtrain.loading.loader import BatchMaker
     from sdtrain.loading.sources import open_samples
-    from sdtrain.models.build import load_text_encoder
     from tests.sdtrain.watched_train import digest
 
     tokenizer, _ = load_text_encoder(config.text_encoder)

@@ -41,8 +41,8 @@ def main(folder: Path) -> None:
 
     from sdtrain.config import UNetConfig, load_config
     from sdtrain.training.distributed import join
+    from sdtrain.training.optimizer import learning_rate, set_learning_rate
     from sdtrain.training.run_dir import RunDir
-    from sdtrain.training.schedules import learning_rate
     from sdtrain.training.state import TrainingState
     from tests.training_fixtures import write_config, write_latents, write_models
 
@@ -57,7 +57,7 @@ def main(folder: Path) -> None:
     config, ranks = load_config(str(write_config(folder / "c.yaml", models, data, **changes))), join(None)
 
     state = TrainingState(config, RunDir(folder / "run"), ranks)
-    state.partition.set_learning_rate(learning_rate(0, config.optimizer, config.schedule))
+    set_learning_rate(state.engine.optimizer, learning_rate(0, config.optimizer, config.schedule))
     batches = state.batches(0)
     for batch in state.micro_batches(batches):
         weighted, unweighted = state.losses(batch)

@@ -6,8 +6,8 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import Checkpoint, find_checkpoint
 from sdtrain.train import train
+from sdtrain.training.optimizer import learning_rate
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.schedules import learning_rate
 from tests.sdtrain.launching import log_of
 from tests.training_fixtures import write_config
 

@@ -7,14 +7,15 @@ that steps once a rank and a checkpoint of the first rank only (test_train_launc
 
 import torch
 
-from sdtrain.config import EmaConfig, load_config
+from sdtrain.config import load_config
+from sdtrain.config.sections import EmaConfig
+from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import open_samples
-from sdtrain.models.build import load_text_encoder
 from sdtrain.models.text import tokenize
 from sdtrain.training.ema import Ema
+from sdtrain.training.optimizer import learning_rate
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.schedules import learning_rate
 from tests.training_fixtures import write_config, write_latents, write_models
 
 SCALE = 0.35

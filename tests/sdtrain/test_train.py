@@ -9,7 +9,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.checkpoint import find_checkpoint
-from sdtrain.models.build import build_unet
+from sdtrain.models.unet import build_unet
 from sdtrain.train import parse_arguments, run, train
 from sdtrain.training.run_dir import RunDir
 from tests.sdtrain.plain_training import train_plainly
@@ -73,7 +73,7 @@ def test_checkpoint_holds_the_engines_own_weights_and_resume_refreshes_them(tmp_
     run_dir = RunDir(tmp_path / "run")
     train(config, run_dir, ranks)
     state = TrainingState(config, run_dir, ranks)
-    assert state.saves.restore() == 8
+    assert state.checkpoints.restore() == 8
     master = dict(find_checkpoint(run_dir.path).weights("master"))
     for name, parameter in state.engine.module.named_parameters():
         assert torch.equal(safe_get_full_fp32_param(parameter), master[name])
@@ -87,7 +87,7 @@ def test_fresh_master_weights_are_not_rounded_to_bf16(tmp_path, world, ranks):
     state = TrainingState(config, RunDir(tmp_path / "run"), ranks)
     torch.manual_seed(config.seed)
     fresh = build_unet(config.unet, config.latent_size).state_dict()
-    assert torch.equal(state.partition.master, state.partition.cut(fresh))
+    assert torch.equal(state.partition.master, state.partition.shard(fresh))
     assert not torch.equal(state.partition.master, state.partition.master.bfloat16().float())
 
 
@@ -98,10 +98,10 @@ def test_a_run_begins_with_raw_and_averaged_weights_of_another(tmp_path, world, 
     train(first, RunDir(tmp_path / "first"), ranks)
     second = config_of(tmp_path, world, name="second", init_from=str(tmp_path / "first"))
     state = TrainingState(second, RunDir(tmp_path / "second"), ranks)
-    assert state.saves.restore() == 0
+    assert state.checkpoints.restore() == 0
     weights = {which: dict(find_checkpoint(tmp_path / "first").weights(which)) for which in ("master", "ema")}
-    assert torch.equal(state.partition.master, state.partition.cut(weights["master"]))
-    assert torch.equal(state.ema.average, state.partition.cut(weights["ema"]))
+    assert torch.equal(state.partition.master, state.partition.shard(weights["master"]))
+    assert torch.equal(state.ema.average, state.partition.shard(weights["ema"]))
     assert (state.partition.moments()["exp_avg"] == 0).all()
 
 
@@ -116,7 +116,7 @@ def test_the_average_goes_on_with_its_count_along_a_chain_of_runs(tmp_path, worl
     assert open_model(tmp_path / "third").average.num_updates == 9
     begun = config_of(tmp_path, world, name="fourth", init_from=str(tmp_path / "third"))
     state = TrainingState(begun, RunDir(tmp_path / "fourth"), ranks)
-    state.saves.restore()
+    state.checkpoints.restore()
     average = state.ema.average.clone()
     state.partition.load_master(state.partition.master + 1)
     state.ema.update()

@@ -13,8 +13,8 @@ import yaml
 
 from sdtrain.config import load_config
 from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.training.optimizer import learning_rate
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.schedules import learning_rate
 from tests.sdtrain.launching import BIN, SCRIPT, deepspeed, finish, log_of, start, torchrun, wait_for_step
 from tests.training_fixtures import write_config, write_latents, write_models
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filters import rules as known_rules
 from filters.decide.stage import KEEP, decide
-from filters.recipe import KeepConfig, Recipe
+from filters.recipe import KeepConfig, Recipe, SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
@@ -23,7 +24,7 @@ from sdtrain.errors import UserError
 from tests.image_fixtures import Fetched, write_downloads
 
 SCORE_NAMES = ("aesthetic", "pwatermark", "punsafe", "similarity")
-_OURS = (*SCORE_NAMES, "aesthetic_v1")
+_OURS = (*SCORE_NAMES, "aesthetic_v1", "contrast")
 _SCORES = pa.schema(
     [("uid", pa.string()), ("key", pa.string()), *((n, pa.float32()) for n in _OURS), ("reason", pa.string())]
 )
@@ -296,3 +297,35 @@ def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path)
     assert judged == [None, "min_aesthetic_v1", "aesthetic_v1_missing"]
     with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set keep.decide_by"):
         keep(dataset, rules={"min_aesthetic_v1": 7})
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit", "kinds", "in_select", "in_keep"),
+    [
+        (("hash", "hash >= ?", "hash under {value}"), 0, {}, True, False),  # only the metadata has it
+        (("caption", "caption <> ''", "no caption", bool), True, {"caption": ("a", "")}, True, True),
+        (("width", "width >= ?", "narrower than {value} px"), 64, {"original_px": ((64, 48), (48, 64))}, True, True),
+        (("commas", "commas <= ?", "over {value} commas"), 1, {"caption": ("a, b", "a, b, c")}, True, True),
+        (("punsafe", "punsafe >= ?", "too safe"), 0.2, {"ours": ({"punsafe": 0.3}, {"punsafe": 0.1})}, True, True),
+        (("contrast", "contrast <= ?", "loud"), 0.3, {"ours": ({"contrast": 0.1}, {"contrast": 0.4})}, False, True),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_new_rule_on_any_kind_of_column_works_where_its_column_is_known_and_is_refused_elsewhere(
+    tmp_path, monkeypatch, rule, limit, kinds, in_select, in_keep
+):
+    monkeypatch.setitem(known_rules.DERIVED, "commas", "length({caption}) - length(replace({caption}, ',', ''))")
+    monkeypatch.setitem(known_rules.RULES, "mine", known_rules.Rule(*rule))
+    rules = {"mine": limit}
+    if in_select:
+        SelectConfig(rules=rules)
+    else:
+        with pytest.raises(ValueError, match=r"only a decoded image has; move it to `keep\.rules`"):
+            SelectConfig(rules=rules)
+    if not in_keep:
+        with pytest.raises(ValueError, match=r"only the metadata has; move it to `select\.rules`"):
+            KeepConfig(rules=rules)
+        return
+    [(name, values)] = kinds.items()
+    dataset = write_dataset(tmp_path, [row(**{name: value}) for value in values])
+    assert keep(dataset, rules=rules, decide_by="picture") == [None, "mine"]

@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 
-from filters.dedup.colors import MAX_COLOR_DIFFERENCE
 from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import LEVELS, Found, group_images
+from filters.dedup.perceptual import MAX_COLOR_DIFFERENCE
 from filters.recipe import DuplicatesConfig
-from filters.score.inputs import perceptual_hash, pixel_sha256, thumbnail
+from filters.score.preprocess import pixel_sha256, thumbnail
+from sdtrain.images.perceptual_hash import perceptual_hash
 
 Groups = dict[int, tuple[int, str]]
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.dedup import columns, perceptual, union_find
-from filters.dedup.colors import MAX_COLOR_DIFFERENCE
 from filters.dedup.columns import COLOR_BYTES
+from filters.dedup.perceptual import MAX_COLOR_DIFFERENCE
 from filters.dedup.union_find import Components
 from tests.filters.dedup.duplicate_fixtures import (
     alike,

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.dedup import DEDUP, buckets
+from filters.dedup import DEDUP, clusters
 from filters.dedup.clusters import num_clusters_for
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
@@ -72,7 +72,7 @@ def test_clusters_depend_on_neither_threads_nor_order_nor_the_division_into_file
     table = planted(noise=0.25)
     expected = search(table, level="semantic", num_clusters=6)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(num_threads))
-    monkeypatch.setattr(buckets, "_ROWS_PER_BUCKET", 100)
+    monkeypatch.setattr(clusters, "_ROWS_PER_BUCKET", 100)
     mixed = table.take(pa.array(np.random.default_rng(num_threads).permutation(NUM)))
     parts = [mixed.slice(0, 1), mixed.slice(1, 0), mixed.slice(1, 500), mixed.slice(501)]
     assert search(*parts, level="semantic", num_clusters=6) == expected

@@ -7,7 +7,6 @@ from PIL import Image
 
 from filters.dedup import DEDUP
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
-from filters.score.inputs import perceptual_hash
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
@@ -15,6 +14,7 @@ from sdtrain.demo.images import SEEN_PAIRS, draw, random_scene
 from sdtrain.download.rows import SCHEMA
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
+from sdtrain.images.perceptual_hash import perceptual_hash
 from tests.filters.dedup.duplicate_fixtures import groups_of, table_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 

@@ -22,8 +22,7 @@ from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import write_entry
 from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.errors import UserError
-from sdtrain.training.run_dir import RunDir
-from sdtrain.training.run_status import run_status
+from sdtrain.training.run_dir import RunDir, run_status
 
 INFRA = Path(__file__).parents[3] / "infra"
 NOW = 1_800_000_000
@@ -95,7 +94,7 @@ def test_who_is_at_work_is_named_and_not_held_up(dataset):
 
 def test_a_run_says_how_far_it_is(run):
     found = run_status(run.path)
-    assert (found.step, found.is_done, found.figures["loss"]) == (20, False, 0.05)
+    assert (found.step, found.is_done, found.metrics["loss"]) == (20, False, 0.05)
     config = load_config("tiny")
     assert found.left_s == pytest.approx((config.steps - 20) * config.global_batch_size / 100)
     shown = CliRunner().invoke(app, ["status", str(run.path)]).output

@@ -8,12 +8,10 @@ import pytest
 from PIL import Image, ImageEnhance
 from PIL.PngImagePlugin import PngInfo
 
-from filters.memorization.calibration import Calibration
 from filters.memorization.check import check_samples
-from filters.memorization.repeated import repeated_captions
 from filters.memorization.report import write_memorised
-from filters.memorization.samples import read_samples
-from filters.memorization.similarity import Limits
+from filters.memorization.samples import read_samples, repeated_captions
+from filters.memorization.similarity import Calibration, Limits
 from filters.search.search import Search
 from sdtrain import cli
 from sdtrain.dataset.tars import write_samples

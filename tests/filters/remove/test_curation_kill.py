@@ -18,7 +18,7 @@ from tests.filters.removal_fixtures import NUM_ROWS, caption_of, copy_of, files_
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
-import filters.inspect.report, sdtrain.models.build
+import filters.inspect.report, sdtrain.formats.frozen
 from filters.dedup import DEDUP
 from filters.decide.stage import KEEP
 from filters.recipe_record import read_recipe

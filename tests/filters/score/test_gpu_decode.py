@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from filters.score import gpu_decode
-from filters.score.gpu_decode import look_on_device
-from filters.score.preprocess import Sample, Wanted, look
-from sdtrain.models.clip_view import Preprocess
+from filters.score.gpu_decode import preprocess_on_device
+from filters.score.preprocess import RequiredViews, Sample, preprocess
+from sdtrain.models.clip import Preprocess
 from tests.image_fixtures import encoded, scene_image
 
-WANTED = Wanted(Preprocess(64), watermark=True)
+WANTED = RequiredViews(Preprocess(64), watermark=True)
 CPU = torch.device("cpu")
 
 
@@ -23,7 +23,7 @@ def sample(content, number=0, form="jpg"):
 
 def on_device(samples, wanted=WANTED):
     with ThreadPoolExecutor(2) as pool:
-        return look_on_device(samples, wanted, CPU, pool)
+        return preprocess_on_device(samples, wanted, CPU, pool)
 
 
 def turned(image):
@@ -60,7 +60,7 @@ def decoded(monkeypatch):
 
 
 def test_it_sees_nearly_what_the_cpu_sees_and_says_the_same_of_it(decoded):
-    for item, wanted in zip(on_device(MIXED), (look(s, WANTED) for s in MIXED), strict=True):
+    for item, wanted in zip(on_device(MIXED), (preprocess(s, WANTED) for s in MIXED), strict=True):
         assert item.caption == wanted.caption
         assert item.row.keys() == wanted.row.keys()
         for name in ("key", "uid", "reason", "image_width", "image_height"):
@@ -85,10 +85,10 @@ def test_where_the_decoder_fails_the_cpu_says_what_is_damaged(monkeypatch):
     broken = bytearray(encoded(scene_image(1)))
     broken[-400:-2] = b"\xff\xc0" * 199
     samples = [sample(encoded(scene_image(0)), 0), sample(bytes(broken), 1)]
-    found, wanted = on_device(samples), [look(s, WANTED) for s in samples]
+    found, wanted = on_device(samples), [preprocess(s, WANTED) for s in samples]
     assert [item.row for item in found] == [item.row for item in wanted]
 
 
 def test_views_that_no_network_wants_are_not_kept():
-    (item,) = on_device(MIXED[:1], Wanted(None, watermark=False))
+    (item,) = on_device(MIXED[:1], RequiredViews(None, watermark=False))
     assert (item.clip, item.watermark) == (None, None)

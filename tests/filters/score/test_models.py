@@ -5,25 +5,28 @@ import torch
 
 from filters.recipe import ScoreConfig
 from filters.score import models as module
-from filters.score.inputs import watermark_view
-from filters.score.models import Models, check_heads, judge, load_models
-from filters.score.preprocess import Looked
+from filters.score.models import Models, check_heads, load_models, score_batch
+from filters.score.preprocess import PreprocessedImage, watermark_view
 from sdtrain.errors import UserError
-from sdtrain.models.clip_view import pixels_of
+from sdtrain.models.clip import pixels_of
 from tests.image_fixtures import scene_image
 
 CPU = torch.device("cpu")
 
 
-def looked(number, reason=None):
+def preprocessed(number, reason=None):
     view = None if reason else pixels_of(watermark_view(scene_image(number)))
-    return Looked({"key": number, "reason": reason}, "a caption", watermark=view)
+    return PreprocessedImage({"key": number, "reason": reason}, "a caption", watermark=view)
 
 
 def test_a_score_that_is_no_number_is_null_so_that_no_rule_takes_it_for_high():
     given = torch.tensor([float("nan"), 0.5, float("inf")])
     models = Models(CPU, watermark=lambda pixels: given)
-    assert [row["pwatermark"] for row in judge([looked(i) for i in range(3)], models).rows()] == [None, 0.5, None]
+    assert [row["pwatermark"] for row in score_batch([preprocessed(i) for i in range(3)], models).rows()] == [
+        None,
+        0.5,
+        None,
+    ]
 
 
 def test_damaged_images_keep_their_place_and_the_networks_do_not_see_them():
@@ -33,10 +36,10 @@ def test_damaged_images_keep_their_place_and_the_networks_do_not_see_them():
         seen.append(len(pixels))
         return torch.arange(len(pixels)).float()
 
-    batch = [looked(0, "undecodable"), looked(1), looked(2, "undecodable"), looked(3)]
-    rows = judge(batch, Models(CPU, watermark=watermark)).rows()
+    batch = [preprocessed(0, "undecodable"), preprocessed(1), preprocessed(2, "undecodable"), preprocessed(3)]
+    rows = score_batch(batch, Models(CPU, watermark=watermark)).rows()
     assert [(row["key"], row.get("pwatermark")) for row in rows] == [(0, None), (1, 0.0), (2, None), (3, 1.0)]
-    assert judge(batch[:1], Models(CPU, watermark=watermark)).rows() == [{"key": 0, "reason": "undecodable"}]
+    assert score_batch(batch[:1], Models(CPU, watermark=watermark)).rows() == [{"key": 0, "reason": "undecodable"}]
     assert seen == [2]
 
 
@@ -51,7 +54,7 @@ def test_threads_take_turns_at_the_networks():
         return torch.zeros(len(pixels))
 
     models = Models(CPU, watermark=watermark)
-    threads = [threading.Thread(target=judge, args=([looked(i)], models)) for i in range(4)]
+    threads = [threading.Thread(target=score_batch, args=([preprocessed(i)], models)) for i in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert max(most) == 1

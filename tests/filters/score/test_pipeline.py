@@ -42,19 +42,19 @@ def test_a_decoding_device_gives_nearly_the_same_rows(dataset):
 
 
 def test_the_next_images_are_decoded_while_the_networks_are_busy_and_not_without_end(dataset, monkeypatch):
-    looked, ahead = [], []
-    original = pipeline.look
+    images, ahead = [], []
+    original = pipeline.preprocess
 
-    def look(sample, wanted):
-        looked.append(sample.key)
-        return original(sample, wanted)
+    def preprocess(sample, required):
+        images.append(sample.key)
+        return original(sample, required)
 
     def slow(pixels):
         threading.Event().wait(0.15)
-        ahead.append(len(looked))
+        ahead.append(len(images))
         return watermark(pixels)
 
-    monkeypatch.setattr(pipeline, "look", look)
+    monkeypatch.setattr(pipeline, "preprocess", preprocess)
     models = Models(torch.device("cpu"), watermark=slow)
     list(score_rows(dataset, [0, 1, 2], models, 2, on_gpu=False))
     # One batch with the networks, two in the queue, one waiting to get there.

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import convolve
 
 from filters.columns import QUALITY_COLUMNS
-from filters.score.inputs import gray_of, watermark_view
+from filters.score.preprocess import gray_of, watermark_view
 from filters.score.quality import measure
 
 PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"

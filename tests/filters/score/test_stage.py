@@ -11,7 +11,7 @@ from PIL import Image
 
 from filters.recipe import Recipe, ScoreConfig
 from filters.score.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
 from filters.score.quality import measure
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
@@ -19,8 +19,7 @@ from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples, write_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
-from sdtrain.models.clip import load_clip
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_view, load_clip, normalised, pixels_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 RANDOM = ScoreConfig(

@@ -37,8 +37,8 @@ def run(arguments, capsys, monkeypatch):
 def test_an_image_is_its_own_nearest_even_when_it_was_saved_anew(search, number):
     (hits,) = search.by_images([photo(number, quality=75)], top=3)
     assert hits[0].caption == caption_of(number)
-    assert hits[0].nearness > 0.98
-    assert [hit.nearness for hit in hits] == sorted((hit.nearness for hit in hits), reverse=True)
+    assert hits[0].similarity > 0.98
+    assert [hit.similarity for hit in hits] == sorted((hit.similarity for hit in hits), reverse=True)
 
 
 @pytest.mark.parametrize(("copy", "number"), [*SAME_BYTES.items(), *ALIKE.items()])
@@ -60,7 +60,7 @@ def test_the_answer_is_that_of_comparing_with_every_embedding(search, embedded_d
     expected = [uids[place] for place in np.argsort(-cosines)[:10]]
     hits = search.nearest(asked[None], 10)[0]
     assert [hit.uid for hit in hits] == expected
-    assert [hit.nearness for hit in hits] == pytest.approx(np.sort(cosines)[::-1][:10], abs=2e-3)
+    assert [hit.similarity for hit in hits] == pytest.approx(np.sort(cosines)[::-1][:10], abs=2e-3)
 
 
 def test_only_kept_ones_are_all_kept_ones(search, embedded_dataset):
@@ -170,7 +170,7 @@ def test_what_cannot_be_asked_is_a_sentence(arguments, sentence, embedded_datase
 def test_kept_ones_before_anything_is_decided_is_a_sentence(embedded_dataset, tmp_path):
     dataset = copy_of(embedded_dataset, tmp_path)
     dataset.decisions.unlink()
-    assert Search(dataset).by_images([photo(1)], top=1)[0][0].fate == "undecided"
+    assert Search(dataset).by_images([photo(1)], top=1)[0][0].status == "undecided"
     with pytest.raises(UserError, match="not built as far as `keep`"):
         Search(dataset).by_images([photo(1)], top=1, kept_only=True)
 

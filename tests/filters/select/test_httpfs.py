@@ -8,9 +8,9 @@ import pytest
 from filters.recipe import SelectConfig
 from filters.select.httpfs import is_remote, load_remote, without_secrets
 from filters.select.metadata_files import find_metadata, prepare
-from filters.select.pushdown import Prefilter
+from filters.select.pushdown import Pushdown
 from filters.select.schema import normalised_sql
-from filters.select.side_inputs import extra_inputs
+from filters.select.side_inputs import identify_side_inputs
 from sdtrain.errors import UserError
 from tests.filters.store_fixtures import needs_httpfs, serving
 
@@ -40,8 +40,8 @@ def parquet(begin=0):
     return sink.getvalue().to_pybytes()
 
 
-def read(files, select, prefilter=None):
-    sql, values = normalised_sql(files, prefilter)
+def read(files, select, pushdown=None):
+    sql, values = normalised_sql(files, pushdown)
     with duckdb.connect() as connection:
         prepare(connection, [file.path for file in files])
         return connection.execute(f"SELECT {select} FROM ({sql})", values).fetchall()
@@ -53,7 +53,7 @@ def test_a_file_on_a_web_server_is_read_by_ranges_and_only_where_needed(store):
     files = find_metadata(f"{store.url}/data/a.parquet?signature=s3cr3t")
     assert (files[0].num_rows, files[0].identity[:2]) == (NUM_ROWS, ("a.parquet", len(content)))
     store.sent.clear()
-    assert read(files, "count(url), min(width)", Prefilter({"min_side": NUM_ROWS - 1000})) == [(1000, NUM_ROWS - 1000)]
+    assert read(files, "count(url), min(width)", Pushdown({"min_side": NUM_ROWS - 1000})) == [(1000, NUM_ROWS - 1000)]
     assert 0 < store.sent["data/a.parquet"] < 0.25 * len(content)
 
 
@@ -77,9 +77,9 @@ def test_folders_and_globs_of_an_object_store_are_found_in_order(store, pattern)
 def test_lists_and_score_files_may_be_remote_too(store):
     store.files["bucket/hosts.txt"] = b"# none\nexample.com\n"
     select = SelectConfig(blocklists=[{"files": "s3://bucket/hosts.txt", "by": "host"}])
-    before = extra_inputs(select)
+    before = identify_side_inputs(select)
     store.files["bucket/hosts.txt"] = b"example.org\n"
-    assert extra_inputs(select) != before
+    assert identify_side_inputs(select) != before
 
 
 @needs_httpfs

@@ -4,11 +4,21 @@ import duckdb
 import pytest
 
 from filters.recipe import SelectConfig
-from filters.select.hosts import host_of, host_sql, register_host_of
 from filters.select.metadata_files import find_metadata
-from filters.select.side_inputs import extra_inputs, has_extras, load_extras
+from filters.select.side_inputs import has_side_inputs, identify_side_inputs, load_side_inputs
+from filters.select.sql_functions import host_of, host_sql, register_host_of
 from sdtrain.errors import UserError
-from tests.filters.select.extras_fixtures import HASHES, MD5S, NUM_ROWS, TEXTS, UIDS, URLS, apply, write, write_metadata
+from tests.filters.select.side_input_fixtures import (
+    HASHES,
+    MD5S,
+    NUM_ROWS,
+    TEXTS,
+    UIDS,
+    URLS,
+    apply,
+    write,
+    write_metadata,
+)
 
 
 @pytest.fixture
@@ -145,10 +155,10 @@ def test_empty_lists_block_nothing_and_allow_nothing(tmp_path, metadata):
 
 def test_without_joins_and_lists_nothing_is_added(metadata):
     select = SelectConfig(metadata=metadata)
-    assert not has_extras(select)
-    assert apply(select, "notes") == []
+    assert not has_side_inputs(select)
+    assert apply(select, "remarks") == []
     with duckdb.connect() as connection:
-        assert load_extras(connection, select, find_metadata(metadata)).joins.sql("SELECT 1") == "SELECT 1"
+        assert load_side_inputs(connection, select, find_metadata(metadata)).joins.sql("SELECT 1") == "SELECT 1"
     assert reasons(metadata) == [None] * NUM_ROWS
 
 
@@ -158,7 +168,7 @@ def test_the_fingerprint_follows_the_contents_of_lists_and_scores(tmp_path, meta
     select = SelectConfig(
         metadata=metadata, joins=[{"files": scores}], blocklists=[{"files": str(tmp_path / "list.txt"), "by": "uid"}]
     )
-    before = extra_inputs(select)
-    assert extra_inputs(select) == before
+    before = identify_side_inputs(select)
+    assert identify_side_inputs(select) == before
     (tmp_path / "list.txt").write_text(UIDS[1])
-    assert extra_inputs(select) != before
+    assert identify_side_inputs(select) != before

@@ -12,9 +12,8 @@ import pytest
 
 from filters.columns import ALIASES, TYPES
 from filters.recipe import SelectConfig
-from filters.select.metadata_files import find_metadata
-from filters.select.pushdown import Prefilter
-from filters.select.remarks import notes
+from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.pushdown import Pushdown
 from filters.select.schema import check_columns, normalised_sql
 from sdtrain.errors import UserError
 
@@ -169,7 +168,7 @@ def test_what_is_handled_on_purpose_is_said(tmp_path):
     for name in ("laion2B-en", "laion2B-en-aesthetic", "aesthetics_v2_4.75", "coyo-700m"):
         write(tmp_path / f"{name}.parquet", RELEASES[name][0])
     select = SelectConfig(rules={"min_aesthetic": 5, "max_watermark": 0.5, "min_side": 1}, null_policy="score_later")
-    assert notes(find_metadata(str(tmp_path)), select) == [
+    assert remarks_on(find_metadata(str(tmp_path)), select) == [
         "1 of 4 files have WIDTH and HEIGHT swapped (raw LAION release); turned back",
         "column aesthetic of 1 of 4 files holds V1 scores; used only by min_aesthetic_v1",
         "similarity is read from clip_similarity_vitb32 in 1 of 4 files",
@@ -183,7 +182,7 @@ def test_what_is_handled_on_purpose_is_said(tmp_path):
         "rows with NULL or NaN in pwatermark, aesthetic stay until the image is scored (null_policy: score_later)",
     ]
     write(tmp_path / "only.parquet", URL_TEXT | SIZES | TAGS | {"AESTHETIC_SCORE": (F32, 5.0)})
-    assert notes(find_metadata(str(tmp_path / "only.parquet")), SelectConfig(rules={"min_side": 1})) == []
+    assert remarks_on(find_metadata(str(tmp_path / "only.parquet")), SelectConfig(rules={"min_side": 1})) == []
 
 
 def test_scores_of_the_first_predictor_are_not_taken_for_the_second(tmp_path):
@@ -240,9 +239,9 @@ def sorted_file(tmp_path_factory):
     return path
 
 
-def scan(path, select, prefilter=None):
+def scan(path, select, pushdown=None):
     """What reading comes to: (rows that the scan gives, columns and filters in it, bytes read from the disk)."""
-    sql, values = normalised_sql(find_metadata(str(path)), prefilter)
+    sql, values = normalised_sql(find_metadata(str(path)), pushdown)
     with duckdb.connect() as connection:
         connection.execute("SET threads = 1")
         connection.execute("SET enable_external_file_cache = false")
@@ -274,7 +273,7 @@ def bytes_read():
 )
 def test_bounds_reach_the_parquet_scan_and_skip_row_groups(sorted_file, rules, share, bound):
     whole = scan(sorted_file, "max(url)")
-    rows, _, filters, num_bytes = scan(sorted_file, "max(url)", Prefilter(rules))
+    rows, _, filters, num_bytes = scan(sorted_file, "max(url)", Pushdown(rules))
     assert rows == pytest.approx(share * NUM_ROWS, rel=0.02)
     assert bound in str(filters)
     assert num_bytes < (share + 0.1) * whole[3]
@@ -282,7 +281,7 @@ def test_bounds_reach_the_parquet_scan_and_skip_row_groups(sorted_file, rules, s
 
 def test_where_missing_scores_pass_strings_are_read_for_survivors_only(sorted_file):
     whole = scan(sorted_file, "max(url)")
-    rows, _, _, num_bytes = scan(sorted_file, "max(url)", Prefilter({"min_aesthetic": 9.5}, ["aesthetic"]))
+    rows, _, _, num_bytes = scan(sorted_file, "max(url)", Pushdown({"min_aesthetic": 9.5}, ["aesthetic"]))
     assert rows == pytest.approx(0.05 * NUM_ROWS, rel=0.02)
     assert num_bytes < 0.3 * whole[3]
 

@@ -6,7 +6,7 @@ import pytest
 from filters.recipe import SelectConfig, load_recipe
 from filters.select.sql_functions import laion_hash
 from sdtrain.errors import UserError
-from tests.filters.select.extras_fixtures import HASHES, MD5S, NUM_ROWS, TEXTS, URLS, apply, write, write_metadata
+from tests.filters.select.side_input_fixtures import HASHES, MD5S, NUM_ROWS, TEXTS, URLS, apply, write, write_metadata
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_of_repeated_keys_one_whole_row_wins_the_same_in_any_order_and_how_many_
         select = SelectConfig(metadata=metadata, joins=[{"files": files}])
         found.append([(row["pwatermark"], row["punsafe"]) for row in apply(select)[:3]])
     assert found[0] == found[1] == [(0.1, 0.5), (0.5, 0.5), (None, None)]
-    said = apply(select, "notes")
+    said = apply(select, "remarks")
     assert any("2 of them have the key of another row" in note for note in said)
     assert "hash of URL and TEXT computed for 1 of 3 files, which have none" in said
     assert "hash of URL and TEXT agrees in 20 rows looked at" in said

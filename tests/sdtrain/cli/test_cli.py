@@ -1,12 +1,14 @@
 import inspect
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from filters.recipe import Overrides, load_recipe
+from filters.build_options import BuildOptions
+from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe
 from sdtrain import cli
 from sdtrain.dataset.files import publish
@@ -56,8 +58,9 @@ def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filters.inspect.report", finish)
 
 
-def test_build_offers_every_override() -> None:
-    assert set(Overrides.model_fields) <= set(inspect.signature(cli.build).parameters)
+def test_build_offers_every_option() -> None:
+    parameters = inspect.signature(cli.curate.build).parameters
+    assert [field.name for field in fields(BuildOptions)] == [name for name in parameters if name != "recipe"]
 
 
 def test_recipes_are_listed_with_their_descriptions(sdtrain: Any) -> None:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from sdtrain.demo.checker import Verdict, agreement, judge, pair_in
+from sdtrain.demo.checker import Verdict, agreement, classify, pair_in
 from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 
 PAIRS = [(color, shape) for color in COLORS for shape in SHAPES]
@@ -43,17 +43,17 @@ def test_wrong_pairs_do_not_agree(images: list[Image.Image], wanted: list[tuple[
 def test_grey_noise_and_mere_backgrounds_are_not_guessed_at() -> None:
     rng = np.random.default_rng(0)
     nothing = Verdict(None, None)
-    assert judge(Image.new("RGB", (64, 64), (128, 128, 128))) == nothing
+    assert classify(Image.new("RGB", (64, 64), (128, 128, 128))) == nothing
     for size in (64, 8):
         for _ in range(30):
             noise = Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8))
-            assert judge(noise.resize((64, 64))) == nothing
+            assert classify(noise.resize((64, 64))) == nothing
 
 
 def test_a_colour_between_two_of_ours_is_none_but_its_shape_is_seen() -> None:
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     image.paste((250, 110, 10), (16, 16, 48, 48))
-    assert judge(image) == Verdict(None, "square")
+    assert classify(image) == Verdict(None, "square")
 
 
 def test_pair_in_reads_prompts() -> None:

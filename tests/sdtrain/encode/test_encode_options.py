@@ -17,10 +17,10 @@ from sdtrain.encode import vae as vae_at_work
 from sdtrain.encode.check import Figures, psnr_bound_db, require_good
 from sdtrain.encode.stage import ENCODE
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_vae
 from sdtrain.images.crops import bucket_sizes, chance, cut
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.latent_store import LatentStore
-from sdtrain.models.build import load_vae
 from tests.sdtrain.encode.packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
 
 SHAPES = [(120, 60), (60, 120), (80, 80), (100, 90)]

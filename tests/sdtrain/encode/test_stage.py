@@ -23,11 +23,12 @@ from sdtrain.encode import vae as vae_at_work
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import encode_pixels
 from sdtrain.errors import UserError
+from sdtrain.formats import digests
+from sdtrain.formats.frozen import load_vae, vae_digest
 from sdtrain.images.crops import cut
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.latent_store import LatentStore
-from sdtrain.models import digests
-from sdtrain.models.build import DEMO_WEIGHTS, load_vae, vae_digest
+from sdtrain.models.weights import DEMO_WEIGHTS
 from tests.image_fixtures import scene_image
 from tests.sdtrain.encode.packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
 
@@ -236,7 +237,7 @@ def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_dige
 
     dataset, recipe = write_packed(tmp_path / "data"), Recipe(folder)
     with monkeypatch.context() as before:
-        before.setattr("sdtrain.models.build.vae_digests", lambda name: iter([earlier.hexdigest()]))
+        before.setattr("sdtrain.formats.frozen.vae_digests", lambda name: iter([earlier.hexdigest()]))
         before.setattr(digests, "_computed", {})
         before.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
         run_batch(ENCODE, dataset, recipe, [0])

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from sdtrain.cli import app
 from sdtrain.errors import UserError
+from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
 from tests.sdtrain.evaluation.evaluation_fixtures import digests
@@ -55,6 +56,14 @@ def test_the_models_own_folder_is_the_default_and_only_a_runs(little, run, tmp_p
     result = CliRunner().invoke(app, [*without_output, str(tmp_path)])
     assert isinstance(result.exception, UserError)
     assert "--output" in str(result.exception)
+
+
+def test_every_setting_of_the_protocol_is_an_option_with_its_description():
+    text = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
+    short = {"num_prompts": "num", "num_steps": "steps"}
+    for name, field in Protocol.model_fields.items():
+        assert f"--{short.get(name, name).replace('_', '-')} " in text
+        assert field.description in text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
 from sdtrain.evaluation.sweep import plan
-from sdtrain.evaluation.workers import _all_that_end_well, run_sweep
+from sdtrain.evaluation.workers import _completed_reports, run_sweep
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
@@ -271,7 +271,7 @@ def test_parts_under_way_still_count_when_another_fails():
     failed.set_exception(UserError("no memory"))
     Timer(0.3, under_way.set_result, ["a report"]).start()
     Timer(0.3, waiting.set_running_or_notify_cancel).start()
-    reports = _all_that_end_well([failed, under_way, waiting])
+    reports = _completed_reports([failed, under_way, waiting])
     assert next(reports) == "a report"
     with pytest.raises(UserError, match="no memory"):
         next(reports)

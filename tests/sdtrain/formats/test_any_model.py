@@ -11,7 +11,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model, training_weights
 from sdtrain.formats.checkpoint import STATE, find_checkpoint
 from sdtrain.formats.export import ExportSettings, export_model
-from sdtrain.models.build import find_weights
+from sdtrain.formats.hub import find_part_folder
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config
 
@@ -21,7 +21,7 @@ def begun_from(source, tmp_path, world, ranks, **changes):
 
     path = write_config(tmp_path / "config.yaml", *world, init_from=str(source), **changes)
     state = TrainingState(load_config(str(path)), RunDir(tmp_path / "begun"), ranks)
-    assert state.saves.restore() == 0
+    assert state.checkpoints.restore() == 0
     return state.partition, state.ema
 
 
@@ -30,8 +30,8 @@ def test_training_begins_with_both_kinds_of_weights_of_a_published_model(run, na
     source = export_model(run, tmp_path / name, ExportSettings("both"))
     partition, ema = begun_from(source, tmp_path, world, ranks)
     weights = {which: dict(find_checkpoint(run).weights(which)) for which in ("master", "ema")}
-    assert torch.equal(partition.master, partition.cut(weights["master"]))
-    assert torch.equal(ema.average, partition.cut(weights["ema"]))
+    assert torch.equal(partition.master, partition.shard(weights["master"]))
+    assert torch.equal(ema.average, partition.shard(weights["ema"]))
     # A folder has no place for the number of updates; then the warm-up is over, (1 + 80) / (10 + 80) being 0.9.
     assert ema.num_updates == (80 if name == "both" else find_checkpoint(run).layout.step)
     assert (partition.moments()["exp_avg"] == 0).all()
@@ -41,7 +41,7 @@ def test_a_published_model_of_one_kind_begins_both(run, tmp_path, world, ranks):
     source = export_model(run, tmp_path / "half.safetensors", ExportSettings("ema", "fp16"))
     partition, ema = begun_from(source, tmp_path, world, ranks)
     wanted = {name: tensor.half() for name, tensor in find_checkpoint(run).weights("ema")}
-    assert torch.equal(partition.master, partition.cut(wanted))
+    assert torch.equal(partition.master, partition.shard(wanted))
     assert torch.equal(ema.average, partition.master)
     assert ema.num_updates == 0
 
@@ -135,6 +135,6 @@ def test_a_tokenizer_comes_from_the_hub_without_the_weights_beside_it(tokenizer,
         return tokenizer
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    find_weights("openai/clip-vit-large-patch14", part)
+    find_part_folder("openai/clip-vit-large-patch14", part)
     assert ("model.safetensors" in asked) == with_weights
     assert {"*.json", "*.txt"} < set(asked)

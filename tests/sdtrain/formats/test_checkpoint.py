@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sdtrain.config.safety import CheckpointConfig
+from sdtrain.config.sections import CheckpointConfig
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import STATE, Checkpoint, Layout, find_checkpoint, slots_of

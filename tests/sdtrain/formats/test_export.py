@@ -11,10 +11,10 @@ from sdtrain.cli import app
 from sdtrain.config import DiffusionConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
-from sdtrain.formats.dtypes import DTYPES
 from sdtrain.formats.export import ExportSettings, export_model, write_pipeline
-from sdtrain.models.build import build_unet
 from sdtrain.models.schedulers import sampling_scheduler
+from sdtrain.models.unet import build_unet
+from sdtrain.precision import torch_dtype
 from tests.training_fixtures import write_run
 
 
@@ -111,10 +111,10 @@ def test_a_folder_holds_the_precision_asked_for(run_dir, tmp_path, dtype):
     folder = export_model(run_dir, tmp_path / "out", ExportSettings(dtype=dtype))
     for part in ("unet", "vae", "text_encoder"):
         for path in (folder / part).glob("*.safetensors"):
-            assert {tensor.dtype for tensor in load_file(path).values()} == {DTYPES[dtype]}
+            assert {tensor.dtype for tensor in load_file(path).values()} == {torch_dtype(dtype)}
         assert "_name_or_path" not in (folder / part / "config.json").read_text()
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[dtype])
-    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (DTYPES[dtype], DTYPES[dtype])
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch_dtype(dtype))
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch_dtype(dtype), torch_dtype(dtype))
 
 
 def test_both_kinds_cannot_come_from_a_model_that_has_one(run_dir, tmp_path):

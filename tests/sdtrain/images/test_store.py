@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.images.decode import ImageError, decode_rgb
-from sdtrain.images.perceptual import perceptual_hash
 from sdtrain.images.store import ImageMaker
 from tests.sdtrain.download.download_fixtures import encoded, photo
 from tests.sdtrain.images.hostile_images import GOOD, HOSTILE, exif_turned, opened
@@ -166,8 +165,3 @@ def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_image():
         distances.append(((stored.phash % 2**64) ^ expected).bit_count())
     assert max(distances) <= 6
     assert np.mean(distances) < 1.5
-
-
-@pytest.mark.parametrize("value", [0, 128, 255])
-def test_the_hash_of_a_flat_image_is_of_its_brightness_alone(value):
-    assert perceptual_hash(np.full((50, 70, 3), value, np.uint8)) % 2**64 == (2**63 if value else 0)

@@ -2,9 +2,10 @@ import pytest
 
 from sdtrain.errors import UserError
 from sdtrain.impact import counters
-from sdtrain.impact.carbon import CORE_W, board_watts, emissions_kg, energy_kwh, find_region, regions
+from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh, find_region, regions
 from sdtrain.impact.counters import GpuCounter, cpu_counters, gpu_counters
 from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.gpus import board_watts, peak_tflops
 from sdtrain.model_card.energy import footprint
 from sdtrain.training.energy import EnergyRecorder, Meter
 
@@ -75,6 +76,7 @@ def test_longer_names_of_gpus_go_before_shorter_ones():
     assert board_watts("NVIDIA RTX A1000") is None, "no A100"
     assert board_watts("NVIDIA GeForce RTX 4090 Laptop GPU") is None, "a laptop's draws less"
     assert board_watts("AMD EPYC") is None
+    assert (board_watts("NVIDIA GH200 480GB"), peak_tflops("NVIDIA GH200 480GB")) == (None, 989.4)
 
 
 def test_a_gpu_counts_from_where_it_was_first_read():

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from filters.remove.shard_files import drop_latents
 from sdtrain.dataset.layout import DatasetDir, index_path
@@ -51,9 +52,9 @@ def digest_of(folder: Path, rows: pa.Table) -> str:
 def test_a_large_dataset_is_indexed_when_first_read_and_the_index_is_used_the_next_time(data, large):
     indices = np.array([3, 21, 44])
     first = LatentStore(data, 64)
-    assert not list(data.rglob("*.safetensors"))  # nothing is read before it is needed
+    assert not list(data.rglob("*.index.*"))  # nothing is read before it is needed
     expected = first.uids(indices), first.captions(indices), first.get(indices)
-    kept = sorted(data.rglob("*.index.safetensors"))
+    kept = sorted(data.rglob("*.index.arrow"))
     assert [path.name[:5] for path in kept] == ["00000", "00001", "00002"]
     stamps = [path.stat().st_mtime_ns for path in kept]
     second = LatentStore(data, 64)
@@ -81,20 +82,58 @@ def test_an_index_that_is_not_of_its_table_is_made_anew(data, large, damage):
     assert LatentStore(data, 64).captions(np.array([3])) == ["new" if damage == "other table" else "a red square"]
 
 
+@pytest.fixture
+def former(data) -> Path:
+    """An index as versions before wrote it, of which nothing is true any more."""
+    path = data / "latents" / "00000.index.safetensors"
+    save_file({"uid": np.zeros(3, np.uint8), "uid_end": np.array([3])}, path, {"table_digest": "of an old table"})
+    return path
+
+
+def test_an_index_of_a_former_version_gives_way_to_one_of_today(data, large, former):
+    assert LatentStore(data, 64).captions(np.array([3])) == ["a red square"]
+    assert not former.exists()
+    assert index_path(data / "latents" / "00000.parquet").exists()
+
+
+def test_an_index_of_a_former_version_that_cannot_be_replaced_does_no_harm(data, large, former, monkeypatch):
+    def refuse(path, *_, **__):
+        raise PermissionError(f"read-only file system: {path}")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert LatentStore(data, 64).captions(np.array([3])) == ["a red square"]
+    assert former.exists()
+
+
+def test_an_index_whose_texts_lead_out_of_the_file_is_made_again(data, large):
+    LatentStore(data, 64).uids(np.array([3]))
+    kept = index_path(data / "latents" / "00000.parquet")
+    with pa.ipc.open_stream(kept.read_bytes()) as reader:
+        ends = np.frombuffer(reader.read_next_batch()["caption"].buffers()[1], np.int32)
+    content = kept.read_bytes()
+    assert content.count(ends.tobytes()) == 1
+    kept.write_bytes(content.replace(ends.tobytes(), (ends + 10**6).tobytes()))
+    assert LatentStore(data, 64).captions(np.array([3])) == ["a red square"]
+
+
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(data, large, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only file system")
 
     monkeypatch.setattr(os, "fsync", refuse)
     assert LatentStore(data, 64).captions(np.array([3])) == ["a red square"]
-    assert not list(data.rglob("*.safetensors"))
+    assert not list(data.rglob("*.index.*"))
 
 
 def test_removal_takes_the_index_with_it(data, large):
     LatentStore(data, 64).uids(np.arange(50))
+    former = data / "latents" / "00001.index.safetensors"
+    former.write_bytes(f"{21:032x}".encode())
     dataset, gone = DatasetDir(data), f"{21:032x}"
     drop_latents(dataset.latents_tar(1), dataset.latents_table(1), {gone})
     assert not index_path(dataset.latents_table(1)).exists()
+    assert not former.exists()
     assert not [path for path in (data / "latents").iterdir() if gone.encode() in path.read_bytes()]
     store = LatentStore(data, 64)
     assert len(store) == 49

@@ -10,10 +10,10 @@ import torch
 from sdtrain.config import load_config
 from sdtrain.encode.info import VAE_KEY
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder, vae_scaling_factor
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import open_samples
-from sdtrain.models.build import load_text_encoder, vae_scaling_factor
 from tests.training_fixtures import write_config, write_latents, write_models
 
 

@@ -11,11 +11,11 @@ from sdtrain.config import TrainConfig, differences, load_config
 from sdtrain.dataset.tars import read_samples
 from sdtrain.encode.vae import encode_pixels
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.images.crops import chance, cut
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import MixedStore, open_samples, require_samples
-from sdtrain.models.build import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.settings import parse_settings
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir

@@ -59,6 +59,7 @@ def test_the_hub_reads_what_it_expects(tmp_path):
     assert data["tags"] == ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image"]
     assert (data["library_name"], data["pipeline_tag"]) == ("diffusers", "text-to-image")
     assert data["datasets"] == ["org/meta"]
+    assert (data["language"], data["inference"]) == (["en"], True)
     assert list(data["extra_gated_fields"].values()) == ["checkbox"]
 
 
@@ -140,6 +141,24 @@ def test_the_evaluation_is_shown_with_its_protocol(tmp_path):
     (run / "evaluation" / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json"):
         write_card(run)
+
+
+def test_the_hub_reads_the_evaluation(tmp_path):
+    run = make_run(tmp_path)
+    assert "model-index" not in front_matter(write_card(run))
+    (run / "evaluation").mkdir()
+    rows = [{"model": "run", "guidance_scale": scale, "fid": 20.0 + scale, "fid_ci95": 1.0} for scale in (1.5, 3.0)]
+    results = {"protocol": {"reference_source": "val2017"}, "metrics": {"fid": "distance"}, "rows": rows}
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    data = ModelCard.load(write_card(run)).data
+    assert [(r.metric_type, r.metric_value, r.metric_args) for r in data.eval_results] == [
+        ("fid", 21.5, {"guidance_scale": 1.5}),
+        ("fid", 23.0, {"guidance_scale": 3.0}),
+    ]
+    assert {(r.task_type, r.dataset_name) for r in data.eval_results} == {("text-to-image", "val2017")}
+    rows[1]["model"] = "another"  # their numbers are not this run's
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    assert "model-index" not in front_matter(write_card(run))
 
 
 def test_every_table_is_a_table_in_html(tmp_path):

@@ -10,7 +10,7 @@ from sdtrain.config import SpeedConfig, TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.models.backends import attention_kernels, compile_unet, set_backends
-from sdtrain.models.build import build_unet, prepare_for
+from sdtrain.models.unet import build_unet, prepare_for
 from sdtrain.settings import parse_settings
 from sdtrain.train import train
 from sdtrain.training.distributed import make_cublas_deterministic

@@ -3,10 +3,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
-from sdtrain.models.clip import clip_preprocess, embedding_size, load_clip
-from sdtrain.models.clip_view import Preprocess
-from sdtrain.models.digests import clip_digest
+from sdtrain.models.clip import Preprocess, clip_preprocess, embedding_size, load_clip
+from sdtrain.models.weights import clip_digest
 
 
 def test_the_demos_clip_has_the_embedding_of_vit_l_14_and_quickgelu():
@@ -103,3 +103,12 @@ def test_a_way_that_we_do_not_have_is_refused(way):
 
 def test_the_size_of_embeddings_is_known_without_weights():
     assert [embedding_size(name) for name in ("ViT-L-14", "ViT-B-32", "ViT-demo")] == [768, 512, 768]
+
+
+def test_a_tag_of_open_clip_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("openai", "mine.pt"):
+        (tmp_path / name).write_bytes(b"weights")
+    assert clip_digest("ViT-B-32-quickgelu", "openai") == "openai"
+    assert clip_digest("ViT-B-32-quickgelu", "./openai") == sha256_of(tmp_path / "openai")
+    assert clip_digest("ViT-B-32-quickgelu", "mine.pt") == sha256_of(tmp_path / "mine.pt")

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from filters.recipe import known_recipes
 from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.plan.chain import CHAINS, RECIPE_OF, chain_of
+from sdtrain.plan.chain import CHAINS, chain, configs_of, find_chain
 from sdtrain.plan.estimate import DatasetJob, Machines, Planner, latent_bytes, total
 from sdtrain.plan.rates import load_rates
 
@@ -70,17 +71,18 @@ def test_without_price_and_region_there_is_neither_money_nor_co2():
 
 def test_the_chain_sees_as_many_images_as_the_model_card_says():
     planner = Planner(load_rates(), Machines(256, "h200"))
-    lines = [planner.training(run) for run in chain_of("v1-4")]
+    lines = [planner.training(run) for run in configs_of(find_chain("v1-4"))]
     assert sum(line.num for line in lines) == 2048 * (237_000 + 194_000 + 515_000 + 225_000)
     # 4.87e21 FLOP, and 31 % (MLPerf's share, sdtrain's reckoning of it) of 989 TFLOP/s.
     assert sum(line.gpu_hours for line in lines) == pytest.approx(4.87e21 / (0.31 * 989e12) / 3600, rel=0.03)
 
 
 def test_chains_begin_where_their_configs_do():
-    for runs in CHAINS.values():
-        for before, after in pairwise(runs):
-            assert load_config(after).init_from == f"runs/{before}"
-        assert set(runs) <= set(RECIPE_OF)
+    assert set(CHAINS) == {"v1-1", "v1-2", "v1-3", "v1-4", "v1-5"}
+    for last in CHAINS.values():
+        for before, after in pairwise(chain(last)):
+            assert load_config(after.name).init_from == f"runs/{before.name}"
+            assert after.recipe in known_recipes()
 
 
 def test_the_command_prints_every_stage_with_its_source(plan):

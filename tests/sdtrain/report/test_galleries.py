@@ -1,4 +1,4 @@
-"""Galleries show what lies nearest to a limit with its value, and copies beside the one that stayed."""
+"""Galleries show what lies nearest to a limit with its value, and duplicates beside the kept one."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_a_rule_without_a_number_has_no_limit_to_be_near(shown):
     assert not [title for title in shown if "no_filename_captions" in title]
 
 
-def test_copies_stand_in_one_row_the_one_that_stayed_first(shown):
-    (row,) = shown["Copies of one another (1 groups), the one that stayed first"].rows
+def test_duplicates_stand_in_one_row_the_kept_one_first(shown):
+    (row,) = shown["Duplicates (1 groups), the kept one first"].rows
     assert texts(row)[0] == "kept, 900x703"
     assert sorted(texts(row)[1:]) == [f"duplicate_exact, 900x{side}" for side in (700, 701, 702)]
     assert [image.kept for image in row] == [True, False, False, False]

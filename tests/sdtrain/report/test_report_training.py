@@ -8,8 +8,8 @@ from sdtrain.training.run_dir import RunDir
 @pytest.fixture
 def run(tmp_path):
     made = RunDir(tmp_path / "run")
-    made.log.cut(0)
-    made.validation.cut(0)
+    made.log.truncate(0)
+    made.validation.truncate(0)
     for step in range(10, 110, 10):
         made.log.add(step=step, loss=1 / step, images_per_s=100.0 + step)
         for weights, worse in (("ema", 0.0), ("raw", 1.0)):
@@ -35,7 +35,7 @@ def test_it_shows_the_last_figures_and_previews_from_first_to_last(run, tmp_path
 
 def test_a_run_without_validation_and_previews_has_a_curve_only(tmp_path):
     run = RunDir(tmp_path / "run")
-    run.log.cut(0)
+    run.log.truncate(0)
     run.log.add(step=1, loss=0.5, images_per_s=3.0)
     (tmp_path / "pictures").mkdir()
     shown = draw_training(run, tmp_path / "pictures")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sdtrain.cli import app
 from sdtrain.errors import UserError
 from sdtrain.formats.export import export_model
-from sdtrain.sampling.batch import Job, Model, all_devices, draw, make_jobs, place_of_rank, read_prompts
+from sdtrain.sampling.batch import Job, Model, all_devices, draw, make_jobs, rank_and_device, read_prompts
 from sdtrain.sampling.sampler import SampleSettings
 from tests.sdtrain.launching import deepspeed, finish, launch, torchrun
 from tests.training_fixtures import write_run
@@ -177,7 +177,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert place_of_rank() == (2, 4, "cuda:2")
+    assert rank_and_device() == (2, 4, "cuda:2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with pytest.raises(UserError, match="Rank 2 of this machine has no GPU: there are 2"):
-        place_of_rank()
+        rank_and_device()

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sdtrain.cli import app
 from sdtrain.errors import UserError
 from sdtrain.sampling.batch import Job
-from sdtrain.sampling.safety import judged, load_safety_checker
+from sdtrain.sampling.safety import check_images, load_safety_checker
 from tests.training_fixtures import write_run
 
 RED, BLUE = Image.new("RGB", (64, 64), (220, 20, 20)), Image.new("RGB", (64, 64), (20, 20, 220))
@@ -40,8 +40,8 @@ def write_checker(folder, concept=None, processor=True):
 
 @pytest.mark.parametrize("processor", [True, False])
 def test_the_checker_flags_what_its_concepts_describe(tmp_path, processor):
-    judge = load_safety_checker(str(write_checker(tmp_path / "checker", RED, processor)))
-    assert judge([RED, BLUE, RED]) == [True, False, True]
+    check = load_safety_checker(str(write_checker(tmp_path / "checker", RED, processor)))
+    assert check([RED, BLUE, RED]) == [True, False, True]
 
 
 def test_a_pipelines_checker_is_found_with_its_processor(tmp_path):
@@ -55,17 +55,17 @@ def test_a_pipelines_checker_is_found_with_its_processor(tmp_path):
 def test_any_function_of_images_can_judge():
     drawn = [(Job("a", 1), RED), (Job("b", 2), BLUE)]
 
-    def judge(images):
+    def check(images):
         return [np.asarray(image)[0, 0, 0] > 100 for image in images]
 
-    black, blue = judged(drawn, judge)
+    black, blue = check_images(drawn, check)
     assert (black.flagged, blue.flagged) == (True, False)
     assert black.image.size == (64, 64)
     assert not np.asarray(black.image).any()
     assert blue.image is BLUE
-    refused, _ = judged(drawn, judge, "refuse")
+    refused, _ = check_images(drawn, check, "refuse")
     assert (refused.flagged, refused.image) == (True, None)
-    assert [result.image for result in judged(drawn, None)] == [RED, BLUE]
+    assert [result.image for result in check_images(drawn, None)] == [RED, BLUE]
 
 
 def test_what_is_no_checker_is_a_sentence(tmp_path):

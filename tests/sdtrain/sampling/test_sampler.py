@@ -11,8 +11,8 @@ from sdtrain.config import load_config
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.export import write_pipeline
-from sdtrain.models.build import build_unet
 from sdtrain.models.schedulers import make_scheduler
+from sdtrain.models.unet import build_unet
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
 from tests.training_fixtures import write_config, write_models

@@ -5,15 +5,16 @@ import json
 import pytest
 import yaml
 
+import sdtrain.config
 from sdtrain.config import MAY_CHANGE, TrainConfig, changes, load_config
-from sdtrain.config.resuming import Free, rules_of
+from sdtrain.config.resuming import Added, Free, OnResume, Tunable, defaults_of_added, rules_of
 from sdtrain.config.sections import OptimizerConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.settings import Settings, load_settings
 from sdtrain.train import configure, train
+from sdtrain.training.optimizer import learning_rate
 from sdtrain.training.run_dir import RunDir
-from sdtrain.training.schedules import learning_rate
 from tests.sdtrain.launching import log_of
 from tests.training_fixtures import write_config
 
@@ -185,6 +186,25 @@ def test_digests_are_those_of_runs_from_before_settings_said_it_themselves():
     }
     for name, digest in expected.items():  # their default precision was bf16
         assert load_config(name).model_copy(update={"precision": "bf16"}).digest() == digest
+
+
+def test_a_new_setting_changes_the_digest_only_where_it_is_used(monkeypatch):
+    class Section(Settings):
+        sizes: Added[Tunable[tuple[int, ...]]] = (1, 2)
+        told: Free[int] = 1
+
+    class Whole(Settings):
+        section: Section = Section()
+
+    assert defaults_of_added(Whole) == {"section.sizes": [1, 2]}
+    assert rules_of(Whole)["section.sizes"] is OnResume.TUNES
+    config = load_config("tiny")
+    before = config.digest()
+    monkeypatch.setattr(sdtrain.config, "_ADDED", {"caption_dropout": config.caption_dropout})
+    without = config.digest()
+    monkeypatch.setattr(sdtrain.config, "_ADDED", {"caption_dropout": 0.77})
+    assert without != before
+    assert config.digest() == before
 
 
 def test_a_run_folder_from_before_goes_on_bit_for_bit(tmp_path, world, ranks):

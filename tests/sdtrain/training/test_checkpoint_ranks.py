@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sdtrain.config.safety import CheckpointConfig
+from sdtrain.config.sections import CheckpointConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import STATE, find_checkpoint, slots_of
 from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore

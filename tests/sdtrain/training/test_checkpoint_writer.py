@@ -6,11 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdtrain.config.safety import CheckpointConfig
+from sdtrain.config.sections import CheckpointConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import STATE, find_checkpoint, slots_of
-from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore, first_nonfinite
-from sdtrain.training.safetensors_writer import write_tensors
+from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore, first_nonfinite, write_tensors
 
 DESCRIPTION = {"config_digest": "c", "data_digest": "d", "parameters": slots_of([("weight", (8,))])}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from sdtrain.config import EmaConfig
+from sdtrain.config.sections import EmaConfig
 from sdtrain.training.ema import Ema, ema_decay
 
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from sdtrain.config import load_config
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.training.guards import StepGuard
+from sdtrain.training.optimizer import set_learning_rate
 from tests.sdtrain.training.forked_ranks import on_ranks
 from tests.training_fixtures import write_config
 
@@ -34,10 +35,11 @@ def value_of(rank, k):
 
 
 def toy_engine(ranks, config, extra=None):
-    from sdtrain.training.engine import DTYPES, deepspeed_config, start_engine
+    from sdtrain.precision import torch_dtype
+    from sdtrain.training.engine import deepspeed_config, start_engine
     from sdtrain.training.zero_partition import ZeroPartition
 
-    toy = Toy().to(DTYPES[config.precision])
+    toy = Toy().to(torch_dtype(config.precision))
     engine = start_engine(toy, config, deepspeed_config(config, ACCUMULATION, sum(SIZES), extra))
     partition = ZeroPartition(engine, ranks.rank)
     if config.speed.fp32_gradients:
@@ -69,9 +71,9 @@ def guarded(ranks, config, bad, at):
     """Three steps, in the second of which micro-step `at` (rank, number) is bad; then what the guard says."""
     engine, partition = toy_engine(ranks, config)
     guard, weights, applied = StepGuard(config.guard), [], []
-    partition.let_judge(guard, config.guard.reads_every_norm)
+    partition.install_step_guard(guard, config.guard.reads_every_norm)
     for step in range(3):
-        partition.set_learning_rate(0.125)
+        set_learning_rate(engine.optimizer, 0.125)
         for k in range(ACCUMULATION):
             value = bad if (step, ranks.rank, k) == (1, *at) else 1.0
             engine.backward(engine(torch.tensor(value, dtype=next(engine.module.parameters()).dtype)))

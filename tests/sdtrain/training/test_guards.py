@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sdtrain.config import TrainConfig
-from sdtrain.config.safety import GuardConfig
+from sdtrain.config.sections import GuardConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import GuardState
 from sdtrain.settings import parse_settings

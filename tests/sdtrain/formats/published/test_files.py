@@ -10,9 +10,9 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model, training_weights
 from sdtrain.formats.export import ExportSettings, export_model
+from sdtrain.formats.frozen import load_vae, vae_digest, vae_digests, vae_scaling_factor
 from sdtrain.formats.tensor_file import NOTES, TensorFile
 from sdtrain.loading.sources import open_samples
-from sdtrain.models.build import load_vae, vae_digest, vae_digests, vae_scaling_factor
 from tests.sdtrain.formats.published.published_fixtures import (
     former,
     halved,

@@ -14,7 +14,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.export import ExportSettings, export_model
-from sdtrain.models.build import load_text_encoder, load_tokenizer, load_vae, vae_digest, vae_scaling_factor
+from sdtrain.formats.frozen import load_text_encoder, load_tokenizer, load_vae, vae_digest, vae_scaling_factor
 from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.safety import load_safety_checker
 from sdtrain.sampling.sampler import Sampler, SampleSettings
@@ -133,10 +133,10 @@ def test_training_starts_from_a_public_folder(v1_5, tmp_path, ranks):
     data = write_latents(tmp_path / "data", v1_5)
     path = write_config(tmp_path / "c.yaml", v1_5, data, unet=unet, init_from=str(v1_5))
     state = TrainingState(load_config(str(path)), RunDir(tmp_path / "run"), ranks)
-    assert state.saves.restore() == 0
+    assert state.checkpoints.restore() == 0
     assert state.scaling_factor == 0.18215
     published = load_file(v1_5 / "unet" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(state.partition.master, state.partition.cut(published))
+    assert torch.equal(state.partition.master, state.partition.shard(published))
 
 
 @pytest.mark.parametrize("version", VAE_CONFIGS)

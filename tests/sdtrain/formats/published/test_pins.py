@@ -6,8 +6,8 @@ from hashlib import sha256
 import pytest
 
 from sdtrain.errors import UserError
-from sdtrain.formats import published
-from sdtrain.models.build import find_weights, load_text_encoder, load_vae, vae_digest
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_digest
+from sdtrain.formats.hub import SHA256, find_part_folder
 from tests.sdtrain.formats.published.published_fixtures import PUBLISHED, save, text_state, vae_state, write_published
 
 V1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -34,7 +34,7 @@ def hub(tmp_path, monkeypatch):
 
 def pin(monkeypatch, *paths, root):
     table = {path.relative_to(root).as_posix(): sha256(path.read_bytes()).hexdigest() for path in paths}
-    monkeypatch.setattr(published, "SHA256", {V1_5: table})
+    monkeypatch.setattr("sdtrain.formats.hub.SHA256", {V1_5: table})
 
 
 @pytest.mark.skipif(not TABLE.exists(), reason="the real table is not beside this checkout")
@@ -42,8 +42,8 @@ def test_the_table_is_the_published_one():
     rows = re.findall(r"^\| v(1-[45])/(\S+) \| ([0-9a-f]{64}) \|", TABLE.read_text(), re.MULTILINE)
     assert len(rows) == 30
     for version, name, digest in rows:
-        assert published.SHA256[{"1-4": "CompVis/stable-diffusion-v1-4", "1-5": V1_5}[version]][name] == digest
-    assert sum(map(len, (published.SHA256["CompVis/stable-diffusion-v1-4"], published.SHA256[V1_5]))) == 30
+        assert SHA256[{"1-4": "CompVis/stable-diffusion-v1-4", "1-5": V1_5}[version]][name] == digest
+    assert sum(map(len, (SHA256["CompVis/stable-diffusion-v1-4"], SHA256[V1_5]))) == 30
 
 
 def test_a_download_that_is_what_was_published_loads(hub, monkeypatch):
@@ -68,12 +68,12 @@ def test_a_download_of_other_bytes_is_refused_with_both_digests(hub, tmp_path, m
     found = sha256(path.read_bytes()).hexdigest()
     said = rf"{stem}\.safetensors of {V1_5}, so it is not used: expected sha256 {expected}, found {found}"
     with pytest.raises(UserError, match=said):
-        find_weights(V1_5, part)
+        find_part_folder(V1_5, part)
     if part == "vae":
         with pytest.raises(UserError, match=said):
             load_vae(V1_5)
         # What a user names as a folder is free.
-        assert find_weights(str(tmp_path / "cache"), part) == tmp_path / "cache" / part
+        assert find_part_folder(str(tmp_path / "cache"), part) == tmp_path / "cache" / part
 
 
 @pytest.mark.parametrize("form", ["bin", "fp16.safetensors", "fp16.bin"])

@@ -1,4 +1,4 @@
-"""Facts of the public SD v1: the configs that single files do not hold, and the digests of published files."""
+"""Folders of models, on this machine or from the hub, whose files have to be those that were published."""
 
 from __future__ import annotations
 
@@ -6,33 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from sdtrain.errors import UserError
+from sdtrain.formats.part_files import files_of, find_part, published_names
+from sdtrain.models.weights import DEMO_WEIGHTS
 
-SCALING_FACTOR = 0.18215
-"""Of a VAE whose config names none, as those of 2022 do not: diffusers' default."""
-VAE_CONFIG: Mapping[str, Any] = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-    "scaling_factor": SCALING_FACTOR,
-}
-TEXT_CONFIG: Mapping[str, Any] = {
-    "vocab_size": 49_408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "projection_dim": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "bos_token_id": 49_406,
-    "eos_token_id": 49_407,
-}
 _V1_4 = """
 08902f19b1cfebd7c989f152fc0507bef6898c706a91d666509383122324b511  safety_checker/model.fp16.safetensors
 9d6a233ff6fd5ccb9f76fd99618d73369c52dd3d8222376384d0e601911089e8  safety_checker/model.safetensors
@@ -81,6 +59,62 @@ SHA256: Mapping[str, Mapping[str, str]] = {
     **{f"{owner}/stable-diffusion-v1-5": _table(_V1_5) for owner in _MIRRORS},
 }
 """By hub id and path in the repository, the hex sha256 of each file of weights. What a user names as a path is free."""
+
+
+def find_part_folder(name: str, part: str) -> Path:
+    """The local folder of one part (`vae`, `text_encoder`, `tokenizer`) of a model, fetched from the hub if need be.
+
+    Raises:
+        UserError: neither a folder nor a model that the hub gives out; a fetched file is not the published one.
+    """
+    root = DEMO_WEIGHTS if name == "demo" else Path(name)
+    if root.is_file():
+        raise UserError(f"{root} is a file, and a {part} is taken from a folder. Give a diffusers folder or a hub id.")
+    is_fetched = not root.is_dir()
+    if is_fetched:
+        if name == "demo" or name.startswith((".", "/")) or name.count("/") != 1:
+            raise UserError(f"There is no folder {root} with a {part}. Give a diffusers folder or a hub id.")
+        root = _download(name, part)
+    folder = _part_folder(root, part)
+    if not any(folder.glob("*.json")):
+        raise UserError(f"The folder {folder} holds no {part}. Give a diffusers folder or a hub id.")
+    if is_fetched and (found := _weights_in(folder, part)):
+        for path in files_of(found):
+            require_published(name, path.relative_to(root).as_posix(), path)
+    return folder
+
+
+def _part_folder(root: Path, part: str) -> Path:
+    return root / part if (root / part).is_dir() else root
+
+
+def _weights_in(folder: Path, part: str) -> Path | None:
+    return None if part == "tokenizer" else find_part(folder, part)  # CLIP's weights lie beside its tokenizer
+
+
+def _download(name: str, part: str) -> Path:
+    """The safetensors of full precision, or whatever else there is that can be read."""
+    wanted = [f"{part}/*.json", f"{part}/*.txt", "*.json", "*.txt"]
+    if part == "tokenizer":
+        return _snapshot(name, part, wanted)
+    for patterns in published_names(part):
+        root = _snapshot(name, part, [*wanted, *(f"{part}/{pattern}" for pattern in patterns), *patterns])
+        if _weights_in(_part_folder(root, part), part):
+            break
+    return root
+
+
+def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"The {part} '{name}' is not a folder here and the hub did not give it ({type(error).__name__}). "
+            "Check the name and the connection, or download it elsewhere and name the folder."
+        ) from error
 
 
 def require_published(repository: str, name: str, path: Path) -> None:

@@ -4,7 +4,8 @@ from safetensors.torch import load_file, save_file
 
 from sdtrain.config import UNetConfig, load_config
 from sdtrain.errors import UserError
-from sdtrain.models.build import build_unet, load_text_encoder, load_vae, vae_digest, vae_scaling_factor
+from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_digest, vae_scaling_factor
+from sdtrain.models.unet import build_unet
 from tests.training_fixtures import write_models
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from filters.memorization.repeated import repeated_captions
+from filters.memorization.samples import repeated_captions
 from sdtrain import cli
 from sdtrain.demo.agreement import export_untrained
 

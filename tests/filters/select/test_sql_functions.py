@@ -3,8 +3,8 @@
 import duckdb
 import pytest
 
-from filters.select.urls import allowed_sql, register_url_check, why_not_allowed
-from sdtrain.dataset.addresses import is_public
+from filters.select.sql_functions import allowed_sql, register_url_check
+from sdtrain.dataset.addresses import is_public, why_not_allowed
 
 FINE = [
     "https://example.com/a.jpg",

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdtrain.dataset.files import sha256_of
-from sdtrain.models import digests
+from sdtrain.formats import digests
 
 
 @pytest.fixture
@@ -16,7 +15,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     forget(monkeypatch)
     monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(digests, "_SETTLED_S", 0.0)
-    monkeypatch.setattr("sdtrain.models.build.vae_digest", lambda name: names.append(name) or f"{len(names):064x}")
+    monkeypatch.setattr("sdtrain.formats.frozen.vae_digest", lambda name: names.append(name) or f"{len(names):064x}")
     return names
 
 
@@ -82,12 +81,3 @@ def test_a_damaged_note_is_not_believed(tmp_path, asked, monkeypatch):
         note.write_text("<html>")
     digests.vae_digest(name)
     assert asked == [name, name]
-
-
-def test_a_tag_of_open_clip_goes_before_a_file_of_its_name(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("openai", "mine.pt"):
-        (tmp_path / name).write_bytes(b"weights")
-    assert digests.clip_digest("ViT-B-32-quickgelu", "openai") == "openai"
-    assert digests.clip_digest("ViT-B-32-quickgelu", "./openai") == sha256_of(tmp_path / "openai")
-    assert digests.clip_digest("ViT-B-32-quickgelu", "mine.pt") == sha256_of(tmp_path / "mine.pt")

@@ -1,4 +1,4 @@
-"""The three networks: UNet (trained), VAE and text encoder (frozen)."""
+"""The networks that training leaves as they are, VAE and text encoder: loaded from folders, the hub or single files."""
 
 from __future__ import annotations
 
@@ -12,90 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sdtrain.config.sections import SpeedConfig, UNetConfig
+from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.formats.compvis_names import VAE, vae_modules
-from sdtrain.formats.part_files import files_of, find_part, open_part, published_names
-from sdtrain.formats.published import SCALING_FACTOR, VAE_CONFIG, require_published
-from sdtrain.formats.spellings import Fitted, PartOf, Stored, fit, former_vae_name, text_name, vae_name
-from sdtrain.formats.tensor_file import TensorFile
-
-DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
-LATENT_CHANNELS = 4
+from sdtrain.formats.compvis_layout import SCALING_FACTOR, VAE_CONFIG, Architecture
+from sdtrain.formats.hub import find_part_folder
+from sdtrain.formats.names import VAE, former_vae_name, text_name, vae_modules, vae_name
+from sdtrain.formats.part_files import open_part
+from sdtrain.formats.stored_model import FrozenModels
+from sdtrain.formats.tensor_file import Fitted, PartOf, Stored, TensorFile, fit
 
 transformers_logging.disable_progress_bar()
-
-
-def build_unet(config: UNetConfig, latent_size: int) -> UNet2DConditionModel:
-    """An untrained UNet in fp32, initialised as CompVis does.
-
-    Args:
-        config: the architecture.
-        latent_size: height and width of the latents, written into the model's config for pipelines.
-    """
-    unet = UNet2DConditionModel(
-        sample_size=latent_size,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        down_block_types=config.down_block_types,
-        up_block_types=config.up_block_types,
-        cross_attention_dim=config.cross_attention_dim,
-        attention_head_dim=config.num_heads,
-        norm_num_groups=config.norm_num_groups,
-    )
-    zero_initialise(unet)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet
-
-
-@torch.no_grad()
-def zero_initialise(unet: UNet2DConditionModel) -> None:
-    """Zeroes the last layer of every residual branch, and the output.
-
-    So every block begins as the identity and the first prediction is 0: `zero_module` in CompVis/stable-diffusion,
-    ldm/modules/diffusionmodules/openaimodel.py and ldm/modules/attention.py. diffusers' own constructor does not.
-    """
-    last_layers: list[torch.nn.Module] = [unet.conv_out]
-    for module in unet.modules():
-        if isinstance(module, ResnetBlock2D):
-            last_layers.append(module.conv2)
-        elif isinstance(module, Transformer2DModel):
-            last_layers.append(module.proj_out)
-    for layer in last_layers:
-        for parameter in layer.parameters():
-            parameter.zero_()
-
-
-def prepare_for(
-    unet: UNet2DConditionModel, device: torch.device, speed: SpeedConfig | None = None, for_training: bool = False
-) -> UNet2DConditionModel:
-    """Puts the UNet on `device` with the attention and the memory layout that `speed` asks for, or that are fast there.
-
-    On the CPU the fused attention's bf16 backward pass took 43 % of a training step of the tiny UNet; plain matrix
-    products are 1.6 times faster. channels_last pays off on CUDA only.
-    """
-    speed = speed or SpeedConfig()
-    is_plain = speed.attention == "plain" or (speed.attention == "auto" and device.type == "cpu")
-    unet.set_attn_processor(AttnProcessor() if is_plain else AttnProcessor2_0())
-    layout = memory_format(device, speed)
-    # ZeRO lays the weights out anew, one behind the other, and DeepSpeed cannot take them in another layout.
-    return unet.to(device=device, memory_format=torch.contiguous_format if for_training else layout)
-
-
-def memory_format(device: torch.device, speed: SpeedConfig) -> torch.memory_format:
-    """The layout of the UNet's input, which its convolutions hand on."""
-    channels_last = device.type != "cpu" if speed.channels_last is None else speed.channels_last
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -156,14 +86,12 @@ def open_vae(name: str) -> StoredVae:
     """
     if Path(name).is_file():
         return _open_vae_file(Path(name))
-    folder = find_weights(name, "vae")
+    folder = find_part_folder(name, "vae")
     config = _read_vae_config(folder / "config.json")
     return StoredVae(folder, config, open_part(folder, "vae"))
 
 
 def _open_vae_file(path: Path) -> StoredVae:
-    from sdtrain.formats.compvis_layout import Architecture  # late: it builds networks with this module
-
     file = TensorFile(path)
     return vae_of(file, VAE_CONFIG if file.notes is None else Architecture.from_json(file.notes, str(path)).vae)
 
@@ -214,7 +142,7 @@ def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
     Raises:
         UserError: they are not there, or not CLIP's.
     """
-    folder = find_weights(name, "text_encoder")
+    folder = find_part_folder(name, "text_encoder")
     tokenizer = load_tokenizer(name)
     try:
         config = CLIPTextConfig.from_pretrained(folder, local_files_only=True)
@@ -251,67 +179,11 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
     Raises:
         UserError: it is not there, or not CLIP's.
     """
-    folder = find_weights(name, "tokenizer")
+    folder = find_part_folder(name, "tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a CLIP tokenizer: {error}") from error
-
-
-def find_weights(name: str, part: str) -> Path:
-    """The local folder of one part (`vae`, `text_encoder`, `tokenizer`) of a model, fetched from the hub if need be.
-
-    Raises:
-        UserError: neither a folder nor a model that the hub gives out; a fetched file is not the published one.
-    """
-    root = DEMO_WEIGHTS if name == "demo" else Path(name)
-    if root.is_file():
-        raise UserError(f"{root} is a file, and a {part} is taken from a folder. Give a diffusers folder or a hub id.")
-    is_fetched = not root.is_dir()
-    if is_fetched:
-        if name == "demo" or name.startswith((".", "/")) or name.count("/") != 1:
-            raise UserError(f"There is no folder {root} with a {part}. Give a diffusers folder or a hub id.")
-        root = _download(name, part)
-    folder = _part_folder(root, part)
-    if not any(folder.glob("*.json")):
-        raise UserError(f"The folder {folder} holds no {part}. Give a diffusers folder or a hub id.")
-    if is_fetched and (found := _weights_in(folder, part)):
-        for path in files_of(found):
-            require_published(name, path.relative_to(root).as_posix(), path)
-    return folder
-
-
-def _part_folder(root: Path, part: str) -> Path:
-    return root / part if (root / part).is_dir() else root
-
-
-def _weights_in(folder: Path, part: str) -> Path | None:
-    return None if part == "tokenizer" else find_part(folder, part)  # CLIP's weights lie beside its tokenizer
-
-
-def _download(name: str, part: str) -> Path:
-    """The safetensors of full precision, or whatever else there is that can be read."""
-    wanted = [f"{part}/*.json", f"{part}/*.txt", "*.json", "*.txt"]
-    if part == "tokenizer":
-        return _snapshot(name, part, wanted)
-    for patterns in published_names(part):
-        root = _snapshot(name, part, [*wanted, *(f"{part}/{pattern}" for pattern in patterns), *patterns])
-        if _weights_in(_part_folder(root, part), part):
-            break
-    return root
-
-
-def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise UserError(
-            f"The {part} '{name}' is not a folder here and the hub did not give it ({type(error).__name__}). "
-            "Check the name and the connection, or download it elsewhere and name the folder."
-        ) from error
 
 
 def vae_digest(name: str) -> str:
@@ -377,4 +249,14 @@ def vae_scaling_factor(name: str) -> float:
     """
     if Path(name).is_file():
         return float(_open_vae_file(Path(name)).config["scaling_factor"])
-    return float(_read_vae_config(find_weights(name, "vae") / "config.json")["scaling_factor"])
+    return float(_read_vae_config(find_part_folder(name, "vae") / "config.json")["scaling_factor"])
+
+
+def load_frozen(config: TrainConfig) -> FrozenModels:
+    """VAE and text encoder of a training config.
+
+    Raises:
+        UserError: they are not there.
+    """
+    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
+    return FrozenModels(load_vae(config.vae), tokenizer, text_encoder)

@@ -12,8 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdtrain.errors import UserError
 from sdtrain.formats.compvis import stored_weights
 from sdtrain.formats.compvis_layout import sd_v1
-from sdtrain.formats.compvis_names import TEXT, UNET, VAE
-from sdtrain.formats.stored_model import Frozen, empty_unet, empty_vae
+from sdtrain.formats.names import TEXT, UNET, VAE
+from sdtrain.formats.stored_model import FrozenModels, empty_unet, empty_vae
 
 EMA = "model_ema.diffusion_model"
 
@@ -30,7 +30,7 @@ def networks():
 def stored(networks):
     unet, vae, text = networks
     state = unet.state_dict()
-    return stored_weights(sd_v1(), Frozen(vae, None, text), state, state)
+    return stored_weights(sd_v1(), FrozenModels(vae, None, text), state, state)
 
 
 @pytest.mark.parametrize(

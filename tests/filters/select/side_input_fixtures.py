@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 
 from filters.columns import ALIASES
 from filters.select.metadata_files import find_metadata
-from filters.select.pushdown import Prefilter
+from filters.select.pushdown import Pushdown
 from filters.select.schema import normalised_sql
-from filters.select.side_inputs import load_extras
+from filters.select.side_inputs import load_side_inputs
 
 NUM_ROWS = 30
 URLS = [f"https://{'img.' * (i % 3)}host{i % 5}.example/{i}.jpg" for i in range(NUM_ROWS)]
@@ -38,14 +38,14 @@ def write_metadata(folder):
 
 
 def apply(select, what="rows"):
-    """The rows after joins and lists, in the order of NUM_ROWS, or the notes."""
+    """The rows after joins and lists, in the order of NUM_ROWS, or the remarks."""
     files = find_metadata(select.metadata)
     with duckdb.connect() as connection:
-        extras = load_extras(connection, select, files)
-        if what == "notes":
-            return list(extras.notes)
-        rows, values = normalised_sql(files, Prefilter({}, extras.joins.columns), extras.compute_hash)
+        side_inputs = load_side_inputs(connection, select, files)
+        if what == "remarks":
+            return list(side_inputs.remarks)
+        rows, values = normalised_sql(files, Pushdown({}, side_inputs.joins.columns), side_inputs.compute_hash)
         # A cursor, because the selection uses one for each thread.
-        table = connection.cursor().execute(extras.lists.sql(extras.joins.sql(rows)), values).to_arrow_table()
+        table = connection.cursor().execute(side_inputs.lists.sql(side_inputs.joins.sql(rows)), values).to_arrow_table()
     assert table.column_names == [*ALIASES, "list_reason"]
     return sorted(table.to_pylist(), key=lambda row: URLS.index(row["url"]))

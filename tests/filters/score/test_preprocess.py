@@ -1,20 +1,17 @@
 from pathlib import Path
 
-import imagehash
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 
-from filters.score.inputs import WATERMARK_MEAN, WATERMARK_STD, perceptual_hash, pixel_sha256, watermark_view
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, pixel_sha256, watermark_view
 from sdtrain.images.decode import decode_rgb
-from sdtrain.models.clip_view import Preprocess, clip_view, normalised, pixels_of
+from sdtrain.models.clip import Preprocess, clip_view, normalised, pixels_of
 from tests.image_fixtures import encoded, scene_image
 
 CLIP_ORACLE = Path(__file__).parents[4] / "shared" / "data" / "clip_preprocess"
-# Of pixels drawn by Pillow: changes only if the hash or the drawing does.
-HASH_OF_SCENE_3 = -1831951039154706893
 
 
 def clip_input(image, preprocess):
@@ -58,19 +55,6 @@ def test_a_batch_is_normalised_like_its_images_one_by_one():
     pixels = torch.stack([pixels_of(scene_image(i, 64, 64)) for i in range(3)])
     whole = normalised(pixels, WATERMARK_MEAN, WATERMARK_STD)
     assert torch.equal(whole, torch.cat([normalised(one[None], WATERMARK_MEAN, WATERMARK_STD) for one in pixels]))
-
-
-def test_the_perceptual_hash_is_a_known_number_and_close_for_copies():
-    image = scene_image(3, 600, 520)
-    assert perceptual_hash(image) == HASH_OF_SCENE_3
-    copy = decode_rgb(encoded(image.resize((540, 468)), quality=75))
-    assert (perceptual_hash(copy) ^ perceptual_hash(image)).bit_count() <= 4
-
-
-def test_the_perceptual_hash_is_that_of_imagehash():
-    for seed in range(20):
-        image = scene_image(seed)
-        assert f"{perceptual_hash(image) % 2**64:016x}" == str(imagehash.phash(image))
 
 
 def test_the_pixel_digest_tells_images_and_their_sizes_apart_and_not_how_they_are_encoded():

@@ -14,10 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import sdtrain
-from sdtrain.dataset.files import publish, sha256_of
-from sdtrain.models.weights import cache_dir, find_weights, random_seed
+from sdtrain.dataset.files import publish
+from sdtrain.models.weights import cache_dir
 
-# To be raised with every change of what `sdtrain.models.build.vae_digest` gives for a file.
+# To be raised with every change of what `sdtrain.formats.frozen.vae_digest` gives for a file.
 _RULE = "vae/2"
 _DEMO = Path(sdtrain.__file__).parent / "demo" / "weights"
 _SUFFIXES = (".json", ".safetensors", ".bin", ".ckpt")
@@ -27,25 +27,8 @@ _computed: dict[str, str] = {}
 _remembered: dict[str, str] = {}
 
 
-def clip_digest(model: str, weights: str | None) -> str:
-    """What identifies CLIP's weights: open_clip's tag, a seed, or a file's digest; "none" without CLIP."""
-    if weights is None or random_seed(weights) is not None:
-        return weights or "none"
-    path = Path(weights).expanduser()
-    if not path.is_file():  # a tag: the name of anything else is refused when the weights are loaded
-        return weights
-    # Tags go before files, and none has a folder.
-    return weights if path.name == weights and _is_tag(model, weights) else sha256_of(find_weights(weights, {}))
-
-
-def _is_tag(model: str, weights: str) -> bool:
-    import open_clip
-
-    return bool(open_clip.get_pretrained_cfg(model, weights))
-
-
 def vae_digest(name: str) -> str:
-    """`sdtrain.models.build.vae_digest`, remembered in the cache for as long as the VAE's files are what they were.
+    """`sdtrain.formats.frozen.vae_digest`, remembered in the cache for as long as the VAE's files are what they were.
 
     Raises:
         UserError: no such VAE.
@@ -63,7 +46,7 @@ def compute_vae_digest(name: str) -> str:
     Raises:
         UserError: no such VAE.
     """
-    from sdtrain.models.build import vae_digest
+    from sdtrain.formats.frozen import vae_digest
 
     if name not in _computed:
         _computed[name] = vae_digest(name)

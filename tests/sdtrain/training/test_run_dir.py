@@ -1,12 +1,12 @@
 import pytest
 
-from sdtrain.training.step_table import StepTable
+from sdtrain.training.run_dir import StepTable
 
 
 @pytest.fixture
 def table(tmp_path):
     made = StepTable(tmp_path / "log.csv", ("step", "loss", "mfu"))
-    made.cut(0)
+    made.truncate(0)
     return made
 
 
@@ -18,7 +18,7 @@ def test_rows_come_back_and_missing_values_are_empty(table):
 def test_what_came_after_the_checkpoint_is_forgotten(table):
     for step in range(5):
         table.add(step=step, loss=0.1, mfu=0.2)
-    assert [row["step"] for row in table.cut(3)] == ["0", "1", "2", "3"]
+    assert [row["step"] for row in table.truncate(3)] == ["0", "1", "2", "3"]
     assert [row["step"] for row in table.rows()] == ["0", "1", "2", "3"]
 
 
@@ -31,6 +31,6 @@ def test_a_row_cut_short_by_a_crash_is_left_out(table):
 
 def test_a_file_of_an_earlier_version_gets_the_new_columns(table):
     table.path.write_text("step,loss,gone\n1,0.5,x\n")
-    table.cut(1)
+    table.truncate(1)
     table.add(step=2, loss=0.4, mfu=0.3)
     assert table.rows() == [{"step": "1", "loss": "0.5", "mfu": ""}, {"step": "2", "loss": "0.4", "mfu": "0.3"}]

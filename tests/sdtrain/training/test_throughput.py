@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sdtrain.config import load_config
-from sdtrain.training.flops import forward_flops, peak_flops
+from sdtrain.training.throughput import forward_flops, peak_flops
 
 
 def test_sd_v1_costs_what_is_published():

@@ -7,7 +7,7 @@ config of any number of levels and layers; nothing is read off a finished model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 UNET, VAE, TEXT_STAGE = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -31,6 +31,21 @@ _UNET_RESNET = {
 }
 _VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+
+_TRANSFORMER = TEXT_STAGE + "transformer."
+_TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
+# The VAE's two attention layers, leaf by leaf: CompVis', diffusers' of today, diffusers' before 2023.
+_LEAVES = (
+    ("norm", "group_norm", "group_norm"),
+    ("q", "to_q", "query"),
+    ("k", "to_k", "key"),
+    ("v", "to_v", "value"),
+    ("proj_out", "to_out.0", "proj_attn"),
+)
+_COMPVIS_LEAF = {name: leaf[0] for leaf in _LEAVES for name in leaf}
+_DIFFUSERS_LEAF = {name: leaf[1] for leaf in _LEAVES for name in leaf}
+_FORMER_LEAF = {leaf[1]: leaf[2] for leaf in _LEAVES}
+_COMPVIS_ATTENTION, _DIFFUSERS_ATTENTION = ".mid.attn_1.", ".mid_block.attentions.0."
 
 Pairs = Iterator[tuple[str, str]]
 
@@ -149,3 +164,76 @@ def average_name(name: str) -> str:
     `LitEma` in CompVis/stable-diffusion, ldm/modules/ema.py, whose network is the wrapper named `model`.
     """
     return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def compvis_name(name: str) -> str:
+    """A tensor's name in a CompVis file, by whatever tool it was written, as CompVis itself writes it."""
+    if name.startswith(VAE):
+        return _with_leaf(name, _COMPVIS_ATTENTION, _COMPVIS_LEAF)
+    rest = name.removeprefix(_TRANSFORMER)
+    return TEXT + rest if rest != name and rest.startswith(_TEXT_MODULES) else name
+
+
+def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
+    """For `fit`: any name that a VAE's tensor goes by -> diffusers' name of today.
+
+    Args:
+        modules: of the VAE, as `vae_modules` gives them.
+    """
+    to_diffusers = {theirs: ours for ours, theirs in modules.items()}
+
+    def spelling(name: str) -> str | None:
+        bare = name.removeprefix(VAE)
+        if bare.startswith(("loss.", "model_ema.")) or bare in ("epoch", "global_step"):
+            return None
+        bare = _with_leaf(bare, _COMPVIS_ATTENTION, _COMPVIS_LEAF)
+        module, _, last = bare.rpartition(".")
+        if module in to_diffusers:
+            return f"{to_diffusers[module]}.{last}"
+        return _with_leaf(bare, _DIFFUSERS_ATTENTION, _DIFFUSERS_LEAF)
+
+    return spelling
+
+
+def former_vae_name(name: str) -> str:
+    """What diffusers called a VAE's tensor before 2023."""
+    return _with_leaf(name, _DIFFUSERS_ATTENTION, _FORMER_LEAF)
+
+
+def text_name(is_nested: bool) -> Callable[[str], str | None]:
+    """For `fit`: any name that a tensor of CLIP's text encoder goes by -> the name in this version of transformers.
+
+    Args:
+        is_nested: whether that begins with `text_model.`.
+    """
+
+    def spelling(name: str) -> str | None:
+        bare = name.removeprefix(_TRANSFORMER).removeprefix(TEXT_STAGE).removeprefix("text_model.")
+        if bare.endswith("embeddings.position_ids") or bare.startswith(
+            ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
+        ):
+            return None
+        return f"text_model.{bare}" if is_nested else bare
+
+    return spelling
+
+
+def checker_name(is_nested: bool) -> Callable[[str], str | None]:
+    """For `fit`: as `text_name`, of the safety checker, whose vision model some versions of transformers nest twice."""
+
+    def spelling(name: str) -> str | None:
+        if name.endswith("embeddings.position_ids"):
+            return None
+        bare = name.removeprefix("vision_model.")
+        if bare == name:
+            return name
+        bare = bare.removeprefix("vision_model.")
+        return f"vision_model.vision_model.{bare}" if is_nested else f"vision_model.{bare}"
+
+    return spelling
+
+
+def _with_leaf(name: str, attention: str, leaves: Mapping[str, str]) -> str:
+    module, found, rest = name.partition(attention)
+    leaf, dot, last = rest.rpartition(".")
+    return f"{module}{found}{leaves.get(leaf, leaf)}{dot}{last}" if found else name

@@ -1,0 +1,77 @@
+"""Builds a dataset: locks it, records its recipe, runs the stages in order, and finishes with views and report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from filters.build_options import BuildOptions
+from filters.recipe import Recipe
+from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.lock import lock_to_change
+from sdtrain.dataset.s3.eviction import keep_local
+from sdtrain.dataset.stage import Stage
+
+if TYPE_CHECKING:
+    from filters.preflight import BuildPreflight
+
+
+@dataclass(frozen=True)
+class Build:
+    """A build under way, its dataset locked.
+
+    Attributes:
+        dataset: what is built.
+        recipe: as recorded, with each `auto` resolved.
+        options: those that are not part of the recipe.
+        changes: how it differs from the recipe of the run before; what these touch is redone.
+        preflight: to be called before a stage does its first shard.
+    """
+
+    dataset: DatasetDir
+    recipe: Recipe
+    options: BuildOptions
+    changes: str
+    preflight: BuildPreflight
+
+    def run(self, run_stage: Callable[[Stage[Recipe]], object], retry_failed: Callable[[], object]) -> None:
+        """Runs the stages in order.
+
+        Args:
+            run_stage: does the pending shards of one.
+            retry_failed: fetches failed rows again; called before the download, if the options say so.
+        """
+        from filters.pipeline import road
+
+        for stage in road():
+            if self.options.retry_failed and stage.name == "download":
+                retry_failed()
+            run_stage(stage)
+
+
+@contextmanager
+def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[Build]:
+    """Locks the dataset for a build and, unless that fails, finishes the dataset at the end.
+
+    Args:
+        recipe: with the options applied.
+        options: those that are not part of the recipe.
+        command: whom the lock names to others.
+
+    Raises:
+        UserError: the recipe names no metadata, or another command is changing the dataset.
+    """
+    from filters.inspect.report import finish_dataset
+    from filters.preflight import BuildPreflight
+
+    require_metadata(recipe)
+    dataset = output_dataset(options.output, recipe, options.work_dir)
+    with lock_to_change(dataset, command):
+        recipe = with_precision(dataset, recipe)
+        changes = "; ".join(record_recipe(dataset, recipe))
+        keep_local(dataset, options.keep_local)
+        yield Build(dataset, recipe, options, changes, BuildPreflight(dataset, recipe))
+        finish_dataset(dataset, recipe)
