@@ -49,7 +49,7 @@ def funnel(dataset: curate.NamedDataset) -> None:
     """Show what each rule dropped."""
     from filters.decide import funnel as numbers
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
@@ -84,7 +84,7 @@ def views(dataset: curate.NamedDataset) -> None:
     """Write metadata.duckdb anew, for instance after the dataset was moved."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain views")
     write_views(directory, read_recipe(directory))
@@ -108,7 +108,7 @@ def _with_views(name: str, command: str) -> DatasetDir:
     """A dataset with its metadata.duckdb, which is made anew for one on S3: it names files of this machine."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(name, command)
     if directory.url:

@@ -97,7 +97,7 @@ def decide(
     """Decide anew which downloaded images stay, by other rules; no image is touched."""
     from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_inputs
 
     directory = open_dataset(dataset)
@@ -132,7 +132,7 @@ def remove(
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_removal, start_removal
     from filters.remove.plan import find_removal
-    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_tables
 
     directory = open_dataset(dataset)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
-from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.shard_report import Output, ShardReport, dump_entry
 
 
 class Closable(Protocol):
@@ -26,12 +24,10 @@ class LocalStorage:
 
     Attributes:
         dataset: the directory.
-        is_remote: files may lie elsewhere, so reading and recording may take long.
-        lock_token: of the command that holds the dataset, for the processes that write for it; "" without one.
+        token: of the command that holds the dataset, for the processes that write for it; "" without one.
     """
 
-    is_remote = False
-    lock_token = ""
+    token = ""
 
     def __init__(self, dataset: DatasetDir) -> None:
         self.dataset = dataset
@@ -55,17 +51,7 @@ class LocalStorage:
             may_delete: no command of this machine is about to record something.
         """
 
-    def record(self, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
-        """Makes a shard count as finished. Call it after every output has its final name.
-
-        Args:
-            entry: of the shard.
-            beside: files that its outputs need and it does not list.
-        """
-        with publish(self.dataset.manifest_entry(entry.stage, entry.shard)) as temporary:
-            temporary.write_bytes(dump_entry(entry))
-
-    def push(self, *paths: Path) -> None:
+    def push_files(self, paths: Iterable[Path]) -> None:
         """Stores files that no manifest entry lists."""
 
     def push_folder(self, folder: Path) -> None:
@@ -79,19 +65,6 @@ class LocalStorage:
         """Whether a file of that size is there."""
         path = self.dataset.root / name
         return path.exists() and path.stat().st_size == num_bytes
-
-    def fetch(self, wanted: Mapping[str, Output | None]) -> None:
-        """Brings files here that are not.
-
-        Args:
-            wanted: by name, what the content must be; None for whatever is there.
-
-        Raises:
-            UserError: a file is missing, or has another content.
-        """
-
-    def evict(self, outputs: Mapping[str, Output]) -> None:
-        """Deletes the large ones of some files here where they are safe elsewhere."""
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """A part of a file, which is not brought here for that.

@@ -54,13 +54,8 @@ class ShardReport(BaseModel):
         return self
 
 
-def dump_entry(entry: ShardReport) -> bytes:
-    """A report as the manifest has it."""
-    return f"{entry.model_dump_json(indent=1)}\n".encode()
-
-
 def parse_entry(content: bytes, path: Path) -> ShardReport:
-    """Reads a manifest entry; `path` is for sentences.
+    """What an entry says; `path` is for sentences.
 
     Raises:
         UserError: it was written by another version, or is damaged.

@@ -12,16 +12,18 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.local_storage import LocalStorage
 from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
 from sdtrain.dataset.s3.store import Object, ObjectStore
-from sdtrain.dataset.s3.url import S3Url
-from sdtrain.dataset.shard_report import Output, ShardReport, dump_entry, parse_entry
+from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
+from sdtrain.dataset.shard_report import parse_entry
 from sdtrain.errors import UserError
 
 _THREADS = 16
@@ -31,6 +33,13 @@ _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "late
 """Files that are no output of a shard, and that every command looks at."""
 
 
+class Stored(Protocol):
+    """An output of a manifest entry."""
+
+    sha256: str
+    bytes: int
+
+
 class Mirror(LocalStorage):
     """One dataset on S3 and its work folder.
 
@@ -38,8 +47,6 @@ class Mirror(LocalStorage):
         store: the objects.
         may_write: raises where this process may no longer change the dataset.
     """
-
-    is_remote = True
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
         super().__init__(dataset)
@@ -52,7 +59,7 @@ class Mirror(LocalStorage):
         """Locks the dataset against all machines, and brings its work folder up to date."""
         lock = RemoteLock(self.store, command)
         try:
-            self.may_write, self.lock_token = lock.check, lock.token
+            self.may_write, self.token = lock.check, lock.token
             self.store.sweep()
             self.sync()
         except UserError:
@@ -77,10 +84,17 @@ class Mirror(LocalStorage):
                     (self.dataset.root / name).unlink(missing_ok=True)
             self._each(self._renew, sorted(names | (found.keys() & set(_WHOLE))))
 
-    def record(self, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
-        """Makes a shard count as finished, on S3 first."""
+    def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
+        """Makes a shard count as finished on S3.
+
+        Args:
+            entry: the path that its manifest entry will have here.
+            content: of the entry.
+            outputs: by name, what it consists of; they have their final names here.
+            beside: files that belong to it and are not in the manifest.
+        """
         self.may_write()
-        name, outputs = self.dataset.relative(self.dataset.manifest_entry(entry.stage, entry.shard)), entry.outputs
+        name = self.dataset.relative(entry)
         changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
         # In a removal the old entry stays, because its journal says that files and entries do not fit each other.
         if changed and not self.dataset.removal.exists():
@@ -92,14 +106,12 @@ class Mirror(LocalStorage):
         self._each(
             lambda n: self.store.put(self.dataset.root / n, n, outputs[n].sha256), [n for n in changed if n not in tars]
         )
-        self.push(*(path for path in beside if path.exists()))
+        self.push_files(path for path in beside if path.exists())
         self.may_write()
-        content = dump_entry(entry)
         self.store.put_bytes(content, name)
         self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
-        super().record(entry)
 
-    def push(self, *paths: Path) -> None:
+    def push_files(self, paths: Iterable[Path]) -> None:
         """Uploads files as they are, unless they are there already."""
         self.may_write()
 
@@ -108,12 +120,12 @@ class Mirror(LocalStorage):
             if self.store.digest(name) != digest:
                 self.store.put(path, name, digest)
 
-        self._each(put, paths)
+        self._each(put, list(paths))
 
     def push_folder(self, folder: Path) -> None:
         """Makes a folder there what it is here."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
-        self.push(*paths)
+        self.push_files(paths)
         kept = {self.dataset.relative(path) for path in paths}
         self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
 
@@ -137,18 +149,9 @@ class Mirror(LocalStorage):
         seen = self._objects().get(name)
         return seen is not None and seen.size == num_bytes
 
-    def fetch(self, wanted: Mapping[str, Output | None]) -> None:
-        """Downloads files that are not here."""
-        self._each(lambda name: self._fetch(name, wanted[name]), list(wanted))
-
-    def evict(self, outputs: Mapping[str, Output]) -> None:
-        """Deletes tars here that S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
-        if self.dataset.removal.exists():  # a removal's files are ahead of their entries
-            return
-        for name, output in outputs.items():
-            path = self.dataset.root / name
-            if name.endswith(".tar") and path.exists() and self.store.digest(name) == output.sha256:
-                path.unlink()
+    def pull(self, wanted: Mapping[str, Stored | None]) -> None:
+        """Brings files here that are not; of each, what its content must be, None for whatever is there."""
+        self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """A part of a file here, or else of the object."""
@@ -156,7 +159,7 @@ class Mirror(LocalStorage):
             return super().read_part(path, offset, num_bytes)
         return self.store.read_part(self.dataset.relative(path), offset, num_bytes)
 
-    def _fetch(self, name: str, output: Output | None) -> None:
+    def _pull(self, name: str, output: Stored | None) -> None:
         path = self.dataset.root / name
         if path.exists():
             return
@@ -180,9 +183,8 @@ class Mirror(LocalStorage):
             temporary.write_bytes(read.content)
 
     def _drop(self, entry: Path) -> None:
-        """Forgets a shard that another machine no longer has finished: its entry, and its files here."""
-
-        # Downloaded images stay: they are reused if whole, and may not be available a second time.
+        """Forgets a shard that another machine has taken back: its entry, and its files here."""
+        # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)
@@ -196,7 +198,6 @@ class Mirror(LocalStorage):
 
     def _forget_others(self, entry: bytes, name: str) -> None:
         """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
-
         for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
             path = self.dataset.root / output_name
             if path.exists() and (path.stat().st_size != output.bytes or sha256_of(path) != output.sha256):
@@ -224,6 +225,30 @@ class Mirror(LocalStorage):
             return
         with ThreadPoolExecutor(_THREADS) as threads:
             list(threads.map(do, items))
+
+
+def mirror_of(dataset: DatasetDir) -> Mirror | None:
+    """The mirror of a dataset; None for one that lies on disk alone."""
+    url = dataset.url or _marked(dataset.root)
+    return _mirror(dataset.root, url) if url else None
+
+
+def _marked(root: Path) -> str:
+    try:
+        return (root / MARKER).read_text().strip()
+    except OSError:
+        return ""
+
+
+@lru_cache(maxsize=8)
+def _mirror(root: Path, url: str) -> Mirror:
+    if _marked(root) not in ("", url):
+        raise UserError(f"{root} is the work folder of {_marked(root)}, not of {url}. Choose another --work-dir.")
+    root.mkdir(parents=True, exist_ok=True)
+    if not _marked(root):
+        with publish(root / MARKER) as temporary:
+            temporary.write_text(url + "\n")
+    return Mirror(DatasetDir(root, url), parse_url(url))
 
 
 @contextmanager
