@@ -12,7 +12,7 @@ from filters.recipe import Recipe
 from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.s3.eviction import keep_local
+from sdtrain.dataset.s3.sync import keep_local
 from sdtrain.dataset.stage import Stage
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ class Build:
             run_stage: does the pending shards of one.
             retry_failed: fetches failed rows again; called before the download, if the options say so.
         """
-        from filters.pipeline import road
+        from filters.pipeline import STAGES
 
-        for stage in road():
+        for stage in STAGES:
             if self.options.retry_failed and stage.name == "download":
                 retry_failed()
             run_stage(stage)

@@ -1,24 +1,41 @@
-"""The road from metadata to latents: its stages, in order."""
+"""The pipeline from metadata to latents: its stages, in order. A new stage is one folder and one line here."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from filters.decide.stage import KEEP
+from filters.dedup import DEDUP
 from filters.recipe import Recipe
+from filters.score.stage import SCORE
+from filters.select.stage import SELECT
 from sdtrain.dataset.stage import Stage
+from sdtrain.download.stage import DOWNLOAD
+from sdtrain.encode.stage import ENCODE
+from sdtrain.pack.stage import PACK
 
-STAGE_NAMES = ("select", "download", "score", "dedup", "keep", "pack", "encode")
 
+def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
+    """The stages, if each names only itself and those before it.
 
-def road() -> tuple[Stage[Recipe], ...]:
-    """The stages in the order in which they run.
-
-    A function, because the stages bring torch, open_clip and diffusers, for which a help text should not wait.
+    Raises:
+        ValueError: one does not, or two have the same name or view.
     """
-    from filters.decide.stage import KEEP
-    from filters.dedup import DEDUP
-    from filters.score.stage import SCORE
-    from filters.select.stage import SELECT
-    from sdtrain.download.stage import DOWNLOAD
-    from sdtrain.encode.stage import ENCODE
-    from sdtrain.pack.stage import PACK
+    known = set[str]()
+    for stage in stages:
+        known.add(stage.name)
+        if unknown := {*stage.inputs, *filter(None, [stage.planned_by])} - known:
+            raise ValueError(f"stage '{stage.name}' reads {', '.join(sorted(unknown))}, which is no stage before it")
+    _refuse_twice([stage.name for stage in stages])
+    _refuse_twice([stage.table.view for stage in stages if stage.table])
+    return stages
 
-    return (SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two stages have the name or view '{name}'")
+
+
+# Users say `pipeline.STAGES`: the list can then be changed in one place.
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)

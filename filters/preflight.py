@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
+from filters import pipeline
 from filters.columns import SCORE_COLUMNS
-from filters.pipeline import STAGE_NAMES
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
 from filters.select.lists import list_files
 from filters.select.metadata_files import find_metadata
@@ -23,7 +23,7 @@ from sdtrain.preflight.networks import check_vae
 from sdtrain.settings import Settings
 
 _log = logging.getLogger(__name__)
-_AFTER_SELECT = STAGE_NAMES[1:]
+_ALL = tuple(stage.name for stage in pipeline.STAGES)
 
 
 class BuildPreflight:
@@ -44,13 +44,13 @@ class BuildPreflight:
         Raises:
             UserError: everything that is missing or wrong for this stage and those after it.
         """
-        left = STAGE_NAMES[STAGE_NAMES.index(stage) :]
+        left = _ALL[_ALL.index(stage) :]
         if not self._is_done:
             self._is_done = True
             for checks in (local_checks, network_checks):  # weights may have to be fetched: not for a mistyped path
                 for finding in require(checks(self._dataset, self._recipe, left)):
                     _log.info("%s: %s", finding.name, finding.text)
-        if stage in _AFTER_SELECT and not self._is_measured:  # now it is known how many rows there are
+        if stage != "select" and not self._is_measured:  # now it is known how many rows there are
             self._is_measured = True
             num_rows = sum(entry.num_out for entry in entries(self._dataset, "select"))
             share = num_pending / max(num_shards, 1)
@@ -58,13 +58,13 @@ class BuildPreflight:
                 _log.info("%s: %s", finding.name, finding.text)
 
 
-def local_checks(dataset: DatasetDir, recipe: Recipe, stages: Sequence[str] = STAGE_NAMES) -> list[Check]:
+def local_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] = _ALL) -> list[Check]:
     """The output folder, and the metadata and lists that some stages of a build read."""
     checks = [] if dataset.url else [Check("output", lambda: check_writable(dataset.root))]
     return checks + _select_checks(recipe) if "select" in stages else checks
 
 
-def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Sequence[str] = STAGE_NAMES) -> list[Check]:
+def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] = _ALL) -> list[Check]:
     """The networks that some stages use; published weights are fetched if need be."""
     checks = []
     if "score" in stages:
@@ -75,7 +75,7 @@ def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Sequence[str] = 
 
 
 def sized_checks(
-    dataset: DatasetDir, recipe: Recipe, num_rows: int, stages: Sequence[str] = STAGE_NAMES, share: float = 1.0
+    dataset: DatasetDir, recipe: Recipe, num_rows: int, stages: Collection[str] = _ALL, share: float = 1.0
 ) -> list[Check]:
     """What depends on the number of rows: room on disk, as `sdtrain plan` reckons it, and what many images need.
 
@@ -105,14 +105,14 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
         numbers = [sum(file.num_rows for file in files), recipe.select.limit, int(known.value) if known else None]
         expected = min(number for number in numbers if number is not None)
         is_bound = expected == numbers[0]
-        wanted = _estimate(recipe, expected, STAGE_NAMES)
+        wanted = _estimate(recipe, expected, _ALL)
         what = f"The build of {'at most ' if is_bound else ''}{expected:,} rows"
         return check_room(dataset.root, wanted, what, surely=0.0 if is_bound else ROOM_IS_SURELY_TOO_SMALL)
 
     return Check("disk", check)
 
 
-def _estimate(recipe: Recipe, num_rows: int, stages: Sequence[str]) -> float:
+def _estimate(recipe: Recipe, num_rows: int, stages: Collection[str]) -> float:
     planner = Planner(load_rates(), Machines(1, "h200"))
     sizes = recipe.download.image_size, recipe.encode.resolution, recipe.encode.num_crops
     lines = planner.dataset(DatasetJob(recipe.name, *sizes, num_rows)) if num_rows else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,14 +20,6 @@ from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
-def _known_rules(rules: Any) -> Any:
-    return _checked_rules(rules, in_keep=False)
-
-
-def _rules_for_keep(rules: Any) -> Any:
-    return _checked_rules(rules, in_keep=True)
-
-
 def _checked_rules(rules: Any, in_keep: bool) -> Any:
     if not isinstance(rules, dict):
         raise ValueError("rules are `name: value` lines")
@@ -36,11 +29,11 @@ def _checked_rules(rules: Any, in_keep: bool) -> Any:
         raise ValueError(str(error)) from error
 
 
-Rules = Annotated[dict[str, RuleValue], BeforeValidator(_known_rules)]
-KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(_rules_for_keep)]
+Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_keep=False))]
+KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_keep=True))]
 
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
-"""What `score` can ask, by the names that the settings begin with."""
+"""The networks of `score`, by the names that its settings begin with."""
 
 JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
 
@@ -58,9 +51,9 @@ class JoinConfig(Settings):
     files: str
     """Parquet: a file, a folder or a glob."""
     by: Literal["hash", "url_caption"] = "hash"
-    """What tells which row of the metadata a score belongs to: LAION's `hash` of URL and TEXT, or these themselves."""
+    """The key of a score's row in the metadata: LAION's `hash` of URL and TEXT, or these themselves."""
     columns: Annotated[list[str] | None, AfterValidator(_joinable)] = None
-    """Which columns to take, by our names; all that the files have by default."""
+    """The columns to take, by our names; all that the files have by default."""
 
 
 class ListConfig(Settings):
@@ -69,11 +62,11 @@ class ListConfig(Settings):
     files: str
     """Parquet, or text with one entry a line and comments after #: a file, a folder or a glob."""
     by: Literal["url", "host", "hash", "uid", "md5", "sha256", "url_caption"]
-    """What an entry is. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
+    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
 
 
 class SelectConfig(Settings):
-    """Which metadata rows are worth downloading."""
+    """Selection of the metadata rows that are worth downloading."""
 
     metadata: str = ""
     """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://. Records
@@ -81,7 +74,7 @@ class SelectConfig(Settings):
     swapped_sizes: SwappedSizes = "auto"
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
     joins: list[JoinConfig] = Field(default=[])
-    """Files with scores for the rows, joined before the rules are asked; the first that knows a score wins."""
+    """Files with scores for the rows, joined before the rules; the first that has a score wins."""
     rules: Rules = Field(default={})
     """Rule name -> value, checked in this order; the first that fails is the reason."""
     blocklists: list[ListConfig] = Field(default=[])
@@ -102,7 +95,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class ScoreConfig(Settings):
-    """Which models look at the images. Weights are a known name, a file, `random:SEED` or null to skip."""
+    """The networks that score the images. Weights are a known name, a file, `random:SEED` or null to skip."""
 
     clip_model: str = "ViT-L-14-quickgelu"
     clip_weights: str | None = "openai"
@@ -112,19 +105,19 @@ class ScoreConfig(Settings):
     watermark_weights: str | None = "laion-watermark-v1"
     safety_weights: str | None = "laion-nsfw-l14"
     clip_sha256: Digest | None = None
-    """What the file of these weights must have; so for each of the following."""
+    """The digest that the file of these weights must have; so for each of the following."""
     aesthetic_sha256: Digest | None = None
     aesthetic_v1_sha256: Digest | None = None
     watermark_sha256: Digest | None = None
     safety_sha256: Digest | None = None
     batch_size: int = Field(default=32, ge=1)
-    """Images that the networks see at once; a large GPU wants 256."""
+    """Images in one batch of the networks; 256 suits a large GPU."""
     dtype: Literal["float32", "bf16", "fp16", "auto"] = "float32"
     """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01. auto: bf16
     where the machine that begins the dataset computes faster in it, else float32; the dataset keeps it."""
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
-    """Who decodes and resizes: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
-    pixels differ slightly. Digests of pixels, by which exact copies are found, then differ too: never mix the two."""
+    """The decoder and resizer: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
+    pixels differ slightly, and so do their digests, by which exact duplicates are found: never mix the two."""
     store_embeddings: bool = False
     """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB an image for ViT-L/14."""
 
@@ -135,7 +128,7 @@ class ScoreConfig(Settings):
         return {name: digest for name, digest in pinned.items() if digest}
 
     def described(self) -> dict[str, Any]:
-        """What decides the scores: all but the pins, which only say what may not change."""
+        """The settings that decide the scores: all but the pins, which only say what may not change."""
         return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
 
     @model_validator(mode="after")
@@ -148,14 +141,14 @@ class ScoreConfig(Settings):
 
 
 class DuplicatesConfig(Settings):
-    """Which images count as copies of one another."""
+    """Definition of duplicates among the images."""
 
     level: Literal["off", "exact", "perceptual", "semantic"] = "off"
-    """Each includes those before it: the same pixels or bytes; looks alike; shows the same to CLIP."""
+    """Each includes those before it: equal pixels or bytes; near perceptual hashes; near CLIP embeddings."""
     radius: int = Field(default=4, ge=0, le=16)
-    """Largest Hamming distance between the 64-bit perceptual hashes of copies. Each bit above 6 multiplies the time."""
+    """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
     semantic_threshold: float = Field(default=0.95, gt=0, le=1)
-    """Least cosine between the CLIP embeddings of copies."""
+    """Least cosine between the CLIP embeddings of duplicates."""
     num_clusters: int | None = Field(default=None, ge=1)
     """Only embeddings of one cluster are compared; by default 1 up to 16,384 images, else their root."""
     seed: int = 42
@@ -163,10 +156,10 @@ class DuplicatesConfig(Settings):
 
 
 class KeepConfig(Settings):
-    """Which downloaded images stay."""
+    """Decisions on the downloaded images."""
 
     decide_by: Literal["metadata", "picture"] = "metadata"
-    """Whether score rules look at LAION's scores or at ours; sizes always come from the image."""
+    """The scores that rules use: the metadata's, or the image's own; sizes always come from the image."""
     rules: KeepRules = Field(default={})
 
 

@@ -255,6 +255,11 @@ def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
         value = rules[reason]
         shown = ", ".join(value) if isinstance(value, list) else f"{value:g}"
         return RULES[reason].meaning.replace("{value}", shown)
+    return in_words(reason)
+
+
+def in_words(reason: str) -> str:
+    """A reason that is no rule, in plain words."""
     if reason.endswith("_missing"):
         return f"no value for {reason.removesuffix('_missing')}"
     return reason.replace("_", " ")

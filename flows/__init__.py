@@ -1,4 +1,4 @@
-"""What runs, in which order, where: thin Prefect flows."""
+"""Thin Prefect flows over the functions of `filters` and `sdtrain`."""
 
 from sdtrain.redaction import hide_secrets_in_logs
 

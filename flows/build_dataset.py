@@ -85,8 +85,9 @@ def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
 
 def _show(dataset: DatasetDir, recipe: Recipe) -> None:
     from filters.decide.funnel import funnel
+    from filters.pipeline import STAGES
 
-    rows = [dict(row) for row in funnel(dataset, recipe)]
+    rows = [dict(row) for row in funnel(dataset, recipe, STAGES)]
     create_table_artifact(rows, key="funnel", description=f"What each rule of {recipe.name} dropped")
     create_link_artifact(dataset.url or dataset.root.as_uri(), link_text=str(dataset), key="dataset")
     create_link_artifact(dataset.report.as_uri(), link_text=str(dataset.report), key="report")

@@ -1,4 +1,4 @@
-"""The whole road on a little world: metadata, images, latents, training, samples, report.
+"""The whole pipeline on a small synthetic world: metadata, images, latents, training, samples, report.
 
 `make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
 """
@@ -81,7 +81,7 @@ class DemoDir:
 @flow(name="build-demo")
 @report_user_errors
 def build_demo(output: str = "demo-output", num_rows: int = 2000) -> str:
-    """Makes a little world of captioned images, serves it, and builds a dataset from it.
+    """Makes a small world of captioned images, serves it, and builds a dataset from it.
 
     Args:
         output: The demo's directory.

@@ -1,4 +1,4 @@
-"""What the demo's report shows beside funnel, curves and samples: evaluation, search, and what was memorised."""
+"""Sections of the demo's report: evaluation, search, and memorised images."""
 
 import json
 from pathlib import Path

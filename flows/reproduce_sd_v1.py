@@ -42,7 +42,7 @@ def reproduce_sd_v1(
     slurm_options: str = "",
     slurm_script: str = str(SLURM_SCRIPT),
 ) -> str:
-    """Trains Stable Diffusion v1 from nothing, run after run; started again, it goes on where it was.
+    """Trains Stable Diffusion v1 from scratch, run after run; started again, it resumes.
 
     Args:
         laion2b_en: Dataset of the first run, encoded at 256 px.
@@ -82,7 +82,7 @@ def reproduce_sd_v1(
 def check(
     phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | None = None, output: Path = Path("runs")
 ) -> None:
-    """Says what is missing for the last run before the first one has trained for a month.
+    """Checks what every run needs, before the first one has trained for a month.
 
     Raises:
         UserError: a config, latents, networks, trackers or room for checkpoints that are missing or do not fit.

@@ -41,7 +41,7 @@ _STEP = re.compile(r"step (\d+)/\d+")
 Count = Annotated[int, Field(ge=1)]
 Launcher = Literal["deepspeed", "slurm"]
 Start = Callable[[Path, Sequence[str], Path, Callable[[str], None]], str | None]
-"""Runs a script with arguments to its end, its output to a file and line by line to a function; says what failed."""
+"""Runs a script with arguments to its end, its output to a file and line by line to a function; names what failed."""
 
 
 def _run_name() -> str:
@@ -115,7 +115,7 @@ def train(
     script: Path = TRAIN_SCRIPT,
     start: Start | None = None,
 ) -> str:
-    """The training run, in a flow, started by DeepSpeed's launcher unless told otherwise. Returns the run's directory.
+    """The training run, in a flow, started by DeepSpeed's launcher by default. Returns the run's directory.
 
     Raises:
         UserError: training did not reach its last step; the message ends with the last lines of its log.

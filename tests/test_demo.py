@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from filters.pipeline import STAGE_NAMES
+from filters.pipeline import STAGES
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
@@ -92,5 +92,5 @@ def test_a_second_run_does_nothing_again(demo):
     print(f"second run: {again['seconds']} s")
     assert times_of(output) == before
     assert {**again, "seconds": 0} == {**figures, "seconds": 0}
-    for stage in (*STAGE_NAMES, "train"):
+    for stage in (*(stage.name for stage in STAGES), "train"):
         assert f"{stage}: finished before, nothing to do" in log

@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
 from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry, require_entry
-from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.manifest import entries, require_entry
+from sdtrain.dataset.selection import selection
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.download.http.failures import meaning_of
+from sdtrain.dataset.stage import Drops, Stage
 from sdtrain.errors import UserError
 
-# Reasons in the order in which they are looked for, after the recipe's rules.
-_AFTER_RULES = (
-    *("url_missing", "url_not_allowed", "blocklisted", "not_allowlisted", "removed"),
-    *("duplicate_row", "over_limit"),
-    *("duplicate_exact", "duplicate_perceptual", "duplicate_semantic"),
-)
-_MEANINGS = {
-    "url_missing": "no URL",
-    "url_not_allowed": "not a plain http or https URL of a public host",
-    "blocklisted": "on one of the recipe's blocklists",
-    "not_allowlisted": "not on one of the recipe's allowlists",
-    "removed": "taken out of this dataset for good",
-    "duplicate_row": "the same URL and caption again",
-    "over_limit": "over the recipe's limit",
-    "undecodable": "the stored image cannot be decoded",
-    "duplicate_exact": "the same pixels as a kept image",
-    "duplicate_perceptual": "looks like a kept image",
-    "duplicate_semantic": "shows the same as a kept image",
-}
+Stages = Sequence[Stage[Recipe]]
 
 
 class FunnelRow(TypedDict):
@@ -46,30 +28,35 @@ class FunnelRow(TypedDict):
     remaining: int
 
 
-def funnel(dataset: DatasetDir, recipe: Recipe, keep: ShardReport | None = None) -> list[FunnelRow]:
+def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardReport | None = None) -> list[FunnelRow]:
     """Drops by stage and reason, from all metadata rows to the kept samples.
 
     Args:
         dataset: with finished stages.
         recipe: whose rules the reasons are.
-        keep: decisions to show in place of the recorded ones.
+        stages: of the pipeline, in their order.
+        decided: decisions to show in place of the recorded ones.
 
     Raises:
-        UserError: a stage up to `keep` is not finished, or the counts of two stages do not fit.
+        UserError: a stage that drops samples is not finished, or the counts of two stages do not fit.
     """
-    select, keep = selection(dataset), keep or require_entry(dataset, "keep", 0)
-    shards = selected_shards(dataset)
-    download = _total([require_entry(dataset, "download", shard) for shard in shards])
-    score = _total([require_entry(dataset, "score", shard) for shard in shards])
-    rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=select.num_in)]
-    _append(rows, "select", select.dropped, recipe.select.rules, select.num_out)
-    _append(rows, "download", download.dropped, {}, download.num_out)
-    _append(rows, "score", score.dropped, {}, score.num_out)
-    _append(rows, "keep", _own(keep, download, score), recipe.keep.rules, keep.num_out)
+    num_rows = selection(dataset).num_in
+    rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=num_rows)]
+    dropped_before = Counter[str]()
+    for stage in stages:
+        if stage.drops is None:
+            continue
+        shown = [decided] if decided and decided.stage == stage.name else _finished(stage, dataset, recipe)
+        dropped, num_out = _counts(shown)
+        if stage.drops.repeats:
+            dropped.subtract(dropped_before)
+        elif stage is not stages[0]:  # what that drops is not selected, and counted by nobody else
+            dropped_before += dropped
+        _append(rows, stage.name, dropped, stage.drops.rules(recipe), stage.drops, num_out)
     return rows
 
 
-def remarks(dataset: DatasetDir, recipe: Recipe) -> list[str]:
+def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     """What one should know beside the numbers: the published size of the subset, and how odd input was handled.
 
     Raises:
@@ -78,33 +65,33 @@ def remarks(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     selected = selection(dataset)
     ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    copies = read_entry(dataset, "dedup", 0)
-    return [ours + published, *selected.notes, *(copies.notes if copies else ())]
+    noted = (note for stage in stages for entry in entries(dataset, stage.name) for note in entry.notes)
+    return [ours + published, *dict.fromkeys(noted)]
 
 
-def _total(reports: Iterable[ShardReport]) -> ShardReport:
-    done = list(reports)
-    dropped: Counter[str] = Counter()
-    for report in done:
+def _finished(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
+    num_shards = stage.num_shards(dataset, recipe)
+    return [require_entry(dataset, stage.name, shard) for shard in range(num_shards or 1)]
+
+
+def _counts(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
+    dropped = Counter[str]()
+    for report in reports:
         dropped.update(report.dropped)
-    num_in, num_out = sum(r.num_in for r in done), sum(r.num_out for r in done)
-    return ShardReport(stage=done[0].stage, shard=0, num_in=num_in, num_out=num_out, dropped=dict(dropped))
-
-
-def _own(keep: ShardReport, download: ShardReport, score: ShardReport) -> dict[str, int]:
-    """What `keep` itself dropped: its report repeats what the stages before had dropped already."""
-    own = Counter(keep.dropped)
-    own.subtract(download.dropped)
-    own.subtract(score.dropped)
-    return {reason: count for reason, count in own.items() if count}
+    return dropped, sum(report.num_out for report in reports)
 
 
 def _append(
-    rows: list[FunnelRow], stage: str, dropped: dict[str, int], rules: dict[str, RuleValue], num_out: int
+    rows: list[FunnelRow],
+    stage: str,
+    dropped: Counter[str],
+    rules: Mapping[str, RuleValue],
+    drops: Drops[Recipe],
+    num_out: int,
 ) -> None:
-    for reason in sorted(dropped, key=lambda reason: _place(reason, rules)):
+    for reason in sorted(filter(dropped.get, dropped), key=lambda reason: _place(reason, rules, drops)):
         remaining = rows[-1]["remaining"] - dropped[reason]
-        meaning = _meaning(stage, reason, rules)
+        meaning = explain(reason, rules) if reason in rules else drops.last.get(reason) or drops.explain(reason)
         rows.append(
             FunnelRow(stage=stage, reason=reason, meaning=meaning, dropped=dropped[reason], remaining=remaining)
         )
@@ -115,13 +102,7 @@ def _append(
         )
 
 
-def _place(reason: str, rules: dict[str, RuleValue]) -> tuple[int, int, str]:
-    if reason in _AFTER_RULES:
-        return 3, _AFTER_RULES.index(reason), reason
+def _place(reason: str, rules: Mapping[str, RuleValue], drops: Drops[Recipe]) -> tuple[int, int, str]:
+    if reason in drops.last:
+        return 3, list(drops.last).index(reason), reason
     return (1, list(rules).index(reason), reason) if reason in rules else (2, 0, reason)
-
-
-def _meaning(stage: str, reason: str, rules: dict[str, RuleValue]) -> str:
-    if stage == "download":
-        return meaning_of(reason)
-    return _MEANINGS.get(reason) or explain(reason, rules)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters.recipe import KeepConfig, Recipe
-from filters.rules import RULES, active_rules, keep_item, reason_case
+from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, reason_case
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
@@ -18,7 +18,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
 # One row for every selected row, with the columns that rules name. Sizes are those of the image as it was fetched.
@@ -159,4 +159,36 @@ def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardRep
     return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
 
 
-KEEP: Stage[Recipe] = Stage("keep", _shards, _fingerprint, _run)
+def _rules(recipe: Recipe) -> dict[str, RuleValue]:
+    return recipe.keep.rules
+
+
+def _path(dataset: DatasetDir, shard: int) -> Path:
+    return dataset.decisions
+
+
+KEEP: Stage[Recipe] = Stage(
+    *("keep", _shards, _fingerprint, _run),
+    inputs=dict.fromkeys(("select", "download", "score", "dedup"), "all shards"),
+    planned_by=None,
+    num_shards=one_shard,
+    beside=nothing_beside,
+    table=Table(
+        view="decisions",
+        comment="One row for every selected row: kept (reason is NULL), or the first reason that dropped it",
+        columns={"uid": "VARCHAR", "key": "VARCHAR", "shard": "INTEGER", "reason": "VARCHAR"},
+        path=_path,
+    ),
+    drops=Drops(
+        repeats=True,
+        rules=_rules,
+        last={
+            REMOVED: "taken out of this dataset for good",
+            "duplicate_exact": "the same pixels as a kept image",
+            "duplicate_perceptual": "looks like a kept image",
+            "duplicate_semantic": "shows the same as a kept image",
+        },
+        explain=in_words,
+    ),
+    uses_gpu=False,
+)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from filters.decide.funnel import FunnelRow, funnel
+from filters.decide.funnel import FunnelRow, Stages, funnel
 from filters.decide.stage import KEEP, decide, report_of
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
@@ -49,14 +49,20 @@ def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | N
     return parse_settings(Recipe, content, "command line")
 
 
-def compare(dataset: DatasetDir, recipe: Recipe) -> list[dict[str, object]]:
+def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[str, object]]:
     """The funnel as it is and as `recipe` would make it, reason by reason; nothing is written.
+
+    Args:
+        dataset: finished up to `dedup`.
+        recipe: what would decide.
+        stages: of the pipeline, in their order.
 
     Raises:
         UserError: a stage before `keep` is not finished, or nothing would be kept.
     """
-    after = funnel(dataset, recipe, _decided(dataset, recipe))
-    before = funnel(dataset, read_recipe(dataset)) if read_entry(dataset, "keep", 0) else []
+    stages = stages[: stages.index(KEEP) + 1]
+    after = funnel(dataset, recipe, stages, _decided(dataset, recipe))
+    before = funnel(dataset, read_recipe(dataset), stages) if read_entry(dataset, "keep", 0) else []
     old, new = ({(row["stage"], row["reason"]): row for row in rows} for rows in (before, after))
     # Rows of the old funnel alone stand where their stage ends, which for all of them is `keep`.
     shown = [_beside(key, old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old]) if key[1]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,7 +19,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are
@@ -105,4 +106,22 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     )
 
 
-DEDUP: Stage[Recipe] = Stage("dedup", _shards, _fingerprint, _run)
+def _path(dataset: DatasetDir, shard: int) -> Path:
+    return dataset.duplicates
+
+
+DEDUP: Stage[Recipe] = Stage(
+    *("dedup", _shards, _fingerprint, _run),
+    inputs={"score": "all shards", "download": "all shards"},
+    planned_by=None,
+    num_shards=one_shard,
+    beside=nothing_beside,
+    table=Table(
+        view="duplicates",
+        comment="Images that are copies of one another: those with one group_id",
+        columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
+        path=_path,
+    ),
+    drops=None,  # which one of a group stays, DECIDE says
+    uses_gpu=False,
+)

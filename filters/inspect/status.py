@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from filters.pipeline import STAGE_NAMES
+from filters import pipeline
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import active_commands
-from sdtrain.dataset.manifest import entries, read_entry
+from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.stage import Stage
 
 _WINDOW_S = 3600.0
 """How far back the rate looks from the shard that was finished last."""
@@ -73,15 +74,15 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
         UserError: there is none, or its manifest is damaged.
     """
     recipe = read_recipe(dataset)
-    stages = [_stage(dataset, recipe, name) for name in STAGE_NAMES]
+    stages = [_status(stage, dataset, recipe) for stage in pipeline.STAGES]
     return DatasetStatus(
         str(dataset), recipe.name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free
     )
 
 
-def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:
-    done = entries(dataset, name)
-    num_shards, rate = _num_shards(dataset, recipe, name, len(done)), _rate(done)
+def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageStatus:
+    done = entries(dataset, stage.name)
+    num_shards, rate = stage.num_shards(dataset, recipe), _rate(done)
     dropped: Counter[str] = Counter()
     for entry in done:
         dropped.update(entry.dropped)
@@ -90,7 +91,7 @@ def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:
     if rate and num_shards is not None:
         left_s = (num_shards - len(done)) * num_in / len(done) / rate
     return StageStatus(
-        stage=name,
+        stage=stage.name,
         num_done=len(done),
         num_shards=num_shards,
         num_in=num_in,
@@ -101,16 +102,6 @@ def _stage(dataset: DatasetDir, recipe: Recipe, name: str) -> StageStatus:
         samples_per_s=rate,
         left_s=left_s,
     )
-
-
-def _num_shards(dataset: DatasetDir, recipe: Recipe, name: str, num_done: int) -> int | None:
-    if name in ("select", "dedup", "keep"):
-        return max(1, num_done)
-    if name in ("download", "score"):
-        selected = entries(dataset, "select")
-        return sum(len(entry.outputs) for entry in selected) if selected else None
-    kept = read_entry(dataset, "keep", 0)
-    return -(-kept.num_out // recipe.pack.samples_per_shard) if kept else None
 
 
 def _rate(done: Sequence[ShardReport]) -> float | None:

@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import duckdb
 
-from filters.columns import TYPES
+from filters import pipeline
+from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
-from filters.inspect.tables import COMMENTS, DERIVED, EMPTY
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
 from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, read_entry
+from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
 from sdtrain.dataset.s3.sync import fetch_tables
-from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 
 # Oldest DuckDB whose shell shall read the file.
 _STORAGE_VERSION = "v1.2.0"
+# Views over the views above.
+DERIVED: dict[str, str] = {
+    "kept": (
+        "SELECT d.uid, d.key, d.shard, s.url, s.caption, s.similarity, s.pwatermark, s.punsafe, s.aesthetic, i.width, "
+        "i.height, i.original_width, i.original_height, i.sha256, i.tar "
+        "FROM decisions d JOIN selection s USING (uid) JOIN images i USING (uid) WHERE d.reason IS NULL"
+    ),
+    "drops": (
+        "SELECT d.uid, d.key, s.url, s.caption, CASE WHEN i.reason IS NOT NULL THEN 'download' "
+        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'keep' END AS stage, d.reason, i.error_message "
+        "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
+    ),
+    "score_pairs": (
+        "SELECT c.uid, c.key, c.shard, "  # noqa: S608 - names are from here
+        + ", ".join(f"s.{name} AS {name}_metadata, c.{name} AS {name}_image" for name in SCORE_COLUMNS)
+        + " FROM scores c JOIN selection s USING (uid) WHERE c.reason IS NULL"
+    ),
+    "hosts": (
+        "SELECT lower(regexp_extract(url, '^[a-zA-Z]+://(?:[^/?#]*@)?([^/?#:]+)', 1)) AS host, count(*) AS tried, "
+        "count(reason) AS failed, mode(reason) AS usual_reason FROM images GROUP BY host"
+    ),
+}
+
+_COMMENTS: dict[str, str] = {
+    "metadata": "Every row of the metadata that the recipe names, under one set of column names",
+    "kept": "Kept samples with caption, LAION's scores and sizes",
+    "drops": "Selected rows that were dropped: at which stage and why",
+    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
+    "hosts": "Hosts, how many URLs of each were tried and how many failed",
+    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
+    "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
+    "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
+}
+
 # Columns that follow from a file's name: the number of its shard, and the tar beside it.
 _FROM_FILE = {
     "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
@@ -54,7 +88,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
         _write_funnel(connection, root, recipe)
         _write_remarks(connection, root, recipe)
         _write_stages(connection, root)
-        for name, comment in (COMMENTS | _left_out(recipe)).items():
+        for name, comment in _comments(recipe).items():
             kind = "TABLE" if name in ("funnel", "remarks", "stages") else "VIEW"
             connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
     return root.database
@@ -62,30 +96,21 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
 
 def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
     yield "metadata", _metadata(connection, recipe)
-    tables = _tables(dataset)
-    for name, columns in EMPTY.items():
-        yield name, _over(connection, tables.get(name, []), columns)
+    for stage in pipeline.STAGES:
+        if stage.table:
+            yield stage.table.view, _over(connection, _files(stage, dataset, recipe), stage.table.columns)
     yield from DERIVED.items()
 
 
-def _tables(dataset: DatasetDir) -> dict[str, list[Path]]:
-    """The Parquet files of each view that are finished and belong to the present selection."""
-    shards = selected_shards(dataset) if read_entry(dataset, "select", 0) else {}
-    selected = [dataset.selection(shard) for shard in shards]
-    found = {"selection": selected}
-    for view, stage in (("images", "download"), ("scores", "score")):
-        found[view] = _parquet(dataset, [entry for entry in entries(dataset, stage) if entry.shard in shards])
-    stages = (("duplicates", "dedup"), ("decisions", "keep"), ("packed", "pack"), ("latents", "encode"))
-    for view, stage in stages:
-        found[view] = _parquet(dataset, entries(dataset, stage))
-    return {view: [path for path in paths if path.exists()] for view, paths in found.items()}
+def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
+    """The Parquet files of a stage that are finished, without those of an earlier and larger selection."""
+    limit = stage.num_shards(dataset, recipe) or 0
+    names = {name for entry in entries(dataset, stage.name) if entry.shard < limit for name in entry.outputs}
+    paths = (dataset.root / name for name in sorted(names) if name.endswith(".parquet"))
+    return [path for path in paths if path.exists()]
 
 
-def _parquet(dataset: DatasetDir, reports: list[ShardReport]) -> list[Path]:
-    return sorted({dataset.root / name for entry in reports for name in entry.outputs if name.endswith(".parquet")})
-
-
-def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: dict[str, str]) -> str:
+def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: Mapping[str, str]) -> str:
     if not paths:
         nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
         return f"SELECT {nothing} WHERE false"
@@ -113,6 +138,11 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
     return statement
 
 
+def _comments(recipe: Recipe) -> dict[str, str]:
+    own = {stage.table.view: stage.table.comment for stage in pipeline.STAGES if stage.table}
+    return _COMMENTS | own | _left_out(recipe)
+
+
 def _left_out(recipe: Recipe) -> dict[str, str]:
     """Says why there is no metadata to ask, where its URL may not be written into the database."""
     if as_recorded(recipe.select.metadata) == recipe.select.metadata and not recipe.select.metadata.endswith(LEFT_OUT):
@@ -125,7 +155,7 @@ def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, re
         "CREATE TABLE funnel (stage VARCHAR, reason VARCHAR, meaning VARCHAR, dropped BIGINT, remaining BIGINT)"
     )
     try:
-        rows = funnel(dataset, recipe)
+        rows = funnel(dataset, recipe, pipeline.STAGES)
     except UserError:  # the build is under way
         return
     connection.executemany("INSERT INTO funnel VALUES (?, ?, ?, ?, ?)", [list(row.values()) for row in rows])
@@ -134,7 +164,9 @@ def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, re
 def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
     connection.execute("CREATE TABLE remarks (remark VARCHAR)")
     if read_entry(dataset, "select", 0):
-        connection.executemany("INSERT INTO remarks VALUES (?)", [[text] for text in remarks(dataset, recipe)])
+        connection.executemany(
+            "INSERT INTO remarks VALUES (?)", [[text] for text in remarks(dataset, recipe, pipeline.STAGES)]
+        )
 
 
 def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
@@ -142,10 +174,9 @@ def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) ->
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
         "bytes BIGINT, dropped JSON)"
     )
-    folders = sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
     rows = [
         [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
-        for stage in folders
+        for stage in recorded_stages(dataset)
         for e in entries(dataset, stage)
     ]
     if rows:

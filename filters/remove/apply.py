@@ -8,7 +8,7 @@ import duckdb
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
-from filters.pipeline import road
+from filters import pipeline
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
@@ -17,9 +17,8 @@ from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
-from sdtrain.dataset.s3.eviction import TAR_STAGES, evict_finished
 from sdtrain.dataset.s3.files import discard, push_files
-from sdtrain.dataset.s3.sync import fetch_outputs
+from sdtrain.dataset.s3.sync import evict_finished, fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.errors import UserError
@@ -91,13 +90,13 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
         fetch_outputs(dataset, stage_name, None if stage_name == "select" else shards, as_they_are=True)
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
-        for stage in road():
+        for stage in pipeline.STAGES:
             rewrite.rewrite(stage)
             rewrite.restamp(stage)
     _record(dataset, journal)
     _refresh(dataset, recipe)
     discard(dataset, dataset.removal)
-    evict_finished(dataset, [stage for stage in journal.touched if stage in TAR_STAGES])
+    evict_finished(dataset)
     return [f"Removed: {journal.note}.", *journal.notes]
 
 
@@ -128,7 +127,7 @@ def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, lis
     """By stage, what is finished; and why that cannot be told of some stages."""
     found: dict[str, list[int]] = {}
     notes = []
-    for stage in road():
+    for stage in pipeline.STAGES:
         recorded = {entry.shard for entry in entries(dataset, stage.name)}
         try:
             shards = stage.shards(dataset, recipe) if recorded else []
@@ -148,7 +147,7 @@ def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
 
     forget_plan(dataset)
     forget_index(dataset)
-    for stage in road():
+    for stage in pipeline.STAGES:
         clear_leftovers(stage, dataset)
     if entries(dataset, "pack"):
         write_index(dataset)

@@ -18,7 +18,7 @@ remove`, `decide` or `build` first brings it to its end; nothing else may use th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,8 +30,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters import pipeline
 from filters.recipe_record import read_recipe
-from filters.remove.stage_tables import rows_sql, touched_shards
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.layout import DatasetDir
@@ -126,7 +126,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
         rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
         num_copies = len(search.copies(found) - found)
-        touched = touched_shards(connection, dataset, found)
+        touched = _touched_shards(connection, dataset, found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
     return Removal(by, len(entries), len(listed), len(same), len(alike), num_copies, unknown, touched)
 
@@ -163,7 +163,7 @@ class _Search:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
         self._connection, self._duplicates = connection, dataset.duplicates
-        rows, values = rows_sql(dataset, ("url", "sha256", "phash"))
+        rows, values = _rows_sql(dataset, ("url", "sha256", "phash"))
         connection.execute("SET preserve_insertion_order = false")
         # Once, because each question would read all of it again.
         connection.execute(f"CREATE TABLE seen AS {rows}", values)
@@ -205,6 +205,43 @@ class _Search:
 
     def _uids(self, query: str, values: list[Any] | dict[str, Any] | None = None) -> set[str]:
         return {uid for (uid,) in self._connection.execute(query, values).fetchall()}
+
+
+def _rows_sql(dataset: DatasetDir, columns: Sequence[str]) -> tuple[str, list[Any]]:
+    """SQL for `uid` and some columns of all tables' rows, NULL where a table lacks one; and the values to bind."""
+    parts, values = ["SELECT NULL::VARCHAR AS uid, " + ", ".join(_null(name) for name in columns)], list[Any]()
+    for table in filter(None, (stage.table for stage in pipeline.STAGES)):
+        paths = list(table.files(dataset).values())
+        if paths:
+            had = pq.read_schema(paths[0]).names
+            selected = ", ".join(name if name in had else _null(name) for name in columns)
+            parts.append(f"SELECT uid, {selected} FROM read_parquet(?, union_by_name = true)")  # noqa: S608
+            values.append([str(path) for path in paths])
+    everything = " UNION ALL ".join(parts)
+    return f"SELECT * FROM ({everything}) WHERE uid IS NOT NULL", values  # noqa: S608
+
+
+def _touched_shards(
+    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, uids: Collection[str]
+) -> dict[str, list[int]]:
+    """By stage, the shards whose tables name any of some samples."""
+    connection.register("wanted", pa.table({"uid": pa.array(sorted(uids), pa.string())}))
+    touched = {}
+    for stage in pipeline.STAGES:
+        files = stage.table.files(dataset) if stage.table else {}
+        shards = {str(path): shard for shard, path in files.items()}
+        query = (
+            "SELECT DISTINCT filename FROM read_parquet(?, filename = true, union_by_name = true) "
+            "WHERE uid IN (SELECT uid FROM wanted)"
+        )
+        found = connection.execute(query, [list(shards)]).fetchall() if shards and uids else []
+        touched[stage.name] = sorted(shards[name] for (name,) in found)
+    connection.unregister("wanted")
+    return touched
+
+
+def _null(name: str) -> str:
+    return f"NULL::{'BIGINT' if name == 'phash' else 'VARCHAR'} AS {name}"
 
 
 def _entry_row(by: Kind, entry: Entry, radius: int) -> dict[str, Any]:

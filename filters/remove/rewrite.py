@@ -6,21 +6,20 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import duckdb
 import pyarrow.parquet as pq
 
 from filters.recipe import Recipe
 from filters.remove.shard_files import drop_images, drop_latents, drop_packed, drop_rows
-from filters.remove.stage_tables import stage_table
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, read_entry, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, digest_sql, read_ledger
 from sdtrain.dataset.s3.files import discard
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table, record
 from sdtrain.download.publish import report_images
 from sdtrain.download.stage import DOWNLOAD
 from sdtrain.pack.plan import SHORT, num_packed, short_shards
@@ -54,15 +53,15 @@ class StageRewrite:
         """Takes removed samples out of a stage's files, and counts anew."""
         touched = self.touched.get(stage.name, [])
         for shard in touched:
-            if stage_table(self.dataset, stage.name, shard).exists():
-                self._rewrite_shard(stage.name, shard)
+            if stage.table and stage.table.path(self.dataset, shard).exists():
+                self._rewrite_shard(stage.name, shard, stage.table.path(self.dataset, shard))
         if stage.name == "select":
             self._recount_selections(set(touched))
             return
         for shard in touched:
             entry = read_entry(self.dataset, stage.name, shard)
             if entry:
-                write_entry(self.dataset, self._recounted(entry))
+                record(stage, self.dataset, self._recounted(stage, entry))
 
     def restamp(self, stage: Stage[Any]) -> None:
         """Gives what was finished the fingerprint that it has with the files before it as they are now."""
@@ -74,10 +73,10 @@ class StageRewrite:
                 continue
             digest = stage.fingerprint(self.dataset, self.recipe, shard)
             if digest != entry.fingerprint:
-                write_entry(self.dataset, entry.model_copy(update={"fingerprint": digest}))
+                record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
 
-    def _rewrite_shard(self, stage: str, shard: int) -> None:
-        dataset, table = self.dataset, stage_table(self.dataset, stage, shard)
+    def _rewrite_shard(self, stage: str, shard: int, table: Path) -> None:
+        dataset = self.dataset
         uids = self._removed_in(table)
         tar = table.with_suffix(".tar")
         if stage in ("download", "pack", "encode") and not tar.exists():
@@ -136,18 +135,18 @@ class StageRewrite:
             counts = {"num_out": left, "dropped": dict(sorted((+dropped).items()))}
             write_entry(self.dataset, entry.model_copy(update=counts | {"outputs": outputs}))
 
-    def _recounted(self, entry: ShardReport) -> ShardReport:
+    def _recounted(self, stage: Stage[Any], entry: ShardReport) -> ShardReport:
         """A shard's entry by its files as they are."""
         if entry.stage == "download":
             report = report_images(self.dataset, entry.shard)
             return report.model_copy(update={"fingerprint": entry.fingerprint, "seconds": entry.seconds})
-        num_in, dropped = self._counts(entry)
+        num_in, dropped = self._counts(stage, entry)
         outputs = describe_outputs(self.dataset, [self.dataset.root / name for name in entry.outputs])
         counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
         return ShardReport.model_validate(entry.model_dump() | counts | {"outputs": outputs})
 
-    def _counts(self, entry: ShardReport) -> tuple[int, dict[str, int]]:
-        table = stage_table(self.dataset, entry.stage, entry.shard)
+    def _counts(self, stage: Stage[Any], entry: ShardReport) -> tuple[int, dict[str, int]]:
+        table = cast(Table, stage.table).path(self.dataset, entry.shard)
         if entry.stage == "dedup":
             place = "row_number() OVER (PARTITION BY group_id ORDER BY kind, uid)"
             rows = f"SELECT kind, {place} AS place FROM read_parquet(?)"  # noqa: S608

@@ -25,7 +25,7 @@ from sdtrain.download.image_shards import (
     write_shard,
 )
 from sdtrain.download.publish import final_files, publish_images, settle_images
-from sdtrain.encode.stage import latent_place
+from sdtrain.encode.stage import latent_offset
 
 Uids = Collection[str]
 
@@ -85,7 +85,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
 
 def drop_latents(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a shard of latents."""
-    _drop_from_pair(tar, table, uids, latent_place)
+    _drop_from_pair(tar, table, uids, latent_offset)
     delete_index(table)
 
 

@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 
 from filters.columns import QUALITY_COLUMNS, SCORE_COLUMNS, UNDECODABLE
 from filters.recipe import NETWORKS, Recipe, ScoreConfig
+from filters.rules import RuleValue, in_words
 from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
 from sdtrain.models.weights import clip_digest
 
@@ -127,4 +128,32 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     yield from score_shards(dataset, recipe.score, shards)
 
 
-SCORE: Stage[Recipe] = Stage("score", _shards, _fingerprint, _run)
+def _rules(recipe: Recipe) -> dict[str, RuleValue]:
+    return {}
+
+
+SCORE: Stage[Recipe] = Stage(
+    *("score", _shards, _fingerprint, _run),
+    inputs={"download": "same shard"},
+    planned_by=None,
+    num_shards=num_selected_shards,
+    beside=nothing_beside,
+    table=Table(
+        view="scores",
+        comment="One row for every downloaded image: our scores, measures of quality and hashes",
+        columns={
+            **dict.fromkeys(("uid", "key", "pixel_sha256"), "VARCHAR"),
+            "phash": "BIGINT",
+            "thumbnail": "BLOB",
+            **dict.fromkeys(("image_width", "image_height"), "INTEGER"),
+            **dict.fromkeys((*SCORE_COLUMNS, *QUALITY_COLUMNS), "FLOAT"),
+            "reason": "VARCHAR",
+            "shard": "INTEGER",
+        },
+        path=DatasetDir.scores,
+    ),
+    drops=Drops(
+        repeats=False, rules=_rules, last={UNDECODABLE: "the stored image cannot be decoded"}, explain=in_words
+    ),
+    uses_gpu=True,
+)

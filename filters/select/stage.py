@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from filters.recipe import Recipe, SelectConfig
+from filters.rules import RuleValue, in_words
 from filters.select.metadata_files import find_metadata, remarks_on
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
@@ -20,9 +21,9 @@ from filters.select.side_inputs import identify_side_inputs
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
-from sdtrain.dataset.removal_ledger import read_ledger
+from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
@@ -197,4 +198,46 @@ def _delete_from(dataset: DatasetDir, shard: int) -> None:
             path.unlink()
 
 
-SELECT: Stage[Recipe] = Stage("select", _shards, _fingerprint, _run)
+def _num_shards(dataset: DatasetDir, recipe: Recipe) -> int:
+    return max(1, len(entries(dataset, "select")))
+
+
+def _rules(recipe: Recipe) -> dict[str, RuleValue]:
+    return recipe.select.rules
+
+
+SELECT: Stage[Recipe] = Stage(
+    *("select", _shards, _fingerprint, _run),
+    inputs={"select": "all shards"},
+    planned_by=None,
+    num_shards=_num_shards,
+    beside=nothing_beside,
+    table=Table(
+        view="selection",
+        comment="Rows chosen from the metadata, in download order",
+        columns={
+            **dict.fromkeys(("key", "uid", "url", "caption"), "VARCHAR"),
+            **dict.fromkeys(("width", "height"), "INTEGER"),
+            "similarity": "DOUBLE",
+            "hash": "BIGINT",
+            **dict.fromkeys(("pwatermark", "punsafe", "aesthetic", "aesthetic_v1"), "DOUBLE"),
+            "shard": "INTEGER",
+        },
+        path=DatasetDir.selection,
+    ),
+    drops=Drops(
+        repeats=False,
+        rules=_rules,
+        last={
+            "url_missing": "no URL",
+            "url_not_allowed": "not a plain http or https URL of a public host",
+            "blocklisted": "on one of the recipe's blocklists",
+            "not_allowlisted": "not on one of the recipe's allowlists",
+            REMOVED: "taken out of this dataset for good",
+            "duplicate_row": "the same URL and caption again",
+            "over_limit": "over the recipe's limit",
+        },
+        explain=in_words,
+    ),
+    uses_gpu=False,
+)

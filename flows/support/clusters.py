@@ -1,4 +1,4 @@
-"""Dask and Ray: starts one on this machine, or goes to a running one."""
+"""Starts Dask or Ray on this machine, or connects to a running cluster."""
 
 import importlib.util
 import logging
@@ -15,19 +15,18 @@ from urllib.parse import urlsplit
 
 from prefect.task_runners import TaskRunner
 
+from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 ANSWER_S = 10
 """Time that a running cluster has to answer at its address."""
-GPU_STAGES = frozenset({"score", "encode", "reference", "contexts", "captions", "draw", "look"})
-"""Of a build and of an evaluation, whose stages add model and scale to the name: draw-MODEL-guidance-7-5."""
 _DASK_PORT = 8786
 _OBJECT_STORE_BYTES = 100 * 2**20  # reports travel through it, and no images
 
 
 @contextmanager
 def start_dask(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
-    """A started task runner on the Dask cluster at `address`, or on one of our own with so many workers."""
+    """Yields a task runner on the Dask cluster at `address`, or on a new one with `workers` workers."""
     _check_installed("dask", "prefect_dask", "distributed")
     import distributed
     from prefect_dask import DaskTaskRunner
@@ -57,7 +56,7 @@ def start_dask(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
 
 @contextmanager
 def start_ray(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
-    """A started task runner on the Ray cluster at `address`, or on one of our own with so many workers."""
+    """Yields a task runner on the Ray cluster at `address`, or on a new one with `workers` workers."""
     _check_installed("ray", "prefect_ray", "ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -81,21 +80,21 @@ def start_ray(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
         ray.shutdown()
 
 
-def needs_of(stage: str) -> AbstractContextManager[Any]:
-    """A context in which to submit the batches of a stage: those that use a GPU ask Ray for one each."""
+def needs_of(stage: Stage[Any]) -> AbstractContextManager[Any]:
+    """Context for submitting a stage's batches: those of a GPU stage ask Ray for one GPU each."""
     ray = sys.modules.get("ray")
-    if stage.partition("-")[0] not in GPU_STAGES or ray is None or not ray.is_initialized():
+    if not stage.uses_gpu or ray is None or not ray.is_initialized():
         return nullcontext()
     if not ray.cluster_resources().get("GPU"):
         return nullcontext()
     from prefect_ray.context import remote_options
 
-    # Ray's default is a new process for each task with a GPU, and each would load the models anew.
+    # Ray's default is a new process for each task with a GPU, and each would load the models again.
     return remote_options(num_gpus=1, max_calls=0)
 
 
 def is_given_up() -> bool:
-    """Whether this code is a batch on Dask whose flow has ended: Dask begins no more, but does not stop those begun."""
+    """Whether this is a batch on Dask whose flow has ended; Dask does not stop batches that run."""
     distributed = sys.modules.get("distributed")
     try:
         worker = distributed.get_worker() if distributed else None
@@ -116,7 +115,7 @@ def _check_installed(engine: str, *packages: str) -> None:
 
 
 def _check_dask_answers(address: str) -> None:
-    """Listens before the client does, which waits for ever for the first word of something that is no scheduler."""
+    """Listens before the client does, which waits for ever for a server that is no scheduler."""
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme not in ("tcp", "tls"):
         return
@@ -126,7 +125,7 @@ def _check_dask_answers(address: str) -> None:
 
 
 def _check_ray_answers(address: str) -> None:
-    """Asks before `ray.init` does, which waits for two minutes and then ends the process."""
+    """Connects before `ray.init` does, which waits for two minutes and then ends the process."""
     import grpc
 
     wanted = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address

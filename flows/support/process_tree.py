@@ -1,4 +1,4 @@
-"""Runs a child process with all that it starts, and leaves none of them behind."""
+"""Runs a child process and leaves no process of its tree behind."""
 
 import os
 import queue
@@ -101,8 +101,8 @@ def _start(command: Sequence[str | Path], environment: Mapping[str, str]) -> "su
 
 def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.SimpleQueue[str | None]") -> None:
     with suppress(OSError), log_file.open("a", buffering=1) as log:
-        for said in process.stdout or ():
-            line = without_secrets(said)  # launchers print the commands that they start
+        for output in process.stdout or ():
+            line = without_secrets(output)  # launchers print the commands that they start
             lines.put(line.rstrip("\n"))
             with suppress(OSError):  # a full disk must not stop the child at its next print
                 log.write(line)

@@ -1,4 +1,4 @@
-"""Progress in the Prefect UI, written seldom enough that the server does not notice."""
+"""Progress bars on Prefect's page, throttled for the server's sake."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ MIN_INTERVAL_S = 2.0
 
 
 class Throttle:
-    """Says yes at most once an interval."""
+    """Lets an action pass at most once an interval."""
 
     def __init__(self, interval_s: float):
         self._interval_s, self._last = interval_s, float("-inf")

@@ -19,7 +19,7 @@ POLL_S = 2.0
 GRACE_S = 20.0
 """Time that a cancelled job has to end before the flow run does; SLURM's KillWait ends it in any case."""
 _ASK_S = 60.0
-_PASSES = ("Unable to contact", "Socket timed out")
+_TRANSIENT = ("Unable to contact", "Socket timed out")
 _TAIL_BYTES = 16_384
 _STOPPED = ("CANCELLED", "DEADLINE", "PREEMPTED", "REVOKED", "TIMEOUT")
 _BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted.
+    """A job to submit.
 
     Attributes:
         script: batch script.
@@ -65,7 +65,7 @@ def run_job(
     """Runs a job to its end and returns SLURM's word for that, COMPLETED for one.
 
     A job that already works on the folder, submitted by a run that was killed, is followed instead of submitting a
-    second one. When the run is cancelled, or this process is told to end, the job is cancelled; after an error of this
+    second one. When the run is cancelled, or this process is asked to end, the job is cancelled; after an error of this
     process, such as a controller that does not answer for a minute, it goes on, and the next run follows it.
 
     Args:
@@ -134,7 +134,7 @@ def cancel(job_id: str) -> None:
 
 
 def _try_to_cancel(job_id: str) -> None:
-    """As `cancel`; a failure is said, and does not take the place of what ends the run."""
+    """Like `cancel`, but a failure is only logged, so that it does not hide what ended the run."""
     try:
         cancel(job_id)
     except UserError as error:
@@ -144,8 +144,8 @@ def _try_to_cancel(job_id: str) -> None:
 def _submit(job: Job, environment: dict[str, str]) -> str:
     # Singleton: should two flows submit at the same moment, the second job waits for the end of the first.
     own = [f"--job-name={job.name}", f"--output={job.log.absolute()}", "--dependency=singleton", "--parsable"]
-    said = _ask("sbatch", *job.options, *own, str(job.script), *job.arguments, environment=environment)
-    return said.strip().split(";")[0]
+    output = _ask("sbatch", *job.options, *own, str(job.script), *job.arguments, environment=environment)
+    return output.strip().split(";")[0]
 
 
 def _record(job: Job, job_id: str) -> None:
@@ -174,7 +174,7 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
             ) from error
         if done.returncode == 0:
             return done.stdout
-        if not any(said in done.stderr for said in _PASSES) or time.monotonic() > deadline:
+        if not any(text in done.stderr for text in _TRANSIENT) or time.monotonic() > deadline:
             raise UserError(f"{command[0]} failed: {done.stderr.strip() or done.stdout.strip()}")
         time.sleep(POLL_S)
 

@@ -1,4 +1,4 @@
-"""Runs a stage over its pending shards: batches become Prefect tasks."""
+"""Runs the pending shards of a stage in batches, each a Prefect task."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from sdtrain.redaction import Location, safe_error
 
 LOG_INTERVAL_S = 10.0
 # A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
-_HEARING_S = 0.5
+_CANCEL_DELAY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _run_batches(
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
     common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
     with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
-        with needs_of(stage.name):
+        with needs_of(stage):
             futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
         reports, failures = _collect(futures, progress)
     if failures:
@@ -142,10 +142,10 @@ def _run_batch(
         with progress_listener(throttled(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
             return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
     except UserError as error:
-        time.sleep(_HEARING_S)
+        time.sleep(_CANCEL_DELAY_S)
         return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
     except Exception as error:
-        time.sleep(_HEARING_S)  # else the next batch might begin in a flow that is about to end
+        time.sleep(_CANCEL_DELAY_S)  # else the next batch might begin in a flow that is about to end
         raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 
 
@@ -159,7 +159,7 @@ def _error(stage: str, failures: list[Exception], num_batches: int) -> Exception
     again = "The finished ones are kept; the same command goes on from there."
     for error in failures:
         if isinstance(error, UserError):
-            return UserError(str(error))  # anew, without the traceback from the batch
+            return UserError(str(error))  # a new one, without the batch's traceback
     first = f"{type(failures[0]).__name__}: {(str(failures[0]).strip().splitlines() or ['no message'])[-1]}"
     if lost_its_worker(failures[0]):
         return UserError(f"{failed}, because a worker ended, killed or out of memory ({first}). {again}")

@@ -1,4 +1,4 @@
-"""Where the batches of a stage run: on threads, in processes, on Dask or on Ray."""
+"""Task runners for the batches of a stage: threads, processes, Dask or Ray."""
 
 import multiprocessing
 import os

@@ -48,13 +48,14 @@ app.command()(curate.recipe)
 def funnel(dataset: curate.NamedDataset) -> None:
     """Show what each rule dropped."""
     from filters.decide import funnel as numbers
+    from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
-    print_table([dict(row) for row in numbers.funnel(directory, recipe)])
-    print(*numbers.remarks(directory, recipe), sep="\n")
+    print_table([dict(row) for row in numbers.funnel(directory, recipe, STAGES)])
+    print(*numbers.remarks(directory, recipe, STAGES), sep="\n")
 
 
 @app.command()
@@ -81,7 +82,7 @@ def query(
 
 @app.command()
 def views(dataset: curate.NamedDataset) -> None:
-    """Write metadata.duckdb anew, for instance after the dataset was moved."""
+    """Write metadata.duckdb again, for instance after the dataset was moved."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.open import open_to_ask
@@ -93,7 +94,7 @@ def views(dataset: curate.NamedDataset) -> None:
 
 @app.command()
 def report(dataset: curate.NamedDataset) -> None:
-    """Write report.html anew: the funnel, score histograms, examples of what was kept and dropped."""
+    """Write report.html again: the funnel, score histograms, examples of what was kept and dropped."""
     from filters.inspect.report import report_on
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.lock import lock_to_read
@@ -105,7 +106,7 @@ def report(dataset: curate.NamedDataset) -> None:
 
 
 def _with_views(name: str, command: str) -> DatasetDir:
-    """A dataset with its metadata.duckdb, which is made anew for one on S3: it names files of this machine."""
+    """A dataset with its metadata.duckdb, written again for one on S3, since it names files of this machine."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.open import open_to_ask

@@ -94,8 +94,10 @@ def decide(
     decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Decide anew which downloaded images stay, by other rules; no image is touched."""
+    """Decide again which downloaded images stay, by other rules; no image is touched."""
+    from filters.decide.stage import KEEP
     from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
+    from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_inputs
@@ -104,8 +106,8 @@ def decide(
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
     recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
     with _to_change(directory, "sdtrain decide", dry_run):
-        fetch_inputs(directory, "keep", [0])
-        print_table(compare(directory, recipe))
+        fetch_inputs(directory, KEEP.inputs, [0])
+        print_table(compare(directory, recipe, STAGES))
         if dry_run:
             print("Nothing was written.")
             return

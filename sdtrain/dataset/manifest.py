@@ -18,11 +18,17 @@ def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Ou
     return {dataset.relative(p): Output(sha256=sha256_of(p), bytes=p.stat().st_size) for p in paths}
 
 
-def write_entry(dataset: DatasetDir, entry: ShardReport) -> None:
-    """Makes the shard count as finished, on S3 first. Call it after every output has its final name."""
+def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
+    """Makes the shard count as finished, on S3 first. Call it after every output has its final name.
+
+    Args:
+        dataset: whose.
+        entry: of the shard.
+        beside: files that its outputs need and it does not list.
+    """
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
     if mirror := mirror_of(dataset):
-        mirror.push(path, content.encode(), entry.outputs, _beside(dataset, entry))
+        mirror.push(path, content.encode(), entry.outputs, beside)
     with publish(path) as temporary:
         temporary.write_text(content)
 
@@ -30,12 +36,6 @@ def write_entry(dataset: DatasetDir, entry: ShardReport) -> None:
 def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
     """Makes a shard count as not finished, before its outputs are touched."""
     storage_of(dataset).discard(dataset.manifest_entry(stage, shard))
-
-
-def _beside(dataset: DatasetDir, entry: ShardReport) -> list[Path]:
-    """Files that a shard's outputs need and no entry lists."""
-    found = {"download": [dataset.images_stats(entry.shard)], "encode": [dataset.latents_info]}
-    return found.get(entry.stage, [])
 
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
@@ -67,6 +67,11 @@ def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
     """All finished shards of a stage, in order."""
     found = sorted(dataset.manifest_entry(stage, 0).parent.glob("[0-9]*.json"))
     return [require_entry(dataset, stage, int(path.stem)) for path in found]
+
+
+def recorded_stages(dataset: DatasetDir) -> list[str]:
+    """The names of all stages that have finished shards, in no particular order."""
+    return sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
 
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:

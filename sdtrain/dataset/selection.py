@@ -27,6 +27,12 @@ def selected_shards(dataset: DatasetDir) -> dict[int, Output]:
     return {int(Path(name).stem): output for name, output in selection(dataset).outputs.items()}
 
 
+def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
+    """How many shards are selected; None before the first selection. `Stage.num_shards` of what follows it."""
+    selected = entries(dataset, "select")
+    return sum(len(entry.outputs) for entry in selected) if selected else None
+
+
 @lru_cache(maxsize=4)
 def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
     # Kept, because every shard's fingerprint asks for it, and at scale it lists tens of thousands of files.

@@ -8,11 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import forget_entry, read_entry, write_entry
-from sdtrain.dataset.s3.eviction import evict_after
+from sdtrain.dataset.manifest import forget_entry, read_entry
 from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import clear_leftovers, is_finished
+from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
 from sdtrain.download.download_request import Finished, Request, RetryRequest, ShardRequest
 from sdtrain.download.http.failures import is_worth_another_try
 from sdtrain.download.image_shards import read_shard_table
@@ -58,7 +57,7 @@ def retry_failed(
             reports.append(report)
         for entry in (read_entry(dataset, "download", request.shard) for request in group):
             if entry:
-                evict_after(dataset, entry)
+                release(DOWNLOAD, dataset, entry)
     return reports
 
 
@@ -90,7 +89,7 @@ def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) 
                 now = time.monotonic()
                 described = {"fingerprint": digests[done.shard], "seconds": round(now - started, 3)}
                 report, started = report.model_copy(update=described), now
-                write_entry(dataset, report)
+                record(DOWNLOAD, dataset, report)
                 yield report
 
 

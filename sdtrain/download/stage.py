@@ -10,10 +10,11 @@ from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry
 from sdtrain.dataset.parquet import read_parquet
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Drops, Stage, Table
 from sdtrain.download.download_request import Finished, Request, ShardRequest
+from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
 from sdtrain.download.publish import adopt_images, publish_images
 from sdtrain.download.worker_process import download_process
@@ -100,4 +101,35 @@ def _check_network(done: Finished) -> None:
         )
 
 
-DOWNLOAD: Stage[ImageRecipe] = Stage("download", _shards, download_fingerprint, _run)
+def _rules(recipe: ImageRecipe) -> dict[str, object]:
+    return {}
+
+
+def _stats(dataset: DatasetDir, shard: int) -> list[Path]:
+    return [dataset.images_stats(shard)]
+
+
+DOWNLOAD: Stage[ImageRecipe] = Stage(
+    *("download", _shards, download_fingerprint, _run),
+    inputs={"select": "all shards"},
+    planned_by=None,
+    num_shards=num_selected_shards,
+    beside=_stats,
+    table=Table(
+        view="images",
+        comment="One row for every selected row: the image as img2dataset stored it, or the reason it is not there",
+        columns={
+            **dict.fromkeys(("url", "caption", "uid", "key", "status", "error_message"), "VARCHAR"),
+            **dict.fromkeys(("width", "height", "original_width", "original_height"), "INTEGER"),
+            **dict.fromkeys(("exif", "sha256", "reason", "size_in_metadata"), "VARCHAR"),
+            "phash": "BIGINT",
+            "extension": "VARCHAR",
+            **dict.fromkeys(("picture_offset", "picture_bytes"), "BIGINT"),
+            "shard": "INTEGER",
+            "tar": "VARCHAR",
+        },
+        path=DatasetDir.images_table,
+    ),
+    drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
+    uses_gpu=False,
+)

@@ -1,4 +1,4 @@
-"""Latents are decoded again before they count as finished: a wrong encoder spoils them without any error."""
+"""Decodes latents before they count as finished: a wrong encoder spoils them without any error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BOUND_IS_FOR, _SPREAD_DB = 16, 4.0
 
 
 @dataclass(frozen=True)
-class Figures:
+class DecodeQuality:
     """How well some latents give their images back.
 
     Attributes:
@@ -50,7 +50,9 @@ def chosen_rows(num_rows: int, config: EncodeConfig, shard: int) -> set[int]:
     return set(np.random.default_rng(shard).choice(num_rows, number, replace=False).tolist())
 
 
-def measure(vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: Sequence[NDArray[np.uint8]]) -> Figures:
+def measure(
+    vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: Sequence[NDArray[np.uint8]]
+) -> DecodeQuality:
     """Decodes latents and compares the images.
 
     Args:
@@ -66,10 +68,10 @@ def measure(vae: AutoencoderKL, moments: Sequence[NDArray[np.float16]], pixels: 
         drawn = mean + np.exp(0.5 * logvar.clip(-30, 20)) * rng.standard_normal(mean.shape, np.float32)
         latents.append(drawn.ravel())
     scaled = float(vae.config.scaling_factor) * np.concatenate(latents)
-    return Figures(len(ratios), float(np.mean(ratios)), float(np.min(ratios)), float(scaled.std()))
+    return DecodeQuality(len(ratios), float(np.mean(ratios)), float(np.min(ratios)), float(scaled.std()))
 
 
-def require_good(figures: Figures, config: EncodeConfig, vae: AutoencoderKL, where: str) -> None:
+def require_good(quality: DecodeQuality, config: EncodeConfig, vae: AutoencoderKL, where: str) -> None:
     """Refuses latents that do not give their images back.
 
     Raises:
@@ -79,17 +81,17 @@ def require_good(figures: Figures, config: EncodeConfig, vae: AutoencoderKL, whe
     if bound is None:
         return
     # Images differ by 4 dB (sd): the mean of few may lie lower, by as many of its standard deviations as that of 16.
-    few = max(0.0, figures.num_samples**-0.5 - _BOUND_IS_FOR**-0.5)
+    few = max(0.0, quality.num_samples**-0.5 - _BOUND_IS_FOR**-0.5)
     bound -= 4 * _SPREAD_DB * few
     low, high = _STD_BOUNDS
     problems = []
-    if not figures.psnr_db >= bound:
-        problems.append(f"their PSNR is {figures.psnr_db:.1f} dB, and at least {bound:.1f} is expected of this VAE")
-    if not low <= figures.scaled_std <= high:
-        problems.append(f"times the scaling factor their standard deviation is {figures.scaled_std:.2f} instead of 1")
+    if not quality.psnr_db >= bound:
+        problems.append(f"their PSNR is {quality.psnr_db:.1f} dB, and at least {bound:.1f} is expected of this VAE")
+    if not low <= quality.scaled_std <= high:
+        problems.append(f"times the scaling factor their standard deviation is {quality.scaled_std:.2f} instead of 1")
     if problems:
         raise UserError(
-            f"The latents of {where} do not give their images back: {figures.num_samples} were decoded, and "
+            f"The latents of {where} do not give their images back: {quality.num_samples} were decoded, and "
             f"{'; '.join(problems)}. The pixels are not normalised as the VAE wants, or its weights are damaged. If "
             "your images are unusual, lower encode.min_psnr_db (0 switches the check off)."
         )

@@ -42,7 +42,7 @@ def sizes_px(config: EncodeConfig) -> list[Size]:
 
 
 def vae_digest_in(dataset: DatasetDir, name: str) -> str:
-    """The digest by which a dataset knows a VAE; one that an earlier version wrote stays, lest all is encoded anew.
+    """The digest by which a dataset knows a VAE; one of an earlier version stays, so nothing is encoded again.
 
     Raises:
         UserError: no such VAE.
@@ -98,15 +98,15 @@ def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequenc
 
 
 def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
-    """Writes latents/info.json, with the figures of the first shard that is finished."""
+    """Writes latents/info.json, with the decode quality of the first finished shard."""
     with _alone(dataset.latents_info.parent):
-        figures = _figures(dataset.latents_info.parent)
-        content = latents_info(dataset, config) | ({"check": figures} if figures else {})
+        quality = _first_quality(dataset.latents_info.parent)
+        content = latents_info(dataset, config) | ({"check": quality} if quality else {})
         with publish(dataset.latents_info) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _figures(folder: Path) -> dict[str, Any] | None:
+def _first_quality(folder: Path) -> dict[str, Any] | None:
     for table in sorted(folder.glob("[0-9]*.parquet"))[:1]:
         stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
         return {"shard": table.stem, **json.loads(stated)} if stated else None
@@ -115,7 +115,7 @@ def _figures(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Other processes that encode into the folder wait: each would put what it read before in the place of newer."""
+    """Other processes that encode into the folder wait: each would overwrite newer content with what it read before."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network mounts have no locks

@@ -23,9 +23,9 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.prefetch import prefetch
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
-from sdtrain.encode.check import Figures, chosen_rows, measure, require_good
+from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
     CHECK_KEY,
     ROWS_KEY,
@@ -42,6 +42,8 @@ from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.device import cores_of_process
+from sdtrain.pack.plan import expected_shards
+from sdtrain.pack.stage import PACK
 
 T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
@@ -72,9 +74,9 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     encoder = _ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard))
     with publish(dataset.latents_tar(shard)) as temporary:
         index = write_samples(temporary, encoder.encoded(read_samples(source)))
-        placed = [row | latent_place(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
-        figures = _checked(temporary, placed, encoder, config)
-    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, figures)))
+        placed = [row | latent_offset(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
+        quality = _checked(temporary, placed, encoder, config)
+    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, quality)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     delete_index(dataset.latents_table(shard))
@@ -89,7 +91,7 @@ class _ShardEncoder:
     Attributes:
         source: the packed shard.
         vae: the network.
-        rows: of the table, without the latents' places.
+        rows: of the table, without the latents' offsets.
         pixels: of the chosen rows, in their first crop.
     """
 
@@ -152,7 +154,9 @@ class _ShardEncoder:
         return key, {_MOMENTS: _npy(array), "txt": members["txt"], "json": _json(described)}
 
 
-def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig) -> Figures | None:
+def _checked(
+    tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig
+) -> DecodeQuality | None:
     """Decodes the chosen latents as they lie in the file."""
     if not encoder.pixels:
         return None
@@ -162,13 +166,13 @@ def _checked(tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, 
             file.seek(row["offset"])
             content = file.read(row["num_bytes"] // config.num_crops)
             moments.append(np.frombuffer(content, np.float16).reshape(-1, row["height"], row["width"]))
-    figures = measure(encoder.vae, moments, list(encoder.pixels.values()))
-    require_good(figures, config, encoder.vae, str(encoder.source))
-    return figures
+    quality = measure(encoder.vae, moments, list(encoder.pixels.values()))
+    require_good(quality, config, encoder.vae, str(encoder.source))
+    return quality
 
 
 def _described(
-    dataset: DatasetDir, rows: Sequence[dict[str, Any]], config: EncodeConfig, figures: Figures | None
+    dataset: DatasetDir, rows: Sequence[dict[str, Any]], config: EncodeConfig, quality: DecodeQuality | None
 ) -> dict[str, str]:
     """The table's own metadata."""
     columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
@@ -176,8 +180,8 @@ def _described(
     if len(sizes := sizes_px(config)) > 1:
         sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
         described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
-    if figures:
-        described[CHECK_KEY] = json.dumps(figures.as_dict())
+    if quality:
+        described[CHECK_KEY] = json.dumps(quality.as_dict())
     return described
 
 
@@ -187,8 +191,8 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def latent_place(tar: Path, sample: SampleIndex) -> dict[str, int]:
-    """Where the raw numbers begin: behind the npy header, whose length its bytes 8 and 9 tell."""
+def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
+    """The offset of the raw numbers, behind the npy header, whose length its bytes 8 and 9 tell."""
     member = sample.members[_MOMENTS]
     with tar.open("rb") as file:
         file.seek(member.offset + 8)
@@ -207,8 +211,6 @@ def _json(content: dict[str, Any]) -> bytes:
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
-    from sdtrain.pack.stage import PACK
-
     return PACK.shards(dataset, recipe)
 
 
@@ -227,4 +229,29 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         yield encode_shard(dataset, recipe.encode, shard)
 
 
-ENCODE: Stage[ImageRecipe] = Stage("encode", _shards, _fingerprint, _run)
+def _info(dataset: DatasetDir, shard: int) -> list[Path]:
+    return [dataset.latents_info]
+
+
+ENCODE: Stage[ImageRecipe] = Stage(
+    *("encode", _shards, _fingerprint, _run),
+    # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
+    inputs={"pack": "same shard", "encode": "first shard"},
+    planned_by="keep",
+    num_shards=expected_shards,
+    beside=_info,
+    table=Table(
+        view="latents",
+        comment="Encoded samples, and where their moments lie in the latents shards",
+        columns={
+            **dict.fromkeys(("uid", "key", "caption", "url"), "VARCHAR"),
+            **dict.fromkeys(("offset", "num_bytes"), "BIGINT"),
+            **dict.fromkeys(("height", "width"), "INTEGER"),
+            "shard": "INTEGER",
+            "tar": "VARCHAR",
+        },
+        path=DatasetDir.latents_table,
+    ),
+    drops=None,
+    uses_gpu=True,
+)

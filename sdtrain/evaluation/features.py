@@ -12,7 +12,7 @@ from torch import Tensor
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import read_samples
 from sdtrain.evaluation.generate import SampleJob, draw_stage, part_prompts
 from sdtrain.evaluation.layout import EvaluationDir, key_of, write_tensors
@@ -31,12 +31,14 @@ from sdtrain.evaluation.protocol import Protocol
 
 def caption_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that embeds the prompts of each part."""
-    return Stage("captions", _parts, _caption_fingerprint, _embed_parts)
+    return plain_stage("captions", _parts, _caption_fingerprint, _embed_parts, uses_gpu=True)
 
 
 def feature_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that extracts the features of each part's images."""
-    return Stage(f"look-{job.model.key}-{key_of(job.scale)}", _parts, _feature_fingerprint, _extract_parts)
+    return plain_stage(
+        f"look-{job.model.key}-{key_of(job.scale)}", _parts, _feature_fingerprint, _extract_parts, uses_gpu=True
+    )
 
 
 def _parts(dataset: DatasetDir, job: SampleJob) -> list[int]:

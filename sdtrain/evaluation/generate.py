@@ -20,7 +20,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
 from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, read_texts, write_tensors
@@ -55,12 +55,16 @@ class SampleJob:
 
 def context_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that encodes the prompts of each part."""
-    return Stage(f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts)
+    return plain_stage(
+        f"contexts-{job.model.text_encoder[:12]}", _parts, _context_fingerprint, _encode_parts, uses_gpu=True
+    )
 
 
 def draw_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that draws each part."""
-    return Stage(f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts)
+    return plain_stage(
+        f"draw-{job.model.key}-{key_of(job.scale)}", _parts, _draw_fingerprint, _draw_parts, uses_gpu=True
+    )
 
 
 def part_prompts(directory: EvaluationDir, job: Any, part: int) -> list[str]:

@@ -26,7 +26,7 @@ from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.dataset.s3.url import is_s3
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.tars import index_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian
@@ -191,7 +191,7 @@ def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) ->
 
 def reference_stage(job: ReferenceJob) -> Stage[ReferenceJob]:
     """The stage that extracts the features of the real images."""
-    return Stage("reference", _parts, _fingerprint, _extract_parts)
+    return plain_stage("reference", _parts, _fingerprint, _extract_parts, uses_gpu=True)
 
 
 def reference_parts(job: ReferenceJob) -> list[int]:

@@ -12,9 +12,9 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.compvis import open_compvis
-from sdtrain.formats.frozen import load_frozen, load_text_encoder, load_vae
+from sdtrain.formats.frozen import load_frozen
 from sdtrain.formats.part_files import find_part, open_part
-from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, empty_unet
+from sdtrain.formats.stored_model import Average, State, StoredModel, Weights, empty_unet
 from sdtrain.formats.tensor_file import fit
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet
@@ -69,7 +69,7 @@ def open_run(path: Path) -> StoredModel:
         unet_config=build_unet(config.unet, config.latent_size).config,
         scheduler_config=sampling_scheduler(config.diffusion).config,
         states={"ema": lambda: dict(checkpoint.weights("ema")), "raw": lambda: dict(checkpoint.weights("master"))},
-        frozen=lambda: load_frozen(config),
+        frozen=lambda: load_frozen(config.vae, name),
         average=Average(config.ema.decay, checkpoint.layout.ema_updates),
         step=step,
         tokenizer_name=None if Path(name).is_dir() else name,
@@ -98,7 +98,7 @@ def open_folder(path: Path) -> StoredModel:
     states: dict[Weights, Any] = {"ema": lambda: _folder_state(unet_folder, unet_config, None)}
     if find_part(unet_folder, "unet", RAW_VARIANT):
         states["raw"] = lambda: _folder_state(unet_folder, unet_config, RAW_VARIANT)
-    return StoredModel(str(path), unet_config, scheduler_config, states, lambda: _folder_frozen(path))
+    return StoredModel(str(path), unet_config, scheduler_config, states, lambda: load_frozen(str(path), str(path)))
 
 
 def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) -> State:
@@ -107,11 +107,6 @@ def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) 
         return {name: tensor.float() for name, tensor in tensors.items()}
     except UserError as error:
         raise UserError(f"{folder} is not a UNet that diffusers can load: {error}") from error
-
-
-def _folder_frozen(path: Path) -> FrozenModels:
-    tokenizer, text_encoder = load_text_encoder(str(path))
-    return FrozenModels(load_vae(str(path)), tokenizer, text_encoder)
 
 
 def training_weights(path: Path) -> tuple[State, State, int | None]:

@@ -118,7 +118,7 @@ class Checkpoint:
                 raise UserError(f"{file} is missing or damaged.")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one of STATE's flat vectors, however it was cut; zeros past its end."""
+        """Elements [start, stop) of one of STATE's flat vectors, however it was sharded; zeros past its end."""
         result, size = torch.zeros(stop - start), self.layout.partition_numel
         last_slot = self.layout.parameters[-1]
         stop = min(stop, last_slot.offset + last_slot.numel)

@@ -1,4 +1,4 @@
-"""What the tensors of a CompVis file are arranged as, and whether they are what a file holds."""
+"""The architecture of a model in a CompVis file, and the check that the file holds its tensors."""
 
 from __future__ import annotations
 

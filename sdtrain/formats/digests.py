@@ -1,6 +1,6 @@
-"""What identifies a stage's networks in a fingerprint, told without loading them, or the libraries they are made with.
+"""The digest of a VAE for fingerprints, remembered so that neither the VAE nor its libraries need to be loaded.
 
-Whether a shard is finished hangs on it, so a build with nothing left to do asks it too.
+A build with nothing left to do asks for it too.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import sdtrain
 from sdtrain.dataset.files import publish
-from sdtrain.models.weights import cache_dir
+from sdtrain.models.weights import DEMO_WEIGHTS, cache_dir
 
 # To be raised with every change of what `sdtrain.formats.frozen.vae_digest` gives for a file.
 _RULE = "vae/2"
-_DEMO = Path(sdtrain.__file__).parent / "demo" / "weights"
 _SUFFIXES = (".json", ".safetensors", ".bin", ".ckpt")
 # A file may change once more within the resolution of its time stamps, and nobody would see it.
 _SETTLED_S = 2.0
@@ -59,7 +57,7 @@ def compute_vae_digest(name: str) -> str:
 
 def _files_of_vae(name: str) -> list[Path]:
     """The files in which a VAE lies on this machine; empty where nobody knows."""
-    root = _DEMO if name == "demo" else Path(name)
+    root = DEMO_WEIGHTS if name == "demo" else Path(name)
     if root.is_file():
         return [root]
     if not root.is_dir():

@@ -102,7 +102,7 @@ def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path
         UserError: `output` holds something that is no earlier export.
     """
     _require_replaceable(output)
-    pipeline = _pipeline(unet, load_frozen(config), sampling_scheduler(config.diffusion))
+    pipeline = _pipeline(unet, load_frozen(config.vae, config.text_encoder), sampling_scheduler(config.diffusion))
     with _publish_folder(output) as temporary:
         pipeline.save_pretrained(temporary)
         _forget_places(temporary)

@@ -16,7 +16,6 @@ from diffusers import AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.compvis_layout import SCALING_FACTOR, VAE_CONFIG, Architecture
 from sdtrain.formats.hub import find_part_folder
@@ -252,11 +251,10 @@ def vae_scaling_factor(name: str) -> float:
     return float(_read_vae_config(find_part_folder(name, "vae") / "config.json")["scaling_factor"])
 
 
-def load_frozen(config: TrainConfig) -> FrozenModels:
-    """VAE and text encoder of a training config.
+def load_frozen(vae: str, text_encoder: str) -> FrozenModels:
+    """VAE, tokenizer and text encoder, by names as for `load_vae` and `load_text_encoder`.
 
     Raises:
-        UserError: they are not there.
+        UserError: one is not there, or of another kind.
     """
-    tokenizer, text_encoder = load_text_encoder(config.text_encoder)
-    return FrozenModels(load_vae(config.vae), tokenizer, text_encoder)
+    return FrozenModels(load_vae(vae), *load_text_encoder(text_encoder))

@@ -88,8 +88,8 @@ def _unet_up(config: Mapping[str, Any]) -> Pairs:
             if _has_attention(kind):
                 yield f"up_blocks.{level}.attentions.{layer}", f"output_blocks.{number}.1"
             if layer + 1 == num_layers and level + 1 < len(kinds):
-                place = 2 if _has_attention(kind) else 1
-                yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{number}.{place}.conv"
+                upsampler = 2 if _has_attention(kind) else 1
+                yield f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{number}.{upsampler}.conv"
             number += 1
 
 
@@ -175,7 +175,7 @@ def compvis_name(name: str) -> str:
 
 
 def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """For `fit`: any name that a VAE's tensor goes by -> diffusers' name of today.
+    """For `fit`: any name of a VAE's tensor -> diffusers' current name.
 
     Args:
         modules: of the VAE, as `vae_modules` gives them.
@@ -201,7 +201,7 @@ def former_vae_name(name: str) -> str:
 
 
 def text_name(is_nested: bool) -> Callable[[str], str | None]:
-    """For `fit`: any name that a tensor of CLIP's text encoder goes by -> the name in this version of transformers.
+    """For `fit`: any name of a tensor of CLIP's text encoder -> the name in this version of transformers.
 
     Args:
         is_nested: whether that begins with `text_model.`.

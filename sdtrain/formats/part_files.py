@@ -69,42 +69,42 @@ class Shards(Mapping[str, torch.Tensor]):
     def __init__(self, index: Path):
         self.path = index
         try:
-            places = dict(json.loads(index.read_text())["weight_map"])
+            file_of = dict(json.loads(index.read_text())["weight_map"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{index} is no list of a network's files: it has no weight_map that can be read."
             ) from error
-        names = sorted(set(places.values()), key=str)
+        names = sorted(set(file_of.values()), key=str)
         outside = [name for name in names if not isinstance(name, str) or name != Path(name).name]
         if outside:
             raise UserError(f"{index} names {outside[0]!r}, which is no file beside it.")
         files = {name: TensorFile(index.parent / name) for name in names}
-        self._places: dict[str, TensorFile] = {tensor: files[name] for tensor, name in places.items()}
-        for tensor, file in self._places.items():
+        self._file_of: dict[str, TensorFile] = {tensor: files[name] for tensor, name in file_of.items()}
+        for tensor, file in self._file_of.items():
             if tensor not in file:
                 raise UserError(f"{index} says that {file.path.name} holds {tensor}, and it does not.")
 
     @property
     def files(self) -> list[Path]:
         """Those that are listed."""
-        return sorted({file.path for file in self._places.values()})
+        return sorted({file.path for file in self._file_of.values()})
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._places[name][name]
+        return self._file_of[name][name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._file_of)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
-        return self._places[name].shape(name)
+        return self._file_of[name].shape(name)
 
     def is_floating(self, name: str) -> bool:
         """Whether its numbers are floating-point ones."""
-        return self._places[name].is_floating(name)
+        return self._file_of[name].is_floating(name)
 
 
 def find_part(folder: Path, part: str, variant: str | None = None) -> Path | None:

@@ -36,7 +36,7 @@ class Average:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What can be had of a model; nothing large is read before it is asked for.
+    """A model; nothing large is read before it is asked for.
 
     Attributes:
         source: where it is, for messages.

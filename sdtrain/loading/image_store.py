@@ -29,7 +29,7 @@ _BEHIND_LAST = 2**16
 
 
 class ImageStore(SampleStore):
-    """The images of one packed dataset, cropped anew in each epoch.
+    """The images of one packed dataset, cropped differently in each epoch.
 
     The tables of shards are read when they are first needed. A global shuffle over very many shards reads one nearly
     for every sample; `data.shuffle: blocks` does not.
@@ -69,17 +69,17 @@ class ImageStore(SampleStore):
     ) -> Fetched:
         """Reads samples; the crop is drawn from (seed, sample, epoch)."""
         fetched = Fetched.blank(len(indices))
-        for place, index in enumerate(indices.tolist()):
+        for position, index in enumerate(indices.tolist()):
             try:
                 uid, members = self._members(index)
-                fetched.uids[place], fetched.captions[place] = uid, members["txt"].decode()
+                fetched.uids[position], fetched.captions[position] = uid, members["txt"].decode()
                 if rows is not None:
                     image = decode_rgb(members[image_extension(members)])
-                    crop = cut(image, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[place])))
-                    rows[place] = crop.pixels.transpose(2, 0, 1)
+                    crop = cut(image, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[position])))
+                    rows[position] = crop.pixels.transpose(2, 0, 1)
             except (UserError, OSError, KeyError, ValueError, tarfile.TarError, pa.ArrowException) as error:
                 shard = int(np.searchsorted(self._ends, index, side="right"))
-                fetched.damaged[place] = (
+                fetched.damaged[position] = (
                     f"{self._tar(shard)}: sample {index} cannot be read: {error}. Delete the file and run the build "
                     "again: it redoes lost shards."
                 )

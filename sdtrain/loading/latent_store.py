@@ -77,7 +77,7 @@ class LatentStore(SampleStore):
         return digest == self.digest or digest == whole_tables_digest(self._folder)
 
     def check_shards(self) -> None:
-        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded anew.
+        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded again.
 
         Raises:
             UserError: naming the shard.
@@ -101,18 +101,18 @@ class LatentStore(SampleStore):
     def fetch(
         self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
     ) -> Fetched:
-        """Reads samples; each epoch takes the next of an image's crops, from a first one that is drawn by lot."""
+        """Reads samples; each epoch takes the next of an image's crops, from a random first one."""
         fetched = Fetched.blank(len(indices))
-        for place, index in enumerate(indices.tolist()):
+        for position, index in enumerate(indices.tolist()):
             try:
                 shard, row = self._locate(index)
                 described = self._index(shard)
-                fetched.uids[place], fetched.captions[place] = described.uid(row), described.caption(row)
+                fetched.uids[position], fetched.captions[position] = described.uid(row), described.caption(row)
                 if rows is not None:
-                    crop = _crop(seed, fetched.uids[place], int(epochs[place]), self.num_crops)
-                    self._read(shard, described, row, crop, rows[place])
+                    crop = _crop(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
+                    self._read(shard, described, row, crop, rows[position])
             except UserError as error:
-                fetched.damaged[place] = str(error)
+                fetched.damaged[position] = str(error)
         return fetched
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.diffusion import drop_captions, offset_noise
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import OnlineVae
-from sdtrain.loading.sample_plan import Picks, SampleNoise, sample_noise
+from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
 from sdtrain.models.text import CaptionTokens
@@ -94,36 +94,36 @@ class BatchMaker:
     def make(self, step: int, micro_step: int) -> MicroBatch:
         """The rank's share of micro-step `micro_step` of optimizer step `step`."""
         config = self._config
-        picks = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch_size)
-        return self.assemble(picks, step, config.caption_dropout)
+        samples = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch_size)
+        return self.assemble(samples, step, config.caption_dropout)
 
-    def assemble(self, picks: Picks, step: int, caption_dropout: float) -> MicroBatch:
+    def assemble(self, samples: SampleIndices, step: int, caption_dropout: float) -> MicroBatch:
         """The batch of some samples of one size, with the noise that they have in optimizer step `step`."""
-        config, num_samples = self._config, len(picks.indices)
-        size_number = self._store.size_number(int(picks.indices[0]))
+        config, num_samples = self._config, len(samples.indices)
+        size_number = self._store.size_number(int(samples.indices[0]))
         rows = self._store.buffer(num_samples, size_number)
-        fetched = self._fetch(picks, rows)
+        fetched = self._fetch(samples, rows)
         shape = (num_samples, 4, *self._store.sizes[size_number])
         posterior, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        chances = self._chances(step, fetched.uids, posterior, noise)
-        captions = drop_captions(fetched.captions, [chance.drop for chance in chances], caption_dropout)
-        offsets = torch.from_numpy(np.stack([chance.offset for chance in chances]))
+        draws = self._draws(step, fetched.uids, posterior, noise)
+        captions = drop_captions(fetched.captions, [draw.drop for draw in draws], caption_dropout)
+        offsets = torch.from_numpy(np.stack([draw.offset for draw in draws]))
         batch = MicroBatch(
             moments=torch.from_numpy(rows),
             posterior=torch.from_numpy(posterior),
             noise=offset_noise(torch.from_numpy(noise), offsets, config.diffusion.offset_noise),
-            timesteps=torch.tensor([chance.timestep for chance in chances]),
+            timesteps=torch.tensor([draw.timestep for draw in draws]),
             token_ids=self._tokens(captions),
         )
         return PixelBatch(**vars(batch), encoder=OnlineVae(config.vae)) if config.data.online_vae else batch
 
-    def _chances(
+    def _draws(
         self, step: int, uids: Sequence[str], posterior: NDArray[np.float32], noise: NDArray[np.float32]
     ) -> list[SampleNoise]:
         length, shape = self._config.diffusion.num_timesteps, posterior.shape[1:]
         return [
-            sample_noise(self._config.seed, step, uid, length, shape, (posterior[place], noise[place]))
-            for place, uid in enumerate(uids)
+            sample_noise(self._config.seed, step, uid, length, shape, (posterior[position], noise[position]))
+            for position, uid in enumerate(uids)
         ]
 
     def prefetch(self, first_step: int, last_step: int, pin_memory: bool) -> Iterator[MicroBatch]:
@@ -144,25 +144,25 @@ class BatchMaker:
     def _make_pinned(self, step: int, micro_step: int) -> MicroBatch:
         return self.make(step, micro_step).pinned()
 
-    def _fetch(self, picks: Picks, rows: NDArray[Any]) -> Fetched:
-        """Reads samples into `rows`; by `data.on_corrupt`, computed substitutes take the places of damaged ones.
+    def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
+        """Reads samples into `rows`; by `data.on_corrupt`, computed substitutes replace damaged ones.
 
         A substitute is drawn from (seed, sample, attempt) among those of its dataset and size, so that it is the same
         on every rank and after every resume.
         """
         seed = self._config.seed
-        fetched = self._store.fetch(picks.indices, picks.epochs, seed, rows)
+        fetched = self._store.fetch(samples.indices, samples.epochs, seed, rows)
         for attempt in range(_SUBSTITUTES):
             if not fetched.damaged:
                 return fetched
             if self._config.data.on_corrupt == "stop":
                 fetched.require_whole()
             self._note(fetched)
-            places = sorted(fetched.damaged)
-            others = np.array([self._substitute(int(picks.indices[place]), attempt) for place in places])
-            spare = np.empty_like(rows[: len(places)])
-            fetched.put(places, self._store.fetch(others, picks.epochs[places], seed, spare))
-            rows[places] = spare
+            positions = sorted(fetched.damaged)
+            others = np.array([self._substitute(int(samples.indices[position]), attempt) for position in positions])
+            spare = np.empty_like(rows[: len(positions)])
+            fetched.put(positions, self._store.fetch(others, samples.epochs[positions], seed, spare))
+            rows[positions] = spare
         raise UserError(
             f"A damaged sample's {_SUBSTITUTES} substitutes are damaged as well, so that skipping leads nowhere: "
             f"{next(iter(fetched.damaged.values()))}"

@@ -1,4 +1,4 @@
-"""Orders in which an epoch goes through its samples, computed and not stored."""
+"""Orders of the samples in an epoch, computed and not stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Order(Protocol):
         """Samples in one epoch."""
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at places of an epoch."""
+        """The samples at some offsets of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GlobalOrder:
     name: str = ""
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at places of an epoch."""
+        """The samples at some offsets of an epoch."""
         return permute(offsets, self.size, round_keys(f"order {self.seed} {epoch}{self.name}"))
 
 
@@ -61,7 +61,7 @@ class BlockOrder:
     A window is the next `window` shards in the epoch's own order; its samples are permuted among themselves, and the
     next window begins where it ends. So at most `window` shards are open at once (twice as many where a batch
     straddles two windows), and each is opened once an epoch. A window is mixed perfectly; two samples of different
-    shards come into the same window with probability (window - 1) / (number of shards - 1), anew in each epoch. Packed
+    shards come into the same window with probability (window - 1) / (number of shards - 1). Packed
     shards are random samples of the whole dataset already, so a window is one as well.
 
     Args:
@@ -80,17 +80,17 @@ class BlockOrder:
         self._layout = lru_cache(maxsize=4)(self._lay_out)
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at places of an epoch."""
+        """The samples at some offsets of an epoch."""
         layout = self._layout(epoch)
         windows = np.searchsorted(layout.windows, offsets, side="right") - 1
-        places = np.empty_like(offsets)
+        positions = np.empty_like(offsets)
         for window in np.unique(windows):
             here, begin = windows == window, layout.windows[window]
             end = layout.windows[window + 1] if window + 1 < len(layout.windows) else self.size
             keys = round_keys(f"window {self._seed} {epoch} {window}{self._name}")
-            places[here] = begin + permute(offsets[here] - begin, int(end - begin), keys)
-        turns = np.searchsorted(layout.begins, places, side="right") - 1
-        return self._firsts[layout.shards[turns]] + places - layout.begins[turns]
+            positions[here] = begin + permute(offsets[here] - begin, int(end - begin), keys)
+        turns = np.searchsorted(layout.begins, positions, side="right") - 1
+        return self._firsts[layout.shards[turns]] + positions - layout.begins[turns]
 
     def _lay_out(self, epoch: int) -> _Layout:
         count = len(self._sizes)

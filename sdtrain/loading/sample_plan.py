@@ -1,4 +1,4 @@
-"""Which sample is seen when, and with which noise: pure functions of (seed, step, sample).
+"""The sample at each position of training, and its noise: pure functions of (seed, step, sample).
 
 Nothing is replayed: the sample at any position is computed, so a run resumes in the middle of an epoch, on any
 number of ranks, with the samples and the noise of an undisturbed run.
@@ -39,7 +39,7 @@ class SourcePlan:
 
 
 @dataclass(frozen=True)
-class Picks:
+class SampleIndices:
     """Samples at some positions.
 
     Attributes:
@@ -55,8 +55,8 @@ class SamplePlan:
     """The order of samples over all epochs.
 
     Positions take turns between the sources in the proportion of their shares, and within a source between its sizes
-    in the proportion of their numbers (`draw`). Each size of each source has its own endless stream:
-    epoch after epoch, every sample exactly once per epoch, shuffled anew in each. `group` positions that follow each
+    in the proportion of their numbers (`interleave`). Each size of each source has its own endless stream:
+    epoch after epoch, every sample exactly once per epoch, each in another order. `group` positions that follow each
     other are of one size. A group may straddle two epochs of its stream, so that nothing is left over: no sample is
     dropped or repeated, and at any time the sizes of one source have got equally far, give or take a group for each.
 
@@ -70,12 +70,12 @@ class SamplePlan:
         self._sources, self._global_batch_size, self._group = tuple(sources), global_batch_size, group
         self._firsts = [0, *accumulate(source.size for source in sources)]
 
-    def batch(self, step: int) -> Picks:
+    def batch(self, step: int) -> SampleIndices:
         """The samples of one optimizer step; a batch may straddle two epochs."""
         first = step * self._global_batch_size
         return self.at(np.arange(first, first + self._global_batch_size, dtype=np.int64))
 
-    def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int, size: int) -> Picks:
+    def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int, size: int) -> SampleIndices:
         """The part of the step's batch that one rank does in one micro-step, `size` samples."""
         first = step * self._global_batch_size + (micro_step * world_size + rank) * size
         return self.at(np.arange(first, first + size, dtype=np.int64))
@@ -90,24 +90,24 @@ class SamplePlan:
                 first += order.size
         raise IndexError(index)
 
-    def at(self, positions: Ints) -> Picks:
+    def at(self, positions: Ints) -> SampleIndices:
         """Samples at positions counted from the start of training."""
         groups, inside = np.divmod(positions, self._group)
-        sources, places = draw(groups, [source.share for source in self._sources])
-        picks = Picks(np.empty_like(positions), np.empty_like(positions))
+        sources, within = interleave(groups, [source.share for source in self._sources])
+        samples = SampleIndices(np.empty_like(positions), np.empty_like(positions))
         for number in np.unique(sources):
             here = sources == number
             first, orders = self._firsts[number], self._sources[number].orders
-            picks.indices[here], picks.epochs[here] = self._in_source(orders, first, places[here], inside[here])
-        return picks
+            samples.indices[here], samples.epochs[here] = self._in_source(orders, first, within[here], inside[here])
+        return samples
 
     def _in_source(self, orders: Sequence[Order], first: int, groups: Ints, inside: Ints) -> tuple[Ints, Ints]:
         indices, epochs = np.empty_like(groups), np.empty_like(groups)
-        sizes, places = draw(groups, [order.size for order in orders])
+        sizes, within = interleave(groups, [order.size for order in orders])
         firsts = [first, *(first + end for end in accumulate(order.size for order in orders))]
         for number in np.unique(sizes):
             here, order = sizes == number, orders[number]
-            epochs[here], offsets = np.divmod(places[here] * self._group + inside[here], order.size)
+            epochs[here], offsets = np.divmod(within[here] * self._group + inside[here], order.size)
             indices[here] = firsts[number] + _over_epochs(order, epochs[here], offsets)
         return indices, epochs
 
@@ -120,30 +120,30 @@ def _over_epochs(order: Order, epochs: Ints, offsets: Ints) -> Ints:
     return indices
 
 
-def draw(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
-    """Which stream each position draws from, and how often that stream was drawn from before.
+def interleave(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
+    """The stream that each position draws from, and how often that stream was drawn from before.
 
     The first stream takes the positions p where floor((p + 1) a / n) exceeds floor(p a / n), for its share a of n
     (Bresenham's line); the others share what is left in the same way. So of the first p positions, stream i has
-    p * shares[i] / n, give or take less than the number of streams, for every p: nothing is left to chance.
+    p * shares[i] / n, give or take less than the number of streams, for every p.
 
     Args:
         positions: from 0.
         shares: integers, one for each stream, with a sum below 2**31.
 
     Returns:
-        Streams and places within their streams, in the shape of `positions`.
+        Streams, and positions within them, in the shape of `positions`.
     """
     streams = np.full_like(positions, len(shares) - 1)
-    places, left, total = positions.copy(), np.ones(len(positions), bool), sum(shares)
+    within, left, total = positions.copy(), np.ones(len(positions), bool), sum(shares)
     for stream, share in enumerate(shares[:-1]):
-        before, after = _taken(places, share, total), _taken(places + 1, share, total)
+        before, after = _taken(within, share, total), _taken(within + 1, share, total)
         mine = left & (after > before)
         streams[mine] = stream
-        places = np.where(mine, before, np.where(left, places - before, places))
+        within = np.where(mine, before, np.where(left, within - before, within))
         left &= ~mine
         total -= share
-    return streams, places
+    return streams, within
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
@@ -160,7 +160,7 @@ def _taken(positions: Ints, share: int, total: int) -> Ints:
 
 @dataclass(frozen=True)
 class SampleNoise:
-    """All chance in one sample's training step."""
+    """All random numbers of one sample's training step."""
 
     timestep: int
     drop: float
@@ -181,7 +181,7 @@ def sample_noise(
     shape: tuple[int, int, int],
     into: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
 ) -> SampleNoise:
-    """The chance of one sample in one step: the same on every rank and in every split of the batch.
+    """The random numbers of one sample in one step: the same on every rank and in every split of the batch.
 
     Philox is counter-based, so a generator for each sample costs microseconds (Salmon et al., SC 2011).
 

@@ -1,4 +1,4 @@
-"""What the loader asks of a dataset, whether it holds latents or images."""
+"""The interface through which the loader reads a dataset of latents or images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Fetched:
     Attributes:
         uids: identities.
         captions: captions.
-        damaged: what is wrong with those that could not be read, as a sentence by place; their other fields say
+        damaged: what is wrong with those that could not be read, as a sentence by position; their other fields say
             nothing.
     """
 
@@ -34,13 +34,13 @@ class Fetched:
         """Room for samples that are still to be fetched."""
         return Fetched([""] * num_samples, [""] * num_samples, {})
 
-    def put(self, places: Sequence[int], other: Fetched) -> None:
-        """Replaces the samples at some places by others, in order."""
-        for number, place in enumerate(places):
-            self.uids[place], self.captions[place] = other.uids[number], other.captions[number]
-            self.damaged.pop(place, None)
+    def put(self, positions: Sequence[int], other: Fetched) -> None:
+        """Replaces the samples at some positions by others, in order."""
+        for number, position in enumerate(positions):
+            self.uids[position], self.captions[position] = other.uids[number], other.captions[number]
+            self.damaged.pop(position, None)
             if number in other.damaged:
-                self.damaged[place] = other.damaged[number]
+                self.damaged[position] = other.damaged[number]
 
     def require_whole(self) -> None:
         """Makes an error of the first damage.

@@ -113,7 +113,7 @@ def _read(path: Path, stamp: tuple[int, int], sizes: Sequence[tuple[int, int]]) 
         described = pq.read_metadata(path)
         metadata = described.metadata or {}
         samples = [described.num_rows] if len(sizes) == 1 else json.loads(metadata.get(SIZES_KEY.encode(), b"[]"))
-        if len(samples) != len(sizes) or sum(samples) != described.num_rows:  # some were taken out since
+        if len(samples) != len(sizes) or sum(samples) != described.num_rows:  # some were removed since
             samples = _count(path, sizes)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error

@@ -58,12 +58,12 @@ class MixedStore(SampleStore):
         """Reads samples, each from its dataset."""
         fetched = Fetched.blank(len(indices))
         numbers = np.searchsorted(self._ends, indices, side="right")
-        for place, number in enumerate(numbers.tolist()):
-            here = slice(place, place + 1)
+        for position, number in enumerate(numbers.tolist()):
+            here = slice(position, position + 1)
             own = self.stores[number].fetch(
                 indices[here] - self._first(number), epochs[here], seed, None if rows is None else rows[here]
             )
-            fetched.put([place], own)
+            fetched.put([position], own)
         return fetched
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
@@ -125,7 +125,7 @@ def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) ->
         num_held_out: so many of the last samples are in no epoch.
 
     Raises:
-        UserError: groups of one size that the batches cannot be cut into; nothing left to train on.
+        UserError: groups of one size that the batches cannot be split into; nothing left to train on.
     """
     group = _group(store, config)
     stores = store.stores if isinstance(store, MixedStore) else (store,)

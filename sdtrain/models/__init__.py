@@ -1,1 +1,1 @@
-"""The networks of Stable Diffusion and CLIP: how they are built, loaded, placed and sped up."""
+"""The networks of Stable Diffusion and CLIP: built, placed and sped up."""

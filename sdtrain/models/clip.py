@@ -1,4 +1,4 @@
-"""CLIP models by open_clip: weights, tokenizer, and how they want their images."""
+"""CLIP models by open_clip: weights, tokenizer and preprocessing."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How a CLIP model wants its images; OpenAI's way but for the size, unless told otherwise.
+    """The preprocessing of a CLIP model; OpenAI's way but for the size, unless told otherwise.
 
     Attributes:
         size_px: side of the square that it sees.
         mean: of its training images' channels, from 0 to 1.
         std: likewise.
         resample: "bicubic" or "bilinear".
-        squash: both sides are brought to `size_px`; else the shorter one, and the centre is cut out.
+        squash: both sides are brought to `size_px`; else the shorter one, and the centre is cropped.
     """
 
     size_px: int
@@ -39,7 +39,7 @@ class Preprocess:
     squash: bool = False
 
     def resized_px(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height before the centre is cut out: the longer side rounded down (openai/CLIP, clip/clip.py)."""
+        """Width and height before the centre crop: the longer side rounded down (openai/CLIP, clip/clip.py)."""
         if self.squash:
             return self.size_px, self.size_px
         short = min(width, height)

@@ -1,4 +1,4 @@
-"""Which GPU a process works on: as many processes on each as on any other."""
+"""Assigns GPUs to processes, as many to each as to any other."""
 
 from __future__ import annotations
 

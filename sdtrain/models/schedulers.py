@@ -1,4 +1,4 @@
-"""The samplers: PLMS as SD v1 was judged with, DDIM, DPM-Solver++; all of them diffusers' own."""
+"""The samplers: PLMS as SD v1 was evaluated with, DDIM, DPM-Solver++; all of them diffusers' own."""
 
 from __future__ import annotations
 

@@ -25,14 +25,14 @@ class CaptionTokens:
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids, (B, L) int64."""
         ids = self._empty.repeat(len(captions), 1)
-        places = [place for place, caption in enumerate(captions) if caption]
-        if places:
-            ids[places] = self._tokenize([captions[place] for place in places])
+        positions = [position for position, caption in enumerate(captions) if caption]
+        if positions:
+            ids[positions] = self._tokenize([captions[position] for position in positions])
         return ids
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids, (B, L) int64: cut and padded to the encoder's length, the end token kept."""
+    """Token ids, (B, L) int64: truncated and padded to the encoder's length, the end token kept."""
     with _TOKENIZING:
         encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids

@@ -68,7 +68,7 @@ def prepare_for(
     is_plain = speed.attention == "plain" or (speed.attention == "auto" and device.type == "cpu")
     unet.set_attn_processor(AttnProcessor() if is_plain else AttnProcessor2_0())
     layout = memory_format(device, speed)
-    # ZeRO lays the weights out anew, one behind the other, and DeepSpeed cannot take them in another layout.
+    # ZeRO lays the weights out one behind the other, and DeepSpeed cannot take them in another layout.
     return unet.to(device=device, memory_format=torch.contiguous_format if for_training else layout)
 
 

@@ -1,4 +1,4 @@
-"""Where the weights of networks come from: files, or what others have published, fetched once into a cache."""
+"""Weights of networks: files, or published ones that are fetched once into a cache."""
 
 from __future__ import annotations
 

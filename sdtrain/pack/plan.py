@@ -1,4 +1,4 @@
-"""Which kept sample goes into which packed shard, and where its image lies among the downloaded ones."""
+"""The plan of packing: the packed shard of each kept sample, and where its image lies among the downloaded ones."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.config import PackConfig
+from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import require_entry
+from sdtrain.dataset.manifest import read_entry, require_entry
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
@@ -28,7 +28,7 @@ from sdtrain.errors import UserError
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
 """Columns of the images tables that travel with the sample."""
 SHORT = b"sdtrain.short_shards"
-"""In the metadata of decisions.parquet: how many samples were taken out of which packed shard since (JSON)."""
+"""In the metadata of decisions.parquet: JSON, how many samples each packed shard has lost since."""
 
 _ORDER = "md5(d.uid || $seed), d.uid"
 # One pass over the tables, however many packed shards there are: each holds samples of nearly all image shards.
@@ -65,13 +65,21 @@ def _sizes(num_kept: int, size: int, decisions: Path, mtime_ns: int) -> tuple[in
 
 
 def short_shards(decisions: Path) -> dict[int, int]:
-    """How many samples were taken out of which packed shard since the decisions were made."""
+    """How many samples were removed from which packed shard since the decisions were made."""
     described = (pq.read_schema(decisions).metadata or {}) if decisions.exists() else {}
     return {int(shard): num for shard, num in json.loads(described.get(SHORT, b"{}")).items()}
 
 
+def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
+    """How many packed shards there are, by the manifest alone; None before the decisions."""
+    decided = read_entry(dataset, "keep", 0)
+    # After a removal there may be more than the samples would fill.
+    recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
+    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
+
+
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
-    """The samples of one packed shard in their order: provenance, source shard and place of the image."""
+    """The samples of one packed shard in their order: provenance, source shard and offset of the image."""
     sizes = shard_sizes(dataset, config)
     begin = sum(sizes[:shard])
     return _rows(_plan(dataset, config), begin, begin + sizes[shard])

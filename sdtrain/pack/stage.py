@@ -21,11 +21,11 @@ from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table, nothing_beside
 from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.download.image_shards import PLACE, image_place
 from sdtrain.errors import UserError
-from sdtrain.pack.plan import PROVENANCE, planned, shard_sizes
+from sdtrain.pack.plan import PROVENANCE, expected_shards, planned, shard_sizes
 
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
 # Far below what a process may have open, and there are far more image shards than any number that could be.
@@ -71,10 +71,10 @@ class SourceTars:
     def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
         """What gives the bytes of an image and of the header before it; of a tar on S3 they are on their way."""
         tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
-        place = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
+        extent = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
         if shard in self._open or tar.exists() or not mirror_of(self._dataset):
-            return partial(self._read_here, shard, *place)
-        return self._threads.submit(read_part, self._dataset, tar, *place).result
+            return partial(self._read_here, shard, *extent)
+        return self._threads.submit(read_part, self._dataset, tar, *extent).result
 
     def _read_here(self, shard: int, offset: int, num_bytes: int) -> bytes:
         file = self._file(shard)
@@ -177,4 +177,23 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
             discard(dataset, entry)
 
 
-PACK: Stage[ImageRecipe] = Stage("pack", _shards, _fingerprint, _run)
+PACK: Stage[ImageRecipe] = Stage(
+    *("pack", _shards, _fingerprint, _run),
+    inputs={"download": "all shards", "keep": "all shards"},
+    planned_by="keep",
+    num_shards=expected_shards,
+    beside=nothing_beside,
+    table=Table(
+        view="packed",
+        comment="Kept samples, and where they lie in the WebDataset shards",
+        columns={
+            **dict.fromkeys(("uid", "key", "extension"), "VARCHAR"),
+            **dict.fromkeys(("picture_offset", "picture_bytes"), "BIGINT"),
+            "shard": "INTEGER",
+            "tar": "VARCHAR",
+        },
+        path=DatasetDir.packed_table,
+    ),
+    drops=None,
+    uses_gpu=False,
+)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sdtrain.config import TrainConfig
 from sdtrain.loading.loader import BatchMaker, MicroBatch
-from sdtrain.loading.sample_plan import Picks
+from sdtrain.loading.sample_plan import SampleIndices
 from sdtrain.training.distributed import Ranks
 
 # Steps count from 0, so no training step has this noise.
@@ -70,4 +70,4 @@ class Validation:
 
     def _batch(self, places: NDArray[np.int64]) -> MicroBatch:
         """The samples with their noise and captions; none is dropped."""
-        return self._maker.assemble(Picks(self._indices[places], np.zeros_like(places)), _NOISE_STEP, 0.0)
+        return self._maker.assemble(SampleIndices(self._indices[places], np.zeros_like(places)), _NOISE_STEP, 0.0)

@@ -33,7 +33,7 @@ import webdataset as wds
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tars import write_samples
-from sdtrain.encode.stage import latent_place
+from sdtrain.encode.stage import latent_offset
 from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker
@@ -76,7 +76,7 @@ def write_dataset(root: Path, num_samples: int, side: int) -> DatasetDir:
         rows = [
             json.loads(members["json"])
             | {"key": key, "num_bytes": 16 * side * side, "height": side, "width": side}
-            | latent_place(tar, place)
+            | latent_offset(tar, place)
             for (key, members), place in zip(samples(first, first + SAMPLES_PER_SHARD, side), index, strict=True)
         ]
         pq.write_table(pa.Table.from_pylist(rows), dataset.latents_table(shard), compression="zstd")

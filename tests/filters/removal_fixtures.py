@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from filters.decide.funnel import funnel
-from filters.pipeline import road
+from filters.pipeline import STAGES
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.remove.apply import finish_removal, start_removal
@@ -124,7 +124,7 @@ def build(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
     """The stages of `sdtrain build`; returns the reports of what was not finished before."""
     record_recipe(dataset, recipe)
     reports = []
-    for stage in road():
+    for stage in STAGES:
         shards = pending(stage, dataset, recipe)
         reports += run_batch(stage, dataset, recipe, shards) if shards else []
     return reports
@@ -221,7 +221,7 @@ def entries_for(dataset: DatasetDir, port: int, by: str, numbers: list[int]) -> 
 def check_consistent(dataset: DatasetDir, num_removed: int) -> None:
     """Counts add up, files are as the manifest says, and a build has nothing to do."""
     recipe = read_recipe(dataset)
-    rows = funnel(dataset, recipe)  # which says so if counts do not add up
+    rows = funnel(dataset, recipe, STAGES)  # which says so if counts do not add up
     assert {row["reason"]: row["dropped"] for row in rows}.get("removed") == num_removed
     assert rows[-1]["remaining"] == sum(entry.num_out for entry in entries(dataset, "pack"))
     for stage in ("select", "download", "score", "dedup", "keep", "pack", "encode"):

@@ -46,7 +46,9 @@ from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.files import publish
-from sdtrain.dataset.manifest import ShardReport, describe_outputs, fingerprint
+from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
@@ -60,7 +62,7 @@ def run(dataset, bad_shard, shards):
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage="six", shard=shard, num_in=10, num_out=8, dropped={"http_404": 2}, outputs=outputs)
 
-SIX = Stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
+SIX = plain_stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/1", None), run)
 
 @flow(name="six-shards")
 @report_user_errors
@@ -77,7 +79,7 @@ def sleep(dataset, recipe, shards):
             raise UserError("The child was ended.")
         yield ShardReport(stage="sleep", shard=shard, num_in=0, num_out=0)
 
-SLEEP = Stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
+SLEEP = plain_stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("sleep/1", None), sleep)
 
 @flow(name="sleeping-stage")
 @report_user_errors

@@ -10,13 +10,13 @@ from prefect.testing.utilities import prefect_test_harness
 from flows import evaluate_checkpoint as flow_module
 from flows.evaluate_checkpoint import _run_step, evaluate_checkpoint
 from flows.support.stage_runner import StageOptions
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.errors import UserError
 from sdtrain.evaluation.layout import EvaluationDir
 from sdtrain.evaluation.protocol import CARD_SCALES
 from sdtrain.evaluation.sweep import Step, plan
 
-STEP = Step(Stage("draw", None, None, None), EvaluationDir(Path("nowhere")), None)  # type: ignore[arg-type]
+STEP = Step(plain_stage("draw", None, None, None), EvaluationDir(Path("nowhere")), None)  # type: ignore[arg-type]
 
 
 def test_the_defaults_are_the_model_cards() -> None:

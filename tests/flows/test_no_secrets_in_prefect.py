@@ -43,7 +43,8 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.exceptions import PrefectHTTPStatusError
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import fingerprint
+from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.stage import plain_stage
 from sdtrain.dataset.stage import Stage
 
 signed, planted, recipe, folder = sys.argv[1:]
@@ -55,7 +56,8 @@ def fail(dataset, recipe, shards):
 @flow
 @report_user_errors
 def batches():
-    run_stage(Stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail), DatasetDir(Path(folder, "bad")),
+    bad = plain_stage("bad", lambda *_: [0], lambda *_: fingerprint("x", None), fail)
+    run_stage(bad, DatasetDir(Path(folder, "bad")),
               planted, StageOptions())
 
 @flow

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from filters.pipeline import STAGE_NAMES
+from filters.pipeline import STAGES
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import make_world
@@ -145,12 +145,12 @@ def test_build_laion_aesthetics_runs_every_stage_once(deployed: Environment, tmp
         first = run_deployment(deployed, "build-laion-aesthetics", *command, "--watch")
         again = run_deployment(deployed, "build-laion-aesthetics", *command, "--watch")
     artifacts = artifacts_of(deployed, first)
-    assert {f"progress-{name}" for name in STAGE_NAMES} | {"funnel", "dataset", "report"} == set(artifacts)
+    assert {f"progress-{stage.name}" for stage in STAGES} | {"funnel", "dataset", "report"} == set(artifacts)
     assert api(deployed, f"/flow_runs/{first}")["name"] == "little"
     assert (tmp_path / "little" / "latents" / "00000.tar").stat().st_size > 0
     assert (tmp_path / "little" / "metadata.duckdb").exists()
     log = logs_of(deployed, again)
-    assert [name for name in STAGE_NAMES if f"{name}: finished before, nothing to do" not in log] == []
+    assert [stage.name for stage in STAGES if f"{stage.name}: finished before, nothing to do" not in log] == []
 
 
 def test_unknown_name_is_answered_with_close_ones(deployed: Environment) -> None:

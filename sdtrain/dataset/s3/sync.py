@@ -1,49 +1,45 @@
-"""Which files a stage reads, and bringing them from S3 before it does: tables at once, tars when each is opened."""
+"""Files of a dataset on S3 come here before they are read, and leave the work folder again where it is to stay small.
+
+Tables come before a stage begins, tars when each is opened. Whether large files leave is said by a file in the work
+folder, so that all who work for one build do the same; tables stay.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import ShardReport, entries, read_entry, recorded_stages
 from sdtrain.dataset.s3.mirror import Stored, mirror_of
+from sdtrain.errors import UserError
 
-if TYPE_CHECKING:
-    from sdtrain.dataset.layout import DatasetDir
-
-_INPUTS = {
-    "select": ("select",),
-    "download": ("select",),
-    "score": ("download",),
-    "dedup": ("score", "download"),
-    "keep": ("select", "download", "score", "dedup"),
-    "pack": ("download", "keep"),
-    "encode": ("pack",),
-}
-"""By stage, the stages whose outputs it reads."""
-OWN_SHARD = {"score": "download", "encode": "pack"}
-"""Stages of which each shard reads the one of its own number, and nobody else does afterwards but `pack`, in parts."""
-_PLANNED_BY = ("pack", "encode")
+Part = Literal["all shards", "same shard", "first shard"]
+"""What a shard of one stage reads of another. "same shard": of its own number, whose large files nobody else reads
+afterwards but `pack`, in parts."""
+_FILE = ".s3-evict"
 
 
-def fetch_inputs(dataset: DatasetDir, stage: str, shards: Sequence[int]) -> None:
-    """Brings here what some shards of a stage read; nothing, for a dataset that lies on disk alone."""
+def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequence[int]) -> None:
+    """Brings here the tables that some shards read; nothing, for a dataset that lies on disk alone.
+
+    Args:
+        dataset: whose.
+        inputs: the stages that are read -> which of their shards.
+        shards: that are about to be made.
+    """
     if mirror_of(dataset) is None:
         return
-    for name in _INPUTS.get(stage, ()):
-        fetch_outputs(dataset, name, shards if stage in OWN_SHARD else None, tars=False)
-    if stage == "encode":
-        _fetch_first_latents(dataset)
-
-
-def fetch_plan(dataset: DatasetDir, stage: str) -> None:
-    """Brings here what tells how many shards a stage has."""
-    if stage in _PLANNED_BY:
-        fetch_outputs(dataset, "keep")
+    for stage, part in inputs.items():
+        if part == "first shard":
+            fetch_outputs(dataset, stage, [entry.shard for entry in entries(dataset, stage)[:1]], tars=False)
+        else:
+            fetch_outputs(dataset, stage, shards if part == "same shard" else None, tars=False)
 
 
 def fetch_tables(dataset: DatasetDir) -> None:
     """Brings here the tables of all stages, for questions about all of them."""
-    for stage in _INPUTS:
+    for stage in recorded_stages(dataset):
         fetch_outputs(dataset, stage, tars=False)
 
 
@@ -62,8 +58,6 @@ def fetch_outputs(
     Raises:
         UserError: an object is missing, or is not what the manifest says.
     """
-    from sdtrain.dataset.manifest import entries, read_entry
-
     mirror = mirror_of(dataset)
     if mirror is None:
         return
@@ -79,10 +73,57 @@ def fetch_outputs(
     mirror.pull(wanted)
 
 
-def _fetch_first_latents(dataset: DatasetDir) -> None:
-    """latents/info.json holds the figures of the first shard, whoever encodes the others."""
-    from sdtrain.dataset.manifest import entries
+def keep_local(dataset: DatasetDir, kept: bool) -> None:
+    """Says what becomes of the large files of finished shards; of a dataset that lies on disk alone, nothing.
 
-    first = min((entry.shard for entry in entries(dataset, "encode")), default=None)
-    if first is not None:
-        fetch_outputs(dataset, "encode", [first], tars=False)
+    Args:
+        dataset: locked, with no removal that is under way.
+        kept: they stay in the work folder. If not, those that are there now leave it too.
+
+    Raises:
+        UserError: they are to leave a dataset that lies on disk alone.
+    """
+    if mirror_of(dataset) is None:
+        if not kept:
+            raise UserError("Only files of a dataset on s3:// can leave this machine. Leave out --no-keep-local.")
+        return
+    marker = dataset.root / _FILE
+    if kept:
+        marker.unlink(missing_ok=True)
+        return
+    marker.touch()
+    evict_finished(dataset)
+
+
+def evict_finished(dataset: DatasetDir) -> None:
+    """Evicts the large files of all finished shards, where they are not to stay."""
+    if (dataset.root / _FILE).exists():
+        for entry in (entry for stage in recorded_stages(dataset) for entry in entries(dataset, stage)):
+            _evict(dataset, entry)
+
+
+def evict_after(dataset: DatasetDir, entry: ShardReport, sources: Iterable[str]) -> None:
+    """Evicts the large files of a shard that was just recorded, and those that only it read.
+
+    Args:
+        dataset: whose.
+        entry: of the shard.
+        sources: stages of which it read the shard of the same number.
+    """
+    if not (dataset.root / _FILE).exists():
+        return
+    _evict(dataset, entry)
+    for source in sources:
+        if before := read_entry(dataset, source, entry.shard):
+            _evict(dataset, before)
+
+
+def _evict(dataset: DatasetDir, entry: ShardReport) -> None:
+    """Only what S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
+    mirror = mirror_of(dataset)
+    if mirror is None or dataset.removal.exists():  # a removal's files are ahead of their entries
+        return
+    for name, output in entry.outputs.items():
+        path = dataset.root / name
+        if name.endswith(".tar") and path.exists() and mirror.store.digest(name) == output.sha256:
+            path.unlink()

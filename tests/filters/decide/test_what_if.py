@@ -7,6 +7,7 @@ import pytest
 
 from filters.decide.stage import KEEP
 from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
+from filters.pipeline import STAGES
 from filters.recipe import KeepConfig, Recipe, SelectConfig
 from filters.recipe_record import read_recipe, record_recipe
 from sdtrain import cli
@@ -32,7 +33,7 @@ def dataset(tmp_path):
 
 
 def now(dataset, rules, **options):
-    compared = compare(dataset, with_keep_rules(read_recipe(dataset), rules, **options))
+    compared = compare(dataset, with_keep_rules(read_recipe(dataset), rules, **options), STAGES)
     return {row["reason"]: (row["before"], row["now"]) for row in compared}
 
 

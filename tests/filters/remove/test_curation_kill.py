@@ -23,14 +23,12 @@ from filters.dedup import DEDUP
 from filters.decide.stage import KEEP
 from filters.recipe_record import read_recipe
 from filters.remove.plan import find_removal
-from filters.pipeline import road
+from filters.pipeline import STAGES
 from filters.score.stage import SCORE
 from filters.remove.apply import finish_removal, start_removal
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.pack.stage import PACK
 from sdtrain.dataset.stage import clear_leftovers, pending, run_batch
-
-road()
 
 def nothing(dataset):
     pass

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.decide.funnel import funnel
+from filters.pipeline import STAGES
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
@@ -41,7 +42,7 @@ def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo
     (folder / "42.jpg").write_bytes(make_photo(6, quality=75))
     write_metadata(dataset.root.parent / "metadata" / "b.parquet", port, [2, 6, 41, 42])
     build(dataset, read_recipe(dataset))
-    rows = funnel(dataset, read_recipe(dataset))
+    rows = funnel(dataset, read_recipe(dataset), STAGES)
     assert [(r["stage"], r["dropped"]) for r in rows if r["reason"] == "removed"] == [
         ("select", 3 + 2),
         ("download", 1),
@@ -59,7 +60,7 @@ def test_a_new_selection_of_everything_leaves_it_out(dataset, photo_site, by):
     recipe = recipe.model_copy(update={"select": recipe.select.model_copy(update={"seed": 7})})
     build(dataset, recipe)
     assert not gone & fates(dataset, photo_site[1]).keys()
-    assert {r["reason"]: r["dropped"] for r in funnel(dataset, recipe)}["removed"] >= len(gone)
+    assert {r["reason"]: r["dropped"] for r in funnel(dataset, recipe, STAGES)}["removed"] >= len(gone)
 
 
 def test_whole_shards_may_go_and_the_dataset_can_still_grow(dataset, photo_site):

@@ -31,7 +31,7 @@ STAGES = """
 import os, subprocess, sys, time
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.manifest import ShardReport, describe_outputs
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import plain_stage
 
 def shards(dataset, recipe): return list(range(8))
 def digest(dataset, recipe, shard): return "one"
@@ -51,8 +51,8 @@ def walk(dataset, recipe, shards):
         outputs = describe_outputs(dataset, [dataset.selection(shard)])
         yield ShardReport(stage="walk", shard=shard, num_in=1, num_out=1, outputs=outputs)
 
-SLEEP = Stage("sleep", shards, digest, sleep)
-WALK = Stage("walk", shards, digest, walk)
+SLEEP = plain_stage("sleep", shards, digest, sleep)
+WALK = plain_stage("walk", shards, digest, walk)
 """
 
 STUB_FLOW = """

@@ -19,12 +19,15 @@ import pytest
 from prefect.logging import disable_run_logger
 from prefect.states import State
 
-from filters.pipeline import road
+from filters.pipeline import STAGES
+from filters.score.stage import SCORE
 from flows.build_dataset import build_dataset
 from flows.support import clusters
 from flows.support.clusters import needs_of, start_dask, start_ray
 from flows.support.stage_runner import _error
 from flows.support.task_runners import Engine, lost_its_worker, start_engine
+from sdtrain.dataset.stage import Stage
+from sdtrain.download.stage import DOWNLOAD
 from sdtrain.errors import UserError
 
 
@@ -53,7 +56,7 @@ def test_parameter_offers_the_engines_and_threads_are_the_default() -> None:
     assert schema["default"] == "threads"
 
 
-@pytest.mark.parametrize("stage", road(), ids=lambda stage: stage.name)
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_stage_is_sent_to_workers_by_the_names_of_its_functions(stage: Any) -> None:
     sent = pickle.dumps(stage)
     assert pickle.loads(sent) == stage
@@ -111,9 +114,9 @@ def test_flow_fails_with_the_sentence(nobody: str, tmp_path: Path) -> None:
     assert "No Dask scheduler answers" in str(ended.message)
 
 
-@pytest.mark.parametrize(("stage", "gpus", "asked"), [("score", 8, 1), ("score", 0, None), ("download", 8, None)])
+@pytest.mark.parametrize(("stage", "gpus", "asked"), [(SCORE, 8, 1), (SCORE, 0, None), (DOWNLOAD, 8, None)])
 def test_gpu_is_asked_for_where_ray_has_some_and_the_stage_uses_one(
-    stage: str, gpus: int, asked: int | None, monkeypatch: pytest.MonkeyPatch
+    stage: Stage[Any], gpus: int, asked: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from prefect_ray.context import RemoteOptionsContext
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from filters.pipeline import STAGE_NAMES
+from filters.pipeline import STAGES
 from flows.support.process_tree import end_processes
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.demo.server import serve_world
@@ -274,7 +274,7 @@ def test_lost_history_costs_nothing_but_itself(box: LiveBox, build_options: list
     box.make("up")
     assert num_runs(box.environment) == 0
     log = logs_of(box.environment, run_deployment(box.environment, *command))
-    assert log.count("finished before, nothing to do") == len(STAGE_NAMES)
+    assert log.count("finished before, nothing to do") == len(STAGES)
 
 
 def test_deployments_are_spread_over_the_pools(box: LiveBox) -> None:

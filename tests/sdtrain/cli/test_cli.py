@@ -1,6 +1,6 @@
 import inspect
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from filters.build_options import BuildOptions
+from filters.pipeline import STAGES
 from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe
+from filters.select.stage import SELECT
 from sdtrain import cli
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object) -> SimpleNamespace:
@@ -33,8 +34,8 @@ def sdtrain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One stage of two shards that reads nothing, so that the command can be tried alone."""
+def short_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first stage of two shards that reads nothing, and nothing behind it, so that the command can be tried alone."""
 
     def shards(dataset: DatasetDir, recipe: Any) -> list[int]:
         return [0, 1]
@@ -53,7 +54,11 @@ def short_road(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
     monkeypatch.setattr("filters.preflight.BuildPreflight", lambda dataset, recipe: lambda *_: None)
-    monkeypatch.setattr("filters.pipeline.road", lambda: (Stage("select", shards, digest, do),))
+    stages = (
+        replace(SELECT, shards=shards, fingerprint=digest, run=do),
+        *(replace(stage, shards=lambda *_: []) for stage in STAGES[1:]),
+    )
+    monkeypatch.setattr("filters.pipeline.STAGES", stages)
     finish = SimpleNamespace(finish_dataset=lambda dataset, recipe: dataset.database.write_text(""))
     monkeypatch.setitem(sys.modules, "filters.inspect.report", finish)
 
@@ -75,7 +80,7 @@ def test_shown_recipe_is_itself_a_recipe(sdtrain: Any, tmp_path: Path) -> None:
 
 
 def test_build_says_one_line_a_stage_and_the_second_time_does_nothing(
-    sdtrain: Any, tmp_path: Path, short_road: None
+    sdtrain: Any, tmp_path: Path, short_pipeline: None
 ) -> None:
     command = ("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path / "{recipe}")
     first = sdtrain(*command)
@@ -86,7 +91,7 @@ def test_build_says_one_line_a_stage_and_the_second_time_does_nothing(
 
 
 def test_build_into_the_output_of_another_recipe_says_what_changed(
-    sdtrain: Any, tmp_path: Path, short_road: None
+    sdtrain: Any, tmp_path: Path, short_pipeline: None
 ) -> None:
     command = ("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path)
     sdtrain(*command)
@@ -96,7 +101,7 @@ def test_build_into_the_output_of_another_recipe_says_what_changed(
     assert read_recipe(DatasetDir(tmp_path)).select.limit == 7
 
 
-def test_status_counts_what_is_finished(sdtrain: Any, tmp_path: Path, short_road: None) -> None:
+def test_status_counts_what_is_finished(sdtrain: Any, tmp_path: Path, short_pipeline: None) -> None:
     sdtrain("build", "laion-aesthetics", "--metadata", "rows.parquet", "--output", tmp_path)
     lines = sdtrain("status", tmp_path).out.splitlines()
     assert lines[0] == "recipe: laion-aesthetics"
@@ -116,7 +121,7 @@ def test_status_counts_what_is_finished(sdtrain: Any, tmp_path: Path, short_road
     ],
 )
 def test_mistake_is_one_sentence_and_exit_code_2(
-    sdtrain: Any, short_road: None, arguments: tuple[str, ...], sentence: str
+    sdtrain: Any, short_pipeline: None, arguments: tuple[str, ...], sentence: str
 ) -> None:
     done = sdtrain(*arguments)
     assert done.code == 2

@@ -9,7 +9,7 @@ from sdtrain.dataset import progress, terminal_progress
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.progress import Step, progress_listener, report_progress, throttled
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import plain_stage
 
 
 def test_every_piece_is_told_and_passed_on():
@@ -62,6 +62,6 @@ def test_a_build_shows_it_in_the_terminal_and_in_a_log(tmp_path, monkeypatch, is
             for i in report_progress(shards, "dedup", 9, "tables")
         )
 
-    stage = Stage("dedup", lambda dataset, recipe: [0, 1], lambda dataset, recipe, shard: "", run)
+    stage = plain_stage("dedup", lambda dataset, recipe: [0, 1], lambda dataset, recipe, shard: "", run)
     terminal_progress.run_with_bar(stage, DatasetDir(tmp_path), None)
     assert "dedup: 2 of 9 tables" in screen.getvalue()

@@ -37,7 +37,7 @@ def build(site, tmp_path, monkeypatch, capsys):
         "encode": {"vae": "demo", "resolution": 64},
     }
     (tmp_path / "little.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr("filters.pipeline.road", lambda: (SELECT, DOWNLOAD))
+    monkeypatch.setattr("filters.pipeline.STAGES", (SELECT, DOWNLOAD))
     monkeypatch.setitem(
         sys.modules, "filters.inspect.report", SimpleNamespace(finish_dataset=lambda dataset, recipe: None)
     )

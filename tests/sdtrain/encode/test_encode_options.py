@@ -14,7 +14,7 @@ from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.stage import pending
 from sdtrain.dataset.tars import read_samples
 from sdtrain.encode import vae as vae_at_work
-from sdtrain.encode.check import Figures, psnr_bound_db, require_good
+from sdtrain.encode.check import DecodeQuality, psnr_bound_db, require_good
 from sdtrain.encode.stage import ENCODE
 from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_vae
@@ -139,7 +139,7 @@ def test_unnormalised_pixels_stop_the_stage_and_leave_nothing(tmp_path, monkeypa
 
 
 def test_latents_that_are_scaled_already_are_refused():
-    figures = Figures(16, 25.0, 20.0, 0.18)
+    figures = DecodeQuality(16, 25.0, 20.0, 0.18)
     with pytest.raises(UserError, match=r"standard deviation is 0\.18 instead of 1"):
         require_good(figures, EncodeConfig(vae="demo", min_psnr_db=20), load_vae("demo"), "here")
 
@@ -148,7 +148,7 @@ def test_latents_that_are_scaled_already_are_refused():
 def test_the_mean_of_few_images_may_lie_lower(num_samples, psnr_db, is_good):
     config, network = EncodeConfig(vae="demo", min_psnr_db=20), load_vae("demo")
     try:
-        require_good(Figures(num_samples, psnr_db, psnr_db, 1.0), config, network, "here")
+        require_good(DecodeQuality(num_samples, psnr_db, psnr_db, 1.0), config, network, "here")
     except UserError:
         assert not is_good
     else:

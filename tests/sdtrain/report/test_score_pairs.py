@@ -1,7 +1,7 @@
 import duckdb
 import pytest
 
-from filters.inspect.tables import DERIVED
+from filters.inspect.views import DERIVED
 from sdtrain.report.plots import plot_pairs
 from sdtrain.report.score_pairs import draw_pairs
 

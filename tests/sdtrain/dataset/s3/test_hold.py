@@ -14,7 +14,7 @@ from sdtrain.dataset.s3.mirror import Mirror, mirror_of
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage, hold_of, run_batch
+from sdtrain.dataset.stage import hold_of, plain_stage, run_batch
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
@@ -42,7 +42,7 @@ def rows(dataset, recipe, shards):
         yield ShardReport(stage="rows", shard=shard, num_in=1, num_out=1, outputs=outputs)
 
 
-ROWS = Stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
+ROWS = plain_stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def worker(dataset, monkeypatch):
     """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and its hold."""
     with lock_to_change(dataset, "sdtrain build"):
         hold, own = hold_of(dataset), Mirror(dataset, parse_url(dataset.url))
-        for module in ("manifest", "recorder", "s3.files", "storage"):
+        for module in ("manifest", "stage", "s3.files", "storage"):
             monkeypatch.setattr(f"sdtrain.dataset.{module}.mirror_of", lambda _: own)
         yield dataset, hold
 
@@ -78,7 +78,7 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
                 taken.set()
 
     with pytest.raises(UserError, match="another one has taken the dataset over"):
-        run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
+        run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
     assert objects_of(dataset).read("manifest/rows/00000.json")
     assert objects_of(dataset).read("manifest/rows/00001.json") is None
 
@@ -121,7 +121,7 @@ def test_a_shard_is_written_while_the_next_one_is_made(dataset, monkeypatch):
 
     monkeypatch.setattr(ObjectStore, "put", slow)
     with lock_to_change(dataset, "sdtrain build"):
-        reports = run_batch(Stage("rows", ROWS.shards, ROWS.fingerprint, run), dataset, None, [0, 1, 2])
+        reports = run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, run), dataset, None, [0, 1, 2])
     assert seen == [True]
     assert [report.shard for report in reports] == [0, 1, 2]
 

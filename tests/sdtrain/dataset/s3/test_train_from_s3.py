@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import describe_outputs, entries, write_entry
+from sdtrain.dataset.manifest import describe_outputs, entries
 from sdtrain.dataset.open import dataset_at, training_root
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.stage import record
+from sdtrain.encode.stage import ENCODE
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import ImageStore, OnlineVae
 from sdtrain.loading.latent_store import LatentStore
+from sdtrain.pack.stage import PACK
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 from tests.sdtrain.encode.packed_fixtures import write_packed
 from tests.training_fixtures import write_latents, write_models
@@ -30,7 +33,7 @@ def written(store, tmp_path):
         for shard in range(NUM_SHARDS):
             outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
             num = 20 if shard < 2 else 10
-            write_entry(dataset, ShardReport(stage="encode", shard=shard, num_in=num, num_out=num, outputs=outputs))
+            record(ENCODE, dataset, ShardReport(stage="encode", shard=shard, num_in=num, num_out=num, outputs=outputs))
     return url, local
 
 
@@ -54,7 +57,7 @@ def test_packed_images_from_s3_are_those_of_the_disk_and_tars_come_when_needed(s
     with lock_to_change(dataset, "sdtrain build"):
         shutil.copytree(local.root / "dataset", dataset.root / "dataset")
         for entry in entries(local, "pack"):
-            write_entry(dataset, entry)
+            record(PACK, dataset, entry)
     root = training_root(url, online_vae=True)
     there, here = ImageStore(root, 32, OnlineVae("demo")), ImageStore(local.root, 32, OnlineVae("demo"))
     assert there.digest == here.digest

@@ -1,17 +1,20 @@
 """What leaves the work folder of a dataset on S3, and what stays because it may be all that there is."""
 
+from dataclasses import replace
+
 import pytest
 
+from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.open import dataset_at
-from sdtrain.dataset.s3.eviction import keep_local
 from sdtrain.dataset.s3.files import fetch_shard_file, read_part
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
+from sdtrain.dataset.s3.sync import keep_local
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage, run_batch
+from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
@@ -59,7 +62,7 @@ def test_what_a_shard_was_made_from_leaves_with_it(dataset):
             yield write(dataset, "score", shard, [dataset.scores(shard)])
 
     (dataset.root / ".s3-evict").touch()  # as the build says before its first stage
-    run_batch(Stage("score", lambda *_: [0, 1], lambda *_: "one", score), dataset, None, [0])
+    run_batch(replace(SCORE, shards=lambda *_: [0, 1], fingerprint=lambda *_: "one", run=score), dataset, None, [0])
     assert [dataset.images_tar(shard).exists() for shard in (0, 1)] == [False, True]
     assert dataset.scores(0).exists()
 
