@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 TESTS := -p xdist -n 2
 
-.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench lock clean
+.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench docs lock clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,9 @@ check: setup
 bench: setup
 	for name in $$(ls tests/benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py//'); do \
 		$(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
+
+docs: setup
+	$(BIN)/python -m tests.infra.architecture
 
 # Without eight-bit: where bitsandbytes is installed, diffusers imports it in every process, which takes seconds.
 lock: EXTRAS := remote ray dask wandb semantic server dev

@@ -66,10 +66,12 @@ def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[
     """
     from filters.inspect.report import finish_dataset
     from filters.preflight import BuildPreflight
+    from filters.remove.apply import finish_interrupted_removal
 
     require_metadata(recipe)
     dataset = output_dataset(options.output, recipe, options.work_dir)
     with lock_to_change(dataset, command):
+        finish_interrupted_removal(dataset)
         recipe = with_precision(dataset, recipe)
         changes = "; ".join(record_recipe(dataset, recipe))
         keep_local(dataset, options.keep_local)

@@ -28,11 +28,6 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     Raises:
         UserError: no metadata was named, or the directory cannot be written.
     """
-    if dataset.removal.exists():
-        # By the recipe before, which is what the files are of.
-        from filters.remove.apply import finish_removal
-
-        _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
     require_metadata(recipe)
     try:
         before = read_recipe(dataset) if dataset.recipe.exists() else recipe

@@ -78,9 +78,9 @@ def _log_recipe(build: Build) -> None:
 
 @task(name="retry-failed", task_run_name="retry-failed", cache_policy=NO_CACHE, persist_result=False)
 def _retry_failed(dataset: DatasetDir, recipe: Recipe) -> None:
-    from sdtrain.download.recovery import recover
+    from sdtrain.download.retry import retry_and_count
 
-    get_run_logger().info("%s", recover(dataset, recipe))
+    get_run_logger().info("%s", retry_and_count(dataset, recipe))
 
 
 def _show(dataset: DatasetDir, recipe: Recipe) -> None:

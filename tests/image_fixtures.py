@@ -19,7 +19,7 @@ from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.images import SEEN_PAIRS, draw, random_scene
-from sdtrain.download.image_shards import TABLE, image_place
+from sdtrain.download.image_shards import TABLE, image_location
 
 _SELECTION = pa.schema(
     [
@@ -102,7 +102,7 @@ def _write_images(dataset: DatasetDir, shard: int, chosen: list[dict[str, Any]],
         members = {"jpg": row.image, "txt": (row.caption or "").encode(), "json": json.dumps(described).encode()}
         samples.append((selected["key"], members))
     dataset.images_tar(shard).parent.mkdir(exist_ok=True)
-    places = {sample.key: image_place(sample) for sample in write_samples(dataset.images_tar(shard), samples)}
+    places = {sample.key: image_location(sample) for sample in write_samples(dataset.images_tar(shard), samples)}
     _write_table(dataset.images_table(shard), [row | places.get(row["key"], {}) for row in table], TABLE)
     outputs = describe_outputs(dataset, [dataset.images_tar(shard), dataset.images_table(shard)])
     report = {"stage": "download", "shard": shard, "num_in": len(rows), "num_out": len(samples), "dropped": dropped}

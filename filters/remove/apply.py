@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import closing
 
 import duckdb
@@ -23,6 +24,8 @@ from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
+
+_log = logging.getLogger(__name__)
 
 
 class Journal(BaseModel):
@@ -98,6 +101,12 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     discard(dataset, dataset.removal)
     evict_finished(dataset)
     return [f"Removed: {journal.note}.", *journal.notes]
+
+
+def finish_interrupted_removal(dataset: DatasetDir) -> None:
+    """Before a locked dataset's recipe changes, because the files are of the recipe before."""
+    if dataset.removal.exists():
+        _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
 
 
 def _record(dataset: DatasetDir, journal: Journal) -> None:

@@ -27,7 +27,7 @@ from sdtrain.pack.plan import SHORT, num_packed, short_shards
 
 @dataclass
 class StageRewrite:
-    """A removal, stage by stage in the order of the road, because a stage's fingerprints hold those before it.
+    """A removal, stage by stage in the order of the pipeline, because a stage's fingerprints hold those before it.
 
     Each step may be done any number of times.
 
@@ -54,7 +54,7 @@ class StageRewrite:
         touched = self.touched.get(stage.name, [])
         for shard in touched:
             if stage.table and stage.table.path(self.dataset, shard).exists():
-                self._rewrite_shard(stage.name, shard, stage.table.path(self.dataset, shard))
+                self._rewrite_shard(stage.name, shard, stage.table)
         if stage.name == "select":
             self._recount_selections(set(touched))
             return
@@ -75,11 +75,12 @@ class StageRewrite:
             if digest != entry.fingerprint:
                 record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
 
-    def _rewrite_shard(self, stage: str, shard: int, table: Path) -> None:
-        dataset = self.dataset
+    def _rewrite_shard(self, stage: str, shard: int, described: Table) -> None:
+        dataset, table = self.dataset, described.path(self.dataset, shard)
         uids = self._removed_in(table)
         tar = table.with_suffix(".tar")
-        if stage in ("download", "pack", "encode") and not tar.exists():
+        has_tar = "tar" in described.columns
+        if has_tar and not tar.exists():
             for path in (table, dataset.manifest_entry(stage, shard)):  # of no use without its tar, and made again
                 discard(dataset, path)
         elif stage == "download":
@@ -92,6 +93,8 @@ class StageRewrite:
             drop_packed(tar, table, uids)
         elif uids and stage == "encode":
             drop_latents(tar, table, uids)
+        elif uids and has_tar:
+            raise AssertionError(f"stage '{stage}' writes tars, and nothing here takes samples out of them")
         elif uids:
             drop_rows(table, uids)
 
@@ -153,7 +156,7 @@ class StageRewrite:
             query = f"SELECT kind, count(*) FROM ({rows}) WHERE place > 1 GROUP BY kind ORDER BY kind"  # noqa: S608
             num_in = sum(score.num_out for score in entries(self.dataset, "score"))
             return num_in, dict(self.connection.execute(query, [str(table)]).fetchall())
-        has_reasons = entry.stage in ("score", "keep")
+        has_reasons = "reason" in pq.read_schema(table).names
         query = "SELECT reason, count(*) FROM read_parquet(?) WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
         dropped = dict(self.connection.execute(query, [str(table)]).fetchall()) if has_reasons else {}
         return pq.read_metadata(table).num_rows, dropped

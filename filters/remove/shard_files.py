@@ -18,13 +18,13 @@ from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_s
 from sdtrain.download.image_shards import (
     ImageShard,
     TarMembers,
-    image_place,
+    image_location,
     read_rows,
     read_shard_table,
     rewrite_stats,
     write_shard,
 )
-from sdtrain.download.publish import final_files, publish_images, settle_images
+from sdtrain.download.publish import final_files, publish_images, recover_images
 from sdtrain.encode.stage import latent_offset
 
 Uids = Collection[str]
@@ -57,7 +57,7 @@ def drop_images(dataset: DatasetDir, shard: int, uids: Uids, fingerprint: str | 
         uids: which samples go.
         fingerprint: what the shard is to be known by; None leaves what it is.
     """
-    settle_images(dataset, shard)
+    recover_images(dataset, shard)
     final = final_files(dataset, shard)
     table = read_shard_table(final.table)
     rows = [row for row in read_rows(final.table) if row["uid"] not in uids]
@@ -78,7 +78,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
     """Takes samples out of a packed shard."""
 
     def place(tar: Path, sample: SampleIndex) -> dict[str, Any]:
-        return image_place(sample)
+        return image_location(sample)
 
     _drop_from_pair(tar, table, uids, place)
 

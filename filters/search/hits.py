@@ -16,7 +16,7 @@ from PIL import Image
 from filters.columns import SCORE_COLUMNS
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.s3.files import read_part
-from sdtrain.images.decode import PICTURE_EXTENSIONS, decode_rgb
+from sdtrain.images.decode import IMAGE_EXTENSIONS, decode_rgb
 
 KEY = re.compile(r"[0-9]{1,18}")
 _IMAGES: tuple[str, ...] = ("url", "caption", "sha256", "original_width", "original_height")
@@ -75,7 +75,7 @@ def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
     Raises:
         OSError: it is not there.
     """
-    if hit.offset is None or hit.num_bytes is None or hit.extension not in PICTURE_EXTENSIONS:
+    if hit.offset is None or hit.num_bytes is None or hit.extension not in IMAGE_EXTENSIONS:
         raise FileNotFoundError(f"{hit.place} has no image")
     return read_part(dataset, dataset.images_tar(hit.shard), hit.offset, hit.num_bytes)
 

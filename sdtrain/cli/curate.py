@@ -55,7 +55,7 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
     from filters.build import open_build
     from filters.recipe import load_recipe
     from sdtrain.dataset.terminal_progress import run_with_bar
-    from sdtrain.download.recovery import recover
+    from sdtrain.download.retry import retry_and_count
     from sdtrain.settings import check_options
 
     check_options(options, "command line")
@@ -64,7 +64,7 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
             print(f"Not the recipe of the run before; what this touches is redone: {build.changes}")
         build.run(
             lambda stage: print(run_with_bar(stage, build.dataset, build.recipe, build.preflight), flush=True),
-            lambda: print(recover(build.dataset, build.recipe), flush=True),
+            lambda: print(retry_and_count(build.dataset, build.recipe), flush=True),
         )
     print(f"{build.recipe.name}: {build.dataset}")
 
@@ -99,6 +99,7 @@ def decide(
     from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
     from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
+    from filters.remove.apply import finish_interrupted_removal
     from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_inputs
 
@@ -106,6 +107,8 @@ def decide(
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
     recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
     with _to_change(directory, "sdtrain decide", dry_run):
+        if not dry_run:
+            finish_interrupted_removal(directory)
         fetch_inputs(directory, KEEP.inputs, [0])
         print_table(compare(directory, recipe, STAGES))
         if dry_run:

@@ -1,1 +1,1 @@
-"""Fetches images into shards, and rows that failed again: the stage DOWNLOAD."""
+"""Downloads images into shards, and retries rows that failed: the stage DOWNLOAD."""

@@ -1,4 +1,4 @@
-"""A finished shard of images in img2dataset's layout: tar, table with all rows, statistics."""
+"""Reads and writes shards of images in img2dataset's layout: tar, table with all rows, statistics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ImageShard:
         )
 
 
-class Spool:
+class TemporaryBlobFile:
     """Images of a shard, on disk until all are there and can be put in order; threads may add side by side."""
 
     def __init__(self, path: Path) -> None:
@@ -81,7 +81,7 @@ def write_shard(
         The tar's sha256.
     """
     images = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
-    places = {sample.key: image_place(sample) for sample in write_samples(shard.tar, images)}
+    places = {sample.key: image_location(sample) for sample in write_samples(shard.tar, images)}
     digest = sha256_of(shard.tar)
     described = {_FINGERPRINT: fingerprint.encode(), _TAR_SHA256: digest.encode()}
     nowhere = dict.fromkeys(PLACE.names)
@@ -91,7 +91,7 @@ def write_shard(
     return digest
 
 
-def image_place(sample: SampleIndex) -> Row:
+def image_location(sample: SampleIndex) -> Row:
     """The columns `PLACE` of a sample in a tar."""
     extension = image_extension(sample.members)
     member = sample.members[extension]

@@ -1,4 +1,9 @@
-"""Gives a shard of images its final names, and finds again what a killed run had already published."""
+"""Publishes a shard of images, and recovers one whose writer was killed.
+
+If the writer is killed before `publish_images`, its scratch folder is deleted by the next run and the shard is
+downloaded again. If it is killed while publishing, `recover_images` completes or discards the replacement. If it is
+killed before the manifest entry is written, `reuse_images` finds the whole shard and downloads nothing.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +37,7 @@ def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256
     return _report(dataset, shard, final, table, tar_sha256)
 
 
-def adopt_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerprint: str) -> ShardReport | None:
+def reuse_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerprint: str) -> ShardReport | None:
     """The report of a shard that was published but not recorded, if all of it is there and it is the one wanted."""
     final = final_files(dataset, shard)
     if not final.tar.exists():
@@ -44,19 +49,19 @@ def adopt_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerpri
         if sha256_of(final.tar) == table.tar_sha256:
             if path != final.table:
                 _move(path, final.table)
-            forget_next_table(dataset, shard)
+            discard_next_table(dataset, shard)
             _write_missing_stats(final)
             return _report(dataset, shard, final, table, table.tar_sha256)
     return None
 
 
-def settle_images(dataset: DatasetDir, shard: int) -> None:
+def recover_images(dataset: DatasetDir, shard: int) -> None:
     """Brings a publication that was interrupted to its end, or takes it back: tar and table fit each other again."""
     final = final_files(dataset, shard)
     waiting = read_shard_table(_next_table(final))
     if waiting and final.tar.exists() and sha256_of(final.tar) == waiting.tar_sha256:
         _move(_next_table(final), final.table)
-    forget_next_table(dataset, shard)
+    discard_next_table(dataset, shard)
     if final.tar.exists():
         _write_missing_stats(final)
 
@@ -81,7 +86,7 @@ def final_files(dataset: DatasetDir, shard: int) -> ImageShard:
     return ImageShard(dataset.images_tar(shard), dataset.images_table(shard), dataset.images_stats(shard))
 
 
-def forget_next_table(dataset: DatasetDir, shard: int) -> None:
+def discard_next_table(dataset: DatasetDir, shard: int) -> None:
     """Deletes the table of a change that was given up before anything else of it was published."""
     _next_table(final_files(dataset, shard)).unlink(missing_ok=True)
 

@@ -1,28 +1,28 @@
-"""Failed rows of finished shards, tried again alone: what was had stays as it is, byte for byte."""
+"""Retries failed rows of finished shards; everything else in a shard stays as it is, byte for byte."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 
 from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import forget_entry, read_entry
+from sdtrain.dataset.manifest import entries, forget_entry, read_entry
 from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
-from sdtrain.download.download_request import Finished, Request, RetryRequest, ShardRequest
-from sdtrain.download.http.failures import is_worth_another_try
+from sdtrain.download.http.failures import is_transient
 from sdtrain.download.image_shards import read_shard_table
-from sdtrain.download.publish import forget_next_table
+from sdtrain.download.publish import discard_next_table
 from sdtrain.download.stage import DOWNLOAD, new_request, publish_checked
-from sdtrain.download.worker_process import download_process
+from sdtrain.download.worker_process import Finished, Request, RetryRequest, ShardRequest, download_process
 
 
-def may_have_passed(reason: str) -> bool:
+def is_retryable(reason: str) -> bool:
     """Whether a failure may be gone by the next day."""
-    return reason == "timeout" or is_worth_another_try(reason)
+    return reason == "timeout" or is_transient(reason)
 
 
 def retry_failed(
@@ -38,7 +38,7 @@ def retry_failed(
     Args:
         dataset: whose shards; those that this recipe's download has not finished are left to the build.
         recipe: as it was built with.
-        reasons: which failures; without, those that may have passed (`may_have_passed`).
+        reasons: which failures; without, those that may have passed (`is_retryable`).
         on_report: called for each changed shard.
 
     Returns:
@@ -67,7 +67,7 @@ def _ask(dataset: DatasetDir, recipe: ImageRecipe, shard: int, reasons: Collecti
     fetch_outputs(dataset, "download", [shard], tars=False)
     table = read_shard_table(dataset.images_table(shard))
     failures = {reason for reason in (table.reasons if table else ()) if reason is not None}
-    wanted = failures & set(reasons) if reasons is not None else set(filter(may_have_passed, failures))
+    wanted = failures & set(reasons) if reasons is not None else set(filter(is_retryable, failures))
     if not wanted:
         return None
     fetch_outputs(dataset, "select")
@@ -95,6 +95,45 @@ def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) 
 
 def _publish(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
     # The entry tells of the files that are replaced now; if this is killed, the build finds the whole pair.
-    forget_next_table(dataset, done.shard)
+    discard_next_table(dataset, done.shard)
     forget_entry(dataset, "download", done.shard)
     return publish_checked(dataset, request, done)
+
+
+@dataclass(frozen=True)
+class RetryCounts:
+    """Failed rows of finished shards before and after another try.
+
+    Attributes:
+        num_failed: rows without an image before.
+        num_recovered: of these, rows that have one now.
+        num_shards: shards that changed.
+        seconds: wall time.
+    """
+
+    num_failed: int
+    num_recovered: int
+    num_shards: int
+    seconds: float
+
+    def __str__(self) -> str:
+        """One line for terminal and log."""
+        if not self.num_failed:
+            return "retry-failed: no row has failed"
+        return (
+            f"retry-failed: {self.num_recovered:,} of {self.num_failed:,} failed rows recovered "
+            f"({self.num_shards:,} shards changed), {self.seconds:.1f} s"
+        )
+
+
+def retry_and_count(dataset: DatasetDir, recipe: ImageRecipe) -> RetryCounts:
+    """Tries the rows again whose failure may have passed (`retry_failed`), and counts."""
+    started = time.monotonic()
+    before = {entry.shard: entry for entry in entries(dataset, "download")}
+    changed = retry_failed(dataset, recipe)
+    return RetryCounts(
+        num_failed=sum(entry.num_in - entry.num_out for entry in before.values()),
+        num_recovered=sum(report.num_out - before[report.shard].num_out for report in changed),
+        num_shards=len(changed),
+        seconds=time.monotonic() - started,
+    )

@@ -1,4 +1,4 @@
-"""One row of the images' table: a selected row, and what became of it."""
+"""Rows of the images' table: a selected row and its outcome."""
 
 from __future__ import annotations
 

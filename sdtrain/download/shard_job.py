@@ -1,4 +1,4 @@
-"""A shard while its rows are fetched."""
+"""Collects the outcomes of one shard's rows and writes the shard when the last is in."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import exifread
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.dataset.removal_ledger import REMOVED, key_digest, refused_images
 from sdtrain.dataset.tars import Member
-from sdtrain.download.download_request import Finished, Request, ShardRequest
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.image_shards import (
     ImageShard,
-    Spool,
     TarMembers,
+    TemporaryBlobFile,
     new_members,
     read_rows,
     write_shard,
     write_stats,
 )
 from sdtrain.download.rows import Row, Selected, check_digests, failed_row, image_row, read_selected
+from sdtrain.download.worker_process import Finished, Request, ShardRequest
 from sdtrain.images.decode import ImageError
 from sdtrain.images.store import ImageMaker
 
@@ -31,7 +31,7 @@ _MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may b
 UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
 
 
-class ShardWork:
+class ShardJob:
     """One shard from its first row to its files. Bodies are made into images by many threads; the rest by one."""
 
     def __init__(self, request: Request, asked: ShardRequest, maker: ImageMaker) -> None:
@@ -43,7 +43,7 @@ class ShardWork:
         self._rows: dict[str, Row] = {row["key"]: row for row in read_rows(asked.retry.table)} if asked.retry else {}
         self._due = [selected for selected in read_selected(asked.selection) if self._is_due(selected)]
         self._waiting = len(self._due)
-        self._spool = Spool(request.output / f"{asked.shard:05d}.spool")
+        self._blobs = TemporaryBlobFile(request.output / f"{asked.shard:05d}.blobs")
         self._places: dict[str, tuple[str, Member]] = {}
 
     def due(self) -> list[Selected]:
@@ -61,7 +61,7 @@ class ShardWork:
             image = self._maker(body)
         except (FetchError, ImageError) as error:
             return failed_row(selected, error), None
-        place = (image.extension, self._spool.add(image.content))
+        place = (image.extension, self._blobs.add(image.content))
         return image_row(selected, image, sha256, exif_of(body)), place
 
     def add(self, row: Row, place: tuple[str, Member] | None = None) -> bool:
@@ -81,12 +81,12 @@ class ShardWork:
             if row["key"] not in self._places and finished_before:
                 return finished_before(row["key"])
             extension, member = self._places[row["key"]]
-            return new_members(row, extension, self._spool.read(member))
+            return new_members(row, extension, self._blobs.read(member))
 
         try:
             digest = write_shard(self._files, rows, members_of, self._asked.fingerprint)
         finally:
-            self._spool.close()
+            self._blobs.close()
             if finished_before:
                 finished_before.close()
         write_stats(self._files.stats, rows, self._started, time.time())

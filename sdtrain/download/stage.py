@@ -1,4 +1,4 @@
-"""DOWNLOAD: selected rows -> images, made by img2dataset's resizer, and a reason for every image not had."""
+"""The stage DOWNLOAD: turns selected rows into images, and records a reason for each row without one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table
-from sdtrain.download.download_request import Finished, Request, ShardRequest
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
-from sdtrain.download.publish import adopt_images, publish_images
-from sdtrain.download.worker_process import download_process
+from sdtrain.download.publish import publish_images, reuse_images
+from sdtrain.download.worker_process import Finished, Request, ShardRequest, download_process
 from sdtrain.errors import UserError
 
 # Settings that say how images are fetched, not what becomes of them: changing one redoes nothing.
@@ -46,7 +45,7 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         # A shard that is being replaced must not pass for finished if this is killed half way.
         forget_entry(dataset, "download", shard)
         digest = download_fingerprint(dataset, recipe, shard)
-        report = adopt_images(dataset, shard, selected_keys(dataset, shard), digest)
+        report = reuse_images(dataset, shard, selected_keys(dataset, shard), digest)
         if report is not None:
             yield report
         else:

@@ -3,6 +3,8 @@
 `python -m sdtrain.download.worker REQUEST.json`: does the shards of the request, and prints a
 JSON line on standard output after each. It ends when its standard input closes, which happens
 when the process that started it dies, however that came about.
+
+It relies on pyarrow working without pandas, which `_WithoutPandas` hides; tests/sdtrain/download/test_stage.py runs it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from pathlib import Path
 from PIL import Image
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.download.download_request import Finished, Request
 from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.rows import Selected, failed_row
-from sdtrain.download.shard_job import ShardWork
+from sdtrain.download.shard_job import ShardJob
+from sdtrain.download.worker_process import Finished, Request
 from sdtrain.images.store import ImageMaker
 from sdtrain.redaction import hide_secrets_in_logs
 
@@ -61,23 +63,23 @@ async def _download(request: Request, report: Report) -> None:
             raise several.exceptions[0] from None  # the last words of the log are what the user sees
 
 
-def _rows(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardWork, Selected | None]]:
+def _rows(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, Selected | None]]:
     """The rows to fetch; one None for a shard that has none left, because all of it was removed."""
     for asked in request.shards:
-        work = ShardWork(request, asked, maker)
+        work = ShardJob(request, asked, maker)
         for selected in work.due() or (None,):
             yield work, selected
 
 
 async def _work(
-    rows: Iterator[tuple[ShardWork, Selected | None]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
+    rows: Iterator[tuple[ShardJob, Selected | None]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
 ) -> None:
     for work, selected in rows:  # shared: each task takes the next
         if selected is None or await _do_row(work, selected, fetcher, threads):
             report(await asyncio.get_running_loop().run_in_executor(threads, work.finish))
 
 
-async def _do_row(work: ShardWork, selected: Selected, fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
+async def _do_row(work: ShardJob, selected: Selected, fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
     try:
         body = (await fetcher.fetch(selected.url)).body
     except FetchError as error:

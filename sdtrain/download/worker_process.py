@@ -1,4 +1,7 @@
-"""Starts download processes and takes what they finish."""
+"""Starts download processes and defines the messages between them and this one.
+
+The process is `sdtrain.download.worker`: it gets a `Request` and answers with a `Finished` for each shard.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,57 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import BaseModel
+
+from sdtrain.dataset.config import DownloadConfig
 from sdtrain.dataset.files import raise_if_disk_full
-from sdtrain.download.download_request import Finished, Request
 from sdtrain.errors import UserError
 
 _LOG_LINES = 5
 _END_S = 10
+
+
+class RetryRequest(BaseModel):
+    """Of a finished shard, only the rows with these reasons are fetched; all else is taken over."""
+
+    tar: Path
+    table: Path
+    reasons: list[str]
+
+
+class ShardRequest(BaseModel):
+    """One shard to do."""
+
+    shard: int
+    selection: Path
+    fingerprint: str
+    retry: RetryRequest | None = None
+
+
+class Request(BaseModel):
+    """The work of one process: shards one after the other, the last rows of one beside the first of the next."""
+
+    config: DownloadConfig
+    output: Path
+    removed: Path | None = None
+    """The dataset's ledger of images that may not come back, if it has one."""
+    shards: list[ShardRequest]
+
+
+class Finished(BaseModel):
+    """A shard is done: its files lie in the request's `output`.
+
+    Attributes:
+        shard: its number.
+        tar_sha256: its tar's digest.
+        num_fetched: rows that were fetched now.
+        num_unreached: of these, those whose host could not be reached.
+    """
+
+    shard: int
+    tar_sha256: str
+    num_fetched: int
+    num_unreached: int
 
 
 @contextmanager

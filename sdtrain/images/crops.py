@@ -1,4 +1,4 @@
-"""The part of an image that the VAE sees."""
+"""Crops an image to the part that the VAE sees."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from PIL import (  # the readers by name: else Pillow looks for, and imports, al
     WebPImagePlugin,
 )
 
-PICTURE_EXTENSIONS = ("jpg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "png", "webp")
 _READERS = (
     JpegImagePlugin.JpegImageFile,  # and MPO, which begins as a JPEG
     PngImagePlugin.PngImageFile,
@@ -82,7 +82,7 @@ def image_extension(members: Iterable[str]) -> str:
         KeyError: none is.
     """
     for extension in members:
-        if extension in PICTURE_EXTENSIONS:
+        if extension in IMAGE_EXTENSIONS:
             return extension
     raise KeyError("no image")
 

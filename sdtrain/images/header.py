@@ -1,4 +1,4 @@
-"""What an image file says of itself, read before a pixel is decoded: kind, size, and whether all of it came."""
+"""Reads an image file's header before any pixel is decoded: kind, size, and whether the file is whole."""
 
 from __future__ import annotations
 

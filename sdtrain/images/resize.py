@@ -1,4 +1,9 @@
-"""img2dataset's resizer as an engine: for images already decoded too, in several threads, and quick to import."""
+"""Runs img2dataset's resizer: on images already decoded too, in several threads, and quick to import.
+
+It relies on internals: it replaces `cv2` and `SuppressStdoutStderr` in `img2dataset.resizer` and imports that module
+without running its packages' `__init__` (albumentations 1.x's layout). tests/sdtrain/images/test_store.py compares with
+stored results of the unchanged resizer, and notices when they change.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a fetched body to the image that is stored: checked, upright RGB, resized, encoded."""
+"""Turns a fetched body into the stored image: checked, upright RGB, resized, encoded."""
 
 from __future__ import annotations
 

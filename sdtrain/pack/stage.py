@@ -23,7 +23,7 @@ from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside
 from sdtrain.dataset.tars import SampleIndex, write_samples
-from sdtrain.download.image_shards import PLACE, image_place
+from sdtrain.download.image_shards import PLACE, image_location
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import PROVENANCE, expected_shards, planned, shard_sizes
 
@@ -146,7 +146,7 @@ def _members(row: dict[str, Any], image: bytes) -> dict[str, bytes]:
 
 
 def _row(row: dict[str, Any], written: SampleIndex) -> dict[str, Any]:
-    return {"uid": row["uid"], "key": row["key"]} | image_place(written)
+    return {"uid": row["uid"], "key": row["key"]} | image_location(written)
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:

@@ -24,7 +24,7 @@ from filters.decide.funnel import funnel
 from filters.pipeline import STAGES
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
-from filters.remove.apply import finish_removal, start_removal
+from filters.remove.apply import finish_interrupted_removal, finish_removal, start_removal
 from filters.remove.plan import Removal, find_removal
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, is_whole
@@ -122,6 +122,7 @@ def make_recipe(metadata: Path, **changed: Any) -> Recipe:
 
 def build(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
     """The stages of `sdtrain build`; returns the reports of what was not finished before."""
+    finish_interrupted_removal(dataset)
     record_recipe(dataset, recipe)
     reports = []
     for stage in STAGES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import read_entry
 from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.storage import storage_of
 
@@ -35,8 +36,6 @@ def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
     Raises:
         UserError: it is not, or no longer, what the manifest here says.
     """
-    from sdtrain.dataset.manifest import read_entry
-
     if path.exists():
         return
     dataset = DatasetDir(root)

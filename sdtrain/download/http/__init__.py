@@ -1,1 +1,1 @@
-"""The way to the web: public addresses only, within limits, with manners, and every failure has a reason."""
+"""Fetches from the web: public addresses only, within limits, politely, and with a reason for every failure."""

@@ -1,4 +1,4 @@
-"""Images from the web: whole bodies, or a `FetchError` that says why not."""
+"""Fetches whole images, or raises a `FetchError` that says why not."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from protego import Protego
 from yarl import URL
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.download.http import robots_txt, tdm
-from sdtrain.download.http.budget import Budget
+from sdtrain.download.http import robots, tdm
 from sdtrain.download.http.connections import user_agent
 from sdtrain.download.http.failures import FetchError, failure_of
-from sdtrain.download.http.retry import with_retries
-from sdtrain.download.http.robots import check_robots_header
+from sdtrain.download.http.retry import Budget, with_retries
 from sdtrain.download.http.site_file import SiteFile
 from sdtrain.download.http.transport import Answer, Transport
 from sdtrain.download.http.urls import request_url
@@ -48,7 +46,7 @@ class Fetcher:
     async def __aenter__(self) -> Fetcher:
         self._transport = Transport(self._config)
         self._robots: SiteFile[Protego | None] = SiteFile(
-            self._transport, self._config, robots_txt.PATH, robots_txt.parse_robots_txt
+            self._transport, self._config, robots.PATH, robots.parse_robots_txt
         )
         self._tdm = SiteFile(self._transport, self._config, tdm.PATH, tdm.parse_tdm_file)
         return self
@@ -83,12 +81,12 @@ class Fetcher:
 
     async def _permit(self, url: URL) -> None:
         if self._config.robots_txt:
-            robots_txt.check_robots_txt(await self._robots.rules_for(url), url)
+            robots.check_robots_txt(await self._robots.rules_for(url), url)
         if self._config.tdm_reservation:
             tdm.check_tdm_rules(await self._tdm.rules_for(url), url)
 
     def _check(self, headers: CIMultiDictProxy[str]) -> None:
         if self._config.robots_header:
-            check_robots_header(headers.getall("X-Robots-Tag", ()))
+            robots.check_robots_header(headers.getall("X-Robots-Tag", ()))
         if self._config.tdm_reservation:
             tdm.check_tdm_header(headers.getall("tdm-reservation", ()))

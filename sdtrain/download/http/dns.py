@@ -1,4 +1,4 @@
-"""Names to addresses: each name once, in threads of its own, and only names all of whose addresses are public."""
+"""Resolves host names: each once, in its own thread, and only names all of whose addresses are public."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from sdtrain.dataset.addresses import is_public
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.http.single_flight import Shared
+from sdtrain.download.http.single_flight import SingleFlightCache
 
 # Dead hosts are many in LAION, and a name server that does not answer holds a thread for half a minute.
 _THREADS = 64
@@ -34,7 +34,7 @@ class Resolver(AbstractResolver):
         self._allow_private = allow_private
         self._timeout_s = timeout_s
         self._threads = asyncio.Semaphore(_THREADS)
-        self._addresses: Shared[str, _Found] = Shared(self._look_up, _seconds_kept)
+        self._addresses: SingleFlightCache[str, _Found] = SingleFlightCache(self._look_up, _seconds_kept)
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
@@ -62,10 +62,10 @@ class Resolver(AbstractResolver):
                 found = await self._in_thread(host)
         except TimeoutError:
             # Its thread goes on, and another try soon afterwards would only wait for the same.
-            raise FetchError("dns_failed", "no name server answers", passing=False) from None
+            raise FetchError("dns_failed", "no name server answers", transient=False) from None
         except socket.gaierror as error:
             if error.errno in _UNKNOWN:
-                raise FetchError("dns_failed", "the name is not known", passing=False) from None
+                raise FetchError("dns_failed", "the name is not known", transient=False) from None
             raise FetchError("dns_failed", "no name server answers") from None
         if not self._allow_private and not all(is_public(address) for _, address in found):
             raise FetchError("blocked_address", "the host's name resolves to a private or reserved address")
@@ -98,5 +98,5 @@ class Resolver(AbstractResolver):
 
 def _seconds_kept(outcome: _Found | FetchError) -> float:
     if isinstance(outcome, FetchError) and outcome.reason == "dns_failed":
-        return _NO_ANSWER_S if outcome.passing else _UNKNOWN_S
+        return _NO_ANSWER_S if outcome.transient else _UNKNOWN_S
     return _KNOWN_S

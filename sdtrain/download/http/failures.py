@@ -1,4 +1,8 @@
-"""Why an image could not be had: a short stable word for each way in which a download fails."""
+"""Names every download failure: one short, stable reason each, and whether it is transient.
+
+A row's `reason` in the images' table is that of a `FetchError` or of an `ImageError` (`sdtrain.images.decode`);
+`sdtrain.download.rows.failed_row` writes it.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +49,12 @@ MEANINGS: dict[str, str] = {
 }
 TOO_SLOW = "no answer in time"
 """The detail of every timeout, because which of the limits is met first depends on the moment."""
-CUT_SHORT = "the connection ended within the body"
-NO_HTTP = "the answer is against the rules of HTTP"
+ENDED_EARLY = "the connection ended within the body"
+INVALID_HTTP = "the answer is against the rules of HTTP"
 _CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 _CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
 # Not "timeout": hosts that do not answer are many, each has had its full time, and a shard ends with its slowest row.
-_PASSING = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
+_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
 
 
 class FetchError(Exception):
@@ -58,18 +62,18 @@ class FetchError(Exception):
 
     Attributes:
         reason: one of `MEANINGS`, or `http_` and a status code.
-        passing: whether it may be gone a moment later; unless told, `is_worth_another_try` says so.
+        transient: whether it may be gone a moment later; unless told, `is_transient` says so.
     """
 
-    def __init__(self, reason: str, detail: str, passing: bool | None = None) -> None:
+    def __init__(self, reason: str, detail: str, transient: bool | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
-        self.passing = is_worth_another_try(reason) if passing is None else passing
+        self.transient = is_transient(reason) if transient is None else transient
 
     def again(self) -> FetchError:
         """The same failure for another URL: an exception that is raised twice collects the tracebacks of both."""
-        return FetchError(self.reason, self.detail, self.passing)
+        return FetchError(self.reason, self.detail, self.transient)
 
 
 def failure_of(error: Exception) -> FetchError:
@@ -94,7 +98,7 @@ def failure_of(error: Exception) -> FetchError:
         return _http_failure(error)
     # What nobody foresaw is one lost image and not a lost shard, but somebody should hear of it.
     _log.error("Unexpected failure of a download", exc_info=error)
-    return FetchError("invalid_answer", f"unexpected {type(error).__name__}", passing=False)
+    return FetchError("invalid_answer", f"unexpected {type(error).__name__}", transient=False)
 
 
 def _tls_failure(error: Exception) -> FetchError:
@@ -109,7 +113,7 @@ def _http_failure(error: ClientError) -> FetchError:
     if isinstance(error, ServerDisconnectedError):
         return FetchError("connection_failed", "closed before an answer")
     if isinstance(error, ClientResponseError):
-        return FetchError("invalid_answer", NO_HTTP)
+        return FetchError("invalid_answer", INVALID_HTTP)
     return FetchError("connection_failed", type(error).__name__)
 
 
@@ -117,8 +121,8 @@ def _body_failure(error: ClientPayloadError) -> FetchError:
     cause = error.__cause__
     ended = isinstance(cause, (ContentLengthError, TransferEncodingError)) and "Not enough data" in str(cause)
     if isinstance(cause, HttpProcessingError) and not ended:
-        return FetchError("invalid_answer", NO_HTTP)
-    return FetchError("truncated", CUT_SHORT)
+        return FetchError("invalid_answer", INVALID_HTTP)
+    return FetchError("truncated", ENDED_EARLY)
 
 
 def failure_of_status(status: int) -> FetchError:
@@ -127,9 +131,9 @@ def failure_of_status(status: int) -> FetchError:
     return FetchError(f"http_{status}", HTTPStatus(status).phrase if known else "no standard status")
 
 
-def is_worth_another_try(reason: str) -> bool:
+def is_transient(reason: str) -> bool:
     """Whether a failure may be gone a moment later."""
-    return reason in _PASSING or reason.startswith("http_5")
+    return reason in _TRANSIENT or reason.startswith("http_5")
 
 
 def meaning_of(reason: str) -> str:

@@ -1,4 +1,4 @@
-"""Manners towards a host: how many requests at once, how fast, and no more while it asks for a rest."""
+"""Limits concurrent requests and request rate per host, and waits out a host's cooldown."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from yarl import URL
 
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.http.pauses import LONGEST_PAUSE_S
+from sdtrain.download.http.retry import LONGEST_PAUSE_S
 
 _BURST = 4
 """So many requests may follow each other at once before they are evenly spaced: images of one page are."""
 _REMEMBERED = 4096
-_REST_OF_DEAD_S = 60
+_DEAD_COOLDOWN_S = 60
 _DEAD_AFTER_ROUNDS = 2
 
 
@@ -31,21 +31,21 @@ def host_of(url: URL) -> str:
 class Host:
     """The turns at one host.
 
-    Requests are spaced by a leaky bucket. A host that asks for a rest (429, or 503 with Retry-After) is
-    left alone by everybody: URLs wait up to `LONGEST_PAUSE_S`. Where that is not enough, or where rest
-    after rest brings no answer, the URLs fail at once, without a request, until the rest is over. So do the
+    Requests are spaced by a leaky bucket. A host that asks for a cooldown (429, or 503 with Retry-After) gets
+    no request until it is over: URLs wait up to `LONGEST_PAUSE_S`. Where that is not enough, or where cooldown
+    after cooldown brings no answer, the URLs fail at once, without a request, until it is over. So do the
     URLs of a host to which connection after connection fails: a shard may hold hundreds of them.
     """
 
-    def __init__(self, connections: int, requests_s: float, rests: int) -> None:
+    def __init__(self, connections: int, requests_s: float, max_cooldowns: int) -> None:
         self.slots = asyncio.Semaphore(connections)
         self.num_users = 0
         self._interval_s = 1 / requests_s
-        self._rests = rests
+        self._max_cooldowns = max_cooldowns
         self._dead_after = _DEAD_AFTER_ROUNDS * connections
-        self._due = self._resting_until = self._closed_until = 0.0
+        self._due = self._cooldown_until = self._closed_until = 0.0
         self._refusal = FetchError("connection_failed", "closed")
-        self._rests_in_a_row = self._failures_in_a_row = 0
+        self._cooldowns_in_a_row = self._failures_in_a_row = 0
 
     async def may_begin(self) -> None:
         """Returns when the next request may begin.
@@ -57,13 +57,13 @@ class Host:
             now = time.monotonic()
             if now < self._closed_until:
                 raise self._refusal.again()
-            begin = max(self._resting_until, self._due - _BURST * self._interval_s)
+            begin = max(self._cooldown_until, self._due - _BURST * self._interval_s)
             if begin <= now:
                 self._due = max(self._due, now) + self._interval_s
                 return
             await asyncio.sleep(begin - now)
 
-    def asks_for_rest(self, seconds: float, failure: FetchError) -> FetchError:
+    def start_cooldown(self, seconds: float, failure: FetchError) -> FetchError:
         """Notes that the host answered with `failure` and wants no request for so many seconds.
 
         Returns:
@@ -71,39 +71,39 @@ class Host:
         """
         now = time.monotonic()
         self._failures_in_a_row = 0
-        if now >= self._resting_until:  # else it is the answer to a request that began before the rest did
-            self._rests_in_a_row += 1
-        if seconds > LONGEST_PAUSE_S or self._rests_in_a_row > self._rests:
+        if now >= self._cooldown_until:  # else it is the answer to a request that began before the cooldown did
+            self._cooldowns_in_a_row += 1
+        if seconds > LONGEST_PAUSE_S or self._cooldowns_in_a_row > self._max_cooldowns:
             self._close(now + seconds, failure)
-        self._resting_until = max(self._resting_until, now + seconds)
-        return self._refusal.again() if self._resting_until <= self._closed_until else failure
+        self._cooldown_until = max(self._cooldown_until, now + seconds)
+        return self._refusal.again() if self._cooldown_until <= self._closed_until else failure
 
     def answered(self) -> None:
         """Notes an answer of any other kind."""
-        self._rests_in_a_row = self._failures_in_a_row = 0
+        self._cooldowns_in_a_row = self._failures_in_a_row = 0
 
     def not_reached(self, failure: FetchError) -> None:
         """Notes that no connection came about."""
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._dead_after:
-            self._close(time.monotonic() + _REST_OF_DEAD_S, failure)
+            self._close(time.monotonic() + _DEAD_COOLDOWN_S, failure)
 
-    def is_at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether nothing would be lost if this were forgotten."""
         now = time.monotonic()
-        quiet = now >= max(self._due, self._resting_until, self._closed_until)
-        return quiet and not (self.num_users or self._failures_in_a_row or self._rests_in_a_row)
+        quiet = now >= max(self._due, self._cooldown_until, self._closed_until)
+        return quiet and not (self.num_users or self._failures_in_a_row or self._cooldowns_in_a_row)
 
     def _close(self, until: float, failure: FetchError) -> None:
         self._closed_until = max(self._closed_until, until)
-        self._refusal = FetchError(failure.reason, failure.detail, passing=False)
+        self._refusal = FetchError(failure.reason, failure.detail, transient=False)
 
 
 class Hosts:
     """All hosts that were asked lately."""
 
-    def __init__(self, connections: int, requests_s: float, rests: int) -> None:
-        self._limits = connections, requests_s, rests
+    def __init__(self, connections: int, requests_s: float, max_cooldowns: int) -> None:
+        self._limits = connections, requests_s, max_cooldowns
         self._hosts: dict[str, Host] = {}
         self._sweep_at = _REMEMBERED
 
@@ -126,7 +126,7 @@ class Hosts:
     def _host(self, name: str) -> Host:
         if name not in self._hosts:
             if len(self._hosts) >= self._sweep_at:
-                self._hosts = {name: host for name, host in self._hosts.items() if not host.is_at_rest()}
+                self._hosts = {name: host for name, host in self._hosts.items() if not host.is_idle()}
                 self._sweep_at = _REMEMBERED + 2 * len(self._hosts)
             self._hosts[name] = Host(*self._limits)
         return self._hosts[name]

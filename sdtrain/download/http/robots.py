@@ -1,9 +1,12 @@
-"""X-Robots-Tag: what a site says in its answers about robots, and whether it means this one."""
+"""Honours robots.txt (RFC 9309) and X-Robots-Tag headers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+
+from protego import Protego
+from yarl import URL
 
 from sdtrain.download.http.failures import FetchError
 
@@ -13,6 +16,37 @@ OUR_NAMES = ("sdtrain", "img2dataset")
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _WITH_VALUES = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 _ROBOT = re.compile(r"[a-z*][\w*./-]*")
+
+
+PATH = "/robots.txt"
+# Not to be had for good, which is as if there were none.
+_NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
+
+
+def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
+    """The rules of a robots.txt; None where there are none (4xx).
+
+    Raises:
+        FetchError: robots_txt where the server fails (5xx), which forbids everything. A site that cannot be reached
+            gives the failure itself, which says more about its URLs.
+    """
+    if isinstance(file, bytes):
+        return Protego.parse(file.decode("utf-8-sig", "replace"))
+    if file.reason.startswith("http_5") or file.reason == "unknown_encoding":
+        raise FetchError("robots_txt", "the rules cannot be read")
+    if file.reason.startswith("http_") or file.reason in _NO_RULES:
+        return None
+    raise FetchError(file.reason, file.detail, transient=False)  # it was tried again already
+
+
+def check_robots_txt(rules: Protego | None, url: URL) -> None:
+    """Raises where the rules keep robots like this one away from `url`.
+
+    Raises:
+        FetchError: robots_txt.
+    """
+    if rules is not None and not all(rules.can_fetch(str(url), name) for name in OUR_NAMES):
+        raise FetchError("robots_txt", "disallowed")
 
 
 def check_robots_header(values: Iterable[str]) -> None:

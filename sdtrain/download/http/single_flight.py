@@ -1,4 +1,4 @@
-"""Values that many ask for at the same time, that are made once and kept for a while: addresses, rules of a site."""
+"""Caches values that many ask for at once, such as addresses and a site's rules, and computes each once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Shared(Generic[K, V]):
+class SingleFlightCache(Generic[K, V]):
     """A cache with single flight: who asks for what is being made waits for it.
 
     A waiter that is cancelled does not take the making with it. Failures are kept too.

@@ -1,4 +1,4 @@
-"""Files at a fixed place of every site that say what robots may do there."""
+"""Fetches the files at a fixed place of every site that say what robots may do there."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Generic, TypeVar
 from yarl import URL
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.download.http.budget import Budget
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.http.retry import with_retries
-from sdtrain.download.http.single_flight import Shared
+from sdtrain.download.http.retry import Budget, with_retries
+from sdtrain.download.http.single_flight import SingleFlightCache
 from sdtrain.download.http.transport import Transport
 
 R = TypeVar("R")
@@ -40,7 +39,7 @@ class SiteFile(Generic[R]):
         self._config = config
         self._path = path
         self._parse = parse
-        self._rules: Shared[URL, R] = Shared(
+        self._rules: SingleFlightCache[URL, R] = SingleFlightCache(
             self._fetch, lambda outcome: _KEPT_FAILURE_S if isinstance(outcome, FetchError) else _KEPT_S
         )
 

@@ -1,4 +1,4 @@
-"""One request after the other: to checked addresses, when the host may be asked, within limits."""
+"""Sends requests and follows redirects: to checked addresses, when the host may be asked, within limits."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.download.http.body import read_body
-from sdtrain.download.http.budget import Budget
+from sdtrain.download.http.body import Watch, read_body
 from sdtrain.download.http.connections import Sessions
 from sdtrain.download.http.dns import Resolver
 from sdtrain.download.http.failures import FetchError, failure_of, failure_of_status
 from sdtrain.download.http.host_limits import Host, Hosts
-from sdtrain.download.http.pauses import backoff_s, retry_after_s
+from sdtrain.download.http.retry import Budget, backoff_s, retry_after_s
 from sdtrain.download.http.urls import redirect_url
-from sdtrain.download.http.watch import Watch
 
 _REDIRECTS = {301, 302, 303, 307, 308}
-_REST_WANTED = {429, 503}
+_COOLDOWN_STATUSES = {429, 503}
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Transport:
         self._config = config
         self._resolver = Resolver(config.allow_private_hosts, config.timeout_s)
         self._sessions = Sessions(config, self._resolver)
-        self._hosts = Hosts(config.connections_per_host, config.requests_per_host_s, rests=config.retries + 1)
+        self._hosts = Hosts(config.connections_per_host, config.requests_per_host_s, max_cooldowns=config.retries + 1)
         self._requests = asyncio.Semaphore(config.connections)
         self._watch = Watch()
 
@@ -106,7 +104,7 @@ class Transport:
 
 
 async def _read(response: ClientResponse, host: Host, check: Check, max_bytes: int, cut: bool) -> Answer:
-    if response.status in _REST_WANTED:
+    if response.status in _COOLDOWN_STATUSES:
         raise _refused(response, host)
     host.answered()
     if response.status != 200:
@@ -127,7 +125,7 @@ def _refused(response: ClientResponse, host: Host) -> FetchError:
     if pause is None:
         host.answered()
         return failure
-    return host.asks_for_rest(pause, failure)
+    return host.start_cooldown(pause, failure)
 
 
 def _is_literal(url: URL) -> bool:

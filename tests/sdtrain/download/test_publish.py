@@ -9,7 +9,7 @@ import pytest
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry
 from sdtrain.download.image_shards import read_shard_table
-from sdtrain.download.publish import adopt_images, final_files, publish_images
+from sdtrain.download.publish import final_files, publish_images, reuse_images
 from sdtrain.download.stage import DOWNLOAD, selected_keys
 from sdtrain.errors import UserError
 from tests.sdtrain.download.download_fixtures import Build, closed_port, prepare, serve_site
@@ -48,7 +48,7 @@ def fingerprint_of(build, shard=0):
 
 def adopt(build):
     """What the build makes of shard 0 when its entry is gone."""
-    return adopt_images(build.dataset, 0, selected_keys(build.dataset, 0), fingerprint_of(build))
+    return reuse_images(build.dataset, 0, selected_keys(build.dataset, 0), fingerprint_of(build))
 
 
 def test_a_shard_published_but_not_recorded_is_adopted_without_fetching(build, site):
@@ -192,7 +192,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(site, tmp_path, monk
         "    import sdtrain.download.image_shards as shards\n"
         "    def full(self, content):\n"
         "        with open('/dev/full', 'wb') as file: file.write(content)\n"
-        "    shards.Spool.add = full\n"
+        "    shards.TemporaryBlobFile.add = full\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
     build = prepare(tmp_path / "data", site.serve_photos(6))

@@ -12,7 +12,7 @@ from filters.select.stage import SELECT
 from sdtrain import cli
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
-from sdtrain.download.recovery import Recovery, recover
+from sdtrain.download.retry import RetryCounts, retry_and_count
 from sdtrain.download.stage import DOWNLOAD
 from tests.sdtrain.download.download_fixtures import prepare, serve_site
 
@@ -74,8 +74,8 @@ def test_counts_are_of_rows_before_and_after(site, tmp_path):
     small = prepare(tmp_path / "data", site.serve_photos(6), per_shard=3)
     small.run()
     site.status = {"photo/1.jpg": 503}
-    found = recover(small.dataset, small.recipe)
+    found = retry_and_count(small.dataset, small.recipe)
     assert (found.num_failed, found.num_recovered, found.num_shards) == (3, 1, 1)
-    assert str(Recovery(3000, 1200, 7, 2.04)) == (
+    assert str(RetryCounts(3000, 1200, 7, 2.04)) == (
         "retry-failed: 1,200 of 3,000 failed rows recovered (7 shards changed), 2.0 s"
     )

@@ -184,7 +184,7 @@ def test_shards_are_published_as_they_finish_and_the_child_ends_with_the_stage(s
     first = next(reports).shard
     assert build.dataset.images_tar(first).exists()
     reports.close()
-    assert not [p for p in psutil.Process().children() if "download_child" in " ".join(p.cmdline())]
+    assert not [p for p in psutil.Process().children() if "sdtrain.download.worker" in " ".join(p.cmdline())]
 
 
 def test_at_most_connections_requests_are_under_way(site, tmp_path):

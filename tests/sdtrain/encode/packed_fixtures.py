@@ -15,7 +15,7 @@ from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import write_samples
-from sdtrain.download.image_shards import image_place
+from sdtrain.download.image_shards import image_location
 from sdtrain.encode.stage import ENCODE
 from tests.image_fixtures import encoded, scene_image
 
@@ -52,7 +52,7 @@ def write_packed(
         dataset.packed_tar(shard).parent.mkdir(parents=True, exist_ok=True)
         written = write_samples(dataset.packed_tar(shard), samples)
         rows = [
-            {"uid": json.loads(members["json"])["uid"], "key": key} | image_place(place)
+            {"uid": json.loads(members["json"])["uid"], "key": key} | image_location(place)
             for (key, members), place in zip(samples, written, strict=True)
         ]
         pq.write_table(pa.Table.from_pylist(rows), dataset.packed_table(shard))

@@ -24,7 +24,7 @@ def web(tmp_path_factory):
         server.authority.cert_pem.write_to_path(str(ca))
         patch.setenv("SSL_CERT_FILE", str(ca))
         patch.setattr("sdtrain.download.http.dns.is_public", is_public)
-        patch.setattr("sdtrain.download.http.sockets.is_public", is_public)
+        patch.setattr("sdtrain.download.http.connections.is_public", is_public)
         yield server
 
 

@@ -187,7 +187,7 @@ def test_one_tls_context_serves_all_and_connections_are_kept(web, names, monkeyp
 
     monkeypatch.setattr(ssl, "create_default_context", counting)
     opened = []
-    monkeypatch.setattr("sdtrain.download.http.sockets.is_public", lambda address: not opened.append(address))
+    monkeypatch.setattr("sdtrain.download.http.connections.is_public", lambda address: not opened.append(address))
 
     async def run():
         async with Fetcher(quick()) as fetcher:
@@ -214,7 +214,7 @@ def test_what_nobody_foresaw_is_a_failure_of_the_url_and_is_logged(web, names, m
     def broken(*args):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("sdtrain.download.http.client.check_robots_header", broken)
+    monkeypatch.setattr("sdtrain.download.http.robots.check_robots_header", broken)
     ((reason, error, _),) = fetch_all(quick(), [web.url("ok")])
     assert reason == "invalid_answer"
     assert isinstance(error, FetchError)

@@ -56,7 +56,7 @@ def test_a_temporary_failure_is_tried_again_when_it_may_be_over(names, monkeypat
 
     monkeypatch.setattr(socket, "getaddrinfo", busy)
     ((reason, error, _),) = fetch_all(quick(), ["http://some.example/a.jpg"])
-    assert (reason, error.passing) == ("dns_failed", True)
+    assert (reason, error.transient) == ("dns_failed", True)
 
 
 def test_closing_does_not_wait_for_a_look_up_under_way(names):

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.http.single_flight import Shared
+from sdtrain.download.http.single_flight import SingleFlightCache
 
 
 def test_a_waiter_that_gives_up_does_not_spoil_it_for_the_others():
@@ -17,7 +17,7 @@ def test_a_waiter_that_gives_up_does_not_spoil_it_for_the_others():
         return key * 2
 
     async def run():
-        shared = Shared(make, lambda outcome: 60)
+        shared = SingleFlightCache(make, lambda outcome: 60)
         first = asyncio.create_task(shared.get("a"))
         second = asyncio.create_task(shared.get("a"))
         await asyncio.sleep(0.02)
@@ -36,7 +36,7 @@ def test_failures_are_kept_as_long_as_told_and_are_new_exceptions_each_time():
         raise FetchError("dns_failed", "no")
 
     async def run():
-        shared = Shared(make, lambda outcome: 0.1 if isinstance(outcome, FetchError) else 60)
+        shared = SingleFlightCache(make, lambda outcome: 0.1 if isinstance(outcome, FetchError) else 60)
         errors = []
         for pause in (0, 0, 0.15):
             await asyncio.sleep(pause)
@@ -58,7 +58,7 @@ def test_the_oldest_are_forgotten_first():
         return key
 
     async def run():
-        shared = Shared(make, lambda outcome: 60, max_entries=2)
+        shared = SingleFlightCache(make, lambda outcome: 60, max_entries=2)
         for key in (1, 2, 3, 3, 2, 1):
             await shared.get(key)
 

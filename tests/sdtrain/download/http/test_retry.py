@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from sdtrain.download.http.pauses import LONGEST_PAUSE_S, backoff_s, retry_after_s
+from sdtrain.download.http.retry import LONGEST_PAUSE_S, backoff_s, retry_after_s
 
 
 @pytest.mark.parametrize(("header", "seconds"), [("0", 0), (" 120 ", 120), ("0007", 7)])

@@ -4,7 +4,7 @@ import asyncio
 import resource
 
 from sdtrain.download.http.client import Fetcher
-from sdtrain.download.http.sockets import raise_file_limit
+from sdtrain.download.http.connections import raise_file_limit
 from tests.sdtrain.download.http.hostile_fates import BODY
 from tests.sdtrain.download.http.web_fixtures import quick
 
