@@ -155,7 +155,7 @@ def _with_weights(build: Any, name: str) -> Any:
 
 
 def _fitted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Renames published weights, which name the layers of a bare backbone (watermark) or linear layer (aesthetic V1)."""
+    """Renames published weights of a bare backbone (watermark) or a bare linear layer (aesthetic V1)."""
     if isinstance(network, AestheticV1Head) and set(state) == {"weight", "bias"}:
         return {f"linear.{key}": value for key, value in state.items()}
     if isinstance(network, WatermarkClassifier) and not any(key.startswith("backbone.") for key in state):

@@ -1,7 +1,7 @@
 """Threads that decode images ahead of the networks.
 
-Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold the GIL for a fifth at
-most: one process peaks at five or six threads, 700 images a second. A faster GPU needs several processes
+Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold the GIL for at most a
+fifth: one process peaks at five or six threads, 700 images a second. A faster GPU needs several processes
 (`sdtrain.models.device` spreads them) or decodes itself.
 """
 

@@ -85,7 +85,7 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 
 @lru_cache(maxsize=1)
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """Returns (name, digest) of the weights of CLIP and the heads in use; without CLIP, of one network only.
+    """Returns (network, digest) for all `NETWORKS`; without CLIP, all but the watermark detector's are "none".
 
     Raises:
         UserError: weights are unavailable, or not those that the recipe pins.
