@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from flows.support.automations import HEARTBEAT_S
+from infra.box.bootstrap import POOLS
 from infra.box.layout import Box, BoxDir
-from infra.box.pools import POOLS
 from infra.box.postgres import Postgres
 from infra.box.programs import client_environment, server_program
 
