@@ -70,8 +70,8 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
     """z_0 = scaling_factor * (mean + exp(clamp(log-variance, -30, 20) / 2) * eps), (B, 4, h, w) in float32.
 
     `DiagonalGaussianDistribution` in CompVis/stable-diffusion, ldm/modules/distributions/distributions.py. Moments:
-    mean and log-variance, (B, 8, h, w). The scale (0.18215 for SD v1; makes the latents' variance about 1, Rombach et al.
-    2022, arXiv:2112.10752, appendix G) is applied only here, because the cache holds unscaled moments.
+    mean and log-variance, (B, 8, h, w). The scale (0.18215 for SD v1; makes the latents' variance about 1, Rombach et
+    al. 2022, arXiv:2112.10752, appendix G) is applied only here, because the cache holds unscaled moments.
     """
     mean, logvar = moments.float().chunk(2, dim=1)
     return scaling_factor * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
