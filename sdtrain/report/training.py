@@ -17,7 +17,7 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Training:
-    """The section about one run: last metrics, plots (None without validation), previews as (image, step) in order.
+    """The section about one run: last metrics, plots (`by_timestep` if validated), previews as (image, step).
 
     Paths are relative to the page.
     """
