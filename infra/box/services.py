@@ -103,7 +103,7 @@ class Service:
         end_processes(marked(self._box, self.program.name), FAMILY_GRACE_S)
 
     def trim_log(self) -> None:
-        """Moves a full log to NAME.log.1, which bounds both to twice the limit."""
+        """Moves a full log to NAME.log.1, so that both stay below twice the limit."""
         if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
             self._log.with_name(self._log.name + ".1").write_bytes(self._log.read_bytes())
             os.truncate(self._log, 0)  # writers append, so they continue at the new end
