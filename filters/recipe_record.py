@@ -9,8 +9,8 @@ from typing import Any
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.files import push_files
-from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.url import is_s3
 from sdtrain.errors import UserError
 from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow

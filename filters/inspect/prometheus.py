@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from filters.inspect.status import DatasetStatus, dataset_status
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.open import dataset_at, open_dataset
+from sdtrain.dataset.open import dataset_at, open_dataset
 from sdtrain.dataset.s3.url import is_s3
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets

@@ -8,7 +8,7 @@ from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.storage import storage_of
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
 from sdtrain.pack.plan import forget_plan
 from sdtrain.pack.stage import write_index
@@ -28,12 +28,10 @@ def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
 
 def push_rest(dataset: DatasetDir) -> None:
     """Writes files outside shards to S3, except metadata.duckdb, which names files of this machine."""
-    mirror = mirror_of(dataset)
-    if mirror is None:
-        return
+    storage = storage_of(dataset)
     files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
-    mirror.push_files(path for path in files if path.exists())
-    mirror.push_folder(dataset.report.with_name("pictures"))
+    storage.push_files(path for path in files if path.exists())
+    storage.push_folder(dataset.report.with_name("pictures"))
 
 
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:

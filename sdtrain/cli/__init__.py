@@ -50,7 +50,7 @@ def funnel(dataset: curate.NamedDataset) -> None:
     from filters.decide import funnel as numbers
     from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain funnel")
     recipe = read_recipe(directory)
@@ -85,7 +85,7 @@ def views(dataset: curate.NamedDataset) -> None:
     """Write metadata.duckdb again, for instance after the dataset was moved."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(dataset, "sdtrain views")
     write_views(directory, read_recipe(directory))
@@ -109,7 +109,7 @@ def _with_views(name: str, command: str) -> DatasetDir:
     """A dataset with its metadata.duckdb, written again for one on S3, since it names files of this machine."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     directory = open_to_ask(name, command)
     if directory.url:

@@ -100,7 +100,7 @@ def decide(
     from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_interrupted_removal
-    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_inputs
 
     directory = open_dataset(dataset)
@@ -137,7 +137,7 @@ def remove(
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_removal, start_removal
     from filters.remove.plan import find_removal
-    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.open import open_dataset
     from sdtrain.dataset.s3.sync import fetch_tables
 
     directory = open_dataset(dataset)

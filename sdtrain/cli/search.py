@@ -39,7 +39,7 @@ def search(
     from filters.recipe_record import read_recipe
     from filters.search.search import Search
     from sdtrain.dataset.lock import lock_to_read
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
 
     if sum((bool(caption), image is not None, serve)) != 1 or (words and not caption):
         raise UserError("Give one of: a caption (with --words, if you like), --image FILE, or --serve.")
@@ -79,7 +79,7 @@ def memorised(
     from filters.recipe_record import read_recipe
     from filters.search.search import Search
     from sdtrain.dataset.lock import lock_to_read
-    from sdtrain.dataset.s3.open import open_to_ask
+    from sdtrain.dataset.open import open_to_ask
     from sdtrain.sampling.sampler import SampleSettings
 
     directory = open_to_ask(data, "sdtrain memorised")

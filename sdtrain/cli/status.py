@@ -60,7 +60,7 @@ def metrics(
 
 def _show_dataset(name: str) -> None:
     from filters.inspect.status import dataset_status
-    from sdtrain.dataset.s3.open import open_dataset
+    from sdtrain.dataset.open import open_dataset
 
     found: DatasetStatus = dataset_status(open_dataset(name))
     print(f"recipe: {found.recipe}")

@@ -19,8 +19,8 @@ import psutil
 
 from sdtrain.dataset.files import refuse_url
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.lock import RemoteLock, holder
-from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.local_storage import Closable
+from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
 # What file systems say that have no locks: some network mounts, and FUSE.
@@ -37,7 +37,7 @@ class DatasetLock:
     work for that command do not ask.
     """
 
-    def __init__(self, file: IO[str] | None, remote: RemoteLock | None = None) -> None:
+    def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:
         self._file, self.remote = file, remote
         _held.add(self)
 
@@ -67,7 +67,7 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
     """
     lock = lock_folder(dataset.root, dataset.lock, command)
     try:
-        lock.remote = _lock_mirror(dataset, command)
+        lock.remote = storage_of(dataset).lock(command)
     except UserError:
         lock.close()
         raise
@@ -104,27 +104,10 @@ def active_commands(dataset: DatasetDir) -> list[str]:
     users: list[str] = []
     with suppress(OSError), dataset.lock.open() as file:
         users += _users(file)
-    mirror = mirror_of(dataset) if dataset.url else None
-    elsewhere = holder(mirror.store) if mirror else None
+    elsewhere = storage_of(dataset).active_command() if dataset.url else None
     if elsewhere and not any(user.startswith(elsewhere.partition(", since ")[0]) for user in users):
         users.append(elsewhere)
     return users
-
-
-def _lock_mirror(dataset: DatasetDir, command: str) -> RemoteLock | None:
-    """Takes a dataset on S3 from all machines, and brings its work folder up to date."""
-    mirror = mirror_of(dataset)
-    if mirror is None:
-        return None
-    lock = RemoteLock(mirror.store, command)
-    try:
-        mirror.may_write, mirror.token = lock.check, lock.token
-        mirror.store.sweep()
-        mirror.sync()
-    except UserError:
-        lock.close()
-        raise
-    return lock
 
 
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:

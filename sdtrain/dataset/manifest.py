@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.files import discard
 from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
+from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
 
@@ -35,7 +35,7 @@ def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] 
 
 def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
     """Makes a shard count as not finished, before its outputs are touched."""
-    discard(dataset, dataset.manifest_entry(stage, shard))
+    storage_of(dataset).discard(dataset.manifest_entry(stage, shard))
 
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
@@ -76,12 +76,5 @@ def recorded_stages(dataset: DatasetDir) -> list[str]:
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
     """Whether every output of the entry still lies there, or on S3, with its recorded size."""
-    return all(_is_there(dataset, name, output.bytes) for name, output in entry.outputs.items())
-
-
-def _is_there(dataset: DatasetDir, name: str, num_bytes: int) -> bool:
-    path = dataset.root / name
-    if path.exists():
-        return path.stat().st_size == num_bytes
-    mirror = mirror_of(dataset)
-    return mirror is not None and mirror.has(name, num_bytes)
+    storage = storage_of(dataset)
+    return all(storage.has(name, output.bytes) for name, output in entry.outputs.items())

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sdtrain.config import TrainConfig
 from sdtrain.config.data import DataConfig
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.open import training_root
+from sdtrain.dataset.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images

@@ -5,35 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import read_entry
 from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.storage import storage_of
 
 
 def discard(dataset: DatasetDir, path: Path) -> None:
     """Deletes a file of a dataset, on S3 first."""
-    if mirror := mirror_of(dataset):
-        mirror.discard(path)
-    path.unlink(missing_ok=True)
+    storage_of(dataset).discard(path)
 
 
 def push_files(dataset: DatasetDir, *paths: Path) -> None:
     """Writes files of a dataset to S3 that no manifest entry lists."""
-    if mirror := mirror_of(dataset):
-        mirror.push_files(paths)
+    storage_of(dataset).push_files(paths)
 
 
 def read_part(dataset: DatasetDir, path: Path, offset: int, num_bytes: int) -> bytes:
-    """A part of a dataset's file, which on S3 is not brought here for that.
-
-    Raises:
-        OSError: it is not there.
-        UserError: the store cannot be reached, or refuses.
-    """
-    mirror = mirror_of(dataset)
-    if mirror and not path.exists():
-        return mirror.store.read_part(dataset.relative(path), offset, num_bytes)
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(num_bytes)
+    """A part of a dataset's file, which on S3 is not brought here for that."""
+    return storage_of(dataset).read_part(path, offset, num_bytes)
 
 
 def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
@@ -47,8 +36,6 @@ def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
     Raises:
         UserError: it is not, or no longer, what the manifest here says.
     """
-    from sdtrain.dataset.manifest import read_entry
-
     if path.exists():
         return
     dataset = DatasetDir(root)

@@ -19,9 +19,11 @@ from typing import Protocol
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.lock import check_lock_token
+from sdtrain.dataset.local_storage import LocalStorage
+from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
+from sdtrain.dataset.shard_report import parse_entry
 from sdtrain.errors import UserError
 
 _THREADS = 16
@@ -38,29 +40,39 @@ class Stored(Protocol):
     bytes: int
 
 
-class Mirror:
+class Mirror(LocalStorage):
     """One dataset on S3 and its work folder.
 
     Attributes:
-        dataset: the work folder.
         store: the objects.
-        may_write: raises where this process may not change the dataset any more.
-        token: of the lock, in the process that has taken it.
+        may_write: raises where this process may no longer change the dataset.
     """
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
-        self.dataset, self.store = dataset, ObjectStore(url)
+        super().__init__(dataset)
+        self.store = ObjectStore(url)
         self.may_write: Callable[[], None] = lambda: check_lock_token(self.store)
-        self.token = ""
         self._known: dict[str, Object] | None = None
         self._guard = Lock()
 
-    def sync(self, may_delete: bool = True) -> None:
-        """Brings the record of what is finished here, and takes from here what no longer is.
+    def lock(self, command: str) -> RemoteLock:
+        """Locks the dataset against all machines, and brings its work folder up to date."""
+        lock = RemoteLock(self.store, command)
+        try:
+            self.may_write, self.token = lock.check, lock.token
+            self.store.sweep()
+            self.sync()
+        except UserError:
+            lock.close()
+            raise
+        return lock
 
-        Args:
-            may_delete: no command of this machine is about to record something.
-        """
+    def active_command(self) -> str | None:
+        """A sentence about the command that holds the lock."""
+        return holder(self.store)
+
+    def sync(self, may_delete: bool = True) -> None:
+        """Brings the record of what is finished here, and deletes here what no longer is."""
         with self._alone():
             self._known = found = self.store.list()
             names = {name for name in found if name.startswith(_MANIFEST)}
@@ -100,7 +112,7 @@ class Mirror:
         self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
 
     def push_files(self, paths: Iterable[Path]) -> None:
-        """Writes files of the dataset as they are, those that are there already excepted."""
+        """Uploads files as they are, unless they are there already."""
         self.may_write()
 
         def put(path: Path) -> None:
@@ -111,14 +123,18 @@ class Mirror:
         self._each(put, list(paths))
 
     def push_folder(self, folder: Path) -> None:
-        """Makes a folder there what it is here: what is not here is deleted there."""
+        """Makes a folder there what it is here."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
         self.push_files(paths)
         kept = {self.dataset.relative(path) for path in paths}
         self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
 
     def discard(self, path: Path) -> None:
-        """Deletes a file there."""
+        """Deletes a file, there first."""
+        self._discard(path)
+        super().discard(path)
+
+    def _discard(self, path: Path) -> None:
         name = self.dataset.relative(path)
         if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
             return  # entries that are there are here too; all shards of a build are asked for before the first is made
@@ -127,13 +143,21 @@ class Mirror:
         self._objects().pop(name, None)
 
     def has(self, name: str, num_bytes: int) -> bool:
-        """Whether an object of that size is there."""
+        """Whether a file of that size is here or, if there is none, there."""
+        if (self.dataset.root / name).exists():
+            return super().has(name, num_bytes)
         seen = self._objects().get(name)
         return seen is not None and seen.size == num_bytes
 
     def pull(self, wanted: Mapping[str, Stored | None]) -> None:
         """Brings files here that are not; of each, what its content must be, None for whatever is there."""
         self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
+
+    def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
+        """A part of a file here, or else of the object."""
+        if path.exists():
+            return super().read_part(path, offset, num_bytes)
+        return self.store.read_part(self.dataset.relative(path), offset, num_bytes)
 
     def _pull(self, name: str, output: Stored | None) -> None:
         path = self.dataset.root / name
@@ -160,8 +184,6 @@ class Mirror:
 
     def _drop(self, entry: Path) -> None:
         """Forgets a shard that another machine has taken back: its entry, and its files here."""
-        from sdtrain.dataset.shard_report import parse_entry
-
         # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
@@ -176,8 +198,6 @@ class Mirror:
 
     def _forget_others(self, entry: bytes, name: str) -> None:
         """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
-        from sdtrain.dataset.shard_report import parse_entry
-
         for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
             path = self.dataset.root / output_name
             if path.exists() and (path.stat().st_size != output.bytes or sha256_of(path) != output.sha256):

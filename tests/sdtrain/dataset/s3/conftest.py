@@ -41,8 +41,8 @@ def server(tmp_path_factory):
 @pytest.fixture
 def store(server, monkeypatch, tmp_path):
     """The server, with credentials in this process's environment and work folders of this test's own."""
+    from sdtrain.dataset import open as opening
     from sdtrain.dataset.s3 import mirror
-    from sdtrain.dataset.s3 import open as opening
     from sdtrain.dataset.s3 import store as module
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:

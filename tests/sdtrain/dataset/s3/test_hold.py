@@ -8,9 +8,9 @@ import pytest
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, read_entry
+from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.lock import LOCK_NAME, check_lock_token, with_lock_token
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
@@ -50,7 +50,7 @@ def worker(dataset, monkeypatch):
     """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and its hold."""
     with lock_to_change(dataset, "sdtrain build"):
         hold, own = hold_of(dataset), Mirror(dataset, parse_url(dataset.url))
-        for module in ("manifest", "stage", "s3.files"):
+        for module in ("manifest", "stage", "s3.files", "storage"):
             monkeypatch.setattr(f"sdtrain.dataset.{module}.mirror_of", lambda _: own)
         yield dataset, hold
 

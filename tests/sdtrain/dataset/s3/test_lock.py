@@ -5,9 +5,9 @@ import time
 import pytest
 
 from sdtrain.dataset.lock import lock_to_change
+from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3 import lock as module
 from sdtrain.dataset.s3.lock import LOCK_NAME, RemoteLock, holder
-from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.errors import UserError

@@ -8,9 +8,9 @@ from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.files import fetch_shard_file, read_part
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.open import dataset_at
 from sdtrain.dataset.s3.sync import keep_local
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport

@@ -7,7 +7,7 @@ import pytest
 
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, entries
-from sdtrain.dataset.s3.open import dataset_at, training_root
+from sdtrain.dataset.open import dataset_at, training_root
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import record
 from sdtrain.encode.stage import ENCODE

@@ -1,4 +1,4 @@
-"""From what a user names, a directory or s3://…, to a dataset that can be read here."""
+"""Opens the dataset that a user names, a directory or a URL on S3."""
 
 from __future__ import annotations
 
@@ -9,39 +9,42 @@ from pathlib import Path
 
 from sdtrain.dataset.files import refuse_url
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.lock import holder
-from sdtrain.dataset.s3.mirror import mirror_of
+from sdtrain.dataset.s3.sync import fetch_outputs, fetch_tables
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
+from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
 
-def dataset_at(url: str, work_dir: Path | None = None) -> DatasetDir:
-    """The dataset at a URL, with its work folder; nothing is read yet.
+def dataset_at(name: str, work_dir: Path | None = None) -> DatasetDir:
+    """A dataset by its name; nothing is read yet.
+
+    Args:
+        name: a directory, or s3://…
+        work_dir: parent of the work folders of datasets on S3.
 
     Raises:
         UserError: the URL names no place, or holds a secret.
     """
-    place = parse_url(url)
-    return DatasetDir(work_folder(place, work_dir), str(place))
+    if not is_s3(name):
+        return DatasetDir(refuse_url(Path(name)).absolute())
+    url = parse_url(name)
+    return DatasetDir(work_folder(url, work_dir), str(url))
 
 
 def open_dataset(name: str) -> DatasetDir:
-    """A dataset as its user names it; of one on S3, the record of what is finished is brought here.
+    """A dataset by its name, its record of what is finished up to date.
 
     Raises:
         UserError: the store cannot be reached, or refuses.
     """
-    if not is_s3(name):
-        return DatasetDir(refuse_url(Path(name)).absolute())
     dataset = dataset_at(name)
-    mirror = mirror_of(dataset)
-    if mirror:
-        mirror.sync(may_delete=_nobody_writes(dataset))
+    if dataset.url:
+        storage_of(dataset).sync(may_delete=_nobody_writes(dataset))
     return dataset
 
 
 def open_to_ask(name: str, command: str) -> DatasetDir:
-    """A dataset as its user names it; of one on S3, the tables of all stages are brought here.
+    """A dataset by its name, the tables of all stages fetched.
 
     Args:
         name: a directory, or s3://…
@@ -50,11 +53,9 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
     Raises:
         UserError: the dataset is being changed, or cannot be read.
     """
-    from sdtrain.dataset.s3.sync import fetch_tables
-
     dataset = open_dataset(name)
     if dataset.url:
-        _refuse_while_held(dataset, f"run {command} again")
+        _refuse_while_changed(dataset, f"run {command} again")
         fetch_tables(dataset)
     return dataset
 
@@ -63,7 +64,7 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
 def training_root(name: str, online_vae: bool = False) -> Path:
     """The directory to train from: of a dataset on S3 its work folder, with the tables; tars come when first needed.
 
-    The store is asked once in a process: each rank names its datasets twice, and a list of a large one takes long.
+    The store is asked once in a process: each rank names its datasets twice, and listing a large one takes long.
 
     Args:
         name: a directory, or s3://…
@@ -74,18 +75,15 @@ def training_root(name: str, online_vae: bool = False) -> Path:
     """
     if not is_s3(name):
         return refuse_url(Path(name))
-    from sdtrain.dataset.s3.sync import fetch_outputs
-
     dataset = open_dataset(name)
-    _refuse_while_held(dataset, "start the training again")
+    _refuse_while_changed(dataset, "start the training again")
     fetch_outputs(dataset, "pack" if online_vae else "encode", tars=False)
     return dataset.root
 
 
-def _refuse_while_held(dataset: DatasetDir, again: str) -> None:
-    mirror = mirror_of(dataset)
-    if mirror and (said := holder(mirror.store)):
-        raise UserError(f"{dataset} is in use: {said} Wait for the end, and {again}.")
+def _refuse_while_changed(dataset: DatasetDir, again: str) -> None:
+    if command := storage_of(dataset).active_command():
+        raise UserError(f"{dataset} is in use: {command} Wait for the end, and {again}.")
 
 
 def _nobody_writes(dataset: DatasetDir) -> bool:
