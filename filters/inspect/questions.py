@@ -1,4 +1,4 @@
-"""Ten questions that people ask a dataset, answered by `duckdb -readonly metadata.duckdb`."""
+"""Ten common questions about a dataset, answered by `duckdb -readonly metadata.duckdb`."""
 
 from __future__ import annotations
 
