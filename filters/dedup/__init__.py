@@ -1,7 +1,7 @@
-"""The stage DEDUP: groups of exact, perceptual and semantic duplicates.
+"""The DEDUP stage: groups of exact, perceptual and semantic duplicates.
 
-`stage` reads what SCORE wrote and publishes the groups; `levels` runs `exact`, `perceptual` (with `hamming`)
-and `semantic` (with `clusters`) one after the other on `columns`, and `union_find` joins what they link.
+`stage` reads SCORE's output and publishes the groups; `levels` runs `exact`, `perceptual` (with `hamming`) and
+`semantic` (with `clusters`) in turn on `columns`, and `union_find` joins the linked images.
 """
 
 from filters.dedup.stage import DEDUP

@@ -1,4 +1,4 @@
-"""Embeddings sorted into clusters, so that only neighbours need be compared."""
+"""Clustering of embeddings, so that only neighbours need be compared."""
 
 from __future__ import annotations
 
@@ -21,23 +21,18 @@ from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 1 << 19  # 0.8 GB of 768 numbers in fp16
-_MAX_BUCKETS = 128  # each is three open files, of which a process may have 1,024
+_MAX_BUCKETS = 128  # each is three open files, and a process may have 1,024
 
 
 class Embedded(NamedTuple):
-    """Some images that have an embedding.
-
-    Attributes:
-        nodes: (N,) their numbers.
-        vectors: (N, D) fp16, as they are stored.
-    """
+    """Image numbers `nodes` (N,) and their stored fp16 embeddings `vectors` (N, D)."""
 
     nodes: NDArray[np.int64]
     vectors: NDArray[np.float16]
 
 
 class Buckets:
-    """Takes embeddings in any order and gives them back cluster by cluster."""
+    """Takes embeddings in any order and returns them cluster by cluster."""
 
     def __init__(self, folder: Path, num_pictures: int, num_clusters: int) -> None:
         self._folder = folder
@@ -56,7 +51,7 @@ class Buckets:
         self._stack.close()
 
     def add(self, embedded: Embedded, owners: NDArray[np.int32]) -> None:
-        """Writes embeddings with the numbers of their clusters."""
+        """Writes embeddings with their cluster numbers."""
         self._width = embedded.vectors.shape[1]
         buckets = owners.astype(np.int64) * self._num // self._num_clusters
         for bucket in np.unique(buckets).tolist():
@@ -66,7 +61,7 @@ class Buckets:
                 values[chosen].tofile(file)
 
     def clusters(self) -> Iterator[Embedded]:
-        """The embeddings of each cluster that has any, in memory one at a time."""
+        """Yields the embeddings of each non-empty cluster, one in memory at a time."""
         for bucket in range(self._num):
             owners = np.fromfile(self._path(bucket, "owners"), np.int32)
             if not len(owners):
@@ -85,7 +80,7 @@ class Buckets:
         return self._folder / f"bucket{bucket:03d}.{part}"
 
 
-# Up to here all are compared with all: that takes seconds, and misses nothing between clusters.
+# Up to this number all pairs are compared: it takes seconds, and misses nothing between clusters.
 MAX_ONE_CLUSTER = 1 << 14
 _ROWS_AT_ONCE = 4096
 _TRAINING_ROWS_PER_CLUSTER, _MAX_TRAINING_BYTES = 64, 1 << 31
@@ -94,17 +89,17 @@ Vectors = NDArray[np.float32]
 
 
 def num_clusters_for(num_pictures: int, wanted: int | None) -> int:
-    """The wanted number of clusters, by default one for few images and else the square root of their number."""
+    """Returns the wanted number of clusters, by default one for few images, else the square root of their number."""
     if wanted is None:
         wanted = 1 if num_pictures <= MAX_ONE_CLUSTER else round(math.sqrt(num_pictures))
     return max(1, min(wanted, num_pictures))
 
 
 def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
-    """The embeddings of each cluster, one cluster after the other; they are written to `folder` in between.
+    """Yields each cluster's embeddings, which it stores in `folder` meanwhile.
 
-    The same for any number of threads and any order of the images: the centres are learnt from the images with the
-    smallest uids, which are digests and thus a random sample, and all products are of matrices of one size.
+    Independent of the number of threads and the order of images: the centres are learnt from the images with the
+    smallest uids, which are digests and thus a random sample, and all matrix products have one size.
 
     Raises:
         UserError: there is more than one cluster, and faiss is not installed.
@@ -119,7 +114,7 @@ def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Itera
 
 
 def unit(vectors: NDArray[np.float16]) -> Vectors:
-    """The vectors in float32, scaled to length 1; zero stays zero."""
+    """Scales the vectors to length 1 in float32; zero stays zero."""
     wide = vectors.astype(np.float32)
     lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))[:, None]
     unit_vectors: Vectors = np.divide(wide, lengths, out=np.zeros_like(wide), where=lengths > 0)
@@ -127,14 +122,10 @@ def unit(vectors: NDArray[np.float16]) -> Vectors:
 
 
 def learn_centers(images: Images, num_clusters: int, seed: int) -> Vectors:
-    """(K, D) unit vectors: k-means by cosine, of a sample.
-
-    Raises:
-        UserError: faiss is not installed.
-    """
+    """Learns (K, D) unit centres by cosine k-means on a sample; raises `UserError` without faiss."""
     sample = unit(_sample(images, num_clusters))
     options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
-    options["max_points_per_centroid"] = len(sample)  # it is a sample already
+    options["max_points_per_centroid"] = len(sample)  # it is already a sample
     kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
     with _one_thread_each(1) as thread:
         thread.submit(kmeans.train, sample).result()
@@ -146,11 +137,7 @@ def load_faiss(
     wanted_by: str = "duplicates.level: semantic, for so many images,",
     otherwise: str = ", or set duplicates.level to perceptual",
 ) -> Any:
-    """The module faiss.
-
-    Args:
-        wanted_by: what needs it, for the sentence when it is missing.
-        otherwise: what one can do without it.
+    """Imports faiss; `wanted_by` and `otherwise` (the alternative) complete the error message.
 
     Raises:
         UserError: it is not installed.
@@ -170,16 +157,16 @@ def _all_in_one(images: Images) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
 
 
 def _owned(images: Images, centers: Vectors) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
-    """All embeddings with the cluster whose centre is nearest, in order; each processor works at a block of its own."""
+    """Yields all embeddings with their nearest centre's cluster, in order; each processor works on its own block."""
     index = load_faiss().IndexFlatIP(centers.shape[1])
     index.add(centers)
 
     def nearest(vectors: NDArray[np.float16]) -> NDArray[np.int32]:
-        # Always the same size: the kernels for edges of matrices round differently.
+        # Always the same size: matrix kernels round differently at edges.
         padded = np.zeros((_ROWS_AT_ONCE, vectors.shape[1]), np.float32)
         padded[: len(vectors)] = unit(vectors)
         owners: NDArray[np.int32] = index.search(padded, 1)[1][: len(vectors), 0].astype(np.int32)
-        return owners.clip(0)  # -1 is nearest to what is not a number
+        return owners.clip(0)  # NaN has nearest centre -1
 
     num_threads = len(os.sched_getaffinity(0))
     with _one_thread_each(num_threads) as threads:
@@ -193,12 +180,12 @@ def _owned(images: Images, centers: Vectors) -> Iterator[tuple[Embedded, NDArray
 
 
 def _one_thread_each(num_threads: int) -> ThreadPoolExecutor:
-    """Threads in each of which faiss uses no other: how many it uses changes the last digits."""
+    """Returns threads in which faiss is single-threaded: its thread count changes the last digits."""
     return ThreadPoolExecutor(num_threads, initializer=load_faiss().omp_set_num_threads, initargs=(1,))
 
 
 def _sample(images: Images, num_clusters: int) -> NDArray[np.float16]:
-    """The embeddings of the images with the smallest uids, in the order of these."""
+    """Returns the embeddings of the images with the smallest uids, in uid order."""
     best, num_rows = list[pa.Table](), num_clusters * _TRAINING_ROWS_PER_CLUSTER
     for table in images.read(["uid", "embedding"]):
         best.append(table.filter(pc.is_valid(table["embedding"])))
@@ -216,7 +203,7 @@ def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
 
 
 def _blocks(images: Images) -> Iterator[Embedded]:
-    """All embeddings, in blocks of `_ROWS_AT_ONCE` at most."""
+    """Yields all embeddings in blocks of at most `_ROWS_AT_ONCE`."""
     start = 0
     for table in images.read(["embedding"]):
         embeddings = table["embedding"]

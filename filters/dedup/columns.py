@@ -1,4 +1,4 @@
-"""Columns of digests, hashes and thumbnails in memory-mapped files, for more images than memory holds."""
+"""Digests, hashes and thumbnails in memory-mapped columns, for more images than memory holds."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ class Images:
     """All images to compare; node n is the n-th of them.
 
     Attributes:
-        read: some columns of all of them, table by table, always in the same order. There are uid, pixel_sha256,
-            sha256 (of the file; null where it is not known), phash, thumbnail, and maybe embedding.
-        num: how many there are.
-        has_embeddings: whether there are any embeddings.
+        read: yields tables of the given columns, always in the same order. Columns: uid, pixel_sha256, sha256 (of the
+            file; null if unknown), phash, thumbnail, and maybe embedding.
     """
 
     read: Callable[[Sequence[str]], Iterator[pa.Table]]
@@ -40,27 +38,22 @@ class Images:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of one number an image, as files that are mapped into memory.
-
-    Attributes:
-        folder: where they lie.
-        num: how many images there are.
-    """
+    """Per-image columns in memory-mapped files in `folder`."""
 
     folder: Path
     num: int
 
     def words(self, name: str) -> Words:
-        """(N,) column `name`: a word of a digest ("pixels0", "bytes1"), "hash", or "color", a digest of the colours."""
+        """Returns column `name` (N,): a digest's word ("pixels0", "bytes1"), "hash", or "color", a colour digest."""
         return np.memmap(self.folder / name, np.uint64, "r", shape=(self.num,))
 
     def colors(self) -> NDArray[np.uint8]:
-        """(N, 48) channel values of the thumbnails."""
+        """Returns the thumbnails' channel values, (N, 48)."""
         return np.memmap(self.folder / "colors", np.uint8, "r", shape=(self.num, COLOR_BYTES))
 
 
 def store_columns(images: Images, folder: Path, with_appearance: bool) -> Columns:
-    """Writes the digests, and with `with_appearance` also hashes and thumbnails, of all images."""
+    """Writes all images' digests and, with `with_appearance`, hashes and thumbnails."""
     names = ["pixel_sha256", "sha256", *(("phash", "thumbnail") if with_appearance else ())]
     files = dict[str, Any]()
     try:
@@ -76,10 +69,9 @@ def store_columns(images: Images, folder: Path, with_appearance: bool) -> Column
 
 
 def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], Words, Words]]:
-    """All nodes, ordered by two words each, in pieces; nodes of equal words are in one piece and in order.
+    """Yields (nodes, first, second): all nodes in order of two words each, with equal words in one piece.
 
-    Yields:
-        (nodes, first, second): of one piece, about `_ROWS_AT_ONCE` long where no value of `first` is more frequent.
+    A piece has about `_ROWS_AT_ONCE` rows unless a value of `first` is more frequent.
     """
     for low, high in _ranges(first):
         nodes = _within(first, low, high)
@@ -89,13 +81,13 @@ def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], W
 
 
 def starts_of_runs(ones: Words, others: Words) -> NDArray[np.bool_]:
-    """(N,) whether each of sorted rows differs from the row before."""
+    """Returns (N,): whether each of the sorted rows differs from the one before."""
     differs = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
     return np.concatenate([[True], differs])
 
 
 def _ranges(values: Words) -> Iterator[tuple[int, int]]:
-    """Ranges of values, both ends included, that hold about equally many."""
+    """Yields closed ranges of values with about equally many rows."""
     num_parts = -(-len(values) // _ROWS_AT_ONCE)
     sample = np.sort(values[:: max(1, len(values) // (num_parts * 1024))])
     inner = np.unique(sample[:: -(-len(sample) // num_parts)][1:]).tolist()
@@ -124,17 +116,17 @@ def _arrays(table: pa.Table, with_appearance: bool) -> Iterator[tuple[str, NDArr
 
 
 def _digest_words(digests: pa.ChunkedArray) -> Words:
-    """(N, 2) the first 128 bits of hex digests; zero where there is none."""
+    """Returns (N, 2): the first 128 bits of hex digests; zero for missing ones."""
     known = pc.fill_null(pc.equal(pc.utf8_length(digests), _DIGEST_CHARS), False)
     given = pc.if_else(known, digests, "0" * _DIGEST_CHARS)
     text = pa.chunked_array(given).combine_chunks().cast(pa.binary()).cast(pa.binary(_DIGEST_CHARS))
     chars = np.frombuffer(text.buffers()[1], np.uint8).reshape(-1, _DIGEST_CHARS)[:, : 16 * _DIGEST_WORDS]
-    nibbles = (chars & 15) + 9 * (chars >> 6)  # the letters' codes have bit 6, the digits' have not
+    nibbles = (chars & 15) + 9 * (chars >> 6)  # letters' codes have bit 6, digits' do not
     return np.ascontiguousarray(nibbles[:, ::2] << 4 | nibbles[:, 1::2]).view(np.uint64)
 
 
 def _mixed(words: Words) -> Words:
-    """(N,) a 64-bit digest of each row."""
+    """Returns a 64-bit digest of each row, (N,)."""
     mixed = np.zeros(len(words), np.uint64)
     for i in range(words.shape[1]):
         mixed = mix64((mixed + GAMMA) ^ words[:, i])

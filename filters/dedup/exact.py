@@ -1,4 +1,4 @@
-"""Exact duplicates: equal pixels, or equal bytes as they were fetched."""
+"""Exact duplicates: equal pixels, or equal bytes as downloaded."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sdtrain.dataset.progress import report_progress
 
 
 def link_exact(columns: Columns, components: Components) -> None:
-    """Links each image to the first of the same digest, of the decoded pixels or of the file; no image is decoded.
+    """Links each image to the first with the same digest of pixels or file; decodes no image.
 
-    Files are the same more seldom than pixels, but adopted shards may hold one file re-encoded twice, differently.
+    Equal files seldom have different pixels, but imported shards may hold two different re-encodings of one file.
     """
     for kind in ("pixels", "bytes"):
         pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
@@ -20,5 +20,5 @@ def link_exact(columns: Columns, components: Components) -> None:
         for nodes, ones, others in counted:
             starts = starts_of_runs(ones, others)
             first = nodes[starts][np.cumsum(starts) - 1]
-            linked = (first != nodes) & ((ones | others) != 0)  # zero: the digest is not known
+            linked = (first != nodes) & ((ones | others) != 0)  # zero: unknown digest
             components.link(first[linked], nodes[linked])

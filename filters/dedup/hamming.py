@@ -17,19 +17,19 @@ Hashes = NDArray[np.uint64]
 
 _ROWS_AT_ONCE = 1 << 22  # sorted in memory at a time, 8 bytes each
 _ROWS_IN_CACHE = 1 << 16
-# The sample that a search is planned by, and the measured cost of its steps in nanoseconds on one core.
+# Sample for planning a search, and measured costs of its steps in nanoseconds on one core.
 _SAMPLE_ROWS, _SAMPLE_TABLES, _MAX_TABLES = 1 << 15, 12, 5000
 _ROW_NS, _PAIR_NS = 110.0, 8.0
 
 
 @dataclass(frozen=True)
 class BitTable:
-    """One of the tables of a search: hashes that agree in all of some blocks of bits are compared.
+    """A table of a search, which compares hashes that agree in all key blocks of bits.
 
     Attributes:
         key: the blocks that must agree, as (lowest bit, number of bits).
-        rest: the others.
-        earlier: those of `rest` which, did they agree too, would put the pair into an earlier table.
+        rest: the other blocks.
+        earlier: those of `rest` whose agreement would put the pair into an earlier table.
     """
 
     key: tuple[tuple[int, int], ...]
@@ -42,7 +42,7 @@ class BitTable:
         return sum(width for _, width in self.key)
 
     def permuted(self, hashes: Hashes) -> Hashes:
-        """The hashes with the key's bits moved to the top; how many bits two of them differ in stays the same."""
+        """Moves the key's bits to the top, preserving Hamming distances."""
         moved, position = np.zeros(hashes.shape, np.uint64), HASH_BITS
         for low, width in _runs(self.key + self.rest):
             position -= width
@@ -50,7 +50,7 @@ class BitTable:
         return moved
 
     def restored(self, permuted: Hashes) -> Hashes:
-        """The inverse of `permuted`."""
+        """Inverts `permuted`."""
         hashes, position = np.zeros(permuted.shape, np.uint64), HASH_BITS
         for low, width in _runs(self.key + self.rest):
             position -= width
@@ -58,7 +58,7 @@ class BitTable:
         return hashes
 
     def is_first_for(self, differing: Hashes) -> NDArray[np.bool_]:
-        """(N,) whether pairs with these differing bits are in no earlier table of the search."""
+        """Returns (N,): whether pairs with these differing bits are in no earlier table."""
         first = np.ones(len(differing), bool)
         for low, width in self.earlier:
             first &= _bits(differing, low, width) != 0
@@ -66,16 +66,12 @@ class BitTable:
 
 
 def near_pairs(hashes: Hashes, radius: int) -> Iterator[tuple[Hashes, Hashes]]:
-    """All pairs of hashes that differ in 1 to `radius` bits, each once, in pieces of bounded size.
+    """Yields all pairs of hashes that differ in 1 to `radius` bits, each once, in pieces of bounded size.
 
-    Of k blocks of bits, at most `radius` hold a difference, so two near hashes agree in at least k - radius: one table
-    for every choice of these, in which hashes are sorted by them, has the pair among those of equal keys (Manku et
-    al., "Detecting Near-Duplicates for Web Crawling", WWW 2007). More blocks mean more tables with longer keys. The
-    number is chosen for the hashes at hand, so that time grows little faster than their number.
-
-    Args:
-        hashes: (N,) sorted and distinct; may be mapped from a file.
-        radius: largest number of differing bits.
+    Of k blocks of bits, at most `radius` hold a difference, so two near hashes agree in at least k - radius: sorting by
+    each choice of k - radius blocks, one table per choice, puts the pair among equal keys (Manku et al., "Detecting
+    Near-Duplicates for Web Crawling", WWW 2007). More blocks mean more tables with longer keys; k is chosen for the
+    given hashes, so that time grows little faster than their number. `hashes` (N,) are sorted and distinct.
     """
     if radius == 0 or len(hashes) < 2:
         return
@@ -89,7 +85,7 @@ def near_pairs(hashes: Hashes, radius: int) -> Iterator[tuple[Hashes, Hashes]]:
 
 
 def plan_tables(hashes: Hashes, radius: int) -> list[BitTable]:
-    """The tables that find all pairs within `radius` at the least expected cost."""
+    """Returns the tables that find all pairs within `radius` at the least expected cost."""
     best, least_ns = list[BitTable](), math.inf
     sample = np.asarray(hashes[:: max(1, len(hashes) // _SAMPLE_ROWS)])
     for num_blocks in range(radius + 1, HASH_BITS + 1):
@@ -116,14 +112,14 @@ def _tables(num_blocks: int, radius: int) -> list[BitTable]:
 
 
 def _share_of_pairs(table: BitTable, sample: Hashes) -> float:
-    """The share of all pairs of the sample with equal keys."""
+    """Returns the share of the sample's pairs that have equal keys."""
     keys = np.sort(table.permuted(sample) >> np.uint64(HASH_BITS - table.key_bits))
     counts = np.diff(np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))).astype(float)
     return float((counts * (counts - 1)).sum() / (len(sample) * (len(sample) - 1)))
 
 
 def _sorted_parts(hashes: Hashes, table: BitTable) -> Iterator[Hashes]:
-    """The permuted hashes in order, in parts that fit into memory; hashes of one key are in one part."""
+    """Yields sorted permuted hashes in parts that fit into memory; hashes with one key share a part."""
     low, width = table.key[0]
     num_bits = min(width, max(0, (len(hashes) - 1) // _ROWS_AT_ONCE).bit_length())
     for part in range(1 << num_bits):
@@ -140,12 +136,12 @@ def _sorted_parts(hashes: Hashes, table: BitTable) -> Iterator[Hashes]:
 
 
 def _near_in_order(values: Hashes, key_bits: int, radius: int) -> Iterator[tuple[Hashes, Hashes]]:
-    """Pairs of equal keys that differ in at most `radius` bits, from sorted values with the key on top."""
+    """Yields pairs with equal keys that differ in at most `radius` bits, from sorted values with the key on top."""
     apart = np.uint64(1 << (HASH_BITS - key_bits))
     for start in range(0, len(values) - 1, _ROWS_IN_CACHE):
         piece = values[start : start + _ROWS_IN_CACHE + 1]
         at, distance = start + np.flatnonzero((piece[1:] ^ piece[:-1]) < apart), 1
-        # The n-th neighbour to the right, for growing n: only where the one before was equal can this one be.
+        # Compares each hash with its n-th right neighbour, for growing n, as long as their keys are equal.
         while len(at):
             differing = values[at] ^ values[at + distance]
             same = differing < apart
@@ -163,7 +159,7 @@ def _bits(values: Hashes, low: int, width: int) -> Hashes:
 
 
 def _runs(blocks: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The blocks in their order, neighbours joined where the second lies right under the first."""
+    """Merges each block with the next where that is directly below, keeping the order."""
     runs = [blocks[0]]
     for low, width in blocks[1:]:
         if runs[-1][0] == low + width:

@@ -1,4 +1,4 @@
-"""Groups of duplicates: one level after the other, each including those before it."""
+"""Groups of duplicates by level, each level including the previous ones."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
 LEVELS = ("exact", "perceptual", "semantic")
-# Up to here a level that the recipe does not ask for is searched nevertheless, to say what it would take away. That of
-# embeddings, only as long as all can be compared with all.
+# Up to here, levels beyond the recipe's are searched too, to report what they would drop; the semantic one only while
+# all pairs can be compared.
 _MAX_PREVIEW, _MAX_PREVIEW_RADIUS = 1_000_000, 8
 _ROWS_AT_ONCE, _MEMORY_MIB = 1 << 17, 1024
 _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa.string())])
@@ -42,9 +42,8 @@ class Found:
     """The result of a search for duplicates.
 
     Attributes:
-        num_pictures: among how many.
-        removed: by level, how many images go if one of each group stays; a level that was not searched is not in it.
-        dropped: the same of the groups that were written, by kind.
+        removed: by searched level, the number of images dropped if one of each group stays.
+        dropped: the same for the written groups, by kind.
     """
 
     num_pictures: int
@@ -53,17 +52,11 @@ class Found:
 
 
 def group_images(images: Images, config: DuplicatesConfig, folder: Path, target: Path) -> Found:
-    """Writes the groups of duplicates; the same bytes whatever order the images come in.
+    """Writes the groups of duplicates, byte-identical for any order of images.
 
-    In memory are 8 bytes an image, and pieces of bounded size. The rest lies in `folder`, up to 150 bytes an image,
-    mapped into memory, and the embeddings too if they are compared.
-
-    Args:
-        images: to compare.
-        config: defines a duplicate.
-        folder: an empty one.
-        target: Parquet for groups of two and more: uid, group_id (the smallest uid of the group), kind (the first
-            level at which the image has a duplicate), sorted by uid.
+    Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
+    150 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
+    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate).
 
     Raises:
         UserError: the level is semantic and there are no embeddings, or faiss is needed and not installed.
@@ -86,7 +79,7 @@ def _asked(config: DuplicatesConfig) -> tuple[str, ...]:
 
 
 def _search(images: Images, config: DuplicatesConfig, folder: Path, components: Components) -> Iterator[str]:
-    """Links the duplicates of one level after the other, and yields each level when it is done."""
+    """Links the duplicates of each level in turn, yielding the level when done."""
     levels = _levels(images, config)
     if not levels:
         return
@@ -107,10 +100,10 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
 
 
 def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
-    """The levels that are asked for, and those that cost little to know of.
+    """Returns the requested levels, and cheap ones beyond them.
 
     Raises:
-        UserError: what semantic needs is not there; that must not show after hours of the levels before it.
+        UserError: the semantic level's needs are not met; it must not fail after hours of earlier levels.
     """
     asked, levels = _asked(config), ["exact"]
     few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
@@ -143,14 +136,14 @@ def _write_members(images: Images, kinds: NDArray[np.uint8], components: Compone
 
 
 def _write_groups(members: Path, folder: Path, target: Path) -> dict[str, int]:
-    """Writes the groups; returns how many images of each kind go if one of every group, of the first kind, stays."""
+    """Writes the groups; returns the number of images dropped by kind if the first kind's image of each group stays."""
     with (
         closing(duckdb.connect(folder / "groups.duckdb")) as database,
         pq.ParquetWriter(target, _TABLE, compression="zstd") as writer,
     ):
         if not members.exists():
             return {}
-        database.execute("SET threads = 1")  # so that the file's row groups are always the same
+        database.execute("SET threads = 1")  # keeps the file's row groups deterministic
         database.execute("SET memory_limit = ?", [f"{_MEMORY_MIB}MiB"])
         database.execute("SET temp_directory = ?", [str(folder / "spill")])
         database.execute(_GROUPED, [str(members)])

@@ -1,7 +1,7 @@
-"""Near-duplicates: close perceptual hashes, and colours that agree.
+"""Near-duplicates: close perceptual hashes and matching colours.
 
-This finds duplicates that were scaled or compressed again, about half of those with a watermark or without 5 % of their
-sides, and none that were mirrored or recoloured: `python -m tests.benchmarks.duplicates` prints the table.
+Finds rescaled and recompressed duplicates, about half of those with a watermark or a 5 % crop, and no mirrored or
+recoloured ones: `python -m tests.benchmarks.duplicates` prints the table.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from filters.dedup.columns import Columns, Words, in_order, starts_of_runs
 from filters.dedup.hamming import near_pairs
 from filters.dedup.union_find import Components, Nodes
 
-# Largest difference (0 to 255) between the 4x4 colour thumbnails of duplicates. The perceptual hash sees brightness
-# only, so a red and a blue disc hash alike; recompressed and resized duplicates differ by 3 or less.
+# Largest difference (0 to 255) between duplicates' 4x4 colour thumbnails. The perceptual hash sees brightness only, so
+# a red and a blue disc hash alike; recompressed and resized duplicates differ by 3 or less.
 MAX_COLOR_DIFFERENCE = 16
 
 _CELL = MAX_COLOR_DIFFERENCE + 1
-_ROW = 256 // _CELL + 2  # one more than there are cells, so that a cell's neighbours never belong to the next row
+_ROW = 256 // _CELL + 2  # more than the cells, so that neighbours never wrap into the next row
 _PLACES = np.array([1, _ROW, _ROW * _ROW])
 _NEIGHBOURS = [int(np.dot(_PLACES, steps)) for steps in product((-1, 0, 1), repeat=len(_PLACES))]
 
@@ -31,16 +31,16 @@ Colors = NDArray[np.uint8]
 
 
 def agree(colors: Colors, others: Colors) -> NDArray[np.bool_]:
-    """(...) whether thumbnails, (..., C) channel values, are within the largest difference in every channel."""
+    """Returns (...): whether thumbnails (..., C) are within the largest difference in every channel."""
     difference = np.maximum(colors, others) - np.minimum(colors, others)
     within: NDArray[np.bool_] = difference.max(axis=-1, initial=0) <= MAX_COLOR_DIFFERENCE
     return within
 
 
 def seeds_of(colors: Colors) -> NDArray[np.int64]:
-    """(N,) for each of some thumbnails, one of its connected set of those that agree, the same for all of the set.
+    """Returns a seed for each thumbnail, (N,), shared by its connected component of agreeing thumbnails.
 
-    Each thumbnail that is reached takes those that agree with it, and they are not compared again.
+    Each visited thumbnail takes those that agree with it, which are not compared again.
     """
     waiting, seeds = _Waiting(colors), np.full(len(colors), -1)
     for seed in range(len(colors)):
@@ -56,7 +56,7 @@ def seeds_of(colors: Colors) -> NDArray[np.int64]:
 
 
 class _Waiting:
-    """Thumbnails by cells of the three channels that vary most: those that agree are in one cell or in neighbours."""
+    """Thumbnails binned by the three most variable channels: those that agree are in one cell or neighbouring ones."""
 
     def __init__(self, colors: Colors) -> None:
         self._colors = colors
@@ -67,7 +67,7 @@ class _Waiting:
         self._cells = {int(self._keys[some[0]]): some for some in rows if len(some)}
 
     def take_agreeing(self, row: int) -> NDArray[np.int64]:
-        """Those still here that agree with `row`, which leave."""
+        """Removes and returns the remaining thumbnails that agree with `row`."""
         taken, key = [np.empty(0, np.int64)], int(self._keys[row])
         for cell in (key + step for step in _NEIGHBOURS):
             rows = self._cells.get(cell)
@@ -87,12 +87,12 @@ _LARGE_RUN = 64
 
 
 class Appearances(NamedTuple):
-    """Distinct pairs of hash and colours, ordered by hash, mapped from files.
+    """Distinct pairs of hash and colours, ordered by hash, memory-mapped.
 
     Attributes:
-        nodes: one image of each.
+        nodes: one image per pair.
         hashes: the distinct hashes.
-        starts: where in `nodes` those of each hash begin, and the end.
+        starts: where each hash's `nodes` begin, and the end.
     """
 
     nodes: NDArray[np.int64]
@@ -101,11 +101,11 @@ class Appearances(NamedTuple):
 
 
 def link_near_duplicates(columns: Columns, radius: int, components: Components) -> None:
-    """Links near-duplicates, or others that connect the same images: hashes within `radius`, and colours agree.
+    """Links images with hashes within `radius` and agreeing colours, or others that connect the same images.
 
-    Blank images hash alike whatever their colour, and come by the thousand: those with equal colours are linked to
-    the first of them, which alone is compared with others; of the many of one hash, those linked are not compared
-    again; and only different hashes are compared bit by bit, and by colour only where images are not linked already.
+    Blank images hash alike whatever their colour, and number thousands. So images of equal hash and colours link to the
+    first of them, the only one compared further; linked images with one hash are not compared again; and only
+    distinct hashes are compared bit by bit, and by colour only if not linked yet.
     """
     colors = columns.colors()
     appearances = _store_appearances(columns, components)
@@ -117,7 +117,7 @@ def link_near_duplicates(columns: Columns, radius: int, components: Components) 
 
 
 def _store_appearances(columns: Columns, components: Components) -> Appearances:
-    """Links images of equal hash and colours, and writes the first of each in the order of hashes."""
+    """Links images with equal hash and colours, and writes the first of each in hash order."""
     folder, num = columns.folder, 0
     names = [folder / name for name in ("look_nodes", "look_hashes", "look_starts")]
     with names[0].open("wb") as node_file, names[1].open("wb") as hash_file, names[2].open("wb") as start_file:
@@ -142,7 +142,7 @@ def _mapped(path: Path, kind: type) -> NDArray:
 
 
 def _link_equal_hashes(appearances: Appearances, colors: Colors, components: Components) -> None:
-    """Links images of one hash: the few of most hashes each with each, those of frequent ones by `seeds_of`."""
+    """Links images with one hash: pairwise for most hashes, by `seeds_of` for frequent ones."""
     for start in range(0, len(appearances.hashes), _CHUNK_PAIRS):
         counts = np.diff(appearances.starts[start : start + _CHUNK_PAIRS + 1])
         few = start + np.flatnonzero((counts > 1) & (counts <= _LARGE_RUN))
@@ -162,7 +162,7 @@ def _link_agreeing(ones: Nodes, others: Nodes, colors: Colors, components: Compo
 
 
 def _products(starts: Nodes, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes, Nodes]]:
-    """Positions of all images of a hash with all of the hash beside it in `others`, in bounded pieces."""
+    """Yields bounded pieces of all positions of each hash paired with all of its counterpart in `others`."""
     widths = starts[others + 1] - starts[others]
     sizes = (starts[ones + 1] - starts[ones]) * widths
     ends = np.cumsum(sizes)
@@ -174,7 +174,7 @@ def _products(starts: Nodes, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes
 
 
 def _batched(pairs: Iterator[tuple[Words, Words]]) -> Iterator[tuple[Words, Words]]:
-    """The same pairs in fewer pieces, because each piece costs something."""
+    """Merges pieces, since each has a fixed cost."""
     waiting, num = list[tuple[Words, Words]](), 0
     for piece in pairs:
         waiting.append(piece)

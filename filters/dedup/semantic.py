@@ -1,6 +1,6 @@
-"""Semantic duplicates: embeddings of one cluster whose cosine is above a threshold.
+"""Semantic duplicates: embeddings within a cluster whose cosine is above a threshold.
 
-As SemDeDup (Abbas et al. 2023, arXiv 2303.09540) finds them; which of them stays is decided by `filters.decide.stage`.
+Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from filters.dedup.clusters import Embedded, Vectors, unit
 from filters.dedup.union_find import Components
 
 _ROWS_AT_ONCE, _PAIRS_AT_ONCE = 1024, 1 << 16
-# More than float32 products of unit vectors are off by: what is nearer to the threshold is computed again.
+# Exceeds the error of float32 products of unit vectors: closer calls are recomputed.
 _ROUNDING = 1e-4
 
 
 def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
-    """Links the images of each cluster whose embeddings have a cosine of at least `threshold`.
+    """Links images in each cluster whose embeddings have a cosine of at least `threshold`.
 
-    Which products come out a little too high depends on the machine's matrix kernels and their threads. So they only
-    propose pairs; the cosine that counts is one of two vectors, in float64.
+    Rounding of matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive
+    cosine is one of two vectors, in float64.
     """
     for nodes, stored in clusters:
         vectors = unit(stored)
@@ -34,7 +34,7 @@ def link_similar(clusters: Iterator[Embedded], threshold: float, components: Com
 
 
 def _proposed(vectors: Vectors, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Pairs of rows whose product is at least `threshold`, block by block of the upper triangle."""
+    """Yields pairs of rows whose product is at least `threshold`, block by block of the upper triangle."""
     for top in range(0, len(vectors), _ROWS_AT_ONCE):
         for left in range(top, len(vectors), _ROWS_AT_ONCE):
             products = vectors[top : top + _ROWS_AT_ONCE] @ vectors[left : left + _ROWS_AT_ONCE].T

@@ -22,15 +22,11 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
-_NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # by which SCORE says whose embeddings there are
+_NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
 
 
 def scored_images(dataset: DatasetDir) -> Images:
-    """The images of a dataset that could be decoded, with what SCORE found out about them.
-
-    Raises:
-        UserError: their embeddings are of different networks.
-    """
+    """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
     shards = list(selected_shards(dataset))
     num = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
     schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
@@ -45,7 +41,7 @@ def scored_images(dataset: DatasetDir) -> Images:
 
 
 def check_decoders(dataset: DatasetDir) -> None:
-    """Refuses shards of which the CPU decoded some and a GPU others: their digests and hashes cannot be compared.
+    """Refuses a mix of CPU-decoded and GPU-decoded shards, whose digests and hashes cannot be compared.
 
     Raises:
         UserError: says what to set.
@@ -63,7 +59,7 @@ def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) ->
         own = [name for name in columns if name != "sha256"]
         table = read_parquet(dataset.scores(shard), list(dict.fromkeys([*own, "uid", "reason"])))
         table = table.filter(pc.is_null(table["reason"]))
-        if "sha256" in columns:  # of the bytes as they came, which only the download saw
+        if "sha256" in columns:  # of the original bytes, which only the download saw
             images = read_parquet(dataset.images_table(shard), ["uid", "sha256"])
             places = pc.index_in(table["uid"], value_set=images["uid"])
             table = table.append_column("sha256", images["sha256"].take(places))
@@ -71,7 +67,7 @@ def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) ->
 
 
 def _remarks(found: Found) -> list[str]:
-    """The number of images that each level would drop, as a sentence."""
+    """Reports the number of images that each level would drop."""
     if not found.removed:
         return []
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
@@ -122,6 +118,6 @@ DEDUP: Stage[Recipe] = Stage(
         columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
         path=_path,
     ),
-    drops=None,  # which one of a group stays, DECIDE says
+    drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
 )

@@ -1,4 +1,4 @@
-"""Connected components of a graph whose links come a few at a time."""
+"""Connected components of a graph whose links arrive in batches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _ROWS_AT_ONCE = 1 << 22
 
 
 class Components:
-    """Connected components of a graph that grows by links: a forest in which each tree is a component.
+    """A union-find forest in which each tree is a component; the order of links makes no difference.
 
-    It takes 4 bytes a node (8 from 2^31 nodes on). The order of links makes no difference.
+    It takes 4 bytes per node (8 from 2^31 nodes on).
 
     Attributes:
-        num_linked: nodes less components, that is, how many nodes go if one of each component stays.
+        num_linked: nodes less components: how many nodes are dropped if one of each component stays.
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -23,7 +23,7 @@ class Components:
         self.num_linked = 0
 
     def roots(self, nodes: Nodes) -> Nodes:
-        """The smallest node of each one's component."""
+        """Returns the smallest node of each node's component."""
         roots = self._parents[nodes]
         while True:
             above = self._parents[roots]
@@ -34,8 +34,8 @@ class Components:
         return roots
 
     def link(self, ones: Nodes, others: Nodes) -> None:
-        """Joins the components of each of `ones` and the one of `others` at its place."""
-        # Not above: a build that finds nothing to do would wait for scipy.
+        """Joins the components of `ones` and `others` pairwise."""
+        # Lazy, so that a build with nothing to do does not wait for scipy.
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
@@ -48,13 +48,13 @@ class Components:
         rows, columns = positions.reshape(2, -1)
         edges = coo_array((np.ones(len(rows), bool), (rows, columns)), shape=(len(nodes), len(nodes)))
         num, labels = connected_components(edges, directed=False)
-        # Nodes are sorted, so the first of a label is its smallest.
+        # Nodes are sorted, so a label's first is its smallest.
         first = np.unique(labels, return_index=True)[1]
         self._parents[nodes] = nodes[first[labels]]
         self.num_linked += len(nodes) - num
 
     def grouped(self) -> NDArray[np.bool_]:
-        """(N,) whether each node has a link."""
+        """Returns (N,): whether each node has a link."""
         num = len(self._parents)
         linked = np.zeros(num, bool)
         for start in range(0, num, _ROWS_AT_ONCE):

@@ -1,17 +1,13 @@
 """Comparison of samples with their nearest training images, to find memorised ones.
 
-Two checks:
-
 - **Near-duplicate** (recorded as `alike`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
-  CLIP tells what an image shows and not whether it was copied, so images of one motif are near each other too. By
-  default the limit is 0.95, where `duplicates.semantic_threshold` begins to call training images duplicates.
-  (Somepalli et al. 2022, arXiv 2212.03860, use SSCD, a network made to detect copies, and 0.5; its cosines and CLIP's
-  cannot be compared.) What the limit means for a dataset is measured on its own images (`calibrate`): the share of
-  training images that have another one so near, and the share of random pairs.
+  CLIP encodes an image's content, not whether it was copied, so images of one motif are also similar. The default is
+  0.95, the default of `duplicates.semantic_threshold`. (Somepalli et al. 2022, arXiv 2212.03860, use 0.5 with SSCD, a
+  copy-detection network; its cosines are not comparable to CLIP's.) `calibrate` measures the limit on the dataset's own
+  images: the share of training images with another one so similar, and the share of random pairs.
 - **The same image** (`same`): root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
-  (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images are near each
-  other by that alone, perceptual hashes that differ in at most `radius` bits. Both are of the centre crop that training
-  sees.
+  (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images meet that limit
+  trivially, perceptual hashes that differ in at most `radius` bits. Both use the centre crop that training sees.
 
 A sample is flagged if either holds for one of its neighbours; the same images come first.
 """
@@ -44,7 +40,7 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Verdict:
-    """A sample and its neighbours, nearest first but the same image before all; `kind` is one of `KINDS`."""
+    """A sample and its neighbours, same image first, then nearest first; `kind` is one of `KINDS`."""
 
     sample: Sample
     neighbours: Sequence[Neighbour]
@@ -56,18 +52,18 @@ class Verdict:
         return max((neighbour.hit.similarity for neighbour in self.neighbours), default=-1.0)
 
     def row(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a row for JSON."""
         named = {"sample": self.sample.name, "prompt": self.sample.prompt, "verdict": self.kind}
         return named | {"neighbours": [neighbour.row() for neighbour in self.neighbours]}
 
 
 @dataclass(frozen=True)
 class Memorised:
-    """The verdicts on all samples: the flagged first, those nearest to a training image before others.
+    """The verdicts on all samples: flagged ones first, then by similarity to a training image.
 
     Attributes:
-        calibration: what the threshold means in this dataset.
-        notes: what one must know to read the figures, as sentences.
+        calibration: the threshold's meaning in this dataset.
+        notes: sentences needed to read the metrics.
     """
 
     verdicts: Sequence[Verdict]
@@ -76,11 +72,11 @@ class Memorised:
     notes: Sequence[str]
 
     def count(self, kind: str) -> int:
-        """Samples of a kind."""
+        """Returns the number of samples of a kind."""
         return Counter(verdict.kind for verdict in self.verdicts)[kind]
 
     def summary(self) -> dict[str, Any]:
-        """For JSON: counts, limits, and the distributions of cosines."""
+        """Returns counts, limits and cosine distributions for JSON."""
         kinds = {kind: self.count(kind) for kind in KINDS}
         limits = {"threshold": self.limits.threshold, "radius": self.limits.radius, "pixels": MAX_PIXEL_DISTANCE}
         cosines = quantiles([verdict.similarity for verdict in self.verdicts])
@@ -89,7 +85,7 @@ class Memorised:
 
 
 def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | None = None) -> Memorised:
-    """Looks for samples in the training data: the images that were kept. A few samples are in memory at a time.
+    """Searches the kept training images for samples, with a few samples in memory at a time.
 
     Raises:
         UserError: there are no samples, or the dataset cannot be searched.

@@ -1,4 +1,4 @@
-"""The report of a search for memorised images: sheets, a histogram and JSON in a folder."""
+"""The memorisation report: sheets, a histogram and JSON in a folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROWS_SHOWN = 24
 def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list[Path]:
     """Writes memorised.json, .png and .html and similarities.png into a folder; returns their paths.
 
-    The sheets show the first samples, at most 24, beside their neighbours in `dataset`; the JSON has all.
+    The sheets show at most the first 24 samples with their neighbours in `dataset`; the JSON has all.
     """
     paths = [folder / name for name in ("memorised.json", "memorised.png", "memorised.html", "similarities.png")]
     with publish(paths[0]) as temporary:
@@ -38,7 +38,7 @@ def _plot(found: Memorised, path: Path) -> None:
 
     groups = {"training images": list(found.calibration.nearest), "samples": [v.similarity for v in found.verdicts]}
     with publish(path) as temporary:
-        drawn = temporary.with_suffix(".png")  # matplotlib goes by the ending
+        drawn = temporary.with_suffix(".png")  # matplotlib picks the format by suffix
         plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training image", drawn)
         drawn.replace(temporary)
 

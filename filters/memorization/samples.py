@@ -1,4 +1,4 @@
-"""Images that a model drew: those of `sdtrain sample`, those of an evaluation, or new ones for repeated captions."""
+"""Images that a model drew: by `sdtrain sample`, in an evaluation, or new ones for repeated captions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 _SHEET = "grid"  # of `sdtrain sample --grid`
 _PART = re.compile(r"[0-9]+\.tar")
 
-# The prompts that training saw most often are those whose images a model remembers first.
+# A model memorises the images of the most repeated prompts first.
 _CAPTIONS = """
 SELECT caption, count(*) AS num FROM read_parquet($images, union_by_name = true) JOIN read_parquet($decisions) d
 USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDER BY num DESC, caption LIMIT $num
@@ -36,12 +36,12 @@ USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDE
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that a model drew. It is read when it is compared, so that any number of samples can be checked.
+    """A lazily read sample of a model, so that any number can be checked.
 
     Attributes:
-        name: its file, with the tar's before a colon.
-        read: gives the image, RGB.
-        prompt: empty where it is not known.
+        name: its file, prefixed by the tar's and a colon.
+        read: returns the RGB image.
+        prompt: empty if unknown.
     """
 
     name: str
@@ -50,9 +50,7 @@ class Sample:
 
 
 def read_samples(folder: Path) -> Iterator[Sample]:
-    """The samples of a folder, from `sdtrain sample` or from an evaluation: samples/MODEL/SCALE, or all below it.
-
-    Sheets are left out.
+    """Yields a folder's samples, but no sheets, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
 
     Raises:
         UserError: there are none, or one cannot be read.
@@ -88,7 +86,7 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """The prompt that `sdtrain sample` wrote into the image."""
+    """Reads the prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])
@@ -98,7 +96,7 @@ def _prompt_of(path: Path) -> str:
 
 
 def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
-    """The captions that most kept images have, and how many do.
+    """Returns the captions that most kept images share, and their counts.
 
     Raises:
         UserError: nothing is decided yet, or kept.
@@ -117,7 +115,7 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws images for prompts into a folder, as `sdtrain sample --keep` does: what is there already is not drawn.
+    """Draws images for prompts into a folder, like `sdtrain sample --keep`: existing ones are not drawn again.
 
     Raises:
         UserError: no such model.

@@ -1,4 +1,4 @@
-"""Similarity of two images by pixels and perceptual hashes, and what a limit for cosines means in a dataset."""
+"""Image similarity by pixels and perceptual hashes, and calibration of a cosine limit on a dataset."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Limits:
     """The limits beyond which a sample counts as memorised.
 
     Attributes:
-        threshold: least cosine of CLIP's embeddings that is flagged.
-        radius: bits in which the perceptual hashes of one image may differ.
-        top: neighbours that are compared.
+        threshold: least cosine of CLIP's embeddings to flag.
+        radius: bits in which one image's perceptual hashes may differ.
+        top: neighbours to compare.
     """
 
     threshold: float = 0.95
@@ -39,7 +39,7 @@ class Neighbour:
     """A training image near a sample.
 
     Attributes:
-        hash_bits: in which the perceptual hashes differ; None where the image is lost.
+        hash_bits: differing bits of the perceptual hashes; None if the image is lost.
         pixel_distance: root mean square, of channels from 0 to 1; likewise.
     """
 
@@ -48,22 +48,22 @@ class Neighbour:
     pixel_distance: float | None = None
 
     def is_same(self, limits: Limits) -> bool:
-        """Whether the pixel check finds the sample itself."""
+        """Returns whether the pixel check finds the sample itself."""
         if self.hash_bits is None or self.pixel_distance is None:
             return False
         return self.hash_bits <= limits.radius and self.pixel_distance <= MAX_PIXEL_DISTANCE
 
     def is_near_duplicate(self, limits: Limits) -> bool:
-        """Whether CLIP's embeddings are nearly equal."""
+        """Returns whether CLIP's embeddings are nearly equal."""
         return self.hit.similarity >= limits.threshold
 
     def row(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a row for JSON."""
         return self.hit.row() | {"hash_bits": self.hash_bits, "pixel_distance": self.pixel_distance}
 
 
 def compare(sample: Image.Image, hit: Hit, image: Image.Image | None) -> Neighbour:
-    """A sample beside a training image, both RGB and of any size; None where the training image is lost."""
+    """Compares a sample with a training image (None if lost), both RGB and of any size."""
     if image is None:
         return Neighbour(hit)
     one, other = _crop(sample), _crop(image)
@@ -78,12 +78,11 @@ def _crop(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Cosines among some kept images, evenly chosen.
+    """Cosines among some evenly chosen kept images.
 
     Attributes:
-        threshold: the limit.
-        nearest: of each with its nearest other image of all that were kept.
-        pairs: of all pairs of the chosen, which are random and show different things.
+        nearest: of each with its nearest other kept image.
+        pairs: of all pairs of the chosen ones, which are random and show different things.
     """
 
     threshold: float
@@ -91,11 +90,11 @@ class Calibration:
     pairs: Sequence[float]
 
     def share(self, cosines: Sequence[float]) -> float | None:
-        """The share of them that reaches the limit; None of none."""
+        """Returns the share that reaches the limit; None for no cosines."""
         return round(float(np.mean(np.asarray(cosines) >= self.threshold)), 6) if len(cosines) else None
 
     def summary(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns a summary for JSON."""
         return {
             "num_pictures": len(self.nearest),
             "nearest_other": quantiles(self.nearest),
@@ -106,7 +105,7 @@ class Calibration:
         }
 
     def sentence(self) -> str:
-        """The meaning of the limit in this dataset, for the reader."""
+        """Explains the limit's meaning in this dataset."""
         near, pairs = self.share(self.nearest), self.share(self.pairs)
         if near is None or pairs is None:
             return "There are too few kept images to say what the limit means here."
@@ -117,7 +116,7 @@ class Calibration:
 
 
 def calibrate(search: Search, threshold: float) -> Calibration:
-    """Measures what a limit flags among training images themselves."""
+    """Measures what a limit flags among the training images themselves."""
     vectors = search.some_vectors(_NUM_CALIBRATED)
     nearest = [hits[1].similarity for hits in search.nearest(vectors, 2, kept_only=True) if len(hits) > 1]
     above = np.triu_indices(len(vectors), 1)
@@ -125,7 +124,7 @@ def calibrate(search: Search, threshold: float) -> Calibration:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Share of the values -> the value that this share does not exceed."""
+    """Maps shares of the values to the value that each share does not exceed."""
     if not len(values):
         return {}
     found = np.quantile(np.asarray(values, np.float64), _QUANTILES).tolist()

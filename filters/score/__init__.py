@@ -1,1 +1,1 @@
-"""The stage SCORE: scores by networks and measures of quality of every image."""
+"""The SCORE stage: network scores and quality measures of every image."""

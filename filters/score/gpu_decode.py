@@ -1,7 +1,7 @@
-"""Preprocessing of a batch of images whose JPEGs a GPU decodes and resizes.
+"""Preprocessing of image batches with JPEG decoding and resizing on the GPU.
 
-nvJPEG (through torchvision) and the GPU's resizing round otherwise than libjpeg and Pillow: most pixels are equal, the
-others differ by a level or a few, so scores and hashes differ slightly from the CPU's. What is no plain JPEG (8-bit
+nvJPEG (through torchvision) and the GPU's resizing round differently from libjpeg and Pillow: most pixels are equal,
+the others differ by a few levels, so scores and hashes differ slightly from the CPU's. Anything but a plain JPEG (8-bit
 RGB, upright, whole) goes to the CPU.
 """
 
@@ -35,7 +35,7 @@ from sdtrain.models.clip import Preprocess
 def preprocess_on_device(
     samples: Sequence[Sample], required: RequiredViews, device: torch.device, pool: Executor
 ) -> list[PreprocessedImage]:
-    """Preprocesses a batch; the views stay on `device`, and `pool` does what is left to the CPU."""
+    """Preprocesses a batch; the views stay on `device`, and `pool` handles the CPU's share."""
     plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.image)]
     pixels = _decoded([samples[i].image for i in plain], device)
     found: dict[int, Future[PreprocessedImage]] = {}
@@ -58,7 +58,7 @@ def _is_plain_jpeg(content: bytes) -> bool:
 
 
 def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
-    """(3, H, W) uint8 each; none at all if one is damaged, because the decoder does not say which."""
+    """Decodes to (3, H, W) uint8 each; to nothing if any is damaged, because the decoder does not say which."""
     if not contents:
         return []
     try:
@@ -70,7 +70,7 @@ def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
 
 
 def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
-    """Positions of equally large images, which are resized together."""
+    """Groups positions of equally large images, to resize them together."""
     groups: dict[torch.Size, list[int]] = {}
     for position, image in enumerate(pixels):
         groups.setdefault(image.shape, []).append(position)
@@ -78,7 +78,7 @@ def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _views(pixels: Tensor, required: RequiredViews) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
-    """Of (B, 3, H, W): CLIP's view, the watermark detector's, and in the CPU's memory that and the whole image."""
+    """Of (B, 3, H, W), yields CLIP's view, the watermark detector's, and on the CPU the latter and the whole image."""
     squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
     clip = list(_clip_view(pixels, required.clip)) if required.clip else [None] * len(pixels)
     squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))

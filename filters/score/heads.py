@@ -13,7 +13,7 @@ from sdtrain.errors import UserError
 from sdtrain.models.weights import RANDOM_FULL, random_seed, read_state, seeded
 
 EMBEDDING_SIZE = 768
-# Input, then outputs, of the five linear layers of LAION's aesthetic predictor V2.
+# Input size, then output sizes, of the five linear layers of LAION's aesthetic predictor V2.
 _AESTHETIC_SIZES = (EMBEDDING_SIZE, 1024, 128, 64, 16, 1)
 _AESTHETIC_LAYERS = (0, 2, 4, 6, 7)
 
@@ -91,7 +91,7 @@ class WatermarkClassifier(nn.Module):
 
 
 class _Standardise(nn.Module):
-    """(x - mean) / (sqrt(variance) + 1e-10), with the moments stored in the weights."""
+    """Computes (x - mean) / (sqrt(variance) + 1e-10), with the moments stored in the weights."""
 
     mean: Tensor
     variance: Tensor
@@ -106,11 +106,7 @@ class _Standardise(nn.Module):
 
 
 def load_aesthetic(name: str) -> AestheticHead:
-    """The aesthetic head (V2) with the weights named.
-
-    Raises:
-        UserError: other weights, for example those of V1, whose scale is another.
-    """
+    """Loads the aesthetic head (V2); raises `UserError` for other weights, such as V1's, whose scale differs."""
     seed = random_seed(name)
     if seed is not None:
         return AestheticHead(_random_aesthetic(seed)).eval()
@@ -127,30 +123,19 @@ def load_aesthetic(name: str) -> AestheticHead:
 
 
 def load_aesthetic_v1(name: str) -> AestheticV1Head:
-    """The first aesthetic head (V1) with the weights named.
-
-    Raises:
-        UserError: other weights, for example those of V2, whose scale is another.
-    """
+    """Loads the first aesthetic head (V1); raises `UserError` for other weights, such as V2's, whose scale differs."""
     return _with_weights(AestheticV1Head, name)
 
 
 def load_safety(name: str) -> SafetyHead:
-    """The NSFW head with the weights named.
-
-    Raises:
-        UserError: the weights are of another network.
-    """
+    """Loads the NSFW head; raises `UserError` for another network's weights."""
     return _with_weights(SafetyHead, name)
 
 
 def load_watermark(name: str) -> WatermarkClassifier:
-    """The watermark detector with the weights named.
+    """Loads the watermark detector; raises `UserError` for another network's weights.
 
-    For trials, `random:SEED` makes one of the same form with a tiny backbone, `random-full:SEED` the published one.
-
-    Raises:
-        UserError: the weights are of another network.
+    For trials, `random:SEED` uses a tiny backbone, `random-full:SEED` the published one.
     """
     tiny = random_seed(name) is not None and not name.startswith(RANDOM_FULL)
     return _with_weights(lambda: WatermarkClassifier("test_efficientnet" if tiny else "efficientnet_b3"), name)
@@ -170,7 +155,7 @@ def _with_weights(build: Any, name: str) -> Any:
 
 
 def _fitted(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Published weights name the layers of a bare backbone (watermark), or of a bare linear layer (aesthetic V1)."""
+    """Renames published weights of a bare backbone (watermark) or a bare linear layer (aesthetic V1)."""
     if isinstance(network, AestheticV1Head) and set(state) == {"weight", "bias"}:
         return {f"linear.{key}": value for key, value in state.items()}
     if isinstance(network, WatermarkClassifier) and not any(key.startswith("backbone.") for key in state):
@@ -189,7 +174,7 @@ def _random_aesthetic(seed: int) -> dict[str, Tensor]:
 
 
 def _collapse(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The layers' product, in float64: weight (768,), bias ()."""
+    """Multiplies the layers in float64: weight (768,), bias ()."""
     matrix, bias = torch.eye(EMBEDDING_SIZE, dtype=torch.float64), torch.zeros(EMBEDDING_SIZE, dtype=torch.float64)
     for layer in _AESTHETIC_LAYERS:
         weight = state[f"layers.{layer}.weight"].double()

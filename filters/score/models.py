@@ -1,4 +1,4 @@
-"""The networks of a recipe, and the scores that they give a batch of images."""
+"""A recipe's networks, and the scores that they give a batch of images."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from sdtrain.models.device import claim_device
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
 from sdtrain.precision import torch_dtype
 
-# The published heads were trained on embeddings of this model by OpenAI, and of no other.
+# The published heads were trained on embeddings of this model by OpenAI only.
 _HEADS_MODEL = "ViT-L-14-quickgelu"
-# Shards may be scored by several threads of a process: they decode side by side and take turns at the networks.
+# Threads of a process may score shards concurrently: they decode in parallel and take turns at the networks.
 _ONE_AT_A_TIME = Lock()
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Models:
-    """The networks that a recipe asks for; None for those it skips.
+    """The networks that a recipe uses; None for those it skips.
 
     Attributes:
-        dtype: of the large networks' products (autocast); the heads, small, are always float32.
-        heads: by the name of their score; their input is CLIP's embeddings.
+        dtype: of the large networks (autocast); the small heads are always float32.
+        heads: by score name; their input is CLIP's embeddings.
     """
 
     device: torch.device
@@ -58,13 +58,13 @@ class Models:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch whose scores are on their way from the device.
+    """A batch whose scores are in transit from the device.
 
     Attributes:
-        batch: its images, damaged ones included.
-        scores: by name, one for each image that is not damaged.
-        embeddings: of these images, float16; None where the recipe does not store them.
-        arrived: when the scores can be read; None where they can be at once.
+        batch: all images, including damaged ones.
+        scores: by name, one per undamaged image.
+        embeddings: of the undamaged images, float16; None if the recipe does not store them.
+        arrived: signals that the scores can be read; None if they already can.
     """
 
     batch: Sequence[PreprocessedImage]
@@ -73,14 +73,14 @@ class ScoredBatch:
     arrived: torch.cuda.Event | None = None
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of the batch, with scores."""
+        """Returns the batch's rows, with scores."""
         if self.arrived is not None:
             self.arrived.synchronize()
         rows = [dict(item.row) for item in self.batch]
         alive = [row for row in rows if row["reason"] is None]
         for name, values in self.scores.items():
             for row, value in zip(alive, values.tolist(), strict=True):
-                # NaN is above every limit to SQL, so it would pass rules; NULL is counted as missing.
+                # SQL orders NaN above every limit, so it would pass rules; NULL counts as missing.
                 row[name] = value if math.isfinite(value) else None
         if self.embeddings is not None:
             for row, embedding in zip(alive, self.embeddings, strict=True):
@@ -89,7 +89,7 @@ class ScoredBatch:
 
 
 def score_batch(batch: Sequence[PreprocessedImage], models: Models) -> ScoredBatch:
-    """Starts the networks on a batch; a GPU goes on with the next while this one's rows are made."""
+    """Starts the networks on a batch; a GPU runs the next one while this one's rows are built."""
     whole = [item for item in batch if not item.is_damaged]
     if not whole:
         return ScoredBatch(batch, {})
@@ -102,7 +102,7 @@ def score_batch(batch: Sequence[PreprocessedImage], models: Models) -> ScoredBat
         if images is not None and texts is not None:
             scores["similarity"] = (images * texts).sum(dim=-1)
             scores |= {name: head(images) for name, head in models.heads}
-        # Not waited for: a copy from a GPU that is not blocking goes to pinned memory.
+        # Not waited for: a non-blocking copy from a GPU goes to pinned memory.
         here = {name: values.float().to("cpu", non_blocking=cuda) for name, values in scores.items()}
         kept = images.half().to("cpu", non_blocking=cuda) if models.store_embeddings and images is not None else None
         arrived = torch.cuda.current_stream().record_event() if cuda else None
@@ -138,7 +138,7 @@ def _watermark_scores(images: Sequence[PreprocessedImage], models: Models) -> di
 
 
 def _on_device(views: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """The views as one batch, (B, H, W, 3) uint8: a quarter of the bytes that float32 would be on their way."""
+    """Stacks the views to (B, H, W, 3) uint8: a quarter of the bytes of float32 to transfer."""
     present = [view for view in views if view is not None]
     if any(view.device != present[0].device for view in present):
         present = [view.to(device, non_blocking=True) for view in present]
@@ -152,21 +152,17 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 def load_models(config: ScoreConfig) -> Models:
-    """The recipe's networks, once a process, on the GPU that this process holds.
+    """Loads the recipe's networks once per process, on this process's GPU.
 
     Raises:
-        UserError: weights that are missing or of another network.
+        UserError: weights are missing or another network's.
     """
     with _ONE_AT_A_TIME:
         return _load_models(config)
 
 
 def load_network(config: ScoreConfig, name: str) -> Any:
-    """One of a recipe's networks by its name in `NETWORKS`, on the CPU.
-
-    Raises:
-        UserError: weights that are missing or of another network.
-    """
+    """Loads one of a recipe's `NETWORKS` on the CPU; raises `UserError` if weights are missing or another network's."""
     if name == "clip":
         return load_clip(config.clip_model, str(config.clip_weights))[0]
     load = {"watermark": load_watermark, "aesthetic": load_aesthetic, "aesthetic_v1": load_aesthetic_v1}
@@ -200,7 +196,7 @@ def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:
 
 
 def check_heads(config: ScoreConfig) -> None:
-    """Refuses heads on embeddings that they were not made for: their scores would mean nothing.
+    """Refuses heads on another model's embeddings, where their scores would mean nothing.
 
     Raises:
         UserError: names the model and the settings to change.

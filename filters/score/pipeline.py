@@ -1,8 +1,8 @@
-"""Threads that decode images ahead, so that the networks do not wait for them.
+"""Threads that decode images ahead of the networks.
 
-Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold Python's lock for a
-fifth at most: five or six threads, 700 images a second, are what one process can do. A GPU that wants more is fed by
-several processes (`sdtrain.models.device` spreads them), or decodes itself.
+Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold the GIL for at most a
+fifth: one process peaks at five or six threads, 700 images a second. A faster GPU needs several processes
+(`sdtrain.models.device` spreads them) or decodes itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from filters.score.preprocess import PreprocessedImage, Sample, preprocess, read
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.prefetch import prefetch
 
-# Batches that are read and being decoded beside the one that the networks have: two even out what takes longer.
+# Batches to read and decode ahead of the networks; two even out slow ones.
 _DEPTH = 2
 Pending = Callable[[], list[PreprocessedImage]]
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some images of one shard; batches end with it, so that scores do not depend on what else is scored."""
+    """Some images of one shard; batches never span shards, so that scores do not depend on what else is scored."""
 
     shard: int
     images: Pending
@@ -39,14 +39,9 @@ class _Batch:
 def score_rows(
     dataset: DatasetDir, shards: Sequence[int], models: Models, batch_size: int, on_gpu: bool
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yields (shard, its rows) for each shard, in order; the next shard is read and decoded in the meantime.
+    """Yields (shard, rows) in order, reading and decoding the next shard in the meantime.
 
-    Args:
-        dataset: whose `download` is finished.
-        shards: which ones.
-        models: the networks.
-        batch_size: images that the networks see at once.
-        on_gpu: whether the networks' GPU decodes JPEGs.
+    Needs finished downloads. `batch_size` is the networks'; `on_gpu`: the networks' GPU decodes JPEGs.
 
     Raises:
         UserError: a shard is damaged; those before it have been yielded.
@@ -56,7 +51,7 @@ def score_rows(
     with _preprocessing(models, on_gpu) as begin, closing(_batches(dataset, shards, batch_size, begin)) as batches:
         for batch in batches:
             scored = score_batch(batch.images(), models)
-            # The scores of the batch before, while a GPU is busy with this one.
+            # The previous batch's scores, while a GPU is busy with this one.
             rows += waiting.rows() if waiting else []
             waiting = scored
             if batch.ends_shard:
@@ -71,7 +66,7 @@ def _batches(
         for shard in shards:
             samples = read_shard(dataset, shard)
             following = list(islice(samples, size))
-            ends = False  # not before the first batch, which an empty shard has too
+            ends = False  # not before the first batch, which even an empty shard has
             while not ends:
                 part, following = following, list(islice(samples, size))
                 ends = not following
@@ -102,6 +97,6 @@ def _preprocessing(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Samp
 
 
 def num_threads() -> int:
-    """Threads that decode: this process's share of the cores where each GPU has a process."""
+    """Returns the number of decoding threads: this process's share of the cores if each GPU has a process."""
     cores = len(os.sched_getaffinity(0))
     return max(2, cores // max(1, torch.cuda.device_count()))

@@ -1,4 +1,4 @@
-"""Preprocessing: an image is decoded once, and everything that later stages need of it is computed."""
+"""Preprocessing: decodes an image once and computes everything that later stages need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Sample(NamedTuple):
-    """One member of a shard of images."""
+    """One member of an image shard."""
 
     key: str
     uid: str
@@ -38,7 +38,7 @@ class Sample(NamedTuple):
 
     @property
     def image(self) -> bytes:
-        """The image's bytes; none where the sample has lost them, which no decoder takes for an image."""
+        """The image's bytes; empty if the sample has lost them, which fails to decode."""
         try:
             return self.members[image_extension(self.members)]
         except KeyError:
@@ -55,12 +55,12 @@ class RequiredViews:
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """Everything that one decode gives.
+    """Everything computed from one decode.
 
     Attributes:
-        row: of the table of scores.
+        row: of the score table.
         caption: what CLIP compares the image with.
-        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image, or where no network needs it.
+        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image or if no network needs it.
         watermark: the watermark detector's, likewise.
     """
 
@@ -76,10 +76,10 @@ class PreprocessedImage:
 
 
 def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
-    """The downloaded images of a shard.
+    """Yields a shard's downloaded images.
 
     Raises:
-        UserError: the tar is damaged or cut short, or holds other samples than the table beside it says.
+        UserError: the tar is damaged or truncated, or its samples differ from the table beside it.
     """
     tar, table = dataset.images_tar(shard), dataset.images_table(shard)
     fetch_shard_file(dataset.root, tar, "download")
@@ -94,7 +94,7 @@ def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
 
 
 def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
-    """Decodes one image, once."""
+    """Decodes and preprocesses one image."""
     try:
         image = decode_rgb(sample.image)
     except OSError:
@@ -109,7 +109,7 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
 
 
 def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[str, Any]:
-    """The row of a decoded image, but for the networks' scores; `squashed` is the watermark detector's view."""
+    """Returns a decoded image's row without network scores; `squashed` is the watermark detector's view."""
     return {
         "uid": sample.uid,
         "key": sample.key,
@@ -124,38 +124,38 @@ def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[
 
 
 def damaged(sample: Sample) -> PreprocessedImage:
-    """The result for an image that cannot be decoded."""
+    """Returns the result for an undecodable image."""
     return PreprocessedImage({"uid": sample.uid, "key": sample.key, "reason": UNDECODABLE}, caption_of(sample))
 
 
 def caption_of(sample: Sample) -> str:
-    """The caption, whatever its bytes are."""
+    """Decodes the caption, whatever its bytes are."""
     return sample.members.get("txt", b"").decode("utf-8", "replace")
 
 
 def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
-    """The uids by key of the shard's downloaded images."""
+    """Maps keys to uids of the shard's downloaded images."""
     table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
 
 
 def watermark_view(image: Image.Image) -> Image.Image:
-    """The watermark detector's view of an RGB image, before normalisation: 256 x 256, squashed."""
+    """Returns the watermark detector's view of an RGB image, before normalisation: 256 x 256, squashed."""
     return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
 
 
 def pixel_sha256(image: Image.Image) -> str:
-    """Hex sha256 of an RGB image's size and pixels, whatever it was encoded as."""
+    """Returns the hex sha256 of an RGB image's size and pixels, independent of its encoding."""
     digest = hashlib.sha256(b"%d %d " % image.size)
     digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 def thumbnail(image: Image.Image) -> bytes:
-    """Mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
+    """Returns the mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
     return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
 
 
 def gray_of(image: Image.Image) -> NDArray[np.uint8]:
-    """The brightness (ITU-R 601 luma) of an RGB image, (H, W)."""
+    """Returns an RGB image's brightness (ITU-R 601 luma), (H, W)."""
     return np.asarray(image.convert("L"))

@@ -1,7 +1,7 @@
 """Simple measures of image quality, all from one gray copy of 256 x 256 pixels.
 
-The copy has the same size for every image, so that values can be compared; it is the watermark detector's view in
-gray, which is there anyway. Together they cost 0.2 ms: sharpness 0.04, entropy 0.03, border 0.1, contrast 0.004.
+The fixed size makes values comparable; the copy is the watermark detector's view in gray, which exists anyway. Together
+they cost 0.2 ms: sharpness 0.04, entropy 0.03, border 0.1, contrast 0.004.
 
 | measure | formula | range | low or high means |
 |---|---|---|---|
@@ -20,12 +20,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-# Gray levels by which pixels of "one colour" may differ: what JPEG leaves of a flat border.
+# Gray levels by which "one colour" may vary: what JPEG leaves of a flat border.
 _FUZZ = 8
 
 
 def measure(gray: NDArray[np.uint8]) -> dict[str, float]:
-    """The four measures of a gray image (H, W)."""
+    """Returns the four measures of a gray image (H, W)."""
     _, deviation = cv2.meanStdDev(gray)
     return {
         "sharpness": _sharpness(gray),
@@ -54,7 +54,7 @@ def _letterbox_margin(gray: NDArray[np.uint8]) -> float:
 
 
 def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
-    """The number of rows (axis 1) or columns (0) between the margins of the first one's level and the last one's."""
+    """Counts rows (axis 1) or columns (0) between the first line's margin and the last line's."""
     lowest, highest = (cv2.reduce(gray, axis, kind).ravel().astype(int) for kind in (cv2.REDUCE_MIN, cv2.REDUCE_MAX))
     first = _leading(lowest, highest, levels[0])
     last = _leading(lowest[::-1], highest[::-1], levels[1])
@@ -62,6 +62,6 @@ def _inside(gray: NDArray[np.uint8], axis: int, levels: tuple[int, int]) -> int:
 
 
 def _leading(lowest: NDArray[np.int_], highest: NDArray[np.int_], level: int) -> int:
-    """The number of lines, from the first on, without a level far from `level`."""
+    """Counts leading lines with all levels close to `level`."""
     others = (lowest < level - _FUZZ) | (highest > level + _FUZZ)
     return int(np.argmax(others)) if others.any() else len(others)

@@ -36,16 +36,16 @@ _TABLE = pa.schema(
 
 
 def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
-    """Writes, for each shard, one row for every downloaded image, damaged ones included.
+    """Writes, for each shard, one row per downloaded image, including damaged ones.
 
     Raises:
-        UserError: weights cannot be had, or a shard is damaged.
+        UserError: weights are unavailable, or a shard is damaged.
     """
-    # Not above: whoever asks only whether a shard is finished would wait for torch, open_clip and timm.
+    # Lazy, so that checking whether a shard is finished does not wait for torch, open_clip and timm.
     from filters.score.models import load_models
     from filters.score.pipeline import score_rows
 
-    weight_digests(config)  # first, because other weights than the recipe pins need not be loaded
+    weight_digests(config)  # first, to fail on weights other than the recipe pins before loading them
     models = load_models(config)
     on_gpu = config.decode != "cpu" and models.device.type == "cuda"
     schema = _schema(config).with_metadata(_described(config, models.device.type, on_gpu))
@@ -68,7 +68,7 @@ def _write(dataset: DatasetDir, shard: int, rows: list[dict[str, Any]], schema: 
 
 
 def _schema(config: ScoreConfig) -> pa.Schema:
-    """The table's columns; embeddings, the size of all others together many times over, only where they are wanted."""
+    """Returns the table's columns; embeddings, many times the size of all others together, only if requested."""
     if not config.store_embeddings or config.clip_weights is None:
         return _TABLE
     from sdtrain.models.clip import embedding_size
@@ -77,7 +77,7 @@ def _schema(config: ScoreConfig) -> pa.Schema:
 
 
 def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
-    """The models and settings behind the scores, for the file's own metadata."""
+    """Returns the models and settings behind the scores, for the file's metadata."""
     settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
     digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
     return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
@@ -85,21 +85,17 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 
 @lru_cache(maxsize=1)
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """Digests of the weights of CLIP and of the heads that are used; without CLIP, only one is.
+    """Returns (network, digest) for all `NETWORKS`; without CLIP, all but the watermark detector's are "none".
 
     Raises:
-        UserError: weights that cannot be had, or are not those that the recipe pins.
+        UserError: weights are unavailable, or not those that the recipe pins.
     """
     return tuple((name, weight_digest(config, name)) for name in NETWORKS)
 
 
 @lru_cache
 def weight_digest(config: ScoreConfig, name: str) -> str:
-    """Digest of the weights of one network, by its name in `NETWORKS`; "none" where it is not used.
-
-    Raises:
-        UserError: weights that cannot be had, or are not those that the recipe pins.
-    """
+    """Returns the digest of one of `NETWORKS`; "none" if unused. Raises `UserError` as `weight_digests` does."""
     weights = getattr(config, f"{name}_weights")
     if name == "clip":
         digest = clip_digest(config.clip_model, weights)

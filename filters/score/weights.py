@@ -1,4 +1,4 @@
-"""The published weights that recipes know by name."""
+"""Published weights that recipes name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PUBLISHED = {
 
 
 def find_weights(name: str) -> Path:
-    """The file of weights named by a recipe: a known name (fetched into the cache if need be) or a path.
+    """Returns the weights file for a known name (fetched into the cache if needed) or a path.
 
     Raises:
         UserError: no such file or name, the download failed, or the file is not the published one.
@@ -40,7 +40,7 @@ def find_weights(name: str) -> Path:
 
 
 def digest_of(name: str | None) -> str:
-    """The weights in a fingerprint: their digest, the name of random ones, or "none"."""
+    """Identifies weights in a fingerprint: their digest, the name of random ones, or "none"."""
     if name is None:
         return "none"
     return name if random_seed(name) is not None else sha256_of(find_weights(name))

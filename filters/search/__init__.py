@@ -1,1 +1,1 @@
-"""Search for images of a dataset by caption or image, with the embeddings that SCORE stored."""
+"""Search for a dataset's images by caption or image, with SCORE's embeddings."""

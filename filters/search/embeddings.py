@@ -1,4 +1,4 @@
-"""The embeddings of a dataset, as SCORE stored them."""
+"""The embeddings that SCORE stored in a dataset."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Block:
     """Embeddings of one shard.
 
     Attributes:
-        numbers: (N,) of the images: rows of all shards' score tables, counted through.
-        vectors: (N, D) float16, of length 1 but for rounding.
+        numbers: (N,) image numbers: row numbers over all shards' score tables.
+        vectors: (N, D) float16, of length 1 up to rounding.
     """
 
     numbers: NDArray[np.int64]
@@ -44,10 +44,8 @@ class Embeddings:
     """All embeddings of a dataset.
 
     Attributes:
-        images: what the scores say of them, for k-means.
-        clip_model: whose they are, by open_clip's name.
-        clip_digest: of its weights.
-        width: numbers in one.
+        images: their scores, for k-means.
+        clip_model: open_clip's name of their network; `clip_digest` is its weights'.
         counts: (shard, rows of its table), in order.
     """
 
@@ -59,7 +57,7 @@ class Embeddings:
     counts: tuple[tuple[int, int], ...]
 
     def blocks(self) -> Iterator[Block]:
-        """Shard by shard; images that have no embedding are left out."""
+        """Yields blocks shard by shard, without images that have no embedding."""
         start = 0
         for shard, num_rows in self.counts:
             column = read_parquet(self.dataset.scores(shard), ["embedding"])["embedding"]
@@ -70,10 +68,10 @@ class Embeddings:
 
 
 def embeddings_of(dataset: DatasetDir) -> Embeddings:
-    """The embeddings of a dataset.
+    """Returns a dataset's embeddings.
 
     Raises:
-        UserError: it is not scored, or without embeddings, or with those of different networks.
+        UserError: it is not scored, has no embeddings, or has those of different networks.
     """
     images = scored_images(dataset)
     if not images.has_embeddings:
@@ -96,18 +94,14 @@ def embeddings_of(dataset: DatasetDir) -> Embeddings:
 
 
 def embeddings_digest(dataset: DatasetDir) -> str:
-    """Digest of all files that hold embeddings, from the manifest alone.
-
-    Raises:
-        UserError: a shard is not scored yet.
-    """
+    """Digests all files with embeddings, from the manifest alone; raises `UserError` if a shard is unscored."""
     outputs = [require_entry(dataset, "score", shard).outputs for shard in selected_shards(dataset)]
     files = [[(name, output.sha256) for name, output in sorted(shard.items())] for shard in outputs]
     return hashlib.sha256(json.dumps([_FORMAT, files]).encode()).hexdigest()
 
 
 def kept_vectors(dataset: DatasetDir, counts: Sequence[tuple[int, int]], num: int) -> NDArray[np.float32]:
-    """(N, D) embeddings of at most `num` kept images, of length 1, from evenly chosen shards."""
+    """Returns (N, D) unit embeddings of at most `num` kept images, from evenly chosen shards."""
     per_shard = max(1, -(-num // max(1, len(counts))))
     found = list[NDArray[np.float32]]()
     for shard, _ in counts[:: max(1, len(counts) // num)]:

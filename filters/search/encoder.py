@@ -19,14 +19,10 @@ _BATCH = 32
 
 
 class Encoder:
-    """CLIP, as the recipe of a dataset names it.
-
-    Args:
-        config: the recipe's.
-        info: of the index that its embeddings are to be compared with.
+    """CLIP as configured by a dataset's recipe, for comparison with the embeddings of index `info`.
 
     Raises:
-        UserError: the recipe names other weights than the dataset was scored with, or they cannot be had.
+        UserError: the recipe names other weights than the dataset was scored with, or they are unavailable.
     """
 
     def __init__(self, config: ScoreConfig, info: IndexInfo) -> None:
@@ -46,12 +42,12 @@ class Encoder:
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
-        """(N, D), of length 1."""
+        """Returns unit vectors (N, D)."""
         return _unit(self._network.encode_text(self._tokenizer(list(captions)).to(self._device)))
 
     @torch.inference_mode()
     def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """(N, D), of length 1, of RGB images."""
+        """Returns unit vectors (N, D) of RGB images."""
         found = []
         for first in range(0, len(images), _BATCH):
             views = [pixels_of(clip_view(image, self._preprocess)) for image in images[first : first + _BATCH]]
@@ -61,7 +57,7 @@ class Encoder:
 
 
 def is_stand_in(config: ScoreConfig) -> bool:
-    """Whether CLIP has random weights: equal images are near each other, and captions are near nothing."""
+    """Returns whether CLIP has random weights: then equal images are similar, and captions are similar to nothing."""
     return (config.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
 
 

@@ -1,4 +1,4 @@
-"""Images that a search found: their origin, status, scores and bytes."""
+"""Search results: origin, status, scores and bytes of the images found."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Hit:
     """An image of the dataset.
 
     Attributes:
-        similarity: to the question: a cosine, or the share of the words that its caption has.
-        reason: why it was dropped; None if it was kept, "undecided" before `keep`.
-        scores: LAION's as `NAME_metadata` and ours as `NAME_image`, where there are any.
-        others: further columns of the metadata.
+        similarity: to the query: a cosine, or the share of its words in the caption.
+        reason: why it was dropped; None if kept, "undecided" before `decide`.
+        scores: LAION's as `NAME_metadata` and ours as `NAME_image`, where present.
+        others: further metadata columns.
     """
 
     similarity: float
@@ -58,11 +58,11 @@ class Hit:
 
     @property
     def place(self) -> str:
-        """The image inside the dataset, as tar:member."""
+        """The image's location in the dataset, as tar:member."""
         return f"images/{self.shard:05d}.tar:{self.key}.{self.extension}"
 
     def row(self) -> dict[str, Any]:
-        """For tables and JSON."""
+        """Returns a row for tables and JSON."""
         size = f"{self.width}x{self.height}" if self.width else None
         named = {"nearness": round(self.similarity, 4), "caption": self.caption, "url": self.url, "key": self.key}
         named |= {"fate": self.status, "size": size, "uid": self.uid, "sha256": self.sha256, "image": self.place}
@@ -70,18 +70,14 @@ class Hit:
 
 
 def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
-    """The image as it is stored.
-
-    Raises:
-        OSError: it is not there.
-    """
+    """Reads the stored image; raises `OSError` if it is gone."""
     if hit.offset is None or hit.num_bytes is None or hit.extension not in IMAGE_EXTENSIONS:
         raise FileNotFoundError(f"{hit.place} has no image")
     return read_part(dataset, dataset.images_tar(hit.shard), hit.offset, hit.num_bytes)
 
 
 def image_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
-    """The decoded image; None where it is lost or damaged."""
+    """Decodes the image; None if it is lost or damaged."""
     try:
         return decode_rgb(picture_bytes(dataset, hit))
     except OSError:
@@ -89,7 +85,7 @@ def image_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
 
 
 def look_up(dataset: DatasetDir, found: Iterable[tuple[float, int, str]]) -> list[Hit]:
-    """The hits of (similarity, shard, uid), in the same order, without those that no table has."""
+    """Looks up (similarity, shard, uid) in order, omitting those that no table has."""
     asked = list(found)
     shards, uids = sorted({shard for _, shard, _ in asked}), sorted({uid for _, _, uid in asked})
     if not asked:
@@ -137,7 +133,7 @@ def _hit(
 def _rows(
     connection: duckdb.DuckDBPyConnection, paths: list[Path], table: str, uids: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Rows by uid, with those of the columns wanted of a table that it has."""
+    """Returns rows by uid, with the wanted columns that a table has."""
     wanted = {
         "images": ("uid", "key", *_IMAGES),
         "selection": ("uid", *SCORE_COLUMNS, *_SELECTED),

@@ -1,14 +1,13 @@
-"""The vector index of a dataset's embeddings, kept in the dataset and rebuilt when they change.
+"""The vector index of a dataset's embeddings, stored in the dataset and rebuilt when they change.
 
 | images | index | memory while searching | disk | finds |
 |---|---|---|---|---|
 | up to 1,000,000 | all are compared, in fp16 | the whole file: 1.5 kB an image of ViT-L/14 | the same | all |
 | more | 2 sqrt(N) lists by k-means, `PROBES` are compared | centres, and what is read | 1.5 kB an image | most |
 
-For 170 million images of ViT-L/14 that is a file of 262 GB (768 numbers in fp16 and 8 bytes each), as large as the
-embeddings in the scores are themselves; 26,000 centres take 80 MB of memory, and a search reads 64 lists of 6,500
-images: 0.65 GB. While it is made, the disk holds it twice. The index is by faiss (Johnson et al. 2017, arXiv
-1702.08734); the file of the lists is mapped, not loaded.
+For 170 million images of ViT-L/14 the file has 262 GB (768 numbers in fp16 and 8 bytes each), as much as the embeddings
+in the scores; 26,000 centres take 80 MB of memory, and a search reads 64 lists of 6,500 images: 0.65 GB. Building needs
+twice the disk space. The index is faiss's (Johnson et al. 2017, arXiv 1702.08734); the lists are memory-mapped.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ from sdtrain.errors import UserError
 
 EXACT_UP_TO = 1_000_000
 PROBES = 64
-"""Lists that a search looks into. A test on planted clusters holds how much of the exact answer that finds."""
-_BLOCK_ROWS = 1 << 20  # of lists in memory while the index is made: 1.6 GB
+"""Lists read per search; a test on planted clusters pins the recall."""
+_BLOCK_ROWS = 1 << 20  # rows of lists in memory during a build: 1.6 GB
 _SEED = 42
 
 
@@ -41,11 +40,10 @@ class IndexInfo(BaseModel):
     """The contents of an index.
 
     Attributes:
-        clip_model: whose embeddings, by open_clip's name.
-        clip_digest: of its weights.
-        counts: (shard, rows of its table of scores), in order.
-        num_vectors: how many images have an embedding.
-        num_lists: 0 where all are compared.
+        clip_model: open_clip's name of the embeddings' network; `clip_digest` is its weights'.
+        counts: (shard, rows of its score table), in order.
+        num_vectors: images with an embedding.
+        num_lists: 0 if all are compared.
     """
 
     clip_model: str
@@ -56,12 +54,12 @@ class IndexInfo(BaseModel):
 
 
 class ImageIndex:
-    """An index that can be asked; threads may ask side by side."""
+    """An open index; threads may query it concurrently."""
 
     def __init__(self, folder: Path) -> None:
         faiss = load_faiss()
         self.info = IndexInfo.model_validate_json((folder / "info.json").read_bytes())
-        # Lists that lie in a file of their own are mapped without IO_FLAG_MMAP; with it, they are not opened at all.
+        # Lists in their own file are mapped without IO_FLAG_MMAP; with it, they are not opened at all.
         flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR if self.info.num_lists else 0
         self._index = faiss.read_index(str(folder / "index.faiss"), flags)
         if self.info.num_lists:
@@ -69,24 +67,22 @@ class ImageIndex:
         self._ends = np.cumsum([num for _, num in self.info.counts])
 
     def nearest(self, vectors: NDArray[np.float32], top: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Cosines and numbers of the nearest images, (Q, top) each, nearest first; number -1 where there are no more.
+        """Returns cosines and numbers of the images nearest to `vectors` (Q, D) of length 1.
 
-        Args:
-            vectors: (Q, D), of length 1.
-            top: how many.
+        Both are (Q, top), nearest first; missing ones have number -1.
         """
         cosines, numbers = self._index.search(np.ascontiguousarray(vectors, np.float32), top)
         return cosines, numbers
 
     def place(self, number: int) -> tuple[int, int]:
-        """(shard, row of its table of scores) of an image."""
+        """Returns an image's (shard, row of its score table)."""
         at = int(np.searchsorted(self._ends, number, side="right"))
         shard, num_rows = self.info.counts[at]
         return shard, number - int(self._ends[at] - num_rows)
 
 
 def open_index(dataset: DatasetDir) -> ImageIndex:
-    """The index of a dataset as it is now; made first where there is none, or one of other embeddings.
+    """Opens a dataset's index, building it if it is missing or out of date.
 
     Raises:
         UserError: there are no embeddings, faiss is not installed, or the index cannot be written.
@@ -152,7 +148,7 @@ def _write_exact(embeddings: Embeddings, num_lists: int, made: Path, work: Path)
 
 
 def _write_lists(embeddings: Embeddings, num_lists: int, made: Path, work: Path) -> int:
-    """Lists larger than memory: parts of the index, each in a file, are merged on the disk."""
+    """Builds lists larger than memory: parts of the index, a file each, are merged on disk."""
     faiss = load_faiss()
     from faiss.contrib.ondisk import merge_ondisk
 

@@ -31,7 +31,7 @@ MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 32 * 2**20
 _MAX_LOOKED_AT = 1 << 14
 _WORD = re.compile(r"\w+")
-# Captions are cut at all that is neither letter nor digit nor underscore, as `\w` has it.
+# Captions are split at anything but letters, digits and underscores, as `\w` has it.
 _MATCHED = """
 SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{L}\\p{N}_]+'), $words)) AS matched, shard, uid
 FROM (SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard
@@ -42,18 +42,16 @@ _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 
 
 class Search:
-    """A dataset that is asked, any number of times; index and network are loaded by the first question.
-
-    Keep the dataset locked (`lock_to_read`) meanwhile.
+    """A searchable dataset, which must stay locked (`lock_to_read`); the first query loads index and network.
 
     Raises:
-        UserError: there is no dataset, or none that can be searched.
+        UserError: there is no dataset, or it cannot be searched.
     """
 
     def __init__(self, dataset: DatasetDir) -> None:
         self.dataset = dataset
         self._config = read_recipe(dataset).score
-        self._lock = Lock()  # the network is asked by one thread at a time
+        self._lock = Lock()  # one thread at a time uses the network
 
     @property
     def is_stand_in(self) -> bool:
@@ -62,7 +60,7 @@ class Search:
 
     @property
     def num_pictures(self) -> int:
-        """The number of images that can be found."""
+        """The number of searchable images."""
         return self._index.info.num_vectors
 
     @property
@@ -71,40 +69,36 @@ class Search:
         return not self._index.info.num_lists
 
     def by_caption(self, caption: str, top: int, kept_only: bool = False) -> list[Hit]:
-        """The images whose embeddings are nearest to the caption's."""
+        """Returns the images whose embeddings are nearest to the caption's."""
         with self._lock:
             vectors = self._encoder.captions([caption])
         return self.nearest(vectors, top, kept_only)[0]
 
     def by_images(self, images: Sequence[Image.Image], top: int, kept_only: bool = False) -> list[list[Hit]]:
-        """For each RGB image, those nearest to it."""
+        """Returns the nearest images for each RGB image."""
         return self.nearest(self.embed(images), top, kept_only) if images else []
 
     def by_words(self, text: str, top: int, kept_only: bool = False) -> list[Hit]:
-        """The images whose captions have most of the words."""
+        """Returns the images whose captions have most of the words."""
         self._require_decisions(kept_only)
         return look_up(self.dataset, by_words(self.dataset, text, top, kept_only))
 
     def by_key(self, key: str) -> Hit | None:
-        """The downloaded image with this key."""
+        """Returns the downloaded image with this key."""
         return next(iter(look_up(self.dataset, by_key(self.dataset, key))), None)
 
     def embed(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
-        """(N, D) embeddings of RGB images."""
+        """Returns (N, D) embeddings of RGB images."""
         with self._lock:
             return self._encoder.images(images)
 
     def nearest(self, vectors: NDArray[np.float32], top: int, kept_only: bool = False) -> list[list[Hit]]:
-        """For each of (N, D) embeddings of length 1, the images nearest to it, nearest first.
+        """Returns at most `top` nearest images for each of (N, D) unit embeddings, nearest first.
 
-        Args:
-            vectors: what is asked.
-            top: at most this many each.
-            kept_only: without images that were dropped; then more are fetched until there are enough, up to the
-                nearest `_MAX_LOOKED_AT`.
+        `kept_only` skips dropped images and fetches more to replace them, up to the nearest `_MAX_LOOKED_AT`.
 
         Raises:
-            UserError: which are kept is not decided yet.
+            UserError: `kept_only` is set before the dataset's decisions exist.
         """
         self._require_decisions(kept_only)
         fetched = top
@@ -117,7 +111,7 @@ class Search:
             fetched *= 4
 
     def some_vectors(self, num: int) -> NDArray[np.float32]:
-        """(N, D) embeddings of about `num` kept images, evenly chosen, of length 1."""
+        """Returns (N, D) unit embeddings of about `num` evenly chosen kept images."""
         return kept_vectors(self.dataset, self._index.info.counts, num)
 
     def _require_decisions(self, kept_only: bool) -> None:
@@ -125,7 +119,7 @@ class Search:
             raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
-        """For each question, what is known of the images found; all are looked up together."""
+        """Returns each query's hits; all are looked up together."""
         places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]
         shards = {place[0] for place in places if place}
         uids = {shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"] for shard in shards}
@@ -157,11 +151,7 @@ class Search:
 
 
 def read_image(content: bytes, name: str) -> Image.Image:
-    """An image from outside, upright RGB.
-
-    Raises:
-        UserError: it is too large, or none.
-    """
+    """Decodes an external image to upright RGB; raises `UserError` if it is too large or not an image."""
     if len(content) > MAX_PICTURE_BYTES:
         raise UserError(f"{name} is larger than {MAX_PICTURE_BYTES // 2**20} MB. Make it smaller first.")
     try:
@@ -171,11 +161,7 @@ def read_image(content: bytes, name: str) -> Image.Image:
 
 
 def read_image_file(path: Path) -> Image.Image:
-    """The image in a file, upright RGB.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Reads an image file as upright RGB; raises `UserError` if it holds none."""
     try:
         return read_image(path.read_bytes(), str(path))
     except OSError as error:
@@ -183,7 +169,7 @@ def read_image_file(path: Path) -> Image.Image:
 
 
 def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
-    """(share of the words, shard, uid) of the downloaded images whose captions have most of them, shortest first."""
+    """Returns (share of the words, shard, uid) of downloaded images, most words first, then the shortest caption."""
     words = sorted(set(_WORD.findall(text.lower())))
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not words or not images:
@@ -196,7 +182,7 @@ def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) 
 
 
 def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
-    """(1, shard, uid) of the downloaded image with this key, if there is one."""
+    """Returns (1, shard, uid) of the downloaded image with this key, if any."""
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     query = (
         "SELECT 1.0, parse_filename(filename, true)::INTEGER, uid FROM read_parquet(?, filename = true, "

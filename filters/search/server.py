@@ -1,7 +1,7 @@
 """The search page of a dataset: `sdtrain search DATASET --serve`.
 
-Everything is put together here and escaped by the template; the page's script only sends a dropped image. Images
-are named by key, which is digits, and read from the tars at the place that the tables give.
+The server renders the page with an escaping template; its script only sends a dropped image. Images are named by key,
+which is digits, and read from the tars at the offsets in the tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sdtrain.errors import UserError
 
 _MAX_CHARS, _ASKED_KEPT, _SHOWN_KEPT, _THUMBNAIL_PX = 1000, 64, 4096, 360
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
-# One that a foreign page cannot send without being asked whether it may, which is never answered with yes.
+# Foreign pages cannot send this type without a CORS preflight, which the server never grants.
 _DROPPED_TYPE = "application/octet-stream"
 _ASSETS = {"search.css": "text/css", "search.js": "text/javascript"}
 _POLICY = (
@@ -45,7 +45,7 @@ _HEADERS = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosni
 
 @dataclass(frozen=True)
 class Asked:
-    """An image that was dropped on the page: its embedding, (1, D), and a small copy."""
+    """An image dropped on the page: its embedding (1, D) and a small copy."""
 
     vectors: NDArray[np.float32]
     thumbnail: bytes
@@ -53,12 +53,7 @@ class Asked:
 
 @dataclass
 class SearchPage:
-    """Answers requests.
-
-    Attributes:
-        search: the dataset.
-        top: images on a page.
-    """
+    """Answers requests on a dataset with `top` images per page."""
 
     search: Search
     top: int
@@ -67,7 +62,7 @@ class SearchPage:
     _decoding: Lock = field(default_factory=Lock)  # one large image in memory at a time
 
     def app(self, hosts: list[str]) -> Starlette:
-        """The application; it answers requests for these hosts only, lest a foreign page reach it by its own name."""
+        """Returns the application, which rejects other hosts' names, lest a foreign page reach it by its own name."""
         routes = [
             Route("/", self._show),
             Route("/ask", self._ask, methods=["POST"]),
@@ -99,7 +94,7 @@ class SearchPage:
         return environment().get_template("search.html").render(context | {"is_stand_in": self.search.is_stand_in})
 
     def _find(self, asked: dict[str, str], by: str) -> tuple[list[Hit] | None, str]:
-        """The hits, and the address of the image that was asked for."""
+        """Returns the hits, and the address of the query image."""
         question, kept = asked["q"].strip()[:_MAX_CHARS], asked["only"] == "kept"
         if asked["image"]:
             known = self._asked.get(asked["image"])
@@ -171,7 +166,7 @@ class SearchPage:
         return _jpeg(small(image, _THUMBNAIL_PX)) if image else b""
 
     def _hit(self, key: str) -> Hit | None:
-        """The image with a key: one that was shown, which needs no looking up, or any other."""
+        """Returns the image with a key, from those shown, without lookup, or any other."""
         if not KEY.fullmatch(key):
             return None
         return self._shown.get(key) or self.search.by_key(key)
@@ -183,13 +178,7 @@ class SearchPage:
 
 
 def serve(search: Search, host: str, port: int, top: int) -> None:
-    """Serves the page until the process is told to end.
-
-    Args:
-        search: the dataset.
-        host: the address to listen on.
-        port: 0 takes a free one.
-        top: images on a page.
+    """Serves the page until the process is told to end; port 0 takes a free one.
 
     Raises:
         UserError: the port is taken.

@@ -23,14 +23,7 @@ _INK, _MUTED, _FLAG = "#24292f", "#6e7781", "#d1495b"
 
 @dataclass(frozen=True)
 class Cell:
-    """One image.
-
-    Attributes:
-        image: None where it is lost.
-        head: what stands out, such as a score.
-        text: below it.
-        marked: framed in red.
-    """
+    """One image (None if lost) with highlighted `head`, like a score, and `text` below; `marked` frames it in red."""
 
     image: Image.Image | None
     head: str
@@ -47,11 +40,7 @@ class Row:
 
 
 def write_sheet(path: Path, title: str, notes: Sequence[str], rows: Sequence[Row]) -> None:
-    """Writes a sheet, which is a page or an image by the file's name.
-
-    Raises:
-        UserError: the name ends in neither .png nor .html.
-    """
+    """Writes a sheet as HTML or PNG, by the file's suffix; raises `UserError` for any other."""
     if path.suffix == ".html":
         with publish(path) as temporary:
             temporary.write_text(_page(title, notes, rows), encoding="utf-8")
@@ -64,12 +53,12 @@ def write_sheet(path: Path, title: str, notes: Sequence[str], rows: Sequence[Row
 
 
 def environment() -> jinja2.Environment:
-    """Templates of pages; all that is put into them is escaped."""
+    """Returns the page templates' environment, which escapes all values."""
     return jinja2.Environment(loader=jinja2.FileSystemLoader(PAGES), autoescape=True, trim_blocks=True)
 
 
 def small(image: Image.Image, side: int = _SIDE) -> Image.Image:
-    """A copy that fits a square."""
+    """Returns a copy that fits a square."""
     return ImageOps.contain(image, (side, side))
 
 
@@ -124,6 +113,6 @@ def _draw_cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, left: i
 
 
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    # Matplotlib's own file: Pillow's has Latin letters only, and captions have all.
+    # Matplotlib's own font: Pillow's has Latin letters only, and captions have all.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -1,1 +1,1 @@
-"""The stage SELECT: rows of the metadata in shuffled order."""
+"""The SELECT stage: filtered metadata rows in shuffled order."""

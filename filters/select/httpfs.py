@@ -1,4 +1,4 @@
-"""DuckDB's httpfs, so that metadata may lie on S3, Google Cloud Storage, the Hugging Face hub or any web server."""
+"""DuckDB's httpfs extension: metadata on S3, Google Cloud Storage, the Hugging Face hub or any web server."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ _ADVICE = "pip install 'sdtrain[remote]'"
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is a URL.
-
-    Raises:
-        UserError: it is one, of a kind that cannot be read.
-    """
+    """Returns whether `path` is a URL; raises `UserError` for an unsupported scheme."""
     scheme, separator, _ = path.partition("://")
     if separator and scheme.lower() not in SCHEMES:
         raise UserError(f"{without_secrets(path)} cannot be read: use a local path or {'://, '.join(SCHEMES)}://.")
@@ -32,14 +28,10 @@ def is_remote(path: str) -> bool:
 
 
 def whole_location(location: str, purpose: str) -> str:
-    """A path or URL as it can be opened: `${NAME}` becomes what the environment variable holds.
-
-    Args:
-        location: as a recipe names it.
-        purpose: what it is, for the sentence.
+    """Expands `${NAME}` environment variables in a recipe's path or URL; `purpose` names it in the error message.
 
     Raises:
-        UserError: there is no such variable, or the URL is from a record, which does not hold its credential.
+        UserError: the variable is unset, or the URL is from a record, which does not hold its credential.
     """
 
     def value(found: re.Match[str]) -> str:
@@ -62,14 +54,11 @@ def whole_location(location: str, purpose: str) -> str:
 
 
 def load_remote(connection: duckdb.DuckDBPyConnection) -> None:
-    """Lets `connection` read URLs, with the credentials that the environment holds, if any.
+    """Lets `connection` read URLs, with any credentials in the environment.
 
-    S3 (and what speaks like it): AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION or
+    S3 and compatible stores: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION or
     AWS_DEFAULT_REGION, AWS_ENDPOINT_URL. Google: GCS_ACCESS_KEY_ID, GCS_SECRET_ACCESS_KEY (HMAC keys). Hugging Face:
-    HF_TOKEN. They live as long as the connection and are never written.
-
-    Raises:
-        UserError: httpfs is not installed.
+    HF_TOKEN. They live as long as the connection and are never written. Raises `UserError` if httpfs is not installed.
     """
     _load_httpfs(connection)
     _add_secret(connection, "s3", _s3_options())
@@ -83,7 +72,7 @@ def _load_httpfs(connection: duckdb.DuckDBPyConnection) -> None:
     wheel = _wheel()
     file = wheel / "extensions" / version / "httpfs.duckdb_extension" if wheel else None
     try:
-        # Its own file, if there is a wheel: no network, and nothing written to the user's home.
+        # The wheel's file, if installed: needs no network and writes nothing to the user's home.
         connection.load_extension(str(file) if file and file.is_file() else "httpfs")
     except duckdb.Error as error:
         why = "is not installed"
@@ -97,7 +86,7 @@ def _load_httpfs(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _wheel() -> Path | None:
-    """The folder of the PyPI package duckdb-extension-httpfs."""
+    """Returns the folder of the PyPI package duckdb-extension-httpfs."""
     found = importlib.util.find_spec("duckdb_extension_httpfs")
     return Path(found.origin).parent if found and found.origin else None
 
@@ -113,7 +102,7 @@ def _s3_options() -> dict[str, str | bool | None]:
     endpoint = get("AWS_ENDPOINT_URL_S3") or get("AWS_ENDPOINT_URL")
     if endpoint:
         parts = urlsplit(endpoint if "://" in endpoint else f"https://{endpoint}")
-        # Buckets as a part of the path: a store of one's own seldom has a host name for each bucket.
+        # Buckets go in the path: self-hosted stores seldom have a host name for each bucket.
         options |= {"ENDPOINT": parts.netloc, "USE_SSL": parts.scheme == "https", "URL_STYLE": "path"}
     return options
 

@@ -1,4 +1,4 @@
-"""Parsing of the entries of blocklists and allowlists in text files."""
+"""Parsing of text-file entries of blocklists and allowlists."""
 
 from __future__ import annotations
 
@@ -14,15 +14,10 @@ _HOST = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[?[0-9a-f:.]+\]?")
 
 
 def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
-    """The entries of a text file; empty lines and lines that begin with # are none.
-
-    Args:
-        lines: of the file.
-        by: what an entry is, see `ListConfig.by`.
-        name: of the file, for the sentence.
+    """Parses a text file's entries, skipping empty lines and lines that begin with #.
 
     Raises:
-        UserError: names file and line of an entry that is not of the list's kind.
+        UserError: an entry is not of the list's kind (`by`, see `ListConfig.by`); names file (`name`) and line.
     """
     read = _READERS[by]
     for number, line in enumerate(lines, start=1):
@@ -30,18 +25,14 @@ def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
         if not text or text.startswith("#"):
             continue
         try:
-            # White space around a caption belongs to it.
+            # White space around a caption is part of it.
             yield read(line.rstrip("\r\n") if by == "url_caption" else text)
         except ValueError as error:
             raise UserError(f"{name}, line {number}: {text[:100]!r} is not {_WHAT[by]}.") from error
 
 
 def read_host(text: str) -> str:
-    """A host as it is compared: `*.Example.com` and `https://example.com/` mean example.com.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Normalizes a host: `*.Example.com` and `https://example.com/` mean example.com; else `ValueError`."""
     host = (urlsplit(text).hostname or "") if "://" in text else text
     name = plain_host(host.removeprefix("*").removeprefix("."))
     if not _HOST.fullmatch(name):
@@ -59,7 +50,7 @@ def _read_hash(text: str) -> int:
     number = int(text)
     if not -(2**63) <= number < 2**64:
         raise ValueError(text)
-    # Programs that know no sign write the same 64 bits as a larger number.
+    # Programs without signed integers write the same 64 bits as a larger number.
     return number - 2**64 if number >= 2**63 else number
 
 

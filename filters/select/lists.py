@@ -1,4 +1,4 @@
-"""Blocklists and allowlists: they refuse rows that pass the rules."""
+"""Blocklists and allowlists, applied to rows that pass the rules."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from filters.select.sql_functions import (
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
-# A row's key, from our columns.
+# A row's key in our columns.
 _KEYS = {
     "url": "md5_number(trim(url))",
     "hash": f"coalesce(hash, {hash_sql('url', 'caption')})",
@@ -36,7 +36,7 @@ _KEYS = {
     "sha256": "md5_number(sha256)",
     "url_caption": URL_CAPTION,
 }
-# Columns of Parquet lists that hold entries as they stand in text files.
+# Parquet columns that hold entries in text-file form.
 _ENTRY_COLUMNS = {"host": ("host", "domain"), "uid": ("uid",)}
 _TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".list")
 _BATCH = 100_000
@@ -50,29 +50,29 @@ class _Table:
     by: str
     allows: bool
     num_labels: tuple[int, ...]
-    """How many labels the listed hosts have; none for other lists."""
+    """Label counts of the listed hosts; empty for other lists."""
 
     @property
     def lookups(self) -> list[Lookup]:
-        """One, but for hosts: one for each number of labels."""
+        """Returns one lookup, or one per label count for hosts."""
         keys = [host_suffix_sql(num) for num in self.num_labels] if self.by == "host" else [_KEYS[self.by]]
         return [Lookup(f"list_{self.number}", f"l{self.number}_{n}", key) for n, key in enumerate(keys)]
 
     @property
     def lists_row(self) -> str:
-        """SQL condition: the row is on the list."""
+        """Returns the SQL condition for rows on the list."""
         return f"({' OR '.join(f'{lookup.alias}.key IS NOT NULL' for lookup in self.lookups) or 'false'})"
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Blocklists and allowlists that lie in tables of a connection."""
+    """Blocklists and allowlists in tables of a connection."""
 
     tables: tuple[_Table, ...] = ()
     remarks: tuple[str, ...] = ()
 
     def sql(self, rows: str) -> str:
-        """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
+        """Adds `list_reason` to `rows` (a SELECT of at least our columns): why a list refuses the row, or NULL."""
         if not self.tables:
             return f"SELECT *, NULL::VARCHAR AS list_reason FROM ({rows})"  # noqa: S608
         lookups = [lookup for table in self.tables for lookup in table.lookups]
@@ -92,18 +92,13 @@ def load_lists(
     files: Sequence[MetadataFile],
     joined: Collection[str] = (),
 ) -> Lists:
-    """Reads the lists of a recipe into tables of `connection`.
+    """Reads a recipe's lists into tables of `connection`, which also reads the metadata.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a list is keyed by hash.
-
-    Args:
-        connection: where the metadata is read too.
-        select: names the lists.
-        files: the metadata.
-        joined: columns that score files bring.
+    Lists keyed by hash need `laion_hash` (`filters.select.sql_functions.register_laion_hash`). `joined` names the
+    columns that score files add.
 
     Raises:
-        UserError: a list that is missing, unreadable or keyed by a column that the metadata lacks.
+        UserError: a list is missing, unreadable or keyed by a column that the metadata lacks.
     """
     tables, remarks = [], list[str]()
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]
@@ -121,11 +116,7 @@ def load_lists(
 
 
 def list_files(config: ListConfig) -> list[str]:
-    """Paths or URLs of a list's files.
-
-    Raises:
-        UserError: there are none.
-    """
+    """Returns paths or URLs of a list's files; raises `UserError` if there are none."""
     return find_files(config.files, "a blocklist or allowlist", (PARQUET, *_TEXT_SUFFIXES))
 
 
@@ -144,7 +135,7 @@ def _check_key(config: ListConfig, files: Sequence[MetadataFile], joined: Collec
 
 
 def _load(connection: duckdb.DuckDBPyConnection, number: int, config: ListConfig) -> tuple[int, int]:
-    """Makes the table; returns how many entries it has and how many Parquet rows were no entry."""
+    """Creates the table; returns its number of entries and the number of Parquet rows without one."""
     table, kind = (
         f"list_{number}",
         "BIGINT" if config.by == "hash" else "VARCHAR" if config.by == "host" else "UHUGEINT",

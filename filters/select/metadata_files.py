@@ -1,4 +1,4 @@
-"""The Parquet files that a recipe names, on disk or on the web, what their footers say, and remarks on them."""
+"""Metadata Parquet files, local or remote: discovery, footers, and remarks on them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,10 @@ _GLOB = frozenset("*?[")
 
 
 def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[MetadataFile]:
-    """The Parquet files that a recipe's `select.metadata` means, in the order of their names.
+    """Returns the Parquet files that a recipe's `select.metadata` matches, sorted by name.
 
-    Args:
-        pattern: a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
-            a slash; or one https:// file. `${NAME}` stands for an environment variable.
-        swapped_sizes: whether WIDTH and HEIGHT are exchanged, see `turn_sizes`.
+    `pattern` is a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
+    a slash; or one https:// file. `${NAME}` stands for an environment variable. For `swapped_sizes` see `turn_sizes`.
 
     Raises:
         UserError: nothing matches, a file is not Parquet, or there are no rows.
@@ -45,15 +43,10 @@ def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[Me
 
 
 def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,)) -> list[str]:
-    """Absolute paths or URLs of the files that a pattern means; of a folder, those with one of `suffixes`.
-
-    Args:
-        pattern: see `find_metadata`.
-        purpose: ends the sentence "There is no …, which the recipe names as".
-        suffixes: of the files to take from a folder.
+    """Returns absolute paths or URLs that `pattern` (see `find_metadata`) matches; in folders, only `suffixes`.
 
     Raises:
-        UserError: nothing matches.
+        UserError: nothing matches ("There is no …, which the recipe names as `purpose`").
     """
     pattern = whole_location(pattern, purpose)
     if is_remote(pattern):
@@ -72,7 +65,7 @@ def _matching(path: Path, suffixes: Collection[str]) -> list[Path]:
         return [p for p in path.rglob("*") if p.suffix in suffixes and not p.name.startswith((".", "_"))]
     if path.is_file():
         return [path]
-    # Not Path.glob, which refuses absolute patterns.
+    # Path.glob refuses absolute patterns.
     return [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]  # noqa: PTH207
 
 
@@ -98,25 +91,21 @@ def _matching_urls(pattern: str, suffixes: Collection[str]) -> list[str]:
 
 
 def is_parquet(path: str) -> bool:
-    """Whether a path or URL, which may go on with a query, names a Parquet file."""
+    """Returns whether a path or URL, possibly with a query, names a Parquet file."""
     return without_secrets(path).endswith(PARQUET)
 
 
 def read_footers(paths: Sequence[str]) -> list[MetadataFile]:
-    """What the Parquet footers of the files say.
-
-    Raises:
-        UserError: a file is not Parquet or cannot be read.
-    """
+    """Reads Parquet footers; raises `UserError` if a file is not Parquet or cannot be read."""
     if not paths:
         return []
-    # One thread: so the rows of `parquet_schema` come in the order of the files and of their columns.
+    # One thread, so that `parquet_schema` returns rows in the order of files and columns.
     with closing(duckdb.connect(config={"threads": 1})) as connection:
         prepare(connection, paths)
         try:
             return _described(connection, paths)
         except duckdb.Error:
-            for path in paths:  # to name the one that is to blame
+            for path in paths:  # to name the file at fault
                 _try_footer(connection, path)
             raise
 
@@ -153,7 +142,7 @@ def _described(connection: duckdb.DuckDBPyConnection, paths: Sequence[str]) -> l
 
 
 def _top_level(nodes: Sequence[tuple[str, str | None, int]]) -> dict[str, str]:
-    """Name -> type of the columns; the first node is the root, and children follow their parents."""
+    """Maps column names to types; the first node is the root, and children follow their parents."""
     columns, position = dict[str, str](), 1
     while position < len(nodes):
         name, kind, _ = nodes[position]
@@ -174,7 +163,7 @@ def _footer_digest(path: Path) -> str:
 
 
 def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) -> dict[str, str]:
-    """Digests of what footers say of every column of every row group: DuckDB does not hand out their bytes."""
+    """Digests the footers' column metadata of every row group, because DuckDB does not expose the footers' bytes."""
     if not urls:
         return {}
     query = """
@@ -190,15 +179,12 @@ def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) 
 
 
 def first_line(error: Any) -> str:
-    """The first line of an error of DuckDB's, which may go on with advice for people who write SQL."""
+    """Returns the first line of a DuckDB error; the rest may be advice for SQL authors."""
     return str(error).strip().partition("\n")[0]
 
 
 def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
-    """Sentences on swapped sizes, other scales, other names, missing columns and missing values.
-
-    Joins and lists have remarks of their own.
-    """
+    """Returns remarks on swapped sizes, other scales, other names, missing columns and missing values."""
 
     def of(num: int) -> str:
         return f"{num} of {len(files)} files"
@@ -216,7 +202,7 @@ def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]
     relics = sum(_RELIC in file.all_columns for file in files)
     if relics:
         remarks.append(f"{_RELIC} of {of(relics)} ignored")
-    usual = set(SCORE_COLUMNS) - {"aesthetic_v1"}  # which few have, and few look for
+    usual = set(SCORE_COLUMNS) - {"aesthetic_v1"}  # few releases have it, and few users need it
     for column in (name for name in ALIASES if name in usual):
         num_without = sum(column not in file.columns for file in files)
         if num_without:
@@ -225,7 +211,7 @@ def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]
 
 
 def _renamed(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str]:
-    """Columns whose name says more than ours does."""
+    """Returns columns whose name says more than ours."""
     found = Counter((ours, name) for file in files for ours, name in file.columns.items() if _tells_more(ours, name))
     return [f"{ours} is read from {name} in {of(num)}" for (ours, name), num in found.items()]
 

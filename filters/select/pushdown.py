@@ -1,4 +1,4 @@
-"""Predicate pushdown: conditions on plain Parquet columns that rules imply, by which DuckDB skips row groups."""
+"""Predicate pushdown: conditions implied by rules on plain Parquet columns let DuckDB skip row groups."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ Value = float | int | list[str]
 
 @dataclass(frozen=True)
 class Pushdown:
-    """Rules whose conditions are pushed down into the Parquet reader.
+    """Rules to push down into the Parquet reader.
 
     Attributes:
-        rules: the recipe's.
-        null_passes: our names of columns where NULL does not drop a row, because a missing score is decided on later
-            or a join may still fill it.
+        null_passes: our names of columns where NULL keeps the row: a join or a later stage may still supply the score.
     """
 
     rules: Mapping[str, RuleValue]
@@ -29,20 +27,16 @@ class Pushdown:
 
 
 def pushdown_sql(pushdown: Pushdown, columns: Mapping[str, str], types: Mapping[str, str]) -> tuple[str, list[Value]]:
-    """A condition that holds for every row which the rules let pass, and the values to bind.
+    """Returns a condition that every passing row satisfies, and the values to bind.
 
-    It may hold for others too: whoever uses it must still ask the rules.
-
-    Args:
-        pushdown: the rules.
-        columns: our name -> the SQL of the plain column, for those that the files have.
-        types: our name -> its DuckDB type in the files.
+    Other rows may satisfy it too, so callers must still apply the rules. `columns` maps our names to the SQL of plain
+    columns present in the files, `types` to their DuckDB types.
     """
     conditions, values = [], list[Value]()
     for name in active_rules(pushdown.rules):
         for column, operator in RULES[name].pushdown:
             if column != RULES[name].column in pushdown.null_passes:
-                continue  # it follows from several columns, which may have values that give NULL together
+                continue  # derived from several columns, whose values together may give NULL
             null_passes = not {column, RULES[name].column}.isdisjoint(pushdown.null_passes)
             if column not in columns:
                 conditions += [] if null_passes else ["false"]
@@ -61,7 +55,7 @@ def _or_missing(condition: str, column: str, kind: str) -> str:
 
 
 def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator[tuple[str, Value]]:
-    """At most one condition and its value: none for a type that cannot be compared as it is."""
+    """Yields at most one condition and its value; none for a type that cannot be compared directly."""
     if isinstance(value, list):
         if kind == "VARCHAR":
             yield f"list_contains(?, lower({column}))", lower_case(value)
@@ -69,7 +63,7 @@ def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator
         border = _nearest_whole(operator, value)
         limit = 2 ** (_WHOLE[kind] - 1)
         inside = max(-limit, min(limit - 1, border))
-        # Beyond what the type can hold nothing passes: more than its largest number, or less than its smallest.
+        # Nothing passes a limit beyond the type's range.
         beyond = border > inside if operator[0] == ">" else border < inside
         yield f"{column} {operator[0]}{'' if beyond else '='} CAST(? AS {kind})", inside
     elif kind in ("FLOAT", "DOUBLE"):
@@ -77,16 +71,16 @@ def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator
 
 
 def _nearest_whole(operator: str, value: float) -> int:
-    """The whole number where `operator value` begins, so that a comparison with "or equal" means the same."""
+    """Returns the first whole number that satisfies `operator value`, for a comparison with "or equal"."""
     borders = {">=": math.ceil(value), ">": math.floor(value) + 1, "<=": math.floor(value), "<": math.ceil(value) - 1}
     return borders[operator]
 
 
 def _nearest_float(operator: str, value: float, kind: str) -> float:
-    """The same among the numbers that the type can hold: 0.3 is none of FLOAT's."""
+    """Like `_nearest_whole`, among the type's values: FLOAT cannot hold 0.3."""
     number = np.float32(value) if kind == "FLOAT" else np.float64(value)
     inside = {">=": np.greater_equal, ">": np.greater, "<=": np.less_equal, "<": np.less}[operator]
-    # Compared as doubles, for the rule sees the column as one.
+    # Compared as doubles, because the rule sees a DOUBLE column.
     if not inside(np.float64(number), value):
         number = np.nextafter(number, number.dtype.type(math.inf if operator[0] == ">" else -math.inf))
     return float(number)

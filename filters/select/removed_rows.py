@@ -1,4 +1,4 @@
-"""Lookup of rows in a dataset's ledger of removed samples, as SQL."""
+"""SQL lookup of rows in a dataset's ledger of removed samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ _BATCH = 100_000
 
 
 class Blocked:
-    """A ledger in tables of a connection.
-
-    Args:
-        connection: where the rows are, or are read.
-        ledger: rows as in `sdtrain.dataset.removal_ledger.LEDGER`.
-    """
+    """A ledger (rows as in `sdtrain.dataset.removal_ledger.LEDGER`) in tables of a connection."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, ledger: pa.Table) -> None:
         self._num_labels: list[int] = []
@@ -38,12 +33,7 @@ class Blocked:
             self._num_labels = [number for (number,) in labels]
 
     def sql(self, rows: str, uid: str = UID) -> str:
-        """`rows` (a SELECT of `url`, `sha256` and what `uid` names) and column `is_removed`.
-
-        Args:
-            rows: to look at.
-            uid: SQL of a row's uid.
-        """
+        """Adds column `is_removed` to `rows` (a SELECT of `url`, `sha256` and what `uid`, the uid's SQL, names)."""
         values = {"uid": [uid], "url": ["trim(url)"], "sha256": ["sha256"]}
         values["host"] = [host_suffix_sql(num) for num in self._num_labels]
         keys = [(kind, digest_sql(kind, value)) for kind in values if kind in self._kinds for value in values[kind]]
@@ -55,13 +45,9 @@ class Blocked:
 def near_duplicate_uids(
     connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table
 ) -> pa.Table:
-    """The uids of rows whose perceptual hash is near a removed one, each once.
+    """Returns distinct uids of rows whose perceptual hash is near a removed one.
 
-    Args:
-        connection: reads the rows.
-        rows: a SELECT of `uid` and `phash`.
-        values: to bind.
-        ledger: rows as in `sdtrain.dataset.removal_ledger.LEDGER`.
+    `rows` is a SELECT of `uid` and `phash` that binds `values`.
     """
     hashes = removed_hashes(ledger)
     found = list[str]()
@@ -75,7 +61,7 @@ def near_duplicate_uids(
 
 
 def _are_near(hashes: NDArray[np.int64], removed: NDArray[np.int64], radius: NDArray[np.int32]) -> NDArray[np.bool_]:
-    # One after the other: removed hashes are few, and this way it is ten times as fast as a join.
+    # One at a time: removed hashes are few, and this is ten times as fast as a join.
     near = np.zeros(len(hashes), bool)
     for other, bits in zip(removed, radius, strict=True):
         near |= np.bitwise_count((hashes ^ other).view(np.uint64)) <= bits

@@ -1,4 +1,4 @@
-"""The rows that pass a recipe's rules, read from Parquet by DuckDB, and the reasons that dropped the others."""
+"""Rule filtering of Parquet rows with DuckDB, with a reason for each dropped row."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from sdtrain.dataset.removal_ledger import LEDGER
 from sdtrain.dataset.uid import uid_sql
 from sdtrain.errors import UserError
 
-# Rows that one query looks at: enough that starting it does not count.
+# Rows per query: enough to hide its startup cost.
 _ROWS_AT_ONCE = 1_000_000
-# Rows in one batch: few enough that memory is used again and again, for fresh memory costs more than the work in it.
+# Rows per batch: few enough that memory is reused, since allocating fresh memory costs more than the work in it.
 _BATCH_ROWS = 32_768
 _READER_MIB = 512  # DuckDB's own memory for reading; it needs far less
 _ALWAYS = ("url", "caption", "width", "height", "similarity", "hash", "pwatermark", "punsafe", "aesthetic")
@@ -40,11 +40,11 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 
 @dataclass(frozen=True)
 class Source:
-    """The metadata files and the configuration that filters their rows.
+    """Metadata files and the configuration that filters their rows.
 
     Attributes:
-        folder: for what does not fit into memory.
-        removed: ledger of what may not come back.
+        folder: scratch space for what does not fit into memory.
+        removed: ledger of samples that must not return.
     """
 
     files: Sequence[MetadataFile]
@@ -56,16 +56,16 @@ class Source:
 
     @property
     def has_side_inputs(self) -> bool:
-        """Whether more than the metadata is read."""
+        """Whether anything beside the metadata is read."""
         return has_side_inputs(self.select) or len(self.removed) > 0
 
 
 @contextmanager
 def open_passing_rows(source: Source) -> Iterator[PassingRows]:
-    """The rows of `source` that pass, with joins and lists read into a database for as long as the block lasts.
+    """Opens the passing rows of `source`, with joins and lists loaded into a database for the length of the block.
 
     Raises:
-        UserError: here and in the block: a file is missing, cannot be read, or lacks a column that a rule needs.
+        UserError: also within the block: a file is missing, unreadable, or lacks a column that a rule needs.
     """
     # On disk, because score files and lists may be larger than memory.
     place = source.folder / "side_inputs.duckdb" if source.has_side_inputs else ":memory:"
@@ -76,7 +76,7 @@ def open_passing_rows(source: Source) -> Iterator[PassingRows]:
 
 
 class PassingRows:
-    """The rows that pass, see `open_passing_rows`."""
+    """Rows that pass the rules, see `open_passing_rows`."""
 
     def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
         self.source = source
@@ -91,16 +91,16 @@ class PassingRows:
         self._joined = joined
         self._null_policy = score_later
         had = {name for file in source.files for name in file.columns} | joined
-        # Those that LAION's later releases have, and others where a file has them.
+        # Always the columns of LAION's later releases; others only if a file has them.
         self.columns = [name for name in ALIASES if name in _ALWAYS or name in had]
 
     @property
     def null_passes(self) -> set[str]:
-        """Columns that a file may lack although a rule looks at them."""
+        """Columns that a file may lack although a rule uses them."""
         return {*self._null_policy, *self._joined}
 
     def count(self) -> tuple[int, Counter[str]]:
-        """The number of rows that pass the rules, and of those that each rule drops; reads no column but theirs."""
+        """Counts rows that pass and rows dropped by each rule, reading only the rules' columns."""
         rows, values = self._rows(self.source.files, pushdown=None)
         reason, bound = self._reason()
         query = f"SELECT {reason} AS reason, count(*) FROM ({rows}) GROUP BY ALL"  # noqa: S608
@@ -110,12 +110,11 @@ class PassingRows:
         return num_passed, Counter({str(reason): count for reason, count in counts.items()})
 
     def each(self, consume: Callable[[pa.RecordBatch], None]) -> Counter[str]:
-        """Gives all rows that pass to `consume`, in batches of `uid` and `columns`, from several threads.
+        """Feeds all passing rows to `consume` from several threads, in batches of `uid` and `columns`.
 
-        Returns:
-            What dropped rows that had passed the rules: their URLs, and lists.
+        Returns counts of rows that passed the rules but were dropped for their URL or by a list.
         """
-        if self.side_inputs:  # one query, because every query would begin by making hash tables of joins and lists
+        if self.side_inputs:  # one query, because each query would rebuild the hash tables of joins and lists
             with self._cursor(self.source.num_threads) as connection:
                 return self._read(connection, self.source.files, None, consume)
         local, connections = threading.local(), list[Any]()
@@ -157,7 +156,7 @@ class PassingRows:
         listed = f"SELECT *, NULL AS list_reason FROM ({passed})"  # noqa: S608
         if self.side_inputs:
             listed = self.side_inputs.listed_sql(passed)
-        # URLs come after the rules, because looking at all of them takes longer than everything else together.
+        # URLs come after the rules, because checking them all takes longer than everything else together.
         late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
         query = f"""
             SELECT coalesce({late}, list_reason) AS reason, {uid_sql()} AS uid,
@@ -169,7 +168,7 @@ class PassingRows:
     def _rows(
         self, files: Sequence[MetadataFile], pushdown: Pushdown | None, numbers: tuple[int, int] | None = None
     ) -> tuple[str, list[Any]]:
-        """Rows under our names, with joined scores and the derived columns that rules need."""
+        """Returns SQL for rows under our names, with joined scores and the derived columns that rules need."""
         compute_hash = bool(self.side_inputs and self.side_inputs.compute_hash)
         rows, values = normalised_sql(files, pushdown, compute_hash, numbers)
         joined = self.side_inputs.joins.sql(rows) if self.side_inputs else rows
@@ -180,7 +179,7 @@ class PassingRows:
         return reason_case(self.source.select.rules, null_passes=self._null_policy)
 
     def _parts(self) -> Iterator[tuple[MetadataFile, tuple[int, int]]]:
-        """Runs of whole row groups with about `_ROWS_AT_ONCE` rows."""
+        """Yields runs of whole row groups with about `_ROWS_AT_ONCE` rows."""
         sizes = self._row_groups()
         for file in self.source.files:
             begin = end = 0
@@ -205,7 +204,7 @@ class PassingRows:
 
     @contextmanager
     def _cursor(self, num_threads: int) -> Iterator[duckdb.DuckDBPyConnection]:
-        """A connection of the database with joins and lists, or, where there are none, to a database of its own."""
+        """Opens a connection to the side inputs' database or, without side inputs, to a private one."""
         if self.side_inputs:
             yield self._database
             return

@@ -1,4 +1,4 @@
-"""LAION's column names, which differ from release to release, under one set of names."""
+"""LAION's column names, which differ between releases, mapped to one set of names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.sql_functions import hash_sql, laion_hash
 from sdtrain.errors import UserError
 
-# To compare `hash` with.
+# Rows per file whose `hash` is verified.
 _HASHES_CHECKED = 1000
 _HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
-# Only LAION's first releases have both: there WIDTH holds heights and HEIGHT widths.
+# Only LAION's first releases have both columns; there WIDTH holds heights and HEIGHT widths.
 _RAW_RELEASE = {"sample_id", "license"}
 
 
@@ -29,12 +29,10 @@ class MetadataFile:
 
     Attributes:
         path: absolute, or a URL.
-        columns: our name -> its name in this file, for the columns that it has.
-        types: our name -> its DuckDB type in this file.
-        all_columns: the names that the file has.
-        num_rows: from the footer.
-        identity: name, size and digest of the footer, which tell whether the file is still the same wherever it lies.
-        swapped: whether `columns` already turns back WIDTH and HEIGHT.
+        columns: our name -> the file's, for columns present.
+        types: our name -> the file's DuckDB type.
+        identity: name, size and footer digest, which identify the file wherever it is stored.
+        swapped: whether `columns` already exchanges WIDTH and HEIGHT.
     """
 
     path: str
@@ -47,11 +45,7 @@ class MetadataFile:
 
 
 def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: tuple[str, int, str]) -> MetadataFile:
-    """A file as its own column names and types say.
-
-    Raises:
-        UserError: two names differ in case only.
-    """
+    """Describes a file by its column names and types; raises `UserError` if two names differ only in case."""
     by_lower: dict[str, str] = {}
     for name in types:
         if name.lower() in by_lower:
@@ -67,19 +61,19 @@ def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: 
 
 
 def _aliases_in(by_lower: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    # A selection of ours has both, and calls the V2 score plainly `aesthetic`.
+    # Our own selections have both, and call the V2 score `aesthetic`.
     return ALIASES | ({"aesthetic": ("aesthetic",)} if "aesthetic_v1" in by_lower else {})
 
 
 def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
-    """The files with WIDTH and HEIGHT exchanged where they are swapped: "auto" means in raw LAION releases."""
+    """Exchanges WIDTH and HEIGHT where they are swapped; "auto" means in raw LAION releases."""
     return [_turned(file) if _is_swapped(file, swapped_sizes) else file for file in files]
 
 
 def _is_swapped(file: MetadataFile, swapped_sizes: SwappedSizes) -> bool:
     if swapped_sizes != "auto" or not {"width", "height"} <= set(file.columns):
         return swapped_sizes == "yes"
-    # Sizes that img2dataset measured (original_width) are right whatever else the file has.
+    # Sizes that img2dataset measured (original_width) are always right.
     return set(map(str.lower, file.all_columns)) >= _RAW_RELEASE and file.columns["width"].lower() == "width"
 
 
@@ -91,15 +85,10 @@ def _turned(file: MetadataFile) -> MetadataFile:
 
 
 def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_passes: Iterable[str] = ()) -> None:
-    """Refuses files without a column that is needed: url, caption and whatever the rules look at.
-
-    Args:
-        files: the input.
-        rules: names of the recipe's rules.
-        missing_passes: our names of columns that may be missing even though a rule looks at them.
+    """Refuses files that lack url, caption or a column that `rules` (names) use and `missing_passes` does not list.
 
     Raises:
-        UserError: names file, column and rule, and the columns that the file has.
+        UserError: names file, column, rule, and the columns present.
     """
     needed = {"url": "", "caption": ""}
     for rule in rules:
@@ -142,18 +131,16 @@ def normalised_sql(
     compute_hash: bool = False,
     rows: tuple[int, int] | None = None,
 ) -> tuple[str, list[Any]]:
-    """SQL for the rows of all files under our column names and types, and the values to bind.
+    """Returns SQL for the rows of all files under our column names and types, and the values to bind.
 
-    Files of one schema are read together; what a file does not have is NULL.
+    Files with one schema are read together; absent columns are NULL.
 
     Args:
         files: the input.
-        pushdown: rules to push down, see `pushdown_sql`; rows that pass must still be checked. Without it every
-            row comes.
-        compute_hash: fill `hash` where a file has none; the connection must know `laion_hash`
-            (`filters.select.sql_functions.register_laion_hash`). Costs nothing for a query that does not ask for
-            `hash`.
-        rows: of each file, the rows from the first number up to the second alone.
+        pushdown: rules to push down, see `pushdown_sql`; the rows must still be checked.
+        compute_hash: fill missing `hash` with `laion_hash`, which must be registered
+            (`filters.select.sql_functions.register_laion_hash`); free for queries that do not select `hash`.
+        rows: half-open range of row numbers to read from each file.
     """
     groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}
     for file in files:
@@ -192,7 +179,7 @@ def _part_sql(
 
 
 def column_sql(ours: str, name: str | None, kind: str) -> str:
-    """SQL for one of our columns from a plain column, which it stays where type and meaning are the same."""
+    """Returns SQL for one of our columns; a plain column where type and meaning already agree."""
     wanted = TYPES[ours]
     if name is None:
         return f"NULL::{wanted}"
@@ -201,31 +188,28 @@ def column_sql(ours: str, name: str | None, kind: str) -> str:
         return f"CASE WHEN regexp_full_match({text}, '{pattern}') THEN {text} END"
     if wanted == "DOUBLE":
         value = name if kind in _FLOATS else f"TRY_CAST({name} AS DOUBLE)"
-        # NaN and infinity are what pandas makes of missing scores.
+        # pandas writes missing scores as NaN and infinity.
         return f"CASE WHEN isfinite({value}) THEN {value}::DOUBLE END"
     if kind == wanted:
         return name
     if wanted == "VARCHAR" and kind == "BLOB":
         return f"TRY(decode({name}))"
     if wanted == "INTEGER" and kind not in ("TINYINT", "SMALLINT", "BIGINT"):
-        # Sizes that pandas made floats come with NaN, which no integer can hold: NULL. A cast alone would round up.
+        # Sizes that pandas made floats hold NaN, which no integer can: NULL. A cast alone would round up.
         return f"TRY_CAST(trunc(TRY_CAST({name} AS DOUBLE)) AS INTEGER)"
     return f"TRY_CAST({name} AS {wanted})"
 
 
 def quoted(name: str) -> str:
-    """A column's name as SQL."""
+    """Quotes a column name for SQL."""
     return '"' + name.replace('"', '""') + '"'
 
 
 def check_hashes(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile]) -> int:
-    """Compares `hash` with URL and TEXT on some rows of every file that has all three.
-
-    Returns:
-        How many rows were compared.
+    """Checks `hash` against URL and TEXT on some rows of every file with all three; returns the number of rows checked.
 
     Raises:
-        UserError: a `hash` is something else; names the file and one example.
+        UserError: a `hash` differs; names the file and one example.
     """
     checked = [file for file in files if {"hash", "url", "caption"} <= set(file.columns)]
     per_file = max(_HASHES_PER_FILE, _HASHES_CHECKED // max(1, len(checked)))
@@ -238,7 +222,7 @@ def _check_file(connection: duckdb.DuckDBPyConnection, file: MetadataFile, num_r
     compared = 0
     for url, caption, found in connection.execute(sample, values).fetchall():
         if found is None and file.types["hash"].endswith("INT"):
-            continue  # not known here; in other types it may be text that is no number
+            continue  # other types may hold text that is not a number
         compared += 1
         if found != laion_hash(url, caption):
             raise UserError(

@@ -20,12 +20,11 @@ _KEYS = {"hash": "hash", "url_caption": URL_CAPTION}
 
 @dataclass(frozen=True)
 class Joins:
-    """Score files that lie in tables of a connection.
+    """Score files in tables of a connection.
 
     Attributes:
-        keys: what each table is joined by.
-        filled: the columns that each table brings.
-        remarks: what was done, as sentences.
+        keys: each table's join key.
+        filled: the columns that each table supplies.
     """
 
     keys: tuple[str, ...] = ()
@@ -34,11 +33,11 @@ class Joins:
 
     @property
     def columns(self) -> frozenset[str]:
-        """Columns that may hold a value although the metadata has none: no bound on the file's own one holds."""
+        """Columns that joins may fill, so conditions on the metadata's own values must not be pushed down."""
         return frozenset(column for columns in self.filled for column in columns)
 
     def sql(self, rows: str) -> str:
-        """`rows` (a SELECT of our columns) with NULLs filled from the score files; unchanged where there are none."""
+        """Fills NULLs in `rows` (a SELECT of our columns) from the score files."""
         if not self.keys:
             return rows
         sources = {column: [f"r.{column}"] for column in ALIASES if column in self.columns}
@@ -51,12 +50,12 @@ class Joins:
 
 
 def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:
-    """Reads the score files of a recipe into tables of `connection`, one row for each key.
+    """Reads a recipe's score files into tables of `connection`, one row per key.
 
-    Needs `laion_hash` (`filters.select.sql_functions.register_laion_hash`) where a join is keyed by hash.
+    Joins keyed by hash need `laion_hash` (`filters.select.sql_functions.register_laion_hash`).
 
     Raises:
-        UserError: files that are missing or unreadable, or without the columns that a join needs.
+        UserError: files are missing, unreadable, or lack a column that the join needs.
     """
     filled, remarks = [], list[str]()
     for number, join in enumerate(joins):
@@ -75,19 +74,15 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
 
 
 def join_files(join: JoinConfig) -> list[MetadataFile]:
-    """The score files that a join names.
-
-    Raises:
-        UserError: none are there, or one is not Parquet.
-    """
+    """Returns a join's score files; raises `UserError` if there are none or one is not Parquet."""
     return turn_sizes(read_footers(find_files(join.files, "score files (select.joins)")), "auto")
 
 
 def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:
-    """The columns that a join brings, by our names.
+    """Returns the columns that a join supplies, by our names.
 
     Raises:
-        UserError: the files lack the join's key, or a column that it is to bring.
+        UserError: the files lack the join's key or a column to supply.
     """
     for file in files:
         needed = {"url", "caption"} - set(file.columns)
@@ -113,7 +108,7 @@ def _load(
     files: Sequence[MetadataFile],
     columns: tuple[str, ...],
 ) -> tuple[int, int]:
-    """Makes the table; returns how many rows there were and how many had a key that others have too, less one each."""
+    """Creates the table; returns the number of rows with a key, and how many repeated an earlier row's key."""
     rows, values = normalised_sql(files, compute_hash=join.by == "hash")
     table, names = _table(number), ", ".join(columns)
     connection.execute(
@@ -121,8 +116,7 @@ def _load(
         values,
     )
     repeated = f"SELECT key FROM {table}_all GROUP BY key HAVING count(*) > 1"  # noqa: S608
-    # Keys are seldom repeated: so only the rows of those that are need to be put in order. Any order would do, as long
-    # as it does not depend on threads.
+    # Repeated keys are rare, so only their rows are sorted: by any order that does not depend on threads.
     connection.execute(
         f"""
         CREATE OR REPLACE TABLE {table} AS

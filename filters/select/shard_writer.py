@@ -1,4 +1,4 @@
-"""Rows in their final order -> selection files of exactly N rows with img2dataset's keys; lookup of selected uids."""
+"""Writing of ordered rows to selection files of exactly N rows with img2dataset's keys; lookup of selected uids."""
 
 from __future__ import annotations
 
@@ -25,23 +25,22 @@ _SHARD_DIGITS = 5  # as img2dataset's oom_shard_count
 
 
 def key_digits(samples_per_shard: int) -> int:
-    """The number of digits that count samples within a shard, as in img2dataset's keys."""
+    """Returns the number of digits for the sample index in a shard, as in img2dataset's keys."""
     return math.ceil(math.log10(samples_per_shard))
 
 
 def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
-    """The key of the sample at `index` of `shard`."""
+    """Returns the key of sample `index` in `shard`."""
     digits = key_digits(samples_per_shard)
     return f"{10**digits * shard + index:0{digits + _SHARD_DIGITS}d}"
 
 
 @dataclass
 class ExactShards:
-    """Splits rows into shards of exactly N and writes several of them concurrently.
+    """Splits rows into shards of exactly N and writes several concurrently.
 
     Attributes:
-        first_shard: number of the first one.
-        threads: does the writing; `finish` waits for it.
+        threads: runs the writes; `finish` waits for them.
         max_waiting: shards in memory at once.
     """
 
@@ -56,7 +55,7 @@ class ExactShards:
     _waiting: deque[Future[None]] = field(default_factory=deque)
 
     def add(self, rows: pa.Table) -> None:
-        """Takes the next rows; writes every shard that they fill."""
+        """Appends rows; writes every shard that they fill."""
         begin = 0
         while len(rows) - begin >= (missing := self.samples_per_shard - self._num_left):
             self._write([*self._left, rows.slice(begin, missing)])
@@ -93,7 +92,7 @@ def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path)
     numbers = pa.array(10**digits * shard + np.arange(len(rows)))
     keys = pc.utf8_lpad(numbers.cast(pa.string()), digits + _SHARD_DIGITS, "0")
     with publish(path) as temporary:
-        # Neither dictionaries nor statistics help where every string is another and the order is random.
+        # Dictionaries and statistics do not help with distinct strings in random order.
         pq.write_table(
             rows.add_column(0, "key", keys),
             temporary,
@@ -105,12 +104,7 @@ def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path)
 
 
 class SelectedUids:
-    """The uids of finished selections, each a sequence of files in shuffled order.
-
-    Args:
-        selections: the files of each selection, which the same seed has shuffled.
-        seed: that one.
-    """
+    """The uids of finished selections, each a sequence of files shuffled with `seed`."""
 
     def __init__(self, selections: Sequence[Sequence[Path]], seed: int) -> None:
         self._selections = [files for files in selections if files]
@@ -118,7 +112,7 @@ class SelectedUids:
         self._first_key = lru_cache(maxsize=None)(self._read_first_key)
 
     def are_selected(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
-        """(B,) whether each of `uids`, given with their keys in shuffled order, is selected already."""
+        """Returns (B,): whether each of `uids`, with its key in shuffled order, is already selected."""
         known = np.zeros(len(uids), bool)
         if not len(uids):
             return known
@@ -131,7 +125,7 @@ class SelectedUids:
 
     def _read_first_key(self, file: Path) -> int:
         first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid"]), None)
-        if first is None:  # all of it was removed: it stands before the next one, wherever that begins
+        if first is None:  # all its rows were removed: treat it as beginning where the next one does
             following = next(files[files.index(file) + 1 :] for files in self._selections if file in files)
             return self._first_key(following[0]) if following else 2**64 - 1
         return int(shuffle_keys(first["uid"], self._seed)[0])

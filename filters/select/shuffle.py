@@ -1,4 +1,4 @@
-"""An exact shuffle of any number of rows in bounded memory; the order depends on the seed alone."""
+"""An exact shuffle of any number of rows in bounded memory, whose order depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ IsSelected = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
 
 
 def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
-    """A 64-bit number for each uid, as if drawn at random: (B,) uint64. Rows are shuffled by sorting by it.
+    """Returns a pseudorandom 64-bit number per uid, (B,) uint64; sorting by it shuffles the rows.
 
-    Args:
-        uids: 32 hexadecimal characters each, none missing.
-        seed: another order for each.
+    `uids` are 32 hexadecimal characters each, none missing.
     """
     begin, end = uids.offset * _UID_BYTES, (uids.offset + len(uids)) * _UID_BYTES
     words = np.frombuffer(uids.buffers()[2], np.uint8)[begin:end].view("<u8").reshape(-1, _UID_BYTES // 8)
@@ -38,11 +36,11 @@ def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Rows whose keys lie in one range, in shuffled order, each uid once.
+    """Rows of one key range in shuffled order, each uid once.
 
     Attributes:
-        num_before: rows that came in with these uids, dropped ones included.
-        positions: for each row, how many of the rows that came in stand before it.
+        num_before: input rows with these uids, dropped ones included.
+        positions: for each row, the number of input rows before it.
     """
 
     rows: pa.Table
@@ -51,13 +49,10 @@ class Bucket:
 
 
 class Shuffle:
-    """Rows go in by `add`, in any order and from any thread; buckets come out by `bucket`, in shuffled order.
+    """An out-of-core shuffle: `add` takes rows in any order from any thread, `bucket` returns them in shuffled order.
 
-    Args:
-        folder: where rows wait until their bucket is asked for: memory holds a bucket for each thread. (To hold all
-            in memory takes longer, for fresh memory costs more than the system's cache of files.)
-        num_buckets: more of them are smaller.
-        seed: another order for each.
+    Rows wait on disk in `folder`, so memory holds one bucket per thread. (Holding all in memory takes longer, because
+    fresh memory costs more than the system's file cache.) More buckets are smaller ones.
     """
 
     def __init__(self, folder: Path, num_buckets: int, seed: int) -> None:
@@ -66,7 +61,7 @@ class Shuffle:
         self._files = [_File(folder / f"{number}.arrows") for number in range(num_buckets)]
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Spreads rows over the buckets. They must have a column `uid`, and the same columns each time."""
+        """Distributes rows, which need column `uid` and the same columns each time, over the buckets."""
         buckets = self._bucket_of(shuffle_keys(rows["uid"], self.seed))
         order = np.argsort(buckets, kind="stable")
         spread = rows.take(pa.array(order))
@@ -78,13 +73,7 @@ class Shuffle:
             begin = end
 
     def buckets(self, threads: ThreadPoolExecutor, num_ahead: int, is_selected: IsSelected) -> Iterator[Bucket]:
-        """All buckets in order, of which some are made ahead of time.
-
-        Args:
-            threads: does the work.
-            num_ahead: how many buckets may be in memory beside the one in use.
-            is_selected: see `bucket`.
-        """
+        """Yields all buckets in order, preparing up to `num_ahead` beyond the current one on `threads`."""
         waiting = deque[Future[Bucket]]()
         for number in range(self.num_buckets):
             waiting.append(threads.submit(self.bucket, number, is_selected))
@@ -94,11 +83,9 @@ class Shuffle:
             yield waiting.popleft().result()
 
     def bucket(self, number: int, is_selected: IsSelected | None = None) -> Bucket:
-        """One bucket's rows; of rows with one uid the smallest stays.
+        """Returns bucket `number`; of rows with one uid the smallest stays.
 
-        Args:
-            number: from 0; a bucket's rows stand before those of the next.
-            is_selected: tells which uids, given with their keys in shuffled order, are selected already and so dropped.
+        Buckets follow one another in shuffled order. Drops uids that `is_selected`, given uids and keys, reports.
         """
         batches = self._files[number].take_all()
         if not batches:
@@ -111,7 +98,7 @@ class Shuffle:
         return Bucket(rows.take(pa.array(order[first])), len(rows), np.flatnonzero(first))
 
     def _bucket_of(self, keys: Keys) -> npt.NDArray[np.uint16]:
-        # The upper 32 bits times the number of buckets: ranges of keys, so that buckets follow one another.
+        # The upper 32 bits times the number of buckets give ranges of keys, so that buckets are in order.
         return (((keys >> np.uint64(32)) * np.uint64(self.num_buckets)) >> np.uint64(32)).astype(np.uint16)
 
 
@@ -140,14 +127,14 @@ class _File:
 
 
 def _order(rows: pa.Table, keys: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The shuffled order of rows, and which of the rows in that order is the first with its uid."""
+    """Returns the shuffled order, and a mask over it of the first row of each uid."""
     order = np.argsort(keys)
     ordered = keys[order]
     same = ordered[1:] == ordered[:-1]
     first = np.ones(len(order), bool)
     if same.any():
         tied = np.flatnonzero(np.r_[same, False] | np.r_[False, same])
-        # Rows with one uid have one key; by all columns, so that it does not matter which came first.
+        # Rows with one uid share a key; sorting by all columns makes the result independent of arrival order.
         some = rows.take(pa.array(order[tied])).append_column("shuffle key", pa.array(ordered[tied]))
         names = ["shuffle key", "uid", *(name for name in rows.column_names if name != "uid")]
         sorted_ = pc.sort_indices(some, sort_keys=[(name, "ascending") for name in names]).to_numpy()

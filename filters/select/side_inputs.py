@@ -25,11 +25,10 @@ from sdtrain.redaction import without_secrets
 
 @dataclass(frozen=True)
 class SideInputs:
-    """Joins and lists of a selection, in tables of a database.
+    """Joins and lists of a selection, in database tables.
 
     Attributes:
-        compute_hash: whether `normalised_sql` must fill `hash` where a file has none.
-        remarks: what was done, as sentences.
+        compute_hash: whether `normalised_sql` must fill missing `hash` values.
     """
 
     joins: Joins
@@ -39,14 +38,14 @@ class SideInputs:
     remarks: tuple[str, ...]
 
     def listed_sql(self, rows: str) -> str:
-        """`rows` (a SELECT of at least our columns) and column `list_reason`: why a row may not be used, or NULL."""
+        """Adds `list_reason` to `rows` (a SELECT of at least our columns): why a row may not be used, or NULL."""
         known = self.blocked.sql(self.lists.sql(rows))
         reason = f"CASE WHEN is_removed THEN '{REMOVED}' ELSE list_reason END AS list_reason"
         return f"SELECT * EXCLUDE (is_removed) REPLACE ({reason}) FROM ({known})"  # noqa: S608
 
 
 def has_side_inputs(select: SelectConfig) -> bool:
-    """Whether a recipe names any joins or lists."""
+    """Returns whether a recipe names joins or lists."""
     return bool(select.joins or select.blocklists or select.allowlists)
 
 
@@ -56,16 +55,11 @@ def load_side_inputs(
     files: Sequence[MetadataFile],
     removed: pa.Table | None = None,
 ) -> SideInputs:
-    """Reads joins and lists into tables of the connection's database, once; its cursors see them too.
+    """Reads joins and lists once into tables of the connection's database, shared with its cursors.
 
-    Use them like this: `Joins.sql` around `normalised_sql(files, Pushdown(rules, null_passes | joins.columns),
-    compute_hash)`, then the rules, then `Lists.sql` around what passed.
-
-    Args:
-        connection: to a database that may grow as large as the score files and lists.
-        select: names them.
-        files: the metadata.
-        removed: ledger of what may not come back.
+    Use `Joins.sql` around `normalised_sql(files, Pushdown(rules, null_passes | joins.columns), compute_hash)`, then the
+    rules, then `Lists.sql` around the passing rows. The database may grow as large as score files and lists; `removed`
+    is the ledger of samples that must not return.
 
     Raises:
         UserError: a file is missing, unreadable or does not fit the metadata.
@@ -87,7 +81,7 @@ def load_side_inputs(
 
 
 def identify_side_inputs(select: SelectConfig) -> list[list[object]]:
-    """The identity of joins and lists by their contents, wherever they lie, for a fingerprint."""
+    """Returns a location-independent identity of joins and lists, by their contents, for a fingerprint."""
     found: list[list[object]] = [["join", join.by, join.columns, _named(join_files(join))] for join in select.joins]
     for kind, configs in (("blocklist", select.blocklists), ("allowlist", select.allowlists)):
         for config in configs:

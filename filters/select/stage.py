@@ -1,4 +1,4 @@
-"""SELECT: metadata rows -> the rows worth downloading, shuffled, in exact shards."""
+"""SELECT: metadata rows -> rows worth downloading, shuffled, in exact shards."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
-_SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # known by their contents, wherever they lie
-_MAX_BUCKETS = 512  # each is an open file, of which a process may have 1,024
+_SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # identified by their contents, not their location
+_MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 
 @dataclass(frozen=True)
 class Before:
-    """Earlier selections, of other files: they stay as they are, and their rows do not come again.
+    """Earlier selections, of other files: left unchanged, and their rows are not selected again.
 
     Attributes:
-        number: how many selections there are.
-        files: the shards of each.
-        num_rows: their rows.
+        files: the shards of each selection.
+        num_rows: rows in all of them.
     """
 
     number: int = 0
@@ -47,7 +46,7 @@ class Before:
 
     @property
     def num_shards(self) -> int:
-        """The number that the next shard gets."""
+        """The next shard's number."""
         return sum(len(files) for files in self.files)
 
 
@@ -63,12 +62,12 @@ class Selection:
     num_threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def run(self) -> ShardReport:
-        """Writes the shards, the same bytes for any number of threads.
+        """Writes the shards, byte-identical for any number of threads.
 
         A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
 
         Raises:
-            UserError: the metadata cannot be read, lacks a column, or no row survives.
+            UserError: the metadata cannot be read, lacks a column, or no row passes.
         """
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)
@@ -95,16 +94,16 @@ class Selection:
         )
 
     def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
-        """Writes the shards; returns them, how many rows they have, and what dropped the others."""
+        """Writes the shards; returns them, their number of rows, and drop counts by reason."""
         limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
         selected = SelectedUids(self.before.files, self.select.seed)
         num_out = num_repeated = num_over = 0
-        # Two more than there are processors, because the last thing that a thread does is to wait for the disk.
+        # Two more than there are processors, because each thread ends by waiting for the disk.
         with ThreadPoolExecutor(self.num_threads + 2) as threads:
             shards = ExactShards(self.dataset, self.select.samples_per_shard, self.before.num_shards, threads)
             for bucket in shuffle.buckets(threads, self.num_threads, selected.are_selected):
                 left = int(min(len(bucket.rows), limit - num_out))
-                # Of the rows up to the last that is taken, some repeat; whatever comes after it is over the limit.
+                # Rows up to the last one taken may repeat; all after it are over the limit.
                 num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
                 num_repeated, num_over = num_repeated + num_seen - left, num_over + bucket.num_before - num_seen
                 num_out += left
@@ -129,7 +128,7 @@ class Selection:
 def select_rows(
     dataset: DatasetDir, select: SelectConfig, allow_private_hosts: bool = False, num_threads: int | None = None
 ) -> ShardReport:
-    """Writes the selection of `select` into a dataset that has none; see `Selection.run`."""
+    """Writes the selection `select` into a dataset that has none; see `Selection.run`."""
     files = find_metadata(select.metadata, select.swapped_sizes)
     num_threads = num_threads or len(os.sched_getaffinity(0))
     return Selection(dataset, select, files, allow_private_hosts, num_threads=num_threads).run()
@@ -140,10 +139,9 @@ def _named(file: MetadataFile) -> str:
 
 
 def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]]:
-    """The files of each selection: those of finished ones as they were, the others in one more.
+    """Returns the files of each selection: finished ones unchanged, remaining files in one more.
 
-    When a finished one no longer fits, because its recipe, one of its files or what it is to be was changed, there is
-    one selection, of everything.
+    If a finished one no longer fits (its recipe or one of its files changed), returns one selection of everything.
     """
     files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
     left = {_named(file): file for file in files}
@@ -176,7 +174,7 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     generations = _generations(dataset, recipe)
     for number in shards:
-        # Selections that are being replaced must not pass for finished if this is killed half way.
+        # Selections being replaced must not look finished if this run is interrupted.
         for entry in entries(dataset, "select"):
             if entry.shard >= number:
                 forget_entry(dataset, "select", entry.shard)
@@ -192,7 +190,6 @@ def _before(dataset: DatasetDir, number: int) -> Before:
 
 
 def _delete_from(dataset: DatasetDir, shard: int) -> None:
-    """Deletes shards of an earlier, larger selection."""
     for path in dataset.selection(0).parent.glob("*.parquet"):
         if int(path.stem) >= shard:
             path.unlink()

@@ -1,1 +1,1 @@
-"""Measures a model's images: FID against CLIP score over guidance scales, always with the protocol."""
+"""Measures a model's images: FID against CLIP score over guidance scales, recorded with their protocol."""

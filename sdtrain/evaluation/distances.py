@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.floating[Any]]
 
 NUM_GROUPS = 10
-# Student's t at 97.5 % for one degree of freedom fewer than groups, from 1 on.
+# Student's t at 97.5 %, for 1, 2, ... degrees of freedom (groups - 1).
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL = 1.96
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -22,11 +22,7 @@ _ROWS_AT_ONCE = 2048
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (d,) and covariance (d, d) of features, float64.
-
-    Attributes:
-        num: number of feature vectors; None if not recorded.
-    """
+    """Mean (d,) and covariance (d, d) of `num` feature vectors (None: not recorded), float64."""
 
     mean: Floats
     covariance: Floats
@@ -43,8 +39,8 @@ class FrechetDistance:
     """Distances to one reference.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv:1706.08500, eq. 6). The trace of the root is
-    the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: so there are no complex
-    numbers, and singular covariances need no offset, as they do with a root of the product itself.
+    the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2). That matrix is symmetric, which avoids the complex
+    numbers and the offset for singular covariances that a root of the product itself brings.
     """
 
     def __init__(self, reference: Gaussian):
@@ -53,7 +49,7 @@ class FrechetDistance:
         self._root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
 
     def to(self, other: Gaussian) -> float:
-        """The distance of a Gaussian in as many dimensions."""
+        """Returns the distance to a Gaussian of the same dimension."""
         product = self._root @ other.covariance @ self._root
         root_trace = np.sqrt(np.linalg.eigvalsh((product + product.T) / 2).clip(min=0)).sum()
         shift = np.square(other.mean - self.reference.mean).sum()
@@ -61,12 +57,12 @@ class FrechetDistance:
         return max(0.0, float(distance))
 
     def spread(self, features: Floats) -> float:
-        """Half of the 95 % interval over other draws of the (n, d) features; the reference counts as given."""
+        """Half of the 95 % interval over redraws of the (n, d) features; the reference is fixed."""
         return half_width([self.to(part) for part in _without_each_group(np.asarray(features, np.float64))])
 
 
 def _without_each_group(features: Floats) -> Iterator[Gaussian]:
-    """The Gaussian without each group of the features in turn; from sums, so that products are computed once."""
+    """Yields the Gaussian with each group left out, from sums, so that products are computed once."""
     centre = features.mean(axis=0)
     groups = [features[members] - centre for members in grouped(len(features))]
     total, products = np.zeros_like(centre), np.zeros((len(centre), len(centre)))
@@ -81,20 +77,15 @@ def _without_each_group(features: Floats) -> Iterator[Gaussian]:
 
 
 def kid_subset_size(num: int, num_reference: int) -> int:
-    """1000, as published, or half of the smaller set: subsets of a whole set would all be the same."""
+    """1000, as published, or half of the smaller set: subsets as large as a set would all be equal."""
     return max(2, min(KID_SUBSET_SIZE, num // 2, num_reference // 2))
 
 
 def kid(features: Floats, reference: Floats, seed: int = 0, num_subsets: int = KID_SUBSETS) -> tuple[float, float]:
     """Mean and standard deviation, over random subsets, of the unbiased squared MMD with the kernel (x.y / d + 1)^3.
 
-    Bińkowski et al. 2018, arXiv:1801.01401; subsets as in torch-fidelity. May be a little below 0 by chance.
-
-    Args:
-        features: (n, d).
-        reference: (m, d).
-        seed: of the subsets.
-        num_subsets: how many.
+    Bińkowski et al. 2018, arXiv:1801.01401; subsets as in torch-fidelity. The features are (n, d) and (m, d); the
+    result may be slightly negative by chance.
     """
     rng, size = np.random.default_rng(seed), kid_subset_size(len(features), len(reference))
     values = []
@@ -126,12 +117,8 @@ def _cubic(x: Floats, y: Floats) -> Floats:
 def cmmd(embeddings: Floats, reference: Floats) -> tuple[float, float]:
     """1000 times the squared MMD of CLIP embeddings with a Gaussian kernel of width 10, and half its 95 % interval.
 
-    Jayasumana et al. 2024, arXiv:2401.09603: means over all pairs, an image with itself included, as in their code
-    (google-research, cmmd/distance.py). The interval counts the reference as given.
-
-    Args:
-        embeddings: (n, d), of length 1.
-        reference: (m, d), likewise.
+    Jayasumana et al. 2024, arXiv:2401.09603: means over all pairs, self-pairs included, as in their code
+    (google-research, cmmd/distance.py). Both inputs are (n, d), of length 1; the interval takes the reference as fixed.
     """
     x, y = np.asarray(embeddings, np.float64), np.asarray(reference, np.float64)
     groups, everything = grouped(len(x)), [np.arange(len(y))]
@@ -148,7 +135,7 @@ def cmmd(embeddings: Floats, reference: Floats) -> tuple[float, float]:
 
 
 def _block_sums(x: Floats, y: Floats, rows: list[NDArray[np.int64]], columns: list[NDArray[np.int64]]) -> Floats:
-    """Sums of the Gaussian kernel over each group of rows with each group of columns."""
+    """Sums the Gaussian kernel over each group of rows with each group of columns."""
     sums = np.zeros((len(rows), len(columns)))
     for i, row_group in enumerate(rows):
         for first in range(0, len(row_group), _ROWS_AT_ONCE):
@@ -167,14 +154,14 @@ def _gaussian(x: Floats, y: Floats) -> Floats:
 
 
 def grouped(num: int) -> list[NDArray[np.int64]]:
-    """The numbers below `num` in at most ten groups as equal as can be, dealt out in turn."""
+    """Deals the numbers below `num` round-robin into at most ten groups."""
     return [np.arange(first, num, NUM_GROUPS) for first in range(min(NUM_GROUPS, num))]
 
 
 def half_width(without_each_group: Sequence[float]) -> float:
-    """Half of the 95 % interval from a statistic computed without each group in turn: the grouped jackknife.
+    """Half of the 95 % interval from a statistic computed without each group in turn (the grouped jackknife).
 
-    All of these have the same number of images, so a bias that depends on it, as FID's does, falls out. Efron and
+    All values use equally many images, so a bias that depends on the number, as FID's does, cancels. Efron and
     Tibshirani 1993, "An Introduction to the Bootstrap", chapter 11.
     """
     values = np.asarray(without_each_group, np.float64)

@@ -1,4 +1,4 @@
-"""Two stages: embeds the prompts once; extracts features of the images of one model at one scale."""
+"""The stages that embed the prompts and extract the features of one model's images at one scale."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _extract_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) ->
 
 
 def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Protocol) -> dict[str, Tensor]:
-    """What the metrics read of drawn images (see `metrics.Metric`)."""
+    """The arrays that `metrics.Metric` reads of drawn images."""
     make: dict[str, Callable[[], Tensor]] = {
         "features": lambda: features_of(images, protocol),
         "clip": lambda: embed_images(images, protocol),

@@ -1,4 +1,4 @@
-"""Two stages: encodes the prompts once for all scales; draws the images of one model at one scale."""
+"""The stages that encode the prompts once for all scales and draw one model's images at one scale."""
 
 from __future__ import annotations
 
@@ -33,19 +33,14 @@ from sdtrain.precision import Fixed, resolve, torch_dtype
 from sdtrain.sampling.pipeline import Networks, load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
-# Several threads of a process may draw parts; they take turns at the networks.
+# Threads that draw parts take turns at the networks.
 _ONE_AT_A_TIME = Lock()
 _CONTEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
 class SampleJob:
-    """The input of the stages of one model.
-
-    Attributes:
-        scale: guidance scale; unused by the stages of prompts.
-        prompts: digest of all prompts.
-    """
+    """The input of one model's stages; `prompts` is the digest of all prompts, whose stages ignore `scale`."""
 
     protocol: Protocol
     model: EvaluatedModel
@@ -68,7 +63,7 @@ def draw_stage(job: SampleJob) -> Stage[SampleJob]:
 
 
 def part_prompts(directory: EvaluationDir, job: Any, part: int) -> list[str]:
-    """The prompts of a part; `job` has the digest of all in `prompts`, and the protocol."""
+    """The prompts of a part; `job` has `prompts`, the digest of all, and `protocol`."""
     texts = read_texts(directory.prompts, job.prompts)
     return [texts[index] for index in job.protocol.indices(part)]
 
@@ -128,7 +123,7 @@ def _draw_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> It
 
 
 def _draw(directory: EvaluationDir, job: SampleJob, part: int, prompts: list[str]) -> list[Image.Image]:
-    """The images of a part, in batches that do not depend on the process."""
+    """The images of a part, in the same batches whatever the process."""
     protocol = job.protocol
     encoder = _StoredContexts(directory.contexts(job.model.text_encoder[:12], part))
     sampler = Sampler(replace(_networks(job), text_encoder=cast(Any, encoder)))
@@ -175,5 +170,5 @@ def _networks(job: SampleJob) -> Networks:
 
 @lru_cache(maxsize=1)
 def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
-    """The networks, kept for the next part; the digest tells a run's newest checkpoint from the one before."""
+    """Loads the networks and keeps them for the next part; the digest distinguishes a run's checkpoints."""
     return load_networks(path, str(claim_device()), torch_dtype(dtype), weights, tokenizer=tokenizer)

@@ -73,8 +73,8 @@ class _MaxPooledE(_PooledE):
 class FidInception(Inception3):
     """TensorFlow's Inception of 2015-12-05 up to its pooled features, with the key names of pytorch-fid's file.
 
-    It is torchvision's graph but for the pooling branches: averages leave padded zeros out, and the last block takes
-    the maximum (mseitzer/pytorch-fid, src/pytorch_fid/inception.py; toshas/torch-fidelity has the same weights).
+    Only the pooling branches differ from torchvision's: averages exclude padded zeros, and the last block takes the
+    maximum (mseitzer/pytorch-fid, src/pytorch_fid/inception.py; toshas/torch-fidelity has the same weights).
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class FidInception(Inception3):
         self.Mixed_7b, self.Mixed_7c = _MeanPooledE(1280), _MaxPooledE(2048)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, 299, 299) from -1 to 1 -> (B, 2048), the means over all places."""
+        """(B, 3, 299, 299) from -1 to 1 -> (B, 2048), spatial means."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))
         x = self.maxpool2(x)
@@ -96,10 +96,10 @@ class FidInception(Inception3):
 
 
 def find_inception(weights: str) -> Path | None:
-    """The file of weights; None for `random:SEED`.
+    """Finds the weights file; None for `random:SEED`.
 
     Raises:
-        UserError: they are not there and cannot be fetched, or are not the published ones.
+        UserError: they are missing and cannot be fetched, or are not the published ones.
     """
     if random_seed(weights) is not None:
         return None
@@ -107,10 +107,7 @@ def find_inception(weights: str) -> Path | None:
 
 
 def load_inception(weights: str) -> FidInception:
-    """The network in eval mode.
-
-    Args:
-        weights: `inception-fid` for the published ones, a file, or `random:SEED` for trials.
+    """The network in eval mode, with `inception-fid` (the published weights), a file's, or `random:SEED` for trials.
 
     Raises:
         UserError: no such weights, or those of another network.
@@ -136,11 +133,11 @@ def _checked(state: dict[str, Tensor], network: FidInception, path: Path) -> dic
 
 
 def inception_view(image: Image.Image, resize: Resize) -> Tensor:
-    """An RGB image as Inception takes it, (3, 299, 299) float32 from -1 to 1.
+    """Resizes an RGB image for Inception: (3, 299, 299) float32 from -1 to 1.
 
-    `pytorch-fid`: bilinear, without smoothing, corners not aligned. `torch-fidelity`: bilinear as TensorFlow 1 had it,
-    whose grid begins at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32, which smooths before it
-    shrinks (Parmar et al. 2022, arXiv:2104.11222). The last two subtract 128, the first one 127.5.
+    `pytorch-fid`: bilinear, without smoothing, corners not aligned. `torch-fidelity`: bilinear as in TensorFlow 1,
+    whose grid starts at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32,
+    antialiased (Parmar et al. 2022, arXiv:2104.11222). The last two subtract 128, the first one 127.5.
     """
     if resize == "clean-fid":
         return (_pillow_bicubic(image) - 128) / 128

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationDir(DatasetDir):
-    """An evaluation's directory; its manifest is that of a dataset."""
+    """An evaluation's directory, with a dataset's manifest."""
 
     @property
     def prompts(self) -> Path:
@@ -35,25 +35,25 @@ class EvaluationDir(DatasetDir):
         return self.root / "captions" / f"{part:05d}.safetensors"
 
     def samples(self, model: str, scale: str, part: int) -> Path:
-        """Images that a model drew at one guidance scale."""
+        """A model's images at one guidance scale."""
         return self.root / "samples" / model / scale / f"{part:05d}.tar"
 
     def features(self, model: str, scale: str, part: int) -> Path:
-        """Arrays that the metrics read of these images."""
+        """The metrics' arrays of those images."""
         return self.root / "features" / model / scale / f"{part:05d}.safetensors"
 
     @property
     def images(self) -> Path:
-        """Of a reference: where its images are."""
+        """A reference's list of image locations."""
         return self.root / "pictures.json"
 
     def reference(self, part: int) -> Path:
-        """Of a reference: arrays that the metrics read of its images."""
+        """The metrics' arrays of a reference's images."""
         return self.root / "reference" / f"{part:05d}.safetensors"
 
     @property
     def protocol(self) -> Path:
-        """The settings that this evaluation began with."""
+        """The settings that this evaluation started with."""
         return self.root / "protocol.json"
 
     @property
@@ -73,7 +73,7 @@ class EvaluationDir(DatasetDir):
 
 
 def key_of(scale: float) -> str:
-    """A guidance scale as part of a name."""
+    """Formats a guidance scale for file names."""
     return f"guidance-{scale:g}".replace(".", "-")
 
 
@@ -85,10 +85,10 @@ def write_json(path: Path, content: Any) -> None:
 
 @lru_cache(maxsize=2)
 def read_texts(path: Path, digest: str) -> tuple[str, ...]:
-    """The prompts in a file.
+    """Reads the prompts in a file.
 
     Raises:
-        UserError: they are not those of the digest.
+        UserError: they do not match the digest.
     """
     texts = tuple(json.loads(path.read_text()))
     if digest_of(texts) != digest:
@@ -108,7 +108,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Tensors by name from several files, concatenated; by default all names.
+    """Reads tensors by name (default: all) and concatenates them over the files.
 
     Raises:
         UserError: a file is missing or damaged.

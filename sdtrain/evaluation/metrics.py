@@ -1,4 +1,4 @@
-"""The metrics of one model at one guidance scale, each with all facts about it."""
+"""The metrics of one model at one guidance scale, each with its description."""
 
 from __future__ import annotations
 
@@ -29,22 +29,13 @@ Arrays = Mapping[str, NDArray[Any]]
 class Metric(ABC):
     """One number with its spread. To add one, subclass this and list the class in METRICS.
 
-    Arrays have a row an image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown` (n,),
-    a stand-in's own score of an image for its prompt.
-
-    Args:
-        protocol: the settings.
-        real: arrays of the real images, or statistics of their features.
+    Arrays have one row per image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown`
+    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed.
 
     Attributes:
         name: its column in the results; the spread's is `NAME_SPREAD`.
-        description: how it is computed, in words.
-        better: direction.
         spread: half of a 95 % interval, or a standard deviation.
-        spread_text: the spread in words.
-        drawn, real, captions: names of the arrays that it needs of drawn images, real images and prompts.
-        axis: of the plot, where it has one.
-        label: of that axis.
+        axis: of the plot, if it is on one.
     """
 
     name: str
@@ -63,7 +54,7 @@ class Metric(ABC):
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
-        """Whether it is measured; `has_images` is False for a reference of statistics."""
+        """Whether to measure it; `has_images` is False if the reference is statistics."""
         return has_images or not cls.real
 
     @abstractmethod
@@ -98,7 +89,7 @@ class Fid(Metric):
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
-        """Always: statistics are enough."""
+        """Always: statistics suffice."""
         return True
 
     def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
@@ -107,7 +98,7 @@ class Fid(Metric):
         return self._frechet.to(gaussian_of(features)), self._frechet.spread(features)
 
     def remarks(self) -> list[str]:
-        """That the covariance is singular, where it is."""
+        """Warns of a singular covariance."""
         real = self._frechet.reference
         size, nums = (
             len(real.mean),
@@ -153,7 +144,7 @@ class Cmmd(Metric):
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
-        """Where it is asked for: CLIP has to see the real images too."""
+        """On request only: CLIP must then embed the real images too."""
         return protocol.cmmd
 
     def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
@@ -162,7 +153,7 @@ class Cmmd(Metric):
 
 
 class ClipScore(Metric):
-    """How well images agree with their prompts."""
+    """The agreement of images with their prompts."""
 
     name, better = "clip_score", "higher"
     drawn = captions = ("clip",)
@@ -174,7 +165,7 @@ class ClipScore(Metric):
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
-        """Where CLIP compares images with prompts."""
+        """If CLIP compares images with prompts."""
         return protocol.agreement == "clip"
 
     def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
@@ -187,7 +178,7 @@ METRICS: tuple[type[Metric], ...] = (Fid, Kid, Cmmd, ClipScore)
 
 
 def metrics_for(protocol: Protocol, has_images: bool = True) -> list[type[Metric]]:
-    """The metrics that a protocol asks for, a stand-in's own last."""
+    """The protocol's metrics, a stand-in's last."""
     own = [stand_in(protocol.agreement).AGREEMENT] if protocol.agreement in STAND_INS else []
     return [metric for metric in (*METRICS, *own) if metric.applies(protocol, has_images)]
 
@@ -227,7 +218,7 @@ def descriptions(metrics: Sequence[Metric]) -> dict[str, str]:
 def clip_scores(images: NDArray[Any], captions: NDArray[Any]) -> NDArray[np.float64]:
     """The cosine of each image with its prompt, (n,), from (n, e) embeddings of length 1.
 
-    As MLPerf's benchmark gives it; torchmetrics multiplies it by 100 (Hessel et al. 2021, arXiv:2104.08718, by 2.5).
+    Scaled as in MLPerf's benchmark; torchmetrics multiplies it by 100 (Hessel et al. 2021, arXiv:2104.08718, by 2.5).
     """
     scores: NDArray[np.float64] = (images.astype(np.float64) * captions.astype(np.float64)).sum(axis=1)
     return scores

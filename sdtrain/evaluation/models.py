@@ -18,15 +18,12 @@ from sdtrain.formats.any_model import is_run, open_model
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """One model.
+    """A run, checkpoint, diffusers folder or CompVis file at `path`.
 
     Attributes:
-        path: a run, a checkpoint, a diffusers folder or a CompVis file.
-        label: its name in table and plot.
-        digest: sha256 of UNet, VAE, text encoder and noise schedule: the same weights give the same one in any file
-            that holds them in the same precision.
+        digest: sha256 of UNet, VAE, text encoder and noise schedule, equal for any file with the same weights in the
+            same precision.
         text_encoder: sha256 of text encoder and tokenizer.
-        size_px: side of its images.
     """
 
     path: Path
@@ -64,10 +61,10 @@ def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
 
 
 def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedModel]:
-    """All models, each with a label of its own.
+    """Identifies all models and gives each a unique label.
 
     Raises:
-        UserError: as `identify`; none or the same one twice; or they make images of different sizes.
+        UserError: as `identify`; none, duplicates, or models of different image sizes.
     """
     models = [identify(path, protocol) for path in paths]
     for i, model in enumerate(models):
@@ -86,7 +83,7 @@ def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedMod
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that a model is or belongs to."""
+    """The run that a model is or is part of."""
     if not is_run(path):
         return None
     return path if (path / "checkpoints").is_dir() else path.resolve().parents[1]

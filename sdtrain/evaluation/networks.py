@@ -24,17 +24,12 @@ from sdtrain.models.device import claim_device, cores_of_process
 from sdtrain.models.weights import clip_digest
 
 BATCH_SIZE = 32
-"""Images or prompts in one batch of a network."""
 
 
 class FeatureNetwork(ABC):
     """A network whose features FID and KID compare.
 
-    Attributes:
-        num_features: of an image.
-        description: of the features, in words.
-        suffix: ends the names of its metrics, so that numbers of two networks are never mistaken for each other.
-        label: ends their names in words.
+    Its `suffix` (`label` in prose) ends the names of its metrics, so that numbers of two networks are never confused.
     """
 
     num_features: int
@@ -60,10 +55,10 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def view(self, image: Image.Image, resize: Resize) -> Tensor:
-        """An RGB image as the network takes it."""
+        """Preprocesses an RGB image."""
 
     def view_key(self, resize: Resize) -> str:
-        """The setting that decides views, where one does."""
+        """The setting that views depend on, if any."""
         return ""
 
 
@@ -87,15 +82,15 @@ class Inception(FeatureNetwork):
         return inception_view(image, resize)
 
     def view_key(self, resize: Resize) -> str:
-        """How images come to 299 pixels."""
+        """The resize to 299 pixels."""
         return resize
 
 
 def stand_in(name: str) -> Any:
-    """The module of a stand-in (see `protocol.STAND_INS`), imported only where its name is given.
+    """Imports a stand-in's module (see `protocol.STAND_INS`).
 
-    It holds FEATURES, a FeatureNetwork; AGREEMENT, a Metric of the array `shown`; and `score_images`, which makes that
-    array from images and prompts.
+    It defines FEATURES, a FeatureNetwork; AGREEMENT, a Metric of the array `shown`; and `score_images`, which computes
+    that array from images and prompts.
     """
     return import_module(f"sdtrain.{name}.evaluation")
 
@@ -123,7 +118,7 @@ def _features_digest(network: str, weights: str) -> str:
 
 
 def feature_config(protocol: Protocol) -> list[str]:
-    """All that decides the features of an image."""
+    """Everything that the features of an image depend on."""
     return [features_digest(protocol), feature_network(protocol.network).view_key(protocol.resize)]
 
 
@@ -146,7 +141,7 @@ def _load_features(name: str, weights: str) -> nn.Module:
 
 
 def check_networks(protocol: Protocol) -> str:
-    """Loads each network once, on the CPU, to see that it is there.
+    """Loads each network once on the CPU, as a check.
 
     Raises:
         UserError: a network that cannot be loaded.
@@ -171,7 +166,7 @@ def _load_clip(model: str, weights: str) -> _Clip:
 
 
 def agreement_digest(protocol: Protocol) -> str:
-    """Identifies what compares images with prompts.
+    """Identifies the weights that compare images with prompts.
 
     Raises:
         UserError: no such weights.
@@ -204,7 +199,7 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
     """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    A text of more tokens than the model reads (77) is truncated as by open_clip's tokenizer: the last token is the end.
+    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token.
 
     Raises:
         UserError: CLIP cannot be loaded, or its embeddings are not finite.
@@ -218,7 +213,7 @@ def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tenso
 
 
 def _views(images: Sequence[Image.Image], view: Callable[[Image.Image], Tensor]) -> Iterator[Tensor]:
-    """Batches of views; Pillow and torch resize on several cores at once."""
+    """Yields batches of views, resized on several cores."""
     with ThreadPoolExecutor(cores_of_process()) as pool:
         for first in range(0, len(images), BATCH_SIZE):
             yield torch.stack(list(pool.map(view, images[first : first + BATCH_SIZE])))

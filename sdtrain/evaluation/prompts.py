@@ -16,19 +16,14 @@ from sdtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Prompts:
-    """The chosen prompts.
-
-    Attributes:
-        texts: in the order of drawing.
-        source: file and choice, in words.
-    """
+    """The chosen prompts in the order of drawing; `source` describes file and choice."""
 
     texts: tuple[str, ...]
     source: str
 
     @property
     def digest(self) -> str:
-        """Hex sha256 of the prompts in their order."""
+        """Hex sha256 of the prompts, in order."""
         return digest_of(self.texts)
 
 
@@ -43,18 +38,18 @@ class _Captions(BaseModel):
 
 
 def digest_of(texts: Sequence[str]) -> str:
-    """Hex sha256 of texts in their order."""
+    """Hex sha256 of texts, in order."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
 def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
-    """The first `num` of all prompts in the order of the seed, so a larger number extends a smaller one.
+    """The first `num` of all prompts in the seed's order, so a larger number extends a smaller one.
 
-    A text file has one prompt a line. COCO's captions (`captions_val2017.json` and its like) give one caption an
-    image; only when every image has been taken does each give a second one.
+    A text file has one prompt per line. COCO's captions (e.g. `captions_val2017.json`) give one caption per image, and
+    second ones only after every image has given its first.
 
     Raises:
-        UserError: the file cannot be read, is of another form, or has fewer prompts.
+        UserError: the file is unreadable, malformed, or has fewer prompts.
     """
     rng = np.random.default_rng(seed)
     if path.suffix == ".json":
@@ -73,7 +68,7 @@ def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
 
 
 def _coco_captions(path: Path, rng: np.random.Generator) -> tuple[list[str], int]:
-    """All captions, each image's first, then each image's second and so on; and how many images there are."""
+    """All captions (each image's first, then each image's second, ...) and the number of images."""
     try:
         found = _Captions.model_validate_json(path.read_bytes()).annotations
     except (OSError, ValidationError) as error:

@@ -1,4 +1,4 @@
-"""The real images that drawn ones are compared with, and their features."""
+"""The reference set of real images, and its features."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ _PLACE = ["picture_offset", "picture_bytes"]
 
 
 class Place(NamedTuple):
-    """A file with an image, or the byte range of an image in a file (`size` of -1 is all of it)."""
+    """A byte range that holds an image; a `size` of -1 is the whole file."""
 
     path: str
     offset: int = 0
     size: int = -1
 
     def read(self) -> bytes:
-        """The bytes, also of a dataset on S3 whose shard is not here."""
+        """Reads the bytes, fetching the shard from S3 if necessary."""
         path = Path(self.path)
         if self.size < 0:
             return path.read_bytes()
@@ -63,11 +63,10 @@ class Reference:
     """Chosen real images, or published statistics.
 
     Attributes:
-        source: in words.
-        digest: sha256 of the images in their order: of their bytes, or of their places in shards whose digests the
-            manifest has; or of the file of statistics.
-        places: where the images are; empty for statistics.
-        statistics: mean and covariance; None for images.
+        digest: sha256 of the images in order (of their bytes, or of their places in shards whose digests the manifest
+            has), or of the file of statistics.
+        places: empty for statistics.
+        statistics: None for images.
     """
 
     source: str
@@ -78,13 +77,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """The input of the stage of a reference.
-
-    Attributes:
-        digest: of the reference.
-        size_px: side of the drawn images.
-        num: images.
-    """
+    """The input of a reference's stage; `size_px` is the side of the drawn images."""
 
     protocol: Protocol
     digest: str
@@ -96,7 +89,7 @@ def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
     """At most `num` images of a dataset or folder, or the statistics in an .npz.
 
     Raises:
-        UserError: there is nothing of the kind, or fewer than two images.
+        UserError: no such reference, or fewer than two images.
     """
     path = open_to_ask(str(name), "the evaluation").root if is_s3(str(name)) else Path(name)
     if path.suffix == ".npz":
@@ -153,7 +146,7 @@ def _statistics(path: Path) -> Gaussian:
 
 
 def _dataset_places(dataset: DatasetDir) -> list[Place]:
-    """The packed images of a dataset, or else the downloaded ones: of finished shards, wherever these lie."""
+    """The packed images of a dataset, else the downloaded ones, of finished shards, local or remote."""
     for stage, folder in (("pack", dataset.packed_tar(0).parent), ("download", dataset.images_tar(0).parent)):
         finished = [name for entry in entries(dataset, stage) for name in entry.outputs if name.endswith(".tar")]
         tars = [dataset.root / name for name in finished] or sorted(folder.glob("[0-9]*.tar"))
@@ -163,9 +156,9 @@ def _dataset_places(dataset: DatasetDir) -> list[Place]:
 
 
 def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
-    """Offset and size of each image, in their order: from our table beside the tar, or else from its headers."""
+    """Offset and size of each image in order, from our table beside the tar, else from its headers."""
     table = tar.with_suffix(".parquet")
-    if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names):  # img2dataset's own has no places
+    if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names):  # img2dataset's has no offsets
         rows = read_parquet(table, _PLACE).to_pylist()
         yield from sorted((row[_PLACE[0]], row[_PLACE[1]]) for row in rows if row[_PLACE[1]] is not None)
         return
@@ -176,9 +169,9 @@ def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
 
 
 def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
-    """A directory in the cache for the features, and the job that fills it.
+    """The cache directory for the features, and the job that fills it.
 
-    Its name is a digest of all inputs, so evaluations with the same reference share it.
+    It is named by a digest of all inputs, so evaluations with the same reference share it.
 
     Raises:
         UserError: no such weights.
@@ -230,7 +223,7 @@ def _extract_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int])
 
 
 def _extract(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
-    """The features, with a few images in memory at a time."""
+    """Extracts the features, holding few images in memory."""
     features, embeddings, rest = [], [], iter(places)
     while images := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
         features.append(features_of(images, job.protocol))

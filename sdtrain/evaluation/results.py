@@ -30,11 +30,10 @@ class Results(Settings):
     protocol: dict[str, Any]
     """Every setting, and digests of reference, prompts, networks and models."""
     metrics: dict[str, str]
-    """Description of each metric."""
+    """Name -> description."""
     notes: list[str]
-    """Remarks for readers of the numbers."""
     rows: list[dict[str, Any]]
-    """One for each model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
+    """Per model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
 
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
@@ -54,7 +53,7 @@ def read_results(path: Path) -> Results:
     """Reads results.json.
 
     Raises:
-        UserError: there is none, or it is of another form.
+        UserError: it is missing or malformed.
     """
     try:
         return Results.model_validate_json(path.read_bytes())
@@ -63,14 +62,7 @@ def read_results(path: Path) -> Results:
 
 
 def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y: Axis) -> None:
-    """Writes all three files, results.json last; without agreement there is no plot.
-
-    Args:
-        directory: of the evaluation.
-        results: the numbers.
-        x: agreement with prompts.
-        y: distance from real images.
-    """
+    """Writes all three files, results.json last; the plot only if `x`, the agreement with prompts, was measured."""
     if x is not None:
         draw_curve(results.rows, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
@@ -81,7 +73,7 @@ def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y:
 
 
 def table_of(results: Results) -> list[dict[str, object]]:
-    """The rows with each number and its spread in one cell."""
+    """Formats the rows, each number and its spread in one cell."""
     several = len({row["model"] for row in results.rows}) > 1
     return [
         ({"model": row["model"]} if several else {})
@@ -92,7 +84,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
 
 
 def protocol_lines(results: Results) -> list[str]:
-    """The protocol, a setting a line, then the metrics, then the remarks."""
+    """The protocol, one setting per line, then metrics and remarks."""
     lines = [f"{name}: {_text(value)}" for name, value in results.protocol.items()]
     return [*lines, *(f"{name}: {text}" for name, text in results.metrics.items()), *results.notes]
 
@@ -108,21 +100,16 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A number on an axis: its column, and what is written beside it."""
+    """A plot axis: column and label."""
 
     column: str
     label: str
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: str, path: Path) -> None:
-    """One line a model, a point a guidance scale with its number beside it, thin bars for 95 % intervals.
+    """Plots one line per model, one labelled point per guidance scale, with thin bars for 95 % intervals.
 
-    Args:
-        rows: with `model`, `guidance_scale`, both columns, and `COLUMN_ci95` where it is known; in order of scale.
-        x: agreement.
-        y: distance.
-        footnote: the protocol in a sentence or two.
-        path: the PNG to write.
+    The rows are in order of scale, with `model`, `guidance_scale`, both columns, and `COLUMN_ci95` where known.
     """
     import matplotlib  # late: costs a second
 
@@ -141,7 +128,7 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: st
     axes.set_xlabel(f"{x.label}, higher is better", fontsize=10, color=_INK)
     axes.set_ylabel(f"{y.label}, lower is better", fontsize=10, color=_INK)
     axes.margins(x=0.08, y=0.12)
-    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no distance is below 0, though an interval around it may be
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # intervals may reach below 0, distances cannot
     axes.legend(frameon=False, fontsize=9, loc="best")
     figure.text(0.012, 0.012, textwrap.fill(footnote, 150), fontsize=6.5, color="#57606a", va="bottom", ha="left")
     figure.tight_layout(rect=(0, 0.075, 1, 1))

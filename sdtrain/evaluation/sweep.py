@@ -1,4 +1,4 @@
-"""An evaluation from its protocol to its results: plans the steps and turns their output into numbers."""
+"""Plans the steps of an evaluation and computes its results from their output."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded
 
 _IMAGE_BYTES_PER_PIXEL = 2.0
-"""Roughly, of a PNG of a photograph."""
+"""Roughly, for a PNG of a photograph."""
 
 
 class Step(NamedTuple):
@@ -47,11 +47,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """An evaluation about to be run.
-
-    Attributes:
-        real: directory and input of the reference's stage; None for statistics.
-    """
+    """A planned evaluation; `real` is directory and input of the reference's stage, None for statistics."""
 
     protocol: Protocol
     directory: EvaluationDir
@@ -61,7 +57,7 @@ class Sweep:
     real: tuple[EvaluationDir, ReferenceJob] | None
 
     def steps(self) -> list[Step]:
-        """The steps in order; each does only its unfinished parts."""
+        """The steps in order; each skips finished parts."""
         drawings = [SampleJob(self.protocol, model, self.prompts.digest) for model in self.models]
         by_text_encoder = {drawing.model.text_encoder: drawing for drawing in reversed(drawings)}
         steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
@@ -86,7 +82,7 @@ class Sweep:
         ]
 
     def _num_pending(self) -> int:
-        """Images whose features are still to be extracted."""
+        """Images without features yet."""
         scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
         return sum(
             len(self.protocol.indices(part))
@@ -95,7 +91,7 @@ class Sweep:
         )
 
     def finish(self) -> Results:
-        """Computes the numbers and writes them, with the plot. Every step has to be finished."""
+        """Computes and writes numbers and plot, once every step is finished."""
         metrics = open_metrics(self.protocol, self._real_images())
         parts, captions = self.protocol.parts, {}
         if self._needs_captions:
@@ -153,19 +149,16 @@ class Sweep:
 def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    Args:
-        protocol: the settings.
-        models: runs, checkpoints, diffusers folders or CompVis files.
-        output: the evaluation's directory; by default `evaluation` in the run, where there is one model and it is one.
+    The default `output` is `evaluation` in the run if the only model is one.
 
     Raises:
-        UserError: what is missing or does not fit.
+        UserError: something is missing or does not match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
-    features_digest(protocol), agreement_digest(protocol)  # the weights are there
-    # Of a run that still trains, one checkpoint: all parts are to show the weights that the results name.
+    features_digest(protocol), agreement_digest(protocol)  # checks that the weights exist
+    # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
     if reference.statistics is not None:
@@ -177,7 +170,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
 
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:
-    """The precision asked for; for `auto` the one that this evaluation began with, perhaps on another machine."""
+    """The precision; for `auto` the one this evaluation started with, perhaps on another machine."""
     if protocol.dtype == "auto":
         for file, settings in ((directory.protocol, lambda it: it), (directory.results, lambda it: it["protocol"])):
             if file.exists():

@@ -1,4 +1,4 @@
-"""Runs the steps of an evaluation, here or in several processes, one for each GPU."""
+"""Runs the steps of an evaluation, in this process or in one process per GPU."""
 
 from __future__ import annotations
 
@@ -25,17 +25,10 @@ from sdtrain.preflight.checks import require
 
 
 def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:
-    """Does what is not finished, then computes the numbers.
-
-    Parts do not depend on the number of processes, and neither do the images.
-
-    Args:
-        sweep: from `plan`.
-        num_processes: that share the parts.
-        say: prints a line when a step has ended.
+    """Runs the unfinished steps, then computes the numbers; the images do not depend on the number of processes.
 
     Raises:
-        UserError: a mistake that the user can put right; what was finished is kept.
+        UserError: a mistake that the user can correct; finished parts are kept.
     """
     require(sweep.checks())
     with _pool(num_processes) if num_processes > 1 else nullcontext() as pool:
@@ -57,7 +50,7 @@ def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _in_processes(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
-    """The same stage, run by the processes of the pool."""
+    """The same stage, run in the pool."""
 
     def run(dataset: DatasetDir, job: Any, parts: Sequence[int]) -> Iterator[ShardReport]:
         futures = [pool.submit(_run_part, stage, dataset, job, part) for part in parts]
@@ -73,7 +66,7 @@ def _in_processes(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
 
 
 def _completed_reports(futures: Sequence[Future[ShardReport]]) -> Iterator[ShardReport]:
-    """Reports as they complete; after an error no part starts, and those that run still count before it is raised."""
+    """Yields reports as they complete; an error is raised only after running parts have finished, and none starts."""
     failed: Exception | None = None
     for future in as_completed(futures):
         if future.cancelled():
@@ -100,7 +93,7 @@ def _init_worker(num_threads: int) -> None:
 
 
 def _exit_with_parent() -> None:
-    """Otherwise it would wait for work for ever after the parent was killed."""
+    """Exits with the parent; an orphan would wait for work for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

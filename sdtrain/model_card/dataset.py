@@ -16,11 +16,11 @@ from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
 GPU_STAGES = ("score", "encode")
-"""The stages whose networks run on a GPU where there is one."""
+"""Stages that use a GPU if there is one."""
 
 
 class DatasetFacts(Settings):
-    """The card's facts of one dataset; empty where nothing is recorded."""
+    """The card's facts of one dataset; unrecorded ones are empty."""
 
     root: str
     name: str = ""
@@ -31,25 +31,19 @@ class DatasetFacts(Settings):
     keep_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
     funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
-    """(stage, reason, meaning, dropped, remaining), the first row being all of the metadata."""
+    """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})
-    """Hours of the workers, added up over the shards."""
+    """Worker hours, summed over shards."""
     num_removed: int | None = None
-    """Rows of the ledger of removed samples."""
 
     @property
     def hub_id(self) -> str | None:
-        """The metadata's name on the Hub, if it is from there."""
+        """The metadata's Hub id, if any."""
         parts = self.metadata.removeprefix("hf://datasets/").split("/")
         return "/".join(parts[:2]) if self.metadata.startswith("hf://datasets/") and len(parts) > 1 else None
 
     def kwh(self, gpu: str | None, cores: float) -> float:
-        """Energy of the stages at stated power, as nothing measured it.
-
-        Args:
-            gpu: used for scoring and encoding; None: CPU cores.
-            cores: that each worker kept busy.
-        """
+        """Energy of the stages at stated power, as nothing measured it; GPU_STAGES ran on `gpu` (None: on `cores`)."""
         watts = board_watts(gpu) if gpu else None
         return sum(
             energy_kwh(hours, CORE_W * cores + (watts or 0.0) * (stage in GPU_STAGES))
@@ -58,7 +52,7 @@ class DatasetFacts(Settings):
 
 
 def dataset_facts(root: Path) -> DatasetFacts:
-    """Reads what a dataset recorded; what it lacks stays empty.
+    """Reads a dataset's records.
 
     Raises:
         UserError: its ledger of removals is damaged.
@@ -90,7 +84,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 
 
 def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[str, float]]:
-    """The funnel, and hours by stage; `filters` is above training, so its tables are read."""
+    """The funnel, and hours by stage, from tables: `filters` is above this layer and cannot be imported."""
     if not database.exists():
         return [], {}
     try:

@@ -14,15 +14,7 @@ from sdtrain.model_card.dataset import DatasetFacts
 
 @dataclass(frozen=True)
 class EnergyRow:
-    """One line of the table.
-
-    Attributes:
-        what: the work.
-        hours: in words.
-        kwh: None if it is not known.
-        kg: of CO2 equivalents; None if energy or grid is not known.
-        source: how the energy is known.
-    """
+    """One line of the table; `kwh`, and `kg` of CO2 equivalents, are None if unknown."""
 
     what: str
     hours: str
@@ -32,14 +24,14 @@ class EnergyRow:
 
 
 def amount(value: float | None) -> str:
-    """A number for people, to four digits or to the whole."""
+    """Formats a number to four digits, or to the unit."""
     if value is None:
         return "not known"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def training_row(what: str, sessions: Sequence[Spent], config: CardConfig) -> EnergyRow:
-    """What training sessions spent."""
+    """The row of training sessions."""
     if not sessions:
         return EnergyRow(what, "not recorded", None, None, "not recorded")
     made = footprint(sessions, config.gpu_watts)
@@ -52,7 +44,7 @@ def training_row(what: str, sessions: Sequence[Spent], config: CardConfig) -> En
 
 
 def preparation_row(facts: DatasetFacts, config: CardConfig) -> EnergyRow:
-    """What a dataset's stages spent; manifests record seconds, and nothing measured their energy."""
+    """The row of a dataset's stages, estimated: manifests record seconds, not energy."""
     what = f"Data preparation: {facts.name or facts.root}"
     if not facts.stage_hours:
         return EnergyRow(what, "not recorded", None, None, "not recorded")
@@ -80,15 +72,13 @@ def _board(watts: float | None) -> str:
 
 @dataclass(frozen=True)
 class Footprint:
-    """The energy of some sessions.
+    """The energy of some sessions, measured or estimated.
 
     Attributes:
-        gpu_hours: hours of GPUs; 0 on CPUs.
-        host_hours: hours of machines.
         core_hours: busy hours of cores, of the training processes.
-        gpu_kwh, cpu_kwh: energy, measured or estimated; gpu_kwh is None where the GPUs' power is not known.
-        measured_gpu, measured_cpu: share of the hours for which counters were read.
-        board_w: power by which the other GPU hours were estimated; None if there are none or it is not known.
+        gpu_kwh: None if the GPUs' power is unknown.
+        measured_gpu, measured_cpu: share of the hours with counters.
+        board_w: assumed for the other GPU hours; None if there are none or it is unknown.
     """
 
     gpu_hours: float
@@ -107,12 +97,7 @@ class Footprint:
 
 
 def footprint(sessions: Sequence[Spent], gpu_watts: float | None = None) -> Footprint:
-    """Adds up sessions; hours without a counter are taken at stated power.
-
-    Args:
-        sessions: of one run, or of a chain.
-        gpu_watts: of each GPU; by default its data sheet's.
-    """
+    """Adds up sessions; hours without a counter count at `gpu_watts` per GPU, by default its data sheet's."""
     on_gpu = [spent for spent in sessions if spent.on_gpu]
     gpu_hours = sum(spent.device_hours for spent in on_gpu)
     host_hours = sum(spent.host_hours for spent in sessions)

@@ -1,4 +1,4 @@
-"""The chain of runs that a run's weights came from."""
+"""The chain of runs behind a run's weights."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ class Ancestor:
     """One link of the chain.
 
     Attributes:
-        source: where it lies, or what the model was called.
-        config: its settings; None if it is no run, or is not there any more.
+        source: its path, or the model's name.
+        config: None if it is no run, or is gone.
         step: optimizer steps done; None if not recorded.
-        sessions: the energy of its sessions.
     """
 
     source: str
@@ -33,7 +32,7 @@ def ancestor(run: Path) -> Ancestor:
     """A run as a link.
 
     Raises:
-        UserError: it is no run, or its config cannot be read.
+        UserError: it is no run, or its config is unreadable.
     """
     config_file = run / "config.yaml"
     if not config_file.exists():
@@ -43,7 +42,7 @@ def ancestor(run: Path) -> Ancestor:
 
 
 def lineage(run: Path) -> list[Ancestor]:
-    """The chain, its beginning first and the run itself last.
+    """The chain, from its first run to this one.
 
     Raises:
         UserError: the run itself cannot be read.
@@ -59,7 +58,7 @@ def lineage(run: Path) -> list[Ancestor]:
 
 
 def _find(init_from: str, run: Path) -> Path | None:
-    """The run that a config starts from: as it is written, beside this run, or the run around a checkpoint."""
+    """Finds the run of `init_from`: as written, beside this run, or the run that contains the checkpoint."""
     for path in (Path(init_from), run.parent / Path(init_from).name):
         for folder in (path, path.parent.parent):
             if (folder / "config.yaml").exists() and (folder / "log.csv").exists():

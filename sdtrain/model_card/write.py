@@ -77,7 +77,7 @@ def write_card(run: Path) -> Path:
 
 
 def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
-    """The facts of the datasets; kept beside the run, for the time when these have gone or moved."""
+    """The facts of the datasets, kept in the run in case these are deleted or moved."""
     kept = _kept(run / _KEPT_FACTS)
     found = [dataset_facts(_here(source.root)) for source in config.data.all_sources]
     facts = [fact if fact.name or fact.root not in kept else kept[fact.root] for fact in found]
@@ -87,7 +87,7 @@ def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
 
 
 def _here(root: str) -> Path:
-    """Where a dataset is on this machine: of one on S3, its work folder."""
+    """A dataset's local directory; for S3, its work folder."""
     return work_folder(parse_url(root)) if is_s3(root) else Path(root)
 
 
@@ -107,7 +107,7 @@ def _energy(
 
 
 def _total(rows: Sequence[EnergyRow]) -> float | None:
-    """Kg of all rows; None where one of them is not known, for a part is no total."""
+    """Kg of all rows; None if any is unknown: a part is no total."""
     known = [row.kg for row in rows if row.kg is not None]
     return sum(known) if len(known) == len(rows) else None
 
@@ -118,7 +118,7 @@ def _hardware(sessions: Sequence[Spent]) -> str | None:
 
 
 def _environment() -> jinja2.Environment:
-    # Markdown, not HTML: what comes from captions or names is shortened to one line and cannot end a table's cell.
+    # Markdown, not HTML: captions and names are cut to one line and cannot end a table cell.
     environment = jinja2.Environment(  # noqa: S701
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -134,15 +134,7 @@ def front_matter(
     hardware: str | None,
     evaluation: Evaluation | None = None,
 ) -> str:
-    """The YAML that the Hub reads, with its dashes.
-
-    Args:
-        config: the run.
-        datasets: that it was trained on.
-        total_kg: CO2 equivalents of training and data; None if not known.
-        hardware: what it was trained on.
-        evaluation: of the run.
-    """
+    """The Hub's YAML, with its dashes; `total_kg` is CO2 equivalents of training and data, None if unknown."""
     more: dict[str, Any] = {"inference": True}
     results = list(evaluation.results) if evaluation else []
     if total_kg is not None:
@@ -175,15 +167,11 @@ def front_matter(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The results of an evaluation.
+    """The table and plot of an evaluation.
 
     Attributes:
-        header: columns of the table.
-        rows: its lines.
-        metrics: name of each metric -> its description.
-        protocol: settings that decided the numbers.
-        curve: whether there is a plot.
-        results: the numbers as the Hub takes them; none where several models were compared.
+        metrics: name -> description.
+        results: the numbers in the Hub's form; empty if several models were compared.
     """
 
     header: list[str]
@@ -195,7 +183,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """The results in an evaluation's folder; None if there are none.
+    """Reads an evaluation's results; None if there are none.
 
     Raises:
         UserError: they are damaged.

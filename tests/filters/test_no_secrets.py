@@ -63,7 +63,7 @@ WORDS = {
     "JoinConfig": {"columns"},
     "KeepConfig": {"rules"},
     "PreviewConfig": {"prompts"},
-    "Protocol": {"clip_model"},
+    "Protocol": {"agreement", "clip_model", "network"},
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
     | {"safety_sha256"},

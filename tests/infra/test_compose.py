@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from flows.support.automations import HEARTBEAT_S
+from infra.box.bootstrap import POOLS
 from infra.box.layout import Box, BoxDir
-from infra.box.pools import POOLS
 from infra.box.postgres import Postgres
 from infra.box.programs import client_environment, server_program
 
@@ -88,7 +88,7 @@ def test_volumes_keep_database_and_data(services: dict[str, Any]) -> None:
 def test_server_and_workers_have_the_settings_of_the_box(services: dict[str, Any], tmp_path: Path) -> None:
     """Where both have a setting, it is the same; where they differ, it is because there are containers."""
     box = Box(BoxDir(tmp_path))
-    own = server_program(box, Postgres(box.place, tmp_path, 5432, None)).environment
+    own = server_program(box, Postgres(box.directory, tmp_path, 5432, None)).environment
     shared = {
         name: value for name, value in own.items() if "RETENTION" in name or "VACUUM" in name or "ANALYTICS" in name
     }

@@ -23,7 +23,7 @@ from sdtrain.config import known_configs
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/operating.md", "docs/resuming.md", "infra/README.md", "docs/takedown.md")
-PAGES += ("docs/adding-a-rule.md", "docs/adding-a-head.md")
+PAGES += ("docs/adding-a-rule.md", "docs/adding-a-head.md", "docs/adding-a-stage.md")
 FLOWS = {flow.name: flow for flow in (build_dataset, build_demo, train_unet, reproduce_sd_v1)}
 PREFECT = {
     ("deployment", "run"): {"-p", "--watch"},

@@ -1,15 +1,15 @@
 """The pages about the code name places that exist, and their examples work."""
 
 import ast
+import os
 import re
+import shutil
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
-import duckdb
 import pytest
-
-from filters import rules
-from filters.rules import check_rules, derived_sql
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md") if path.stem != "LOG")]
@@ -70,15 +70,37 @@ def test_the_tour_is_short_and_goes_from_metadata_to_a_sampled_image():
     assert first == sorted(first)
 
 
-def examples(page):
-    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_rule_of_its_page_decides(monkeypatch):
-    monkeypatch.setattr(rules, "RULES", rules.RULES.copy())
-    exec(examples("docs/adding-a-rule.md")[0], {})
-    assert check_rules({"max_caption_words": 3}, in_keep=True) == {"max_caption_words": 3.0}
-    rule = rules.RULES["max_caption_words"]
-    rows = "(VALUES ('one two', 1, 1), ('a b c d', 1, 1)) AS rows(caption, width, height)"
-    asked = f"SELECT {rule.sql} FROM (SELECT *, {derived_sql()} FROM {rows})"
-    assert duckdb.execute(asked, [3]).fetchall() == [(True,), (False,)]
+def copy_of_the_code(folder):
+    skipped = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.html")
+    for name in ("filters", "sdtrain"):
+        shutil.copytree(ROOT / name, folder / name, ignore=skipped)
+    (folder / "tests/filters").mkdir(parents=True)
+    for name in ("pyproject.toml", "tests/filters/dataset_fixtures.py"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def runs(command, folder, text=None):
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment["GIT_CEILING_DIRECTORIES"] = str(folder.parent)  # else git sees a repository that holds the folder
+    done = subprocess.run(command, cwd=folder, env=environment, input=text, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", [f"docs/adding-a-{what}.md" for what in ("rule", "stage", "metric", "training-option")]
+)
+def test_the_example_of_a_page_applies_and_passes_its_test(page, tmp_path):
+    [test] = blocks(page, "python")
+    file = tmp_path / re.match(r"# (tests/\S+\.py)\n", test)[1]
+    copy_of_the_code(tmp_path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(test)
+    for diff in blocks(page, "diff"):
+        code, told = runs(["git", "apply", "-C1", "-"], tmp_path, diff)
+        assert code == 0, told
+    code, told = runs([sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", file], tmp_path)
+    assert code == 0, told

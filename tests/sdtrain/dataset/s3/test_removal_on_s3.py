@@ -23,10 +23,10 @@ from sdtrain.cli import main
 
 stage, recounted = sys.argv.pop(1), StageRewrite._recounted
 
-def kill(self, entry):
+def kill(self, made, entry):
     if entry.stage == stage:
         os.kill(os.getpid(), signal.SIGKILL)
-    return recounted(self, entry)
+    return recounted(self, made, entry)
 
 StageRewrite._recounted = kill
 main()
