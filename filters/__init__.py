@@ -1,1 +1,1 @@
-"""Selection of samples: from metadata rows to decisions, each with its reason."""
+"""Selection of samples, from metadata rows to decisions, each with its reason."""

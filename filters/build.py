@@ -1,4 +1,4 @@
-"""Builds a dataset: locks it, records its recipe, runs the stages in order, and finishes with views and report."""
+"""Dataset builds: lock, recorded recipe, stages in order, then views and report."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Build:
-    """A build under way, its dataset locked.
+    """A build in progress, with its dataset locked.
 
     Attributes:
-        dataset: what is built.
         recipe: as recorded, with each `auto` resolved.
-        options: those that are not part of the recipe.
-        changes: how it differs from the recipe of the run before; what these touch is redone.
-        preflight: to be called before a stage does its first shard.
+        options: those outside the recipe.
+        changes: differences from the previous run's recipe; affected work is redone.
+        preflight: called before a stage's first shard.
     """
 
     dataset: DatasetDir
@@ -38,11 +37,9 @@ class Build:
     preflight: BuildPreflight
 
     def run(self, run_stage: Callable[[Stage[Recipe]], object], retry_failed: Callable[[], object]) -> None:
-        """Runs the stages in order.
+        """Runs the stages in order: `run_stage` runs a stage's pending shards, `retry_failed` refetches failed rows.
 
-        Args:
-            run_stage: does the pending shards of one.
-            retry_failed: fetches failed rows again; called before the download, if the options say so.
+        `retry_failed` is called before the download if the options ask for it.
         """
         from filters.pipeline import STAGES
 
@@ -54,12 +51,9 @@ class Build:
 
 @contextmanager
 def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[Build]:
-    """Locks the dataset for a build and, unless that fails, finishes the dataset at the end.
+    """Locks the dataset for a build and finishes it at the end unless the build fails.
 
-    Args:
-        recipe: with the options applied.
-        options: those that are not part of the recipe.
-        command: whom the lock names to others.
+    `recipe` has the options applied; the lock names `command` to others.
 
     Raises:
         UserError: the recipe names no metadata, or another command is changing the dataset.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-# Our name -> its DuckDB type, and the names it has in LAION's releases, COYO and DataComp, compared without regard to
-# case; the first that a file has counts. img2dataset's `width` is that of the resized image, so `original_width` comes
-# first.
+# Our name -> its DuckDB type, and its case-insensitive names in LAION's releases, COYO and DataComp; the first present
+# wins. `original_width` comes first because img2dataset's `width` is that of the resized image.
 _METADATA: dict[str, tuple[str, ...]] = {
     "url": ("VARCHAR", "url"),
     "caption": ("VARCHAR", "text", "caption"),
@@ -26,21 +25,21 @@ _METADATA: dict[str, tuple[str, ...]] = {
 TYPES = {ours: sql_type for ours, (sql_type, *_) in _METADATA.items()}
 ALIASES = {ours: tuple(names) for ours, (_, *names) in _METADATA.items()}
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
-"""Scores that networks give an image; the metadata may have each of them, too."""
+"""Image scores by networks, any of which the metadata may have too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
 """Measured on the decoded image alone; see `filters.score.quality`."""
 UNDECODABLE = "undecodable"
-"""The reason of an image that no decoder reads."""
+"""The drop reason of an image that no decoder reads."""
 
 Table = Literal["metadata", "selection", "images", "scores"]
-"""Where a rule can look: `select` reads the metadata; `decide` joins selection, images and scores."""
+"""Tables that rules read: `select` reads the metadata; `decide` joins selection, images and scores."""
 TABLES: dict[str, frozenset[Table]] = {
     **dict.fromkeys(ALIASES, frozenset({"metadata"})),
     **dict.fromkeys(("url", "caption"), frozenset({"metadata", "selection"})),
-    **dict.fromkeys(("width", "height"), frozenset({"metadata", "images"})),  # of the image as it was fetched
+    **dict.fromkeys(("width", "height"), frozenset({"metadata", "images"})),  # of the image as downloaded
     **dict.fromkeys(SCORE_COLUMNS, frozenset({"metadata", "selection", "scores"})),
     **dict.fromkeys(QUALITY_COLUMNS, frozenset({"scores"})),
 }
 
 SwappedSizes = Literal["auto", "yes", "no"]
-"""Whether WIDTH and HEIGHT of the metadata are exchanged; "auto": in LAION's raw releases."""
+"""Whether the metadata's WIDTH and HEIGHT are exchanged; "auto": in LAION's raw releases."""

@@ -1,4 +1,4 @@
-"""The pipeline from metadata to latents: its stages, in order. A new stage is one folder and one line here."""
+"""The pipeline from metadata to latents: its stages in order. A new stage is one folder and one line here."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from sdtrain.pack.stage import PACK
 
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """The stages, if each names only itself and those before it.
+    """Returns the stages after checking that each names only itself and earlier ones.
 
     Raises:
-        ValueError: one does not, or two have the same name or view.
+        ValueError: one does not, or two share a name or view.
     """
     known = set[str]()
     for stage in stages:

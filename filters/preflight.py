@@ -1,4 +1,4 @@
-"""Checks of a build: metadata, lists, networks, folder and disk, before its first download."""
+"""Pre-download checks of a build: metadata, lists, networks, folder and disk."""
 
 from __future__ import annotations
 
@@ -27,30 +27,25 @@ _ALL = tuple(stage.name for stage in pipeline.STAGES)
 
 
 class BuildPreflight:
-    """Checks what a build needs, once, before the first shard that is not finished; a finished dataset needs nothing.
-
-    Args:
-        dataset: what is built.
-        recipe: by what.
-    """
+    """Checks a build's needs once, before the first unfinished shard; a finished dataset needs nothing."""
 
     def __init__(self, dataset: DatasetDir, recipe: Recipe):
         self._dataset, self._recipe = dataset, recipe
         self._is_done = self._is_measured = False
 
     def __call__(self, stage: str, num_pending: int, num_shards: int) -> None:
-        """Before a stage does its pending shards.
+        """Checks this stage and the following ones before the stage runs its pending shards.
 
         Raises:
-            UserError: everything that is missing or wrong for this stage and those after it.
+            UserError: lists everything missing or wrong.
         """
         left = _ALL[_ALL.index(stage) :]
         if not self._is_done:
             self._is_done = True
-            for checks in (local_checks, network_checks):  # weights may have to be fetched: not for a mistyped path
+            for checks in (local_checks, network_checks):  # a mistyped path must not wait for weights to download
                 for finding in require(checks(self._dataset, self._recipe, left)):
                     _log.info("%s: %s", finding.name, finding.text)
-        if stage != "select" and not self._is_measured:  # now it is known how many rows there are
+        if stage != "select" and not self._is_measured:  # the number of rows is now known
             self._is_measured = True
             num_rows = sum(entry.num_out for entry in entries(self._dataset, "select"))
             share = num_pending / max(num_shards, 1)
@@ -59,13 +54,13 @@ class BuildPreflight:
 
 
 def local_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] = _ALL) -> list[Check]:
-    """The output folder, and the metadata and lists that some stages of a build read."""
+    """Returns checks of the output folder, and of the metadata and lists that the stages read."""
     checks = [] if dataset.url else [Check("output", lambda: check_writable(dataset.root))]
     return checks + _select_checks(recipe) if "select" in stages else checks
 
 
 def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] = _ALL) -> list[Check]:
-    """The networks that some stages use; published weights are fetched if need be."""
+    """Returns checks of the networks that the stages use; published weights are fetched if needed."""
     checks = []
     if "score" in stages:
         checks += _score_checks(recipe.score)
@@ -77,14 +72,9 @@ def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] 
 def sized_checks(
     dataset: DatasetDir, recipe: Recipe, num_rows: int, stages: Collection[str] = _ALL, share: float = 1.0
 ) -> list[Check]:
-    """What depends on the number of rows: room on disk, as `sdtrain plan` reckons it, and what many images need.
+    """Returns checks that depend on the number of selected rows: disk space, as `sdtrain plan` estimates it, and faiss.
 
-    Args:
-        dataset: where it goes.
-        recipe: what is built.
-        num_rows: rows that are selected.
-        stages: that are not finished.
-        share: of them that is left to do.
+    `stages` are the unfinished ones; `share` is the share of rows left to do.
     """
     wanted = share * _estimate(recipe, num_rows, stages)
     checks = [Check("disk", lambda: check_room(dataset.root, wanted, "The build"))]
@@ -94,9 +84,9 @@ def sized_checks(
 
 
 def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
-    """Room on disk for a build whose rows are not selected yet: for what is known of its subset, or for all rows.
+    """Checks disk space before the selection, for the subset's known size or else for all rows.
 
-    Of all rows only a part will be selected, so there too little room is only warned of.
+    Only part of all rows will be selected, so too little space for them is only a warning.
     """
 
     def check() -> str:

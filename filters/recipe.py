@@ -1,4 +1,4 @@
-"""Recipes: the named subsets of the model card as data, and users' own."""
+"""Recipes: the model card's named subsets as data, and users' own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, 
 KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_keep=True))]
 
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
-"""The networks of `score`, by the names that its settings begin with."""
+"""The networks of `score`, by their settings' prefix."""
 
 JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
 
@@ -123,12 +123,12 @@ class ScoreConfig(Settings):
 
     @property
     def pins(self) -> dict[str, str]:
-        """Network -> the sha256 that its file of weights must have."""
+        """Maps networks to the required sha256 of their weights files."""
         pinned = {name: getattr(self, f"{name}_sha256") for name in NETWORKS}
         return {name: digest for name, digest in pinned.items() if digest}
 
     def described(self) -> dict[str, Any]:
-        """The settings that decide the scores: all but the pins, which only say what may not change."""
+        """The settings that determine the scores: all but the pins, which only forbid changes."""
         return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
 
     @model_validator(mode="after")
@@ -189,12 +189,12 @@ class Recipe(Settings):
 
 
 def known_recipes() -> list[str]:
-    """Names of the recipes that come with sdtrain."""
+    """Returns the names of the recipes shipped with sdtrain."""
     return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
 
 
 def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recipe:
-    """A recipe by its name or from a YAML file, with the settings that the options override.
+    """Loads a recipe by name or from a YAML file, with the options' overrides.
 
     Raises:
         UserError: unknown name (with the nearest known one), unknown key, bad value.

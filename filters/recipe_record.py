@@ -1,4 +1,4 @@
-"""The recipe that a dataset directory was built with, kept beside the data."""
+"""The recipe that a dataset was built with, stored beside the data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 
 
 def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
-    """Writes `recipe` into the dataset; returns what differs from the recipe of the run before.
+    """Writes `recipe` into the dataset; returns its differences from the previous run's.
 
-    Finished work that the differences touch is redone, because its fingerprint no longer fits.
+    Work that the differences affect is redone, because its fingerprint no longer matches.
 
     Raises:
         UserError: no metadata was named, or the directory cannot be written.
@@ -40,9 +40,9 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
 
 
 def with_precision(dataset: DatasetDir, recipe: Recipe) -> Recipe:
-    """The recipe with each `auto` replaced by what the dataset was begun with, or by what this machine is fast at.
+    """Resolves each `auto` to what the dataset was begun with, else to this machine's fastest.
 
-    So a build that goes on elsewhere makes the same bytes.
+    So a build that continues elsewhere writes the same bytes.
     """
     if "auto" not in (recipe.score.dtype, recipe.encode.precision):
         return recipe
@@ -61,17 +61,13 @@ def _begun_in(setting: str, kept: Precision) -> Fixed:
         choice = choose(default_device())
         _log.info("%s: %s (auto; %s)", setting, choice.precision, choice.reason)
         return choice.precision
-    if kept != "fp32" and (warning := warning_if_slow(kept, default_device())):  # which would import torch
+    if kept != "fp32" and (warning := warning_if_slow(kept, default_device())):  # would import torch
         _log.warning("%s stays as the dataset was begun: %s", setting, warning)
     return kept
 
 
 def require_metadata(recipe: Recipe) -> None:
-    """Says so where a recipe names no metadata; builds ask before they make a folder.
-
-    Raises:
-        UserError: it names none.
-    """
+    """Raises `UserError` if a recipe names no metadata; builds call it before they create a folder."""
     if not recipe.select.metadata:
         raise UserError(
             f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
@@ -80,37 +76,23 @@ def require_metadata(recipe: Recipe) -> None:
 
 
 def read_recipe(dataset: DatasetDir) -> Recipe:
-    """The recipe that the dataset was built with last.
-
-    Raises:
-        UserError: there is no dataset, or its recipe is damaged.
-    """
+    """Returns the recipe of the dataset's last build; raises `UserError` if it is missing or damaged."""
     if not dataset.recipe.exists():
         raise UserError(f"{dataset} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
     return load_settings(Recipe, dataset.recipe)
 
 
 def dataset_path(output: str, recipe: Recipe) -> Path:
-    """The directory that `output` means: `{recipe}` in it stands for the recipe's name.
-
-    Raises:
-        UserError: it is a URL.
-    """
+    """Returns the directory for `output`, expanding `{recipe}` to the recipe's name; raises `UserError` for a URL."""
     if "://" in output:
         raise UserError(f"Nothing can be written to {output}: an output is a directory, or s3://BUCKET/PREFIX.")
     return Path(output.replace("{recipe}", recipe.name)).expanduser().absolute()
 
 
 def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> DatasetDir:
-    """The dataset that `output` means, a directory or s3://…; `{recipe}` in it stands for the recipe's name.
+    """Returns the dataset at `output`, a directory or s3://…, expanding `{recipe}` to the recipe's name.
 
-    Args:
-        output: where it is to be.
-        recipe: what it is built by.
-        work_dir: parent of the work folders of datasets on S3.
-
-    Raises:
-        UserError: a work folder for a directory.
+    `work_dir` is the parent of work folders for S3 datasets; raises `UserError` if given for a directory.
     """
     if work_dir and not is_s3(output):
         raise UserError(f"{output} lies on this machine and has no work folder. Leave out --work-dir.")
@@ -120,7 +102,7 @@ def output_dataset(output: str, recipe: Recipe, work_dir: str | None = None) -> 
 
 
 def differences(before: Recipe, after: Recipe) -> list[str]:
-    """Settings in which two recipes differ, as "select.limit: 100 -> 200"; names and descriptions aside."""
+    """Returns changed settings, like "select.limit: 100 -> 200"; names and descriptions aside."""
     old, new = (_flat(as_recorded(recipe.model_dump(mode="json"))) for recipe in (before, after))
     names = [n for n in dict.fromkeys([*old, *new]) if n not in ("name", "description", "expected_rows")]
     return [f"{n}: {old.get(n, '-')} -> {new.get(n, '-')}" for n in names if old.get(n, "-") != new.get(n, "-")]

@@ -14,9 +14,9 @@ from sdtrain.settings import nearest
 
 RuleValue = bool | float | list[str]
 
-# SQL over `{caption}`: \p{L} is a letter of any script; words are what white space of any kind separates.
+# SQL over `{caption}`: \p{L} is a letter of any script; white space of any kind separates words.
 _ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
-# What cameras, phones and programs call an image that nobody has named.
+# Default image names of cameras, phones and programs.
 _DEVICES = (
     "img|imag|image|images|_?dsc|dscn|dscf|dcim|sdc|sam|pic|pict|picture|photo|foto|fotos|imgp|cimg|hpim|mvi|vid|gopr|"
     "wp|pxl|kif|scan|screenshot|screen shot|slide|figure|fig|file|untitled|unnamed|noname|no name|thumbnail|thumb|"
@@ -24,22 +24,22 @@ _DEVICES = (
 )
 _NUMBERS = "[-_ .():x#0-9]*"
 _NAMES = (
-    rf"\S+[.](?:{_ENDINGS})",  # one word that ends as image files do
+    rf"\S+[.](?:{_ENDINGS})",  # one word with an image file's suffix
     # Numbers, dates and times follow: "IMG-20190504-WA0012", "Screenshot 2021-03-04 at 10.11.12".
     rf"(?:{_DEVICES})(?:[-_ .]?(?:img|image|copy))?{_NUMBERS}(?:(?:at|wa|copy){_NUMBERS})?(?:[.](?:{_ENDINGS}))?",
     r"p[0-9]{5,}",
-    r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}|[0-9a-f]{16,}",  # the digests and ids of content systems
-    r"\P{L}*",  # not one letter: empty, numbers, dates, stars
+    r"[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}|[0-9a-f]{16,}",  # digests and ids of content systems
+    r"\P{L}*",  # no letter: empty, numbers, dates, stars
 )
 _IS_NAME = rf"regexp_full_match({{caption}}, '(?is)\s*(?:{'|'.join(_NAMES)})\s*')"
-# Without a regular expression, which would take five times as long.
+# No regular expression, which would take five times as long.
 _BLANK_CODES = (*range(9, 14), *range(28, 32), 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F)
 _BLANKS = "".join(map(chr, (*_BLANK_CODES, 0x205F, 0x3000)))
 _ONE_BLANK = f"translate({{caption}}, '{_BLANKS}', '{' ' * len(_BLANKS)}')"
 _NUM_WORDS = f"len(list_filter(string_split({_ONE_BLANK}, ' '), lambda word: word <> ''))"
 
 _HAS_SIZE = "{width} > 0 AND {height} > 0"
-# Columns for rules that follow from others.
+# Derived columns for rules.
 DERIVED: dict[str, str] = {
     "side": f"CASE WHEN {_HAS_SIZE} THEN least({{width}}, {{height}}) END",
     "aspect_ratio": f"CASE WHEN {_HAS_SIZE} THEN greatest({{width}}, {{height}}) / least({{width}}, {{height}}) END",
@@ -50,7 +50,7 @@ DERIVED: dict[str, str] = {
 
 
 def sources_of(column: str) -> tuple[str, ...]:
-    """The columns of tables that a column follows from: itself, unless it is derived."""
+    """Returns the table columns that a column is derived from; else the column itself."""
     if column not in DERIVED:
         return (column,)
     return tuple(name for name in ("width", "height", "caption") if f"{{{name}}}" in DERIVED[column])
@@ -61,15 +61,15 @@ _VALUES = {float: "a number", bool: "true or false", list: "a list of words, suc
 
 @dataclass(frozen=True)
 class Rule:
-    """One condition that a sample must meet. Its column decides where it can be used, see `filters.columns.TABLES`.
+    """A condition that a sample must meet; its column decides where it applies, see `filters.columns.TABLES`.
 
     Attributes:
-        column: the column it needs; NULL there is counted as a reason of its own.
-        sql: the condition, with one `?` for the recipe's value unless that is true or false.
-        meaning: what was wrong with a sample that fails it; `{value}` is the recipe's value.
-        kind: what the recipe's value is: a number (float), true or false (bool) or words (list).
-        pushdown: (column, operator) pairs that hold, with the recipe's value, for every row that passes. They are of
-            columns as they are in the files, so that DuckDB can skip row groups by their statistics.
+        column: NULL there counts as a reason of its own.
+        sql: the condition, with one `?` for the recipe's value unless that is a bool.
+        meaning: why a sample fails; `{value}` is the recipe's value.
+        kind: of the recipe's value: a number (float), a bool or words (list).
+        pushdown: (column, operator) pairs that hold, with the recipe's value, for every passing row; on the files' own
+            columns, so that DuckDB can skip row groups by their statistics.
     """
 
     column: str
@@ -93,17 +93,17 @@ class Rule:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The columns of tables that its own column consists of, or follows from."""
+        """The table columns that its column is, or is derived from."""
         return sources_of(self.column)
 
     @property
     def in_select(self) -> bool:
-        """Whether the metadata knows its column; else only a decoded image tells."""
+        """Whether the metadata has its column; otherwise only a decoded image does."""
         return all("metadata" in TABLES[name] for name in self.sources)
 
     @property
     def in_keep(self) -> bool:
-        """Whether its column is known after the download too; else only the metadata has it."""
+        """Whether its column is available after the download; otherwise only the metadata has it."""
         return all(TABLES[name] - {"metadata"} for name in self.sources)
 
 
@@ -134,7 +134,7 @@ RULES: dict[str, Rule] = {
     ),
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
-    # What these measure is told in filters.score.quality.
+    # Measures of filters.score.quality.
     "min_sharpness": Rule("sharpness", "sharpness >= ?", "sharpness under {value}"),
     "min_entropy": Rule("entropy", "entropy >= ?", "gray levels of an entropy under {value} bits"),
     "max_border": Rule("border", "border <= ?", "more than the share {value} of the image is border of one colour"),
@@ -143,16 +143,14 @@ RULES: dict[str, Rule] = {
 
 
 def select_item(column: str) -> str:
-    """SELECT item of a rule's column, from the selection `s` as the metadata has it."""
+    """Returns the SELECT item of a rule's column, from the selection `s` in metadata form."""
     return derived_sql((column,), "s.width", "s.height", "s.caption") if column in DERIVED else _as_number("s", column)
 
 
 def keep_item(column: str, decide_by: str) -> str:
-    """SELECT item of a rule's column after the download, from the selection `s`, the images `i` and the scores `c`.
+    """Returns the SELECT item of an `in_keep` rule's column, from selection `s`, images `i` and scores `c`.
 
-    Args:
-        column: of a rule for which `in_keep` holds.
-        decide_by: whether scores are the metadata's or the image's, see `KeepConfig`.
+    `decide_by` chooses the metadata's scores or the image's, see `KeepConfig`.
     """
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
@@ -170,28 +168,23 @@ def _as_number(table: str, column: str) -> str:
 def derived_sql(
     names: Iterable[str] = tuple(DERIVED), width: str = "width", height: str = "height", caption: str = "caption"
 ) -> str:
-    """SELECT items for derived columns, from the given columns or expressions."""
+    """Returns SELECT items for derived columns, from the given columns or expressions."""
     columns = {"width": width, "height": height, "caption": caption}
     return ", ".join(f"{_filled(DERIVED[name], columns)} AS {name}" for name in names)
 
 
 def _filled(template: str, columns: Mapping[str, str]) -> str:
-    # Not str.format: regular expressions have braces of their own.
+    # Not str.format: regular expressions contain braces.
     for name, sql in columns.items():
         template = template.replace(f"{{{name}}}", sql)
     return template
 
 
 def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, RuleValue]:
-    """The rules with numbers as floats, or a sentence on what is wrong with them.
-
-    Args:
-        rules: name -> value, as read from a recipe.
-        in_keep: whether they are for `keep.rules`, after the download.
+    """Validates the rules (name -> value) of a recipe, with `in_keep` those of `keep.rules`; numbers become floats.
 
     Raises:
-        UserError: a rule that does not exist (with the nearest one), a value of the wrong kind, or a rule that cannot
-            be used there.
+        UserError: an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
     """
     return {name: _checked(name, value, in_keep) for name, value in rules.items()}
 
@@ -219,18 +212,17 @@ def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
 
 
 def active_rules(rules: Mapping[str, RuleValue]) -> list[str]:
-    """Names of the rules that say anything: all but those that are set to false."""
+    """Returns the names of rules that are not set to false."""
     return [name for name, value in rules.items() if value is not False]
 
 
 def reason_case(
     rules: Mapping[str, RuleValue], first: list[tuple[str, str]] | None = None, null_passes: Collection[str] = ()
 ) -> tuple[str, list[float | list[str]]]:
-    """SQL for the first reason that drops a row (NULL when it stays), and the values to bind.
+    """Returns SQL for the first reason that drops a row (NULL if it stays), and the values to bind.
 
-    Reasons are the rules' names, or `<column>_missing` where the column is NULL. `first`
-    holds (reason, condition to stay) pairs that are checked before the rules. NULL in one of
-    the columns `null_passes` meets the rule.
+    A reason is a rule's name, or `<column>_missing` if the column is NULL and not in `null_passes`. `first` holds
+    (reason, condition to stay) pairs to check before the rules.
     """
     branches = [f"WHEN NOT coalesce({stays}, false) THEN '{reason}'" for reason, stays in first or []]
     values: list[float | list[str]] = []
@@ -245,12 +237,12 @@ def reason_case(
 
 
 def lower_case(words: Iterable[str]) -> list[str]:
-    """Words as the rules compare them."""
+    """Normalizes words as the rules compare them."""
     return [word.lower() for word in words]
 
 
 def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
-    """A reason in plain words, for the funnel."""
+    """Describes a reason for the funnel."""
     if reason in RULES and reason in rules:
         value = rules[reason]
         shown = ", ".join(value) if isinstance(value, list) else f"{value:g}"
@@ -259,7 +251,7 @@ def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
 
 
 def in_words(reason: str) -> str:
-    """A reason that is no rule, in plain words."""
+    """Describes a reason that is not a rule."""
     if reason.endswith("_missing"):
         return f"no value for {reason.removesuffix('_missing')}"
     return reason.replace("_", " ")

@@ -1,1 +1,1 @@
-"""Which samples are kept by their scores and their duplicates: the stage KEEP."""
+"""The decision which samples to keep, by scores and duplicates: the stage KEEP."""

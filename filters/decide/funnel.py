@@ -1,4 +1,4 @@
-"""The funnel: from metadata rows to kept samples, what dropped how many, and that the sum is right."""
+"""The funnel from metadata rows to kept samples: drops by reason, checked to add up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Stages = Sequence[Stage[Recipe]]
 
 
 class FunnelRow(TypedDict):
-    """What one reason dropped. The first row has no reason: it holds the rows of the metadata."""
+    """The drops of one reason; the first row, the metadata's, has none."""
 
     stage: str
     reason: str
@@ -29,16 +29,12 @@ class FunnelRow(TypedDict):
 
 
 def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardReport | None = None) -> list[FunnelRow]:
-    """Drops by stage and reason, from all metadata rows to the kept samples.
+    """Returns drops by stage and reason, from all metadata rows to the kept samples.
 
-    Args:
-        dataset: with finished stages.
-        recipe: whose rules the reasons are.
-        stages: of the pipeline, in their order.
-        decided: decisions to show in place of the recorded ones.
+    `stages` are the pipeline's, in order; `decided` replaces the recorded decisions.
 
     Raises:
-        UserError: a stage that drops samples is not finished, or the counts of two stages do not fit.
+        UserError: a stage that drops samples is not finished, or the counts of two stages do not match.
     """
     num_rows = selection(dataset).num_in
     rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=num_rows)]
@@ -50,14 +46,14 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
         dropped, num_out = _counts(shown)
         if stage.drops.repeats:
             dropped.subtract(dropped_before)
-        elif stage is not stages[0]:  # what that drops is not selected, and counted by nobody else
+        elif stage is not stages[0]:  # the first stage's drops are not selected, so no later stage counts them
             dropped_before += dropped
         _append(rows, stage.name, dropped, stage.drops.rules(recipe), stage.drops, num_out)
     return rows
 
 
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
-    """What one should know beside the numbers: the published size of the subset, and how odd input was handled.
+    """Returns the subset's published size, and the stages' remarks on unusual input.
 
     Raises:
         UserError: nothing has been selected yet.

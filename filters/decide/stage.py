@@ -21,7 +21,7 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
-# One row for every selected row, with the columns that rules name. Sizes are those of the image as it was fetched.
+# One row per selected row, with the columns that rules name. Sizes are the downloaded image's.
 _JOINED = """
 SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
        i.original_width::BIGINT * i.original_height AS area, b.uid IS NOT NULL AS is_removed, {columns}
@@ -35,7 +35,7 @@ LEFT JOIN blocked b USING (uid)
 _HASHES = """
 SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
 """
-# The survivor of a group is the largest image that passed every rule, then the best liked, then the smallest uid.
+# Of each group, the largest image that passes every rule stays, then the best scored, then the smallest uid.
 _DECIDED = """
 WITH judged AS (SELECT *, {case} AS rule_reason FROM joined),
 ranked AS (
@@ -55,17 +55,14 @@ _BEFORE_RULES = (
 
 
 def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
-    """Decides on every selected row; returns how many have each reason (None: kept).
+    """Decides on every selected row; returns counts by reason (None: kept).
 
-    Args:
-        dataset: finished up to `dedup`.
-        recipe: whose rules.
-        target: the decisions go to this file; without one they are only counted.
+    The dataset must be finished up to `dedup`. Decisions go to `target`; without it, they are only counted.
     """
     case, values = reason_case(recipe.keep.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
     columns = ", ".join(_columns(dataset, recipe.keep))
-    # Else what does not fit into memory goes to wherever the user happens to stand.
+    # Otherwise DuckDB spills to the working directory.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
         connection.register("blocked", _alike_to_removed(connection, dataset))
         connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
@@ -79,7 +76,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 
 def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
-    """SELECT items of what the rules look at, and of the score by which one of a group of duplicates stays.
+    """Yields SELECT items of the rules' columns, and of the score that ranks duplicates.
 
     Raises:
         UserError: the metadata are to decide, and none has a score.
@@ -90,7 +87,7 @@ def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
 
 
 def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
-    """Selections have a column for V1's scores only where the metadata has it, unlike all others."""
+    """Checks for V1's scores, whose column, unlike all others, selections have only if the metadata does."""
     files = _sources(dataset)["selection"] if column == "aesthetic_v1" and keep.decide_by == "metadata" else []
     if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(
@@ -100,7 +97,7 @@ def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
 
 
 def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
-    """The uids of images that look like one that was taken out with a radius."""
+    """Returns uids of images similar to one that was removed with a radius."""
     sources = _sources(dataset)
     return near_duplicate_uids(
         connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed)
@@ -108,7 +105,7 @@ def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
-    """The Parquet files of each stage, as its manifest lists them."""
+    """Returns each stage's Parquet files, as listed in its manifest."""
     shards = selected_shards(dataset)
     return {
         "selection": [str(dataset.selection(shard)) for shard in shards],
@@ -123,7 +120,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    # The selection too: LAION's scores, which may decide, are nowhere else.
+    # The selection too: only it holds LAION's scores, which may decide.
     select = selection(dataset)
     shards = selected_shards(dataset)
     inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
@@ -142,11 +139,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
 
 
 def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardReport:
-    """The stage's report, from how many rows have each reason.
-
-    Raises:
-        UserError: no row is kept.
-    """
+    """Builds the stage's report from counts by reason; raises `UserError` if no row is kept."""
     dropped = {str(reason): count for reason, count in counts.items() if reason is not None}
     kept = counts.get(None, 0)
     if not kept:

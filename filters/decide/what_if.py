@@ -1,4 +1,4 @@
-"""Other thresholds for a finished dataset: what they would keep, and the decision itself, in seconds."""
+"""Other thresholds for a finished dataset: preview or decide again, in seconds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from sdtrain.settings import parse_settings
 
 
 def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
-    """`name=value` texts as a recipe's rules, the value as YAML would read it.
-
-    Raises:
-        UserError: a text of another form.
-    """
+    """Parses `name=value` texts into a recipe's rules, with values as in YAML; raises `UserError` for another form."""
     rules = {}
     for text in texts:
         name, equals, value = text.partition("=")
@@ -38,10 +34,10 @@ def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | None = None) -> Recipe:
-    """The recipe with these rules in `keep`: those that it has at their place, others behind them.
+    """Returns the recipe with `rules` in `keep`: existing ones in place, others appended.
 
     Raises:
-        UserError: an unknown rule, or a value that is none.
+        UserError: an unknown rule or an invalid value.
     """
     content: dict[str, Any] = recipe.model_dump()
     content["keep"]["rules"] |= {name: value for name, value in rules.items() if value is not None}
@@ -50,12 +46,7 @@ def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | N
 
 
 def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[str, object]]:
-    """The funnel as it is and as `recipe` would make it, reason by reason; nothing is written.
-
-    Args:
-        dataset: finished up to `dedup`.
-        recipe: what would decide.
-        stages: of the pipeline, in their order.
+    """Compares the current funnel with that under `recipe`, reason by reason; writes nothing.
 
     Raises:
         UserError: a stage before `keep` is not finished, or nothing would be kept.
@@ -64,7 +55,7 @@ def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[st
     after = funnel(dataset, recipe, stages, _decided(dataset, recipe))
     before = funnel(dataset, read_recipe(dataset), stages) if read_entry(dataset, "keep", 0) else []
     old, new = ({(row["stage"], row["reason"]): row for row in rows} for rows in (before, after))
-    # Rows of the old funnel alone stand where their stage ends, which for all of them is `keep`.
+    # Reasons of the old funnel only go last in their stage, which for all of them is `keep`.
     shown = [_beside(key, old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old]) if key[1]]
     kept: dict[str, object] = {"stage": "", "reason": "kept", "meaning": "samples to be packed"}
     shown = [row for row in shown if row["before"] or row["now"]]
@@ -72,7 +63,7 @@ def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[st
 
 
 def decide_again(dataset: DatasetDir, recipe: Recipe) -> list[str]:
-    """Makes `recipe` the dataset's, and its decisions by it; returns what differs from the recipe before.
+    """Records `recipe` and decides by it; returns its differences from the previous recipe.
 
     Raises:
         UserError: a stage before `keep` is not finished, or nothing would be kept; nothing is changed then.
@@ -85,7 +76,7 @@ def decide_again(dataset: DatasetDir, recipe: Recipe) -> list[str]:
 
 
 def _decided(dataset: DatasetDir, recipe: Recipe) -> ShardReport:
-    KEEP.fingerprint(dataset, recipe, 0)  # says so if something before is not finished
+    KEEP.fingerprint(dataset, recipe, 0)  # fails if an earlier stage is not finished
     return report_of(dataset, decide(dataset, recipe))
 
 

@@ -1,1 +1,1 @@
-"""What a dataset holds and how far it is: views, queries, status, metrics, the report."""
+"""Inspection of a dataset: views, queries, status, metrics, the report."""

@@ -1,4 +1,4 @@
-"""What a rule looks at, so that images near its limit can be shown."""
+"""Rule thresholds and their columns, for showing images near the limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdtrain.report.examples import RuleThreshold
 
 
 def borders(recipe: Recipe) -> Iterator[RuleThreshold]:
-    """The limits of a recipe's rules, those of the metadata first."""
+    """Yields a recipe's rule thresholds, the metadata's first."""
     for stage, rules in (("select", recipe.select.rules), ("keep", recipe.keep.rules)):
         for name, limit in rules.items():
             if isinstance(limit, float):

@@ -1,4 +1,4 @@
-"""Datasets and training runs as Prometheus metrics, read from disk whenever they are asked for."""
+"""Prometheus metrics of datasets and training runs, read from disk on each scrape."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 from sdtrain.training.run_dir import RunStatus, is_run_dir, run_status
 
-# The log's name of a figure -> the metric's, and what it is.
+# The log's name of a metric -> Prometheus's name and description.
 _FIGURES = {
     "loss": ("sdtrain_training_loss", "mean squared error of the last line of the log"),
     "lr": ("sdtrain_training_learning_rate", "learning rate"),
@@ -33,15 +33,14 @@ _FIGURES = {
     "num_skipped": ("sdtrain_training_skipped_steps", "optimizer steps that were not applied"),
 }
 _LIST_EVERY_S = 60.0
-"""How often a dataset on S3 is listed, a thousand objects a request, however often Prometheus asks."""
+"""Minimum interval between listings of a dataset on S3 (1,000 objects a request), however often Prometheus asks."""
 _log = logging.getLogger(__name__)
 
 
 class StatusCollector(Collector):
-    """What `sdtrain status` knows of some datasets and training runs, as metrics.
+    """The metrics of `sdtrain status` for datasets (directories or s3://…) and training runs.
 
-    Args:
-        names: directories, or s3://… of datasets. One that cannot be read is left out, and `sdtrain_up` says so.
+    Unreadable ones are left out, and `sdtrain_up` says so.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -49,7 +48,7 @@ class StatusCollector(Collector):
         self._listed: dict[str, float] = {}
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics as they are now."""
+        """Yields all current metrics."""
         up = GaugeMetricFamily("sdtrain_up", "whether a directory can be read", labels=["path"])
         datasets, runs = [], []
         for name in self._names:
@@ -76,11 +75,7 @@ class StatusCollector(Collector):
 
 
 def serve_metrics(names: Sequence[str], host: str, port: int) -> tuple[int, threading.Thread]:
-    """Answers Prometheus on a thread of its own; returns the port and the thread.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """Serves Prometheus on its own thread; returns the port and the thread. Raises `UserError` if the port is taken."""
     registry = CollectorRegistry()
     registry.register(StatusCollector(names))
     try:

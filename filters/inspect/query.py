@@ -1,4 +1,4 @@
-"""SQL of anyone's over a dataset: one question at a time, reading the dataset and its metadata and nothing else."""
+"""Untrusted SQL over a dataset: one statement, confined to the dataset and its metadata."""
 
 from __future__ import annotations
 
@@ -25,15 +25,11 @@ _BATCH_ROWS = 50_000
 
 @contextmanager
 def ask(dataset: DatasetDir, sql: str, explain: bool = False) -> Iterator[pa.RecordBatchReader]:
-    """The answer to one SELECT over the dataset's views, batch by batch.
+    """Yields the result of one SELECT over the dataset's views (metadata.duckdb), in batches.
 
-    The database is opened for reading; files other than the dataset's and the metadata's, the network, settings and
-    extensions are out of reach of the query.
-
-    Args:
-        dataset: with its metadata.duckdb.
-        sql: one statement that reads: SELECT, FROM, DESCRIBE, SUMMARIZE, SHOW.
-        explain: give the plan, with the times that its steps took, instead of the answer.
+    The database is read-only; the query cannot reach files other than the dataset's and the metadata's, the network,
+    settings or extensions. `sql` is one SELECT, FROM, DESCRIBE, SUMMARIZE or SHOW; `explain` returns the plan with
+    the times of its steps instead of the result.
 
     Raises:
         UserError: there are no views yet, or the SQL is wrong or not allowed.
@@ -42,7 +38,7 @@ def ask(dataset: DatasetDir, sql: str, explain: bool = False) -> Iterator[pa.Rec
         try:
             _check_reads(connection, sql)
             result = connection.execute(f"EXPLAIN ANALYZE {sql}" if explain else sql)
-            # Closed too, because an open one keeps the database, for which the next `ask` would wait for ever.
+            # Closed too, because an open one keeps the database, and the next `ask` would wait forever.
             with result.to_arrow_reader(_BATCH_ROWS) as answer:
                 yield answer
         except duckdb.Error as error:
@@ -57,7 +53,7 @@ def _open(dataset: DatasetDir) -> duckdb.DuckDBPyConnection:
         metadata = [file.path for file in find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)]
         if any(map(holds_secret, metadata)):  # then the view is empty, see `filters.inspect.views`
             metadata = []
-    except UserError:  # the dataset can be asked without what it was made from
+    except UserError:  # the dataset can be queried without its metadata
         metadata = []
     connection = duckdb.connect(dataset.database, read_only=True)
     prepare(connection, metadata)
@@ -78,5 +74,5 @@ def _check_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 
 def _without_advice(error: duckdb.Error) -> str:
-    # Its second paragraph shows the place; "LINE 1" and the pointer below it are worth keeping.
+    # Its second paragraph shows the position; "LINE 1" and the pointer below it are worth keeping.
     return str(error).strip() if isinstance(error, duckdb.ParserException) else first_line(error)

@@ -1,4 +1,4 @@
-"""What a build leaves beside its shards once every stage is finished."""
+"""Final outputs of a build, written beside its shards once every stage is finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdtrain.pack.stage import write_index
 
 
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
-    """Writes the index of the packed shards, the DuckDB views and, if anything was done since, the report."""
+    """Writes the packed shards' index, the DuckDB views and, if anything changed, the report."""
     forget_plan(dataset)
     write_index(dataset)
     write_views(dataset, recipe)
@@ -27,7 +27,7 @@ def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
 
 
 def push_rest(dataset: DatasetDir) -> None:
-    """Writes to S3 what belongs to no shard; not metadata.duckdb, which names files of this machine."""
+    """Writes files outside shards to S3, except metadata.duckdb, which names files of this machine."""
     storage = storage_of(dataset)
     files = (dataset.packed_tar(0).with_name("index.json"), dataset.latents_info, dataset.report)
     storage.push_files(path for path in files if path.exists())
@@ -35,12 +35,8 @@ def push_rest(dataset: DatasetDir) -> None:
 
 
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
-    """Writes report.html, and its images beside it, from the dataset's views.
-
-    Raises:
-        UserError: the build has not come to its decisions yet.
-    """
-    # Not above: a build that finds nothing to do would wait for matplotlib and jinja2.
+    """Writes report.html and its images from the dataset's views; raises `UserError` before the build has decisions."""
+    # Lazy, so that a build with nothing to do does not wait for matplotlib and jinja2.
     from filters.inspect.borders import borders
     from sdtrain.report.page import Report, write_report
 
@@ -57,7 +53,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
 
 
 def scores_note(recipe: Recipe) -> str:
-    """Says so where scores come from networks that have learnt nothing, as in the demo; else empty."""
+    """Warns of scores from untrained networks, as in the demo; else empty."""
     weights = {name: getattr(recipe.score, f"{name}_weights") for name in NETWORKS}
     random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
     if not random:
@@ -67,6 +63,6 @@ def scores_note(recipe: Recipe) -> str:
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:
-    """Those of the recipe's rules that a diagram can show as a line; what decided first comes before what did later."""
+    """Returns rule limits that a diagram can draw as lines; earlier decisions come first."""
     rules = recipe.keep.rules | recipe.select.rules
     return {name: value for name, value in rules.items() if isinstance(value, float)}

@@ -1,4 +1,4 @@
-"""How far a dataset is: told from its manifest alone, so that asking costs nothing and needs no server."""
+"""A dataset's progress, from its manifest alone, so that asking is cheap and needs no server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
 
 _WINDOW_S = 3600.0
-"""How far back the rate looks from the shard that was finished last."""
+"""Window of the rate, back from the last finished shard."""
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,13 @@ class StageStatus:
     """One stage.
 
     Attributes:
-        stage: its name.
         num_done: finished shards.
-        num_shards: all; None while an earlier stage decides that.
+        num_shards: all; None until an earlier stage determines it.
         num_in, num_out: samples of the finished ones.
         dropped: samples, by reason.
-        num_bytes: size of what it wrote.
-        seconds: work on the finished shards, which may have been side by side.
-        samples_per_s: by the clock, over the last hour of its work; None for fewer than two shards.
-        left_s: until its end at that rate.
+        seconds: work on the finished shards, which may have overlapped.
+        samples_per_s: wall-clock rate over the last hour of its work; None for fewer than two shards.
+        left_s: time to its end at that rate.
     """
 
     stage: str
@@ -54,9 +52,8 @@ class DatasetStatus:
 
     Attributes:
         place: its directory, or URL.
-        recipe: the recipe's name.
-        stages: in their order.
-        users: a sentence for each command that uses it now.
+        stages: in order.
+        users: a sentence for each active command.
         free_bytes: on its disk, or that of its work folder.
     """
 
@@ -68,11 +65,7 @@ class DatasetStatus:
 
 
 def dataset_status(dataset: DatasetDir) -> DatasetStatus:
-    """How far a dataset is.
-
-    Raises:
-        UserError: there is none, or its manifest is damaged.
-    """
+    """Returns a dataset's progress; raises `UserError` if it does not exist or its manifest is damaged."""
     recipe = read_recipe(dataset)
     stages = [_status(stage, dataset, recipe) for stage in pipeline.STAGES]
     return DatasetStatus(
@@ -105,7 +98,7 @@ def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageS
 
 
 def _rate(done: Sequence[ShardReport]) -> float | None:
-    """Samples a second of wall time."""
+    """Returns samples per second of wall time."""
     times = sorted((entry.finished_at, entry.num_in) for entry in done if entry.finished_at)
     recent = [(at, num) for at, num in times if at >= times[-1][0] - _WINDOW_S]
     if len(recent) < 2 or recent[-1][0] == recent[0][0]:

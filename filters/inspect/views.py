@@ -1,4 +1,4 @@
-"""metadata.duckdb: views over all that a dataset holds, for anyone with a DuckDB shell."""
+"""metadata.duckdb: views over a whole dataset, for any DuckDB shell."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 
-# Oldest DuckDB whose shell shall read the file.
+# Oldest DuckDB version that can read the file.
 _STORAGE_VERSION = "v1.2.0"
 # Views over the views above.
 DERIVED: dict[str, str] = {
@@ -60,7 +60,7 @@ _COMMENTS: dict[str, str] = {
     "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
 }
 
-# Columns that follow from a file's name: the number of its shard, and the tar beside it.
+# Columns derived from a file's name: its shard's number, and the tar beside it.
 _FROM_FILE = {
     "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
     "tar": "regexp_replace(filename, '[.]parquet$', '.tar') AS tar",
@@ -68,14 +68,10 @@ _FROM_FILE = {
 
 
 def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
-    """Writes metadata.duckdb anew and puts it in place of the old one, whose readers are not disturbed.
+    """Writes metadata.duckdb, atomically replacing the old one without disturbing its readers; returns its path.
 
-    The views name files by absolute paths, because DuckDB looks for relative ones where its
-    user happens to stand. After a dataset was moved, call this again. Stages that are not
-    finished give empty views.
-
-    Returns:
-        The path of the database.
+    The views use absolute paths, because DuckDB resolves relative ones against the user's working directory; call this
+    again after moving a dataset. Unfinished stages give empty views.
     """
     fetch_tables(dataset)
     root = DatasetDir(dataset.root.absolute())
@@ -103,7 +99,7 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
-    """The Parquet files of a stage that are finished, without those of an earlier and larger selection."""
+    """Returns a stage's finished Parquet files, without leftovers of an earlier, larger selection."""
     limit = stage.num_shards(dataset, recipe) or 0
     names = {name for entry in entries(dataset, stage.name) if entry.shard < limit for name in entry.outputs}
     paths = (dataset.root / name for name in sorted(names) if name.endswith(".parquet"))
@@ -117,7 +113,7 @@ def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: Map
     files = ", ".join(_literal(str(path)) for path in paths)
     read = f"SELECT * FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
     known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
-    # Files of an older version may have fewer columns, and so have selections of metadata with fewer.
+    # Files of older versions, and selections of metadata with fewer columns, may lack columns.
     absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
     extra = "".join(f", {sql}" for name, sql in absent.items() if name not in known)
     return read.replace("*", f"* EXCLUDE (filename){extra}", 1)
@@ -127,9 +123,9 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
     try:
         files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
         prepare(connection, (file.path for file in files))
-    except UserError:  # the dataset is of use without what it was made from
+    except UserError:  # the dataset is useful without its metadata
         return _over(connection, [], TYPES)
-    if any(holds_secret(file.path) for file in files):  # a view would hold them
+    if any(holds_secret(file.path) for file in files):  # a view would store the secrets
         return _over(connection, [], TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
@@ -144,7 +140,7 @@ def _comments(recipe: Recipe) -> dict[str, str]:
 
 
 def _left_out(recipe: Recipe) -> dict[str, str]:
-    """Says why there is no metadata to ask, where its URL may not be written into the database."""
+    """Explains a metadata view left empty because its URL must not be written into the database."""
     if as_recorded(recipe.select.metadata) == recipe.select.metadata and not recipe.select.metadata.endswith(LEFT_OUT):
         return {}
     return {"metadata": "Empty: the metadata's URL has a query or password, which is not written down"}
@@ -156,7 +152,7 @@ def _write_funnel(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, re
     )
     try:
         rows = funnel(dataset, recipe, pipeline.STAGES)
-    except UserError:  # the build is under way
+    except UserError:  # the build is in progress
         return
     connection.executemany("INSERT INTO funnel VALUES (?, ?, ?, ?, ?)", [list(row.values()) for row in rows])
 
@@ -188,5 +184,5 @@ def _num_bytes(entry: ShardReport) -> int:
 
 
 def _literal(text: str) -> str:
-    """Text as a SQL literal: views cannot hold bound values."""
+    """Quotes text as a SQL literal: views cannot hold bound values."""
     return "'" + text.replace("'", "''") + "'"

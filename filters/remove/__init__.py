@@ -1,1 +1,1 @@
-"""Takes samples out of a finished dataset for good."""
+"""Permanent removal of samples from a finished dataset."""

@@ -1,4 +1,4 @@
-"""Carries a removal out: what is to be done is written down first, and done by any number of runs."""
+"""Execution of a removal: journaled first, then carried out by any number of runs."""
 
 from __future__ import annotations
 
@@ -29,16 +29,15 @@ _log = logging.getLogger(__name__)
 
 
 class Journal(BaseModel):
-    """A removal that is under way.
+    """A removal in progress.
 
     Attributes:
-        number: how many there were before.
-        note: what it is, as a sentence.
-        num_samples: how many leave.
-        ledger_sha256: of the ledger that goes with it; with another one, nothing of it has begun.
+        number: of earlier removals.
+        note: a sentence that describes it.
+        ledger_sha256: of the ledger written with it; if the ledger differs, the removal has not begun.
         touched: by stage, the shards whose files hold removed samples.
-        finished: by stage, the shards that were finished before, and are so afterwards.
-        notes: what could not be kept finished, as sentences.
+        finished: by stage, the shards that were finished before, and stay so.
+        notes: sentences on what could not be kept finished.
     """
 
     number: int
@@ -51,16 +50,16 @@ class Journal(BaseModel):
 
 
 def start_removal(dataset: DatasetDir, removal: Removal) -> None:
-    """Writes down what is to be done, and blocks what is removed; `finish_removal` does it.
+    """Writes the journal and blocks the samples; `finish_removal` does the rest.
 
-    Call that before too, if another removal may have been interrupted.
+    Call `finish_removal` first if an earlier removal may have been interrupted.
     """
     if dataset.removal.exists():
         raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
     ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
     finished, notes = _finished_shards(dataset, read_recipe(dataset))
     with publish(dataset.removal) as temporary:
-        # Under the journal's own temporary name first, because its digest is to stand in the journal.
+        # Under the journal's temporary name first, because the journal holds its digest.
         write_ledger(temporary, ledger)
         digest = sha256_of(temporary)
         journal = Journal(
@@ -79,17 +78,17 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
 
 
 def finish_removal(dataset: DatasetDir) -> list[str]:
-    """Does what is written down, if anything is; returns what was done, as sentences.
+    """Carries out the journaled removal, if any; returns sentences on what was done.
 
     Raises:
-        UserError: a file that is to be rewritten is damaged; removal.json cannot be read.
+        UserError: a file to rewrite is damaged, or removal.json cannot be read.
     """
     journal = _read_journal(dataset)
     if journal is None:
         return []
     recipe = read_recipe(dataset)
     for stage_name, shards in journal.touched.items():
-        # As they are: the run before may have replaced some of them already.
+        # As they are: an earlier run may have replaced some of them already.
         fetch_outputs(dataset, stage_name, None if stage_name == "select" else shards, as_they_are=True)
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
@@ -104,7 +103,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
 
 
 def finish_interrupted_removal(dataset: DatasetDir) -> None:
-    """Before a locked dataset's recipe changes, because the files are of the recipe before."""
+    """Call before changing a locked dataset's recipe, because the files follow the previous recipe."""
     if dataset.removal.exists():
         _log.warning("A removal had been interrupted. %s", " ".join(finish_removal(dataset)))
 
@@ -133,7 +132,7 @@ def _read_journal(dataset: DatasetDir) -> Journal | None:
 
 
 def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, list[int]], list[str]]:
-    """By stage, what is finished; and why that cannot be told of some stages."""
+    """Returns finished shards by stage, and why some stages could not be checked."""
     found: dict[str, list[int]] = {}
     notes = []
     for stage in pipeline.STAGES:
@@ -148,7 +147,7 @@ def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, lis
 
 
 def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
-    """Writes anew what is made from all stages together, and sweeps what killed runs left."""
+    """Rewrites outputs derived from all stages, and deletes leftovers of killed runs."""
     from filters.inspect.report import push_rest, report_on
     from filters.inspect.views import write_views
     from filters.search.index import forget_index

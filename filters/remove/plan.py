@@ -1,19 +1,18 @@
-"""REMOVE: samples leave every stage for good, by rewriting the shards that hold them and no others.
+"""REMOVE: permanently removes samples from every stage by rewriting only the shards that hold them.
 
 | file | what happens |
 |---|---|
 | selection, images, scores, duplicates, decisions | the rows go; all others keep their keys |
-| images, dataset, latents (tar) | the members go; all others are copied as they are |
-| manifest | counts and digests are those of the files; what was finished stays finished |
-| removed.parquet | digests of what went, by which it is known when it comes again |
-| metadata.duckdb, report.html, images/, index.json | written anew |
+| images, dataset, latents (tar) | the members go; all others are copied unchanged |
+| manifest | counts and digests are updated; what was finished stays finished |
+| removed.parquet | digests of removed samples, to recognise them later |
+| metadata.duckdb, report.html, images/, index.json | rewritten |
 
-A removed row counts as one that `select` dropped for the reason `removed`. From then on `select` drops what has a
-removed uid, URL or host, `download` refuses a removed sha256, and `keep` drops what looks like an image that was
-removed with a radius.
+A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
+hosts, `download` refuses a removed sha256, and `keep` drops images similar to one that was removed with a radius.
 
-What is to be done is written down (removal.json) before anything is touched. If it is killed, the next `sdtrain
-remove`, `decide` or `build` first brings it to its end; nothing else may use the dataset meanwhile.
+The plan (removal.json) is written before anything is touched. If killed, the next `sdtrain remove`, `decide` or `build`
+first completes it; nothing else may use the dataset meanwhile.
 """
 
 from __future__ import annotations
@@ -44,16 +43,15 @@ _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha25
 
 @dataclass(frozen=True)
 class Removal:
-    """What a list takes out of a dataset.
+    """The effect of a removal list on a dataset.
 
     Attributes:
-        by: what the list goes by.
-        num_entries: of the list.
+        by: the kind of the list's entries.
         num_listed: samples that an entry names.
-        num_same_bytes: others with the very bytes of one of them.
-        num_alike: others that look like one of them.
-        num_copies_left: others that stay, although the dataset's duplicates count them as copies of one that goes.
-        rows: what the ledger does not hold yet.
+        num_same_bytes: others with identical bytes.
+        num_alike: other near-duplicates.
+        num_copies_left: others that stay, although the dataset groups them with a removed one as duplicates.
+        rows: additions to the ledger.
         touched: by stage, the shards whose files hold any of these samples.
     """
 
@@ -68,16 +66,16 @@ class Removal:
 
     @property
     def num_samples(self) -> int:
-        """How many samples leave."""
+        """The number of samples to remove."""
         return self.num_listed + self.num_same_bytes + self.num_alike
 
     @property
     def has_effect(self) -> bool:
-        """Whether anything leaves, or is newly blocked."""
+        """Whether anything is removed or newly blocked."""
         return bool(self.num_samples or len(self.rows))
 
     def sentences(self) -> list[str]:
-        """For the terminal."""
+        """Describes the removal for the terminal."""
         others = [
             f"{number:,} {what}"
             for number, what in (
@@ -101,18 +99,14 @@ class Removal:
 
 
 def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
-    """What the entries of a list mean in a dataset; nothing is written.
+    """Resolves a list's entries (of kind `by`) in a dataset in any state; writes nothing.
 
-    Args:
-        dataset: in any state.
-        path: the list.
-        by: what an entry is.
-        radius: take what looks alike too: perceptual hashes that differ in this many bits at most.
+    `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits.
 
     Raises:
         UserError: there is no dataset, or the list cannot be read.
     """
-    read_recipe(dataset)  # says so if there is no dataset
+    read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
     blocks = _ledger([_entry_row(by, entry, radius or 0) for entry in entries], by)
     with TemporaryDirectory() as folder, closing(duckdb.connect(Path(folder) / "seen.duckdb")) as connection:
@@ -132,10 +126,10 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
-    """The entries of a list: text with one a line and comments after #, or Parquet with a column named like `by`.
+    """Yields a list's entries: text with one a line and comments after #, or Parquet with a column named like `by`.
 
     Raises:
-        UserError: it is missing or unreadable, or holds something else.
+        UserError: it is missing, unreadable, or of another form.
     """
     try:
         if path.suffix == ".parquet":
@@ -159,17 +153,17 @@ def _column(path: Path, by: Kind) -> Iterable[str]:
 
 
 class _Search:
-    """Looks for samples in all stages of a dataset; of a file that is stale they count too."""
+    """Finds samples in all stages of a dataset, stale files included."""
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
         self._connection, self._duplicates = connection, dataset.duplicates
         rows, values = _rows_sql(dataset, ("url", "sha256", "phash"))
         connection.execute("SET preserve_insertion_order = false")
-        # Once, because each question would read all of it again.
+        # Materialised, because each query would read all of it again.
         connection.execute(f"CREATE TABLE seen AS {rows}", values)
 
     def blocked(self, ledger: pa.Table) -> set[str]:
-        """Uids that a ledger blocks."""
+        """Returns the uids that a ledger blocks."""
         known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", uid="uid")
         found = self._uids(f"SELECT uid FROM ({known}) WHERE is_removed")  # noqa: S608
         return found | set(
@@ -177,12 +171,12 @@ class _Search:
         )
 
     def same_bytes(self, uids: set[str]) -> set[str]:
-        """Other uids of images that came as the same bytes."""
+        """Returns other uids of images downloaded as the same bytes."""
         sha256s = "SELECT sha256 FROM seen WHERE sha256 IS NOT NULL AND uid IN (SELECT unnest(?))"
         return self._uids(f"SELECT uid FROM seen WHERE sha256 IN ({sha256s})", [sorted(uids)]) - uids  # noqa: S608
 
     def copies(self, uids: set[str]) -> set[str]:
-        """Uids in the same groups of copies."""
+        """Returns uids in the same groups of duplicates."""
         if not self._duplicates.exists():
             return set()
         groups = "SELECT group_id FROM read_parquet($table) WHERE uid IN (SELECT unnest($uids))"
@@ -190,11 +184,11 @@ class _Search:
         return self._uids(f"SELECT uid FROM read_parquet($table) WHERE group_id IN ({groups})", values)  # noqa: S608
 
     def sha256s(self, uids: set[str]) -> list[str]:
-        """Digests of the bytes that came for some uids."""
+        """Returns digests of the uids' downloaded bytes."""
         return self._values("sha256", uids)
 
     def hashes(self, uids: set[str]) -> list[int]:
-        """Perceptual hashes of some uids."""
+        """Returns the uids' perceptual hashes."""
         return self._values("phash", uids)
 
     def _values(self, column: str, uids: set[str]) -> list[Any]:
@@ -208,7 +202,7 @@ class _Search:
 
 
 def _rows_sql(dataset: DatasetDir, columns: Sequence[str]) -> tuple[str, list[Any]]:
-    """SQL for `uid` and some columns of all tables' rows, NULL where a table lacks one; and the values to bind."""
+    """Returns SQL for `uid` and `columns` of all tables' rows, NULL where a table lacks one, and the values to bind."""
     parts, values = ["SELECT NULL::VARCHAR AS uid, " + ", ".join(_null(name) for name in columns)], list[Any]()
     for table in filter(None, (stage.table for stage in pipeline.STAGES)):
         paths = list(table.files(dataset).values())
@@ -224,7 +218,7 @@ def _rows_sql(dataset: DatasetDir, columns: Sequence[str]) -> tuple[str, list[An
 def _touched_shards(
     connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, uids: Collection[str]
 ) -> dict[str, list[int]]:
-    """By stage, the shards whose tables name any of some samples."""
+    """Returns, by stage, the shards whose tables hold any of the uids."""
     connection.register("wanted", pa.table({"uid": pa.array(sorted(uids), pa.string())}))
     touched = {}
     for stage in pipeline.STAGES:
@@ -264,7 +258,7 @@ def _ledger(rows: list[dict[str, Any]], listed_by: Kind | None = None) -> pa.Tab
 
 
 def _without_known(rows: pa.Table, ledger: pa.Table) -> pa.Table:
-    """Each row of `rows` that blocks something which neither the ledger nor a row before it blocks."""
+    """Returns the rows that block something neither the ledger nor an earlier row blocks."""
     identity = [tuple(row.values()) for row in pa.concat_tables([ledger, rows]).select(LEDGER.names[:5]).to_pylist()]
     seen, is_new = set[tuple[Any, ...]](), list[bool]()
     for known in identity:

@@ -1,4 +1,4 @@
-"""Takes removed samples out of the files of each stage, and keeps the manifest true."""
+"""Rewriting of each stage's files without removed samples, with a matching manifest."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from sdtrain.pack.plan import SHORT, num_packed, short_shards
 
 @dataclass
 class StageRewrite:
-    """A removal, stage by stage in the order of the pipeline, because a stage's fingerprints hold those before it.
+    """Applies a removal stage by stage, in pipeline order because a stage's fingerprint includes the earlier ones.
 
-    Each step may be done any number of times.
+    Each step is idempotent.
 
     Attributes:
-        dataset: whose ledger says what goes.
-        recipe: that it was built with.
-        connection: for looking.
+        dataset: its ledger lists the removed samples.
+        recipe: the dataset's.
         touched: by stage, the shards whose files hold removed samples.
-        finished: by stage, the shards that are to be finished afterwards.
+        finished: by stage, the shards that must be finished afterwards.
     """
 
     dataset: DatasetDir
@@ -50,7 +49,7 @@ class StageRewrite:
         self.connection.execute("CREATE TEMP TABLE removed AS SELECT DISTINCT digest FROM ledger WHERE kind = 'uid'")
 
     def rewrite(self, stage: Stage[Any]) -> None:
-        """Takes removed samples out of a stage's files, and counts anew."""
+        """Removes samples from a stage's files, and recounts."""
         touched = self.touched.get(stage.name, [])
         for shard in touched:
             if stage.table and stage.table.path(self.dataset, shard).exists():
@@ -64,9 +63,9 @@ class StageRewrite:
                 record(stage, self.dataset, self._recounted(stage, entry))
 
     def restamp(self, stage: Stage[Any]) -> None:
-        """Gives what was finished the fingerprint that it has with the files before it as they are now."""
+        """Updates the fingerprints of finished shards to the rewritten files of earlier stages."""
         if stage.name == "select":
-            return  # its fingerprint is of the metadata alone
+            return  # its fingerprint covers the metadata alone
         for shard in self.finished.get(stage.name, []):
             entry = read_entry(self.dataset, stage.name, shard)
             if entry is None:
@@ -81,7 +80,7 @@ class StageRewrite:
         tar = table.with_suffix(".tar")
         has_tar = "tar" in described.columns
         if has_tar and not tar.exists():
-            for path in (table, dataset.manifest_entry(stage, shard)):  # of no use without its tar, and made again
+            for path in (table, dataset.manifest_entry(stage, shard)):  # useless without its tar; builds recreate both
                 discard(dataset, path)
         elif stage == "download":
             drop_images(dataset, shard, uids, self._wanted_fingerprint(shard))
@@ -107,7 +106,7 @@ class StageRewrite:
         return DOWNLOAD.fingerprint(self.dataset, self.recipe, shard) if is_wanted else None
 
     def _regroup(self, uids: list[str]) -> None:
-        """Groups without removed members; one that has a single member left is none."""
+        """Regroups without removed members; drops groups with a single one left."""
         kept = (
             "SELECT * REPLACE (min(uid) OVER (PARTITION BY group_id) AS group_id) FROM read_parquet($table) "
             "WHERE uid NOT IN (SELECT unnest($uids)) QUALIFY count(*) OVER (PARTITION BY group_id) > 1 ORDER BY uid"
@@ -118,7 +117,7 @@ class StageRewrite:
             self.connection.execute(written, values)
 
     def _short(self, uids: list[str]) -> dict[bytes, bytes]:
-        """What packing must know to make a lost shard again: how many samples each one is short of."""
+        """Returns the number of samples each packed shard is short of, which packing needs to rebuild a lost one."""
         if not self.finished.get("pack"):
             return {}
         short = Counter(short_shards(self.dataset.decisions))
@@ -139,7 +138,7 @@ class StageRewrite:
             write_entry(self.dataset, entry.model_copy(update=counts | {"outputs": outputs}))
 
     def _recounted(self, stage: Stage[Any], entry: ShardReport) -> ShardReport:
-        """A shard's entry by its files as they are."""
+        """Recounts a shard's manifest entry from its files."""
         if entry.stage == "download":
             report = report_images(self.dataset, entry.shard)
             return report.model_copy(update={"fingerprint": entry.fingerprint, "seconds": entry.seconds})

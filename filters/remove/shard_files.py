@@ -1,4 +1,4 @@
-"""Finished files without some of their samples; all others stay byte for byte as they were."""
+"""Rewriting of finished files without some samples; all others stay byte-identical."""
 
 from __future__ import annotations
 
@@ -31,12 +31,9 @@ Uids = Collection[str]
 
 
 def drop_rows(path: Path, uids: Uids, described: Mapping[bytes, bytes] | None = None) -> None:
-    """Writes a Parquet file anew without the rows of some samples, one row group at a time.
+    """Rewrites a Parquet file without the rows of `uids`, one row group at a time.
 
-    Args:
-        path: has a column `uid`.
-        uids: whose rows go.
-        described: goes into the file's own metadata, beside what is there.
+    `described` is added to the file's own metadata.
     """
     gone = pa.array(sorted(uids), pa.string())
     with pq.ParquetFile(path) as file, publish(path) as temporary:
@@ -49,13 +46,9 @@ def drop_rows(path: Path, uids: Uids, described: Mapping[bytes, bytes] | None = 
 
 
 def drop_images(dataset: DatasetDir, shard: int, uids: Uids, fingerprint: str | None) -> None:
-    """Takes samples out of a downloaded shard: tar, table and statistics.
+    """Removes samples from a downloaded shard: tar, table and statistics.
 
-    Args:
-        dataset: whose.
-        shard: its number.
-        uids: which samples go.
-        fingerprint: what the shard is to be known by; None leaves what it is.
+    `fingerprint` becomes the shard's; None keeps it.
     """
     recover_images(dataset, shard)
     final = final_files(dataset, shard)
@@ -75,7 +68,7 @@ def drop_images(dataset: DatasetDir, shard: int, uids: Uids, fingerprint: str | 
 
 
 def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
-    """Takes samples out of a packed shard."""
+    """Removes samples from a packed shard."""
 
     def place(tar: Path, sample: SampleIndex) -> dict[str, Any]:
         return image_location(sample)
@@ -84,7 +77,7 @@ def drop_packed(tar: Path, table: Path, uids: Uids) -> None:
 
 
 def drop_latents(tar: Path, table: Path, uids: Uids) -> None:
-    """Takes samples out of a shard of latents."""
+    """Removes samples from a shard of latents."""
     _drop_from_pair(tar, table, uids, latent_offset)
     delete_index(table)
 
@@ -94,7 +87,7 @@ def _drop_from_pair(tar: Path, table: Path, uids: Uids, place: Callable[[Path, S
     left = rows.filter(pc.invert(pc.is_in(rows["uid"], value_set=pa.array(sorted(uids), pa.string()))))
     keys = set(rows["key"].to_pylist()) - set(left["key"].to_pylist())
     copy_without(tar, keys)
-    # Taken from the tar as it is now, so that a table that was not written when this was killed comes out the same.
+    # Read from the current tar, so that a table left unwritten by a killed run comes out the same.
     samples = {sample.key: sample for sample in index_samples(tar)}
     placed = [row | place(tar, samples[row["key"]]) for row in left.to_pylist()]
     with publish(table) as temporary:
@@ -102,7 +95,7 @@ def _drop_from_pair(tar: Path, table: Path, uids: Uids, place: Callable[[Path, S
 
 
 def copy_without(tar: Path, keys: Collection[str]) -> None:
-    """Writes a tar anew without some samples: the others' headers and bodies are copied as they are."""
+    """Rewrites a tar without some samples, copying the others' headers and bodies unchanged."""
     samples = index_samples(tar)
     if not any(sample.key in keys for sample in samples):
         return
@@ -113,7 +106,7 @@ def copy_without(tar: Path, keys: Collection[str]) -> None:
             if sample.key not in keys:
                 _copy(source, target, begin, end)
             begin = end
-        # As tarfile ends its files: two empty blocks, filled up to a whole record.
+        # Two empty blocks, padded to a whole record, as tarfile ends its files.
         target.write(bytes(2 * BLOCK_BYTES))
         target.write(bytes(-target.tell() % RECORD_BYTES))
 
