@@ -2,5 +2,5 @@
 
 from sdtrain.redaction import hide_secrets_in_logs
 
-# Here, because whatever process runs a flow or a part of one, Prefect's or an engine's, imports this first.
+# Here, because every process that runs (part of) a flow, Prefect's or an engine's, imports this first.
 hide_secrets_in_logs()

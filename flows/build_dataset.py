@@ -57,7 +57,7 @@ def build_dataset(
 
 
 def build(recipe: Recipe, options: BuildOptions, engine_options: StageOptions) -> str:
-    """Builds a dataset, in a flow. Returns its directory, or its URL."""
+    """Builds a dataset within a flow; returns its directory or URL."""
     with open_build(recipe, options, "The flow build-dataset") as build:
         _log_recipe(build)
         with start_engine(engine_options.engine, engine_options.engine_address, engine_options.workers) as runner:

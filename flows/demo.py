@@ -1,6 +1,6 @@
-"""The whole pipeline on a small synthetic world: metadata, images, latents, training, samples, report.
+"""Runs the whole pipeline on a small synthetic world.
 
-`make demo` runs it here; `prefect deployment run build-demo` runs its first half, the dataset, on a worker.
+`make demo` runs it here; `prefect deployment run build-demo` builds only the dataset, on a worker.
 """
 
 import argparse
@@ -47,7 +47,7 @@ CONFIG = "tiny"
 
 @dataclass(frozen=True)
 class DemoDir:
-    """Where the demo leaves what it makes."""
+    """The demo's output directory."""
 
     root: Path
 
@@ -63,18 +63,18 @@ class DemoDir:
 
     @property
     def training(self) -> RunDir:
-        """The training run; other latents, or another config, get another one."""
+        """The training run, one per latents and config."""
         made = "".join(entry.fingerprint for entry in entries(self.data, "encode")) + load_config(CONFIG).digest()
         return RunDir(self.root / "training" / f"{CONFIG}-{hashlib.sha256(made.encode()).hexdigest()[:8]}")
 
     @property
     def samples(self) -> Path:
-        """Exports, sheets of samples, and what the checker says of them."""
+        """Exports, sheets of samples, and the checker's verdicts."""
         return self.root / "samples"
 
     @property
     def report(self) -> Path:
-        """The page to look at."""
+        """The report page."""
         return self.root / "report.html"
 
 
@@ -105,12 +105,12 @@ def train_demo(output: str = "demo-output", steps: int | None = None) -> str:
 
 
 def demo_recipe(demo: DemoDir) -> Recipe:
-    """The demo's recipe, pointed at its world."""
+    """The demo's recipe for its world."""
     return load_recipe("demo", BuildOptions(metadata=str(demo.world / "metadata")))
 
 
 def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
-    """Samples all prompts from the trained and the untrained model and judges them, unless that was done before."""
+    """Samples all prompts from the trained and untrained models and checks them, or returns saved verdicts."""
     from sdtrain.demo.agreement import draw_sheet, export_untrained, read_results, try_model, write_results
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.formats.export import export_model
@@ -131,7 +131,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 
 def look_closer(demo: DemoDir) -> "list[ImageSection]":
-    """Evaluates the model, searches the data, and looks for training images among samples."""
+    """Evaluates the model, searches the data, and looks for memorised images."""
     from flows import demo_report
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
@@ -147,7 +147,7 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
 
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[ImageSection]") -> Path:
-    """The page that the demo ends with."""
+    """Writes the demo's report page."""
     from filters.inspect.borders import borders
     from filters.inspect.report import limits_of, scores_note
     from sdtrain.report.page import Report, SampleSection, write_report
@@ -181,7 +181,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
 
 
 def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float | str]:
-    """Everything, in order; returns the demo's figures."""
+    """Runs everything in order; returns the demo's metrics."""
     demo, started = DemoDir(output.absolute()), time.monotonic()
     with _own_prefect(demo):
         build_demo(str(demo.root), num_rows)
@@ -196,7 +196,7 @@ def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float 
 
 @contextmanager
 def _own_prefect(demo: DemoDir) -> Iterator[None]:
-    """A Prefect server of the demo's own, so that it neither needs nor touches yours."""
+    """Runs the demo's own Prefect server, so that it neither needs nor touches yours."""
     home = demo.root / "prefect"
     home.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -210,7 +210,7 @@ def _own_prefect(demo: DemoDir) -> Iterator[None]:
 
 
 def main() -> int:
-    """Exit code 0, and the figures as JSON on the last line."""
+    """Prints the metrics as JSON on the last line."""
     parser = argparse.ArgumentParser(description="Runs the demo.")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--rows", type=int, default=2000)
@@ -221,7 +221,7 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    # Prefect says goodbye when Python ends; the figures are to be the last line.
+    # Prefect logs at exit, but the metrics must be the last line.
     logging.getLogger("prefect").setLevel(logging.WARNING)
     print(f"Look at {figures['report']}")
     print(json.dumps(figures))

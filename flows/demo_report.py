@@ -33,7 +33,7 @@ def evaluate(run: RunDir, data: DatasetDir) -> ImageSection:
 
 
 def search(data: DatasetDir, sheet: Path) -> ImageSection:
-    """What a question to the dataset gives, as a sheet."""
+    """The results of a search, as a sheet."""
     asked = Search(data)
     found = asked.by_words(_QUESTION, _NUM_HITS)
     rows = [Row(f"“{_QUESTION}”, by the words of captions", _cells(data, found))]
@@ -49,7 +49,7 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
 
 
 def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
-    """Samples for the captions that repeat most, beside the training images nearest to them; once for each folder."""
+    """Samples of the most repeated captions beside their nearest training images; once per folder."""
     if not (folder / "memorised.png").exists():
         print("Looking for training images among samples ...", flush=True)
         captions = [caption for caption, _ in repeated_captions(data, _NUM_CAPTIONS)]

@@ -77,12 +77,12 @@ def evaluate_checkpoint(
 
 
 def evaluate(models: list[str], protocol: Protocol, output: str | None, options: StageOptions, retries: int = 0) -> str:
-    """The evaluation, in a flow. Returns its directory.
+    """Evaluates within a flow; returns the evaluation's directory.
 
     Raises:
-        UserError: a mistake that the user can put right; what was finished is kept.
+        UserError: a mistake that the user can correct; finished parts are kept.
     """
-    from sdtrain.evaluation.sweep import plan  # late: it brings all networks
+    from sdtrain.evaluation.sweep import plan  # late: imports all networks
 
     sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
     require(sweep.checks())
@@ -95,7 +95,6 @@ def evaluate(models: list[str], protocol: Protocol, output: str | None, options:
 
 
 def _run_step(step: "Step", options: StageOptions, runner: TaskRunner[Any], retries: int) -> None:
-    """The parts that are not finished; when some fail, these once more."""
     for left in range(retries, -1, -1):
         try:
             run_stage(step.stage, step.directory, step.job, options, runner)

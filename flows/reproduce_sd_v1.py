@@ -82,10 +82,10 @@ def reproduce_sd_v1(
 def check(
     phases: Sequence[Phase], roots: Mapping[Dataset, str], configs: str | None = None, output: Path = Path("runs")
 ) -> None:
-    """Checks what every run needs, before the first one has trained for a month.
+    """Checks every run's needs, before the first one trains for a month.
 
     Raises:
-        UserError: a config, latents, networks, trackers or room for checkpoints that are missing or do not fit.
+        UserError: configs, latents, networks, trackers or disk space are missing or do not match.
     """
     for phase in phases:
         config = configure(_config(phase, configs), roots[phase.dataset])

@@ -41,7 +41,7 @@ _STEP = re.compile(r"step (\d+)/\d+")
 Count = Annotated[int, Field(ge=1)]
 Launcher = Literal["deepspeed", "slurm"]
 Start = Callable[[Path, Sequence[str], Path, Callable[[str], None]], str | None]
-"""Runs a script with arguments to its end, its output to a file and line by line to a function; names what failed."""
+"""Runs a script with arguments, logging to a file and by line to a function; returns what failed, if anything."""
 
 
 def _run_name() -> str:
@@ -55,12 +55,12 @@ def _cancel_job(flow: Any, flow_run: Any, state: Any) -> None:
 
 
 def all_parameters(flow: Any, flow_run: Any) -> dict[str, Any]:
-    """A run's parameters, those that were left at the flow's defaults included."""
+    """A run's parameters, including the flow's defaults."""
     return get_parameter_defaults(flow.fn) | flow_run.parameters
 
 
 def cancel_job(folder: Path) -> None:
-    """Cancels the SLURM job that trains in a run's directory, for a flow whose process could not do so itself."""
+    """Cancels a run's SLURM job, for a flow whose process could not."""
     job_id = slurm.recorded_job(folder)
     if job_id is not None:
         slurm.cancel(job_id)
@@ -115,10 +115,10 @@ def train(
     script: Path = TRAIN_SCRIPT,
     start: Start | None = None,
 ) -> str:
-    """The training run, in a flow, started by DeepSpeed's launcher by default. Returns the run's directory.
+    """Trains within a flow, by default through DeepSpeed's launcher; returns the run's directory.
 
     Raises:
-        UserError: training did not reach its last step; the message ends with the last lines of its log.
+        UserError: training ended early; the message has the log's last lines.
     """
     run_dir = _run_dir(config, output)
     last_step = steps or load_config(config).steps
@@ -131,7 +131,7 @@ def train(
     with ProgressArtifact("train", last_step, "steps") as progress:
         lines = _LogLines(progress)
         failure = (start or _ByDeepSpeed(num_gpus))(script, arguments, log_file, lines.add)
-    # The launcher returns 0 even when it was killed, so only the marker says that training is done.
+    # The launcher returns 0 even when killed, so only the marker shows that training is done.
     reached = run_dir.finished_step()
     if failure or reached is None or reached < last_step:
         raise UserError(
@@ -142,7 +142,7 @@ def train(
 
 
 def _is_finished(run_dir: RunDir, config: TrainConfig) -> bool:
-    """Whether nothing is to train; asked here too, because the launcher takes a quarter of a minute to say so."""
+    """Whether nothing is left to train; checked here too, as the launcher takes 15 s to find out."""
     run_dir.check_config(config)
     done = run_dir.finished_step()
     return done is not None and done >= config.steps
@@ -163,7 +163,7 @@ class _ByDeepSpeed:
 
 @dataclass(frozen=True)
 class _OnSlurm:
-    """Starts training as a SLURM job; the batch script knows which script it runs."""
+    """Starts training as a SLURM job, whose batch script names the training script."""
 
     batch: Path
     options: Sequence[str]
@@ -184,7 +184,7 @@ def _tell_job(job: slurm.Job, job_id: str) -> None:
 
 
 class _LogLines:
-    """Passes on a line now and then, and remembers the last ones."""
+    """Forwards throttled lines, and remembers the last ones."""
 
     def __init__(self, progress: ProgressArtifact):
         self.last: deque[str] = deque(maxlen=NUM_LAST_LINES)
@@ -207,7 +207,6 @@ def _launcher(num_gpus: int | None) -> list[str | Path]:
 
 
 def _launcher_on_hosts(hostfile: Path, num_gpus: int | None) -> list[str | Path]:
-    """DeepSpeed's launcher for the machines of a hostfile; it reaches them by pdsh."""
     hosts = _hosts_of(hostfile)
     launcher: list[str | Path] = [Path(sys.executable).with_name("deepspeed"), "--hostfile", hostfile.absolute()]
     launcher += ["--master_addr", hosts[0], "--master_port", str(_free_port())]

@@ -4,8 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# Before torch is imported, and handed on to child processes: a thread that waits for another one sleeps after a moment.
-# By default GNU's OpenMP keeps its core busy for milliseconds, which beside other load made training 10 to 30 times as
-# slow; with this many turns nothing is lost where the cores are idle (docs/LOG.md).
+# Must precede the import of torch, and is inherited by child processes: waiting threads soon sleep. GNU OpenMP's
+# default spins for milliseconds, which made training 10 to 30 times as slow beside other load (docs/LOG.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -42,19 +42,13 @@ class NoiseSchedule:
     def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, arXiv:2006.11239, eq. 4).
 
-        Args:
-            latents: z_0, (B, 4, h, w).
-            noise: eps, the same shape.
-            timesteps: t, (B,), int64.
+        Latents z_0 and noise eps are (B, 4, h, w), timesteps t (B,), int64.
         """
         signal, scale = self._at(timesteps)
         return signal * latents + scale * noise
 
     def velocity(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
-
-        Arguments and result as in `add_noise`.
-        """
+        """v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) z_0 (Salimans and Ho 2022, arXiv:2202.00512, app. D)."""
         signal, scale = self._at(timesteps)
         return signal * noise - scale * latents
 
@@ -64,7 +58,7 @@ class NoiseSchedule:
 
 
 def zero_terminal_snr(alphas_cumprod: Floats) -> Floats:
-    """alpha_bar, (T,), shifted and scaled so that its root is 0 at the end and as before at the beginning.
+    """Shifts and scales alpha_bar, (T,), so that its root ends at 0 and its first value stays.
 
     Lin et al. 2024, "Common Diffusion Noise Schedules and Sample Steps are Flawed", arXiv:2305.08891, algorithm 1.
     """
@@ -75,36 +69,27 @@ def zero_terminal_snr(alphas_cumprod: Floats) -> Floats:
 def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
     """z_0 = scaling_factor * (mean + exp(clamp(log-variance, -30, 20) / 2) * eps), (B, 4, h, w) in float32.
 
-    `DiagonalGaussianDistribution` in CompVis/stable-diffusion, ldm/modules/distributions/distributions.py; the scale
-    (0.18215 for SD v1) is applied here and nowhere else, because the cache holds unscaled moments.
-
-    Args:
-        moments: mean and log-variance, (B, 8, h, w).
-        noise: standard normal, (B, 4, h, w).
-        scaling_factor: makes the latents' variance about 1 (Rombach et al. 2022, arXiv:2112.10752, appendix G).
+    `DiagonalGaussianDistribution` in CompVis/stable-diffusion, ldm/modules/distributions/distributions.py. Moments:
+    mean and log-variance, (B, 8, h, w). The scale (0.18215 for SD v1; makes the latents' variance about 1, Rombach et
+    al. 2022, arXiv:2112.10752, appendix G) is applied only here, because the cache holds unscaled moments.
     """
     mean, logvar = moments.float().chunk(2, dim=1)
     return scaling_factor * (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise)
 
 
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
-    """Noise with a part that is constant over each latent channel: eps + strength * offset.
+    """Returns eps + strength * offset: normal noise (B, 4, h, w) plus a constant for each latent channel, (B, 4, 1, 1).
 
-    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it itself
+    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it
     (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
-
-    Args:
-        noise: standard normal, (B, 4, h, w).
-        offset: standard normal, (B, 4, 1, 1).
-        strength: weight of the constant part; 0 gives the noise itself.
     """
     return noise + strength * offset if strength else noise
 
 
 def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: float) -> list[str]:
-    """Replaces a caption by "" where its uniform chance is below `dropout`, before it is tokenised.
+    """Replaces a caption by "" where its uniform random number is below `dropout`.
 
-    The string, not the embedding, is what SD v1 drops (`ucg_training` in Stability-AI/stablediffusion,
+    SD v1 drops the string, not the embedding (`ucg_training` in Stability-AI/stablediffusion,
     ldm/models/diffusion/ddpm.py), for classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1).
     """
     return ["" if chance < dropout else caption for caption, chance in zip(captions, chances, strict=True)]
@@ -113,7 +98,7 @@ def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: fl
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance: eps_u + scale * (eps_c - eps_u), where scale 1 is no guidance.
 
-    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6,
-    count w = scale - 1.
+    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use
+    w = scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)

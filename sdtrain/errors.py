@@ -1,13 +1,12 @@
-"""The one exception that a user is meant to read."""
+"""The exception whose message is meant for users."""
 
 from sdtrain.redaction import without_secrets
 
 
 class UserError(Exception):
-    """Something the user can put right.
+    """A problem that the user can fix: what is wrong, where (file, row, key, setting), what to do.
 
-    The message is a sentence: what is wrong, where (file, row, key, setting), what to do.
-    Command line and flows print it alone, without a traceback. No secret that a URL in it holds is shown.
+    The command line and flows print the message alone, without a traceback or the secrets of its URLs.
     """
 
     def __init__(self, *sentence: object) -> None:

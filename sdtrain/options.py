@@ -1,7 +1,7 @@
 """Options declared once, as the fields of a dataclass, for commands and flows alike.
 
-It loads no pydantic, because each command imports it. Bounds stand in the fields' types, from `annotated_types`, which
-pydantic understands.
+Bounds are annotations of `annotated_types`, which pydantic understands: every command imports this module, which
+therefore does not import pydantic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 
 ResultT = TypeVar("ResultT")
 MakeParameter = Callable[["Field[Any]", Any], inspect.Parameter]
-"""From a field and its type to the parameter of a command or flow."""
+"""Makes the parameter of a command or flow from a field and its type."""
 
 
 def option(default: Any, help_text: str, sets: Sequence[str] = (), sets_if_given: Sequence[str] = ()) -> Any:
@@ -32,12 +32,7 @@ def option(default: Any, help_text: str, sets: Sequence[str] = (), sets_if_given
 def with_options(
     make_parameter: MakeParameter, with_bounds: bool = True
 ) -> Callable[[Callable[..., ResultT]], Callable[..., ResultT]]:
-    """Replaces a function's parameters that are dataclasses by their fields, each a keyword parameter of its own.
-
-    Args:
-        make_parameter: called for each field.
-        with_bounds: whether types are given as declared, or bare.
-    """
+    """Replaces a function's dataclass parameters by their fields as keyword parameters, with or without bounds."""
 
     def decorate(function: Callable[..., ResultT]) -> Callable[..., ResultT]:
         own = inspect.signature(function, eval_str=True)

@@ -1,4 +1,4 @@
-"""Numerical precision of networks: set by the user, or chosen by what this machine computes fast."""
+"""Numerical precision of networks: set by the user, or chosen by speed on this machine."""
 
 from __future__ import annotations
 
@@ -15,26 +15,21 @@ Fixed = Literal["bf16", "fp16", "fp32"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_FASTER = 1.1  # what the rounding of bf16 must gain at least, and more than measurements differ by
-_HOPELESS = 0.25  # of fp32's speed: without bf16 units a large product would take most of a second
+_FASTER = 1.1  # least gain that justifies bf16's rounding, and above measurement noise
+_HOPELESS = 0.25  # of fp32's speed; without bf16 units a large product would take most of a second
 _SMALL, _LARGE, _NUM_ROUNDS = 64, 256, 6  # widths
 
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times as fast as fp32 a device computes in bf16, forward and backward.
-
-    Attributes:
-        product: matrix products.
-        convolution: 3 x 3 convolutions.
-    """
+    """Speed of a device in bf16 over that in fp32, forward and backward."""
 
     product: float
     convolution: float
 
     @property
     def pays(self) -> bool:
-        """Whether a network of both is faster in bf16."""
+        """Whether a network of products and convolutions is faster in bf16."""
         return min(self.product, self.convolution) >= 1 and (self.product * self.convolution) ** 0.5 >= _FASTER
 
     def __str__(self) -> str:
@@ -50,14 +45,10 @@ class Choice:
 
 
 def choose(device: torch.device | str, measure: Callable[[], Speedup] | None = None) -> Choice:
-    """What `auto` means on a device: bf16 where it is really faster, else fp32.
+    """Chooses bf16 where the device computes faster in it, else fp32.
 
-    GPUs are asked whether they have bf16 units. CPUs are measured, for a fraction of a second: names and flags do not
-    tell whether the installed libraries use what a CPU has.
-
-    Args:
-        device: where the network will run.
-        measure: replaces the measurement of the CPU.
+    GPUs report bf16 units. CPUs are measured for a fraction of a second (by `measure`, if given), because names and
+    flags do not tell whether the installed libraries use what a CPU has.
     """
     import torch
 
@@ -70,12 +61,12 @@ def choose(device: torch.device | str, measure: Callable[[], Speedup] | None = N
 
 
 def resolve(precision: Precision, device: torch.device | str | None = None) -> Fixed:
-    """The precision itself, or what `auto` means on `device` (by default the GPU, if there is one)."""
+    """Replaces `auto` by the choice for `device` (default: the GPU, if any)."""
     return choose(device or default_device()).precision if precision == "auto" else precision
 
 
 def warning_if_slow(precision: Fixed, device: torch.device | str, measure: Callable[[], Speedup] | None = None) -> str:
-    """A sentence where a device computes much more slowly in `precision` than in another one; else nothing."""
+    """Returns a warning if `device` computes much more slowly in `precision` than in fp32, else ""."""
     if precision == "fp32":
         return ""
     choice = choose(device, measure)
@@ -86,11 +77,11 @@ def warning_if_slow(precision: Fixed, device: torch.device | str, measure: Calla
 
 @lru_cache(maxsize=1)
 def cpu_speedup() -> Speedup:
-    """Measures the CPU, once in a process."""
+    """Measures this CPU, once per process."""
     import torch
 
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads that wait for one another on a busy machine would be measured instead
+    torch.set_num_threads(1)  # on a busy machine, threads waiting for one another would dominate
     try:
         with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
@@ -100,13 +91,13 @@ def cpu_speedup() -> Speedup:
 
 
 def _ratio(make: Callable[[torch.dtype, int], Callable[[], None]]) -> float:
-    """Seconds in fp32 over seconds in bf16; the best of some rounds, taken in turns so that other load hits both."""
+    """Best time in fp32 over best time in bf16, in alternate rounds so that other load affects both."""
     import torch
 
     ratio = 1.0
     for side, num_rounds in ((_SMALL, 2), (_LARGE, _NUM_ROUNDS)):
         single, half = make(torch.float32, side), make(torch.bfloat16, side)
-        single(), half()  # kernels are made at their first call
+        single(), half()  # the first call builds the kernels
         rounds = [(_seconds(single), _seconds(half)) for _ in range(num_rounds)]
         best_single, best_half = (min(times) for times in zip(*rounds, strict=True))
         ratio = best_single / best_half
@@ -138,7 +129,7 @@ def _convolution(dtype: torch.dtype, side: int) -> Callable[[], None]:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """PyTorch's dtype of a precision, which may also be called as PyTorch calls it."""
+    """PyTorch's dtype of a precision; also accepts PyTorch's own names."""
     import torch
 
     dtype: torch.dtype = getattr(torch, _TORCH_NAMES.get(name, name))
@@ -146,7 +137,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def fast_dtype(device: torch.device | str | None = None) -> torch.dtype:
-    """The dtype of `precision: auto` on `device`, by default the GPU, if there is one."""
+    """The dtype of `precision: auto` on `device` (default: the GPU, if any)."""
     return torch_dtype(resolve("auto", device))
 
 

@@ -17,27 +17,26 @@ from typing import Annotated, Any
 from urllib.parse import parse_qsl, unquote, unquote_plus
 
 LEFT_OUT = "credential-not-recorded"
-"""Stands in records for the query and the password of a URL."""
+"""Replaces the query and password of a URL in records."""
 HIDDEN = "…"
 PLAIN_LOCATION = r"^(?!.*://[^/?#]*@)(?!.*\?[^/]*=).*$"
-"""JSON schema's pattern of a path or URL without a credential, for records that keep what they are given."""
+"""JSON schema pattern of a path or URL without credentials."""
 
 
 class _HasPattern:
-    """Adds the pattern to pydantic's JSON schema, without importing pydantic; values are not checked."""
+    """Adds the pattern to pydantic's JSON schema without importing pydantic; does not validate values."""
 
     def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> Any:
         return handler(core) | {"pattern": PLAIN_LOCATION}
 
 
 Location = Annotated[str, _HasPattern()]
-"""A path or URL; as a flow's parameter the server takes it only without a password or query, which it would keep."""
+"""A path or URL; as a flow parameter without password or query, because the server would store them."""
 
-# `?` begins a query there only before `name=`; elsewhere it stands for one character of a name. DuckDB's s3:// has
-# queries, and no such character.
+# Here `?` begins a query only before `name=`; elsewhere it is a wildcard. DuckDB's s3:// has no such wildcard.
 _GLOB_SCHEMES = ("hf", "file")
 _RUN = r"[^\s\"'<>`“”]+"
-# One slash: what pathlib makes of a URL.
+# pathlib reduces a URL's slashes to one.
 _URL = re.compile(
     rf"([a-z][a-z0-9+.-]*)(://|%3a%2f%2f)({_RUN})|\b(https?|s3a?|gs|gcs|hf|ftp)(:/)(?=[^/])({_RUN})", re.I
 )
@@ -57,19 +56,19 @@ _TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{16,}|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b|\bBea
 _REVEALING_VARIABLE = re.compile(
     r"(?<![A-Z])(SECRET|TOKEN|PASSWORD|PASSWD|API_KEY|APIKEY|SECRET_ACCESS_KEY|AUTH_STRING|DSN)(?![A-Z])"
 )
-# Parameters of S3's, GCS's and DuckDB's URLs that are words: taken out wherever they stand, messages would lose sense.
+# Plain words in URLs of S3, GCS and DuckDB: redacted everywhere, they would make messages unreadable.
 _HARMLESS_NAME = re.compile(
     r"(?:s3_)?(?:region|endpoint|url_style|use_ssl)|x-(?:amz|goog)-(?:algorithm|date|expires|signedheaders)|"
     r"response-content-\w+|versionid|download|sv|sr|sp|spr|st|se",
     re.I,
 )
-_LEAST_CHARS = 8  # of what is taken out wherever it stands
+_LEAST_CHARS = 8  # shortest value redacted wherever it occurs
 
 _known: set[str] = set()
 
 
 def without_secrets(text: str) -> str:
-    """A text as it may be shown: its URLs have no user, password, query or fragment, and no known secret is in it."""
+    """Removes users, passwords, queries and fragments from a text's URLs, and all known secrets."""
     if known := frozenset([*_known, *_of_environment()]):
         text = _any_of(known).sub(HIDDEN, text)
     text = _URL.sub(_shown_url, text)
@@ -79,23 +78,20 @@ def without_secrets(text: str) -> str:
 
 
 def remember_secrets(content: Any) -> None:
-    """Lets `without_secrets` know the secrets in the URLs of a setting, or of all settings in nested data.
-
-    Whatever quotes them then, in whichever spelling and without the rest of the URL, does not show them.
-    """
+    """Registers the secrets in the URLs of nested settings for `without_secrets` to hide in any spelling."""
     for text in _texts(content):
         for secret in _secrets_of(text):
             _known.update(_decoded(secret))
 
 
 def holds_secret(location: str) -> bool:
-    """Whether a path or URL has a user, a password, a query or a fragment."""
+    """Whether a path or URL has a user, password, query or fragment."""
     url = _WHOLE.fullmatch(location.strip())
     return url is not None and _stripped(url[1], url[2]) != url[2]
 
 
 def as_recorded(content: Any) -> Any:
-    """Settings as they may be written down: `LEFT_OUT` stands for what a URL may not show."""
+    """Replaces the secrets in the URLs of nested settings by `LEFT_OUT`."""
     if isinstance(content, dict):
         return {name: as_recorded(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -108,7 +104,7 @@ def as_recorded(content: Any) -> Any:
 
 
 def safe_error(error: Exception) -> Exception:
-    """The error itself, or one in its place where its text, or that of what led to it, holds a secret."""
+    """Returns the error, or a redacted substitute if its text or that of a cause holds a secret."""
     seen, chain = set[int](), [error]
     while chain:
         one = chain.pop()
@@ -123,9 +119,9 @@ def safe_error(error: Exception) -> Exception:
 
 
 def hide_secrets_in_logs() -> None:
-    """From now on no log record and no printed traceback of this process holds a secret; again changes nothing.
+    """Redacts all log records and printed tracebacks of this process; idempotent.
 
-    Where records are made, because handlers come and go, and some libraries bring their own.
+    Hooks into the creation of records, because handlers come and go and some libraries bring their own.
     """
     sys.excepthook = print_error
     threading.excepthook = lambda raised: print_error(
@@ -145,7 +141,7 @@ def hide_secrets_in_logs() -> None:
 
 
 def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints an exception that nobody caught, with its traceback; see `sys.excepthook`."""
+    """A `sys.excepthook` that redacts."""
     if issubclass(kind, KeyboardInterrupt | SystemExit):
         sys.__excepthook__(kind, error, trace)
         return
@@ -157,12 +153,12 @@ def _clean(record: logging.LogRecord) -> None:
         record.args = tuple(without_secrets(value) if isinstance(value, str) else value for value in record.args)
     try:
         said = record.getMessage()
-    except (TypeError, ValueError, KeyError):  # logging says so itself
+    except (TypeError, ValueError, KeyError):  # logging reports it
         return
     if (shown := without_secrets(said)) != said:
         record.msg, record.args = shown, ()
     if record.exc_info and record.exc_info[1] is not None:
-        # What is there already is not formatted again.
+        # Handlers do not format existing text again.
         record.exc_text = without_secrets("".join(traceback.format_exception(record.exc_info[1])).rstrip("\n"))
 
 
@@ -176,7 +172,7 @@ def _shown_url(found: re.Match[str]) -> str:
 
 
 def _stripped(scheme: str, rest: str) -> str:
-    """What follows the scheme, without user, password, query and fragment."""
+    """Drops user, password, query and fragment from a URL without its scheme."""
     rest = rest[_login_end(rest) :]
     if scheme.lower() in _GLOB_SCHEMES:
         query = _NAMED_QUERY.search(rest)
@@ -190,7 +186,7 @@ def _login_end(rest: str) -> int:
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
     if "@" in authority:
         return authority.rindex("@") + 1
-    if "@" in rest and _NO_PORT.match(authority):  # a password with a slash, which belongs escaped and often is not
+    if "@" in rest and _NO_PORT.match(authority):  # a password with an unescaped slash
         return rest.rindex("@") + 1
     return 0
 
@@ -207,7 +203,7 @@ def _texts(content: Any) -> Iterator[str]:
 
 
 def _secrets_of(text: str) -> Iterator[str]:
-    """Of a URL: its user's name and password, its query, and what in it may be a signature or a key."""
+    """Yields a URL's user or password, its query, and values in it that may be signatures or keys."""
     url = _WHOLE.fullmatch(text.strip())
     if not url or not holds_secret(text):
         return
@@ -226,7 +222,7 @@ def _secrets_of(text: str) -> Iterator[str]:
         may_be_one = len(value) >= _LEAST_CHARS and not value.isdigit() and not _HARMLESS_NAME.fullmatch(name)
         if (is_named and len(value) >= 4) or may_be_one:
             yield value
-    # As they stand too, because an escape may be wrong and then is no escape for whoever decodes it.
+    # Also raw, because an invalid escape is left undecoded by others.
     for part in re.split("[&#]", query):
         name, _, value = part.partition("=")
         if len(value) >= _LEAST_CHARS and not value.isdigit() and not _HARMLESS_NAME.fullmatch(name):
@@ -234,7 +230,7 @@ def _secrets_of(text: str) -> Iterator[str]:
 
 
 def _of_environment() -> Iterator[str]:
-    """Secrets that this process got by its environment, such as AWS_SECRET_ACCESS_KEY or a proxy's password."""
+    """Yields the secrets in this process's environment, as in AWS_SECRET_ACCESS_KEY or a proxy's password."""
     for name, value in os.environ.items():
         if "://" in value:
             for secret in _secrets_of(value):
@@ -245,7 +241,7 @@ def _of_environment() -> Iterator[str]:
 
 @lru_cache(maxsize=16)
 def _any_of(secrets: frozenset[str]) -> re.Pattern[str]:
-    """The longest first; short ones only as words of their own, because they may be a part of others."""
+    """Longest first; short secrets match only whole words, because they may be part of others."""
     return re.compile("|".join(map(_any_spelling, sorted(secrets, key=lambda word: (-len(word), word)))), re.I)
 
 
@@ -257,12 +253,12 @@ def _is_path(value: str) -> bool:
 
 
 def _decoded(secret: str) -> set[str]:
-    """The secret as it stands, and what it stands for."""
+    """The secret, raw and decoded."""
     return {word for word in (secret, unquote(secret), unquote_plus(secret)) if len(word) >= 4}
 
 
 def _any_spelling(secret: str) -> str:
-    """A pattern of the secret, each of its characters as it is or escaped for URLs, also twice, or for HTML."""
+    """A pattern of the secret with each character raw, escaped for URLs (also twice), or for HTML."""
     spelt = "".join(char if char.isascii() and char.isalnum() else f"(?:{_any_escape(char)})" for char in secret)
     return spelt if len(secret) >= _LEAST_CHARS else rf"(?<!\w){spelt}(?!\w)"
 

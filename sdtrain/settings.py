@@ -1,4 +1,4 @@
-"""Typed settings from YAML: unknown keys and wrong values become sentences."""
+"""Typed settings from YAML, with readable errors for unknown keys and wrong values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdtrain.redaction import as_recorded, remember_secrets
 
 
 class Settings(BaseModel):
-    """Base of every configuration section: frozen, and no key is ignored."""
+    """Base of all configuration sections: frozen, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path}.") from error
     except yaml.MarkedYAMLError as error:
-        # Not what it quotes: the line may hold half of a URL.
+        # Without the quoted line, which may hold half of a URL.
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{path} is not valid YAML: {place}{error.problem or error.context}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -46,7 +46,7 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
 
 
 def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) -> SettingsT:
-    """Validates `content` against `model`; `where` names its origin in the sentence.
+    """Validates `content`, which came from `where`, against `model`.
 
     Raises:
         UserError: an unknown key or a bad value.
@@ -55,10 +55,10 @@ def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) 
 
 
 def check_options(options: Any, where: str) -> None:
-    """Checks a dataclass of options (`sdtrain.options`) against the types and bounds of its fields.
+    """Validates a dataclass of options (`sdtrain.options`) against its types and bounds.
 
     Raises:
-        UserError: a bad value; `where` names its origin.
+        UserError: a bad value.
     """
     _validate(type(options), asdict(options), where)
 
@@ -72,12 +72,12 @@ def _validate(model: type[ModelT], content: dict[str, Any], where: str) -> Model
 
 
 def dump_settings(settings: Settings) -> str:
-    """The settings as YAML, defaults included, in the order in which they are declared, without the secrets of URLs."""
+    """All settings as YAML in the order of their declaration, without the secrets of URLs."""
     return yaml.safe_dump(as_recorded(settings.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """ ", did you mean 'x'?" for a misspelt name, else the list of known names."""
+    """Returns " Did you mean 'x'?" for a misspelt name, else the list of known names."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(sorted(known))}."
 
@@ -90,7 +90,7 @@ def _sentence(model: type, detail: Any) -> str:
     if detail["type"] == "missing":
         return f"'{name}' is missing"
     why = detail["msg"].removeprefix("Value error, ")
-    # Without a name it is all of the settings together, and the sentence says which of them.
+    # Without a name the error concerns several settings, which the sentence names.
     return f"'{name}' is {detail['input']!r}: {why}" if name else why
 
 

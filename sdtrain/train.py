@@ -2,8 +2,8 @@
 
     deepspeed sdtrain/train.py [--config NAME|FILE] [--data DIR] [--output DIR] [--init_from DIR] [--steps N]
 
-Also runs under torchrun and plain Python, on GPUs or CPU cores. Started again, it resumes from its newest checkpoint on
-any number of ranks, with the samples and noise of an uninterrupted run.
+Also runs under torchrun and plain Python, on GPUs or CPU cores. Resumes from its newest checkpoint on any number of
+ranks, with the samples and noise of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sdtrain.training.run_dir import RunDir
 if TYPE_CHECKING:
     from sdtrain.training.distributed import Ranks
 
-# Functions import what needs torch: flows import `configure` from here, and mistakes are reported at once.
+# Imports that need torch are inside functions: flows import `configure`, and mistakes are reported at once.
 
 
 def train(
@@ -42,14 +42,10 @@ def train(
     deepspeed_json: Path | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Trains until `config.steps`, from the newest checkpoint on; returns the step reached.
+    """Trains until `config.steps` from the newest checkpoint; returns the step reached.
 
-    Args:
-        config: the run.
-        run_dir: where it leaves its output.
-        ranks: this process among all that train.
-        deepspeed_json: DeepSpeed settings laid over ours.
-        stop_requested: asked between steps; true on any rank ends training with a checkpoint.
+    `deepspeed_json` overrides our DeepSpeed settings. If `stop_requested` is true on any rank between two steps,
+    training ends with a checkpoint.
 
     Raises:
         UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
@@ -110,11 +106,7 @@ def train(
 
 
 def _require(checks: Sequence[Check], ranks: Ranks) -> None:
-    """Runs the checks on the first rank; all ranks raise its error, so that none waits.
-
-    Raises:
-        UserError: a check failed.
-    """
+    """Runs the checks on the first rank and raises its UserError on all ranks, so that none waits."""
     problem = ""
     if ranks.is_first:
         try:
@@ -127,7 +119,7 @@ def _require(checks: Sequence[Check], ranks: Ranks) -> None:
 
 
 def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> TrainConfig:
-    """The config with `precision: auto` replaced by that of the run so far, or by the first rank's fast one."""
+    """Replaces `precision: auto` by the run's earlier choice, or by the first rank's."""
     config = run_dir.with_kept_precision(config)
     if config.precision != "auto":
         if ranks.is_first and (warning := warning_if_slow(config.precision, ranks.device)):
@@ -141,7 +133,7 @@ def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> Train
 
 
 def _write_card(run: Path) -> None:
-    """Writes the model card. The training is done by now, so a damaged record only leads to a warning."""
+    """Writes the model card; after hours of training, a damaged record only leads to a warning."""
     from sdtrain.model_card import write_card
 
     try:
@@ -151,7 +143,7 @@ def _write_card(run: Path) -> None:
 
 
 class StopRequest:
-    """Records SIGTERM and SIGINT, so that training stops between steps, with a checkpoint."""
+    """Records SIGTERM and SIGINT, so that training stops between steps with a checkpoint."""
 
     def __init__(self) -> None:
         self._requested = False
@@ -159,7 +151,7 @@ class StopRequest:
             signal.signal(number, self._request)
 
     def __call__(self) -> bool:
-        """Whether one came."""
+        """Whether a signal has arrived."""
         return self._requested
 
     def _request(self, number: int, frame: Any) -> None:
@@ -167,7 +159,7 @@ class StopRequest:
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; launchers add --local_rank."""
+    """Parses the command line; launchers add --local_rank."""
     parser = argparse.ArgumentParser(prog="sdtrain/train.py", description="Trains the UNet on latents.")
     parser.add_argument("--config", default="tiny", help="name of a config (default: tiny) or a YAML file")
     parser.add_argument("--data", help="dataset directory with latents/ (default: the config's data.root)")
@@ -185,7 +177,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def configure(
     name: str, data: str | None = None, steps: int | None = None, init_from: str | None = None
 ) -> TrainConfig:
-    """A config with the command line's overrides.
+    """Loads a config and applies the command line's overrides.
 
     Raises:
         UserError: an unknown config or a bad value.
@@ -199,7 +191,7 @@ def configure(
         content["init_from"] = init_from
     config = parse_settings(TrainConfig, content, f"config '{name}' with overrides")
     for place in (config.init_from, *(source.root for source in config.data.all_sources)):
-        if place and holds_secret(place):  # it would be in the launcher's command line, which everybody may read
+        if place and holds_secret(place):  # everybody could read it in the launcher's command line
             raise UserError(
                 f"{place} was given with a password or query, which training does not use: give a directory, or "
                 "s3://BUCKET/PREFIX with credentials in the environment."

@@ -109,7 +109,7 @@ DEDUP: Stage[Recipe] = Stage(
     beside=nothing_beside,
     table=Table(
         view="duplicates",
-        comment="Images that are copies of one another: those with one group_id",
+        comment="Images that are duplicates of one another: those with one group_id",
         columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
         path=_path,
     ),

@@ -40,11 +40,11 @@ QUESTIONS = (
         "SELECT key, caption, url FROM kept WHERE caption ILIKE '%red circle%' ORDER BY key LIMIT 10",
     ),
     Question(
-        "Which images are copies of one another?",
+        "Which images are duplicates of one another?",
         "SELECT group_id, kind, list(url) AS urls FROM duplicates JOIN selection USING (uid) GROUP BY ALL LIMIT 10",
     ),
     Question(
-        "Where is the latent of this URL, so that I can take it out?",
+        "Where is the latent of this URL, so that I can remove it?",
         "SELECT url, key, tar, \"offset\", num_bytes FROM latents WHERE url LIKE '%-00042.%'",
     ),
     Question(

@@ -1,1 +1,1 @@
-"""What flows share: task runners, child processes, SLURM, progress, credentials, automations."""
+"""Shared parts of flows: task runners, child processes, SLURM, progress, credentials, automations."""

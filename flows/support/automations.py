@@ -1,6 +1,6 @@
-"""Marks runs as Crashed whose process was killed: they send no more heartbeats, and nobody else would notice.
+"""Automations that mark runs without heartbeats as Crashed, since nothing else notices that their process was killed.
 
-`python -m flows.support.automations` sets this up on the server at PREFECT_API_URL; again changes nothing.
+`python -m flows.support.automations` sets them up at PREFECT_API_URL; repeating it changes nothing.
 """
 
 from datetime import timedelta
@@ -11,7 +11,7 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.states import StateType
 
 HEARTBEAT_S = 30
-"""What PREFECT_FLOWS_HEARTBEAT_FREQUENCY has to be where flows run; Prefect accepts nothing shorter."""
+"""PREFECT_FLOWS_HEARTBEAT_FREQUENCY must have this value where flows run; Prefect accepts no less."""
 
 _SILENCE = timedelta(seconds=3 * HEARTBEAT_S)
 _PENDING = timedelta(minutes=10)
@@ -60,7 +60,7 @@ AUTOMATIONS = (
 
 
 def apply_automations(client: SyncPrefectClient) -> None:
-    """Makes the automations, and replaces those of the same name that are different."""
+    """Creates the automations; replaces outdated ones of the same name."""
     for wanted in AUTOMATIONS:
         there = client.read_automations_by_name(wanted.name)
         if len(there) == 1 and _same(there[0], wanted):

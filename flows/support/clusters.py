@@ -19,9 +19,9 @@ from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 
 ANSWER_S = 10
-"""Time that a running cluster has to answer at its address."""
+"""Timeout for a running cluster to answer."""
 _DASK_PORT = 8786
-_OBJECT_STORE_BYTES = 100 * 2**20  # reports travel through it, and no images
+_OBJECT_STORE_BYTES = 100 * 2**20  # holds reports, no images
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def start_dask(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
             "local_directory": scratch,
         }
         options["env"] = {"DASK_LOGGING__DISTRIBUTED": "warning"}
-        # No limit on memory: Dask would stop a worker that holds a large model.
+        # No memory limit: Dask would stop a worker that holds a large model.
         with distributed.LocalCluster(memory_limit=0, **options) as cluster, DaskTaskRunner(cluster=cluster) as runner:
             yield runner
 
@@ -81,7 +81,7 @@ def start_ray(address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
 
 
 def needs_of(stage: Stage[Any]) -> AbstractContextManager[Any]:
-    """Context for submitting a stage's batches: those of a GPU stage ask Ray for one GPU each."""
+    """Context for submitting batches; those of a GPU stage request one GPU each from Ray."""
     ray = sys.modules.get("ray")
     if not stage.uses_gpu or ray is None or not ray.is_initialized():
         return nullcontext()
@@ -89,12 +89,12 @@ def needs_of(stage: Stage[Any]) -> AbstractContextManager[Any]:
         return nullcontext()
     from prefect_ray.context import remote_options
 
-    # Ray's default is a new process for each task with a GPU, and each would load the models again.
+    # By default Ray starts a process per GPU task, and each would reload the models.
     return remote_options(num_gpus=1, max_calls=0)
 
 
 def is_given_up() -> bool:
-    """Whether this is a batch on Dask whose flow has ended; Dask does not stop batches that run."""
+    """Whether this Dask batch's flow has ended; Dask does not stop running batches."""
     distributed = sys.modules.get("distributed")
     try:
         worker = distributed.get_worker() if distributed else None
@@ -115,7 +115,7 @@ def _check_installed(engine: str, *packages: str) -> None:
 
 
 def _check_dask_answers(address: str) -> None:
-    """Listens before the client does, which waits for ever for a server that is no scheduler."""
+    """Probes the address first: the client waits for ever for a server that is no scheduler."""
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme not in ("tcp", "tls"):
         return
@@ -125,7 +125,7 @@ def _check_dask_answers(address: str) -> None:
 
 
 def _check_ray_answers(address: str) -> None:
-    """Connects before `ray.init` does, which waits for two minutes and then ends the process."""
+    """Probes the address first: `ray.init` waits two minutes and then ends the process."""
     import grpc
 
     wanted = os.environ.get("RAY_ADDRESS", "auto") if address == "auto" else address
@@ -151,7 +151,7 @@ def _no_answer(what: str, address: str, form: str) -> UserError:
 
 @contextmanager
 def _keeps_handler_of_sigterm() -> Iterator[None]:
-    """Ray replaces it, and by it Prefect ends a cancelled run."""
+    """Restores the handler that Ray replaces and by which Prefect ends a cancelled run."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -19,13 +19,10 @@ _NAMES += ("AWS_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 @contextmanager
 def s3_credentials(block: str | None) -> Iterator[None]:
-    """Puts what an `AwsCredentials` block holds into this process's environment, until the block ends.
+    """Puts the values of an `AwsCredentials` block (if named) into this process's environment within the context.
 
-    All that reads or writes s3:// looks there, DuckDB too. The values are in no parameter, log or argument list.
-    Workers on other machines have an environment of their own.
-
-    Args:
-        block: its name; without one, the environment stays as it is.
+    All s3:// access reads it, DuckDB's too; the values are in no parameter, log or argument list. It does not reach
+    workers on other machines.
 
     Raises:
         UserError: there is no such block, or prefect-aws is not installed.
@@ -34,7 +31,7 @@ def s3_credentials(block: str | None) -> Iterator[None]:
     try:
         if block:
             held = _read(block)
-            for name in _NAMES:  # what the block leaves open is not to come from another account
+            for name in _NAMES:  # values missing from the block must not come from another account
                 os.environ.pop(name, None)
             os.environ.update(held)
         yield

@@ -1,7 +1,7 @@
 """Lets Prefect find a deployment by its bare name: `prefect deployment run build-laion-aesthetics`.
 
-Prefect wants FLOW/DEPLOYMENT, which stays possible. Prefect loads this module when it is imported, where plugins are
-enabled: in this repository by pyproject.toml, elsewhere by PREFECT_PLUGINS_ENABLED=true.
+FLOW/DEPLOYMENT, Prefect's form, stays possible. Prefect loads this module on import where plugins are enabled: in this
+repository by pyproject.toml, elsewhere by PREFECT_PLUGINS_ENABLED=true.
 """
 
 import difflib
@@ -12,12 +12,12 @@ from typing import Any
 from prefect.plugins import HookContext, register_hook
 
 Steps = Generator[Any, Any, Any]
-"""Yields calls of the client, is sent their results, returns the deployment: the same for both kinds of client."""
+"""Yields client calls, is sent their results, returns the deployment; serves sync and async clients."""
 
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> None:
-    """Teaches Prefect's two clients bare names; a Prefect that looks different inside is left as it is."""
+    """Patches bare names into Prefect's two clients, unless its internals have changed."""
     logger = ctx.logger_factory("prefect.plugins")
     try:
         from prefect.client.orchestration._deployments import client as module
@@ -59,7 +59,7 @@ async def _run_async(steps: Steps) -> Any:
 
 
 def find(client: Any, name: str) -> Steps:
-    """The steps to the only deployment that is called `name`, whatever its flow.
+    """Finds the only deployment named `name`, of any flow.
 
     Raises:
         ObjectNotFound: none, or several; the message, also logged, names the candidates.
@@ -81,7 +81,7 @@ def find(client: Any, name: str) -> Steps:
 
 
 def no_such_deployment(name: str, known: list[str]) -> str:
-    """The sentence for a name that no deployment has."""
+    """The message for an unknown deployment."""
     if not known:
         return f"There is no deployment '{name}', nor any other. Run `prefect --no-prompt deploy --all` first."
     close = difflib.get_close_matches(name, known, cutoff=0.5)
@@ -93,6 +93,6 @@ def _not_found(sentence: str) -> Exception:
     from prefect.exceptions import ObjectNotFound
     from prefect.logging import get_logger
 
-    # The command line replaces the message of this exception by its own, so it is logged too.
+    # Logged too, since the command line replaces this exception's message.
     get_logger("sdtrain").error(sentence)
     return ObjectNotFound(http_exc=LookupError(sentence), help_message=sentence)

@@ -1,4 +1,4 @@
-"""Parameters of flows: made from declared options, and recorded without secrets."""
+"""Builds flow parameters from declared options and records them without secrets."""
 
 import dataclasses
 from inspect import Parameter
@@ -14,17 +14,17 @@ ResultT = TypeVar("ResultT")
 
 
 def flow_parameter(field: "dataclasses.Field[Any]", hint: Any) -> Parameter:
-    """A flow's parameter for a field of `sdtrain.options`; its help text is the description on Prefect's page."""
+    """A flow parameter for a field of `sdtrain.options`, whose help becomes Prefect's description."""
     default = Field(default=field.default, description=field.metadata["help"])
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
 def records_no_secrets(flow: Flow[ParamsT, ResultT]) -> Flow[ParamsT, ResultT]:
-    """Keeps queries and passwords of URLs out of what Prefect records of the parameters. Goes above `@flow`.
+    """Keeps queries and passwords of URLs out of the parameters that Prefect records. Goes above `@flow`.
 
-    The flow itself gets them whole where it is called in Python. A server that is to start a deployment must pass
-    parameters on and so would have to keep them: it refuses such URLs by `sdtrain.settings.Location`. There, write
-    `${NAME}` and set the variable for the worker, in the work pool's or deployment's `env`, from a Secret block.
+    A flow called in Python gets them whole. A server would have to store them for a deployment, so
+    `sdtrain.settings.Location` refuses them there: write `${NAME}` and set the variable for the worker, in the work
+    pool's or deployment's `env`, from a Secret block.
     """
     serialize = flow.serialize_parameters
 

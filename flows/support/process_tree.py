@@ -16,7 +16,7 @@ from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
 GRACE_S = 20.0
-"""Time to end after SIGTERM. With the wait after SIGKILL: under the 30 s that Prefect leaves a cancelled run."""
+"""From SIGTERM to SIGKILL; with the wait after that, less than the 30 s that Prefect gives a cancelled run."""
 
 _MARK = "SDTRAIN_LAUNCH"
 
@@ -28,11 +28,11 @@ def run_tree(
     environment: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
 ) -> int:
-    """Runs `command` to its end and returns its exit code; call it in the main thread.
+    """Runs `command` in the main thread and returns its exit code.
 
-    Output goes to `log_file`, appended, and line by line to `on_line`, without secrets. When this returns or raises (as
-    Prefect does in the main thread when a run is cancelled) no process of the tree is left, orphans included.
-    The child stays in our process group, so that a signal to the group reaches it even if we are killed.
+    Output is redacted, appended to `log_file` and passed by line to `on_line`. When this returns or raises (as Prefect
+    does in the main thread on cancellation) no process of the tree is left, orphans included. The child stays in our
+    process group, so that a signal to the group reaches it even if we are killed.
 
     Raises:
         UserError: there is no such program.
@@ -57,10 +57,7 @@ def run_tree(
 
 @contextmanager
 def ends_new_children() -> Iterator[None]:
-    """Ends the children that this process started meanwhile, if the block is left by a cancellation.
-
-    Threads in the block that wait for such a child then come back, instead of holding up the cancelled run.
-    """
+    """Ends children started in the block if it is cancelled, so that threads waiting for them do not delay the end."""
     before = set(psutil.Process().children(recursive=True))
     try:
         yield
@@ -72,7 +69,7 @@ def ends_new_children() -> Iterator[None]:
 
 
 def end_processes(processes: set[psutil.Process], grace_s: float) -> None:
-    """Asks the processes to end, waits, and kills those that did not."""
+    """Terminates the processes, waits, and kills the rest."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
@@ -102,7 +99,7 @@ def _start(command: Sequence[str | Path], environment: Mapping[str, str]) -> "su
 def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.SimpleQueue[str | None]") -> None:
     with suppress(OSError), log_file.open("a", buffering=1) as log:
         for output in process.stdout or ():
-            line = without_secrets(output)  # launchers print the commands that they start
+            line = without_secrets(output)  # launchers print their commands
             lines.put(line.rstrip("\n"))
             with suppress(OSError):  # a full disk must not stop the child at its next print
                 log.write(line)
@@ -112,7 +109,7 @@ def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.
 def _forward_until_exit(
     process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]", on_line: Callable[[str], None]
 ) -> None:
-    """Returns when the child has ended; its own children may still hold the pipe open."""
+    """Returns when the child has ended, even if its children hold the pipe open."""
     while process.poll() is None:
         with suppress(queue.Empty):
             line = lines.get(timeout=0.2)
@@ -124,7 +121,7 @@ def _forward_until_exit(
 
 
 def _family(process: "subprocess.Popen[str]", mark: str) -> set[psutil.Process]:
-    """The child, its descendants, and those whose parent died: they still carry the mark in their environment."""
+    """The child, its descendants, and orphans, which the mark in their environment identifies."""
     family: set[psutil.Process] = set()
     if process.returncode is None:
         with suppress(psutil.NoSuchProcess):
@@ -139,7 +136,7 @@ def _family(process: "subprocess.Popen[str]", mark: str) -> set[psutil.Process]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Holds back a second Ctrl-C or SIGTERM while the tree is being ended."""
+    """Defers a second Ctrl-C or SIGTERM while the tree ends."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

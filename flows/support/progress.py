@@ -1,4 +1,4 @@
-"""Progress bars on Prefect's page, throttled for the server's sake."""
+"""Progress bars on Prefect's page, throttled to spare the server."""
 
 import time
 from collections.abc import Callable
@@ -14,13 +14,13 @@ MIN_INTERVAL_S = 2.0
 
 
 class Throttle:
-    """Lets an action pass at most once an interval."""
+    """Permits an action at most once per interval."""
 
     def __init__(self, interval_s: float):
         self._interval_s, self._last = interval_s, float("-inf")
 
     def ready(self) -> bool:
-        """Whether an interval has passed since the last yes."""
+        """Whether an interval has passed since the last True."""
         now = time.monotonic()
         if now - self._last < self._interval_s:
             return False
@@ -29,7 +29,7 @@ class Throttle:
 
 
 class ProgressArtifact:
-    """A bar in the run's artifacts, from 0 to `total`. A server that cannot be reached costs the bar, not the run."""
+    """A progress bar in the run's artifacts; an unreachable server costs the bar, not the run."""
 
     def __init__(self, name: str, total: int, unit: str):
         self._name, self._total, self._unit = name, total, unit

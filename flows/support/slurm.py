@@ -1,4 +1,4 @@
-"""Runs a job on SLURM as if it were a child process: submits it once, follows its log, cancels it with the flow run."""
+"""Runs a SLURM job like a child process: submits it once, follows its log, cancels it with the flow run."""
 
 import hashlib
 import json
@@ -17,14 +17,14 @@ from sdtrain.errors import UserError
 STATE_FILE = "slurm-job.json"
 POLL_S = 2.0
 GRACE_S = 20.0
-"""Time that a cancelled job has to end before the flow run does; SLURM's KillWait ends it in any case."""
+"""How long a cancelled flow run waits for its job; SLURM's KillWait ends it in any case."""
 _ASK_S = 60.0
 _TRANSIENT = ("Unable to contact", "Socket timed out")
 _TAIL_BYTES = 16_384
 _STOPPED = ("CANCELLED", "DEADLINE", "PREEMPTED", "REVOKED", "TIMEOUT")
 _BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 _ALIVE = "PENDING,CONFIGURING,RUNNING,SUSPENDED"
-"""Not COMPLETING: a job that was cancelled still writes its checkpoint then, and the next one waits for its end."""
+"""Without COMPLETING: a cancelled job then writes its checkpoint, and the next one waits for its end."""
 _OVER = frozenset(["COMPLETED", "GONE", *_STOPPED, *_BROKEN])
 
 
@@ -36,11 +36,9 @@ class Job:
     """A job to submit.
 
     Attributes:
-        script: batch script.
-        arguments: of the script.
-        options: of sbatch; they go before the script's own `#SBATCH` lines.
-        folder: the run's directory, on storage that all nodes share; one job at a time works on it.
-        log: the job's output, appended.
+        options: of sbatch; they override the script's `#SBATCH` lines.
+        folder: the run's directory, on shared storage, used by one job at a time.
+        log: appended to.
     """
 
     script: Path
@@ -51,7 +49,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The same for every job on the same folder, by which a restarted flow finds the one that runs."""
+        """Unique to the folder, so that a restarted flow finds the running job."""
         digest = hashlib.sha256(str(self.folder.absolute()).encode()).hexdigest()
         return f"sdtrain-{self.folder.name}-{digest[:12]}"
 
@@ -62,20 +60,15 @@ def run_job(
     on_line: Callable[[str], None] = lambda line: None,
     on_id: Callable[[str], None] = lambda job_id: None,
 ) -> str:
-    """Runs a job to its end and returns SLURM's word for that, COMPLETED for one.
+    """Runs a job to its end and returns its final SLURM state, e.g. COMPLETED.
 
-    A job that already works on the folder, submitted by a run that was killed, is followed instead of submitting a
-    second one. When the run is cancelled, or this process is asked to end, the job is cancelled; after an error of this
-    process, such as a controller that does not answer for a minute, it goes on, and the next run follows it.
-
-    Args:
-        job: what runs.
-        environment: of the job, beside this process's.
-        on_line: called with every line of its log.
-        on_id: called with the job's number, before anything of its log.
+    A job of a killed run that already works on the folder is followed instead of submitting a second one. Cancelling
+    the run or terminating this process cancels the job; after an error here, as when the controller does not answer for
+    a minute, it goes on, and the next run follows it. `environment` extends this process's; `on_id` gets the job id
+    before `on_line` gets any line of the log.
 
     Raises:
-        UserError: SLURM is not installed, or does not take the job.
+        UserError: SLURM is not installed, or rejects the job.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     log = _Log(job.log)
@@ -91,7 +84,7 @@ def run_job(
             log.pass_on(on_line)
             time.sleep(POLL_S)
     except Exception:
-        raise  # of the flow, or of asking SLURM: the job is well, and the next run follows it
+        raise  # the job itself is fine, and the next run follows it
     except BaseException:
         _try_to_cancel(job_id)
         raise
@@ -100,7 +93,7 @@ def run_job(
 
 
 def recorded_job(folder: Path) -> str | None:
-    """Number of the job that was last submitted for a run's directory."""
+    """The id of the last job submitted for a run's directory."""
     try:
         return str(json.loads((folder / STATE_FILE).read_text())["job_id"])
     except (OSError, ValueError, KeyError):
@@ -108,13 +101,13 @@ def recorded_job(folder: Path) -> str | None:
 
 
 def active_job(name: str) -> str | None:
-    """Number of the job of that name that waits or runs, if there is one."""
+    """The id of the pending or running job of that name, if any."""
     listed = _ask("squeue", "--noheader", "--me", "--name", name, "--states", _ALIVE, "--format", "%A").split()
     return listed[0] if listed else None
 
 
 def state_of(job_id: str) -> str:
-    """SLURM's word for a job's state; GONE when SLURM has forgotten it, which it does some time after the end."""
+    """A job's SLURM state; GONE once SLURM has forgotten an ended job."""
     try:
         shown = _ask("scontrol", "show", "job", job_id, "--oneliner")
     except UserError as error:
@@ -126,7 +119,7 @@ def state_of(job_id: str) -> str:
 
 
 def cancel(job_id: str) -> None:
-    """Asks a job to end, for which training writes a checkpoint, and waits for that for some time."""
+    """Cancels a job and waits a while, as training still writes a checkpoint."""
     _ask("scancel", job_id)
     deadline = time.monotonic() + GRACE_S
     while time.monotonic() < deadline and state_of(job_id) not in _OVER:
@@ -134,7 +127,7 @@ def cancel(job_id: str) -> None:
 
 
 def _try_to_cancel(job_id: str) -> None:
-    """Like `cancel`, but a failure is only logged, so that it does not hide what ended the run."""
+    """Like `cancel`, but only logs a failure, which must not hide what ended the run."""
     try:
         cancel(job_id)
     except UserError as error:
@@ -142,7 +135,7 @@ def _try_to_cancel(job_id: str) -> None:
 
 
 def _submit(job: Job, environment: dict[str, str]) -> str:
-    # Singleton: should two flows submit at the same moment, the second job waits for the end of the first.
+    # Singleton: if two flows submit at once, the second job waits for the first.
     own = [f"--job-name={job.name}", f"--output={job.log.absolute()}", "--dependency=singleton", "--parsable"]
     output = _ask("sbatch", *job.options, *own, str(job.script), *job.arguments, environment=environment)
     return output.strip().split(";")[0]
@@ -154,8 +147,8 @@ def _record(job: Job, job_id: str) -> None:
 
 
 def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
-    """Output of a SLURM command; while its controller does not answer, it is asked again for a minute."""
-    # In a flow that is a SLURM job itself, its variables would be taken for options of the new one.
+    """The output of a SLURM command, retried for a minute while the controller does not answer."""
+    # If the flow is a SLURM job, its variables would become options of the new one.
     mine = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
     deadline = time.monotonic() + _ASK_S
     while True:
@@ -180,18 +173,18 @@ def _ask(*command: str, environment: dict[str, str] | None = None) -> str:
 
 
 class _Log:
-    """A growing file, line by line; one that does not exist yet is empty."""
+    """Reads a growing, possibly missing, file by line."""
 
     def __init__(self, path: Path):
         self._path, self._rest = path, b""
         self._offset = path.stat().st_size if path.exists() else 0
 
     def read_only_the_tail(self) -> None:
-        """Begins shortly before the end, for the last words of a job that is found running."""
+        """Starts shortly before the end, for a job that is found running."""
         self._offset = max(0, self._offset - _TAIL_BYTES)
 
     def pass_on(self, on_line: Callable[[str], None]) -> None:
-        """Calls `on_line` with each line that is new and whole."""
+        """Calls `on_line` with each new complete line."""
         if not self._path.exists():
             return
         with self._path.open("rb") as file:

@@ -26,13 +26,13 @@ from sdtrain.options import option
 from sdtrain.redaction import Location, safe_error
 
 LOG_INTERVAL_S = 10.0
-# A cancellation that goes to the whole process group ends a batch's children before the flow itself has heard of it.
+# Cancelling the whole process group ends a batch's children before the flow notices.
 _CANCEL_DELAY_S = 0.5
 
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How the shards of a stage are spread over workers."""
+    """The distribution of a stage's shards over workers."""
 
     workers: Annotated[int, Ge(1), Le(256)] = option(
         2, "Batches of shards at once, unless a running cluster decides that."
@@ -58,21 +58,19 @@ def run_stage(
     runner: TaskRunner[Any] | None = None,
     before_work: Callable[[str, int, int], None] = lambda stage, num_pending, num_shards: None,
 ) -> StageTotals:
-    """Does the stage's shards that are not finished. Must be called in a flow.
-
-    A batch that fails does not stop the others.
+    """Processes the stage's unfinished shards within a flow; a failed batch does not stop the others.
 
     Args:
-        stage: outside this process its functions are found by their names, so they must be no lambdas.
+        stage: its functions are found by name in other processes, so no lambdas.
         dataset: on storage that all workers share.
-        recipe: what the stage's functions take.
-        options: how the work is spread.
-        runner: from `start_engine`, where several stages are to use one engine.
-        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
+        recipe: the stage functions' argument.
+        options: distribution over workers.
+        runner: from `start_engine`, if several stages share one engine.
+        before_work: called with stage, numbers of pending and of all shards, if any is pending.
 
     Raises:
-        UserError: a batch failed for a reason that the user can put right.
-        RuntimeError: a batch failed otherwise; its traceback is in the task run's log.
+        UserError: a batch failed for a reason that the user can correct.
+        RuntimeError: a batch failed otherwise; the task run's log has its traceback.
     """
     started, logger = time.monotonic(), get_run_logger()
     begin(stage, dataset)
@@ -112,7 +110,7 @@ def _run_batches(
 def _collect(
     futures: list[PrefectFuture[Any]], progress: ProgressArtifact
 ) -> tuple[list[ShardReport], list[Exception]]:
-    """The reports of the batches that ended well, and why the others did not."""
+    """The reports of successful batches, and the errors of the others."""
     reports: list[ShardReport] = []
     failures: list[Exception] = []
     try:
@@ -124,7 +122,7 @@ def _collect(
             else:
                 progress.show(len(reports))
     except BaseException:
-        # Cancelled: no waiting batch may begin when the running ones are ended. On Ray they end with the connection.
+        # Cancelled: no waiting batch may start when the running ones end. On Ray they end with the connection.
         for future in futures:
             cancel = getattr(getattr(future, "wrapped_future", None), "cancel", None)
             if cancel:
@@ -143,9 +141,9 @@ def _run_batch(
             return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
     except UserError as error:
         time.sleep(_CANCEL_DELAY_S)
-        return Failed(message=str(error), data=error)  # as a state, because an exception is logged with its traceback
+        return Failed(message=str(error), data=error)  # a state: an exception would be logged with its traceback
     except Exception as error:
-        time.sleep(_CANCEL_DELAY_S)  # else the next batch might begin in a flow that is about to end
+        time.sleep(_CANCEL_DELAY_S)  # else the next batch might start in a flow that is ending
         raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
 
 

@@ -25,18 +25,17 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @contextmanager
 def start_engine(engine: Engine, address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
-    """Gives a started task runner for the stages; what was started for it ends with the block.
+    """Yields a task runner in a flow's main thread; its engine ends with the block.
 
-    Left by a cancellation, the block ends the processes that batches on this machine have started. Must be called in a
-    flow, in the main thread.
+    On cancellation it also ends the processes started by local batches.
 
     Args:
-        engine: what runs the batches.
-        address: a running cluster's, for Dask and Ray; without, one is started on this machine.
-        workers: batches at once, unless a running cluster decides that.
+        engine: runs the batches.
+        address: of a running Dask or Ray cluster; None starts one here.
+        workers: concurrent batches, unless a running cluster decides.
 
     Raises:
-        UserError: the engine is not installed, takes no address, or nobody answers there.
+        UserError: the engine is not installed, takes no address, or does not answer there.
     """
     if engine == "threads":
         _refuse_address(engine, address)
@@ -48,9 +47,9 @@ def start_engine(engine: Engine, address: str | None, workers: int) -> Iterator[
 
 
 def lost_its_worker(error: BaseException) -> bool:
-    """Whether a batch ended because the process or the machine that ran it did."""
+    """Whether a batch failed because its process or machine died."""
     if any(kind.__name__ == "RayTaskError" for kind in type(error).__mro__):
-        return False  # Ray's name for whatever a batch raises
+        return False  # Ray's wrapper of any exception of a batch
     return isinstance(error, BrokenProcessPool) or type(error).__module__.partition(".")[0] in ("ray", "distributed")
 
 
@@ -58,7 +57,7 @@ def lost_its_worker(error: BaseException) -> bool:
 def _in_other_processes(engine: Engine, address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
     if engine == "processes":
         _refuse_address(engine, address)
-        # Began before the batches do, because it ends no sooner than this process, also if the flow is cancelled.
+        # Started before the batches, because it lives as long as this process, even if the flow is cancelled.
         resource_tracker.ensure_running()
         processes: AbstractContextManager[TaskRunner[Any]] = ProcessPoolTaskRunner(
             max_workers=workers, initializer=_end_with_parent
@@ -81,7 +80,7 @@ def _refuse_address(engine: Engine, address: str | None) -> None:
 
 @contextmanager
 def _one_prefect_server(address: str | None) -> Iterator[None]:
-    """Tells the workers where this run's Prefect server is; each would start a temporary one of its own."""
+    """Gives the workers this run's Prefect server; each would start a temporary one."""
     with get_client(sync_client=True) as client:
         url = str(client.api_url)
     if address is not None and urlsplit(url).hostname in _LOOPBACK and not any(host in address for host in _LOOPBACK):
@@ -95,7 +94,7 @@ def _one_prefect_server(address: str | None) -> Iterator[None]:
 
 
 def _end_with_parent() -> None:
-    """Called in each worker process, which otherwise would wait for work for ever if the flow was killed."""
+    """Ends a worker process with its flow; an orphan would wait for work for ever."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -14,7 +14,7 @@ ParamsT = ParamSpec("ParamsT")
 
 
 def report_user_errors(function: Callable[ParamsT, Any]) -> Callable[ParamsT, Any]:
-    """Ends a flow as Failed with the message of its UserError; no error shows a secret. Goes below `@flow`."""
+    """Ends a flow as Failed with its UserError's message; redacts every error. Goes below `@flow`."""
 
     @functools.wraps(function)
     def wrapped(*arguments: ParamsT.args, **named: ParamsT.kwargs) -> Any:

@@ -1,1 +1,1 @@
-"""One machine that runs everything for months: PostgreSQL, Prefect's server, a worker for each pool."""
+"""A long-running single-machine deployment: PostgreSQL, Prefect's server, a worker per pool."""

@@ -20,7 +20,7 @@ _UP_S, _DOWN_S = 300.0, 180.0
 
 
 def up(box: Box) -> None:
-    """Starts the box in the background and returns when it is healthy; one that is up already stays as it is.
+    """Starts the box in the background, unless it is up, and returns when it is healthy.
 
     Raises:
         UserError: it did not come up.
@@ -59,7 +59,7 @@ def up(box: Box) -> None:
 
 
 def down(box: Box) -> None:
-    """Ends the box and every process that it started; its data stays.
+    """Ends the box and all its processes; keeps its data.
 
     Raises:
         UserError: it did not end.
@@ -77,7 +77,7 @@ def down(box: Box) -> None:
 
 
 def status(box: Box) -> None:
-    """Prints whether the box is up, and the address of its page."""
+    """Prints whether the box is up, and its page's address."""
     pid = supervisor_pid(box.directory)
     if pid is None:
         print(f"Down: {box.directory.root}")
@@ -117,7 +117,7 @@ def _wait(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def main() -> int:
-    """Runs a command; exit code 2, with a sentence, for a mistake of the user."""
+    """Runs a command; a user error is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m infra.box", description="Runs everything on this machine.")
     parser.add_argument("command", choices=COMMANDS)
     try:

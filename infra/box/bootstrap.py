@@ -1,7 +1,7 @@
-"""The box's work pools, and the setup of its server: pools, automations and deployments.
+"""Sets up Prefect's server: work pools, automations and deployments.
 
-`python -m infra.box.bootstrap` sets up the server at PREFECT_API_URL; the box runs it at each start, and `make deploy`
-after a change of prefect.yaml. Repeating it changes nothing.
+`python -m infra.box.bootstrap` does so at PREFECT_API_URL; the box runs it at each start, `make deploy` after a change
+of prefect.yaml. Repeating it changes nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +22,12 @@ from sdtrain.dataset.files import publish
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-# Prefect is imported where it is used: the supervisor needs the names of the pools only.
+# Prefect is imported late: the supervisor needs only the pools' names.
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A work pool with one worker.
-
-    Attributes:
-        name: of the pool, and part of its worker's name.
-        limit: concurrent runs; None for no limit.
-    """
+    """A work pool with one worker; `limit` is its concurrent runs."""
 
     name: str
     limit: int | None = None
@@ -42,14 +37,14 @@ POOLS = (Pool("cpu"), Pool("gpu"), Pool("train", limit=1))
 
 
 def pool_of(tags: Iterable[str]) -> str:
-    """The pool for a deployment: `train` runs one training at a time, `gpu` what scores and encodes."""
+    """A deployment's pool: `train` runs one training at a time, `gpu` scoring and encoding."""
     if "training" in tags:
         return "train"
     return "cpu" if "demo" in tags else "gpu"
 
 
 def assign_pools(source: Path = ROOT / "prefect.yaml") -> dict[str, Any]:
-    """The deployments of `source`, each in the box's pool for its tags."""
+    """The deployments of `source`, assigned to pools by tag."""
     config = yaml.safe_load(source.read_text())
     for deployment in config["deployments"]:
         deployment["work_pool"] = {"name": pool_of(deployment.get("tags", []))}
@@ -66,7 +61,7 @@ def bootstrap() -> None:
     """Applies pools, automations and deployments.
 
     Raises:
-        subprocess.CalledProcessError: a deployment was refused; Prefect has said why.
+        subprocess.CalledProcessError: a deployment was refused; Prefect printed why.
     """
     from prefect.client.orchestration import get_client
 
@@ -85,7 +80,7 @@ def bootstrap() -> None:
 
 
 def _apply_pool(client: SyncPrefectClient, pool: Pool) -> None:
-    """Creates the pool; an existing one keeps what its owner changed, but gets a missing limit."""
+    """Creates the pool; an existing one keeps its owner's changes, but gets a missing limit."""
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
     from prefect.workers.process import ProcessWorker

@@ -1,4 +1,4 @@
-"""The box's directory and its lock, which a supervisor holds as long as it lives."""
+"""The box's directory and the lock that its supervisor holds."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ LARGEST_PORT = 65535
 
 @dataclass(frozen=True)
 class BoxDir:
-    """The box's directory: all of its state, and nothing of the datasets."""
+    """The box's directory, with all of its state but no datasets."""
 
     root: Path
 
@@ -27,12 +27,12 @@ class BoxDir:
 
     @property
     def cluster(self) -> Path:
-        """PostgreSQL's files, owned by the user that it runs as."""
+        """PostgreSQL's files, owned by its user."""
         return self.root / "postgres"
 
     @property
     def passfile(self) -> Path:
-        """The database's password, readable for its owner only."""
+        """The database password, readable by its owner only."""
         return self.root / "pgpass"
 
     @property
@@ -52,7 +52,7 @@ class BoxDir:
 
     @property
     def variables(self) -> Path:
-        """To be sourced by a shell."""
+        """A file for shells to source."""
         return self.root / "env"
 
     @property
@@ -67,12 +67,7 @@ class BoxDir:
 
 @dataclass(frozen=True)
 class Box:
-    """A deployment on this machine.
-
-    Attributes:
-        directory: where its state is.
-        port: of Prefect's page and API on 127.0.0.1.
-    """
+    """A deployment on this machine; `port` is of Prefect's page and API on 127.0.0.1."""
 
     directory: BoxDir
     port: int = DEFAULT_PORT
@@ -89,7 +84,7 @@ class Box:
 
 
 def box_of_environment() -> Box:
-    """The box that SDTRAIN_STATE and SDTRAIN_PORT name, by default .sdtrain-box in this repository, port 4200.
+    """The box of SDTRAIN_STATE and SDTRAIN_PORT, by default .sdtrain-box in this repository and port 4200.
 
     Raises:
         UserError: SDTRAIN_PORT is not a port.
@@ -103,7 +98,7 @@ def box_of_environment() -> Box:
 
 @contextmanager
 def lock_box(directory: BoxDir) -> Iterator[None]:
-    """Takes the box's lock, which the kernel releases when this process ends, however that happens.
+    """Takes the box's lock, which the kernel releases however this process ends.
 
     Raises:
         UserError: another process holds it.

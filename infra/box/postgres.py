@@ -1,4 +1,4 @@
-"""The box's own PostgreSQL, from the system's packages, on loopback and with a password."""
+"""Runs the box's own PostgreSQL, from system packages, on loopback with a password."""
 
 import os
 import pwd
@@ -33,10 +33,9 @@ class Postgres:
     """The box's database server.
 
     Attributes:
-        directory: the box's directory.
         programs: directory of PostgreSQL's programs.
         port: on 127.0.0.1; a new one at each start.
-        system_user: user to run as; None for the caller, unless that is root, which PostgreSQL refuses.
+        system_user: to run as; None for the caller, unless root, which PostgreSQL refuses.
     """
 
     directory: BoxDir
@@ -46,24 +45,24 @@ class Postgres:
 
     @property
     def url(self) -> str:
-        """For Prefect's server; the password comes from the file that PGPASSFILE names."""
+        """For Prefect's server; the password comes from PGPASSFILE."""
         return f"postgresql+asyncpg://{USER}@127.0.0.1:{self.port}/{DATABASE}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """Tells a client where the password is, without the password."""
+        """Points clients to the password file."""
         return {"PGPASSFILE": str(self.directory.passfile)}
 
     @property
     def program(self) -> Program:
-        """The server; SIGINT is its fast shutdown, which does not wait for clients."""
+        """The server; SIGINT is its fast shutdown, without waiting for clients."""
         options = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": ""}
         flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         command: list[str | Path] = [self.programs / "postgres", "-D", self.directory.cluster, *flags]
         return Program("postgres", command, user=self.system_user, stop_signal=signal.SIGINT, grace_s=_SHUTDOWN_S)
 
     def prepare(self) -> None:
-        """Creates the cluster if there is none, and ends a server that a killed box left on it.
+        """Creates the cluster if missing, and ends a server left by a killed box.
 
         Raises:
             UserError: it cannot be created.
@@ -88,7 +87,7 @@ class Postgres:
         return subprocess.run(command, check=False).returncode == 0  # noqa: S603
 
     def make_database(self) -> None:
-        """Creates Prefect's database if there is none; the server must run."""
+        """Creates Prefect's database if missing; the server must run."""
         common = ["-h", "127.0.0.1", "-p", str(self.port), "-U", USER, "-w"]
         query = f"SELECT 1 FROM pg_database WHERE datname = '{DATABASE}'"  # noqa: S608 (a constant)
         existing = self._run([self.programs / "psql", *common, "-d", "postgres", "-tAc", query])
@@ -96,13 +95,13 @@ class Postgres:
             self._run([self.programs / "createdb", *common, DATABASE])
 
     def _make_cluster(self) -> None:
-        # Under another name until it is complete: initdb writes PG_VERSION first.
+        # Under another name until complete: initdb writes PG_VERSION first.
         made = self.directory.cluster.with_name(f".{self.directory.cluster.name}.new")
         for half_made in (made, self.directory.cluster):
             shutil.rmtree(half_made, ignore_errors=True)
         made.mkdir(mode=0o700)
         password = secrets.token_urlsafe(32)
-        with tempfile.NamedTemporaryFile("w") as file:  # readable for its owner only
+        with tempfile.NamedTemporaryFile("w") as file:  # readable by its owner only
             file.write(password + "\n")
             file.flush()
             if self.system_user is not None:
@@ -130,10 +129,10 @@ class Postgres:
 
 
 def find_postgres(directory: BoxDir, port: int) -> Postgres:
-    """The installed PostgreSQL: of the cluster's release, or else the newest.
+    """Finds the installed PostgreSQL of the cluster's release, else the newest.
 
     Raises:
-        UserError: it is missing, too old, of another release than the cluster, or may not enter its folder.
+        UserError: it is missing, too old, of another release than the cluster, or cannot enter its folder.
     """
     releases = _releases()
     marker = directory.cluster / "PG_VERSION"
@@ -152,7 +151,6 @@ def find_postgres(directory: BoxDir, port: int) -> Postgres:
 
 
 def _releases() -> dict[int, Path]:
-    """The installed releases, with the directories of their programs."""
     found = {int(folder.parent.name): folder for folder in _DEBIAN.glob("[0-9]*/bin") if (folder / "initdb").exists()}
     on_path = shutil.which("initdb")
     if on_path and not found:
@@ -163,7 +161,7 @@ def _releases() -> dict[int, Path]:
 
 
 def _system_user(directory: BoxDir) -> str | None:
-    """The user that PostgreSQL runs as; None for the caller."""
+    """The user to run PostgreSQL as; None for the caller."""
     if os.geteuid() != 0:
         return None
     try:
@@ -182,7 +180,7 @@ def _system_user(directory: BoxDir) -> str | None:
 def _end_leftover(cluster: Path) -> None:
     """Ends a server on `cluster` whose supervisor was killed."""
     server = None
-    with suppress(OSError, ValueError, IndexError, psutil.Error):  # gone, or another user's under the same number
+    with suppress(OSError, ValueError, IndexError, psutil.Error):  # gone, or its id reused by another user
         found = psutil.Process(int((cluster / "postmaster.pid").read_text().splitlines()[0]))
         if found.name().startswith("postgres") and found.cwd() == str(cluster.resolve()):
             server = found
@@ -194,7 +192,7 @@ def _end_leftover(cluster: Path) -> None:
 
 
 def _write_secret(path: Path, text: str) -> None:
-    """Writes a file that only its owner can read, from the first byte on."""
+    """Writes a file that is never readable by others."""
     temporary = path.with_name(f".{path.name}")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

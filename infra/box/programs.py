@@ -1,4 +1,4 @@
-"""The box's programs and their settings: Prefect's server, its workers, and the setup of the server."""
+"""The box's programs and their settings: Prefect's server, workers, and bootstrap."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _HEARTBEAT_S = 30  # as in flows.support.automations, which would import Prefect
 
 
 def client_environment(box: Box) -> dict[str, str]:
-    """Environment of a program that talks to the box, and of all flows of the box."""
+    """The environment of the box's clients and flows."""
     hosts = {*filter(None, os.environ.get("no_proxy", "").split(",")), "127.0.0.1", "localhost"}
     return {
         "DO_NOT_TRACK": "1",
@@ -35,13 +35,13 @@ def client_environment(box: Box) -> dict[str, str]:
 
 
 def server_program(box: Box, postgres: Postgres) -> Program:
-    """Prefect's server; it reads the database's password from the file that only its owner can read."""
+    """Prefect's server, which reads the database password from its private file."""
     environment = {
         **client_environment(box),
         **postgres.environment,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": postgres.url,
-        # Half of a run's rows are events, which only the automations and the page's charts need.
+        # Half of a run's rows are events, needed only by automations and the page's charts.
         "PREFECT_SERVER_EVENTS_RETENTION_PERIOD": _KEEP_EVENTS,
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_RETENTION_PERIOD": str(_KEEP_RUNS_S),
@@ -54,7 +54,7 @@ def server_program(box: Box, postgres: Postgres) -> Program:
 
 
 def worker_program(box: Box, pool: str) -> Program:
-    """A worker that starts a process for each run of its pool."""
+    """A worker that starts a process per run of its pool."""
     name = f"{pool}@{socket.gethostname()}"
     command: list[str | Path] = [_prefect(), "worker", "start", "--pool", pool, "--type", "process", "--name", name]
     environment = {**client_environment(box), "PREFECT_WORKER_QUERY_SECONDS": "2"}
@@ -62,7 +62,7 @@ def worker_program(box: Box, pool: str) -> Program:
 
 
 def write_variables(box: Box) -> None:
-    """Writes a file for `source`: a shell that reads it finds `prefect` and `sdtrain`, and they talk to this box."""
+    """Writes a file to source, which puts `prefect` and `sdtrain` on the path and points them to this box."""
     lines = [
         f"export PREFECT_API_URL={shlex.quote(box.api)}",
         "export PREFECT_SERVER_EPHEMERAL_ENABLED=false PREFECT_PLUGINS_ENABLED=true DO_NOT_TRACK=1",
@@ -74,7 +74,7 @@ def write_variables(box: Box) -> None:
 
 
 def run_bootstrap(box: Box) -> None:
-    """Runs `infra.box.bootstrap` in a process of its own, since it loads Prefect; the server must be up.
+    """Runs `infra.box.bootstrap` in a child process, since it loads Prefect; the server must be up.
 
     Raises:
         UserError: a deployment was refused.

@@ -1,4 +1,4 @@
-"""Long-running processes of the box; a mark in the environment finds all that they start."""
+"""Long-running processes of the box, whose descendants carry a mark in their environment."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ import psutil
 from flows.support.process_tree import end_processes
 
 BOX_MARK, SERVICE_MARK = "SDTRAIN_BOX", "SDTRAIN_BOX_SERVICE"
-"""Variables of every process that the box starts: its directory, and the service's name."""
+"""Set for every process of the box: its directory, and the service's name."""
 
 MAX_LOG_BYTES = 50_000_000
 FAMILY_GRACE_S = 20.0
@@ -27,15 +27,13 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class Program:
-    """What a service runs.
+    """A service's program.
 
     Attributes:
-        name: of the service and of its log.
-        command: program and arguments; no secrets, since everybody can read them.
-        environment: variables beside the supervisor's own.
+        command: without secrets, since every user can read it.
+        environment: extends the supervisor's.
         user: by default the supervisor's.
-        stop_signal: asks it to end.
-        grace_s: time that it has to end.
+        grace_s: time to end after `stop_signal`.
     """
 
     name: str
@@ -47,7 +45,7 @@ class Program:
 
 
 class Service:
-    """A program that is restarted whenever it ends, with a growing delay if it does so at once."""
+    """A program that is restarted when it ends, with a growing delay if it fails at once."""
 
     def __init__(self, program: Program, box: Path, log: Path):
         self.program, self._box, self._log = program, box, log
@@ -60,7 +58,7 @@ class Service:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Starts the process; the kernel signals it to end when this one dies, kill -9 included."""
+        """Starts the process; the kernel signals it when this one dies, even by kill -9."""
         marks = {BOX_MARK: str(self._box), SERVICE_MARK: self.program.name}
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 (no shell, and the arguments are ours)
@@ -70,7 +68,7 @@ class Service:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.program.environment, **marks},
                 start_new_session=True,
-                preexec_fn=lambda: _prepare(self.program.stop_signal),  # after the change of user, which resets it
+                preexec_fn=lambda: _prepare(self.program.stop_signal),  # after the user change, which resets it
                 user=self.program.user,
                 group=None if self.program.user is None else _group(self.program.user),
                 extra_groups=None if self.program.user is None else [],
@@ -78,7 +76,7 @@ class Service:
         self._started = time.monotonic()
 
     def restart_if_ended(self) -> str | None:
-        """Restarts a process that has ended, once all that it had started has ended too; returns a line for the log."""
+        """Restarts an ended process once its descendants have ended too; returns a log line."""
         if self.is_running or self._process is None or time.monotonic() < self._not_before:
             return None
         code = self._process.returncode
@@ -95,7 +93,7 @@ class Service:
             self._process.send_signal(self.program.stop_signal)
 
     def end(self) -> None:
-        """Waits for the process, then ends whatever is left of it and of its children."""
+        """Waits for the process, then ends it and its remaining children."""
         if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(self.program.grace_s)
@@ -105,14 +103,14 @@ class Service:
         end_processes(marked(self._box, self.program.name), FAMILY_GRACE_S)
 
     def trim_log(self) -> None:
-        """Keeps the log below twice its limit: a full one becomes NAME.log.1."""
+        """Moves a full log to NAME.log.1, so that both stay below twice the limit."""
         if self._log.exists() and self._log.stat().st_size > MAX_LOG_BYTES:
             self._log.with_name(self._log.name + ".1").write_bytes(self._log.read_bytes())
             os.truncate(self._log, 0)  # writers append, so they continue at the new end
 
 
 def marked(box: Path, service: str | None = None) -> set[psutil.Process]:
-    """All running processes that the box, or one of its services, has started; never this one."""
+    """All running processes of the box, or of one service, except this one."""
     found = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
@@ -131,7 +129,7 @@ def tail(log: Path, num_lines: int = 15) -> str:
 
 def _prepare(stop_signal: signal.Signals) -> None:
     _libc.prctl(_PR_SET_PDEATHSIG, stop_signal)
-    # A shell that starts us in the background lets SIGINT be ignored, and Prefect stops through SIGINT.
+    # A background shell makes us ignore SIGINT, by which Prefect stops.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""Starts all services of the box, keeps them up, and ends them on SIGTERM."""
+"""Starts the box's services, keeps them up, and ends them on SIGTERM."""
 
 import json
 import signal
@@ -23,21 +23,21 @@ from sdtrain.errors import UserError
 _START_S = 180.0
 _PAUSE_S = 0.5
 _direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Without a proxy, since the addresses are on this machine."""
+"""Bypasses proxies, since the addresses are local."""
 
 
 class _Stop(BaseException):
-    """SIGTERM or Ctrl-C: the box is to end."""
+    """SIGTERM or Ctrl-C."""
 
 
 class Supervisor:
-    """Starts the services in order, restarts those that end, and stops all in reverse order."""
+    """Starts services in order, restarts them, and stops them in reverse order."""
 
     def __init__(self, box: Box):
         self._box, self._services = box, list[Service]()
 
     def run(self) -> None:
-        """Runs the box until SIGTERM or Ctrl-C, and leaves no process behind.
+        """Runs the box until SIGTERM or Ctrl-C; leaves no process behind.
 
         Raises:
             UserError: it is already up, or did not come up.
@@ -126,7 +126,7 @@ class Supervisor:
 
 
 def require_free_port(port: int) -> None:
-    """Checks, before anything is started, that no other program has the page's port.
+    """Checks, before starting anything, that the page's port is free.
 
     Raises:
         UserError: it is taken.

@@ -1,4 +1,4 @@
-"""`sdtrain …`: what the flows do, without Prefect."""
+"""The `sdtrain` command: the flows' work without Prefect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdtrain.redaction import hide_secrets_in_logs, print_error
 if TYPE_CHECKING:
     from sdtrain.dataset.layout import DatasetDir
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 app = typer.Typer(
     help="Rebuilds Stable Diffusion v1 from public data.",
@@ -27,14 +27,14 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script: a mistake that the user can put right is one sentence and exit code 2."""
+    """The console script; a user error is one sentence and exit code 2."""
     hide_secrets_in_logs()
     try:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except Exception as error:  # typer would print it itself, as it is
+    except Exception as error:  # typer would print it unredacted
         print_error(type(error), error, error.__traceback__)
         sys.exit(1)
 
@@ -106,7 +106,7 @@ def report(dataset: curate.NamedDataset) -> None:
 
 
 def _with_views(name: str, command: str) -> DatasetDir:
-    """A dataset with its metadata.duckdb, written again for one on S3, since it names files of this machine."""
+    """A dataset with its metadata.duckdb, rewritten for S3, since it names local files."""
     from filters.inspect.views import write_views
     from filters.recipe_record import read_recipe
     from sdtrain.dataset.open import open_to_ask

@@ -1,4 +1,4 @@
-"""`python -m sdtrain.cli`, for launchers of several processes."""
+"""`python -m sdtrain.cli`, for multi-process launchers."""
 
 from sdtrain.cli import main
 

@@ -20,9 +20,9 @@ _GENERAL = {
     *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
     *("picture_bytes_256", "picture_bytes_512", "picture_bytes_1024"),
 }
-"""Rates in every plan; the others stand beside their stages."""
+"""Rates shown with every plan; others are shown with their stages."""
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 
 def card(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
@@ -60,7 +60,7 @@ def plan(
     planner = Planner(rates, machines)
     phases = find_chain(chain) if chain else []
     jobs = [_job(name, rows) for name in dict.fromkeys([recipe] if recipe else (phase.recipe for phase in phases))]
-    if rows:  # stated, so the known number has no part in the plan
+    if rows:  # stated, so the known number is unused
         rates.pop(f"rows_{jobs[0].recipe}", None)
     if recipe:  # with the first run on that dataset
         phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]

@@ -1,4 +1,4 @@
-"""`sdtrain check`: opens everything that a build or a training run will need, and does no work."""
+"""`sdtrain check`: opens everything that a build or training run needs, without running it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from sdtrain.preflight.checks import Check
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 
 def check(
@@ -40,11 +40,7 @@ def check(
 
 
 def _is_recipe(name: str) -> bool:
-    """Recipes and configs share one argument: names are told apart by their lists, files by what only one of them has.
-
-    Raises:
-        UserError: a file that is neither, or no such name.
-    """
+    """Tells recipes from configs, names by their lists, files by keys that only one kind has."""
     from filters.recipe import Recipe, known_recipes
     from sdtrain.config import TrainConfig, known_configs
     from sdtrain.settings import nearest

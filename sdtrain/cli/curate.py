@@ -18,7 +18,7 @@ from sdtrain.options import with_options
 if TYPE_CHECKING:
     from sdtrain.dataset.layout import DatasetDir
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
 NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
@@ -26,14 +26,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become o
 
 
 class DecideBy(StrEnum):
-    """Whose scores the rules look at."""
+    """The source of the scores that rules compare."""
 
     metadata = "metadata"
     picture = "picture"
 
 
 class RemoveBy(StrEnum):
-    """What the entries of a list are."""
+    """The kind of a list's entries."""
 
     uid = "uid"
     url = "url"
@@ -43,7 +43,7 @@ class RemoveBy(StrEnum):
 
 
 def _typer_option(field: Field[Any], hint: Any) -> Parameter:
-    """An option of the command line for a field of `sdtrain.options`; a switch that is off needs no --no-."""
+    """A command-line option for a field of `sdtrain.options`; switches that default to off get no --no-."""
     names = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
     annotation = Annotated[hint, typer.Option(*names, help=field.metadata["help"])]
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
@@ -141,7 +141,7 @@ def remove(
     from sdtrain.dataset.s3.sync import fetch_tables
 
     directory = open_dataset(dataset)
-    read_recipe(directory)  # says so if there is no dataset
+    read_recipe(directory)  # raises if there is no dataset
     with _to_change(directory, "sdtrain remove", dry_run):
         if not dry_run and finish_removal(directory):
             print("A removal that had been interrupted is finished now.")

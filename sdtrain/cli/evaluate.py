@@ -17,7 +17,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 _SHORT = {"num_prompts": "--num", "num_steps": "--steps"}
 _OWN = {
@@ -28,7 +28,7 @@ _OWN = {
 
 
 class FromProtocol(TyperCommand):
-    """Takes its options from `Protocol` when it is used: no other command waits for them."""
+    """Reads its options from `Protocol` only on use, so no other command waits for them."""
 
     @cached_property
     def _command(self) -> TyperCommand:
@@ -69,7 +69,7 @@ def _evaluate(models: list[Path], output: Path | None, processes: int | None, **
 
 
 def _with_options() -> Callable[..., None]:
-    """`_evaluate` as typer reads it: with its own arguments, and an option for each field of `Protocol`."""
+    """`_evaluate` with typer's view of its arguments and an option per field of `Protocol`."""
     from sdtrain.evaluation.protocol import Protocol
 
     def command(**given: Any) -> None:
@@ -104,7 +104,7 @@ def parse_scales(text: str) -> tuple[float, ...]:
     """Guidance scales from "1.5,2,3".
 
     Raises:
-        UserError: they are no numbers.
+        UserError: not numbers.
     """
     try:
         return tuple(float(part) for part in text.split(","))

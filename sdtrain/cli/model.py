@@ -1,4 +1,4 @@
-"""`sdtrain sample` and `sdtrain export`: draws images, and writes models in the formats of others."""
+"""`sdtrain sample` and `sdtrain export`: draw images, and write models in other formats."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def export(
 
 
 def _fill(folder: SampleFolder, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:
-    """Draws this process's share of the jobs and says what was drawn, kept and flagged."""
+    """Draws this process's share of the jobs; reports images drawn, kept and flagged."""
     from sdtrain.sampling.batch import all_devices, draw_batches, rank_and_device, split_batches
     from sdtrain.sampling.output_folder import Writer
     from sdtrain.sampling.safety import check_images, load_safety_checker

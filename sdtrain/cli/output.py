@@ -29,7 +29,7 @@ class Form(StrEnum):
 
 
 def form_of(output: Path | None) -> Form:
-    """The format of a file by its name; a table in the terminal without one.
+    """The format by a file's suffix; a terminal table without a file.
 
     Raises:
         UserError: an unknown suffix.
@@ -43,10 +43,10 @@ def form_of(output: Path | None) -> Form:
 
 
 def show(answer: pa.RecordBatchReader, form: Form) -> None:
-    """Prints an answer: the first rows as a table, or all of it as text.
+    """Prints an answer's first rows as a table, or all of it as text.
 
     Raises:
-        UserError: the form is no text.
+        UserError: not a text format.
     """
     if form == Form.parquet:
         raise UserError("Parquet is no text: name a file for it with --output.")
@@ -57,15 +57,7 @@ def show(answer: pa.RecordBatchReader, form: Form) -> None:
 
 
 def save(answer: pa.RecordBatchReader, target: Path, form: Form) -> int:
-    """Writes an answer to a file, which appears when it is whole.
-
-    Args:
-        answer: from `ask`.
-        target: the file.
-        form: JSON has one object a line.
-
-    Returns:
-        How many rows there were.
+    """Writes an answer atomically (JSON: one object per line) and returns the number of rows.
 
     Raises:
         UserError: the file cannot be written.
@@ -92,7 +84,6 @@ def _write(answer: pa.RecordBatchReader, path: Path, form: Form) -> int:
 
 
 def _write_text(answer: pa.RecordBatchReader, file: IO[str], form: Form) -> int:
-    """Writes an answer as CSV or JSON to an open file; returns how many rows there were."""
     write: Callable[[dict[str, Any]], Any]
     if form == Form.csv:
         table = csv.writer(file)
@@ -129,7 +120,7 @@ def _first(answer: pa.RecordBatchReader) -> list[dict[str, object]]:
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """Prints rows that have the same names."""
+    """Prints rows with equal keys."""
     from rich.console import Console
     from rich.table import Table
 

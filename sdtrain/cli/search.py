@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from filters.search.search import Search
     from sdtrain.dataset.layout import DatasetDir
 
-# Imports of our own code are inside the commands, so that a help text does not wait for torch.
+# Our own code is imported inside the commands, so that help does not wait for torch.
 
 
 def search(
@@ -44,7 +44,7 @@ def search(
     if sum((bool(caption), image is not None, serve)) != 1 or (words and not caption):
         raise UserError("Give one of: a caption (with --words, if you like), --image FILE, or --serve.")
     directory = open_to_ask(dataset, "sdtrain search")
-    read_recipe(directory)  # says so if there is no dataset
+    read_recipe(directory)  # raises if there is no dataset
     with lock_to_read(directory, "sdtrain search"):
         asked = Search(directory)
         if serve:
@@ -99,7 +99,6 @@ def memorised(
 
 
 def _repeated(dataset: DatasetDir, num: int) -> list[str]:
-    """Says which captions repeat most, and returns them."""
     from filters.memorization.samples import repeated_captions
 
     captions = repeated_captions(dataset, num)

@@ -1,4 +1,4 @@
-"""`sdtrain status` and `sdtrain metrics`: how far datasets and training runs are."""
+"""`sdtrain status` and `sdtrain metrics`: progress of datasets and training runs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from sdtrain.training.run_dir import RunStatus
 
 _LIST_EVERY_S = 30.0
-"""A dataset on S3 is listed, a thousand objects a request."""
+"""Listing a dataset on S3 takes a request per thousand objects."""
 
-# Imports of our own code are inside the commands, so that a help text does not wait for them.
+# Our own code is imported inside the commands, so that help does not wait for it.
 
 
 def status(

@@ -46,12 +46,11 @@ CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 
 
 class TrainConfig(Settings):
-    """Everything that decides a training run."""
+    """All settings of a training run."""
 
     name: Tunable[str]
-    """Name of the run; its output goes to runs/NAME unless --output says otherwise."""
+    """Output goes to runs/NAME unless --output is given."""
     description: Free[str] = ""
-    """One line for people."""
     init_from: Free[str | None] = None
     """Run directory or checkpoint whose weights (raw and averaged) this run starts from; null: from scratch."""
     vae: DecidesNetwork[str] = "CompVis/stable-diffusion-v1-4"
@@ -72,23 +71,22 @@ class TrainConfig(Settings):
     tracking: TrackingConfig = TrackingConfig()
     card: CardConfig = CardConfig()
     zero_stage: Free[Literal[1, 2]] = 1
-    """What DeepSpeed shards: 1 optimizer state, 2 gradients too (for small cards; more communication)."""
+    """What DeepSpeed shards: 1 optimizer state, 2 also gradients (for small cards; more communication)."""
     precision: TunableOnRequest[Precision] = "auto"
-    """Weights and activations in the network; master weights, loss and average are always fp32. auto: bf16 where the
-    first rank's device computes faster in it, else fp32; a run keeps what it began with. fp16 scales the loss by what
-    its gradients allow (dynamic loss scaling), and repeats a step whose gradients overflow."""
+    """Weights and activations; master weights, loss and average are always fp32. auto: bf16 where the first rank's
+    device computes faster in it, else fp32, and kept on resume. fp16: dynamic loss scaling, repeating steps that
+    overflow."""
     global_batch_size: DecidesSamples[int] = Field(default=2048, ge=1)
-    """Samples in one optimizer step, however many ranks share them."""
+    """Samples in one optimizer step, over all ranks."""
     micro_batch_size: Free[int] = Field(default=32, ge=1)
     """Samples in one forward pass on one rank."""
     steps: Free[int] = Field(ge=1)
-    """Optimizer steps of the whole run."""
     caption_dropout: DecidesSamples[float] = Field(default=0.0, ge=0, le=1)
     """Share of captions replaced by the empty string, for classifier-free guidance."""
     seed: DecidesSamples[int] = 42
-    """Decides the order of samples, all noise and the initial weights."""
+    """Determines the order of samples, all noise and the initial weights."""
     log_every: Free[int] = Field(default=50, ge=1)
-    """Optimizer steps between lines of the log."""
+    """Optimizer steps between log lines."""
 
     @field_validator("zero_stage", mode="before")
     @classmethod
@@ -114,10 +112,10 @@ class TrainConfig(Settings):
         return self.data.resolution // 8
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches on each rank that make one optimizer step.
+        """Micro-batches per rank in one optimizer step.
 
         Raises:
-            UserError: the global batch cannot be shared evenly, with the nearest batches that can.
+            UserError: the global batch does not divide evenly; names the nearest that do.
         """
         share = self.micro_batch_size * world_size
         if self.global_batch_size % share == 0:
@@ -137,7 +135,7 @@ class TrainConfig(Settings):
         return f"micro_batch_size {min(divisors, key=lambda d: (abs(d - self.micro_batch_size), d))}"
 
     def digest(self) -> str:
-        """Hex digest of all settings that make two runs different."""
+        """Hex digest of all settings that distinguish runs."""
         decisive = {name: value for name, value in _flat(self) if _RULES[name] is not OnResume.FREE}
         content = {name: value for name, value in decisive.items() if name not in _ADDED or value != _ADDED[name]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -145,16 +143,16 @@ class TrainConfig(Settings):
 
 _RULES, _ADDED = rules_of(TrainConfig), defaults_of_added(TrainConfig)
 MAY_CHANGE = changeable(_RULES)
-"""Settings, and whole sections, that a stopped run may change."""
+"""Settings, and whole sections, that a resumed run may change."""
 
 
 def known_configs() -> list[str]:
-    """Names of the configurations that come with sdtrain."""
+    """Names of the configurations shipped with sdtrain."""
     return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml"))
 
 
 def load_config(name_or_file: str) -> TrainConfig:
-    """A configuration by its name or from a YAML file.
+    """Loads a configuration by name or from a YAML file.
 
     Raises:
         UserError: unknown name (with the nearest known one), unknown key, bad value.
@@ -168,7 +166,7 @@ def load_config(name_or_file: str) -> TrainConfig:
 
 
 class Change(Settings):
-    """Another value of a setting."""
+    """A changed setting."""
 
     name: str
     before: Any
@@ -179,7 +177,7 @@ class Change(Settings):
 
     @property
     def reason(self) -> str:
-        """Why a run may not make it."""
+        """Why a resumed run may not make this change."""
         rule = _RULES[self.name]
         return f"{self.name} decides {rule.value}" if rule.is_fixed else f"the config does not name {self.name}"
 
@@ -191,7 +189,7 @@ def changes(old: TrainConfig, new: TrainConfig) -> list[Change]:
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
-    """The changes that a run which goes on may not make."""
+    """The changes that a resumed run may not make."""
     named = new.model_fields_set
     return [
         change
@@ -201,4 +199,4 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
 
 
 def _flat(config: TrainConfig) -> Iterator[tuple[str, Any]]:
-    return flat(as_recorded(config.model_dump(mode="json")))  # changes are printed and kept
+    return flat(as_recorded(config.model_dump(mode="json")))  # without secrets, because changes are printed and kept

@@ -1,4 +1,4 @@
-"""Section of a training configuration: what the model card says that no record holds."""
+"""Section of a training configuration: facts for the model card that no record holds."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from sdtrain.settings import Settings
 
 
 class CardConfig(Settings):
-    """Licence of the weights, and where and on what they were made."""
+    """Licence of the weights, and place and hardware of their training."""
 
     license: Free[str] = "creativeml-openrail-m"
-    """The weights' licence, as the Hub names it."""
+    """By its name on the Hub."""
     gated: Free[bool] = True
-    """Whether the Hub asks people to agree to the licence before they may download."""
+    """Whether the Hub asks users to accept the licence before downloading."""
     region: Free[str | None] = None
-    """Where the electricity is from, as in aws/us-east-1; null: CO2 is not computed, unless kg_per_kwh is given."""
+    """Origin of the electricity, as in aws/us-east-1; null: no CO2 is computed, unless kg_per_kwh is given."""
     kg_per_kwh: Free[float | None] = Field(default=None, gt=0)
-    """Carbon intensity of the grid, where you know better than the table of 2019 by region."""
+    """Carbon intensity of the grid; overrides the table of 2019 by region."""
     pue: Free[float] = Field(default=1.0, ge=1)
-    """What the whole data centre draws over what its computers draw."""
+    """Power of the whole data centre over that of its computers."""
     gpu_watts: Free[float | None] = Field(default=None, gt=0)
-    """Power of a GPU where its counter cannot be read; null: as its data sheet says."""
+    """Power of a GPU without a readable counter; null: from its data sheet."""
     data_gpu: Free[str | None] = None
     """GPU that scored and encoded the images, as in "H200"; null: CPU cores. Manifests hold seconds, not devices."""
     data_cores: Free[float] = Field(default=1.0, gt=0)
-    """CPU cores that each worker of the data stages kept busy."""
+    """CPU cores kept busy by each worker of the data stages."""
 
     @field_validator("region")
     @classmethod
@@ -47,7 +47,7 @@ class CardConfig(Settings):
         return name
 
     def intensity(self) -> float | None:
-        """Kg of CO2 equivalents a kWh; None if nobody said where."""
+        """Kg of CO2 equivalents per kWh; None if unknown."""
         if self.kg_per_kwh is not None or self.region is None:
             return self.kg_per_kwh
         return find_region(self.region).kg_per_kwh

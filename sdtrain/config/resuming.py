@@ -1,8 +1,4 @@
-"""Marks that state, where a training setting is declared, whether a resumed run may change it.
-
-seed: DecidesSamples[int] = 42
-lr: Tunable[float] = Field(default=1e-4, gt=0)
-"""
+"""Marks in a setting's declaration whether a resumed run may change it, as in `lr: Tunable[float] = 1e-4`."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ ValueT = TypeVar("ValueT")
 
 
 class OnResume(Enum):
-    """The effect of a change on a run; the text completes "it decides ..."."""
+    """Effect of a changed setting on a run; the text completes "it decides ..."."""
 
     SAMPLES = "which samples, captions and noise a step sees"
     NETWORK = "which network is trained, or what it is trained on"
@@ -28,27 +24,27 @@ class OnResume(Enum):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether a run keeps the value that it began with."""
+        """Whether a resumed run keeps its old value."""
         return self in (OnResume.SAMPLES, OnResume.NETWORK, OnResume.OBJECTIVE)
 
 
 DecidesSamples = Annotated[ValueT, OnResume.SAMPLES]
-"""Fixed: with another value a step would no longer be the same function of seed, step and sample."""
+"""Fixed: otherwise a step would no longer be the same function of seed, step and sample."""
 DecidesNetwork = Annotated[ValueT, OnResume.NETWORK]
 """Fixed: the checkpoint's weights belong to this value."""
 DecidesObjective = Annotated[ValueT, OnResume.OBJECTIVE]
 """Fixed: the weights learned so far predict this."""
 Tunable = Annotated[ValueT, OnResume.TUNES]
-"""May change; two runs that differ in it are different runs all the same, and have different digests."""
+"""May change, but distinguishes runs and their digests."""
 TunableOnRequest = Annotated[ValueT, OnResume.ON_REQUEST]
-"""As Tunable, but only where the config names it: never because a default or a machine is another."""
+"""As Tunable, but only if the config names it: never because a default or a machine differs."""
 Free = Annotated[ValueT, OnResume.FREE]
-"""May change; it does not make another run."""
+"""May change; does not distinguish runs."""
 
 _ADDED = "added"
 Added = Annotated[ValueT, _ADDED]
-"""For a setting that is new, as in Added[Tunable[float]]: at its default it is left out of digests, which so stay those
-of runs from before."""
+"""For a new setting, as in Added[Tunable[float]]: left out of digests at its default, so that old digests stay
+valid."""
 
 
 def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
@@ -74,7 +70,7 @@ def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
 
 
 def defaults_of_added(model: type[BaseModel], prefix: str = "") -> dict[str, Any]:
-    """The default of each setting marked Added, as in JSON, by dotted name."""
+    """The JSON default of each setting marked Added, by dotted name."""
     found: dict[str, Any] = {}
     for name, field in model.model_fields.items():
         if _ADDED in field.metadata:
@@ -85,7 +81,7 @@ def defaults_of_added(model: type[BaseModel], prefix: str = "") -> dict[str, Any
 
 
 def changeable(rules: Mapping[str, OnResume]) -> list[str]:
-    """The settings that may change, a section by its own name where all of its settings may."""
+    """The settings that may change; a section stands for its settings if all may."""
     fixed = {part for name, rule in rules.items() if rule.is_fixed for part in (name, name.split(".")[0])}
     names = [name.split(".")[0] if name.split(".")[0] not in fixed else name for name in rules if name not in fixed]
     asked = {name for name, rule in rules.items() if rule is OnResume.ON_REQUEST}

@@ -1,4 +1,4 @@
-"""Sections of a training configuration: network, objective, optimizer, speed, checkpoints, guards, what it shows."""
+"""Sections of a training configuration: network, objective, optimizer, speed, monitoring, checkpoints and guards."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ class UNetConfig(Settings):
     block_out_channels: DecidesNetwork[tuple[int, ...]] = (320, 640, 1280, 1280)
     """Channels of each level; every level after the first halves height and width."""
     layers_per_block: DecidesNetwork[int] = Field(default=2, ge=1)
-    """ResBlocks in each level on the way down (one more on the way up)."""
+    """ResBlocks on each level of the down path (the up path has one more)."""
     down_block_types: DecidesNetwork[tuple[str, ...]] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    """diffusers' block names on the way down: with or without cross-attention."""
+    """diffusers' block names, with or without cross-attention."""
     up_block_types: DecidesNetwork[tuple[str, ...]] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    """diffusers' block names on the way up."""
     num_heads: DecidesNetwork[int] = Field(default=8, ge=1)
-    """Attention heads on every level (diffusers calls this `attention_head_dim`)."""
+    """On every level (diffusers calls this `attention_head_dim`)."""
     norm_num_groups: DecidesNetwork[int] = Field(default=32, ge=1)
-    """Groups of every GroupNorm; divides every number of channels."""
+    """Must divide every number of channels."""
     cross_attention_dim: DecidesNetwork[int] = Field(default=768, ge=1)
     """Width of the text encoder's output."""
     gradient_checkpointing: Tunable[bool] = False
@@ -44,10 +43,9 @@ class UNetConfig(Settings):
 
 
 class DiffusionConfig(Settings):
-    """The forward process, and what the network is asked to predict; the defaults are SD v1's."""
+    """The forward process and the prediction target; the defaults are SD v1's."""
 
     num_timesteps: DecidesObjective[int] = Field(default=1000, ge=2)
-    """Length of the noise schedule."""
     beta_start: DecidesObjective[float] = Field(default=0.00085, gt=0, lt=1)
     """First variance of the scaled-linear schedule."""
     beta_end: DecidesObjective[float] = Field(default=0.012, gt=0, lt=1)
@@ -57,10 +55,10 @@ class DiffusionConfig(Settings):
     zero_terminal_snr: DecidesObjective[bool] = False
     """Rescale the schedule so that nothing of the latent is left at its end (Lin et al. 2024, arXiv:2305.08891)."""
     min_snr_gamma: DecidesObjective[float] = Field(default=0.0, ge=0)
-    """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556; there 5); 0 weighs all alike."""
+    """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, use 5); 0 weighs all equally."""
     offset_noise: DecidesSamples[float] = Field(default=0.0, ge=0)
-    """Strength of noise that is constant over each latent channel, which lets a model learn dark and bright images;
-    0.05 to 0.1 where it is used, 0 none."""
+    """Strength of noise that is constant over each latent channel, to learn dark and bright images; usually 0.05 to
+    0.1."""
 
     @model_validator(mode="after")
     def _options_go_together(self) -> DiffusionConfig:
@@ -81,31 +79,27 @@ class OptimizerConfig(Settings):
     """AdamW, with weight decay on every parameter as in the original runs."""
 
     lr: Tunable[float] = Field(default=1e-4, gt=0)
-    """Learning rate after the warm-up. It is not multiplied by the batch size or the number of GPUs."""
+    """Learning rate after the warm-up; not scaled by batch size or number of GPUs."""
     betas: Tunable[tuple[float, float]] = (0.9, 0.999)
-    """Decays of the first and second moments."""
     eps: Tunable[float] = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: Tunable[float] = Field(default=0.01, ge=0)
-    """Decoupled weight decay."""
     moments: Tunable[Literal["fp32", "int8"]] = "fp32"
-    """In which Adam keeps its moments. int8 (bitsandbytes) takes 2 bytes a parameter in the place of 8, and rounds."""
+    """Precision of Adam's moments. int8 (bitsandbytes) takes 2 bytes per parameter instead of 8, and rounds."""
     max_grad_norm: Tunable[float] = Field(default=0.0, ge=0)
-    """Clip the gradient's norm to this; 0 does not clip, as in the original runs."""
+    """Clips the gradient's norm; 0 does not, as in the original runs."""
 
 
 class ScheduleConfig(Settings):
     """Linear warm-up, then constant or falling."""
 
     warmup_steps: Tunable[int] = Field(default=10_000, ge=0)
-    """Optimizer steps until the full learning rate."""
     decay: Tunable[Literal["constant", "cosine", "linear"]] = "constant"
-    """How the rate goes on after the warm-up."""
+    """Shape of the schedule after the warm-up."""
     decay_steps: Tunable[int | None] = Field(default=None, ge=1)
-    """Optimizer step at which the rate reaches `min_lr`, and stays. Cosine and linear need it; it is not taken from
-    `steps`, which may be raised later without changing what was trained."""
+    """Optimizer step at which the rate reaches `min_lr` and stays; needed by cosine and linear. Not derived from
+    `steps`, which may be raised later without changing the earlier training."""
     min_lr: Tunable[float] = Field(default=0.0, ge=0)
-    """Where the rate ends."""
 
     @model_validator(mode="after")
     def _ends_somewhere(self) -> ScheduleConfig:
@@ -121,37 +115,35 @@ class EmaConfig(Settings):
     """Exponential moving average of the fp32 weights, updated once per optimizer step."""
 
     decay: Tunable[float] = Field(default=0.9999, ge=0, lt=1)
-    """Largest decay. The original code updates on every micro-batch; here it is every optimizer step."""
+    """Largest decay, per optimizer step; the original code updates on every micro-batch."""
     warmup: Tunable[bool] = True
     """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
 
 
 class SpeedConfig(Settings):
-    """Levers that change how fast a step is, and its result only by rounding. The defaults are safe everywhere."""
+    """Settings that change a step's speed, and its result only by rounding; the defaults are safe everywhere."""
 
     compile: Free[Literal["off", "regional", "whole"]] = "off"
-    """torch.compile: of each transformer and residual block by itself (compiles in a minute or two), or of the UNet
-    as one graph (longer)."""
+    """torch.compile: each transformer and residual block (a minute or two), or the whole UNet as one graph (longer)."""
     compile_mode: Free[Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]] = "default"
-    """torch.compile's mode; `reduce-overhead` and `max-autotune` replay CUDA graphs."""
+    """`reduce-overhead` and `max-autotune` replay CUDA graphs."""
     channels_last: Free[bool | None] = None
-    """Memory layout in which convolutions need no transposing; null: on CUDA, not on CPUs, where it does not pay."""
+    """Memory layout that spares convolutions a transpose; null: on CUDA only, because it does not pay on CPUs."""
     attention: Free[Literal["auto", "plain", "sdpa", "flash", "efficient", "cudnn"]] = "auto"
-    """Attention kernel: matrix products and a softmax (`plain`), PyTorch's own choice (`sdpa`), or one of its fused
-    kernels. auto: plain on CPUs, whose fused bf16 backward pass is slower, else sdpa."""
+    """Matrix products and a softmax (`plain`), PyTorch's own choice (`sdpa`), or one of its fused kernels. auto: plain
+    on CPUs, whose fused bf16 backward pass is slower, else sdpa."""
     fused_adamw: Free[bool] = True
     """One kernel for the whole optimizer step."""
     cudnn_benchmark: Free[bool] = True
-    """Let cuDNN try its convolution algorithms; batches have one shape, so it does it once. Off with
-    `deterministic`."""
+    """Let cuDNN try its convolution algorithms, once, as batches have one shape. Off with `deterministic`."""
     deterministic: Free[bool] = False
-    """Take only algorithms that give the same bits every time, so that the same run on the same kind and number of
-    GPUs, with the same versions of the libraries, is repeated exactly; some are slower. CPUs need no such thing."""
+    """Use only bit-reproducible algorithms, some of them slower: a run repeats exactly on the same kind and number of
+    GPUs with the same library versions. CPUs do not need it."""
     fp32_gradients: Free[bool] = True
-    """Add up the gradients of micro-batches and ranks in float32, as the original runs did, whatever the network's own
-    precision is. False adds and sends them in that one: 4 bytes a parameter less, and half of the traffic."""
+    """Accumulate and reduce gradients in float32, as the original runs did. False uses the network's precision: 4 bytes
+    per parameter less, and half of the traffic."""
     tf32: Free[bool] = True
-    """TF32 in what is left of float32 matrix products on CUDA, as in the original runs."""
+    """TF32 for the remaining float32 matrix products on CUDA, as in the original runs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,11 +184,11 @@ class ValidationConfig(Settings):
     """The loss on samples that training never sees, at fixed timesteps with fixed noise."""
 
     num_samples: DecidesSamples[int] = Field(default=0, ge=0)
-    """How many of the dataset's last samples are held out for it; 0: no validation, as in the original runs."""
+    """Number of the dataset's last samples held out; 0: no validation, as in the original runs."""
     every: Free[int] = Field(default=1000, ge=1)
     """Optimizer steps between validations."""
     num_timesteps: Free[int] = Field(default=8, ge=1)
-    """Timesteps at which every sample is tried, in the middle of as many equal parts of the noise schedule."""
+    """Timesteps for every sample, in the middle of equal parts of the noise schedule."""
 
 
 class PreviewConfig(Settings):
@@ -205,9 +197,9 @@ class PreviewConfig(Settings):
     every: Free[int] = Field(default=0, ge=0)
     """Optimizer steps between sheets; 0: none."""
     prompts: Free[tuple[str, ...]] = ()
-    """One image for each; image i has seed i."""
+    """One image per prompt; image i has seed i."""
     guidance_scale: Free[float] = Field(default=7.5, ge=0)
-    """Strength of classifier-free guidance; 1 is none."""
+    """1 is no guidance."""
     num_steps: Free[int] = Field(default=50, ge=1)
     """PLMS steps."""
 
@@ -219,24 +211,24 @@ class PreviewConfig(Settings):
 
 
 class TrackingConfig(Settings):
-    """Where metrics go beside log.csv and TensorBoard's event files, which are always written."""
+    """Where metrics go in addition to log.csv and TensorBoard's event files."""
 
     wandb_project: Free[str | None] = None
     """Project at Weights & Biases (`WANDB_MODE=offline` keeps the run on disk); null: not used."""
 
 
 class CheckpointConfig(Settings):
-    """When the training state is written, and how much of it stays."""
+    """Interval and retention of checkpoints."""
 
     every: Free[int] = Field(default=5000, ge=1)
     """Optimizer steps between checkpoints."""
     keep_last: Free[int] = Field(default=3, ge=2)
-    """Newest checkpoints that stay; at least two, in case the newest is damaged."""
+    """Newest checkpoints kept; at least two, in case the newest is damaged."""
     keep_every: Free[int] = Field(default=0, ge=0)
-    """Checkpoints at multiples of this many steps stay for ever; a multiple of `every`. 0: none do."""
+    """Checkpoints at multiples of this many steps are kept for ever; a multiple of `every`. 0: none."""
     mode: Free[Literal["async", "sync"]] = "async"
-    """async: training waits only while the state is copied to host memory (16 bytes a parameter, shared by the ranks)
-    and goes on while a thread writes it. sync: training waits for the disk."""
+    """async: training waits only for a copy to host memory (16 bytes per parameter, shared by the ranks), which a
+    thread then writes. sync: training waits for the disk."""
 
     @model_validator(mode="after")
     def _permanent_ones_are_made(self) -> CheckpointConfig:
@@ -249,24 +241,22 @@ class CheckpointConfig(Settings):
 
 
 class GuardConfig(Settings):
-    """What happens at a step that would ruin the run, or that does not end."""
+    """Reaction to a step that would ruin the run, or that hangs."""
 
     on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
-    """A gradient with NaN or infinity: stop, or leave the weights as they are and go on with the next batch. `skip`
-    reads the gradient's norm from the device in every optimizer step. In fp16 the step is first repeated with smaller
-    loss scales."""
+    """At a NaN or infinite gradient: stop, or leave the weights unchanged and go on. `skip` reads the gradient's norm
+    from the device in every optimizer step. fp16 first repeats the step with smaller loss scales."""
     max_grad_norm_ratio: Free[float] = Field(default=0.0, ge=0)
-    """A gradient norm above this many times the median of the last `norm_window` ones is a spike; 0: no step is, as in
-    the original runs. Above 0 the norm is read from the device in every optimizer step."""
+    """A gradient norm above this many times the median of the last `norm_window` is a spike; 0: none is, as in the
+    original runs. Above 0 the norm is read from the device in every optimizer step."""
     on_spike: Free[Literal["stop", "skip"]] = "skip"
-    """What happens at a spike."""
     norm_window: Free[int] = Field(default=100, ge=2)
-    """Applied steps whose norms make the median; no step is a spike before there were that many."""
+    """Applied steps in the median of norms; before that many there are no spikes."""
     max_skips_in_a_row: Free[int] = Field(default=10, ge=1)
-    """Training stops when so many steps in a row were skipped."""
+    """Training stops after this many."""
     stall_timeout_s: Free[float] = Field(default=600, ge=0)
-    """Seconds without any progress on a rank after which it says which ranks are behind, and ends the job; 0: never.
-    The first steps compile and are slow: leave room."""
+    """Seconds without progress after which a rank names those that are behind and ends the job; 0: never. Leave room
+    for the slow first steps, which compile."""
 
     @property
     def reads_every_norm(self) -> bool:

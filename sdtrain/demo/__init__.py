@@ -1,1 +1,1 @@
-"""A little world to run the whole pipeline on: images, captions, a web server, tiny weights."""
+"""A small synthetic world for the whole pipeline: images, captions, a web server, tiny weights."""

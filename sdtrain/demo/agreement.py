@@ -1,4 +1,4 @@
-"""Samples all colour-shape prompts and counts how often the checker sees what they name."""
+"""Samples all colour-shape prompts and counts how often the checker agrees."""
 
 from __future__ import annotations
 
@@ -19,20 +19,14 @@ from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.sampler import Sampler, SampleSettings
 
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
-# One a seed, so that the figures cover the scales at which people sample.
+# One per seed, so that the metrics cover the scales in common use.
 GUIDANCE_SCALES = (3.0, 4.5, 6.0, 8.0)
 _TILE_PX, _MARGIN_PX, _SEEDS_IN_SHEET = 96, 64, 2
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One model's samples and their agreement.
-
-    Attributes:
-        rounds: one list of images a guidance scale, each in the order of `PAIRS`.
-        seen: agreement over the pairs that training has shown.
-        unseen: agreement over the pairs that it never has.
-    """
+    """A model's samples, per scale in the order of `PAIRS`, and their agreement by pairs in or not in training."""
 
     rounds: list[list[Image.Image]]
     seen: Agreement
@@ -40,13 +34,7 @@ class Trial:
 
 
 def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES, num_steps: int = 50) -> Trial:
-    """Samples every pair once for each guidance scale by PLMS and checks the images.
-
-    Args:
-        folder: a diffusers folder.
-        guidance_scales: one round of all pairs for each, with seeds of its own.
-        num_steps: of the sampler.
-    """
+    """Samples every pair once per scale, with new seeds each, from a diffusers folder by PLMS; checks the images."""
     sampler = Sampler(load_networks(folder))
     prompts = [f"a {color} {shape}" for color, shape in PAIRS]
     rounds = []
@@ -57,13 +45,13 @@ def try_model(folder: Path, guidance_scales: Sequence[float] = GUIDANCE_SCALES, 
 
 
 def export_untrained(config_name: str, output: Path) -> Path:
-    """A pipeline with the config's UNet as it is before the first step."""
+    """Exports a pipeline with the config's UNet before the first step."""
     config = load_config(config_name)
     return write_pipeline(build_unet(config.unet, config.latent_size), config, output)
 
 
 def draw_sheet(trial: Trial) -> Image.Image:
-    """A sheet with one row a colour and one column a shape; unseen pairs have a red frame."""
+    """Draws a sheet with a row per colour and a column per shape; unseen pairs have a red frame."""
     seeds = min(_SEEDS_IN_SHEET, len(trial.rounds))
     column_px, row_px = seeds * _TILE_PX + 8, _TILE_PX + 8
     sheet = Image.new("RGB", (_MARGIN_PX + len(SHAPES) * column_px, 28 + len(COLORS) * row_px), "white")
@@ -84,7 +72,7 @@ def draw_sheet(trial: Trial) -> Image.Image:
 
 
 def read_results(path: Path, checkpoint: str) -> dict[str, Agreement] | None:
-    """Verdicts of an earlier call for the same checkpoint, by name; None if there are none."""
+    """Reads saved verdicts for the same checkpoint, by name; None if there are none."""
     if not path.exists():
         return None
     content = json.loads(path.read_text())
@@ -94,7 +82,7 @@ def read_results(path: Path, checkpoint: str) -> dict[str, Agreement] | None:
 
 
 def write_results(path: Path, checkpoint: str, results: dict[str, Agreement]) -> None:
-    """Keeps the verdicts, with the checkpoint they belong to."""
+    """Saves the verdicts with their checkpoint."""
     content = {"checkpoint": checkpoint} | {name: vars(result) for name, result in results.items()}
     with publish(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Recognises the colour and shape in a demo image from its pixels alone; nothing here is learnt."""
+"""Recognises the colour and shape in a demo image from its pixels alone, without learning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image, ImageFilter
 
 from sdtrain.demo.images import COLORS, SHAPES, shape_mask
 
-# Chroma (largest minus smallest of R, G, B): shapes have 150 and more, backgrounds under 30.
+# Chroma (max minus min of R, G, B): shapes have at least 150, backgrounds less than 30.
 MIN_CHROMA = 60
 # The shape's share of the image: drawn ones have about 0.1 (star) to 0.4 (square).
 MIN_AREA, MAX_AREA = 0.03, 0.65
-# Hues of neighbouring colours are 41 degrees apart or more.
+# Neighbouring colours differ by at least 41 degrees.
 MAX_HUE_DISTANCE = 25.0
 MIN_HUE_AGREEMENT = 0.8
 MIN_IOU = 0.65
@@ -25,7 +25,7 @@ _ANGLES = range(-15, 16, 3)
 
 @dataclass(frozen=True)
 class Verdict:
-    """The colour and shape that an image clearly shows, or None."""
+    """The colour and shape that an image clearly shows, else None."""
 
     color: str | None
     shape: str | None
@@ -42,10 +42,9 @@ class Agreement:
 
 
 def classify(image: Image.Image) -> Verdict:
-    """The colour and shape in one RGB image of any size; made for 64 x 64.
+    """The colour and shape in one RGB image of any size; tuned for 64 x 64.
 
-    The saturated pixels are the shape. Its colour is the demo colour with the nearest hue;
-    its shape is the one whose drawn mask, at small rotations, overlaps best.
+    The saturated pixels give the nearest demo hue, and the shape whose mask, slightly rotated, overlaps best.
     """
     pixels = np.asarray(image.convert("RGB"), np.float32)
     mask = _saturated(pixels)
@@ -53,16 +52,12 @@ def classify(image: Image.Image) -> Verdict:
         return Verdict(None, None)
     hue = _common_hue(pixels[mask])
     if hue is None:
-        return Verdict(None, None)  # saturated pixels of all hues are noise, whatever their outline
+        return Verdict(None, None)  # saturated pixels of all hues are noise
     return Verdict(_nearest_color(hue), _shape(mask))
 
 
 def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Agreement:
-    """How often the images show what was asked for.
-
-    Args:
-        images: samples.
-        wanted: (colour, shape) of each; see `pair_in` for those of a prompt.
+    """How often the images show the wanted (colour, shape); see `pair_in` for those of a prompt.
 
     Raises:
         ValueError: no images, or not as many as pairs.
@@ -91,21 +86,21 @@ def pair_in(prompt: str) -> tuple[str, str]:
 
 
 def _saturated(pixels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: chroma over half of the image's strongest, so that a blurred edge is cut in its middle."""
+    """(H, W) bool: chroma over half of the maximum, which splits a blurred edge in its middle."""
     chroma = pixels.max(axis=2) - pixels.min(axis=2)
     threshold = max(MIN_CHROMA, 0.5 * float(np.quantile(chroma, 0.97)))
     mask = Image.fromarray(np.where(chroma > threshold, 255, 0).astype(np.uint8))
-    # Takes away single pixels that are not part of any shape.
+    # Removes isolated pixels.
     return np.asarray(mask.filter(ImageFilter.MedianFilter(3))) > 0
 
 
 def _common_hue(pixels: np.ndarray) -> float | None:
-    """The median hue, in degrees, of (N, 3) pixels; None if they have no hue in common."""
+    """The median hue in degrees of (N, 3) pixels; None if they share none."""
     hues = np.radians(_hues(pixels))
     mean = np.exp(1j * hues).mean()
     if abs(mean) < MIN_HUE_AGREEMENT:
         return None
-    # The median, but of angles: as seen from their mean direction.
+    # A median of angles, taken around their mean direction.
     offsets = np.angle(np.exp(1j * hues) / mean)
     return float(np.degrees(np.angle(mean) + np.median(offsets)))
 

@@ -1,7 +1,4 @@
-"""The demo's evaluation: its tiny model over guidance scales, by a tiny network of its own and its checker.
-
-It stands in for Inception and CLIP where `network` or `agreement` is `demo`: no published network is at hand offline.
-"""
+"""Stand-ins for Inception and CLIP (`network` or `agreement`: `demo`) that work offline, and the demo's evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ _NUM_REFERENCE = 500
 
 
 class _Encoder(nn.Module):
-    """The means over all places of what the demo's autoencoder has before its last convolution, (B, 96)."""
+    """Spatial means of the demo autoencoder's activations before its last convolution, (B, 96)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +54,7 @@ class DemoFeatures(FeatureNetwork):
     label = " of the demo's own features"
 
     def digest(self, weights: str) -> str:
-        """That of the demo's VAE."""
+        """The demo VAE's digest."""
         return vae_digest("demo")
 
     def load(self, weights: str) -> nn.Module:
@@ -87,7 +84,7 @@ FEATURES, AGREEMENT = DemoFeatures(), CheckerAgreement
 
 
 def score_images(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
-    """(n,) float32: the share of the colour and shape in a prompt that its image shows, 0, 0.5 or 1.
+    """(n,) float32: the share of a prompt's colour and shape that its image shows, 0, 0.5 or 1.
 
     Raises:
         UserError: a prompt names no colour or no shape of the demo's.
@@ -108,14 +105,7 @@ def evaluate_demo(
 ) -> tuple[Results, Path]:
     """Draws every colour with every shape twice at each guidance scale; finished parts are kept.
 
-    Args:
-        models: the demo's runs or exports, a line each in the plot.
-        data: its dataset, whose images are the reference.
-        output: where the evaluation goes, for a single run best `RUN/evaluation`.
-        say: prints a line when a step has ended.
-
-    Returns:
-        The numbers, whose names say that they are the demo's, and the plot's file.
+    The images of `data` are the reference. Returns the numbers, with names marked as the demo's, and the plot.
 
     Raises:
         UserError: no model, or no images.
@@ -125,7 +115,7 @@ def evaluate_demo(
 
 
 def demo_protocol(data: Path, output: Path) -> Protocol:
-    """The settings; the prompts are written into the evaluation's directory."""
+    """The settings; writes the prompts to the evaluation's directory."""
     prompts = output.absolute() / "demo-prompts.txt"
     lines = [f"a {color} {shape}\n" for color in COLORS for shape in SHAPES] * NUM_EACH
     with publish(prompts) as temporary:

@@ -1,7 +1,6 @@
-"""Draws the demo's images: one coloured shape on a muted background.
+"""Draws the demo's images: one shape on a background.
 
-Shapes are saturated and backgrounds are not, so that `sdtrain.demo.checker` can
-tell both from the pixels alone.
+Only the shape is saturated, so that `sdtrain.demo.checker` recognises it from pixels alone.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ COLORS: dict[str, tuple[int, int, int]] = {
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 BACKGROUNDS = ("plain", "gradient", "striped", "checkered", "dotted", "noisy")
 
-# One pair a colour and one a shape: each word is learnt, only the pairing is new.
+# One pair per colour and shape: each word is learnt, only the pairing is new.
 UNSEEN_PAIRS = frozenset(zip(COLORS, ("star", "ring", "circle", "cross", "square", "triangle"), strict=True))
 SEEN_PAIRS = tuple((c, s) for c in COLORS for s in SHAPES if (c, s) not in UNSEEN_PAIRS)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one image shows. Lengths are fractions of the image's short side."""
+    """The content of one image; lengths are fractions of its short side."""
 
     color: str
     shape: str
@@ -43,7 +42,7 @@ class Scene:
 
 
 def random_scene(rng: np.random.Generator, color: str, shape: str) -> Scene:
-    """A scene with this colour and shape; everything else is drawn from `rng`."""
+    """A scene with this colour and shape, otherwise random."""
     return Scene(
         color=color,
         shape=shape,
@@ -56,7 +55,7 @@ def random_scene(rng: np.random.Generator, color: str, shape: str) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One of several ways in which people describe such an image."""
+    """A random description of the scene."""
     templates = (
         "a {color} {shape}",
         "a {color} {shape} on a {background} background",
@@ -95,7 +94,7 @@ def shape_mask(
 
 
 def watermark(image: Image.Image, text: str = "SAMPLE  STOCK") -> Image.Image:
-    """The image with a semi-transparent text across it, as stock agencies print it."""
+    """The image with a semi-transparent stock agency text across it."""
     overlay = Image.new("RGBA", image.size, (0, 0, 0, 0))
     pen = ImageDraw.Draw(overlay)
     size_px = max(16, image.width // 9)
@@ -106,7 +105,7 @@ def watermark(image: Image.Image, text: str = "SAMPLE  STOCK") -> Image.Image:
 
 
 def spoil(image: Image.Image) -> Image.Image:
-    """A blurred, washed-out version: what a low aesthetic score stands for here."""
+    """A blurred, washed-out version, for a low aesthetic score."""
     blurred = image.filter(ImageFilter.GaussianBlur(image.width / 24))
     return Image.blend(blurred, Image.new("RGB", image.size, (128, 128, 128)), 0.55)
 
@@ -144,7 +143,6 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """An RGB colour of low saturation, shape (3,)."""
     return np.clip(rng.uniform(70, 225) + rng.uniform(-12, 12, 3), 0, 255)
 
 

@@ -1,4 +1,4 @@
-"""The answers of the demo's server: the image, or what the real web sends instead."""
+"""The demo server's responses: the image, or a failure of the real web."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WEB_PAGE = b"<!doctype html><title>Gone</title><p>This picture has moved. See o
 
 
 class Site:
-    """What all listeners share: the pages, the image files and the count of requests."""
+    """State that all listeners share: pages, image files, request counts."""
 
     def __init__(self, pages: Mapping[str, Mapping[str, str | None]], images: Path) -> None:
         self.pages = pages
@@ -33,13 +33,13 @@ class Site:
         self._lock = threading.Lock()
 
     def count(self, path: str) -> int:
-        """Counts a request and returns how many there have been for `path`."""
+        """Counts a request; returns the total for `path`."""
         with self._lock:
             self._requests[path] += 1
             return self._requests[path]
 
     def stats(self) -> dict[str, Any]:
-        """Requests in all and per path since the server started."""
+        """Requests, total and per path, since the start."""
         with self._lock:
             return {"pid": os.getpid(), "total": self._requests.total(), "requests": dict(self._requests)}
 
@@ -48,7 +48,7 @@ class Listener(ThreadingHTTPServer):
     """Listens at one address; with `tls`, speaks HTTPS."""
 
     daemon_threads = True
-    request_queue_size = 256  # dozens of connections arrive at once
+    request_queue_size = 256  # for dozens of simultaneous connections
 
     def __init__(self, address: tuple[str, int], site: Site, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(address, Handler)
@@ -56,12 +56,12 @@ class Listener(ThreadingHTTPServer):
         self.tls = tls
 
     def server_bind(self) -> None:
-        """Binds without the name look-up of `HTTPServer`, which can take seconds."""
+        """Binds without the slow (seconds) name look-up of `HTTPServer`."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """Handles one connection; the TLS handshake is done here, in the connection's own thread."""
+        """Handles one connection, with its TLS handshake, in its own thread."""
         if self.tls is None:
             super().finish_request(request, client_address)
             return
@@ -70,11 +70,11 @@ class Listener(ThreadingHTTPServer):
             super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Keeps quiet: clients that hang up or mistrust the certificate are part of the play."""
+        """Ignores it: clients are meant to hang up or reject the certificate."""
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET as the page at the path says; the methods after `do_GET` are named for `Row.does`."""
+    """Answers GET by the path's page; the methods after `do_GET` are named after `Row.does`."""
 
     protocol_version = "HTTP/1.1"
     server_version = "sdtrain-demo"
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
-        """Looks up the path and lets its page answer."""
+        """Answers by the path's page."""
         path = self.path.split("?")[0]
         if path == STATS_PATH:
             self._send(json.dumps(self._site.stats()).encode(), "application/json")
@@ -129,7 +129,7 @@ class Handler(BaseHTTPRequestHandler):
         answer(file, num_requests)
 
     def _redirect(self, file: str, num_requests: int) -> None:
-        # Under a path of its own, so that the image is not found without following.
+        # At another path, so that only following the redirect finds the image.
         if self.path.endswith("?moved"):
             self._picture(file, num_requests)
         else:
@@ -146,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         body = (self._site.images / file).read_bytes()
         self._send(body[: len(body) // 2], "image/jpeg", headers={"Content-Length": str(len(body))})
         self.close_connection = True
-        # So that the client sees the end now, not when its own time limit is over.
+        # The client must see the end now, not after its timeout.
         self.connection.shutdown(socket.SHUT_WR)
 
     def _html(self, file: None, num_requests: int) -> None:

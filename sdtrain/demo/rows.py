@@ -1,4 +1,4 @@
-"""Plans the rows of the demo's metadata: mostly good images, and every failure that the web has."""
+"""Plans the rows of the demo's metadata: mostly good images, plus every failure of the web."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")
 REFUSING_HOST = "127.0.0.6"
 MIN_ROWS = 60
 
-# Share of each kind of row; "ok" takes what is left, about three quarters.
+# Share of each kind of row; "ok" takes the rest, about three quarters.
 SHARES: dict[str, float] = {
     "not_found": 0.030,  # 404
     "forbidden": 0.015,  # 403
@@ -24,12 +24,12 @@ SHARES: dict[str, float] = {
     "flaky": 0.015,  # 500 once, then the image
     "redirect": 0.015,  # 302 to the image
     "redirect_loop": 0.003,
-    "hang": 0.002,  # no answer at all; few, as each costs the client its whole time limit
+    "hang": 0.002,  # no answer; few, as each costs the client its whole timeout
     "truncated": 0.008,  # fewer bytes than Content-Length says
     "html": 0.010,  # 200, but a web page
     "robots": 0.004,  # X-Robots-Tag: noai
-    "bad_certificate": 0.002,  # https under a name that the certificate does not cover
-    "refused": 0.005,  # nobody listens
+    "bad_certificate": 0.002,  # https at a host that the certificate does not cover
+    "refused": 0.005,
     "file_url": 0.001,
     "data_url": 0.001,
     "small_picture": 0.010,  # smaller than its row says
@@ -41,11 +41,11 @@ SHARES: dict[str, float] = {
     "near_duplicate": 0.012,  # recompressed and slightly larger
     "no_caption": 0.008,
 }
-# Kinds that gather on one host, so that "which hosts fail most?" has an answer.
+# Concentrated on one host, so that "which hosts fail most?" has an answer.
 _FAILING = {"not_found", "forbidden", "server_error", "hang", "truncated", "html"}
 _FAILING_HOST = HOSTS[3]
 _WITHOUT_PICTURE = _FAILING - {"truncated"} | {"redirect_loop", "refused", "file_url", "data_url"}
-# The server does nothing but send the image.
+# The server just sends the image.
 _PLAIN = {"ok", "small_picture", "small_row", "watermarked", "spoiled", "null_scores", "no_caption"}
 _SERVED_AS_PICTURE = _PLAIN | {"exact_duplicate", "near_duplicate", "bad_certificate"}
 _FOLDERS = ("photos", "wp-content/uploads", "products/large", "img/gallery")
@@ -56,11 +56,11 @@ class Row:
     """One metadata row, and the image behind it.
 
     Attributes:
-        url: the whole URL where it is not made from scheme, host and path.
-        size_px: (width, height) of the image behind the URL.
+        url: set if it does not consist of scheme, host and path.
+        size_px: (width, height) of the actual image.
         listed_px: (width, height) that the row claims.
-        file: the image's file name, or None where no image is ever sent.
-        source: for copies, the index of the row whose image is copied.
+        file: the image's, None if none is ever sent.
+        source: for copies, the index of the original row.
     """
 
     index: int
@@ -83,7 +83,7 @@ class Row:
 
     @property
     def does(self) -> str:
-        """What the server does when the row's path is asked for; see `sdtrain.demo.pages`."""
+        """The server's response to the row's path; see `sdtrain.demo.pages`."""
         return "picture" if self.kind in _SERVED_AS_PICTURE else self.kind
 
 

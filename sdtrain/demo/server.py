@@ -37,18 +37,18 @@ _FOLLOW_PARENT = "--follow-parent"
 
 @dataclass(frozen=True)
 class Served:
-    """A world that is being served."""
+    """A world while it is served."""
 
     world: World
 
     @property
     def http(self) -> str:
-        """Start of its URLs, for example http://127.0.0.1:18080."""
+        """Prefix of its URLs, e.g. http://127.0.0.1:18080."""
         return f"http://{HOSTS[0]}:{self.world.http_port}"
 
     @property
     def https(self) -> str:
-        """Start of its URLs over TLS."""
+        """Prefix of its TLS URLs."""
         return f"https://{HOSTS[0]}:{self.world.https_port}"
 
     def stats(self) -> dict[str, Any]:
@@ -60,9 +60,8 @@ class Served:
 def serve_world(world: World) -> Iterator[Served]:
     """Serves `world` from one child process for as long as the block runs.
 
-    Inside the block the environment makes OpenSSL clients, child processes included, trust
-    the world's certificates (SSL_CERT_FILE) and pass by any proxy (no_proxy). The child ends
-    with the block, and also when this process dies.
+    The block's environment makes OpenSSL clients and child processes trust the world's certificates (SSL_CERT_FILE) and
+    bypass proxies (no_proxy). The child ends with the block, and also when this process dies.
 
     Raises:
         UserError: the world's ports are taken.
@@ -80,7 +79,7 @@ def serve_world(world: World) -> Iterator[Served]:
 
 
 def _stats(world: World) -> dict[str, Any]:
-    # Not by urllib, which would ask a proxy.
+    # urllib would use a proxy.
     connection = http.client.HTTPConnection(HOSTS[0], world.http_port, timeout=10)
     try:
         connection.request("GET", STATS_PATH)
@@ -99,7 +98,7 @@ def _wait_until_it_answers(world: World, child: subprocess.Popen[bytes], log: Pa
             if _stats(world)["pid"] == child.pid:
                 return
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-            pass  # not yet, or somebody else's server: then the child will say so
+            pass  # not up yet, or another server, which the child will report
         time.sleep(0.05)
     raise UserError(f"The demo's server did not answer within {_START_S:.0f} s; see {log}.")
 
@@ -152,7 +151,7 @@ def listen(world: World) -> list[Listener]:
                 listeners.append(Listener((host, port), site, context))
             except OSError as error:
                 raise UserError(_why_not(world, host, port, error)) from error
-    # Only now: another server of this world, if there is one, still needs its own.
+    # Not earlier: another server of this world would still need its own.
     authority.cert_pem.write_to_path(str(world.ca))
     return listeners
 
@@ -172,8 +171,8 @@ def _serve(world: World, follow_parent: bool) -> None:
     for listener in listen(world):
         threading.Thread(target=listener.serve_forever, daemon=True).start()
     if follow_parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        # The pipe tells at once; the parent's id also when some other process holds the pipe open.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+        # The pipe shows the parent's end at once, its id even if another process holds the pipe open.
         while os.getppid() == parent and not select.select([sys.stdin], [], [], 0.5)[0]:
             pass
         return

@@ -2,9 +2,8 @@
 
     python -m sdtrain.demo.text_encoder --out sdtrain/demo/weights
 
-The encoder is CLIP's architecture with random weights, frozen as SD v1's is. Nothing has
-to be learnt for its purpose: each word of the demo is one token, and their embeddings
-are orthogonal, so the UNet can tell words apart.
+The encoder is a frozen CLIP with random weights. Nothing has to be learnt: each demo word is one token, and their
+embeddings are orthogonal, so the UNet can distinguish words.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ HIDDEN = 64
 _WORDS = ("a", "on", "of", "picture", "background", *COLORS, *SHAPES, *BACKGROUNDS)
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
-# Small beside the words' 1, so that a word means the same wherever it stands.
+# Small beside the words' 1, so that a word's meaning hardly depends on its position.
 _POSITION_STD = 0.1
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with merges for the demo's words; any other text is spelt out in bytes.
+    """CLIP's tokenizer with merges for the demo's words; other text becomes bytes.
 
-    The vocabulary is laid out as CLIP's: bytes, bytes that end a word, merges, start, end.
+    The vocabulary has CLIP's order: bytes, word-final bytes, merges, start, end.
     """
     alphabet, merges = sorted(ByteLevel.alphabet()), word_merges(_WORDS)
     tokens = [*alphabet, *(byte + _WORD_END for byte in alphabet), *("".join(pair) for pair in merges), _START, _END]
@@ -43,10 +42,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def word_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until each of the ASCII `words` is one token.
-
-    The trainer of `tokenizers` would do it, but it breaks ties at random.
-    """
+    """Byte-pair merges that make each ASCII word one token; the trainer of `tokenizers` breaks ties at random."""
     spellings = [[*word[:-1], word[-1] + _WORD_END] for word in words]
     merges = []
     while pairs := Counter(pair for spelling in spellings for pair in pairwise(spelling)):
@@ -67,7 +63,7 @@ def _merged(spelling: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel:
-    """A random `CLIPTextModel` for `tokenizer`, whose embeddings of whole words are orthogonal."""
+    """A random `CLIPTextModel` with orthogonal embeddings of whole words."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=HIDDEN,
@@ -88,7 +84,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, seed: int = 0) -> CLIPTextModel
         torch.nn.init.normal_(positions, std=_POSITION_STD)
         vocab = tokenizer.get_vocab()
         words = [vocab[token] for token in (*(word + _WORD_END for word in (*_WORDS, ",")), _START, _END)]
-        # Columns of an orthogonal matrix, scaled to the length of a unit-variance vector.
+        # Orthogonal columns, scaled to the length of a unit-variance vector.
         directions = torch.nn.init.orthogonal_(torch.empty(HIDDEN, HIDDEN)) * HIDDEN**0.5
         with torch.no_grad():
             tokens[words] = directions[: len(words)]
@@ -103,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(args.out / "tokenizer")
-    # vocab.json and merges.txt as well, for readers older than tokenizer.json.
+    # vocab.json and merges.txt, for readers older than tokenizer.json.
     tokenizer.backend_tokenizer.model.save(str(args.out / "tokenizer"))
     build_text_encoder(tokenizer, args.seed).save_pretrained(args.out / "text_encoder")
 

@@ -6,9 +6,8 @@ The weights in sdtrain/demo/weights/vae were made by these commands:
     python -m sdtrain.demo.train_vae --init first --steps 1500 --lr 1.5e-3 --images 2000 --out second
     python -m sdtrain.demo.train_vae --init second --steps 1200 --lr 1.2e-3 --out sdtrain/demo/weights/vae
 
-The architecture is SD v1's (AutoencoderKL, four levels, 8x smaller latents of 4
-channels), only narrower; bf16 autocast, about half an hour on 2 cores. It
-reconstructs new scenes with a PSNR of 28.8 dB.
+A narrower SD v1 VAE (AutoencoderKL, four levels, 8x smaller latents of 4 channels), in bf16 autocast about half an hour
+on 2 cores; it reconstructs new scenes with a PSNR of 28.8 dB.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def draw_pool(num_images: int, resolution_px: int, seed: int) -> torch.Tensor:
-    """(num_images, 3, resolution_px, resolution_px) uint8 images of random scenes, all pairs alike."""
+    """(num_images, 3, resolution_px, resolution_px) uint8 images of random scenes, all pairs equally often."""
     rng = np.random.default_rng(seed)
     pool = np.empty((num_images, resolution_px, resolution_px, 3), np.uint8)
     for i in range(num_images):
@@ -55,9 +54,9 @@ def draw_pool(num_images: int, resolution_px: int, seed: int) -> torch.Tensor:
 
 
 def reconstruction_loss(pixels: torch.Tensor, decoded: torch.Tensor, block_weight: float) -> torch.Tensor:
-    """L1 of pixels and of edges, and the squared error of the mean colours of 8x8 blocks, of (B, 3, H, W) images.
+    """L1 of pixels and edges, plus the squared error of 8x8 block means, of (B, 3, H, W) images.
 
-    L1 alone settles for two hues (warm and cold); the squared error of block means tells all six apart.
+    L1 alone settles for two hues (warm and cold); the block term separates all six.
     """
     edges = sum(F.l1_loss(decoded.diff(dim=d), pixels.diff(dim=d)) for d in (2, 3))
     blocks = F.mse_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(pixels, 8))

@@ -1,4 +1,4 @@
-"""Makes the demo's little world: images, their metadata in LAION's columns, and where they are served."""
+"""Makes the demo's world: images, metadata in LAION's columns, and server pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sdtrain.demo.images import draw, spoil, watermark
 from sdtrain.demo.rows import HOSTS, REFUSING_HOST, Row, plan_rows
 from sdtrain.errors import UserError
 
-# Raise it when the same arguments give other images or rows.
+# Raise it when the same arguments yield other images or rows.
 VERSION = 1
 HTTP_PORT, HTTPS_PORT = 18080, 18443
 NUM_METADATA_FILES = 2
@@ -45,7 +45,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_TASK = 25
-# The quick settings: 2,000 images should not keep anyone waiting.
+# Fast settings: 2,000 images should not take long.
 _ENCODINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jpg": ("jpeg", {"quality": 90}),
     "png": ("png", {"compress_level": 1}),
@@ -56,7 +56,7 @@ _COPY_QUALITY = 78
 
 @dataclass(frozen=True)
 class World:
-    """A finished world on disk; `serve_world` of `sdtrain.demo.server` serves it."""
+    """A finished world on disk, for `sdtrain.demo.server.serve_world`."""
 
     directory: Path
     num_rows: int
@@ -76,11 +76,11 @@ class World:
 
     @property
     def pages(self) -> Path:
-        """JSON: what the server does at each path."""
+        """JSON of the server's response at each path."""
         return self.directory / "pages.json"
 
     def image_of(self, url: str) -> Path | None:
-        """The file that the server sends for a URL; None if it sends none."""
+        """The file served at a URL, if any."""
         page = json.loads(self.pages.read_text()).get(urlsplit(url).path)
         path = self.images / page["file"] if page and page["file"] else None
         return path if path and path.suffix != ".html" and path.exists() else None
@@ -97,10 +97,10 @@ class World:
 
 
 def open_world(directory: Path) -> World:
-    """The world that `make_world` finished in `directory`.
+    """Opens the world in `directory`.
 
     Raises:
-        UserError: there is none, or it was made by another version.
+        UserError: there is none, or it is of another version.
     """
     content = _read_marker(directory)
     if content is None:
@@ -117,19 +117,10 @@ def make_world(
     num_processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> World:
-    """Makes the world, or returns at once where it is already there with the same `num_rows` and `seed`.
+    """Makes the world, unless it exists with the same `num_rows` and `seed`; resumes a killed call.
 
-    A call that was killed is continued by the next one. The same arguments give the same
-    bytes, as long as the ports are free.
-
-    Args:
-        directory: gets `images/`, `metadata/`, `pages.json` and, last, `world.json`.
-        num_rows: rows of metadata.
-        seed: decides every row and pixel.
-        http_port: taken when free on all hosts, else another; 0 means any free one.
-        https_port: likewise.
-        num_processes: processes that draw; 1 means this one.
-        on_progress: called with (rows drawn, rows in all).
+    The same arguments give the same bytes, as long as the ports are free on all hosts; otherwise, or for 0, a free port
+    is taken. `on_progress` gets (rows drawn, total rows).
 
     Raises:
         UserError: too few rows, or the disk is full.
@@ -171,7 +162,7 @@ def _read_marker(directory: Path) -> dict[str, int] | None:
 
 
 def _keep_only_images_of(world: World, settings: dict[str, int]) -> None:
-    """Empties the folder of images unless they were drawn for the same settings."""
+    """Deletes the images if they were drawn for other settings."""
     made_for = world.images / "made_for.json"
     if made_for.exists() and made_for.read_text() == json.dumps(settings):
         return
@@ -183,13 +174,9 @@ def _keep_only_images_of(world: World, settings: dict[str, int]) -> None:
 def draw_files(
     rows: list[Row], folder: Path, num_processes: int, on_progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Writes each row's image to `folder` unless it is there; files appear whole or not at all.
+    """Writes missing images atomically to the existing `folder`; rows without a file and exact copies are skipped.
 
-    Args:
-        rows: rows without a file, and exact copies of another row's, are skipped.
-        folder: must exist.
-        num_processes: processes that draw; 1 means this one.
-        on_progress: called with (rows done, rows in all).
+    One process is this one; `on_progress` gets (rows done, total rows).
     """
     tasks = [(rows[i : i + _ROWS_PER_TASK], folder) for i in range(0, len(rows), _ROWS_PER_TASK)]
     num_done = 0
@@ -203,7 +190,7 @@ def _mapped(tasks: list[tuple[list[Row], Path]], num_processes: int) -> Iterator
     if num_processes == 1:
         yield from map(_draw_some, tasks)
         return
-    # Not by fork: the caller may have threads.
+    # No fork: the caller may have threads.
     with ProcessPoolExecutor(num_processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(_draw_some, tasks)
 
@@ -213,7 +200,7 @@ def _draw_some(task: tuple[list[Row], Path]) -> int:
     for row in rows:
         if row.file is None or row.kind == "exact_duplicate" or (folder / row.file).exists():
             continue
-        # No fsync as in `publish`: 2,000 of them cost more than the drawing, and a kill loses nothing.
+        # No fsync, unlike `publish`: 2,000 of them cost more than the drawing, and a kill loses nothing.
         temporary = folder / f".{row.file}.{os.getpid()}"
         temporary.write_bytes(image_bytes(row))
         temporary.replace(folder / row.file)
@@ -229,7 +216,7 @@ def image_bytes(row: Row) -> bytes:
     elif row.kind == "spoiled":
         image = spoil(image)
     elif row.kind == "near_duplicate":
-        # A copy is encoded a second time, and worse.
+        # A copy is encoded twice, at lower quality.
         image, options = Image.open(_encoded(image, name, options)), {"quality": _COPY_QUALITY}
     return _encoded(image, name, options).getvalue()
 
@@ -281,7 +268,7 @@ def _write_json(target: Path, content: object) -> None:
 
 
 def _free_port(wanted: int, other_than: int = 0) -> int:
-    """`wanted` where it is free on all hosts, else some port that is."""
+    """`wanted` if it is free on all hosts, else a port that is."""
     for candidate in (wanted, *[0] * 20):
         port = _bindable(candidate)
         if port and port != other_than:
@@ -290,7 +277,7 @@ def _free_port(wanted: int, other_than: int = 0) -> int:
 
 
 def _bindable(port: int) -> int:
-    """`port` (any, for 0) if it can be listened at on all hosts, else 0."""
+    """`port` (any, for 0) if it is free on all hosts, else 0."""
     for host in HOSTS:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

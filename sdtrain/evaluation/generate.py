@@ -40,7 +40,7 @@ _CONTEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class SampleJob:
-    """The input of one model's stages; `prompts` is the digest of all prompts, whose stages ignore `scale`."""
+    """The input of one model's stages; those of prompts ignore `scale`. `prompts` is the digest of all."""
 
     protocol: Protocol
     model: EvaluatedModel

@@ -1,10 +1,9 @@
 """Emissions of electricity by the region of the data centre.
 
-Emissions = power x time x carbon intensity of the grid, after Lacoste et al. 2019, "Quantifying the Carbon Emissions of
-Machine Learning" (arXiv:1910.09700). The table is the one that their calculator was published with (github.com/mlco2/
-impact, data/impact.csv: eGRID for the USA, national figures elsewhere), in kg of CO2 equivalents a kWh. Grids have
-become cleaner since 2019: state your provider's newer figure where you have one. `aws/us-east` is no row of that table:
-it is the 0.3 kg/kWh that the model card of Stable Diffusion v1 implies (11,250 kg for 150,000 hours at 250 W).
+Emissions = power x time x carbon intensity of the grid (Lacoste et al. 2019, "Quantifying the Carbon Emissions of
+Machine Learning", arXiv:1910.09700). The table is their calculator's (github.com/mlco2/impact, data/impact.csv: eGRID
+for the USA, national figures elsewhere). Grids are cleaner since 2019: state your provider's newer figure if known.
+We added `aws/us-east`: the 0.3 kg/kWh that SD v1's model card implies (11,250 kg for 150,000 hours at 250 W).
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ from sdtrain.settings import nearest
 
 _TABLE = Path(__file__).parent / "carbon.csv"
 CORE_W = 7.0
-"""Assumed for a busy core of a server's CPU, its share of the package included: 225 to 350 W of 32 to 64 cores are 4 to
-10 W a core."""
+"""Assumed for a busy server core with its share of the package: 225 to 350 W for 32 to 64 cores are 4 to 10 W each."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """Where electricity is from.
-
-    Attributes:
-        name: provider and region, as in "aws/us-east-1".
-        place: for people.
-        kg_per_kwh: kg of CO2 equivalents that a kWh brings about.
-    """
+    """A region as in "aws/us-east-1"; `kg_per_kwh` is kg of CO2 equivalents."""
 
     name: str
     place: str
@@ -51,7 +43,7 @@ def find_region(name: str) -> Region:
     """The region of that name.
 
     Raises:
-        UserError: it is not in the table; with those that are near, for "us-est-1" is as near to east as to west.
+        UserError: it is not in the table; lists near ones, as "us-est-1" is as near to east as to west.
     """
     found = regions().get(name.lower())
     if found is None:
@@ -70,11 +62,5 @@ def energy_kwh(hours: float, watts: float) -> float:
 
 
 def emissions_kg(kwh: float, kg_per_kwh: float, pue: float = 1.0) -> float:
-    """Kg of CO2 equivalents (Lacoste et al. 2019).
-
-    Args:
-        kwh: energy of the computers.
-        kg_per_kwh: carbon intensity of the grid.
-        pue: power usage effectiveness: what the whole data centre draws over what its computers draw.
-    """
+    """Kg of CO2 equivalents (Lacoste et al. 2019); `pue` is the whole data centre's energy over its computers'."""
     return kwh * pue * kg_per_kwh

@@ -10,21 +10,17 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class Counter(Protocol):
-    """Something that counts energy up from its own beginning."""
+    """Counts energy from its creation on."""
 
     def joules(self) -> float | None:
-        """Energy since the counter was made; None if it can no longer be read."""
+        """Energy since creation; None if it can no longer be read."""
 
 
 class GpuCounter:
-    """The energy of one GPU, whoever uses it (NVML; Volta and later; counted in mJ since its driver was loaded).
-
-    Args:
-        nvml: the module pynvml, initialised.
-        uuid: which GPU, as "GPU-...".
+    """The energy of one whole GPU (NVML, Volta and later; mJ since the driver was loaded); pynvml must be initialised.
 
     Raises:
-        nvml.NVMLError: this GPU has no such counter, as parts of a GPU (MIG) have none.
+        nvml.NVMLError: no such counter, as for parts of a GPU (MIG).
     """
 
     def __init__(self, nvml: Any, uuid: str):
@@ -32,7 +28,7 @@ class GpuCounter:
         self._first: int = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
 
     def joules(self) -> float | None:
-        """Energy since the counter was made; None if the driver was reloaded or is gone."""
+        """Energy since creation; None if the driver was reloaded or is gone."""
         try:
             used: int = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) - self._first
         except self._nvml.NVMLError:
@@ -41,15 +37,12 @@ class GpuCounter:
 
 
 class RaplCounter:
-    """The energy of one package, or its memory, whoever uses it (Linux' powercap; counted in uJ, which wraps around).
+    """The energy of one whole package or its memory, from its powercap folder `zone` (in uJ).
 
-    It must be read more often than it wraps around: of some packages that is after five minutes at full load.
-
-    Args:
-        zone: its folder, with `energy_uj` and `max_energy_range_uj`.
+    It must be read before it wraps around, which for some packages is after five minutes at full load.
 
     Raises:
-        OSError: it cannot be read; since Linux 5.10 by default only root may.
+        OSError: unreadable, as since Linux 5.10 by default for all but root.
     """
 
     def __init__(self, zone: Path):
@@ -58,7 +51,7 @@ class RaplCounter:
         self._last, self._sum = self._read(), 0
 
     def joules(self) -> float | None:
-        """Energy since the counter was made; None if it can no longer be read."""
+        """Energy since creation; None if it can no longer be read."""
         try:
             now = self._read()
         except (OSError, ValueError):
@@ -72,7 +65,7 @@ class RaplCounter:
 
 
 def gpu_counters(uuids: Sequence[str]) -> list[Counter] | None:
-    """The counters of these GPUs; None unless every one of them has one."""
+    """The counters of these GPUs; None unless all have one."""
     try:
         import pynvml
 
@@ -85,11 +78,7 @@ def gpu_counters(uuids: Sequence[str]) -> list[Counter] | None:
 
 
 def cpu_counters(powercap: Path = POWERCAP) -> list[Counter] | None:
-    """The counters of this machine's packages and, where they are apart, of their memory; None unless all can be read.
-
-    Args:
-        powercap: Linux' folder of them.
-    """
+    """The counters of this machine's packages and separate memory; None unless all can be read."""
     zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if _counts(zone)]
     try:
         return [RaplCounter(zone) for zone in zones] or None
@@ -98,7 +87,7 @@ def cpu_counters(powercap: Path = POWERCAP) -> list[Counter] | None:
 
 
 def _counts(zone: Path) -> bool:
-    """Whether a zone is a package or a memory: cores are part of a package, and `psys` is all of it once more."""
+    """Whether a zone is a package or memory: cores are part of a package, and `psys` repeats everything."""
     try:
         name = (zone / "name").read_text().strip()
     except OSError:

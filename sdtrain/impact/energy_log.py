@@ -1,8 +1,7 @@
-"""energy.csv of a run: the energy of each session. Unlike the other logs it is never truncated.
+"""The energy of each session (start of the training command) of a run, in energy.csv.
 
-A session is one start of the training command. Steps that a killed session had done after its last checkpoint are done
-again by the next one; their energy was spent all the same, so both count. What a killed session spent after its last
-line is lost.
+Unlike the other logs it is never truncated: steps repeated after a kill cost energy twice, so both count. A killed
+session's energy after its last line is lost.
 """
 
 from __future__ import annotations
@@ -16,22 +15,15 @@ from sdtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Spent:
-    """What a session has spent until a step.
+    """The energy and hours of a session up to a step.
 
     Attributes:
-        session: names the session.
-        step: optimizer steps done.
-        device: what the ranks ran on, as its driver names it.
+        device: the ranks' device, as its driver names it.
         num_devices: ranks; each has one GPU, or a share of the cores.
-        num_hosts: machines.
-        on_gpu: 1 where the devices are GPUs, else 0.
-        device_hours: hours times devices.
-        measured_hours: those of them for which the GPU's own counter was read.
-        gpu_kwh: what these counters say.
-        host_hours: hours times machines.
-        measured_host_hours: those of them for which the machine's counters of CPU and memory were read.
-        cpu_kwh: what these counters say.
-        core_hours: time that the ranks' processes kept cores busy.
+        on_gpu: 1 or 0.
+        device_hours: hours times devices, of which `measured_hours` had a GPU counter; `gpu_kwh` is its reading.
+        host_hours: hours times machines, of which `measured_host_hours` had CPU and memory counters (`cpu_kwh`).
+        core_hours: busy core time of the ranks' processes.
     """
 
     session: str
@@ -53,7 +45,7 @@ _KINDS = {"str": str, "int": int, "float": float}
 
 
 class EnergyLog:
-    """The file. One process writes."""
+    """The file, written by one process."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -68,10 +60,10 @@ class EnergyLog:
             writer.writerow({name: _short(value) for name, value in asdict(spent).items()})
 
     def sessions(self) -> list[Spent]:
-        """The last line of each session, in the order of their beginnings; lines cut short by a crash are skipped.
+        """The last line of each session, in order of start; lines truncated by a crash are skipped.
 
         Raises:
-            UserError: the file is no such log.
+            UserError: the file is no energy log.
         """
         if not self.path.exists():
             return []

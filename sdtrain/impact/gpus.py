@@ -1,4 +1,4 @@
-"""GPUs as their makers' data sheets describe them: power, for what was not measured, and speed."""
+"""Power, for unmeasured energy, and speed of GPUs from their data sheets."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 
 class Gpu(NamedTuple):
-    """Board power in W, and dense bf16 TFLOP/s; None where the data sheet was not consulted."""
+    """Board power in W, and dense bf16 TFLOP/s; None if the data sheet was not consulted."""
 
     watts: float | None
     tflops: float | None = None
 
 
-# By a part of the device's name; the first match counts.
+# By a part of the device's name; the first match wins.
 _GPUS = {
     "A100-PCIE-40GB": Gpu(250.0, 312.0),
     "A100 PCIe 40GB": Gpu(250.0, 312.0),
@@ -43,18 +43,18 @@ _UNKNOWN = Gpu(None)
 
 
 def board_watts(device: str) -> float | None:
-    """A GPU's stated board power, in W; None for CPUs and for GPUs that are not in the table."""
+    """A GPU's stated board power in W; None for CPUs and unlisted GPUs."""
     return _find(device).watts
 
 
 def peak_tflops(device: str) -> float | None:
-    """Dense bf16 TFLOP/s that a GPU's data sheet promises; None as in `board_watts`."""
+    """A GPU's stated dense bf16 TFLOP/s; None as in `board_watts`."""
     return _find(device).tflops
 
 
 def _find(device: str) -> Gpu:
     if re.search(r"\b(laptop|max-q|mobile)\b", device, re.IGNORECASE):
-        return _UNKNOWN  # another chip at another power under the same number
+        return _UNKNOWN  # another chip and power under the same number
     return next((gpu for part, gpu in _GPUS.items() if re.search(_whole(part), device, re.IGNORECASE)), _UNKNOWN)
 
 

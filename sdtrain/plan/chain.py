@@ -22,7 +22,7 @@ RECIPES: dict[Dataset, str] = {
 
 @dataclass(frozen=True)
 class Phase:
-    """One run of the chain: its training data, and the run that it starts from."""
+    """One run of the chain: its data, and the run it starts from."""
 
     name: RunName
     dataset: Dataset
@@ -51,7 +51,7 @@ CHAINS: dict[str, RunName] = {
 
 
 def chain(until: RunName) -> list[Phase]:
-    """The run and all that it builds on, in the order of training."""
+    """The run and its ancestors, in order of training."""
     by_name = {phase.name: phase for phase in PHASES}
     phases: list[Phase] = []
     name: RunName | None = until
@@ -62,10 +62,10 @@ def chain(until: RunName) -> list[Phase]:
 
 
 def find_chain(name: str) -> list[Phase]:
-    """The runs of a published model, such as "v1-4", in the order of training.
+    """The runs of a published model, e.g. "v1-4", in order of training.
 
     Raises:
-        UserError: there is no such model.
+        UserError: no such model.
     """
     if name not in CHAINS:
         raise UserError(f"There is no chain '{name}'.{nearest(name, list(CHAINS))}")

@@ -17,14 +17,7 @@ GPUS = ("a100", "h100", "h200")
 
 @dataclass(frozen=True)
 class Machines:
-    """The machines of a plan.
-
-    Attributes:
-        num_gpus: GPUs.
-        gpu: their name, one of GPUS.
-        kg_per_kwh: carbon intensity of the grid; None if not stated.
-        price_per_gpu_hour: in your money; None if not stated.
-    """
+    """The machines of a plan; grid intensity and price, in the user's currency, are None if not stated."""
 
     num_gpus: int
     gpu: str
@@ -38,15 +31,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class DatasetJob:
-    """A dataset to build.
-
-    Attributes:
-        recipe: its name.
-        image_px: side at which images are stored.
-        resolution: of the latents, in px.
-        num_crops: latents of each image.
-        num_rows: rows selected; None: what is known of the recipe.
-    """
+    """A dataset to build, with stored images of `image_px`; `num_rows` None takes the recipe's known number."""
 
     recipe: str
     image_px: int
@@ -57,16 +42,13 @@ class DatasetJob:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage or run.
+    """One stage of `part` (dataset or run).
 
     Attributes:
-        part: dataset or run.
-        stage: of it.
-        num: rows or images that go in.
-        disk_bytes: that it leaves.
-        hours: by the clock, on all machines.
-        gpu_hours, core_hours: of work.
-        cost: of the GPUs, in your money; None if no price was stated.
+        num: input rows or images.
+        disk_bytes: of output.
+        hours: wall clock, on all machines.
+        cost: of the GPUs, in the user's currency; None if no price was stated.
         kg: CO2 equivalents; None if no region was stated.
         source: of the rate.
     """
@@ -84,12 +66,7 @@ class Line:
 
 
 class Planner:
-    """Makes lines.
-
-    Args:
-        rates: work per second, and shares.
-        machines: that do the work.
-    """
+    """Makes lines from rates (work per second, and shares) and machines."""
 
     def __init__(self, rates: Rates, machines: Machines):
         self._rates, self._machines = rates, machines
@@ -98,7 +75,7 @@ class Planner:
         """The stages of a dataset.
 
         Raises:
-            UserError: a recipe or a size of which nothing is known.
+            UserError: a recipe or size without rates.
         """
         rate = self._value
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
@@ -162,12 +139,12 @@ class Planner:
 
 
 def latent_bytes(resolution: int) -> int:
-    """A latent's moments on disk: 8 channels of half floats, at an eighth of the side, without tar headers."""
+    """A latent's moments on disk: 8 channels of float16 at 1/8 of the side, without tar headers."""
     return 8 * (resolution // 8) ** 2 * 2
 
 
 def total(lines: Sequence[Line]) -> Line:
-    """The sum of all lines; hours as if one came after the other."""
+    """The sum of all lines, as if run one after the other."""
     costs, kgs = [line.cost for line in lines], [line.kg for line in lines]
     return Line(
         "all",

@@ -21,18 +21,17 @@ class Rate(Settings):
     unit: str
     kind: Literal["measured", "published", "exact", "assumed", "stated"]
     source: str = ""
-    """Who says so, or why it was assumed."""
+    """A reference, or the reason for an assumption."""
     section: str = ""
-    """Of tests/benchmarks/RESULTS.md, if measured: the command."""
+    """If measured: the command, in tests/benchmarks/RESULTS.md."""
     quote: str = ""
     """That file's words."""
     amount: float | None = None
-    """If measured: so much, in `seconds`, on `cores`."""
+    """If measured: the work done in `seconds` on `cores`."""
     seconds: float | None = None
     cores: float | None = None
 
     def __str__(self) -> str:
-        """For a table."""
         return f"{self.kind}: {self.source or self.section}"
 
 
@@ -40,10 +39,7 @@ Rates = dict[str, Rate]
 
 
 def load_rates(assumed: Iterable[str] = ()) -> Rates:
-    """All rates, with those that the user states in their place.
-
-    Args:
-        assumed: as in "link_rot=0.4".
+    """All rates, overridden by `assumed`, as in "link_rot=0.4".
 
     Raises:
         UserError: no such rate, or no positive number.
@@ -63,7 +59,7 @@ def find_rate(name: str, rates: Rates) -> Rate:
     """The rate of that name.
 
     Raises:
-        UserError: there is none, with the nearest.
+        UserError: there is none; names the nearest.
     """
     if name not in rates:
         raise UserError(f"There is no assumption '{name}'.{nearest(name, list(rates))}")

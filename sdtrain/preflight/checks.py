@@ -1,4 +1,4 @@
-"""Checks made before any work, which report all problems at once, with what to do about each."""
+"""Checks made before any work, which report all problems at once, each with its remedy."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from pathlib import Path
 from sdtrain.errors import UserError
 
 ROOM_IS_SURELY_TOO_SMALL = 0.5
-"""Of an estimate of disk usage; estimates rest on assumed rates, so that less than all of it is only warned of."""
+"""Share of estimated disk usage; estimates rest on assumed rates, so between this and all of it there is only a
+warning."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a run needs.
+    """A requirement of a run.
 
-    Attributes:
-        name: the setting that names it.
-        open: opens it as the run will, and says in a few words what it is; raises UserError if it does not fit.
+    `name` is its setting; `open` opens it as the run will, and returns a short description or raises UserError.
     """
 
     name: str
@@ -29,13 +28,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check.
-
-    Attributes:
-        name: of the check.
-        text: what was found, or what is wrong.
-        is_problem: whether the run would fail.
-    """
+    """The result of a check: `text` says what was found or is wrong, `is_problem` whether the run would fail."""
 
     name: str
     text: str
@@ -70,7 +63,7 @@ def require(checks: Iterable[Check]) -> list[Finding]:
 
 
 def check_writable(folder: Path) -> str:
-    """Writes a file into `folder`, or into the nearest folder above it that exists, and deletes it.
+    """Tries to write a temporary file into `folder`, or its nearest existing parent.
 
     Raises:
         UserError: it cannot be written.
@@ -85,16 +78,10 @@ def check_writable(folder: Path) -> str:
 
 
 def check_room(folder: Path, wanted_bytes: float, what: str, surely: float = ROOM_IS_SURELY_TOO_SMALL) -> str:
-    """Compares an estimate of what will be written with what is free.
-
-    Args:
-        folder: where it goes; it need not exist yet.
-        wanted_bytes: the estimate.
-        what: takes the room, for the sentence.
-        surely: share of the estimate below which it is an error and no warning.
+    """Compares an estimate of the bytes that `what` will write to `folder`, which need not exist, with the free space.
 
     Raises:
-        UserError: far too little is free.
+        UserError: less than the share `surely` of the estimate is free.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
@@ -105,7 +92,7 @@ def check_room(folder: Path, wanted_bytes: float, what: str, surely: float = ROO
 
 
 def in_bytes(number: float) -> str:
-    """A size for people, as in "3.2 GB"."""
+    """A readable size, as in "3.2 GB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             return f"{number:.3g} {unit}"

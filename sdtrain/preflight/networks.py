@@ -1,4 +1,4 @@
-"""Checks of networks that others have trained: each is loaded as the run will load it, and used once."""
+"""Checks third-party networks: loads each as the run will, and uses it once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _SIDE_PX = 64
 _CAPTION = "a photograph"
 
 
-@lru_cache  # several runs of a chain ask for the same one
+@lru_cache  # runs of a chain share networks
 def check_vae(name: str) -> str:
     """Encodes and decodes a small image.
 
     Raises:
-        UserError: no such VAE, or none that makes four channels of an eighth of the image's side.
+        UserError: no such VAE, or its latents are not four channels of an eighth of the image's side.
     """
     import torch
 
@@ -40,11 +40,7 @@ def check_vae(name: str) -> str:
 
 @lru_cache
 def check_text_encoder(name: str, width: int | None = None) -> str:
-    """Tokenizes and encodes a caption.
-
-    Args:
-        name: a folder, a hub id, or `demo`.
-        width: of the UNet's cross-attention; None: not compared.
+    """Tokenizes and encodes a caption; compares the width with that of the UNet's cross-attention, if given.
 
     Raises:
         UserError: no such text encoder or tokenizer, or one that does not fit the other or the UNet.

@@ -1,4 +1,4 @@
-"""Checks of a training run: networks, latents, the model to start from, trackers, and room for checkpoints."""
+"""Checks of a training run: networks, latents, initial model, trackers, and room for checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,11 @@ from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.preflight.networks import check_text_encoder, check_vae
 
 _STATE_BYTES = 16
-"""Of a checkpoint, for each parameter: weights, their average and two moments, float32."""
+"""Of a checkpoint, per parameter: weights, their average and two moments, float32."""
 
 
 def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool = False) -> list[Check]:
-    """Everything that a run reads or writes from its first step to its last.
-
-    Args:
-        config: the run.
-        output: its directory.
-        is_later_in_chain: the model that it starts from is made by a run that has not ended yet.
-    """
+    """Checks everything that a run reads or writes; if `is_later_in_chain`, `init_from` may not exist yet."""
     checks = [
         Check("unet", lambda: f"{_num_parameters(config):,} parameters"),
         Check("vae", lambda: check_vae(config.vae)),
@@ -35,7 +29,7 @@ def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool =
 
 
 def late_checks(config: TrainConfig, output: Path) -> list[Check]:
-    """Checks of what training opens only after hours; the trainer runs these, and hits all others by its first step."""
+    """Checks of resources that training needs only after hours; all others it opens before its first step."""
     checks = [
         Check("output", lambda: check_writable(output)),
         Check("checkpoint", lambda: _check_room(config, output)),

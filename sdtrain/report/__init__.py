@@ -1,1 +1,1 @@
-"""The page that a run ends with: funnel, scores, examples, loss curve, samples."""
+"""The report page of a run: funnel, scores, examples, loss curve, samples."""

@@ -1,4 +1,4 @@
-"""Example images of what was kept, of what each rule dropped, of what lies near its threshold, and of duplicates."""
+"""Example images: kept, dropped by each rule, near its threshold, and duplicates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES_PER_SIDE = 6
 GROUPS, IMAGES_PER_GROUP = 8, 8
 MAX_CHARS = 160
 THUMBNAIL_PX = 160
-# Of billions of rows, the first are enough to find examples among.
+# The first of billions of rows are enough to find examples.
 ROWS_TO_CHOOSE_FROM = 100_000
 
 FindImage = Callable[[str], Path | None]
@@ -40,25 +40,20 @@ class Shown:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Some examples that belong together: thumbnails where there are images, else lines of text."""
+    """Related examples: thumbnails, or lines of text for rows without images."""
 
     title: str
     status: Literal["kept", "dropped", "threshold", "duplicates"]
     rows: list[list[Shown]] = field(default_factory=list)
-    """Images; more than one row where what is beside each other is to be compared."""
+    """Images; several rows if neighbours are to be compared."""
     lines: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RuleThreshold:
-    """A rule with its limit.
+    """The recipe's limit of a rule of stage "select" or "keep".
 
-    Attributes:
-        rule: its name.
-        stage: "select" or "keep".
-        column: that it compares.
-        expression: SQL of this column from the views selection s, images i and scores c.
-        limit: the recipe's value.
+    Its `expression` is SQL for `column` from the views selection s, images i and scores c.
     """
 
     rule: str
@@ -75,14 +70,10 @@ def galleries(
     find_image: FindImage | None,
     thresholds: Iterable[RuleThreshold] = (),
 ) -> list[Gallery]:
-    """Galleries of kept samples, of each rule's limit, of each reason against an image, and of duplicates.
+    """Makes galleries of kept samples, of each rule's limit, of each drop reason, and of duplicates.
 
-    Args:
-        connection: open on the dataset's views.
-        dataset: where the image shards lie.
-        images: folder for the thumbnails.
-        find_image: a local file for a URL that was never fetched; None shows such rows as text.
-        thresholds: the limits of the recipe's rules.
+    `connection` has the dataset's views open; `images` gets the thumbnails. `find_image` gives a local file for a URL
+    that was never fetched; None shows such rows as text.
     """
     thumbnails = Thumbnails(dataset, images)
     found = [_kept(connection, thumbnails)]
@@ -103,7 +94,7 @@ def _kept(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gall
 
 
 def _near_threshold(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, threshold: RuleThreshold) -> Gallery:
-    """The kept samples nearest to a limit, and below them those that it dropped."""
+    """The kept samples nearest to a limit, above the dropped ones."""
 
     def nearest(condition: str) -> list[Any]:
         rows = f"SELECT {_PLACE}, {threshold.expression}, s.caption, d.uid FROM {_JOINED} WHERE {condition}"  # noqa: S608
@@ -114,7 +105,7 @@ def _near_threshold(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnail
         return connection.execute(query, [threshold.limit, EXAMPLES_PER_SIDE]).fetchall()
 
     kept = _show(thumbnails, map(_with_value(threshold), nearest("d.reason IS NULL")), kept=True)
-    # What the metadata ruled out was never fetched.
+    # Rows dropped by `select` were never fetched.
     under = nearest(f"d.reason = '{threshold.rule}'") if threshold.stage == "keep" else []
     dropped = _show(thumbnails, map(_with_value(threshold), under), kept=False)
     where = "metadata, before the download" if threshold.stage == "select" else "after the download"
@@ -147,7 +138,7 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
 def _never_fetched(
     connection: duckdb.DuckDBPyConnection, removed: RemovedRows, images: Path, find_image: FindImage | None
 ) -> Gallery:
-    """Rows that the selection left out, with their scores; not removed samples."""
+    """Rows that the selection dropped, with their scores, without removed samples."""
     rows = connection.execute(
         "SELECT url, caption, aesthetic, pwatermark, width, height FROM (FROM metadata LIMIT ?) m "
         "ANTI JOIN selection s ON m.url = s.url ORDER BY md5(m.url) LIMIT ?",
@@ -169,7 +160,7 @@ def _never_fetched(
 
 
 def _duplicates(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
-    """A row for each group, the kept one first."""
+    """One row per group, the kept image first."""
     num_groups = connection.execute("SELECT count(DISTINCT group_id) FROM duplicates").fetchall()[0][0]
     groups = connection.execute(
         "SELECT DISTINCT group_id FROM duplicates ORDER BY md5(group_id) LIMIT ?", [GROUPS]
@@ -196,30 +187,25 @@ def _score_text(value: float | None) -> str:
 
 
 def _show(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
-    """The images of rows that begin with their place and end with a text; those without an image are left out."""
+    """Shows rows (place first, text last), skipping those without an image."""
     found = ((thumbnails.make(*place), text) for *place, text in rows)
     return [Shown(thumbnail, _shorten(text), kept) for thumbnail, text in found if thumbnail]
 
 
 def _shorten(text: str | None) -> str:
-    """Captions can be a page of text, and data: URLs a whole image."""
+    """Shortens captions (up to a page long) and data: URLs (whole images)."""
     known = text or ""
     return known if len(known) <= MAX_CHARS else f"{known[: MAX_CHARS - 1]}…"
 
 
 class Thumbnails:
-    """Makes the thumbnails of a report; an image that is shown twice is made once.
-
-    Args:
-        dataset: where the images are.
-        folder: where the thumbnails go.
-    """
+    """Makes a report's thumbnails in `folder`, each image once."""
 
     def __init__(self, dataset: DatasetDir, folder: Path) -> None:
         self._dataset, self._folder = dataset, folder
 
     def make(self, key: str, shard: int, offset: int | None, num_bytes: int | None) -> Path | None:
-        """The thumbnail of one downloaded image; None if it was never fetched or is damaged."""
+        """Makes one downloaded image's thumbnail; None if it was never fetched or is damaged."""
         path = self._folder / f"{key}.jpg"
         if path.exists():
             return path
@@ -233,7 +219,7 @@ class Thumbnails:
 
 
 def save_thumbnail(image: Image.Image, path: Path) -> Path:
-    """Writes an image, made small, as JPEG."""
+    """Writes a shrunken image as JPEG."""
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     image.save(path, quality=85)
     return path

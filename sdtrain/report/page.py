@@ -21,7 +21,7 @@ from sdtrain.report.score_pairs import draw_pairs
 from sdtrain.report.training import draw_training
 from sdtrain.training.run_dir import RunDir
 
-# More would not change a histogram.
+# More do not change a histogram.
 MAX_VALUES = 200_000
 
 
@@ -37,7 +37,7 @@ class SampleSection:
 
 @dataclass(frozen=True)
 class ImageSection:
-    """A section that is one image, with what to know of it."""
+    """A section that is one image with its text."""
 
     title: str
     text: str
@@ -47,31 +47,28 @@ class ImageSection:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of one report; sections without a source are left out."""
+    """The content of a report; sections without a source are omitted."""
 
     title: str
     lead: str
     dataset: DatasetDir
     limits: dict[str, float]
-    """The recipe's rules, for the lines in the histograms."""
+    """The recipe's, drawn in the histograms."""
     training: RunDir | None = None
     samples: SampleSection | None = None
     sections: Sequence[ImageSection] = ()
     """Shown after samples and training."""
     card: Path | None = None
-    """The model's card, to which the page links."""
     find_image: FindImage | None = None
-    """A local file for a URL that was never fetched, where there is one."""
+    """A local file, if any, for a URL that was never fetched."""
     thresholds: Sequence[RuleThreshold] = ()
-    """The limits near which examples are to be shown."""
     prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
-    """Gives a connection access to metadata on S3 or the web."""
+    """Gives a connection access to remote metadata."""
     scores_note: str = ""
-    """A caveat for comparing our scores with the metadata's."""
 
 
 def write_report(report: Report, path: Path) -> Path:
-    """Writes `path` and, beside it, a folder `images` with the diagrams and examples it shows.
+    """Writes `path`, with its diagrams and examples in a folder `images` beside it.
 
     Raises:
         UserError: the dataset has no views or no decisions yet.
@@ -124,7 +121,7 @@ def _draw_funnel(funnel: list[tuple[Any, ...]], images: Path) -> str:
 
 
 def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[str]:
-    """A histogram for each score that the metadata has: all of its rows behind, the kept ones in front."""
+    """Draws a histogram per metadata score: kept rows in front of all rows."""
     drawn = []
     scores = (("aesthetic", "min_aesthetic", "aesthetic score (V2)"), ("pwatermark", "max_watermark", "P(watermark)"))
     for column, rule, label in scores:
@@ -141,9 +138,8 @@ def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, images: Pa
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
-    """Values of one score, a sample of them where there are very many."""
     values = connection.view(view).filter(duckdb.ColumnExpression(column).isnotnull()).select(column)
-    # A name that no view has: it hides such a view from then on.
+    # A name that no view has, as it would hide that view from then on.
     sampled = values.query("one_score", f"FROM one_score USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
     return [row[0] for row in sampled.fetchall()]
 

@@ -17,12 +17,7 @@ KEPT, DROPPED, MUTED, INK = "#1f7a5c", "#d1495b", "#c9d1d9", "#24292f"
 
 
 def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
-    """Bars of what remains after each rule.
-
-    Args:
-        rows: (label, dropped, remaining), from the first rule to the last.
-        path: the PNG to write.
-    """
+    """Bars of what remains after each rule; rows are (label, dropped, remaining) in order of the rules."""
     figure, axes = _canvas(9.0, 0.32 * len(rows) + 0.9)
     positions = np.arange(len(rows))
     dropped = np.array([row[1] for row in rows])
@@ -40,14 +35,7 @@ def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
 
 
 def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | None, label: str, path: Path) -> None:
-    """Overlaid histograms of one score.
-
-    Args:
-        groups: name -> values; the first is drawn behind the others.
-        threshold: the recipe's limit, drawn as a line; None for no line.
-        label: the score's name, with its unit or range.
-        path: the PNG to write.
-    """
+    """Overlaid histograms of one score, the first group at the back; `threshold` is drawn as a line."""
     figure, axes = _canvas(4.6, 2.8)
     values = np.concatenate([np.asarray(v, dtype=float) for v in groups.values()] or [np.zeros(1)])
     edges = np.histogram_bin_edges(values, bins=40).tolist()
@@ -62,14 +50,7 @@ def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | Non
 
 
 def plot_pairs(pairs: Sequence[tuple[float, float]], limit: float | None, label: str, path: Path) -> None:
-    """The metadata's scores against ours, a point an image; on the gray line they are equal.
-
-    Args:
-        pairs: (metadata's, ours).
-        limit: the recipe's, drawn on both axes; None for no lines.
-        label: the score's name.
-        path: the PNG to write.
-    """
+    """Plots (metadata's, our) scores, one point per image, with `limit` on both axes; they agree on the gray line."""
     figure, axes = _canvas(4.6, 4.0)
     metadata, ours = np.asarray(pairs, dtype=float).reshape(-1, 2).T
     ends = [min(metadata.min(), ours.min()), max(metadata.max(), ours.max())] if len(pairs) else [0.0, 1.0]
@@ -86,10 +67,7 @@ def plot_pairs(pairs: Sequence[tuple[float, float]], limit: float | None, label:
 def plot_loss(losses: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], path: Path) -> None:
     """Training loss against the optimizer step, with its running mean over 5 % of the run, and the validation loss.
 
-    Args:
-        losses: (step, loss).
-        validation: (step, loss) on held-out samples; empty for no curve.
-        path: the PNG to write.
+    Both are (step, loss); an empty `validation` draws no curve.
     """
     figure, axes = _canvas(9.0, 3.0)
     steps, values = [step for step, _ in losses], [loss for _, loss in losses]
@@ -110,12 +88,7 @@ def plot_loss(losses: Sequence[tuple[int, float]], validation: Sequence[tuple[in
 
 
 def plot_timesteps(curves: Mapping[int, Mapping[int, float]], path: Path) -> None:
-    """Validation loss against the timestep, a line for each of some optimizer steps; later ones are darker.
-
-    Args:
-        curves: optimizer step -> timestep -> loss.
-        path: the PNG to write.
-    """
+    """Validation loss by timestep from {optimizer step: {timestep: loss}}; later steps are darker."""
     figure, axes = _canvas(9.0, 2.8)
     for i, (step, losses) in enumerate(curves.items(), 1):
         label, darkness = f"step {step:,}", i / len(curves)

@@ -1,4 +1,4 @@
-"""Compares LAION's scores with ours: correlation, difference, agreement about the recipe's limit."""
+"""Compares LAION's scores with ours: correlation, difference, agreement on the recipe's limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import duckdb
 
 from sdtrain.report.plots import plot_pairs
 
-# More points would hide one another.
+# More points would overlap.
 MAX_POINTS = 5_000
 _SCORES = (
     ("aesthetic", "min_aesthetic", "aesthetic score (V2)"),
@@ -22,13 +22,7 @@ _SCORES = (
 
 
 def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[dict[str, str]]:
-    """A diagram and a sentence for each score that both have; older views know fewer scores, or none.
-
-    Args:
-        connection: to a dataset's views.
-        limits: the recipe's, by the rule's name.
-        images: the folder for the diagrams.
-    """
+    """Draws and describes each score that both have; older views have fewer, or none."""
     known = connection.execute("SELECT column_name FROM duckdb_columns() WHERE table_name = 'score_pairs'").fetchall()
     drawn = []
     for column, rule, label in _SCORES:
@@ -62,7 +56,7 @@ def _compare(connection: duckdb.DuckDBPyConnection, column: str, both: str, limi
 def _sentence(label: str, metrics: dict[str, Any], limit: float | None) -> str:
     text = f"{label}: {metrics['num']:,} images, ours {metrics['difference']:+.3g} on average"
     correlation = metrics["correlation"]
-    if correlation is not None and math.isfinite(correlation):  # one value only has none
+    if correlation is not None and math.isfinite(correlation):  # a single value has none
         text += f", correlation {correlation:.3f}"
     if limit is not None:
         text += f", {100 * metrics['same_side']:.1f} % on the same side of {limit:g}"

@@ -1,4 +1,4 @@
-"""The report's section about training: curves, validation by timestep, and previews from the first to the last."""
+"""The report's training section: curves, validation by timestep, previews."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class Training:
-    """The page's section about one run; paths are relative to the page.
+    """The section about one run: last metrics, plots (`by_timestep` if validated), previews as (image, step).
 
-    Attributes:
-        text: its last metrics.
-        curve: the loss against the step.
-        by_timestep: validation loss against the timestep; None without validation.
-        previews: (image, step), in the order of the steps.
+    Paths are relative to the page.
     """
 
     text: str
@@ -33,7 +29,7 @@ class Training:
 
 
 def draw_training(run: RunDir, images: Path) -> Training | None:
-    """Draws into the folder `images` beside the page; None for a run that has logged nothing yet."""
+    """Draws into the folder `images` beside the page; None if nothing is logged yet."""
     rows = run.log.rows()
     if not rows:
         return None
@@ -64,7 +60,7 @@ def _validation(run: RunDir) -> dict[int, dict[int, float]]:
 
 
 def _previews(run: RunDir, images: Path) -> list[tuple[str, int]]:
-    """Some of the sheets, the first and the last among them."""
+    """Some of the sheets, including first and last."""
     shown = []
     for sheet in _evenly(sorted(run.previews.glob("step-*.png")), _MAX_PREVIEWS):
         shutil.copyfile(sheet, images / f"preview-{sheet.name}")

@@ -1,4 +1,4 @@
-"""Samples images for many prompts on all devices of a machine, and writes into each how it was made."""
+"""Samples images for many prompts on all devices of a machine, and records in each how it was made."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Model:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
+    """Reads the prompts of a text file, one per non-empty line.
 
     Raises:
         UserError: it cannot be read, is not UTF-8, or holds no prompt.
@@ -64,21 +64,19 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
-    """Images for each prompt in turn; every image has a seed of its own, counted up from `seed`."""
+    """Makes `per_prompt` jobs for each prompt in turn, with seeds counted up from `seed`."""
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
 
 
 def split_batches(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
-    """The jobs in batches. Split before they are dealt out, so an image is the same whichever device draws it."""
+    """Splits jobs into batches, before distribution, so that an image is the same on whichever device."""
     size = settings.batch_size
     return [jobs[first : first + size] for first in range(0, len(jobs), size)]
 
 
 def rank_and_device() -> tuple[int, int, str | None]:
-    """Rank and number of the processes that `torchrun` or `deepspeed` started, and the device of this one.
-
-    Without a launcher, 0 and 1; the device is then None.
+    """Rank, world size and device under `torchrun` or `deepspeed`; without a launcher 0, 1 and None.
 
     Raises:
         UserError: more ranks on this machine than GPUs.
@@ -93,7 +91,7 @@ def rank_and_device() -> tuple[int, int, str | None]:
 
 
 def wait_for_all() -> None:
-    """Waits until every process of the launcher has called it."""
+    """Waits for all processes of the launcher."""
     if rank_and_device()[1] > 1:
         dist.init_process_group("gloo")
         dist.barrier()
@@ -101,7 +99,7 @@ def wait_for_all() -> None:
 
 
 def all_devices(num_processes: int | None = None) -> list[str]:
-    """Every GPU; without one, the CPU, once for each process asked for.
+    """Every GPU; without one, the CPU once per requested process.
 
     Raises:
         UserError: more processes than GPUs.
@@ -120,7 +118,7 @@ def draw(
     """Yields images in the order of the jobs, as soon as they are drawn.
 
     Raises:
-        UserError: no such model, or a model that gives no finite numbers.
+        UserError: no such model, or one with non-finite outputs.
     """
     yield from draw_batches(model, split_batches(jobs, settings), settings, devices)
 
@@ -128,7 +126,7 @@ def draw(
 def draw_batches(
     model: Model, batches: Sequence[Sequence[Job]], settings: SampleSettings, devices: Sequence[str]
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """As `draw`, of batches that `split_batches` made."""
+    """As `draw`, for the batches of `split_batches`."""
     if not batches:
         return
     if len(devices) == 1 or len(batches) == 1:
@@ -170,7 +168,7 @@ def save_image(
     settings: SampleSettings,
     also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a PNG whose text chunk `sdtrain` holds how it was made, and `also`."""
+    """Writes a PNG with `description` and `also` in its text chunk `sdtrain`."""
     made = description(job, model, settings) | dict(also or {})
     text = PngInfo()
     text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""A folder of sampled images, each with a record of how it was made, so that finished ones are not drawn again."""
+"""A folder of sampled images with records of their making, so that finished ones are not drawn again."""
 
 from __future__ import annotations
 
@@ -24,14 +24,9 @@ SHEET = "grid.png"
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder of sampled images.
+    """A folder of sampled images, each named by its seed.
 
-    Attributes:
-        folder: where the images are, each named by its seed.
-        model: the model that draws them.
-        settings: how.
-        safety_checker: name of the safety checker that sees them first, if one does.
-        flagged: what replaces an image that it flags: a black one, or a note.
+    An image flagged by `safety_checker` (a name, or None) is replaced by a black one or by a note.
     """
 
     folder: Path
@@ -41,7 +36,7 @@ class SampleFolder:
     flagged: Flagged = "black"
 
     def path(self, job: Job) -> Path:
-        """Where a job's image is, or will be."""
+        """Path of a job's image, whether or not it exists."""
         return self.folder / f"{job.seed:05d}.png"
 
     def has(self, job: Job) -> bool:
@@ -79,7 +74,7 @@ class SampleFolder:
         save_image(self.path(job), image, job, self.model, self.settings, self._verdict(flagged))
 
     def refuse(self, job: Job) -> None:
-        """Notes that a job's image was flagged, and deletes one that an earlier run left."""
+        """Notes that a job's image was flagged, and deletes that of an earlier run."""
         self.path(job).unlink(missing_ok=True)
         with publish(self._refusal(job)) as temporary:
             temporary.write_text(json.dumps(self._record(job, flagged=True)) + "\n")
@@ -92,18 +87,18 @@ class SampleFolder:
         return checker | ({"flagged": True} if flagged else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
-        """The batches that lack an image. They are drawn whole, so that a batch's images are of one run."""
+        """The batches that lack an image; drawn whole, so that a batch's images are of one run."""
         return [batch for batch in batches if not all(self.has(job) for job in batch)]
 
     def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
-        """All images that are there, row by row.
+        """Writes all existing images to a sheet, row by row.
 
         Raises:
             UserError: there is none.
         """
         images = []
         for job in jobs:
-            if self.path(job).exists():  # a refused one is not
+            if self.path(job).exists():  # refused images do not
                 with Image.open(self.path(job)) as image:
                     images.append(image.convert("RGB"))
         with publish(self.folder / SHEET) as temporary:
@@ -112,14 +107,14 @@ class SampleFolder:
 
 
 class Writer:
-    """Writes images in threads, because PNG compression takes a good part of the time that a GPU draws for."""
+    """Writes images in threads, because PNG compression takes a good part of a GPU's drawing time."""
 
     def __init__(self, sample_folder: SampleFolder):
         self._folder, self._pool = sample_folder, ThreadPoolExecutor(_NUM_THREADS)
         self._waiting: list[Future[None]] = []
 
     def save(self, job: Job, image: Image.Image, flagged: bool) -> Path:
-        """Queues an image, and waits while the queue is full. Raises errors of earlier ones."""
+        """Queues an image, waiting while the queue is full; raises the errors of earlier ones."""
         self._waiting.append(self._pool.submit(self._folder.save, job, image, flagged))
         while len(self._waiting) > _MAX_WAITING or (self._waiting and self._waiting[0].done()):
             self._waiting.pop(0).result()

@@ -1,4 +1,4 @@
-"""The networks that make images, loaded from a run, a diffusers folder or a CompVis file."""
+"""Loads the networks that make images, from a run, a diffusers folder or a CompVis file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,8 @@ from sdtrain.precision import fast_dtype
 class Networks:
     """The networks of a text-to-image pipeline.
 
-    Attributes:
-        unet: the noise predictor: (latents, timesteps, context) -> an output whose `sample` is the prediction.
-        vae: float32.
-        tokenizer, text_encoder: CLIP's; the encoder in the UNet's dtype.
-        scheduler_config: of a diffusers scheduler.
-        latent_size: height and width of the latents.
-        dtype: of the UNet's inputs; the sampler's steps and the VAE are float32.
-        source: where the weights are from, for messages.
-        speed: what the UNet was prepared with.
+    `unet` maps latents, timesteps and context to an output whose `sample` is the prediction. It and the text encoder
+    compute in `dtype`; the sampler's steps and the VAE are float32. `source` names the weights' origin in messages.
     """
 
     unet: Callable[..., Any]
@@ -53,13 +46,13 @@ def load_networks(
     speed: SpeedConfig | None = None,
     tokenizer: str | None = None,
 ) -> Networks:
-    """The networks of a model.
+    """Loads the networks of a model.
 
     Args:
         path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder, or a CompVis file.
-        device: where to run; CUDA if there is one, by default.
-        dtype: of UNet and text encoder; by default the device's fast one, as `precision: auto`.
-        weights: averaged or raw ones; a published model mostly has one kind only, which counts as averaged.
+        device: by default CUDA, if available.
+        dtype: of UNet and text encoder; by default the device's fast one, as with `precision: auto`.
+        weights: averaged or raw; a published model mostly has one kind, which counts as averaged.
         speed: attention kernel, memory layout, compilation.
         tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
 
@@ -67,13 +60,13 @@ def load_networks(
         UserError: there is no such model.
     """
     place, speed = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), speed or SpeedConfig()
-    if speed.attention == "auto":  # nothing goes backward here, so that the fused one is fast on CPUs too
+    if speed.attention == "auto":  # without a backward pass the fused kernel is fast on CPUs too
         speed = speed.model_copy(update={"attention": "sdpa"})
     dtype = dtype or fast_dtype(place)
     model = open_model(path, tokenizer)
     unet, frozen = model.unet(weights), model.frozen()
     set_backends(speed)
-    torch.nn.Module.to(unet, dtype)  # diffusers' own `to` warns of what it would keep in float32: nothing here
+    torch.nn.Module.to(unet, dtype)  # diffusers' own `to` warns of float32 modules, of which there are none
     unet = prepare_for(unet, place, speed)
     compile_unet(unet, speed)
     return Networks(

@@ -1,4 +1,4 @@
-"""The safety checker of the published SD v1, and its use on sampled images."""
+"""Applies the safety checker of the published SD v1 to sampled images."""
 
 from __future__ import annotations
 
@@ -18,20 +18,13 @@ from sdtrain.formats.tensor_file import fit
 from sdtrain.sampling.batch import Job
 
 SafetyCheck = Callable[[Sequence[Image.Image]], Sequence[bool]]
-"""Images -> which of them are flagged."""
+"""Returns whether each image is flagged."""
 Flagged = Literal["black", "refuse"]
-"""What replaces a flagged image: a black one, or none."""
 
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image and its verdict.
-
-    Attributes:
-        job: what was sampled.
-        image: black, or None, if it is flagged.
-        flagged: whether the check flagged it.
-    """
+    """An image, black or None if it is flagged."""
 
     job: Job
     image: Image.Image | None
@@ -41,13 +34,7 @@ class CheckedImage:
 def check_images(
     drawn: Iterable[tuple[Job, Image.Image]], check: SafetyCheck | None, flagged: Flagged = "black"
 ) -> Iterator[CheckedImage]:
-    """Checks images one at a time, so that a verdict does not depend on the others.
-
-    Args:
-        drawn: what `draw` gives.
-        check: None lets all of them pass.
-        flagged: what replaces a flagged image: a black one of the same size, or none.
-    """
+    """Checks images one at a time, so that verdicts do not depend on the batch; without `check`, passes all."""
     for job, image in drawn:
         if check is None or not check([image])[0]:
             yield CheckedImage(job, image)
@@ -56,16 +43,14 @@ def check_images(
 
 
 def load_safety_checker(name: str, device: str = "cpu") -> SafetyCheck:
-    """Diffusers' StableDiffusionSafetyChecker (Rando et al. 2022, arXiv:2210.04610, take it apart).
+    """Loads diffusers' StableDiffusionSafetyChecker (analysed by Rando et al. 2022, arXiv:2210.04610).
 
-    Args:
-        name: its folder, a pipeline's folder that holds one, or a hub id.
-        device: where it runs.
+    `name` is its folder, a pipeline's folder that holds one, or a hub id.
 
     Raises:
-        UserError: it is not there, or something else is.
+        UserError: it is missing, or something else.
     """
-    # Not above: with it come all pipelines of diffusers, which would slow down sampling without a check.
+    # Not at the top: it imports all of diffusers' pipelines, which would slow down sampling without a check.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     folder = find_part_folder(name, "safety_checker")
@@ -100,6 +85,6 @@ class _SafetyChecker:
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Sequence[bool]:
         pixels = self._processor(list(images), return_tensors="pt").pixel_values.to(self._network.device)
-        # It blackens what it is given as `images`; the flags are enough here.
+        # The network blackens `images`; only the flags are needed here.
         _, flags = self._network(clip_input=pixels, images=[torch.zeros(1) for _ in images])
         return [bool(flag) for flag in flags]

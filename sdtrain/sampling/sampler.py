@@ -19,21 +19,18 @@ from sdtrain.models.unet import LATENT_CHANNELS
 from sdtrain.sampling.pipeline import Networks
 
 _DECODED_AT_ONCE = 8
-"""So the memory that decoding takes does not grow with the batch."""
+"""Bounds the memory for decoding, whatever the batch."""
 
 
 @dataclass(frozen=True)
 class SampleSettings:
     """Sampling settings; the defaults are those of SD v1's samples.
 
-    Attributes:
-        guidance_scale: 1 is no guidance, and skips the unconditional half.
-        num_steps: of the sampler; PLMS calls the UNet once more than that.
-        sampler: by name; None takes the one that fits the model.
-        batch_size: images at once.
+    Guidance scale 1 skips the unconditional half. PLMS calls the UNet `num_steps` + 1 times. `sampler` None takes the
+    one that fits the model.
 
     Raises:
-        UserError: a number that cannot be.
+        UserError: `num_steps` or `batch_size` is below 1.
     """
 
     guidance_scale: float = 7.5
@@ -47,11 +44,7 @@ class SampleSettings:
 
 
 class Sampler:
-    """Makes images of prompts.
-
-    Args:
-        networks: loaded from a folder by `load_networks`, or those of a training run.
-    """
+    """Makes images from prompts, with the networks of `load_networks` or of a training run."""
 
     def __init__(self, networks: Networks):
         self._networks = networks
@@ -62,12 +55,10 @@ class Sampler:
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings | None = None
     ) -> list[Image.Image]:
-        """One image for each prompt and its seed.
-
-        An image's initial noise comes from its own seed, whatever else is in its batch.
+        """Samples one image per prompt, with initial noise from its own seed, whatever else is in the batch.
 
         Raises:
-            UserError: prompts and seeds differ in number, or the model gives no finite numbers.
+            UserError: prompts and seeds differ in number, or the model's outputs are not finite.
         """
         settings = settings or SampleSettings()
         if len(prompts) != len(seeds):
@@ -80,7 +71,7 @@ class Sampler:
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
         missing = 0
-        if self._networks.speed.compile != "off":  # a smaller batch would be compiled again, so it is filled up
+        if self._networks.speed.compile != "off":  # a smaller batch would be compiled again: pad it
             self._compiled_for = self._compiled_for or len(prompts)
             missing = max(0, self._compiled_for - len(prompts))
         filled = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
@@ -100,7 +91,7 @@ class Sampler:
         context = self._encode(prompts)
         if guided:
             context = torch.cat([self._encode([""]).expand_as(context), context])
-        # On the device at once: a copy at every step would make the host wait for the device.
+        # On the device at once: copies in the loop would make the host wait.
         for timestep, at in zip(scheduler.timesteps, scheduler.timesteps.to(self._device), strict=True):
             inputs = torch.cat([latents, latents]) if guided else latents
             begin_graphs(self._networks.speed)
@@ -134,7 +125,7 @@ class Sampler:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
-    """Images of one size on a white sheet, row by row; nearly square by default.
+    """Arranges images of one size on a white sheet, row by row; nearly square by default.
 
     Raises:
         UserError: no images.
