@@ -37,10 +37,7 @@ class Build:
     preflight: BuildPreflight
 
     def run(self, run_stage: Callable[[Stage[Recipe]], object], retry_failed: Callable[[], object]) -> None:
-        """Runs the stages in order: `run_stage` runs a stage's pending shards, `retry_failed` refetches failed rows.
-
-        `retry_failed` is called before the download if the options ask for it.
-        """
+        """Runs the stages in order with `run_stage`; the options may ask for `retry_failed` before the download."""
         from filters.pipeline import STAGES
 
         for stage in STAGES:

@@ -34,11 +34,7 @@ class BuildPreflight:
         self._is_done = self._is_measured = False
 
     def __call__(self, stage: str, num_pending: int, num_shards: int) -> None:
-        """Checks this stage and the following ones before the stage runs its pending shards.
-
-        Raises:
-            UserError: lists everything missing or wrong.
-        """
+        """Checks this and the following stages before a stage's first shard; raises `UserError` with all failures."""
         left = _ALL[_ALL.index(stage) :]
         if not self._is_done:
             self._is_done = True
@@ -72,10 +68,7 @@ def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Collection[str] 
 def sized_checks(
     dataset: DatasetDir, recipe: Recipe, num_rows: int, stages: Collection[str] = _ALL, share: float = 1.0
 ) -> list[Check]:
-    """Returns checks that depend on the number of selected rows: disk space, as `sdtrain plan` estimates it, and faiss.
-
-    `stages` are the unfinished ones; `share` is the share of rows left to do.
-    """
+    """Returns checks that depend on the number of rows: faiss, and disk space for `share` of the rows in `stages`."""
     wanted = share * _estimate(recipe, num_rows, stages)
     checks = [Check("disk", lambda: check_room(dataset.root, wanted, "The build"))]
     if "dedup" in stages and recipe.duplicates.level == "semantic":
@@ -84,10 +77,7 @@ def sized_checks(
 
 
 def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
-    """Checks disk space before the selection, for the subset's known size or else for all rows.
-
-    Only part of all rows will be selected, so too little space for them is only a warning.
-    """
+    """Checks disk space by the subset's known size or all rows; only warns for all, since part will be selected."""
 
     def check() -> str:
         files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)

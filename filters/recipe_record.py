@@ -40,10 +40,7 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
 
 
 def with_precision(dataset: DatasetDir, recipe: Recipe) -> Recipe:
-    """Resolves each `auto` to what the dataset was begun with, else to this machine's fastest.
-
-    So a build that continues elsewhere writes the same bytes.
-    """
+    """Resolves each `auto` once per dataset, so that a build continued on another machine writes the same bytes."""
     if "auto" not in (recipe.score.dtype, recipe.encode.precision):
         return recipe
     kept = read_recipe(dataset) if dataset.recipe.exists() else recipe

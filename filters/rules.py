@@ -148,10 +148,7 @@ def select_item(column: str) -> str:
 
 
 def keep_item(column: str, decide_by: str) -> str:
-    """Returns the SELECT item of an `in_keep` rule's column, from selection `s`, images `i` and scores `c`.
-
-    `decide_by` chooses the metadata's scores or the image's, see `KeepConfig`.
-    """
+    """Returns an `in_keep` column's SELECT item from selection `s`, images `i`, scores `c`; see `KeepConfig`."""
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
     if "images" in TABLES[column]:

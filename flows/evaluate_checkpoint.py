@@ -95,7 +95,6 @@ def evaluate(models: list[str], protocol: Protocol, output: str | None, options:
 
 
 def _run_step(step: "Step", options: StageOptions, runner: TaskRunner[Any], retries: int) -> None:
-    """Runs the unfinished parts, and retries those that fail."""
     for left in range(retries, -1, -1):
         try:
             run_stage(step.stage, step.directory, step.job, options, runner)

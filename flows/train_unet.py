@@ -207,7 +207,6 @@ def _launcher(num_gpus: int | None) -> list[str | Path]:
 
 
 def _launcher_on_hosts(hostfile: Path, num_gpus: int | None) -> list[str | Path]:
-    """DeepSpeed's launcher for a hostfile's machines, through pdsh."""
     hosts = _hosts_of(hostfile)
     launcher: list[str | Path] = [Path(sys.executable).with_name("deepspeed"), "--hostfile", hostfile.absolute()]
     launcher += ["--master_addr", hosts[0], "--master_port", str(_free_port())]

@@ -53,11 +53,7 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
 
 
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
-    """Returns the subset's published size, and the stages' remarks on unusual input.
-
-    Raises:
-        UserError: nothing has been selected yet.
-    """
+    """Returns the subset's published size and remarks on odd input; raises `UserError` before a selection."""
     selected = selection(dataset)
     ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""

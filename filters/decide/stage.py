@@ -55,10 +55,7 @@ _BEFORE_RULES = (
 
 
 def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
-    """Decides on every selected row; returns counts by reason (None: kept).
-
-    The dataset must be finished up to `dedup`. Decisions go to `target`; without it, they are only counted.
-    """
+    """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept)."""
     case, values = reason_case(recipe.keep.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
     columns = ", ".join(_columns(dataset, recipe.keep))
@@ -105,7 +102,6 @@ def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
-    """Returns each stage's Parquet files, as listed in its manifest."""
     shards = selected_shards(dataset)
     return {
         "selection": [str(dataset.selection(shard)) for shard in shards],

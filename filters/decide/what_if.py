@@ -34,11 +34,7 @@ def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | None = None) -> Recipe:
-    """Returns the recipe with `rules` in `keep`: existing ones in place, others appended.
-
-    Raises:
-        UserError: an unknown rule or an invalid value.
-    """
+    """Returns the recipe with `rules` merged into `keep`, in place or appended; raises `UserError` for invalid ones."""
     content: dict[str, Any] = recipe.model_dump()
     content["keep"]["rules"] |= {name: value for name, value in rules.items() if value is not None}
     content["keep"]["decide_by"] = decide_by or recipe.keep.decide_by

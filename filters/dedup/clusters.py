@@ -137,11 +137,7 @@ def load_faiss(
     wanted_by: str = "duplicates.level: semantic, for so many images,",
     otherwise: str = ", or set duplicates.level to perceptual",
 ) -> Any:
-    """Imports faiss; `wanted_by` and `otherwise` (the alternative) complete the error message.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Imports faiss, or raises `UserError` that names what needs it (`wanted_by`) and the alternative (`otherwise`)."""
     try:
         import faiss
     except ImportError as error:
@@ -203,7 +199,6 @@ def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
 
 
 def _blocks(images: Images) -> Iterator[Embedded]:
-    """Yields all embeddings in blocks of at most `_ROWS_AT_ONCE`."""
     start = 0
     for table in images.read(["embedding"]):
         embeddings = table["embedding"]

@@ -125,7 +125,6 @@ def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
 
 
 def _write_members(images: Images, kinds: NDArray[np.uint8], components: Components, target: Path) -> None:
-    """Writes uid, component and kind of all images that have a duplicate."""
     names, start = np.array(LEVELS), 0
     with pq.ParquetWriter(target, _MEMBERS) as writer:
         for table in images.read(["uid"]):

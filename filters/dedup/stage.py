@@ -41,11 +41,7 @@ def scored_images(dataset: DatasetDir) -> Images:
 
 
 def check_decoders(dataset: DatasetDir) -> None:
-    """Refuses a mix of CPU-decoded and GPU-decoded shards, whose digests and hashes cannot be compared.
-
-    Raises:
-        UserError: says what to set.
-    """
+    """Raises `UserError` if both CPU and GPU decoded shards, whose digests and hashes cannot be compared."""
     schemas = (pq.read_schema(dataset.scores(shard)) for shard in selected_shards(dataset))
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
@@ -67,7 +63,6 @@ def _read(dataset: DatasetDir, shards: Sequence[int], columns: Sequence[str]) ->
 
 
 def _remarks(found: Found) -> list[str]:
-    """Reports the number of images that each level would drop."""
     if not found.removed:
         return []
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())

@@ -38,10 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 class StatusCollector(Collector):
-    """The metrics of `sdtrain status` for datasets (directories or s3://…) and training runs.
-
-    Unreadable ones are left out, and `sdtrain_up` says so.
-    """
+    """Metrics of `sdtrain status` for `names` (directories or s3://…); unreadable ones only show in `sdtrain_up`."""
 
     def __init__(self, names: Sequence[str]):
         self._names = names

@@ -98,7 +98,6 @@ def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageS
 
 
 def _rate(done: Sequence[ShardReport]) -> float | None:
-    """Returns samples per second of wall time."""
     times = sorted((entry.finished_at, entry.num_in) for entry in done if entry.finished_at)
     recent = [(at, num) for at, num in times if at >= times[-1][0] - _WINDOW_S]
     if len(recent) < 2 or recent[-1][0] == recent[0][0]:

@@ -96,11 +96,7 @@ def _prompt_of(path: Path) -> str:
 
 
 def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
-    """Returns the captions that most kept images share, and their counts.
-
-    Raises:
-        UserError: nothing is decided yet, or kept.
-    """
+    """Returns the most common captions of kept images, with counts; raises `UserError` if none are kept."""
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not dataset.decisions.exists() or not images:
         raise UserError(f"{dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
@@ -115,11 +111,7 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws images for prompts into a folder, like `sdtrain sample --keep`: existing ones are not drawn again.
-
-    Raises:
-        UserError: no such model.
-    """
+    """Draws missing images into a folder, like `sdtrain sample --keep`; raises `UserError` without the model."""
     from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer

@@ -218,7 +218,6 @@ def _rows_sql(dataset: DatasetDir, columns: Sequence[str]) -> tuple[str, list[An
 def _touched_shards(
     connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, uids: Collection[str]
 ) -> dict[str, list[int]]:
-    """Returns, by stage, the shards whose tables hold any of the uids."""
     connection.register("wanted", pa.table({"uid": pa.array(sorted(uids), pa.string())}))
     touched = {}
     for stage in pipeline.STAGES:

@@ -138,7 +138,6 @@ class StageRewrite:
             write_entry(self.dataset, entry.model_copy(update=counts | {"outputs": outputs}))
 
     def _recounted(self, stage: Stage[Any], entry: ShardReport) -> ShardReport:
-        """Recounts a shard's manifest entry from its files."""
         if entry.stage == "download":
             report = report_images(self.dataset, entry.shard)
             return report.model_copy(update={"fingerprint": entry.fingerprint, "seconds": entry.seconds})

@@ -31,10 +31,7 @@ Uids = Collection[str]
 
 
 def drop_rows(path: Path, uids: Uids, described: Mapping[bytes, bytes] | None = None) -> None:
-    """Rewrites a Parquet file without the rows of `uids`, one row group at a time.
-
-    `described` is added to the file's own metadata.
-    """
+    """Rewrites a Parquet file without rows of `uids`, a row group at a time; adds `described` to its metadata."""
     gone = pa.array(sorted(uids), pa.string())
     with pq.ParquetFile(path) as file, publish(path) as temporary:
         schema = file.schema_arrow.with_metadata({**(file.schema_arrow.metadata or {}), **(described or {})})
@@ -46,10 +43,7 @@ def drop_rows(path: Path, uids: Uids, described: Mapping[bytes, bytes] | None = 
 
 
 def drop_images(dataset: DatasetDir, shard: int, uids: Uids, fingerprint: str | None) -> None:
-    """Removes samples from a downloaded shard: tar, table and statistics.
-
-    `fingerprint` becomes the shard's; None keeps it.
-    """
+    """Removes samples from a downloaded shard's tar, table and statistics; sets `fingerprint` unless None."""
     recover_images(dataset, shard)
     final = final_files(dataset, shard)
     table = read_shard_table(final.table)

@@ -70,7 +70,6 @@ def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
 
 
 def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
-    """Groups positions of equally large images, to resize them together."""
     groups: dict[torch.Size, list[int]] = {}
     for position, image in enumerate(pixels):
         groups.setdefault(image.shape, []).append(position)

@@ -152,11 +152,7 @@ def _sent(values: Tensor, device: torch.device) -> Tensor:
 
 
 def load_models(config: ScoreConfig) -> Models:
-    """Loads the recipe's networks once per process, on this process's GPU.
-
-    Raises:
-        UserError: weights are missing or another network's.
-    """
+    """Loads the recipe's networks once per process, on its GPU; raises `UserError` for missing or wrong weights."""
     with _ONE_AT_A_TIME:
         return _load_models(config)
 
@@ -196,11 +192,7 @@ def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:
 
 
 def check_heads(config: ScoreConfig) -> None:
-    """Refuses heads on another model's embeddings, where their scores would mean nothing.
-
-    Raises:
-        UserError: names the model and the settings to change.
-    """
+    """Raises `UserError` for heads on another model's embeddings, where their scores would mean nothing."""
     named = [weights for _, _, weights in _heads(config) if weights]
     if not named or config.clip_weights is None:
         return

@@ -77,7 +77,6 @@ def _batches(
 
 @contextmanager
 def _preprocessing(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Sample]], Pending]]:
-    """Yields the function that starts preprocessing a batch."""
     pool, decoder = ThreadPoolExecutor(num_threads()), ThreadPoolExecutor(1)
 
     def by_cpu(samples: list[Sample]) -> Pending:

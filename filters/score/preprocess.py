@@ -76,11 +76,7 @@ class PreprocessedImage:
 
 
 def read_shard(dataset: DatasetDir, shard: int) -> Iterator[Sample]:
-    """Yields a shard's downloaded images.
-
-    Raises:
-        UserError: the tar is damaged or truncated, or its samples differ from the table beside it.
-    """
+    """Yields a shard's downloaded images; raises `UserError` if the tar is damaged or does not match its table."""
     tar, table = dataset.images_tar(shard), dataset.images_table(shard)
     fetch_shard_file(dataset.root, tar, "download")
     uids = _uids(dataset, shard)
@@ -134,7 +130,6 @@ def caption_of(sample: Sample) -> str:
 
 
 def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
-    """Maps keys to uids of the shard's downloaded images."""
     table = pq.read_table(dataset.images_table(shard), columns=["key", "uid", "reason"])
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
 

@@ -36,11 +36,7 @@ _TABLE = pa.schema(
 
 
 def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
-    """Writes, for each shard, one row per downloaded image, including damaged ones.
-
-    Raises:
-        UserError: weights are unavailable, or a shard is damaged.
-    """
+    """Writes one row per downloaded image, damaged ones included; raises `UserError` for bad weights or shards."""
     # Lazy, so that checking whether a shard is finished does not wait for torch, open_clip and timm.
     from filters.score.models import load_models
     from filters.score.pipeline import score_rows

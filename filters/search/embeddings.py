@@ -68,11 +68,7 @@ class Embeddings:
 
 
 def embeddings_of(dataset: DatasetDir) -> Embeddings:
-    """Returns a dataset's embeddings.
-
-    Raises:
-        UserError: it is not scored, has no embeddings, or has those of different networks.
-    """
+    """Returns a dataset's embeddings; raises `UserError` if they are missing or of different networks."""
     images = scored_images(dataset)
     if not images.has_embeddings:
         raise UserError(

@@ -119,7 +119,6 @@ class Search:
             raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
-        """Returns each query's hits; all are looked up together."""
         places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]
         shards = {place[0] for place in places if place}
         uids = {shard: read_parquet(self.dataset.scores(shard), ["uid"])["uid"] for shard in shards}

@@ -166,7 +166,6 @@ class SearchPage:
         return _jpeg(small(image, _THUMBNAIL_PX)) if image else b""
 
     def _hit(self, key: str) -> Hit | None:
-        """Returns the image with a key, from those shown, without lookup, or any other."""
         if not KEY.fullmatch(key):
             return None
         return self._shown.get(key) or self.search.by_key(key)
@@ -178,11 +177,7 @@ class SearchPage:
 
 
 def serve(search: Search, host: str, port: int, top: int) -> None:
-    """Serves the page until the process is told to end; port 0 takes a free one.
-
-    Raises:
-        UserError: the port is taken.
-    """
+    """Serves the page until the process ends; port 0 takes a free one; raises `UserError` if the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -28,11 +28,7 @@ def is_remote(path: str) -> bool:
 
 
 def whole_location(location: str, purpose: str) -> str:
-    """Expands `${NAME}` environment variables in a recipe's path or URL; `purpose` names it in the error message.
-
-    Raises:
-        UserError: the variable is unset, or the URL is from a record, which does not hold its credential.
-    """
+    """Expands `${NAME}` in a recipe's path or URL; raises `UserError` if unset, or a record omits the credential."""
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in os.environ:

@@ -14,11 +14,7 @@ _HOST = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[?[0-9a-f:.]+\]?")
 
 
 def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
-    """Parses a text file's entries, skipping empty lines and lines that begin with #.
-
-    Raises:
-        UserError: an entry is not of the list's kind (`by`, see `ListConfig.by`); names file (`name`) and line.
-    """
+    """Parses a text file's entries, skipping blank lines and # comments; raises `UserError` with file and line."""
     read = _READERS[by]
     for number, line in enumerate(lines, start=1):
         text = line.strip()

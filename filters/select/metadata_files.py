@@ -43,11 +43,7 @@ def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[Me
 
 
 def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,)) -> list[str]:
-    """Returns absolute paths or URLs that `pattern` (see `find_metadata`) matches; in folders, only `suffixes`.
-
-    Raises:
-        UserError: nothing matches ("There is no …, which the recipe names as `purpose`").
-    """
+    """Returns the paths or URLs that `pattern` matches, in folders only `suffixes`; raises `UserError` if none do."""
     pattern = whole_location(pattern, purpose)
     if is_remote(pattern):
         found, is_folder = _matching_urls(pattern, suffixes), pattern.endswith("/")

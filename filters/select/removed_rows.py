@@ -45,10 +45,7 @@ class Blocked:
 def near_duplicate_uids(
     connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table
 ) -> pa.Table:
-    """Returns distinct uids of rows whose perceptual hash is near a removed one.
-
-    `rows` is a SELECT of `uid` and `phash` that binds `values`.
-    """
+    """Returns distinct uids in `rows` (a SELECT of `uid` and `phash`) whose hash is near a removed one."""
     hashes = removed_hashes(ledger)
     found = list[str]()
     if len(hashes):

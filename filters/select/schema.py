@@ -85,11 +85,7 @@ def _turned(file: MetadataFile) -> MetadataFile:
 
 
 def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_passes: Iterable[str] = ()) -> None:
-    """Refuses files that lack url, caption or a column that `rules` (names) use and `missing_passes` does not list.
-
-    Raises:
-        UserError: names file, column, rule, and the columns present.
-    """
+    """Raises `UserError` if a file lacks url, caption or a column of `rules`, unless listed in `missing_passes`."""
     needed = {"url": "", "caption": ""}
     for rule in rules:
         column = RULES[rule].column
@@ -206,11 +202,7 @@ def quoted(name: str) -> str:
 
 
 def check_hashes(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile]) -> int:
-    """Checks `hash` against URL and TEXT on some rows of every file with all three; returns the number of rows checked.
-
-    Raises:
-        UserError: a `hash` differs; names the file and one example.
-    """
+    """Checks `hash` against URL and TEXT on some rows per file; returns how many; raises `UserError` if one differs."""
     checked = [file for file in files if {"hash", "url", "caption"} <= set(file.columns)]
     per_file = max(_HASHES_PER_FILE, _HASHES_CHECKED // max(1, len(checked)))
     return sum(_check_file(connection, file, per_file) for file in checked)

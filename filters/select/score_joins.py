@@ -79,11 +79,7 @@ def join_files(join: JoinConfig) -> list[MetadataFile]:
 
 
 def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:
-    """Returns the columns that a join supplies, by our names.
-
-    Raises:
-        UserError: the files lack the join's key or a column to supply.
-    """
+    """Returns our names of the columns that a join supplies; raises `UserError` if its key or a column is missing."""
     for file in files:
         needed = {"url", "caption"} - set(file.columns)
         if needed and not (join.by == "hash" and "hash" in file.columns):

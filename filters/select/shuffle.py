@@ -22,10 +22,7 @@ IsSelected = Callable[[pa.Array, Keys], npt.NDArray[np.bool_]]
 
 
 def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
-    """Returns a pseudorandom 64-bit number per uid, (B,) uint64; sorting by it shuffles the rows.
-
-    `uids` are 32 hexadecimal characters each, none missing.
-    """
+    """Returns a pseudorandom uint64 per uid (32 hexadecimal characters), (B,); sorting by it shuffles the rows."""
     begin, end = uids.offset * _UID_BYTES, (uids.offset + len(uids)) * _UID_BYTES
     words = np.frombuffer(uids.buffers()[2], np.uint8)[begin:end].view("<u8").reshape(-1, _UID_BYTES // 8)
     mixed = np.full(len(uids), seed % 2**64, np.uint64)

@@ -151,7 +151,6 @@ def find_postgres(directory: BoxDir, port: int) -> Postgres:
 
 
 def _releases() -> dict[int, Path]:
-    """Installed release -> directory of its programs."""
     found = {int(folder.parent.name): folder for folder in _DEBIAN.glob("[0-9]*/bin") if (folder / "initdb").exists()}
     on_path = shutil.which("initdb")
     if on_path and not found:

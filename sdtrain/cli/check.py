@@ -40,11 +40,7 @@ def check(
 
 
 def _is_recipe(name: str) -> bool:
-    """Tells recipes from configs, names by their lists, files by keys that only one kind has.
-
-    Raises:
-        UserError: a file that is neither, or no such name.
-    """
+    """Tells recipes from configs, names by their lists, files by keys that only one kind has."""
     from filters.recipe import Recipe, known_recipes
     from sdtrain.config import TrainConfig, known_configs
     from sdtrain.settings import nearest

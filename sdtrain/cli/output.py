@@ -84,7 +84,6 @@ def _write(answer: pa.RecordBatchReader, path: Path, form: Form) -> int:
 
 
 def _write_text(answer: pa.RecordBatchReader, file: IO[str], form: Form) -> int:
-    """Writes an answer as CSV or JSON; returns the number of rows."""
     write: Callable[[dict[str, Any]], Any]
     if form == Form.csv:
         table = csv.writer(file)

@@ -99,7 +99,6 @@ def memorised(
 
 
 def _repeated(dataset: DatasetDir, num: int) -> list[str]:
-    """Prints and returns the most repeated captions."""
     from filters.memorization.samples import repeated_captions
 
     captions = repeated_captions(dataset, num)

@@ -143,7 +143,6 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
 
 
 def _muted(rng: np.random.Generator) -> np.ndarray:
-    """An RGB colour of low saturation, shape (3,)."""
     return np.clip(rng.uniform(70, 225) + rng.uniform(-12, 12, 3), 0, 255)
 
 

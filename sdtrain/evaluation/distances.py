@@ -135,7 +135,6 @@ def cmmd(embeddings: Floats, reference: Floats) -> tuple[float, float]:
 
 
 def _block_sums(x: Floats, y: Floats, rows: list[NDArray[np.int64]], columns: list[NDArray[np.int64]]) -> Floats:
-    """Sums the Gaussian kernel over each group of rows with each group of columns."""
     sums = np.zeros((len(rows), len(columns)))
     for i, row_group in enumerate(rows):
         for first in range(0, len(row_group), _ROWS_AT_ONCE):

@@ -77,7 +77,6 @@ def _extract_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) ->
 
 
 def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Protocol) -> dict[str, Tensor]:
-    """The arrays that `metrics.Metric` reads of drawn images."""
     make: dict[str, Callable[[], Tensor]] = {
         "features": lambda: features_of(images, protocol),
         "clip": lambda: embed_images(images, protocol),

@@ -223,7 +223,6 @@ def _extract_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int])
 
 
 def _extract(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
-    """Extracts the features, holding few images in memory."""
     features, embeddings, rest = [], [], iter(places)
     while images := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
         features.append(features_of(images, job.protocol))

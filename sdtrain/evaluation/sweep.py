@@ -82,7 +82,6 @@ class Sweep:
         ]
 
     def _num_pending(self) -> int:
-        """Images without features yet."""
         scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
         return sum(
             len(self.protocol.indices(part))

@@ -50,7 +50,6 @@ def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _in_processes(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
-    """The same stage, run in the pool."""
 
     def run(dataset: DatasetDir, job: Any, parts: Sequence[int]) -> Iterator[ShardReport]:
         futures = [pool.submit(_run_part, stage, dataset, job, part) for part in parts]
@@ -66,7 +65,7 @@ def _in_processes(stage: Stage[Any], pool: ProcessPoolExecutor) -> Stage[Any]:
 
 
 def _completed_reports(futures: Sequence[Future[ShardReport]]) -> Iterator[ShardReport]:
-    """Yields reports as they complete; an error is raised only after running parts have finished, and none starts."""
+    """Yields reports as they complete; on error no part starts, and running ones finish before it is raised."""
     failed: Exception | None = None
     for future in as_completed(futures):
         if future.cancelled():

@@ -32,7 +32,6 @@ class Rate(Settings):
     cores: float | None = None
 
     def __str__(self) -> str:
-        """Formats it for a table."""
         return f"{self.kind}: {self.source or self.section}"
 
 

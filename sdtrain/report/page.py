@@ -138,7 +138,6 @@ def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, images: Pa
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:
-    """Values of one score, sampled down to MAX_VALUES."""
     values = connection.view(view).filter(duckdb.ColumnExpression(column).isnotnull()).select(column)
     # A name that no view has, as it would hide that view from then on.
     sampled = values.query("one_score", f"FROM one_score USING SAMPLE reservoir({MAX_VALUES} ROWS) REPEATABLE (1)")
