@@ -29,8 +29,8 @@ def test_slow_names_do_not_hold_up_others(web, names):
     results = fetch_all(quick(timeout_s=0.5), urls)
     assert {str(error) for _, error, _ in results[:-1]} == {"dns_failed: no name server answers"}
     assert results[-1][0] == "ok"
-    assert results[-1][2] < 0.3
-    assert max(seconds for _, _, seconds in results) < 1
+    assert results[-1][2] < min(seconds for _, _, seconds in results[:-1])
+    assert max(seconds for _, _, seconds in results) < 10  # one after the other they would take 20
 
 
 def test_a_name_server_that_changes_its_answer_gains_nothing(web, names):
@@ -71,5 +71,5 @@ def test_closing_does_not_wait_for_a_look_up_under_way(names):
 
     started = time.monotonic()
     asyncio.run(run())
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
     assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("dns-"))
