@@ -20,7 +20,7 @@ from flows.support.task_runners import Engine, lost_its_worker, start_engine
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.progress import StageTotals, add_up, progress_listener, throttled
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage, begin, hold_of, pending, run_batch
+from sdtrain.dataset.stage import Stage, begin, lock_token_of, pending, run_batch
 from sdtrain.errors import UserError
 from sdtrain.options import option
 from sdtrain.redaction import Location, safe_error
@@ -97,7 +97,7 @@ def _run_batches(
     stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: list[list[int]], runner: TaskRunner[Any]
 ) -> list[ShardReport]:
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
-    common = {"stage": stage, "dataset": dataset, "recipe": recipe, "hold": hold_of(dataset)}
+    common = {"stage": stage, "dataset": dataset, "recipe": recipe, "lock_token": lock_token_of(dataset)}
     with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
         with needs_of(stage):
             futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
@@ -133,12 +133,12 @@ def _collect(
 
 @task(cache_policy=NO_CACHE, persist_result=False)
 def _run_batch(
-    stage: Stage[Any], dataset: DatasetDir, recipe: Any, hold: str, shards: list[int], first: str
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, lock_token: str, shards: list[int], first: str
 ) -> list[ShardReport] | State[Any]:
     logger = get_run_logger()
     try:
         with progress_listener(throttled(lambda step: logger.info("%s", step), LOG_INTERVAL_S)):
-            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, hold)
+            return run_batch(stage, dataset, recipe, shards, _stop_if_given_up, lock_token)
     except UserError as error:
         time.sleep(_CANCEL_DELAY_S)
         return Failed(message=str(error), data=error)  # a state: an exception would be logged with its traceback

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,13 @@ class Closable(Protocol):
         """Releases it."""
 
 
+class Stored(Protocol):
+    """An output of a manifest entry."""
+
+    sha256: str
+    bytes: int
+
+
 class LocalStorage:
     """The files of one dataset, all of which lie in its directory.
 
@@ -24,10 +31,12 @@ class LocalStorage:
 
     Attributes:
         dataset: the directory.
-        token: of the command that holds the dataset, for the processes that write for it; "" without one.
+        is_remote: whether files may be elsewhere.
+        lock_token: of the command that holds the dataset, for the processes that write for it; "" without one.
     """
 
-    token = ""
+    is_remote = False
+    lock_token = ""
 
     def __init__(self, dataset: DatasetDir) -> None:
         self.dataset = dataset
@@ -51,6 +60,16 @@ class LocalStorage:
             may_delete: no command of this machine is about to record something.
         """
 
+    def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
+        """Makes a shard count as finished, before its manifest entry is written here.
+
+        Args:
+            entry: the path that its manifest entry will have here.
+            content: of the entry.
+            outputs: by name, what it consists of; they have their final names here.
+            beside: files that belong to it and are not in the manifest.
+        """
+
     def push_files(self, paths: Iterable[Path]) -> None:
         """Stores files that no manifest entry lists."""
 
@@ -65,6 +84,13 @@ class LocalStorage:
         """Whether a file of that size is there."""
         path = self.dataset.root / name
         return path.exists() and path.stat().st_size == num_bytes
+
+    def has_copy(self, name: str, sha256: str) -> bool:
+        """Whether a file is also elsewhere just now, with that content."""
+        return False
+
+    def pull(self, wanted: Mapping[str, Stored | None]) -> None:
+        """Fetches files that are not here; of each, what its content must be, None for whatever is there."""
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """A part of a file, which is not brought here for that.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
@@ -27,8 +26,7 @@ def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] 
         beside: files that its outputs need and it does not list.
     """
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
-    if mirror := mirror_of(dataset):
-        mirror.push(path, content.encode(), entry.outputs, beside)
+    storage_of(dataset).push(path, content.encode(), entry.outputs, beside)
     with publish(path) as temporary:
         temporary.write_text(content)
 

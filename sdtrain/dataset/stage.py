@@ -17,9 +17,9 @@ from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
 from sdtrain.dataset.s3.lock import with_lock_token
-from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.storage import storage_of
 
 # Contravariant: a stage that reads a part of the recipe also takes the whole one.
 RecipeT = TypeVar("RecipeT", contravariant=True)
@@ -163,7 +163,7 @@ def run_batch(
     recipe: RecipeT,
     shards: Sequence[int],
     on_report: Callable[[ShardReport], None] = lambda report: None,
-    hold: str = "",
+    lock_token: str = "",
 ) -> list[ShardReport]:
     """Runs the stage over `shards` and records each as finished, the entry written last.
 
@@ -173,16 +173,15 @@ def run_batch(
         recipe: what the stage's functions take.
         shards: their numbers.
         on_report: called for each that is recorded.
-        hold: what `hold_of` gives in the process that has locked the dataset, where this is another one.
+        lock_token: what `lock_token_of` gives in the process that has locked the dataset, where this is another one.
     """
-    with with_lock_token(hold):
+    with with_lock_token(lock_token):
         return _run_batch(stage, dataset, recipe, shards, on_report)
 
 
-def hold_of(dataset: DatasetDir) -> str:
+def lock_token_of(dataset: DatasetDir) -> str:
     """What this process gives to others that are to write for it; empty for a dataset that lies on disk alone."""
-    mirror = mirror_of(dataset)
-    return mirror.token if mirror else ""
+    return storage_of(dataset).lock_token
 
 
 def _run_batch(
@@ -219,10 +218,9 @@ def release(stage: Stage[Any], dataset: DatasetDir, report: ShardReport) -> None
 
 def begin(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
     """Before a stage's shards are looked at: what other machines finished is known here, and nothing half-done lies."""
-    if mirror := mirror_of(dataset):
-        mirror.sync(may_delete=False)
-        if stage.planned_by:
-            fetch_outputs(dataset, stage.planned_by)
+    storage_of(dataset).sync(may_delete=False)
+    if stage.planned_by:
+        fetch_outputs(dataset, stage.planned_by)
     clear_leftovers(stage, dataset)
 
 
@@ -248,7 +246,7 @@ class _Recorder:
     def __init__(self, stage: Stage[Any], dataset: DatasetDir, on_report: Callable[[ShardReport], None]) -> None:
         self.reports: list[ShardReport] = []
         self._stage, self._dataset, self._on_report = stage, dataset, on_report
-        self._thread = ThreadPoolExecutor(1, "upload") if mirror_of(dataset) else None
+        self._thread = ThreadPoolExecutor(1, "upload") if storage_of(dataset).is_remote else None
         self._waiting: tuple[ShardReport, Future[None]] | None = None
 
     def __enter__(self) -> _Recorder:

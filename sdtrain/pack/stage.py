@@ -19,9 +19,9 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.s3.files import discard, read_part
-from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside
+from sdtrain.dataset.storage import storage_of
 from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.download.image_shards import PLACE, image_location
 from sdtrain.errors import UserError
@@ -72,7 +72,7 @@ class SourceTars:
         """What gives the bytes of an image and of the header before it; of a tar on S3 they are on their way."""
         tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
         extent = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
-        if shard in self._open or tar.exists() or not mirror_of(self._dataset):
+        if shard in self._open or tar.exists() or not storage_of(self._dataset).is_remote:
             return partial(self._read_here, shard, *extent)
         return self._threads.submit(read_part, self._dataset, tar, *extent).result
 

@@ -1,9 +1,8 @@
-"""Writes the checkpoints of a run, by all ranks together, at once or while training goes on, and purges old ones.
+"""Writes the checkpoints of a run, by all ranks together, synchronously or in a thread, and purges old ones.
 
-The files are safetensors (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes, the
-header as JSON padded with spaces to a multiple of 8, the tensors one behind the other. The library's own writer copies
-every tensor into Python bytes while it holds the interpreter's lock, which would stop the training thread for seconds;
-ours writes in pieces, without a second copy, and computes the digest on the way.
+The files are safetensors (https://github.com/huggingface/safetensors#format). The library's writer copies every tensor
+into Python bytes under the GIL, which would stop the training thread for seconds; ours writes in pieces, without a
+second copy, and computes the digest on the way.
 """
 
 from __future__ import annotations
@@ -40,14 +39,9 @@ _ALIGNMENT = 8
 
 
 class CheckpointStore:
-    """Reads and writes a run's checkpoints. Every method is called by all ranks together, one at a time.
+    """Reads and writes a run's checkpoints. All ranks call every method together, one at a time.
 
-    Args:
-        run_dir: the run's output directory.
-        config: how many stay.
-        rank, world_size: this process among the ranks.
-        group: a gloo group of all ranks that nothing else uses: a thread of each rank agrees over it with the
-            others' while the main threads talk over theirs.
+    `group` is a gloo group for this class alone, because its threads communicate while the main threads do.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, rank: int, world_size: int, group: Any = None):
@@ -56,15 +50,10 @@ class CheckpointStore:
         self._rank, self._world_size = rank, world_size
 
     def save(self, step: int, state: Mapping[str, torch.Tensor], **layout: Any) -> Path:
-        """Writes this rank's part of the state; returns the finished folder.
-
-        Args:
-            step: optimizer steps done.
-            state: flat vectors of equal length by the names in STATE, in host memory.
-            layout: the other fields of Layout.
+        """Writes this rank's part of the state, equal-length flat vectors in host memory; returns the finished folder.
 
         Raises:
-            UserError: a value that is not finite, or a full disk, on any rank; the checkpoint before stays.
+            UserError: a value that is not finite, or a full disk, on any rank; the previous checkpoint stays.
         """
         self._all_ranks(lambda: self._require_finite(state, layout["parameters"]))
         final = folder_of(self.run_dir) / f"step-{step:08d}"
@@ -79,7 +68,7 @@ class CheckpointStore:
         return final
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+        """The newest intact checkpoint, or None; warns of damaged ones."""
 
         def choose() -> str | None:
             found = newest_whole(self.run_dir)
@@ -109,7 +98,7 @@ class CheckpointStore:
         self._purge(final)
 
     def _purge(self, newest: Path) -> None:
-        """Removes what is older than the last ones and not permanent. Newer ones are damaged and do not count."""
+        """Removes old checkpoints that are not permanent. Newer ones are damaged and do not count."""
         for path in [p for p in finished(newest.parent) if p <= newest][self._config.keep_last :]:
             step = int(path.name.removeprefix("step-"))
             if not self._config.keep_every or step % self._config.keep_every:
@@ -119,7 +108,7 @@ class CheckpointStore:
         return self._all_ranks(action if self._rank == 0 else lambda: None)[0]
 
     def _all_ranks(self, action: Callable[[], Any]) -> list[Any]:
-        """Results of `action` on all ranks; if it fails on one, every rank raises, so that none waits for ever."""
+        """Results of `action` on all ranks; an error on one is raised on all, so that none waits for ever."""
         try:
             outcome, failure = action(), None
         except (UserError, OSError) as error:
@@ -135,7 +124,7 @@ class CheckpointStore:
 
 
 def first_nonfinite(vector: torch.Tensor) -> int | None:
-    """Position of the first NaN or infinity of a flat vector, or None. One pass; no second vector of its size."""
+    """Position of the first NaN or infinity of a flat vector, or None, without a second vector of its size."""
     for number, chunk in enumerate(vector.split(_CHUNK)):
         if not all(math.isfinite(extreme) for extreme in torch.aminmax(chunk)):
             return number * _CHUNK + int((~torch.isfinite(chunk)).nonzero()[0])
@@ -143,7 +132,7 @@ def first_nonfinite(vector: torch.Tensor) -> int | None:
 
 
 class CheckpointSaver:
-    """Saves in a thread while training goes on, or at once, as the config says; at most one save is under way."""
+    """Saves synchronously or in a thread, as configured; at most one save is pending."""
 
     def __init__(self, store: CheckpointStore, mode: str):
         self._store, self._is_async = store, mode == "async"
@@ -155,14 +144,14 @@ class CheckpointSaver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save under way has ended with an error on this rank, which `wait` raises."""
+        """Whether the pending save has failed on this rank; `wait` raises the error."""
         return self._error is not None
 
     def start(self, step: int, state: Mapping[str, torch.Tensor], **layout: Any) -> None:
-        """Saves the state after `step`; async: returns when it was copied. Waits for the save before.
+        """Saves the state after `step`, once the previous save is done; async: returns after the copy.
 
         Raises:
-            UserError: that one, or this one where it is not async, failed.
+            UserError: the previous save failed, or this one if it is not async.
         """
         self.wait()
         if step == self._step:
@@ -177,7 +166,7 @@ class CheckpointSaver:
         work.start()
 
     def wait(self) -> Path | None:
-        """The last checkpoint of this process, when it is whole; None if there was none yet.
+        """Waits for the pending save; returns this process's last checkpoint, or None.
 
         Raises:
             UserError: it could not be written, on any rank.
@@ -199,10 +188,9 @@ class CheckpointSaver:
             self._error = error
 
     def _copy(self, state: Mapping[str, torch.Tensor]) -> torch.cuda.Event | None:
-        """Copies the state to host memory that is kept for the next time; returns when that is done, if later.
+        """Copies the state to reused host memory; returns an event if the copy is not done yet.
 
-        From a GPU the copies are queued before the next step's kernels, so they see this step's state, and the host
-        does not wait for them.
+        Copies from a GPU are queued before the next step's kernels: they see this step's state without waiting.
         """
         on_gpu = state["master"].is_cuda
         for name in STATE:
@@ -228,7 +216,7 @@ def _fresh(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Deletes under a name that nobody reads, so that a kill on the way leaves no half of a checkpoint."""
+    """Renames before deleting, so that a kill leaves no partial checkpoint."""
     doomed = folder.with_name(f".{folder.name}.purged.partial")
     folder.replace(doomed)
     shutil.rmtree(doomed)
@@ -240,9 +228,7 @@ def _write(path: Path, state: Mapping[str, torch.Tensor]) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Writes flat fp32 tensors of the host, waits until they are on the disk; returns the file's sha256.
-
-    The digest is of what should be in the file, so reading it back finds what the disk got wrong.
+    """Writes flat fp32 tensors and syncs them to disk; returns the file's intended sha256, which exposes disk errors.
 
     Raises:
         OSError: the disk is full, or fails.
@@ -264,7 +250,7 @@ def _sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
-    """The file's bytes, in order; the tensors' own memory, not copies."""
+    """Yields the file's bytes in order, without copying tensors."""
     yield _header(tensors)
     for tensor in tensors.values():
         content = tensor.detach().numpy().data.cast("B")

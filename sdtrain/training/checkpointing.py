@@ -22,10 +22,7 @@ from sdtrain.training.zero_partition import ZeroPartition
 
 
 class CheckpointManager:
-    """Saves and restores a run's state. Every method is called by all ranks together.
-
-    As a context manager around training, it finishes a pending checkpoint on exit.
-    """
+    """Saves and restores a run's state, by all ranks together; as a context manager, finishes a pending checkpoint."""
 
     def __init__(
         self,
@@ -65,9 +62,9 @@ class CheckpointManager:
         return layout.step
 
     def _begin_from_other_model(self) -> None:
-        """Loads raw and averaged weights of another run or model; the optimizer starts fresh.
+        """Loads raw and averaged weights of another run or model, with a fresh optimizer.
 
-        The average keeps that model's count of updates, as CompVis' does when it is restored.
+        The average keeps that model's count of updates, as CompVis' does.
         """
         if self._config.init_from is None:
             return

@@ -1,8 +1,7 @@
 """All that training uses of DeepSpeed's internals; no other module touches them.
 
-Another version may flatten parameters in another order, check for overflow elsewhere or rename an attribute, and train
-on silently. So one version is pinned and required at the start, and what we use of it is listed here (`missing`) and
-tested.
+Another version may flatten parameters in another order, check overflow elsewhere or rename an attribute, and train on
+silently. So one version is pinned and checked at the start, and all uses are listed (`missing`) and tested.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _OURS = "sdtrain.training.deepspeed_internals relies on it"
 
 
 def missing(optimizer: Any) -> list[str]:
-    """A sentence for each thing that `optimizer`, DeepSpeed's for ZeRO-1 and 2, should have and does not."""
+    """Describes each attribute that DeepSpeed's ZeRO-1/2 optimizer should have and lacks."""
     kind = type(optimizer)
     said = []
     for name, expected in _METHODS.items():
@@ -71,7 +70,7 @@ def missing(optimizer: Any) -> list[str]:
 
 
 def changed_functions(module: Any) -> list[str]:
-    """A sentence for the function of `module`, where ZeRO-1 and 2 are, that `_mask_nonfinite` takes the place of."""
+    """Reports a changed function of ZeRO-1/2's `module` that `_mask_nonfinite` replaces."""
     found = getattr(module, _MASK, None)
     if found is None:
         return [f"{module.__name__} has no function {_MASK}; {_OURS}."]
@@ -81,7 +80,7 @@ def changed_functions(module: Any) -> list[str]:
 
 
 def _mask_nonfinite(norm: torch.Tensor, device: Any = None, val: float = -1.0) -> None:
-    """As DeepSpeed's own, which makes a tensor on the device for it, so that the host waits in each step."""
+    """Replaces DeepSpeed's, which creates a tensor on the device and so makes the host wait in each step."""
     norm.masked_fill_(~torch.isfinite(norm), val)
 
 
@@ -104,7 +103,7 @@ def require_tested_version() -> None:
 
 
 def import_deepspeed() -> Any:
-    """Imports DeepSpeed, quiet, and set to the CPU if there is no GPU, which it decides on import."""
+    """Imports DeepSpeed quietly, on the CPU if there is no GPU; it selects the device on import."""
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -119,17 +118,14 @@ def import_deepspeed() -> Any:
 
 
 class ZeroInternals:
-    """The optimizer that DeepSpeed makes for ZeRO-1 and 2.
-
-    Args:
-        engine: as `deepspeed.initialize` made it.
+    """DeepSpeed's optimizer for ZeRO-1 and 2.
 
     Attributes:
         master: this rank's part of the fp32 weights, flat.
-        offsets: where each parameter begins in the whole flat vector.
+        offsets: start of each parameter in the whole flat vector.
 
     Raises:
-        UserError: it has another optimizer, or one with other internals.
+        UserError: the engine has another optimizer, or one with other internals.
     """
 
     def __init__(self, engine: Any):
@@ -164,10 +160,10 @@ class ZeroInternals:
         return bool(self._zero.dtype is torch.bfloat16)
 
     def add_up_in_fp32(self) -> None:
-        """From now on gradients of micro-batches and ranks are added up in float32; before the first backward pass.
+        """Accumulates and reduces gradients in float32; call it before the first backward pass.
 
-        `communication_data_type` says in which they are sent. For ZeRO-1 with bf16 the rest is set here: asked
-        by its configuration, DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of.
+        `communication_data_type` covers the reduction. ZeRO-1 with bf16 needs the rest here: configured for float32,
+        DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of.
 
         Raises:
             UserError: --deepspeed_config contradicts it.
@@ -186,9 +182,9 @@ class ZeroInternals:
             )
 
     def before_each_step(self, listener: Callable[[torch.Tensor], None]) -> None:
-        """Shows `listener` the norm of the gradient over all ranks, on the device, before the step is done.
+        """Passes the gradient's norm over all ranks, on the device, to `listener` before each step.
 
-        It is the norm of the sum of all micro-steps: a NaN or infinity in any of them, on any rank, is one here.
+        It includes all micro-steps, so a NaN or infinity in any of them, on any rank, shows.
         """
         norm_of = self._zero.scaled_global_norm
 
@@ -200,14 +196,11 @@ class ZeroInternals:
         self._zero.scaled_global_norm = scaled_global_norm
 
     def ask_before_each_step(self, may_apply: Callable[[float], bool], is_overflow: Callable[[], bool]) -> None:
-        """Asks before every step whether it may be applied; one that may not changes nothing on any rank.
+        """Asks before every step whether it may be applied; a refused one changes nothing on any rank.
 
-        DeepSpeed has one such place: `check_overflow`, after the gradients were reduced, which makes `step` drop them.
-        Its own check reads all gradients once more; ours takes their norm, which `step` would compute anyway.
-
-        Args:
-            may_apply: is given the norm of the gradient, over all ranks and without the loss scale.
-            is_overflow: whether the step that was refused last was for a gradient that is not finite.
+        The only such hook is `check_overflow`, after gradients are reduced. DeepSpeed's reads all gradients again; ours
+        takes their norm, which `step` computes anyway. `may_apply` gets it without the loss scale; `is_overflow` tells
+        whether the last refusal was for a gradient that is not finite.
         """
         zero, norm_of = self._zero, self._zero.scaled_global_norm
         judged: list[torch.Tensor] = []

@@ -53,7 +53,7 @@ class Ranks:
         return total
 
     def gather(self, values: list[ItemT]) -> list[ItemT]:
-        """Interleaves the lists of all ranks, where each holds the results of `work[rank::world_size]`."""
+        """Interleaves the ranks' lists, which hold the results of `work[rank::world_size]`."""
         if self.world_size == 1:
             return values
         parts: list[list[ItemT]] = [[] for _ in range(self.world_size)]
@@ -78,10 +78,7 @@ def world_size_from_environment() -> int:
 
 
 def join(local_rank: int | None) -> Ranks:
-    """Joins the other ranks as `deepspeed`, `torchrun` or plain Python started them.
-
-    Args:
-        local_rank: the launcher's --local_rank, where the environment does not say it.
+    """Joins the ranks started by `deepspeed`, `torchrun` or plain Python.
 
     Raises:
         UserError: more ranks on this machine than GPUs; another DeepSpeed than the tested one; a port that is taken.
@@ -123,12 +120,12 @@ def _free_port() -> int:
 
 
 def make_cublas_deterministic() -> None:
-    """Lets cuBLAS have one workspace a stream, of a fixed size; before CUDA starts.
+    """Gives cuBLAS one workspace of fixed size per stream; call it before CUDA starts.
 
     https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
     Raises:
-        UserError: the environment says otherwise.
+        UserError: the environment sets another.
     """
     chosen = os.environ.setdefault(_CUBLAS, _CUBLAS_SIZES[0])
     if chosen not in _CUBLAS_SIZES:

@@ -39,7 +39,7 @@ class Ema:
         self.num_updates += 1
 
     def go_on_from(self, average: torch.Tensor, num_updates: int | None) -> None:
-        """Takes over an average and its count; None where it was never counted: then its warm-up is over."""
+        """Continues an average; without a count its warm-up is over."""
         self.average.copy_(average)
         self.num_updates = _warm_up_updates(self._config) if num_updates is None else num_updates
 

@@ -21,12 +21,7 @@ _POLL_S = 20.0
 
 
 class Meter:
-    """The sum of some counters, read by a thread often enough that none wraps around unseen.
-
-    Args:
-        counters: all that count; None where there are none.
-        poll_s: seconds between readings.
-    """
+    """Sums energy counters (None if there are none) in a thread that polls before any wraps around."""
 
     def __init__(self, counters: Sequence[Counter] | None, poll_s: float = _POLL_S):
         self._counters, self._lock, self._closed = counters, threading.Lock(), threading.Event()
@@ -56,16 +51,10 @@ class Meter:
 
 
 class EnergyRecorder:
-    """Writes a run's energy.csv. Every method is called by all ranks together; the first one writes.
+    """Writes a run's energy.csv on the first rank; all ranks call every method. Closes as a context manager.
 
-    Each rank reads the counter of its own GPU; the first one of each machine those of its CPUs and memory. All of
-    these count whatever else the hardware does meanwhile. A context manager, at whose end reading stops.
-
-    Args:
-        run: the run's directory.
-        ranks: this process among all.
-        open_cpu: makes the machine's counters.
-        open_gpus: makes those of GPUs by their UUIDs.
+    Each rank reads its own GPU's counter, the first of each machine also those of CPUs and memory, which include all
+    other load on the hardware.
     """
 
     def __init__(

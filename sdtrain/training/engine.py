@@ -26,17 +26,11 @@ _BUCKET_NUMEL = 200_000_000
 
 
 def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int, extra: Path | None) -> dict[str, Any]:
-    """DeepSpeed's settings for a run.
+    """DeepSpeed's settings for a run, overridden by those of the JSON file `extra`.
 
     ZeRO-1 by default: it reduces gradients once per optimizer step, stages 2 and 3 on every micro-step. In bf16 the
-    loop itself stops on a loss that is not finite, so DeepSpeed's check, which waits for the device and silently skips
-    steps, is off; so is its throughput timer, which waits twice in each step.
-
-    Args:
-        config: the run.
-        accumulation: micro-steps of one optimizer step.
-        num_parameters: of the network; caps the gradient buckets.
-        extra: a DeepSpeed JSON file whose settings are laid over these (`--deepspeed_config`).
+    loop stops on a loss that is not finite, so DeepSpeed's check, which waits for the device and silently skips steps,
+    is off; so is its throughput timer, which waits twice in each step. `num_parameters` caps the gradient buckets.
 
     Raises:
         UserError: the file is not JSON, or sets what the training config decides.

@@ -48,12 +48,7 @@ class StepGuard:
         self._any_nonfinite = is_nonfinite if self._any_nonfinite is None else self._any_nonfinite | is_nonfinite
 
     def may_apply(self, norm: float, can_rescale: bool = False) -> bool:
-        """Decides on a step.
-
-        Args:
-            norm: of its gradient; negative or not finite if the gradient is not finite.
-            can_rescale: whether a loss scaler can still lower its scale.
-        """
+        """Decides on a step by its gradient's norm, negative or not finite if the gradient is not finite."""
         self.is_finite = math.isfinite(norm) and norm >= 0
         self.norm = norm if self.is_finite else math.nan
         self._refusal = self._spike(norm) if self.is_finite else "its gradient is not finite"

@@ -25,13 +25,7 @@ class Objective:
     def inputs(
         self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the noisy latents and the UNet's target, both (B, 4, h, w), float32.
-
-        Args:
-            latents: z_0, (B, 4, h, w).
-            noise: eps, the same shape.
-            timesteps: t, (B,), int64.
-        """
+        """Returns the noisy latents and the UNet's target, both (B, 4, h, w), float32, from z_0, eps and t."""
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         if self._config.prediction_type == "epsilon":
             return noisy, noise
@@ -50,14 +44,10 @@ class Objective:
 
 
 def min_snr_weights(snr: torch.Tensor, config: DiffusionConfig) -> torch.Tensor:
-    """min(SNR, gamma) in units of the latent's error, as a weight of the predicted quantity's, (T,).
+    """min(SNR, gamma) in units of the latent's error, as weights of the predicted quantity's, (T,); `snr` is (T,).
 
-    The noise's error is the latent's times SNR, the velocity's is the latent's times SNR + 1: Hang et al. 2023,
-    arXiv:2303.09556, section 3.4.
-
-    Args:
-        snr: signal-to-noise ratio of each timestep, (T,).
-        config: gamma and the predicted quantity.
+    The noise's error is the latent's times SNR, the velocity's times SNR + 1: Hang et al. 2023, arXiv:2303.09556,
+    section 3.4.
     """
     clipped = snr.clamp(max=config.min_snr_gamma)
     return clipped / snr if config.prediction_type == "epsilon" else clipped / (snr + 1.0)

@@ -26,15 +26,7 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """Validates, previews and tracks a run. All ranks call every method together; the first one writes.
-
-    Args:
-        config: the run.
-        run_dir: where it leaves its output.
-        ranks: this process among all.
-        state: the networks.
-        first_step: where training goes on.
-    """
+    """Validates, previews and tracks a run. All ranks call every method together; the first one writes."""
 
     def __init__(self, config: TrainConfig, run_dir: RunDir, ranks: Ranks, state: TrainingState, first_step: int):
         self._config, self._run_dir, self._ranks, self._state = config, run_dir, ranks, state
@@ -113,13 +105,7 @@ class Monitor:
 
 
 class Trackers:
-    """Writes to all trackers of a run; belongs to the first rank.
-
-    Args:
-        folder: the run directory.
-        config: the run.
-        first_step: where training resumes; later points are discarded.
-    """
+    """Writes to all trackers, on the first rank; discards points after `first_step`, where training resumes."""
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int):
         # The import takes a second, which ranks that write nothing need not spend.

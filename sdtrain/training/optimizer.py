@@ -74,10 +74,7 @@ def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> d
 def restore_moments(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int
 ) -> None:
-    """Puts moments back as they were after `step` applied steps.
-
-    What was read from 8 bits is put back without loss, as long as the blocks begin at the same places.
-    """
+    """Restores moments after `step` applied steps; 8-bit ones without loss, if blocks begin at the same offsets."""
     state, device = optimizer.state[parameter], parameter.device
     if isinstance(optimizer, torch.optim.AdamW):
         state.update({name: moments[name].to(device, copy=True) for name in MOMENTS})
@@ -94,7 +91,7 @@ def restore_moments(
 
 
 def _decoded(codes: torch.Tensor, scales: torch.Tensor | None = None, meanings: torch.Tensor | None = None) -> Any:
-    """In the host's memory, a chunk after the other: who keeps moments in 8 bits has no room for them in 32."""
+    """In host memory and chunks, because the device may have no room for moments in 32 bits."""
     if scales is None:
         return codes
     from bitsandbytes.functional import dequantize_blockwise
@@ -108,7 +105,7 @@ def _decoded(codes: torch.Tensor, scales: torch.Tensor | None = None, meanings: 
 
 
 def _encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, meanings: torch.Tensor) -> None:
-    """Writes the nearest codes. The library's own search now and then takes a code's neighbour."""
+    """Writes the nearest codes; the library's search sometimes takes a neighbour."""
     between = (meanings[1:] + meanings[:-1]) / 2
     for number, chunk in enumerate(moment.split(_CHUNK)):
         part = chunk.to(codes.device)

@@ -1,4 +1,4 @@
-"""The output directory of a training run: config and its changes, logs, lock, DONE marker, and the status they tell."""
+"""The output directory of a training run: config and its changes, logs, lock, DONE marker and status."""
 
 from __future__ import annotations
 
@@ -167,16 +167,8 @@ class StepTable:
 class RunStatus:
     """The status of a run, as read from its files.
 
-    Attributes:
-        path: its directory.
-        name: its config's.
-        step: optimizer steps in its log.
-        num_steps: of the whole run.
-        is_done: whether it was finished.
-        metrics: of the log's last line, by column, without empty ones.
-        left_s: until its end at the last line's rate; 0 when finished.
-        heartbeats_s: seconds since each rank's last sign of life, by rank; only of a run that is active or was killed.
-        free_bytes: on its disk.
+    `metrics` are those of the log's last line without empty columns, `left_s` extrapolates its rate. `heartbeats_s`,
+    seconds since each rank's last heartbeat, exist only for a run that is active or was killed.
     """
 
     path: Path

@@ -55,14 +55,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """Metrics of the last step.
-
-    Attributes:
-        lr: its learning rate.
-        grad_norm: norm of its gradient over all ranks.
-        num_skipped: optimizer steps of the run that were not applied.
-        num_substituted: damaged samples replaced by others on this rank since the process started.
-    """
+    """Metrics of the last step, and counts of skipped steps and of samples substituted on this rank."""
 
     lr: float
     grad_norm: float
@@ -210,14 +203,9 @@ def _memory_bytes(device: torch.device) -> int:
 
 
 def forward_flops(config: UNetConfig, latent_size: int, num_tokens: int = 77) -> int:
-    """Floating-point operations of one forward pass of the UNet for one image, attention's matrix products included.
+    """Floating-point operations of one forward pass of the UNet per image, including attention's matrix products.
 
-    A multiplication with its addition counts as two. SD v1 at 64x64 latents: 803.3 GFLOP.
-
-    Args:
-        config: the architecture.
-        latent_size: height and width of the latents.
-        num_tokens: length of the text's encoding.
+    A multiply-add counts as two. SD v1 at 64x64 latents: 803.3 GFLOP.
     """
     return _forward_flops(config.model_dump_json(), latent_size, num_tokens)
 

@@ -24,15 +24,9 @@ _NOISE_STEP = -1
 
 
 class Validation:
-    """Held-out samples of one run. All ranks take part; each does its share.
+    """Held-out samples of a run, the last of its `batches`; all ranks share the work.
 
-    Args:
-        config: the run; `validation.num_samples` is at least 1.
-        batches: makes batches of the run's samples, whose last ones are held out.
-        ranks: this process among all.
-
-    Attributes:
-        timesteps: where the loss is taken: in the middle of equal parts of the noise schedule.
+    `timesteps` are in the middle of equal parts of the noise schedule.
     """
 
     def __init__(self, config: TrainConfig, batches: BatchMaker, ranks: Ranks):
@@ -45,13 +39,9 @@ class Validation:
     def losses(
         self, losses_of: Callable[[MicroBatch], torch.Tensor], moved: Callable[[], None] = lambda: None
     ) -> list[float]:
-        """Mean loss at each of the timesteps.
+        """Mean loss at each timestep, summed in one order, however many ranks share the work.
 
-        Samples' losses are summed in one order, however many ranks share the work.
-
-        Args:
-            losses_of: the unweighted loss of each sample in a batch, (B,).
-            moved: called before each batch: validation may take longer than the watchdog's timeout.
+        Calls `moved` before each batch, because validation may exceed the watchdog's timeout.
         """
         rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)

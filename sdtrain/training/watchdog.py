@@ -1,8 +1,7 @@
-"""Notices when training hangs, says which ranks are behind, and ends the job.
+"""Detects hanging training, names the ranks that are behind, and ends the job.
 
-A rank that is stopped, swapped out or waits for a dead disk leaves the others inside a collective operation, where
-nothing can be asked of them for half an hour. So a thread of every rank writes a heartbeat beside the run's output,
-and looks at the others' when its own main thread has not moved for too long.
+A rank that is stopped, swapped out or waits for a dead disk blocks the others in a collective operation for half an
+hour. So a thread of every rank writes a heartbeat, and reads the others' when its own main thread stalls.
 """
 
 from __future__ import annotations
@@ -47,13 +46,9 @@ class Heartbeat(Settings):
 
 
 class Watchdog:
-    """Watches this rank and, when it hangs, the others. A context manager around the training loop.
+    """Watches this rank and, when it hangs for `timeout_s` (0: never), the others, around the training loop.
 
-    Args:
-        run_dir: the run's output directory, seen by all ranks.
-        ranks: this process among all.
-        timeout_s: time without a move that counts as hanging; 0 watches nothing.
-        end: ends the process; os._exit, because the main thread does not listen.
+    `end` is os._exit by default, because the main thread does not respond.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, timeout_s: float, end: Callable[[int], None] = os._exit):

@@ -15,14 +15,12 @@ from sdtrain.training.optimizer import read_moments, restore_moments
 
 
 class ZeroPartition:
-    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, split into equal shards, one a rank.
-
-    A test checks that a checkpoint read by name equals the engine's own full parameters.
+    """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, split into equal shards, one per rank.
 
     Attributes:
-        master: this rank's part of the fp32 weights.
-        slots: where each parameter lies in the whole vector.
-        start: position of the part's first element in the whole vector.
+        master: this rank's shard of the fp32 weights.
+        slots: position of each parameter in the whole vector.
+        start: offset of the shard in the whole vector.
 
     Raises:
         UserError: --deepspeed_config changes the order of the parameters.
@@ -40,7 +38,7 @@ class ZeroPartition:
         self.start = rank * self.master.numel()
 
     def add_up_in_fp32(self) -> None:
-        """From now on gradients of micro-batches are added up, and sent, in float32; before the first backward pass.
+        """Accumulates and reduces gradients in float32; call it before the first backward pass.
 
         Raises:
             UserError: --deepspeed_config contradicts it.

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry
-from sdtrain.dataset.s3.mirror import mirror_of
 from sdtrain.dataset.storage import storage_of
 
 
@@ -39,6 +38,7 @@ def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
     if path.exists():
         return
     dataset = DatasetDir(root)
-    if mirror := mirror_of(dataset):
+    storage = storage_of(dataset)
+    if storage.is_remote:
         entry, name = read_entry(dataset, stage, int(path.stem)), dataset.relative(path)
-        mirror.pull({name: entry.outputs.get(name) if entry else None})
+        storage.pull({name: entry.outputs.get(name) if entry else None})

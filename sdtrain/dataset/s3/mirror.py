@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Protocol
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.local_storage import LocalStorage
+from sdtrain.dataset.local_storage import LocalStorage, Stored
 from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
@@ -33,13 +32,6 @@ _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "late
 """Files that are no output of a shard, and that every command looks at."""
 
 
-class Stored(Protocol):
-    """An output of a manifest entry."""
-
-    sha256: str
-    bytes: int
-
-
 class Mirror(LocalStorage):
     """One dataset on S3 and its work folder.
 
@@ -47,6 +39,8 @@ class Mirror(LocalStorage):
         store: the objects.
         may_write: raises where this process may no longer change the dataset.
     """
+
+    is_remote = True
 
     def __init__(self, dataset: DatasetDir, url: S3Url) -> None:
         super().__init__(dataset)
@@ -59,7 +53,7 @@ class Mirror(LocalStorage):
         """Locks the dataset against all machines, and brings its work folder up to date."""
         lock = RemoteLock(self.store, command)
         try:
-            self.may_write, self.token = lock.check, lock.token
+            self.may_write, self.lock_token = lock.check, lock.token
             self.store.sweep()
             self.sync()
         except UserError:
@@ -85,14 +79,7 @@ class Mirror(LocalStorage):
             self._each(self._renew, sorted(names | (found.keys() & set(_WHOLE))))
 
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
-        """Makes a shard count as finished on S3.
-
-        Args:
-            entry: the path that its manifest entry will have here.
-            content: of the entry.
-            outputs: by name, what it consists of; they have their final names here.
-            beside: files that belong to it and are not in the manifest.
-        """
+        """Uploads a shard's files, its manifest entry last."""
         self.may_write()
         name = self.dataset.relative(entry)
         changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
@@ -149,8 +136,12 @@ class Mirror(LocalStorage):
         seen = self._objects().get(name)
         return seen is not None and seen.size == num_bytes
 
+    def has_copy(self, name: str, sha256: str) -> bool:
+        """Whether there is an object with that content; the store is asked."""
+        return self.store.digest(name) == sha256
+
     def pull(self, wanted: Mapping[str, Stored | None]) -> None:
-        """Brings files here that are not; of each, what its content must be, None for whatever is there."""
+        """Fetches files that are not here."""
         self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.local_storage import Stored
 from sdtrain.dataset.manifest import ShardReport, entries, read_entry, recorded_stages
-from sdtrain.dataset.s3.mirror import Stored, mirror_of
+from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
 Part = Literal["all shards", "same shard", "first shard"]
@@ -28,7 +29,7 @@ def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequen
         inputs: the stages that are read -> which of their shards.
         shards: that are about to be made.
     """
-    if mirror_of(dataset) is None:
+    if not storage_of(dataset).is_remote:
         return
     for stage, part in inputs.items():
         if part == "first shard":
@@ -58,8 +59,8 @@ def fetch_outputs(
     Raises:
         UserError: an object is missing, or is not what the manifest says.
     """
-    mirror = mirror_of(dataset)
-    if mirror is None:
+    storage = storage_of(dataset)
+    if not storage.is_remote:
         return
     if shards is None:
         finished = entries(dataset, stage)
@@ -70,7 +71,7 @@ def fetch_outputs(
         for name, output in entry.outputs.items():
             if tars or not name.endswith(".tar"):
                 wanted[name] = None if as_they_are else output
-    mirror.pull(wanted)
+    storage.pull(wanted)
 
 
 def keep_local(dataset: DatasetDir, kept: bool) -> None:
@@ -83,7 +84,7 @@ def keep_local(dataset: DatasetDir, kept: bool) -> None:
     Raises:
         UserError: they are to leave a dataset that lies on disk alone.
     """
-    if mirror_of(dataset) is None:
+    if not storage_of(dataset).is_remote:
         if not kept:
             raise UserError("Only files of a dataset on s3:// can leave this machine. Leave out --no-keep-local.")
         return
@@ -120,10 +121,10 @@ def evict_after(dataset: DatasetDir, entry: ShardReport, sources: Iterable[str])
 
 def _evict(dataset: DatasetDir, entry: ShardReport) -> None:
     """Only what S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
-    mirror = mirror_of(dataset)
-    if mirror is None or dataset.removal.exists():  # a removal's files are ahead of their entries
+    if dataset.removal.exists():  # a removal's files are ahead of their entries
         return
+    storage = storage_of(dataset)
     for name, output in entry.outputs.items():
         path = dataset.root / name
-        if name.endswith(".tar") and path.exists() and mirror.store.digest(name) == output.sha256:
+        if name.endswith(".tar") and path.exists() and storage.has_copy(name, output.sha256):
             path.unlink()

@@ -14,7 +14,7 @@ from sdtrain.dataset.s3.mirror import Mirror, mirror_of
 from sdtrain.dataset.s3.store import ObjectStore
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import hold_of, plain_stage, run_batch
+from sdtrain.dataset.stage import lock_token_of, plain_stage, run_batch
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
@@ -47,25 +47,24 @@ ROWS = plain_stage("rows", lambda *_: [0, 1, 2], lambda *_: "one", rows)
 
 @pytest.fixture
 def worker(dataset, monkeypatch):
-    """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and its hold."""
+    """A dataset as a process sees it that has not taken the lock itself, with a mirror of its own; and the token."""
     with lock_to_change(dataset, "sdtrain build"):
-        hold, own = hold_of(dataset), Mirror(dataset, parse_url(dataset.url))
-        for module in ("manifest", "stage", "s3.files", "storage"):
-            monkeypatch.setattr(f"sdtrain.dataset.{module}.mirror_of", lambda _: own)
-        yield dataset, hold
+        token, own = lock_token_of(dataset), Mirror(dataset, parse_url(dataset.url))
+        monkeypatch.setattr("sdtrain.dataset.storage.mirror_of", lambda _: own)
+        yield dataset, token
 
 
 def test_a_worker_writes_for_the_holder(worker):
-    dataset, hold = worker
-    reports = run_batch(ROWS, dataset, None, [0, 1], hold=hold)
+    dataset, token = worker
+    reports = run_batch(ROWS, dataset, None, [0, 1], lock_token=token)
     assert [report.shard for report in reports] == [0, 1]
     assert objects_of(dataset).read("manifest/rows/00001.json")
     with pytest.raises(UserError, match="has ended, or another one"):
-        run_batch(ROWS, dataset, None, [2], hold="of a command before")
+        run_batch(ROWS, dataset, None, [2], lock_token="of a command before")
 
 
 def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
-    dataset, hold = worker
+    dataset, token = worker
     taken = threading.Event()
 
     def lose(dataset, recipe, shards):
@@ -78,20 +77,20 @@ def test_a_worker_writes_nothing_for_a_holder_that_lost_the_dataset(worker):
                 taken.set()
 
     with pytest.raises(UserError, match="another one has taken the dataset over"):
-        run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], hold=hold)
+        run_batch(plain_stage("rows", ROWS.shards, ROWS.fingerprint, lose), dataset, None, [0, 1, 2], lock_token=token)
     assert objects_of(dataset).read("manifest/rows/00000.json")
     assert objects_of(dataset).read("manifest/rows/00001.json") is None
 
 
 def test_a_batch_does_not_take_the_next_holder_of_the_same_folder_for_its_own(dataset):
     with lock_to_change(dataset, "sdtrain build"):
-        before = hold_of(dataset)
+        before = lock_token_of(dataset)
         with with_lock_token(before):
             check_lock_token(objects_of(dataset))
     with lock_to_change(dataset, "sdtrain build"):
         with with_lock_token(before), pytest.raises(UserError, match="has ended, or another one"):
             check_lock_token(objects_of(dataset))
-        with with_lock_token(hold_of(dataset)):
+        with with_lock_token(lock_token_of(dataset)):
             check_lock_token(objects_of(dataset))
 
 
