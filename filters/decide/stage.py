@@ -84,7 +84,7 @@ def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
 
 
 def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
-    """Checks for V1's scores, whose column, unlike all others, selections have only if the metadata does."""
+    """Refuses rules on V1's scores without their column, the only one that selections may lack."""
     files = _sources(dataset)["selection"] if column == "aesthetic_v1" and keep.decide_by == "metadata" else []
     if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(

@@ -12,7 +12,7 @@ from sdtrain.dataset.progress import report_progress
 def link_exact(columns: Columns, components: Components) -> None:
     """Links each image to the first with the same digest of pixels or file; decodes no image.
 
-    Equal files seldom have different pixels, but imported shards may hold two different re-encodings of one file.
+    Equal files seldom have different pixels, but reused shards may hold two different re-encodings of one file.
     """
     for kind in ("pixels", "bytes"):
         pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))

@@ -30,11 +30,10 @@ _held: weakref.WeakSet[DatasetLock] = weakref.WeakSet()
 
 
 class DatasetLock:
-    """A hold on a dataset, until the block ends, it is closed or forgotten, or the process ends, kill -9 included.
+    """A hold on a dataset until the block ends, it is closed or collected, or the process ends, kill -9 included.
 
-    It is the kernel's (flock), and for a dataset on S3 also an object there (`sdtrain.dataset.s3.lock`): nothing has
-    to be cleared after a crash. The one process that runs a command takes it; the threads, processes and machines that
-    work for that command do not ask.
+    It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so nothing needs clearing
+    after a crash. Only the process that runs a command takes it, not its threads, workers and other machines.
     """
 
     def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:
@@ -56,11 +55,7 @@ class DatasetLock:
 
 
 def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
-    """Takes a dataset for a command that writes; its folder is made if there is none.
-
-    Args:
-        dataset: whose files are to be changed.
-        command: what others are told, such as "sdtrain build".
+    """Locks a dataset for a command that writes; makes its folder if missing.
 
     Raises:
         UserError: it is in use, or cannot be written.
@@ -75,12 +70,7 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
-    """Takes a folder, which is made if there is none, for the one process that writes there.
-
-    Args:
-        folder: what is taken.
-        file_name: the lock, in the folder; it stays there.
-        command: what others are told.
+    """Locks a folder, made if missing, for one writing process; the lock file stays there.
 
     Raises:
         UserError: it is in use, or cannot be written.
@@ -111,14 +101,10 @@ def active_commands(dataset: DatasetDir) -> list[str]:
 
 
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
-    """Takes a dataset for a command that only reads, beside others that do; from other machines S3 does not see it.
-
-    Args:
-        dataset: whose files are to stay as they are meanwhile.
-        command: what others are told, such as "training".
+    """Locks a dataset for a command that only reads, beside other readers; on S3, other machines do not see it.
 
     Raises:
-        UserError: it is being changed, or a removal was interrupted, so that its files do not fit each other.
+        UserError: it is being changed, or a removal was interrupted, so that its files are inconsistent.
     """
     file = _opened_to_read(dataset.lock)
     if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():

@@ -17,15 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """How far one step of a piece of work is.
-
-    Attributes:
-        name: what it does.
-        done: how much is done, of `total`.
-        total: how much there is to do.
-        unit: what is counted.
-        seconds: since it began.
-    """
+    """Progress of one step of a task; `seconds` count since its start."""
 
     name: str
     done: int
@@ -75,12 +67,7 @@ def report_progress(
 ) -> Iterator[T]:
     """Yields the items, and reports how many are done each time the next is requested.
 
-    Args:
-        items: pieces of the work.
-        name: of the step.
-        total: how much there is to do.
-        unit: what is counted.
-        size: how much of it an item is.
+    An item counts as its `size` in `total`, which is in `unit`.
     """
     listener, started, done = _listener.get(), time.monotonic(), 0
     for item in items:
@@ -95,14 +82,8 @@ def report_progress(
 class StageTotals:
     """The sum of shard reports.
 
-    Attributes:
-        stage: the stage's name.
-        num_shards: shards done now.
-        num_finished_before: shards that an earlier run had finished, not counted below.
-        num_in: samples in.
-        num_out: samples that passed.
-        dropped: samples dropped, by reason; num_in = num_out + their sum.
-        seconds: wall time.
+    num_in = num_out + the sum of `dropped`, which counts by reason. Shards of earlier runs are only in
+    `num_finished_before`.
     """
 
     stage: str

@@ -75,13 +75,10 @@ def parse_entry(content: bytes, path: Path) -> ShardReport:
 
 
 def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
-    """Hex digest of everything that decides a shard's bytes.
+    """Hex digest of everything that determines a shard's bytes.
 
-    Args:
-        stage: the stage's name and version, such as "score/1".
-        config: the part of the configuration that matters, as JSON-like data.
-        inputs: entries of the shards that are read.
-        weights: digests of the model weights used.
+    `stage` holds name and version, as in "score/1"; `inputs` are the entries of the shards read, `weights` digests of
+    the models used.
     """
     described = {
         "stage": stage,

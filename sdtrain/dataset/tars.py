@@ -30,14 +30,10 @@ class SampleIndex:
 
 
 def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> list[SampleIndex]:
-    """Writes samples as `{key}.{extension}` members, in the order given.
+    """Writes samples as `{key}.{extension}` members, in the given order; returns each member's data offset and length.
 
-    Within a sample the members are sorted by extension. Headers hold nothing but name and
-    size (GNU format, mtime 0, uid and gid 0, mode 0644, no owner names), so equal samples
-    give equal files.
-
-    Returns:
-        For each sample, in order, where the data of each member begins and how long it is.
+    Members of a sample are sorted by extension. Headers hold only name and size (GNU format, mtime 0, uid and gid 0,
+    mode 0644, no owner names), so equal samples give equal files.
     """
     index = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
