@@ -55,7 +55,7 @@ class DiffusionConfig(Settings):
     zero_terminal_snr: DecidesObjective[bool] = False
     """Rescale the schedule so that nothing of the latent is left at its end (Lin et al. 2024, arXiv:2305.08891)."""
     min_snr_gamma: DecidesObjective[float] = Field(default=0.0, ge=0)
-    """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, use 5); 0 weighs all equally."""
+    """Weigh timesteps by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, who use 5); 0 weighs all equally."""
     offset_noise: DecidesSamples[float] = Field(default=0.0, ge=0)
     """Strength of noise that is constant over each latent channel, to learn dark and bright images; usually 0.05 to
     0.1."""
