@@ -33,7 +33,8 @@ class _HasPattern:
 Location = Annotated[str, _HasPattern()]
 """A path or URL; as a flow parameter without password or query, because the server would store them."""
 
-# Here `?` begins a query only before `name=`; elsewhere it is a wildcard. DuckDB's s3:// has queries, and no such wildcard.
+# Here `?` begins a query only before `name=`; elsewhere it is a wildcard. DuckDB's s3:// has queries, and no such
+# wildcard.
 _GLOB_SCHEMES = ("hf", "file")
 _RUN = r"[^\s\"'<>`“”]+"
 # pathlib reduces a URL's slashes to one.
