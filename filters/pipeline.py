@@ -1,4 +1,4 @@
-"""The pipeline from metadata to latents: its stages in order. A new stage is one folder and one line here."""
+"""The pipeline from metadata to latents: its stages in order. A new stage is one folder and its name here."""
 
 from __future__ import annotations
 

@@ -49,11 +49,24 @@ DERIVED: dict[str, str] = {
 }
 
 
+_FILLED_IN = ("width", "height", "caption")
+
+
 def sources_of(column: str) -> tuple[str, ...]:
-    """Returns the table columns that a column is derived from; else the column itself."""
+    """Returns the table columns that a column is derived from; else the column itself.
+
+    Raises:
+        ValueError: it is derived from others than those that every stage fills in, or from none.
+    """
     if column not in DERIVED:
         return (column,)
-    return tuple(name for name in ("width", "height", "caption") if f"{{{name}}}" in DERIVED[column])
+    named = tuple(dict.fromkeys(re.findall(r"\{([a-z_]\w*)\}", DERIVED[column])))
+    if not named or set(named) - set(_FILLED_IN):
+        raise ValueError(
+            f"DERIVED['{column}'] must name one or more of {', '.join(f'{{{name}}}' for name in _FILLED_IN)} "
+            f"and nothing else between braces; it names {', '.join(named) or 'none'}"
+        )
+    return named
 
 
 _VALUES = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]"}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.recipe import KeepConfig, SelectConfig, load_recipe
-from filters.rules import RULES, Rule, derived_sql, explain, reason_case
+from filters.rules import DERIVED, RULES, Rule, derived_sql, explain, reason_case
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.schema import column_sql
 from sdtrain.errors import UserError
@@ -184,3 +184,12 @@ def test_bounds_hold_for_every_row_that_passes_whatever_the_type(data, kind, rul
         assert all(
             passes or not held for (passes, held), row in zip(found, rows, strict=True) if row and math.isfinite(row)
         )
+
+
+@pytest.mark.parametrize("sql", ["length({url})", "length({caption}) / length({url})", "length(caption)"])
+def test_a_derived_column_names_what_every_stage_fills_in(monkeypatch, sql):
+    monkeypatch.setitem(DERIVED, "mine", sql)
+    with pytest.raises(
+        ValueError, match=r"DERIVED\['mine'\] must name one or more of \{width\}, \{height\}, \{caption\}"
+    ):
+        Rule("mine", "mine > ?", "mine")
