@@ -164,8 +164,8 @@ class BatchMaker:
             fetched.put(positions, self._store.fetch(others, samples.epochs[positions], seed, spare))
             rows[positions] = spare
         raise UserError(
-            f"A damaged sample's {_SUBSTITUTES} substitutes are damaged as well, so on_corrupt: skip cannot help; repair "
-            f"its shard: {next(iter(fetched.damaged.values()))}"
+            f"A damaged sample's {_SUBSTITUTES} substitutes are damaged as well, so on_corrupt: skip cannot help; "
+            f"repair its shard: {next(iter(fetched.damaged.values()))}"
         )
 
     def _substitute(self, index: int, attempt: int) -> int:
