@@ -90,7 +90,7 @@ def _append(
     if rows[-1]["remaining"] != num_out or any(count < 0 for count in dropped.values()):
         raise UserError(
             f"The counts do not add up: after stage '{stage}' {rows[-1]['remaining']:,} samples should be left, but it "
-            f"reports {num_out:,}. Its input was made anew since; run the build again to bring it up to date."
+            f"reports {num_out:,}. Its input was rebuilt since; run the build again to bring it up to date."
         )
 
 

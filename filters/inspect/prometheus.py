@@ -78,7 +78,7 @@ def serve_metrics(names: Sequence[str], host: str, port: int) -> tuple[int, thre
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise UserError(f"{host} port {port} cannot be had ({error.strerror}). Choose another --port.") from error
+        raise UserError(f"{host} port {port} is not available ({error.strerror}). Choose another --port.") from error
     return server.server_port, thread
 
 

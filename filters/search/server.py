@@ -184,7 +184,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     try:
         listener.bind((host, port))
     except OSError as error:
-        raise UserError(f"{host} port {port} cannot be had ({error.strerror}). Choose another --port.") from error
+        raise UserError(f"{host} port {port} is not available ({error.strerror}). Choose another --port.") from error
     loopback = host in ("127.0.0.1", "::1", "localhost")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if loopback else ["*"]
     app = SearchPage(search, top).app(hosts)

@@ -126,7 +126,7 @@ def _check_key(config: ListConfig, files: Sequence[MetadataFile], joined: Collec
     num_without = sum(config.by not in file.columns for file in files)
     if num_without == len(files):
         raise UserError(
-            f"The list {config.files} goes by {config.by}, which the metadata does not have. Bring it "
+            f"The list {config.files} is keyed by {config.by}, which the metadata does not have. Bring it "
             "with `select.joins`, or use a list of URLs or hashes."
         )
     shown = without_secrets(config.files)

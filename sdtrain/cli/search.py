@@ -116,7 +116,7 @@ def _find(asked: Search, caption: str, image: Path | None, words: bool, top: int
         return asked.by_words(caption, top, kept)
     if asked.is_stand_in:
         typer.echo(
-            "CLIP has random weights here, so captions mean nothing to it; --words goes by their words.", err=True
+            "CLIP has random weights here, so captions mean nothing to it; --words searches their words.", err=True
         )
     return asked.by_caption(caption, top, kept)
 

@@ -113,7 +113,7 @@ class DatasetDir:
 
     @property
     def search(self) -> Path:
-        """The vector index by which images are searched; made anew when it is missing."""
+        """The vector index by which images are searched; rebuilt when it is missing."""
         return self.root / "search"
 
     def relative(self, path: Path) -> str:

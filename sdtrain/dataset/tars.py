@@ -116,4 +116,4 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _damaged(path: Path, detail: str) -> UserError:
-    return UserError(f"{path} is damaged or cut short ({detail}). Delete it and run the build again: it is made anew.")
+    return UserError(f"{path} is damaged or cut short ({detail}). Delete it and run the build again: it is rebuilt.")

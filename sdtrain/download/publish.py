@@ -76,7 +76,7 @@ def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
     table = read_shard_table(final.table)
     if table is None:
         raise UserError(
-            f"{final.table} cannot be read. Delete it and run the build again: it downloads the shard anew."
+            f"{final.table} cannot be read. Delete it and run the build again: it downloads the shard again."
         )
     return _report(dataset, shard, final, table, table.tar_sha256)
 

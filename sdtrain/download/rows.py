@@ -53,7 +53,7 @@ def read_selected(path: Path) -> list[Selected]:
 
 
 def failed_row(selected: Selected, error: FetchError | ImageError) -> Row:
-    """The row of an image that could not be had, or not be made of what came."""
+    """The row of an image that could not be fetched or decoded."""
     status = "failed_to_download" if isinstance(error, FetchError) else "failed_to_resize"
     return _row(selected, status=status, reason=error.reason, error_message=str(error))
 

@@ -135,7 +135,7 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
 def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:
     return (
         f"The tables in {dataset.images_table(0).parent} cannot be read as they must be for packing "
-        f"({str(error).splitlines()[0]}). If one is missing, run the build again: it downloads the shard anew. If "
+        f"({str(error).splitlines()[0]}). If one is missing, run the build again: it downloads the shard again. If "
         "they are of an older version, delete the folder first."
     )
 

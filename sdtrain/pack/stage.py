@@ -97,14 +97,14 @@ def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]
         content = read()
     except FileNotFoundError as error:
         raise UserError(
-            f"There is no file {place}, whose images are to be packed. Run the build again: it makes the shard anew."
+            f"There is no file {place}, whose images are to be packed. Run the build again: it rebuilds the shard."
         ) from error
     # The header begins with the name.
     is_named = content.startswith(f"{row['key']}.{row['extension']}".encode() + b"\0")
     if not is_named or len(content) < _HEADER_BYTES + row["picture_bytes"]:
         raise UserError(
             f"{place} is damaged or cut short: the image of {row['key']} is not where its table says. "
-            "Delete it and run the build again: it downloads the shard anew."
+            "Delete it and run the build again: it downloads the shard again."
         )
     return row, content[_HEADER_BYTES:]
 

@@ -1,4 +1,4 @@
-"""A small finished dataset with one sample of every fate, made without network and models."""
+"""A small finished dataset with one sample of every status, made without network and models."""
 
 from collections import Counter
 
@@ -46,12 +46,12 @@ def make_dataset(folder):
     return dataset, recipe
 
 
-def _fates(positions):
+def _statuses(positions):
     return [(DOWNLOAD.get(p), UNDECODABLE.get(p), KEEP.get(p)) for p in positions]
 
 
 def _write_shard(dataset, shard, rows):
-    fates = _fates(range(shard * PER_SHARD, shard * PER_SHARD + len(rows)))
+    statuses = _statuses(range(shard * PER_SHARD, shard * PER_SHARD + len(rows)))
     images = [
         {
             **{name: row[name] for name in ("url", "caption", "uid", "key")},
@@ -60,19 +60,19 @@ def _write_shard(dataset, shard, rows):
             "error_message": f"{reason}: detail" if reason else None,
             **({} if reason else {"original_width": 600, "original_height": 700}),
         }
-        for row, (reason, _, _) in zip(rows, fates, strict=True)
+        for row, (reason, _, _) in zip(rows, statuses, strict=True)
     ]
-    _finish(dataset, "download", shard, {dataset.images_table(shard): (images, SCHEMA)}, [f[0] for f in fates])
-    got = [(row, fate) for row, fate in zip(rows, fates, strict=True) if not fate[0]]
+    _finish(dataset, "download", shard, {dataset.images_table(shard): (images, SCHEMA)}, [f[0] for f in statuses])
+    got = [(row, status) for row, status in zip(rows, statuses, strict=True) if not status[0]]
     scores = [{"uid": r["uid"], "key": r["key"], "aesthetic": 5.5, "reason": f[1]} for r, f in got]
     schema = pa.schema(
         [("uid", pa.string()), ("key", pa.string()), ("aesthetic", pa.float32()), ("reason", pa.string())]
     )
-    _finish(dataset, "score", shard, {dataset.scores(shard): (scores, schema)}, [fate[1] for _, fate in got])
+    _finish(dataset, "score", shard, {dataset.scores(shard): (scores, schema)}, [status[1] for _, status in got])
 
 
 def _write_whole(dataset, rows):
-    reasons = [next(filter(None, fate), None) for fate in _fates(range(len(rows)))]
+    reasons = [next(filter(None, status), None) for status in _statuses(range(len(rows)))]
     decisions = [
         {"uid": row["uid"], "key": row["key"], "shard": i // PER_SHARD, "reason": reason}
         for i, (row, reason) in enumerate(zip(rows, reasons, strict=True))

@@ -192,7 +192,7 @@ def remove(dataset: DatasetDir, by: Any, listed: list[object], radius: int | Non
     return removal
 
 
-def fates(dataset: DatasetDir, port: int) -> dict[int, str | None]:
+def statuses(dataset: DatasetDir, port: int) -> dict[int, str | None]:
     """Number -> why it is not kept."""
     numbers = {uid_of(n, port): n for n in range(2 * NUM_ROWS)}
     return {numbers[row["uid"]]: row["reason"] for row in pq.read_table(dataset.decisions).to_pylist()}

@@ -51,7 +51,7 @@ def test_captions_are_dropped_anew_in_every_epoch(tmp_path):
             for moments, token_ids in zip(batch.moments, batch.token_ids, strict=True):
                 dropped.setdefault(moments.numpy().tobytes(), []).append(torch.equal(token_ids, empty))
     assert len(dropped) == 50
-    assert sum(any(fates) and not all(fates) for fates in dropped.values()) > 35
+    assert sum(any(cases) and not all(cases) for cases in dropped.values()) > 35
 
 
 def test_a_dropped_caption_is_the_encoding_of_the_empty_string_and_not_zeros(tmp_path):

@@ -175,7 +175,7 @@ class Mirror(LocalStorage):
 
     def _drop(self, entry: Path) -> None:
         """Forgets a shard that another machine has taken back: its entry, and its files here."""
-        # Downloaded images stay: they are taken back if they are whole, and may not be had a second time.
+        # Downloaded images stay: they are reused if they are whole, and may not be available a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)

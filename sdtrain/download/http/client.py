@@ -61,7 +61,7 @@ class Fetcher:
         """Fetches one URL, within `deadline_s` from when its host may be asked.
 
         Raises:
-            FetchError: why it cannot be had.
+            FetchError: why it cannot be fetched.
         """
         try:
             start = request_url(url, self._config.allow_private_hosts)

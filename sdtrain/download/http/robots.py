@@ -19,7 +19,7 @@ _ROBOT = re.compile(r"[a-z*][\w*./-]*")
 
 
 PATH = "/robots.txt"
-# Not to be had for good, which is as if there were none.
+# Permanently unavailable, which counts as if there were none.
 _NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
 
 

@@ -63,7 +63,7 @@ class TdmRule:
 
 
 def parse_tdm_file(file: bytes | FetchError) -> Sequence[TdmRule]:
-    """The rules of a tdmrep.json in their order; none where the file is damaged or cannot be had."""
+    """The rules of a tdmrep.json in their order; none where the file is damaged or cannot be fetched."""
     if isinstance(file, FetchError):
         return ()
     try:

@@ -25,12 +25,12 @@ from tests.filters.removal_fixtures import (
     column,
     copy_of,
     entries_for,
-    fates,
     files_with,
     find_removal_of,
     members_of,
     remove,
     rows_of,
+    statuses,
     uid_of,
     url_of,
 )
@@ -71,7 +71,7 @@ def test_whatever_a_list_goes_by_no_trace_is_left_and_all_else_is_as_it_was(data
 
 def test_the_report_its_images_and_the_views_show_nothing_of_it(dataset, photo_site):
     finish_dataset(dataset, read_recipe(dataset))
-    kept = sorted(n for n, reason in fates(dataset, photo_site[1]).items() if reason is None)
+    kept = sorted(n for n, reason in statuses(dataset, photo_site[1]).items() if reason is None)
     shown = [n for n in kept if files_with(dataset.root / "pictures", [f"{key_of(dataset, n, photo_site[1])}.jpg"])]
     assert dataset.report.exists()
     remove(dataset, "uid", [uid_of(n, photo_site[1]) for n in shown])

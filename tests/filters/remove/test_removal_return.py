@@ -18,12 +18,12 @@ from tests.filters.removal_fixtures import (
     check_consistent,
     copy_of,
     entries_for,
-    fates,
     files_with,
     find_removal_of,
     make_photo,
     remove,
     rows_of,
+    statuses,
     uid_of,
     url_of,
     write_metadata,
@@ -48,7 +48,7 @@ def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo
         ("download", 1),
         ("keep", 1),
     ]
-    assert {n: r for n, r in fates(dataset, port).items() if n > NUM_ROWS} == {41: "removed", 42: "removed"}
+    assert {n: r for n, r in statuses(dataset, port).items() if n > NUM_ROWS} == {41: "removed", 42: "removed"}
     assert files_with(dataset.root / "selection", [uid_of(2, port), uid_of(6, port)]) == []
 
 
@@ -59,7 +59,7 @@ def test_a_new_selection_of_everything_leaves_it_out(dataset, photo_site, by):
     recipe = read_recipe(dataset)
     recipe = recipe.model_copy(update={"select": recipe.select.model_copy(update={"seed": 7})})
     build(dataset, recipe)
-    assert not gone & fates(dataset, photo_site[1]).keys()
+    assert not gone & statuses(dataset, photo_site[1]).keys()
     assert {r["reason"]: r["dropped"] for r in funnel(dataset, recipe, STAGES)}["removed"] >= len(gone)
 
 
@@ -78,7 +78,7 @@ def test_whole_shards_may_go_and_the_dataset_can_still_grow(dataset, photo_site)
     write_metadata(dataset.root.parent / "metadata" / "b.parquet", port, [*range(NUM_ROWS, NUM_ROWS + 3), 5])
     reports = build(dataset, read_recipe(dataset))
     assert ("download", 0, 0) in {(r.stage, r.shard, r.num_in) for r in reports}
-    assert {41, 42} <= fates(dataset, port).keys()
+    assert {41, 42} <= statuses(dataset, port).keys()
 
 
 def test_a_packed_shard_that_is_lost_later_is_made_again_as_it_was(dataset, photo_site):
@@ -98,7 +98,7 @@ def test_an_image_shard_that_is_lost_later_is_fetched_without_it(dataset, photo_
     before = rows_of(dataset)
     build(dataset, read_recipe(dataset))
     assert rows_of(dataset) == before
-    assert 2 not in fates(dataset, photo_site[1])
+    assert 2 not in statuses(dataset, photo_site[1])
 
 
 class Killed(BaseException):

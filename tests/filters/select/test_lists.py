@@ -96,7 +96,7 @@ def test_md5_lists_need_md5s_which_a_join_can_bring(tmp_path, metadata):
     (tmp_path / "list.txt").write_text("\n".join(MD5S[i] for i in LISTED))
     lists = [{"files": str(tmp_path / "list.txt"), "by": "md5"}]
     with pytest.raises(
-        UserError, match=r"goes by md5, which the metadata does not have\. Bring it with `select.joins`"
+        UserError, match=r"is keyed by md5, which the metadata does not have\. Bring it with `select.joins`"
     ):
         reasons(metadata, blocklists=lists)
     files = write(tmp_path / "md5.parquet", URL=URLS, TEXT=TEXTS, md5=MD5S)

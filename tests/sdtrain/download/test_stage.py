@@ -35,7 +35,7 @@ def site():
 
 
 @pytest.fixture(scope="module")
-def fates(site, tmp_path_factory):
+def cases(site, tmp_path_factory):
     """One build over all bodies, done twice into two datasets with different numbers of connections."""
     urls = [site.url(name) for name in [*HOSTILE, *GOOD, "missing", "empty"]]
     site.bodies["empty"] = b""
@@ -48,8 +48,8 @@ def fates(site, tmp_path_factory):
     return builds
 
 
-def test_every_row_has_its_reason_and_the_counts_add_up(fates):
-    build, reports = fates[0]
+def test_every_row_has_its_reason_and_the_counts_add_up(cases):
+    build, reports = cases[0]
     expected = {name: reason for name, (_, reason) in HOSTILE.items()} | dict.fromkeys(GOOD)
     expected |= {"missing": "http_404", "empty": "empty_body", "refused": "connection_failed"}
     found = {row["url"].rsplit("/", 1)[1]: row["reason"] for row in build.rows()}
@@ -62,36 +62,36 @@ def test_every_row_has_its_reason_and_the_counts_add_up(fates):
         assert (row["phash"] is None) == (row["sha256"] is None) == (row["reason"] is not None)
 
 
-def test_status_tells_fetching_from_making(fates):
-    status = {row["reason"]: row["status"] for row in fates[0][0].rows()}
+def test_status_tells_fetching_from_making(cases):
+    status = {row["reason"]: row["status"] for row in cases[0][0].rows()}
     assert status["http_404"] == status["connection_failed"] == status["empty_body"] == "failed_to_download"
     assert status["not_an_image"] == status["too_many_pixels"] == status["other_format"] == "failed_to_resize"
 
 
-def test_two_runs_give_the_same_bytes(fates):
-    (_, first), (_, second) = fates
+def test_two_runs_give_the_same_bytes(cases):
+    (_, first), (_, second) = cases
     assert [r.outputs for r in sorted(first, key=lambda r: r.shard)] == [
         r.outputs for r in sorted(second, key=lambda r: r.shard)
     ]
 
 
-def test_selected_rows_keep_key_uid_and_order(fates):
-    dataset = fates[0][0].dataset
+def test_selected_rows_keep_key_uid_and_order(cases):
+    dataset = cases[0][0].dataset
     names = ["key", "uid", "url", "caption"]
     for shard in range(3):
         selected = pq.read_table(dataset.selection(shard), columns=names)
         assert pq.read_table(dataset.images_table(shard), columns=names).equals(selected)
 
 
-def test_tables_have_one_row_group_and_img2datasets_columns_and_ours(fates):
-    file = pq.ParquetFile(fates[0][0].dataset.images_table(0))
+def test_tables_have_one_row_group_and_img2datasets_columns_and_ours(cases):
+    file = pq.ParquetFile(cases[0][0].dataset.images_table(0))
     assert file.schema_arrow.remove_metadata() == TABLE
     assert file.num_row_groups == 1
     assert file.metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_tars_hold_image_caption_and_row_of_every_success_in_the_order_of_keys(fates):
-    build, _ = fates[0]
+def test_tars_hold_image_caption_and_row_of_every_success_in_the_order_of_keys(cases):
+    build, _ = cases[0]
     rows = {row["key"]: row for row in build.rows() if row["reason"] is None}
     samples = [sample for shard in range(3) for sample in read_samples(build.dataset.images_tar(shard))]
     assert [key for key, _ in samples] == sorted(rows)
@@ -105,8 +105,8 @@ def test_tars_hold_image_caption_and_row_of_every_success_in_the_order_of_keys(f
         assert rows[key]["sha256"] == hashlib.sha256(GOOD[name]).hexdigest()
 
 
-def test_statistics_are_img2datasets(fates):
-    build, reports = fates[0]
+def test_statistics_are_img2datasets(cases):
+    build, reports = cases[0]
     for report in reports:
         stats = json.loads(build.dataset.images_stats(report.shard).read_bytes())
         assert list(stats) == [
@@ -154,8 +154,8 @@ def test_exif_as_long_as_a_file_is_not_kept():
     assert exif_of(encoded(photo(1))) == "{}"
 
 
-def test_nothing_is_left_but_the_outputs(fates):
-    root = fates[0][0].dataset.root
+def test_nothing_is_left_but_the_outputs(cases):
+    root = cases[0][0].dataset.root
     assert sorted(p.name for p in root.iterdir()) == ["images", "manifest", "selection"]
     assert sorted(p.name for p in (root / "images").iterdir()) == [
         f"0000{shard}{end}" for shard in range(3) for end in (".parquet", ".tar", "_stats.json")

@@ -1,6 +1,6 @@
 """A web server with bad manners, over plain HTTP and over TLS, in a thread of its own.
 
-`/name` or `/name/anything` does what `FATES[name]` says; each of `TLS_FATES` has a port of its own. The server
+`/name` or `/name/anything` does what `CASES[name]` says; each of `TLS_CASES` has a port of its own. The server
 knows nothing of the code that is tested with it.
 """
 
@@ -17,14 +17,14 @@ from collections.abc import Iterator
 
 import trustme
 
-from tests.sdtrain.download.http.hostile_fates import FATES, TLS_FATES, Act, Visit, answer, raw, silent
+from tests.sdtrain.download.http.hostile_cases import CASES, TLS_CASES, Act, Visit, answer, raw, silent
 
 
 class HostileWeb:
     """The server: its ports, who asked for what, and the authority that its certificates come from.
 
     Attributes:
-        acts: what to do for paths by their first part, beside the fates.
+        acts: what to do for paths by their first part, beside the cases.
         asked: how often each path was asked for.
         requests: time, path and head of every request.
     """
@@ -38,10 +38,10 @@ class HostileWeb:
         self.ports: dict[str, int] = {}
         self._servers: list[asyncio.Server] = []
 
-    def url(self, fate: str, rest: str = "", scheme: str = "http") -> str:
-        if fate in TLS_FATES:
-            return f"https://{self.name}:{self.ports[fate]}/ok{rest}"
-        return f"{scheme}://{self.name}:{self.ports['tls_ok' if scheme == 'https' else 'plain']}/{fate}{rest}"
+    def url(self, case: str, rest: str = "", scheme: str = "http") -> str:
+        if case in TLS_CASES:
+            return f"https://{self.name}:{self.ports[case]}/ok{rest}"
+        return f"{scheme}://{self.name}:{self.ports['tls_ok' if scheme == 'https' else 'plain']}/{case}{rest}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[HostileWeb]:
@@ -102,7 +102,7 @@ class HostileWeb:
         name = path.split("/")[1].split("?")[0]
         if name in self.acts:
             return self.acts[name]
-        return FATES[name].act if name in FATES else answer(status="404 Not Found", body=b"")
+        return CASES[name].act if name in CASES else answer(status="404 Not Found", body=b"")
 
     async def _end(self) -> None:
         for server in self._servers:

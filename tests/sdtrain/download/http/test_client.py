@@ -1,4 +1,4 @@
-"""Fetching from a hostile web: each fate ends in its own reason, none hangs, none reaches a private address."""
+"""Fetching from a hostile web: each case ends in its own reason, none hangs, none reaches a private address."""
 
 import asyncio
 import gzip
@@ -11,14 +11,14 @@ import pytest
 from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.failures import MEANINGS, FetchError
 from sdtrain.errors import UserError
-from tests.sdtrain.download.http.hostile_fates import BAD_URLS, BODY, FATES, TLS_FATES, answer, chunked, raw
+from tests.sdtrain.download.http.hostile_cases import BAD_URLS, BODY, CASES, TLS_CASES, answer, chunked, raw
 from tests.sdtrain.download.http.web_fixtures import Names, fetch_all, outcome, quick
 
 # It keeps a processor busy until its deadline, and would make the others late.
 ALONE = {"flood_of_hints"}
 EXPECTED = (
-    {name: fate.reason for name, fate in FATES.items() if name not in ALONE}
-    | TLS_FATES
+    {name: case.reason for name, case in CASES.items() if name not in ALONE}
+    | TLS_CASES
     | {name: reason for name, (_, reason) in BAD_URLS.items()}
 )
 
@@ -28,13 +28,13 @@ def url_of(web, name):
 
 
 def config_for(name, **settings):
-    options = FATES[name].settings if name in FATES else ()
+    options = CASES[name].settings if name in CASES else ()
     return quick(**dict.fromkeys(options, True), **settings)
 
 
 @pytest.fixture(scope="module")
 def outcomes(web):
-    """Two runs over all fates at once."""
+    """Two runs over all cases at once."""
 
     async def run():
         async with asyncio.TaskGroup() as group:
@@ -46,7 +46,7 @@ def outcomes(web):
         return {name: task.result() for name, task in tasks.items()}
 
     async def one(name):
-        return await outcome(fetchers[bool(name in FATES and FATES[name].settings)], url_of(web, name))
+        return await outcome(fetchers[bool(name in CASES and CASES[name].settings)], url_of(web, name))
 
     fetchers = {}
 
@@ -63,12 +63,12 @@ def outcomes(web):
     return first, second
 
 
-def test_there_are_enough_fates():
+def test_there_are_enough_cases():
     assert len(EXPECTED) >= 100
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_each_fate_ends_in_its_own_reason(outcomes, name):
+def test_each_case_ends_in_its_own_reason(outcomes, name):
     reason, result, seconds = outcomes[0][name]
     assert reason == (EXPECTED[name] or "ok"), result
     if reason == "ok":
@@ -147,7 +147,7 @@ def test_the_limit_is_exact_however_the_body_is_sent(web, names, over):
 
 
 def test_opt_out_headers_are_ignored_where_the_settings_say_so(web, names):
-    urls = [web.url(name) for name in FATES if name.startswith(("robots_", "tdm_"))]
+    urls = [web.url(name) for name in CASES if name.startswith(("robots_", "tdm_"))]
     assert {reason for reason, _, _ in fetch_all(quick(robots_header=False), urls)} == {"ok"}
 
 

@@ -5,7 +5,7 @@ import resource
 
 from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.connections import raise_file_limit
-from tests.sdtrain.download.http.hostile_fates import BODY
+from tests.sdtrain.download.http.hostile_cases import BODY
 from tests.sdtrain.download.http.web_fixtures import quick
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from sdtrain.download.http import host_limits
 from sdtrain.download.http.client import Fetcher
-from tests.sdtrain.download.http.hostile_fates import answer, moved
+from tests.sdtrain.download.http.hostile_cases import answer, moved
 from tests.sdtrain.download.http.web_fixtures import fetch_all, outcome, quick
 
 
 class Counting:
-    """A fate that notes how many requests it serves at once."""
+    """A case that notes how many requests it serves at once."""
 
     def __init__(self, seconds):
         self.seconds = seconds

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.sdtrain.download.http.hostile_fates import answer, drip_body, moved
+from tests.sdtrain.download.http.hostile_cases import answer, drip_body, moved
 from tests.sdtrain.download.http.web_fixtures import fetch_all, quick
 
 ASKED = {"robots_txt": True, "retries": 0}

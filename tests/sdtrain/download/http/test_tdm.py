@@ -9,7 +9,7 @@ from protego import Protego
 
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.http.tdm import TdmRule, check_tdm_header, parse_tdm_file
-from tests.sdtrain.download.http.hostile_fates import answer
+from tests.sdtrain.download.http.hostile_cases import answer
 from tests.sdtrain.download.http.web_fixtures import fetch_all, quick
 
 RESERVED = {"location": "/ok/mine/", "tdm-reservation": 1}
