@@ -12,10 +12,10 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.compvis import open_compvis
+from sdtrain.formats.fitting import fit
 from sdtrain.formats.frozen import load_frozen
 from sdtrain.formats.part_files import find_part, open_part
 from sdtrain.formats.stored_model import Average, State, StoredModel, Weights, empty_unet
-from sdtrain.formats.tensor_file import fit
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet
 from sdtrain.settings import load_settings

@@ -17,10 +17,11 @@ from sdtrain.dataset.files import publish
 from sdtrain.diffusion import Floats, zero_terminal_snr
 from sdtrain.errors import UserError
 from sdtrain.formats.compvis_layout import Architecture, sd_v1
+from sdtrain.formats.fitting import Fitted, PartOf, one_name_each
 from sdtrain.formats.frozen import load_tokenizer, text_encoder_of, vae_of
 from sdtrain.formats.names import TEXT, TEXT_STAGE, average_name, compvis_name
 from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, cast
-from sdtrain.formats.tensor_file import NOTES, Fitted, PartOf, TensorFile, one_name_each
+from sdtrain.formats.tensor_file import NOTES, TensorFile
 
 _SMALLEST = 1e-20
 UNCOUNTED = -1

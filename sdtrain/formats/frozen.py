@@ -18,11 +18,12 @@ from transformers.utils import logging as transformers_logging
 
 from sdtrain.errors import UserError
 from sdtrain.formats.compvis_layout import SCALING_FACTOR, VAE_CONFIG, Architecture
+from sdtrain.formats.fitting import Fitted, PartOf, Stored, fit
 from sdtrain.formats.hub import find_part_folder
 from sdtrain.formats.names import VAE, former_vae_name, text_name, vae_modules, vae_name
 from sdtrain.formats.part_files import open_part
 from sdtrain.formats.stored_model import FrozenModels
-from sdtrain.formats.tensor_file import Fitted, PartOf, Stored, TensorFile, fit
+from sdtrain.formats.tensor_file import TensorFile
 
 transformers_logging.disable_progress_bar()
 

@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sdtrain.errors import UserError
+from sdtrain.formats.fitting import fit
 from sdtrain.formats.hub import find_part_folder
 from sdtrain.formats.names import checker_name
 from sdtrain.formats.part_files import open_part
-from sdtrain.formats.tensor_file import fit
 from sdtrain.sampling.batch import Job
 
 SafetyCheck = Callable[[Sequence[Image.Image]], Sequence[bool]]

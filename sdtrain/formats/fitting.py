@@ -1,0 +1,139 @@
+"""Fits the tensors of a file to a network: by the network's names, in its shapes, and all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+
+from sdtrain.errors import UserError
+
+
+class Stored(Protocol):
+    """Tensors in files, described without being read."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+    def shape(self, name: str, /) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+    def is_floating(self, name: str, /) -> bool:
+        """Whether its numbers are floating-point ones, of any width."""
+
+
+class PartOf:
+    """Those tensors of a file whose names begin with a prefix; all of them, where none does.
+
+    Args:
+        stored: the file.
+        prefix: of one network's tensors in files that hold several.
+    """
+
+    def __init__(self, stored: Stored, prefix: str) -> None:
+        own = [name for name in stored if name.startswith(prefix)]
+        self._stored, self._names = stored, own or list(stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._stored.shape(name)
+
+    def is_floating(self, name: str) -> bool:
+        """Whether its numbers are floating-point ones."""
+        return self._stored.is_floating(name)
+
+
+class Fitted(Mapping[str, torch.Tensor]):
+    """A network's tensors by the names, and in the shapes, that the network has for them; read when asked for.
+
+    Args:
+        stored: the files.
+        names: the network's name -> the name in the files.
+        shapes: by the network's names.
+        where: names the files in messages.
+
+    Raises:
+        UserError: a tensor of another shape, or of whole numbers; names the first.
+    """
+
+    def __init__(
+        self, stored: Stored, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> None:
+        self._stored, self._names, self._shapes = stored, dict(names), shapes
+        for name, there in self._names.items():
+            found, wanted = stored.shape(there), tuple(shapes[name])
+            # A convolution of one pixel is a matrix product: some tools write the one, some the other.
+            if found != wanted and _without_ones(found) != _without_ones(wanted):
+                raise UserError(f"{where} holds another network: {there} has shape {found}, and not {wanted}.")
+            if not stored.is_floating(there):
+                raise UserError(
+                    f"{where} holds {there} as whole numbers: it was quantised. Take the file of fp32 or fp16."
+                )
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stored[self._names[name]].reshape(self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
+
+
+def fit(
+    stored: Stored,
+    network: torch.nn.Module,
+    spelling: Callable[[str], str | None],
+    where: str,
+) -> Fitted:
+    """The tensors of one network, all of them, whatever they are called in its files.
+
+    Args:
+        stored: the files.
+        network: what they belong to; its tensors may lie on `meta`.
+        spelling: a name in the files -> the network's name for it, or None for what the network can do without.
+        where: names the files in messages.
+
+    Raises:
+        UserError: a tensor that is missing, unknown, there twice, or of another shape; names the first.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: there for name, there in one_name_each(stored, spelling, where).items() if name is not None}
+    missing = [name for name in shapes if name not in found]
+    unknown = sorted(there for name, there in found.items() if name not in shapes)
+    if missing or unknown:
+        first = f"{missing[0]} is missing" if missing else f"{unknown[0]} is unknown"
+        raise UserError(
+            f"{where} does not hold {type(network).__name__} as its config describes it: of {len(shapes)} tensors "
+            f"{len(missing)} are missing, and {len(unknown)} are unknown; {first}."
+        )
+    return Fitted(stored, {name: found[name] for name in shapes}, shapes, where)
+
+
+def one_name_each(names: Iterable[str], spelling: Callable[[str], str | None], where: str) -> dict[str, str]:
+    """The name here -> the name there.
+
+    Raises:
+        UserError: a tensor is there under two names: nobody can say which of them counts.
+    """
+    found: dict[str, str] = {}
+    for there in names:
+        here = spelling(there)
+        if here is None:
+            continue
+        if here in found:
+            raise UserError(f"{where} holds one tensor twice, as {found[here]} and as {there}; take another file.")
+        found[here] = there
+    return found
