@@ -13,7 +13,7 @@ from filters import pipeline
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
-from filters.remove.rewrite import StageRewrite
+from filters.remove.rewrite import StageRewrite, require_rewritable
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, write_entry
@@ -56,6 +56,7 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
     """
     if dataset.removal.exists():
         raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
+    require_rewritable(pipeline.STAGES)
     ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
     finished, notes = _finished_shards(dataset, read_recipe(dataset))
     with publish(dataset.removal) as temporary:

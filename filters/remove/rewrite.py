@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,16 @@ from sdtrain.dataset.stage import Stage, Table, record
 from sdtrain.download.publish import report_images
 from sdtrain.download.stage import DOWNLOAD
 from sdtrain.pack.plan import SHORT, num_packed, short_shards
+
+_TARS = {"download", "pack", "encode"}
+"""Stages whose tars `StageRewrite` can rewrite."""
+
+
+def require_rewritable(stages: Iterable[Stage[Any]]) -> None:
+    """Raises AssertionError for a stage whose tars cannot be rewritten; called before a journal exists."""
+    for stage in stages:
+        if stage.table and "tar" in stage.table.columns and stage.name not in _TARS:
+            raise AssertionError(f"stage '{stage.name}' writes tars, and filters.remove.rewrite cannot rewrite them")
 
 
 @dataclass
@@ -92,8 +103,6 @@ class StageRewrite:
             drop_packed(tar, table, uids)
         elif uids and stage == "encode":
             drop_latents(tar, table, uids)
-        elif uids and has_tar:
-            raise AssertionError(f"stage '{stage}' writes tars, and nothing here takes samples out of them")
         elif uids:
             drop_rows(table, uids)
 

@@ -100,6 +100,18 @@ def test_a_removed_sample_leaves_a_new_stage(tasted, tmp_path):
     assert (entry.num_in, entry.num_out, entry.dropped) == (26, 25, {"bland_image": 1})
 
 
+def test_a_stage_whose_tars_nobody_rewrites_is_told_before_a_removal_begins(tasted, tmp_path, monkeypatch):
+    dataset, _ = tasted
+    with_tars = replace(TASTE, table=replace(TASTE.table, columns={"uid": "VARCHAR", "tar": "VARCHAR"}))
+    monkeypatch.setattr("filters.pipeline.STAGES", in_order(*STAGES, with_tars))
+    (tmp_path / "list.txt").write_text(pq.read_table(path(dataset, 0))["uid"][1].as_py() + "\n")
+    removal = find_removal(dataset, tmp_path / "list.txt", "uid")
+    with pytest.raises(AssertionError, match="stage 'taste' writes tars"):
+        start_removal(dataset, removal)
+    assert not dataset.removal.exists()
+    assert not dataset.removed.exists()
+
+
 def test_prometheus_shows_a_new_stage(tasted):
     dataset, _ = tasted
     samples = (sample for metric in StatusCollector([str(dataset.root)]).collect() for sample in metric.samples)

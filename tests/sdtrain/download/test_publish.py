@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import textwrap
 
 import pytest
 
@@ -144,18 +145,22 @@ def test_a_replacement_killed_anywhere_leaves_the_old_pair_or_the_new(build, fin
     assert not [p for p in (build.dataset.root / "images").iterdir() if p.name.startswith(".")]
 
 
+def break_children(folder, code, monkeypatch):
+    """Makes download processes run `code` at their start; `shards` is `sdtrain.download.image_shards`."""
+    folder.mkdir()
+    start = "import sys\nif 'sdtrain.download.worker' in sys.orig_argv:\n"
+    imported = f"import sdtrain.download.image_shards as shards\n{code}"
+    (folder / "sitecustomize.py").write_text(start + textwrap.indent(imported, "    "))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def test_lost_rows_are_noticed_and_nothing_is_published(site, tmp_path, monkeypatch):
-    (tmp_path / "broken").mkdir()
-    # A child that forgets a row.
-    (tmp_path / "broken" / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'sdtrain.download.worker' in sys.orig_argv:\n"
-        "    import sdtrain.download.image_shards as shards\n"
-        "    real = shards.write_shard\n"
-        "    def write(shard, rows, *others): return real(shard, rows[:3] + rows[4:], *others)\n"
-        "    shards.write_shard = write\n"
+    forgetful = (
+        "real = shards.write_shard\n"
+        "def write(shard, rows, *others): return real(shard, rows[:3] + rows[4:], *others)\n"
+        "shards.write_shard = write\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    break_children(tmp_path / "broken", forgetful, monkeypatch)
     build = prepare(tmp_path / "data", site.serve_photos(6))
     with pytest.raises(UserError, match=r"Samples of shard 00000 were lost: 5 rows where 6 are due.*00000003"):
         build.run()
@@ -184,17 +189,12 @@ def test_a_few_hosts_that_cannot_be_reached_are_rows_like_others(tmp_path, site)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 def test_a_full_disk_is_a_sentence_and_leaves_no_half_shard(site, tmp_path, monkeypatch):
-    (tmp_path / "broken").mkdir()
-    # The child's file for images lies on a full disk.
-    (tmp_path / "broken" / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'sdtrain.download.worker' in sys.orig_argv:\n"
-        "    import sdtrain.download.image_shards as shards\n"
-        "    def full(self, content):\n"
-        "        with open('/dev/full', 'wb') as file: file.write(content)\n"
-        "    shards.TemporaryBlobFile.add = full\n"
+    on_a_full_disk = (
+        "def full(self, content):\n"
+        "    with open('/dev/full', 'wb') as file: file.write(content)\n"
+        "shards.TemporaryBlobFile.add = full\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    break_children(tmp_path / "broken", on_a_full_disk, monkeypatch)
     build = prepare(tmp_path / "data", site.serve_photos(6))
     with pytest.raises(UserError, match="The disk is full"):
         build.run()
