@@ -62,7 +62,8 @@ def test_program_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
 
 def test_interrupt_ends_children_and_grandchildren(tmp_path: Path, mark: str) -> None:
     child = (
-        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', '{SLEEPS}', '{mark}'])\nprint('up', flush=True)\n{SLEEPS}"
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', '{SLEEPS}', '{mark}'])\n"
+        f"print('up', flush=True)\n{SLEEPS}"
     )
 
     def interrupt(line: str) -> None:
