@@ -99,9 +99,10 @@ def test_the_type_is_told_in_lower_case_and_without_parameters(outcomes):
 def test_what_comes_too_slowly_stops_at_the_deadline_whatever_the_retries(web, names):
     drips = ["drip_body", "drip_chunks", "drip_headers", "drip_one_header"]
     urls = [web.url(name, scheme=scheme) for name in drips for scheme in ("http", "https")]
-    for reason, _, seconds in fetch_all(quick(deadline_s=1.5, retries=5), urls):
+    # A busy server may be silent for longer than the usual `timeout_s`: here only the deadline may end a fetch.
+    for reason, _, seconds in fetch_all(quick(timeout_s=60, deadline_s=1.5, retries=100), urls):
         assert reason == "timeout"
-        assert 1.4 < seconds < 6  # six attempts would take 9
+        assert 1.4 < seconds < 60  # all attempts would take 150
 
 
 def test_interim_answers_without_end_stop_at_the_deadline(web, names):
