@@ -166,7 +166,11 @@ def compvis_name(name: str) -> str:
 
 
 def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """A spelling for `fit`: any tool's name of a VAE's tensor -> diffusers' current one; `modules`: of `vae_modules`."""
+    """A spelling for `fit`: any tool's name of a VAE's tensor -> diffusers' current one.
+
+    Args:
+        modules: of the VAE, as `vae_modules` gives them.
+    """
     to_diffusers = {theirs: ours for ours, theirs in modules.items()}
 
     def spelling(name: str) -> str | None:
