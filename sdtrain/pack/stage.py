@@ -49,11 +49,7 @@ class SourceTars:
         self._threads = ThreadPoolExecutor(_THREADS, "pack")
 
     def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the planned rows with their images, in order.
-
-        Raises:
-            UserError: a tar is missing, cut short or not the one its table describes.
-        """
+        """Yields the planned rows with their images, in order; UserError: a tar is missing, cut short or another's."""
         waiting = deque[tuple[dict[str, Any], Callable[[], bytes]]]()
         for row in rows:
             waiting.append((row, self._asked(row)))
