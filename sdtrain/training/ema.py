@@ -35,7 +35,16 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Moves the average towards the weights, after an optimizer step that was applied."""
-        self.average.lerp_(self._master.detach(), 1.0 - ema_decay(self.num_updates, self._config))
+        for average, weight in self.averages():
+            average.lerp_(self._master.detach(), weight)
+        self.count_update()
+
+    def averages(self) -> list[tuple[torch.Tensor, float]]:
+        """Each average, and how much of the new weights goes into it next: for who updates them, chunk by chunk."""
+        return [(self.average, 1.0 - ema_decay(self.num_updates, self._config))]
+
+    def count_update(self) -> None:
+        """Records that each average was updated."""
         self.num_updates += 1
 
     def go_on_from(self, average: torch.Tensor, num_updates: int | None) -> None:

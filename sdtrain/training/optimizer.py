@@ -70,6 +70,15 @@ def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> d
     return {name: _decoded(*(state[part] for part in parts if part in state)) for name, parts in _CODES.items()}
 
 
+def begin_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of torch's AdamW for `parameter`: made, as its first step would, where there is none."""
+    state: dict[str, torch.Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS})
+    return state
+
+
 @torch.no_grad()
 def restore_moments(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int
