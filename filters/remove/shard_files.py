@@ -11,9 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import publish, scratch
+from sdtrain.dataset.files import publish, read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir, delete_index
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 from sdtrain.download.image_shards import (
     ImageShard,
