@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from sdtrain.errors import UserError
 
-
 POWERCAP = Path("/sys/class/powercap")
 _KINDS = {"str": str, "int": int, "float": float}
 

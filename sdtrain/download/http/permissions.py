@@ -1,0 +1,223 @@
+"""Permissions of sites: robots.txt (RFC 9309), X-Robots-Tag headers, and TDMRep.
+
+TDMRep is the W3C community's protocol to reserve text and data mining: an answer's header, and a file of the site.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
+
+from protego import Protego
+from yarl import URL
+
+from sdtrain.dataset.config import DownloadConfig
+from sdtrain.download.http.failures import FetchError
+from sdtrain.download.http.retry import Budget, with_retries
+from sdtrain.download.http.single_flight import SingleFlightCache
+from sdtrain.download.http.transport import Transport
+
+R = TypeVar("R")
+ROBOTS_PATH, TDM_PATH = "/robots.txt", "/.well-known/tdmrep.json"
+OUR_NAMES = ("sdtrain", "img2dataset")
+"""Sites know this program by its own name and by that of the engine whose layout it writes."""
+# "none" is short for noindex and nofollow.
+OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
+_WITH_VALUES = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+_ROBOT = re.compile(r"[a-z*][\w*./-]*")
+# Permanently unavailable, which counts as if there were none.
+_NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
+_ESCAPE = re.compile(r"%([0-9a-fA-F]{2})")
+_UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
+_MAX_BYTES = 500 * 2**10
+"""As much as RFC 9309 wants read; what comes after is left off."""
+_KEPT_S = 24 * 3600
+_KEPT_FAILURE_S = 300
+
+
+def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
+    """The rules of a robots.txt; None where there are none (4xx).
+
+    Raises:
+        FetchError: robots_txt where the server fails (5xx), which forbids everything. A site that cannot be reached
+            gives the failure itself, which says more about its URLs.
+    """
+    if isinstance(file, bytes):
+        return Protego.parse(file.decode("utf-8-sig", "replace"))
+    if file.reason.startswith("http_5") or file.reason == "unknown_encoding":
+        raise FetchError("robots_txt", "the rules cannot be read")
+    if file.reason.startswith("http_") or file.reason in _NO_RULES:
+        return None
+    raise FetchError(file.reason, file.detail, transient=False)  # it was tried again already
+
+
+def check_robots_txt(rules: Protego | None, url: URL) -> None:
+    """Raises where the rules keep robots like this one away from `url`.
+
+    Raises:
+        FetchError: robots_txt.
+    """
+    if rules is not None and not all(rules.can_fetch(str(url), name) for name in OUR_NAMES):
+        raise FetchError("robots_txt", "disallowed")
+
+
+def check_robots_header(values: Iterable[str]) -> None:
+    """Raises where one of the X-Robots-Tag headers of an answer forbids its use.
+
+    A robot's name before a directive (`otherbot: noai, noindex`) holds until the next name or the header's end.
+
+    Raises:
+        FetchError: robots_header.
+    """
+    for value in values:
+        robot = "*"
+        for part in value.lower().split(","):
+            name, colon, rest = (piece.strip() for piece in part.partition(":"))
+            if name in _WITH_VALUES:
+                continue  # it says nothing about use
+            if colon and _ROBOT.fullmatch(name):  # else it is the time in a date
+                robot = name
+            directive = rest if colon else name
+            if directive in OPT_OUT and robot in ("*", *OUR_NAMES):
+                raise FetchError("robots_header", f"X-Robots-Tag: {directive}")
+
+
+def check_tdm_header(values: Iterable[str]) -> None:
+    """Raises where a tdm-reservation header reserves the answer.
+
+    Raises:
+        FetchError: tdm_reserved.
+    """
+    if any(value.strip() == "1" for value in values):
+        raise FetchError("tdm_reserved", "tdm-reservation: 1")
+
+
+@dataclass(frozen=True)
+class TdmRule:
+    """Whether paths of a pattern are reserved: `*` stands for anything, a `$` at the end for the end of the path."""
+
+    pieces: tuple[str, ...]
+    to_the_end: bool
+    reserved: bool
+
+    @classmethod
+    def parse(cls, rule: Any) -> TdmRule | None:
+        """One rule of tdmrep.json; None where it is none."""
+        if not isinstance(rule, dict) or not isinstance(rule.get("location"), str):
+            return None
+        location = _comparable(rule["location"])
+        pieces = tuple(location.removesuffix("$").split("*"))
+        return cls(pieces, location.endswith("$"), str(rule.get("tdm-reservation")) == "1")
+
+    def matches(self, path: str) -> bool:
+        """Whether it is about `path`: piece by piece, so that no pattern takes long."""
+        first, *others = self.pieces
+        if not path.startswith(first):
+            return False
+        position = len(first)
+        last = others.pop() if others and self.to_the_end else None
+        for piece in others:
+            found = path.find(piece, position)
+            if found < 0:
+                return False
+            position = found + len(piece)
+        if last is not None:
+            return path.endswith(last) and len(path) - len(last) >= position
+        return not self.to_the_end or position == len(path)
+
+
+def parse_tdm_file(file: bytes | FetchError) -> Sequence[TdmRule]:
+    """The rules of a tdmrep.json in their order; none where the file is damaged or cannot be fetched."""
+    if isinstance(file, FetchError):
+        return ()
+    try:
+        content = json.loads(file)
+    except (ValueError, RecursionError):
+        return ()
+    # One rule without the list around it is a common slip whose meaning is plain.
+    rules = content if isinstance(content, list) else [content]
+    return [rule for rule in map(TdmRule.parse, rules) if rule is not None]
+
+
+def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
+    """Raises where the first rule about `url` reserves it.
+
+    A header of the answer would have the last word, but to see it one would have to take the image.
+
+    Raises:
+        FetchError: tdm_reserved.
+    """
+    path = _comparable(url.raw_path_qs)
+    if next((rule.reserved for rule in rules if rule.matches(path)), False):
+        raise FetchError("tdm_reserved", "tdmrep.json")
+
+
+def _comparable(path: str) -> str:
+    """The path with only those characters escaped that must be."""
+
+    def plain(escape: re.Match[str]) -> str:
+        character = chr(int(escape.group(1), 16))
+        return character if _UNRESERVED.fullmatch(character) else escape.group().upper()
+
+    return _ESCAPE.sub(plain, quote(path, safe="%/:=&?~#+!$,;'@()*[]|", errors="replace"))
+
+
+class SiteFile(Generic[R]):
+    """The rules of every site (scheme, host and port) that is asked for an image, each fetched once.
+
+    Fetched like an image, with the same checks, limits and manners, but with a budget of its own.
+
+    Args:
+        transport: the way to the web.
+        config: its limits.
+        path: where the file is.
+        parse: the rules in a file, or what a failure to get it means.
+    """
+
+    def __init__(
+        self, transport: Transport, config: DownloadConfig, path: str, parse: Callable[[bytes | FetchError], R]
+    ) -> None:
+        self._transport = transport
+        self._config = config
+        self._path = path
+        self._parse = parse
+        self._rules: SingleFlightCache[URL, R] = SingleFlightCache(
+            self._fetch, lambda outcome: _KEPT_FAILURE_S if isinstance(outcome, FetchError) else _KEPT_S
+        )
+
+    async def rules_for(self, url: URL) -> R:
+        """The rules of the site of `url`.
+
+        Raises:
+            FetchError: as `parse` does.
+        """
+        return await self._rules.get(URL.build(scheme=url.scheme, authority=url.raw_authority, encoded=True))
+
+    async def close(self) -> None:
+        """Ends what is being fetched."""
+        await self._rules.close()
+
+    async def _fetch(self, site: URL) -> R:
+        budget = Budget(self._config.deadline_s)
+        url = site.with_path(self._path)
+        try:
+            answer = await with_retries(
+                lambda: self._transport.follow(url, budget, _always, _anything, _MAX_BYTES, cut=True),
+                self._config.retries,
+                budget,
+            )
+        except FetchError as error:
+            return self._parse(error)
+        return self._parse(answer.body)
+
+
+async def _always(url: URL) -> None:
+    pass
+
+
+def _anything(headers: object) -> None:
+    pass
