@@ -1,6 +1,6 @@
-"""Permissions of sites: robots.txt (RFC 9309), X-Robots-Tag headers, and TDMRep.
+"""Honours what sites permit: robots.txt (RFC 9309), X-Robots-Tag headers, and TDMRep.
 
-TDMRep is the W3C community's protocol to reserve text and data mining: an answer's header, and a file of the site.
+TDMRep is the W3C community's protocol to reserve text and data mining, in headers and sites' files.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ OUR_NAMES = ("sdtrain", "img2dataset")
 OPT_OUT = {"noai", "noimageai", "noindex", "noimageindex", "none"}
 _WITH_VALUES = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 _ROBOT = re.compile(r"[a-z*][\w*./-]*")
-# Permanently unavailable, which counts as if there were none.
+# Permanently unavailable, which counts as having none.
 _NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
 _ESCAPE = re.compile(r"%([0-9a-fA-F]{2})")
 _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 _MAX_BYTES = 500 * 2**10
-"""As much as RFC 9309 wants read; what comes after is left off."""
+"""The size that RFC 9309 requires to be read; the rest is ignored."""
 _KEPT_S = 24 * 3600
 _KEPT_FAILURE_S = 300
 
 
 def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
-    """The rules of a robots.txt; None where there are none (4xx).
+    """The rules of a robots.txt; None if there are none (4xx).
 
     Raises:
-        FetchError: robots_txt where the server fails (5xx), which forbids everything. A site that cannot be reached
-            gives the failure itself, which says more about its URLs.
+        FetchError: robots_txt if the server fails (5xx), which forbids everything; the failure itself if the site
+            cannot be
+            reached, which says more about its URLs.
     """
     if isinstance(file, bytes):
         return Protego.parse(file.decode("utf-8-sig", "replace"))
@@ -52,33 +53,26 @@ def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
         raise FetchError("robots_txt", "the rules cannot be read")
     if file.reason.startswith("http_") or file.reason in _NO_RULES:
         return None
-    raise FetchError(file.reason, file.detail, transient=False)  # it was tried again already
+    raise FetchError(file.reason, file.detail, transient=False)  # already retried
 
 
 def check_robots_txt(rules: Protego | None, url: URL) -> None:
-    """Raises where the rules keep robots like this one away from `url`.
-
-    Raises:
-        FetchError: robots_txt.
-    """
+    """Raises FetchError robots_txt if the rules forbid `url` to robots like this one."""
     if rules is not None and not all(rules.can_fetch(str(url), name) for name in OUR_NAMES):
         raise FetchError("robots_txt", "disallowed")
 
 
 def check_robots_header(values: Iterable[str]) -> None:
-    """Raises where one of the X-Robots-Tag headers of an answer forbids its use.
+    """Raises FetchError robots_header if an X-Robots-Tag header forbids the image's use.
 
     A robot's name before a directive (`otherbot: noai, noindex`) holds until the next name or the header's end.
-
-    Raises:
-        FetchError: robots_header.
     """
     for value in values:
         robot = "*"
         for part in value.lower().split(","):
             name, colon, rest = (piece.strip() for piece in part.partition(":"))
             if name in _WITH_VALUES:
-                continue  # it says nothing about use
+                continue  # says nothing about use
             if colon and _ROBOT.fullmatch(name):  # else it is the time in a date
                 robot = name
             directive = rest if colon else name
@@ -87,18 +81,14 @@ def check_robots_header(values: Iterable[str]) -> None:
 
 
 def check_tdm_header(values: Iterable[str]) -> None:
-    """Raises where a tdm-reservation header reserves the answer.
-
-    Raises:
-        FetchError: tdm_reserved.
-    """
+    """Raises FetchError tdm_reserved if a tdm-reservation header reserves the answer."""
     if any(value.strip() == "1" for value in values):
         raise FetchError("tdm_reserved", "tdm-reservation: 1")
 
 
 @dataclass(frozen=True)
 class TdmRule:
-    """Whether paths of a pattern are reserved: `*` stands for anything, a `$` at the end for the end of the path."""
+    """A path pattern, reserved or not: `*` matches anything, a final `$` the end of the path."""
 
     pieces: tuple[str, ...]
     to_the_end: bool
@@ -106,7 +96,7 @@ class TdmRule:
 
     @classmethod
     def parse(cls, rule: Any) -> TdmRule | None:
-        """One rule of tdmrep.json; None where it is none."""
+        """Parses one rule of tdmrep.json; None if it is not one."""
         if not isinstance(rule, dict) or not isinstance(rule.get("location"), str):
             return None
         location = _comparable(rule["location"])
@@ -114,7 +104,7 @@ class TdmRule:
         return cls(pieces, location.endswith("$"), str(rule.get("tdm-reservation")) == "1")
 
     def matches(self, path: str) -> bool:
-        """Whether it is about `path`: piece by piece, so that no pattern takes long."""
+        """Whether the pattern matches `path`; compared piece by piece, so that no pattern takes long."""
         first, *others = self.pieces
         if not path.startswith(first):
             return False
@@ -131,25 +121,22 @@ class TdmRule:
 
 
 def parse_tdm_file(file: bytes | FetchError) -> Sequence[TdmRule]:
-    """The rules of a tdmrep.json in their order; none where the file is damaged or cannot be fetched."""
+    """The rules of a tdmrep.json in order; none if the file is damaged or unavailable."""
     if isinstance(file, FetchError):
         return ()
     try:
         content = json.loads(file)
     except (ValueError, RecursionError):
         return ()
-    # One rule without the list around it is a common slip whose meaning is plain.
+    # A rule without the list around it is a common slip with a plain meaning.
     rules = content if isinstance(content, list) else [content]
     return [rule for rule in map(TdmRule.parse, rules) if rule is not None]
 
 
 def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
-    """Raises where the first rule about `url` reserves it.
+    """Raises FetchError tdm_reserved if the first rule that matches `url` reserves it.
 
-    A header of the answer would have the last word, but to see it one would have to take the image.
-
-    Raises:
-        FetchError: tdm_reserved.
+    A header would override the file, but to see it one would have to take the image.
     """
     path = _comparable(url.raw_path_qs)
     if next((rule.reserved for rule in rules if rule.matches(path)), False):
@@ -157,7 +144,7 @@ def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
 
 
 def _comparable(path: str) -> str:
-    """The path with only those characters escaped that must be."""
+    """Escapes only those characters of a path that must be."""
 
     def plain(escape: re.Match[str]) -> str:
         character = chr(int(escape.group(1), 16))
@@ -167,15 +154,15 @@ def _comparable(path: str) -> str:
 
 
 class SiteFile(Generic[R]):
-    """The rules of every site (scheme, host and port) that is asked for an image, each fetched once.
+    """The rules of each site (scheme, host and port) from which an image is requested, fetched once.
 
-    Fetched like an image, with the same checks, limits and manners, but with a budget of its own.
+    Fetched like an image, with the same checks, limits and manners, but its own budget.
 
     Args:
-        transport: the way to the web.
+        transport: sends the requests.
         config: its limits.
-        path: where the file is.
-        parse: the rules in a file, or what a failure to get it means.
+        path: of the file.
+        parse: turns the file, or the failure to fetch it, into rules.
     """
 
     def __init__(
@@ -190,15 +177,11 @@ class SiteFile(Generic[R]):
         )
 
     async def rules_for(self, url: URL) -> R:
-        """The rules of the site of `url`.
-
-        Raises:
-            FetchError: as `parse` does.
-        """
+        """The rules of the site of `url`; FetchError as `parse` raises."""
         return await self._rules.get(URL.build(scheme=url.scheme, authority=url.raw_authority, encoded=True))
 
     async def close(self) -> None:
-        """Ends what is being fetched."""
+        """Cancels the fetches in progress."""
         await self._rules.close()
 
     async def _fetch(self, site: URL) -> R:
