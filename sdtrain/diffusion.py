@@ -80,8 +80,8 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Returns eps + strength * offset: normal noise (B, 4, h, w) plus a constant for each latent channel, (B, 4, 1, 1).
 
-    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it
-    (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
+    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it (Guttenberg 2023,
+    "Diffusion with Offset Noise", crosslabs.org).
     """
     return noise + strength * offset if strength else noise
 
@@ -98,7 +98,7 @@ def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: fl
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance: eps_u + scale * (eps_c - eps_u), where scale 1 is no guidance.
 
-    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use
-    w = scale - 1.
+    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use w =
+    scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)

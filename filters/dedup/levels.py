@@ -172,9 +172,9 @@ def link_exact(columns: Columns, components: Components) -> None:
 def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
     """Links images in each cluster whose embeddings have a cosine of at least `threshold`.
 
-    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays.
-    Rounding of matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive
-    cosine is one of two vectors, in float64.
+    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays. Rounding of
+    matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive cosine is one
+    of two vectors, in float64.
     """
     for nodes, stored in clusters:
         vectors = unit(stored)

@@ -104,8 +104,8 @@ def link_near_duplicates(columns: Columns, radius: int, components: Components) 
     """Links images with hashes within `radius` and agreeing colours, or others that connect the same images.
 
     Blank images hash alike whatever their colour, and number thousands. So images of equal hash and colours link to the
-    first of them, the only one compared further; linked images with one hash are not compared again; and only
-    distinct hashes are compared bit by bit, and by colour only if not linked yet.
+    first of them, the only one compared further; linked images with one hash are not compared again; and only distinct
+    hashes are compared bit by bit, and by colour only if not linked yet.
     """
     colors = columns.colors()
     appearances = _store_appearances(columns, components)

@@ -51,8 +51,7 @@ def is_public(address: str) -> bool:
     """Whether a resolved IP address belongs to the public internet.
 
     Loopback, private, link-local (cloud metadata services), shared, multicast, reserved and unspecified addresses do
-    not,
-    nor do IPv6 addresses that embed one such IPv4 address.
+    not, nor do IPv6 addresses that embed one such IPv4 address.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):

@@ -33,8 +33,7 @@ class DatasetLock:
     """A lock on a dataset, until the block ends, it is closed or collected, or the process ends, even by kill -9.
 
     It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so a crash leaves nothing
-    to
-    clear. Only the process that runs a command takes it, not its threads, workers and other machines.
+    to clear. Only the process that runs a command takes it, not its threads, workers and other machines.
     """
 
     def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:

@@ -33,8 +33,7 @@ def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -
     """Writes samples as `{key}.{extension}` members, in the given order; returns each member's data offset and length.
 
     A sample's members are sorted by extension. Headers hold only name and size (GNU format, mtime 0, uid and gid 0,
-    mode
-    0644, no owner names), so equal samples give equal files.
+    mode 0644, no owner names), so equal samples give equal files.
     """
     index = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:

@@ -1,11 +1,10 @@
 """Lets one command at a time, on any machine, change a dataset on S3: an object is the lock, and a pulse keeps it.
 
 It is created on the condition that there is none (`If-None-Match: *`) and renewed on the condition that it is still
-ours
-(`If-Match`). A killed holder stops renewing: after EXPIRY_S, by the store's clock alone, the next command takes over,
-on the condition that the lock is still the expired one, so that only one command wins. A holder that slept longer than
-that (a suspended laptop) finds the lock changed and ends before it writes more. Between its last check of the lock and
-the end of an upload then under way, it may still replace an object.
+ours (`If-Match`). A killed holder stops renewing: after EXPIRY_S, by the store's clock alone, the next command takes
+over, on the condition that the lock is still the expired one, so that only one command wins. A holder that slept longer
+than that (a suspended laptop) finds the lock changed and ends before it writes more. Between its last check of the lock
+and the end of an upload then under way, it may still replace an object.
 """
 
 from __future__ import annotations
@@ -163,8 +162,7 @@ def with_lock_token(token: str) -> Iterator[None]:
     """Within the block, this process writes for the command whose lock has this token.
 
     A command's processes and machines do not take the lock, but must not write once it is lost, so they receive its
-    token
-    with their work and check it before each write.
+    token with their work and check it before each write.
     """
     before = _token.set(token)
     try:

@@ -28,8 +28,7 @@ def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
 
     Raises:
         FetchError: robots_txt if the server fails (5xx), which forbids everything; the failure itself if the site
-            cannot be
-            reached, which says more about its URLs.
+            cannot be reached, which says more about its URLs.
     """
     if isinstance(file, bytes):
         return Protego.parse(file.decode("utf-8-sig", "replace"))
