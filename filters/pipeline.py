@@ -16,11 +16,7 @@ from sdtrain.pack.stage import PACK
 
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """Returns the stages after checking that each names only itself and earlier ones.
-
-    Raises:
-        ValueError: one does not, or two share a name or view.
-    """
+    """Returns the stages; ValueError if one names a later stage, or two share a name or view."""
     known = set[str]()
     for stage in stages:
         known.add(stage.name)

@@ -18,11 +18,8 @@ class NoiseSchedule:
     """alpha_bar of the forward process q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I).
 
     The betas are linear in their square root, computed and multiplied in float64 and stored in float32:
-    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion.
-
-    Attributes:
-        alphas_cumprod: alpha_bar_t, (T,), float32.
-        snr: alpha_bar_t / (1 - alpha_bar_t), (T,), float32: the signal's power over the noise's.
+    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion. `alphas_cumprod` is alpha_bar_t,
+    (T,), and `snr` alpha_bar_t / (1 - alpha_bar_t), (T,), the signal's power over the noise's, both float32.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):

@@ -73,11 +73,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 
 def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
-    """Yields SELECT items of the rules' columns, and of the score that ranks duplicates.
-
-    Raises:
-        UserError: the metadata are to decide, and none has a score.
-    """
+    """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
     for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(keep.rules))]):
         _check_known(dataset, column, keep)
         yield keep_item(column, keep.decide_by)

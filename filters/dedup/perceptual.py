@@ -87,12 +87,9 @@ _LARGE_RUN = 64
 
 
 class Appearances(NamedTuple):
-    """Distinct pairs of hash and colours, ordered by hash, memory-mapped.
+    """Distinct pairs of hash and colours, ordered by hash, memory-mapped: one image per pair in `nodes`.
 
-    Attributes:
-        nodes: one image per pair.
-        hashes: the distinct hashes.
-        starts: where each hash's `nodes` begin, and the end.
+    `starts` are the positions at which each of the distinct `hashes` begins in `nodes`, and the end.
     """
 
     nodes: NDArray[np.int64]

@@ -83,8 +83,7 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
     """Returns (network, digest) for all `NETWORKS`; without CLIP, all but the watermark detector's are "none".
 
-    Raises:
-        UserError: weights are unavailable, or not those that the recipe pins.
+    UserError if weights are unavailable, or not those that the recipe pins.
     """
     return tuple((name, weight_digest(config, name)) for name in NETWORKS)
 

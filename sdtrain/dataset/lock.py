@@ -68,8 +68,7 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
     """Locks a folder, created if missing, for one writing process; the lock file stays there.
 
-    Raises:
-        UserError: it is in use, or cannot be written.
+    UserError if it is in use, or cannot be written.
     """
     try:
         refuse_url(folder).mkdir(parents=True, exist_ok=True)
@@ -99,8 +98,7 @@ def active_commands(dataset: DatasetDir) -> list[str]:
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
     """Locks a dataset for a command that only reads, beside other readers; on S3, other machines do not see it.
 
-    Raises:
-        UserError: it is being changed, or a removal was interrupted, so that its files are inconsistent.
+    UserError if it is being changed, or a removal was interrupted, so that its files are inconsistent.
     """
     file = _opened_to_read(dataset.lock)
     if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():

@@ -48,8 +48,7 @@ def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, {extension: bytes}) for every sample, one in memory at a time.
 
-    Raises:
-        UserError: the file is not a tar, ends too early, or has a damaged header.
+    UserError if the file is not a tar, ends too early, or has a damaged header.
     """
     key, sample = "", dict[str, bytes]()
     for name, body in _members(path, with_bodies=True):

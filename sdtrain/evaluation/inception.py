@@ -105,8 +105,7 @@ def find_inception(weights: str) -> Path | None:
 def load_inception(weights: str) -> FidInception:
     """The network in eval mode, with `inception-fid` (the published weights), a file's, or `random:SEED` for trials.
 
-    Raises:
-        UserError: no such weights, or those of another network.
+    UserError if there are no such weights, or they are another network's.
     """
     path = find_inception(weights)
     with seeded(random_seed(weights)):

@@ -31,13 +31,9 @@ _token: ContextVar[str] = ContextVar("lock_token", default="")
 
 
 class RemoteLock:
-    """A lock on a dataset on S3, until it is closed or its pulse ends.
+    """A lock on a dataset on S3, with a unique `token`, until it is closed or its pulse ends.
 
-    Attributes:
-        token: unique to this lock.
-
-    Raises:
-        UserError: another command holds it, or the store has no conditional writes.
+    UserError if another command holds it, or the store has no conditional writes.
     """
 
     def __init__(self, store: ObjectStore, command: str) -> None:
