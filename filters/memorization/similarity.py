@@ -80,8 +80,7 @@ def _crop(image: Image.Image) -> Image.Image:
 class Calibration:
     """Cosines among some evenly chosen kept images.
 
-    `nearest` are of each with its nearest other kept image; `pairs` of all chosen pairs, which are random and show
-    different things.
+    `nearest` are of each with its nearest other kept image; `pairs` of all chosen pairs, which are random.
     """
 
     threshold: float

@@ -87,8 +87,7 @@ class EncodeConfig(Settings):
     buckets: tuple[tuple[int, int], ...] = ()
     """Widths and heights in pixels, multiples of 8; each image gets the one nearest to its shape."""
     bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
-    """Instead of `buckets`: all sizes that are multiples of this (64 for SD v1), with about `resolution` squared
-    pixels."""
+    """Instead of `buckets`: all sizes in multiples of this (64 for SD v1), with about `resolution` squared pixels."""
     bucket_max_aspect: float = Field(default=2.0, ge=1)
     """Largest aspect ratio of the sizes from `bucket_step_px`."""
     check_samples: int = Field(default=16, ge=0)

@@ -55,8 +55,7 @@ class LocalStorage:
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
         """Stores a finished shard before its manifest `entry` is written here, with that `content`.
 
-        `outputs` are by name, the files already under their final names; files `beside` belong to it but not to the
-        manifest.
+        `outputs` are by name, under their final names; files `beside` belong to it but not to the manifest.
         """
 
     def push_files(self, paths: Iterable[Path]) -> None:

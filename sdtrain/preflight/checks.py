@@ -11,8 +11,7 @@ from pathlib import Path
 from sdtrain.errors import UserError
 
 ROOM_IS_SURELY_TOO_SMALL = 0.5
-"""Share of estimated disk usage; estimates rest on assumed rates, so between this and all of it there is only a
-warning."""
+"""Share of the estimate; estimates rest on assumed rates, so between this and all of it there is only a warning."""
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ def parse_url(text: str) -> S3Url:
 def work_folder(url: S3Url, parent: Path | None = None) -> Path:
     """The local folder that mirrors a dataset on S3, the same for all processes that name the same dataset.
 
-    `parent`, of all work folders, is by default SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache. UserError
-    if it is a URL.
+    `parent` is by default SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache. UserError if it is a URL.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parent = parent or Path(os.environ.get("SDTRAIN_WORK_DIR") or cache / "sdtrain" / "datasets")

@@ -60,11 +60,7 @@ class Host:
             await asyncio.sleep(begin - now)
 
     def start_cooldown(self, seconds: float, failure: FetchError) -> FetchError:
-        """Starts a cooldown of so many seconds after the answer `failure`.
-
-        Returns:
-            The failure, not transient if the cooldown is too long to wait for.
-        """
+        """Starts a cooldown after `failure`; returns that, not transient if the cooldown is too long to wait for."""
         now = time.monotonic()
         self._failures_in_a_row = 0
         if now >= self._cooldown_until:  # else the request began before the cooldown
