@@ -21,7 +21,8 @@ class EvaluatedModel:
     """A run, checkpoint, diffusers folder or CompVis file at `path`.
 
     Attributes:
-        digest: sha256 of UNet, VAE, text encoder and noise schedule, whatever file holds the same weights and precision.
+        digest: sha256 of UNet, VAE, text encoder and noise schedule, equal for any file with the same weights in the
+            same precision.
         text_encoder: sha256 of text encoder and tokenizer.
     """
 

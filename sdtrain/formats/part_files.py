@@ -100,7 +100,8 @@ class Shards(Mapping[str, torch.Tensor]):
 def find_part(folder: Path, part: str, variant: str | None = None) -> Path | None:
     """The file of a network's weights, or their index; None if there is none.
 
-    `part` is `unet`, `vae`, `text_encoder` or `safety_checker`; `variant` such as `non_ema`, by default full or half precision.
+    `part` is `unet`, `vae`, `text_encoder` or `safety_checker`. `variant` is one such as `non_ema`; None takes full
+    precision, or else fp16 or bf16.
     """
     for wanted in _LOADABLE if variant is None else (variant,):
         for name in _Form.of(part, wanted).names:

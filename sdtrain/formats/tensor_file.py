@@ -38,7 +38,8 @@ class _Nothing:
 class TensorFile(Mapping[str, torch.Tensor]):
     """The tensors of a `.safetensors` or `.ckpt` file by name, read on access.
 
-    `notes` is the file's text under `NOTES`, or None. UserError if it is missing, damaged, without tensors, or asks to run code.
+    `notes` is its text under `NOTES`, or None. UserError if it is missing, damaged,
+    without tensors, or asks to run code.
     """
 
     def __init__(self, path: Path):
