@@ -81,9 +81,12 @@ class EncodeConfig(Settings):
     """Of the VAE's weights and activations. GPUs multiply halves faster; fp16 rounds eight times finer than bf16, and
     latents that overflow are refused. auto: bf16 where the machine that begins the dataset computes faster in it, else
     fp32; the dataset keeps it."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where the side that is too long is cut. random: at a random place, as the original runs did, though there anew
+    whenever an image was seen; a cache keeps its place in all epochs, unless num_crops has several."""
     num_crops: int = Field(default=1, ge=1)
-    """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
-    an epoch, each in its turn."""
+    """1: one crop, where `crop` says. More: so many crops, all at random places, of which training sees one an epoch,
+    each in its turn."""
     buckets: tuple[tuple[int, int], ...] = ()
     """Widths and heights in pixels, multiples of 8; each image gets the one nearest to its shape."""
     bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)

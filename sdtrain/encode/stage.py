@@ -50,7 +50,7 @@ Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
 _DECODED_AHEAD = 2
-_DECIDE_BYTES = {"precision", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -124,7 +124,7 @@ class _ShardEncoder:
                 f"{self.source}: the image of {key} cannot be decoded. Delete it and build again."
             ) from error
         size, number = bucket_of(image.size, self._sizes), self._config.num_crops
-        if number == 1:
+        if number == 1 and self._config.crop == "centre":
             return [cut(image, size, None)]
         # One in each of `number` equal parts of the way, so that no two are alike by chance.
         return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
