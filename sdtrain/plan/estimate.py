@@ -71,11 +71,7 @@ class Planner:
         self._rates, self._machines = rates, machines
 
     def dataset(self, job: DatasetJob) -> list[Line]:
-        """The stages of a dataset.
-
-        Raises:
-            UserError: a recipe or size without rates.
-        """
+        """The stages of a dataset; UserError if a recipe or size has no rates."""
         rate = self._value
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
         known_metadata = self._rates.get(f"metadata_{job.recipe}")

@@ -41,10 +41,10 @@ Rates = dict[str, Rate]
 
 
 def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
-    """All rates, with those that a GPU of this kind has measured, overridden by `assumed`, as in "link_rot=0.4".
+    """All rates, with our measurements on `gpu`, overridden by `assumed`, as in "link_rot=0.4".
 
     Raises:
-        UserError: no such rate, or no positive number.
+        UserError: an unknown rate, or not a positive number.
     """
     content: dict[str, Any] = yaml.safe_load(_FILE.read_text())
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
@@ -68,11 +68,7 @@ def stated_speed(gpu: str, resolution: int) -> str:
 
 
 def find_rate(name: str, rates: Rates) -> Rate:
-    """The rate of that name.
-
-    Raises:
-        UserError: there is none; names the nearest.
-    """
+    """The rate of that name; UserError, with the nearest name, if there is none."""
     if name not in rates:
         raise UserError(f"There is no assumption '{name}'.{nearest(name, list(rates))}")
     return rates[name]
