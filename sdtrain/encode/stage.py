@@ -20,7 +20,6 @@ from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
-from sdtrain.dataset.prefetch import prefetch
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
@@ -42,6 +41,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.prefetch import prefetch
 from sdtrain.models.device import cores_of_process
 from sdtrain.pack.plan import expected_shards
 from sdtrain.pack.stage import PACK
