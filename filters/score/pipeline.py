@@ -20,7 +20,7 @@ import torch
 from filters.score.models import Models, score_batch
 from filters.score.preprocess import PreprocessedImage, Sample, preprocess, read_shard
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.prefetch import prefetch
+from sdtrain.images.prefetch import prefetch
 
 # Batches to read and decode ahead of the networks; two even out slow ones.
 _DEPTH = 2
