@@ -28,7 +28,7 @@ OTHER_VIEWS: dict[str, str] = {
 
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """Returns the stages; ValueError if one names a later stage, or two share a name or view, `OTHER_VIEWS` included."""
+    """Returns the stages; ValueError if one names a later one, or two share a name or view, `OTHER_VIEWS` included."""
     known = set[str]()
     for stage in stages:
         known.add(stage.name)
