@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 
 from filters.dedup.columns import Images
 from filters.dedup.levels import LEVELS, Found, group_images
+from filters.dedup.removal import recount, regroup
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry, selected_shards
+from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
@@ -110,6 +112,7 @@ DEDUP: Stage[Recipe] = Stage(
         comment="Images that are duplicates of one another: those with one group_id",
         columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
         path=_path,
+        rewriting=Rewriting(has_tar=False, drop=regroup, recount=recount),
     ),
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
