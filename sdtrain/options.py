@@ -22,13 +22,10 @@ MakeParameter = Callable[["Field[Any]", Any], inspect.Parameter]
 
 
 def option(default: Any, help_text: str, sets: Sequence[str] = (), sets_if_given: Sequence[str] = ()) -> Any:
-    """Declares an option.
+    """Declares an option; its default is None if it leaves a setting as it is.
 
-    Args:
-        default: None for an option that leaves a setting as it is.
-        help_text: for the command line and for Prefect's page.
-        sets: dotted names of the settings that it overrides.
-        sets_if_given: those that it overrides only where they have a value.
+    `help_text` is for the command line and for Prefect's page. `sets` are dotted names of the settings that it
+    overrides, `sets_if_given` those that it overrides only where they have a value.
     """
     return field(default=default, metadata={"help": help_text, "sets": sets, "sets_if_given": sets_if_given})
 

@@ -82,7 +82,6 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """Reads the prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])

@@ -27,11 +27,9 @@ _FORMAT = "search/1"
 
 @dataclass(frozen=True)
 class Block:
-    """Embeddings of one shard.
+    """Embeddings of one shard: float16 `vectors` (N, D), of length 1 up to rounding.
 
-    Attributes:
-        numbers: (N,) image numbers: row numbers over all shards' score tables.
-        vectors: (N, D) float16, of length 1 up to rounding.
+    The image `numbers` (N,) are row numbers over all shards' score tables.
     """
 
     numbers: NDArray[np.int64]

@@ -98,10 +98,8 @@ class Search:
     def nearest(self, vectors: NDArray[np.float32], top: int, kept_only: bool = False) -> list[list[Hit]]:
         """Returns at most `top` nearest images for each of (N, D) unit embeddings, nearest first.
 
-        `kept_only` skips dropped images and fetches more to replace them, up to the nearest `_MAX_LOOKED_AT`.
-
-        Raises:
-            UserError: `kept_only` is set before the dataset's decisions exist.
+        `kept_only` skips dropped images and fetches more to replace them, up to the nearest `_MAX_LOOKED_AT`; UserError
+        before the dataset's decisions exist.
         """
         self._require_decisions(kept_only)
         fetched = top

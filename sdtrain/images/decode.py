@@ -64,9 +64,8 @@ _GUESSED = ("I", "F", "LAB")
 class ImageError(OSError):
     """Bytes that cannot become an image.
 
-    Attributes:
-        reason: "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed".
-        detail: more words, the same for the same bytes.
+    `reason` is "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed"; `detail` has more
+    words, the same for the same bytes.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -72,7 +72,6 @@ def _validation(run: RunDir) -> dict[int, dict[int, float]]:
 
 
 def _previews(run: RunDir, images: Path) -> list[tuple[str, int]]:
-    """Some of the sheets, including first and last."""
     shown = []
     for sheet in _evenly(sorted(run.previews.glob("step-*.png")), _MAX_PREVIEWS):
         shutil.copyfile(sheet, images / f"preview-{sheet.name}")

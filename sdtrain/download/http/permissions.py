@@ -155,13 +155,8 @@ def _comparable(path: str) -> str:
 class SiteFile(Generic[R]):
     """The rules of each site (scheme, host and port) from which an image is requested, fetched once.
 
-    Fetched like an image, with the same checks, limits and manners, but its own budget.
-
-    Args:
-        transport: sends the requests.
-        config: its limits.
-        path: of the file.
-        parse: turns the file, or the failure to fetch it, into rules.
+    The file at `path` is fetched like an image, with the same checks, limits and manners, but its own budget; `parse`
+    turns it, or the failure to fetch it, into rules.
     """
 
     def __init__(
