@@ -34,15 +34,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def start_engine(engine: Engine, address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
     """Yields a task runner in a flow's main thread; its engine ends with the block.
 
-    On cancellation it also ends the processes started by local batches.
-
-    Args:
-        engine: runs the batches.
-        address: of a running Dask or Ray cluster; None starts one here.
-        workers: concurrent batches, unless a running cluster decides.
-
-    Raises:
-        UserError: the engine is not installed, takes no address, or does not answer there.
+    On cancellation it also ends the processes started by local batches. `address` is a running Dask or Ray cluster's,
+    None starts one here; `workers` are concurrent batches, unless a running cluster decides. UserError if the engine is
+    not installed, takes no address, or does not answer there.
     """
     if engine == "threads":
         _refuse_address(engine, address)

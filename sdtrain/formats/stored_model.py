@@ -36,7 +36,7 @@ class Average:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model, of which nothing large is read before it is asked for.
+    """A model, whose large parts are read on access.
 
     Attributes:
         source: its location, for messages.
