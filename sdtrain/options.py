@@ -1,4 +1,4 @@
-"""Options declared once, as the fields of a dataclass, for commands and flows alike.
+"""Options declared once, as the fields of a dataclass, for commands and flows alike, and names to choose from.
 
 Bounds are annotations of `annotated_types`, which pydantic understands: every command imports this module, which
 therefore does not import pydantic.
@@ -10,7 +10,11 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
+
+Weights = Literal["ema", "raw"]
+SamplerName = Literal["plms", "ddim", "dpm"]
+Resize = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
 ResultT = TypeVar("ResultT")
 MakeParameter = Callable[["Field[Any]", Any], inspect.Parameter]

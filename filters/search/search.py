@@ -21,9 +21,9 @@ from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
 from filters.search.hits import Hit, look_up
 from filters.search.index import ImageIndex, IndexInfo, open_index
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.parquet import read_parquet
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import selected_shards
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header

@@ -14,10 +14,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import publish
+from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 

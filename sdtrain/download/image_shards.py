@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import sha256_of
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.files import read_parquet, sha256_of
 from sdtrain.dataset.tars import Member, SampleIndex, index_samples, write_samples
 from sdtrain.download.rows import SCHEMA, Row
 from sdtrain.images.decode import image_extension

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from sdtrain.choices import Resize, SamplerName, Weights
+from sdtrain.options import Resize, SamplerName, Weights
 from sdtrain.precision import Precision
 from sdtrain.settings import Settings, nearest
 

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtrain.choices import Weights
 from sdtrain.errors import UserError
+from sdtrain.options import Weights
 
 State = dict[str, torch.Tensor]
 
