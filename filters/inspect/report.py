@@ -58,11 +58,11 @@ def scores_note(recipe: Recipe) -> str:
     random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
     if not random:
         return ""
-    decides = " The metadata decides." if recipe.keep.decide_by == "metadata" else ""
+    decides = " The metadata decides." if recipe.decide.decide_by == "metadata" else ""
     return f"Random weights, here those of {', '.join(random)}, give scores that mean nothing.{decides}"
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:
     """Returns rule limits that a diagram can draw as lines; earlier decisions come first."""
-    rules = recipe.keep.rules | recipe.select.rules
+    rules = recipe.decide.rules | recipe.select.rules
     return {name: value for name, value in rules.items() if isinstance(value, float)}

@@ -97,7 +97,7 @@ class StageRewrite:
             drop_images(dataset, shard, uids, self._wanted_fingerprint(shard))
         elif uids and stage == "dedup":
             self._regroup(uids)
-        elif uids and stage == "keep":
+        elif uids and stage == "decide":
             drop_rows(table, uids, self._short(uids))
         elif uids and stage == "pack":
             drop_packed(tar, table, uids)

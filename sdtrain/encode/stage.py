@@ -237,7 +237,7 @@ ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
     # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
     inputs={"pack": "same shard", "encode": "first shard"},
-    planned_by="keep",
+    planned_by="decide",
     num_shards=expected_shards,
     beside=_info,
     table=Table(
