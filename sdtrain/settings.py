@@ -46,20 +46,12 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
 
 
 def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) -> SettingsT:
-    """Validates `content`, which came from `where`, against `model`.
-
-    Raises:
-        UserError: an unknown key or a bad value.
-    """
+    """Validates `content`, which came from `where`, against `model`; UserError for an unknown key or a bad value."""
     return _validate(model, content, where)
 
 
 def check_options(options: Any, where: str) -> None:
-    """Validates a dataclass of options (`sdtrain.options`) against its types and bounds.
-
-    Raises:
-        UserError: a bad value.
-    """
+    """Validates a dataclass of options (`sdtrain.options`) against its types and bounds; UserError for a bad value."""
     _validate(type(options), asdict(options), where)
 
 

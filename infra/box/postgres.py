@@ -62,11 +62,7 @@ class Postgres:
         return Program("postgres", command, user=self.system_user, stop_signal=signal.SIGINT, grace_s=_SHUTDOWN_S)
 
     def prepare(self) -> None:
-        """Creates the cluster if missing, and ends a server left by a killed box.
-
-        Raises:
-            UserError: it cannot be created.
-        """
+        """Creates the cluster if missing, and ends a server left by a killed box; UserError if it cannot be created."""
         _end_leftover(self.directory.cluster)
         if not (self.directory.cluster / "PG_VERSION").exists():
             self._make_cluster()

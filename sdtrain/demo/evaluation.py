@@ -86,8 +86,7 @@ FEATURES, AGREEMENT = DemoFeatures(), CheckerAgreement
 def score_images(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
     """(n,) float32: the share of a prompt's colour and shape that its image shows, 0, 0.5 or 1.
 
-    Raises:
-        UserError: a prompt names no colour or no shape of the demo's.
+    UserError if a prompt names no colour or no shape of the demo's.
     """
     scores = []
     for image, text in zip(images, texts, strict=True):

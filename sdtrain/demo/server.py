@@ -138,8 +138,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def listen(world: World) -> list[Listener]:
     """Listeners for every host, HTTP and HTTPS, bound but not yet serving; writes `world.ca`.
 
-    Raises:
-        UserError: a port is taken, or a loopback address is missing.
+    UserError if a port is taken, or a loopback address is missing.
     """
     site = Site(json.loads(world.pages.read_text()), world.images)
     authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

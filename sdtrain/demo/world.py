@@ -97,11 +97,7 @@ class World:
 
 
 def open_world(directory: Path) -> World:
-    """Opens the world in `directory`.
-
-    Raises:
-        UserError: there is none, or it is of another version.
-    """
+    """Opens the world in `directory`; UserError if there is none, or it is of another version."""
     content = _read_marker(directory)
     if content is None:
         raise UserError(f"There is no finished world in {directory}; `make demo` or `make_world` makes one.")

@@ -96,11 +96,7 @@ class FidInception(Inception3):
 
 
 def find_inception(weights: str) -> Path | None:
-    """Finds the weights file; None for `random:SEED`.
-
-    Raises:
-        UserError: they are missing and cannot be fetched, or are not the published ones.
-    """
+    """Finds the weights file; None for `random:SEED`. UserError if it is unavailable or not the published one."""
     if random_seed(weights) is not None:
         return None
     return find_weights(weights, PUBLISHED, "name a file of them with --network-weights")

@@ -39,11 +39,7 @@ class EvaluatedModel:
 
 
 def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
-    """Reads all weights once.
-
-    Raises:
-        UserError: there is no such model, or it lacks these weights.
-    """
+    """Reads all weights once; UserError if there is no such model, or it lacks these weights."""
     model = open_model(path, protocol.tokenizer)
     frozen = model.frozen()
     vocabulary = {"vocabulary": frozen.tokenizer.get_vocab(), "max_length": frozen.tokenizer.model_max_length}

@@ -40,11 +40,7 @@ def regions() -> dict[str, Region]:
 
 
 def find_region(name: str) -> Region:
-    """The region of that name.
-
-    Raises:
-        UserError: it is not in the table; lists near ones, as "us-est-1" is as near to east as to west.
-    """
+    """The region of that name; UserError, with near names ("us-est-1" is as near to east as to west), if unknown."""
     found = regions().get(name.lower())
     if found is None:
         near = difflib.get_close_matches(name.lower(), list(regions()), n=3)

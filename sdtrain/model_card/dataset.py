@@ -52,11 +52,7 @@ class DatasetFacts(Settings):
 
 
 def dataset_facts(root: Path) -> DatasetFacts:
-    """Reads a dataset's records.
-
-    Raises:
-        UserError: its ledger of removals is damaged.
-    """
+    """Reads a dataset's records; UserError if its ledger of removals is damaged."""
     dataset = DatasetDir(root)
     funnel, hours = _counts(dataset.database)
     return DatasetFacts(

@@ -41,10 +41,9 @@ _ALSO = ("seed", "size_px", "network", "network_sha256", "resize")
 
 
 def write_card(run: Path) -> Path:
-    """Writes RUN/README.md from the records of a run and of its datasets; returns its path.
+    """Writes RUN/README.md from the records of a run and its datasets; returns its path.
 
-    Raises:
-        UserError: `run` is no training run, or one of its records is damaged.
+    UserError if `run` is no training run, or one of its records is damaged.
     """
     chain = lineage(run)
     config = load_settings(TrainConfig, run / "config.yaml")
@@ -183,11 +182,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """Reads an evaluation's results; None if there are none.
-
-    Raises:
-        UserError: they are damaged.
-    """
+    """Reads an evaluation's results; None if there are none, UserError if they are damaged."""
     path = folder / "results.json"
     if not path.exists():
         return None

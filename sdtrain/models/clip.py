@@ -111,11 +111,7 @@ def _readable(path: Path) -> str:
 
 
 def embedding_size(model: str) -> int:
-    """How many numbers the model's embeddings have.
-
-    Raises:
-        UserError: open_clip does not know the model.
-    """
+    """The number of the model's embedding dimensions; UserError if open_clip does not know the model."""
     return int(_config(model)["embed_dim"])
 
 

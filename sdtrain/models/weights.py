@@ -80,11 +80,7 @@ def cache_dir() -> Path:
 
 
 def random_seed(name: str) -> int | None:
-    """The seed of `random:SEED` and `random-full:SEED`, or None for other names.
-
-    Raises:
-        UserError: it is no number.
-    """
+    """The seed of `random:SEED` and `random-full:SEED`, None for other names; UserError if it is no number."""
     if not name.startswith((RANDOM, RANDOM_FULL)):
         return None
     kind, _, seed = name.partition(":")
@@ -107,8 +103,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 def read_state(path: Path) -> dict[str, Any]:
     """Tensors by name from .safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
 
-    Raises:
-        UserError: the file is neither, or holds more than tensors.
+    UserError if the file is neither, or holds more than tensors.
     """
     import torch
     from safetensors import SafetensorError

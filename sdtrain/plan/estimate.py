@@ -72,11 +72,7 @@ class Planner:
         self._rates, self._machines = rates, machines
 
     def dataset(self, job: DatasetJob) -> list[Line]:
-        """The stages of a dataset.
-
-        Raises:
-            UserError: a recipe or size without rates.
-        """
+        """The stages of a dataset; UserError if a recipe or size has no rates."""
         rate = self._value
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
         known_metadata = self._rates.get(f"metadata_{job.recipe}")
@@ -96,11 +92,7 @@ class Planner:
         ]  # fmt: skip
 
     def training(self, config: TrainConfig) -> Line:
-        """A training run.
-
-        Raises:
-            UserError: its resolution has no rate on this GPU.
-        """
+        """A training run; UserError if its resolution has no rate on this GPU."""
         name = f"train_{self._machines.gpu}_{config.data.resolution}"
         if name not in self._rates:
             raise UserError(f"No training rate is known at {config.data.resolution} px; there are some at 256 and 512.")

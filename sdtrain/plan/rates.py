@@ -39,11 +39,7 @@ Rates = dict[str, Rate]
 
 
 def load_rates(assumed: Iterable[str] = ()) -> Rates:
-    """All rates, overridden by `assumed`, as in "link_rot=0.4".
-
-    Raises:
-        UserError: no such rate, or no positive number.
-    """
+    """All rates, overridden by `assumed`, as in "link_rot=0.4"; UserError if unknown or not a positive number."""
     content: dict[str, Any] = yaml.safe_load(_FILE.read_text())
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
     for text in assumed:
@@ -56,11 +52,7 @@ def load_rates(assumed: Iterable[str] = ()) -> Rates:
 
 
 def find_rate(name: str, rates: Rates) -> Rate:
-    """The rate of that name.
-
-    Raises:
-        UserError: there is none; names the nearest.
-    """
+    """The rate of that name; UserError, with the nearest name, if there is none."""
     if name not in rates:
         raise UserError(f"There is no assumption '{name}'.{nearest(name, list(rates))}")
     return rates[name]

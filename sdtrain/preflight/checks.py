@@ -47,11 +47,7 @@ def findings(checks: Iterable[Check]) -> list[Finding]:
 
 
 def require(checks: Iterable[Check]) -> list[Finding]:
-    """Runs all checks before any work begins.
-
-    Raises:
-        UserError: names all that failed.
-    """
+    """Runs all checks before any work begins; UserError names all that failed."""
     found = findings(checks)
     problems = list({finding.text: finding for finding in found if finding.is_problem}.values())
     if len(problems) == 1:
@@ -63,11 +59,7 @@ def require(checks: Iterable[Check]) -> list[Finding]:
 
 
 def check_writable(folder: Path) -> str:
-    """Tries to write a temporary file into `folder`, or its nearest existing parent.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Tries to write a temporary file into `folder`, or its nearest existing parent; UserError if that fails."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=place):

@@ -125,11 +125,7 @@ class Sampler:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
-    """Arranges images of one size on a white sheet, row by row; nearly square by default.
-
-    Raises:
-        UserError: no images.
-    """
+    """Arranges images of one size on a white sheet, row by row, by default nearly square; UserError without images."""
     if not images:
         raise UserError("There are no images to put on a sheet.")
     columns = columns or math.ceil(math.sqrt(len(images)))
