@@ -20,10 +20,7 @@ def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Ou
 def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
     """Records the shard as finished, on S3 first. Call it once every output has its final name.
 
-    Args:
-        dataset: whose.
-        entry: of the shard.
-        beside: files that its outputs need and it does not list.
+    Files `beside` are those that its outputs need and the entry does not list.
     """
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
     storage_of(dataset).push(path, content.encode(), entry.outputs, beside)

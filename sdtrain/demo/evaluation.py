@@ -105,9 +105,7 @@ def evaluate_demo(
     """Draws every colour with every shape twice at each guidance scale; finished parts are kept.
 
     The images of `data` are the reference. Returns the numbers, with names marked as the demo's, and the plot.
-
-    Raises:
-        UserError: no model, or no images.
+    UserError if there is no model, or no images.
     """
     sweep = plan(demo_protocol(data, output), models, output)
     return run_sweep(sweep, say=say), sweep.directory.curve

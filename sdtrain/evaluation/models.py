@@ -59,8 +59,7 @@ def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
 def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedModel]:
     """Identifies all models and gives each a unique label.
 
-    Raises:
-        UserError: as `identify`; none, duplicates, or models of different image sizes.
+    UserError as for `identify`, and for none, duplicates, or models of different image sizes.
     """
     models = [identify(path, protocol) for path in paths]
     for i, model in enumerate(models):

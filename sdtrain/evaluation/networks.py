@@ -171,10 +171,8 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
     """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token.
-
-    Raises:
-        UserError: CLIP cannot be loaded, or its embeddings are not finite.
+    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token. UserError if CLIP
+    cannot be loaded, or its embeddings are not finite.
     """
     clip, device = _load_clip(protocol.clip_model, protocol.clip_weights), claim_device()
     tokens = clip.tokenizer(list(texts))

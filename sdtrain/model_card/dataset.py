@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class DatasetFacts(Settings):
     select_rules: dict[str, Any] = Field(default={})
     decide_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
+    crops: str = ""
+    """How images were cut to squares before they were encoded."""
     funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
     """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})
@@ -58,6 +61,7 @@ def dataset_facts(root: Path) -> DatasetFacts:
     return DatasetFacts(
         root=str(root),
         **_recipe(dataset.recipe),
+        crops=_crops(dataset.latents_info),
         funnel=funnel,
         stage_hours=hours,
         num_removed=read_ledger(dataset.removed).num_rows if dataset.recipe.exists() else None,
@@ -77,6 +81,16 @@ def _recipe(path: Path) -> dict[str, Any]:
         "decide_rules": decide.get("rules", {}),
         "duplicates": recipe.get("duplicates", {}).get("level", ""),
     }
+
+
+def _crops(path: Path) -> str:
+    """How the images of latents/info.json were resized and cropped; empty if there is no such record."""
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return ""
+    several = f" ({info['num_crops']} of each image, one an epoch)" if "num_crops" in info else ""
+    return f"{info.get('resize', 'not recorded')}{several}"
 
 
 def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[str, float]]:
