@@ -14,10 +14,9 @@ from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words,
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entry, selected_shards, selection
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
-from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError

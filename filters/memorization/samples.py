@@ -16,7 +16,7 @@ from PIL import Image
 
 from filters.search.search import read_image, read_image_file
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import selected_shards
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
 
@@ -82,7 +82,6 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """Reads the prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])

@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
-from sdtrain.choices import SamplerName
 from sdtrain.config import DiffusionConfig
 from sdtrain.errors import UserError
+from sdtrain.options import SamplerName
 
 
 def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler:

@@ -27,13 +27,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """Published weights.
+    """Published weights, and their file's name in the cache.
 
-    Attributes:
-        url: to fetch them from.
-        file: their name in the cache.
-        sha256: of the file; None if the publisher names none and we have not seen the file. Such a file is trusted on
-            first use: its digest is recorded beside it in the cache and must match from then on.
+    `sha256` is None if the publisher names none and we have not seen the file. Such a file is trusted on first use: its
+    digest is recorded beside it in the cache and must match from then on.
     """
 
     url: str
