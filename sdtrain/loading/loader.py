@@ -147,8 +147,7 @@ class BatchMaker:
     def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
         """Reads samples into `rows`, replacing damaged ones if `data.on_corrupt` says so.
 
-        A substitute is drawn from (seed, sample, attempt) within its dataset and size: the same on every rank and
-        resume.
+        A substitute is drawn from (seed, sample, attempt) within its dataset and size: equal on every rank and resume.
         """
         seed = self._config.seed
         fetched = self._store.fetch(samples.indices, samples.epochs, seed, rows)

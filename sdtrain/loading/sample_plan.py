@@ -168,8 +168,7 @@ def sample_noise(
     """The random numbers of one sample in one step, the same on every rank and in every split of the batch.
 
     Philox is counter-based, so a generator for each sample costs microseconds (Salmon et al., SC 2011). `num_timesteps`
-    is the noise schedule's length; `shape` is (4, h, w); `into` are arrays for posterior and noise, by default new
-    ones.
+    is the noise schedule's length; `shape` is (4, h, w); `into` are arrays for posterior and noise.
     """
     key = hashlib.blake2b(f"noise {seed} {step} {uid}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
