@@ -10,16 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters.recipe import KeepConfig, Recipe
-from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, reason_case
+from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, reason_case, stage_item, stage_rules
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
+from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -33,6 +34,7 @@ LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
 LEFT JOIN blocked b USING (uid)
+{joins}
 """
 _HASHES = """
 SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
@@ -60,11 +62,13 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept)."""
     case, values = reason_case(recipe.keep.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
-    columns = ", ".join(_columns(dataset, recipe.keep))
+    columns, measured = ", ".join(_columns(dataset, recipe.keep)), _measured(dataset, recipe.keep)
+    joins = "\n".join(f"LEFT JOIN read_parquet(${name}, union_by_name = true) {name} USING (uid)" for name in measured)
     # Otherwise DuckDB spills to the working directory.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
         connection.register("blocked", _alike_to_removed(connection, dataset))
-        connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
+        joined = _JOINED.format(columns=columns, joins=joins)
+        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | measured)
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -80,9 +84,28 @@ def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
     Raises:
         UserError: the metadata are to decide, and none has a score.
     """
-    for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(keep.rules))]):
+    rules = [RULES[name] for name in active_rules(keep.rules)]
+    for column in dict.fromkeys(["aesthetic", *(rule.column for rule in rules if rule.stage is None)]):
         _check_known(dataset, column, keep)
         yield keep_item(column, keep.decide_by)
+    for number, found in enumerate(stage_rules(keep.rules).values()):
+        yield from (stage_item(rule, f"measured_{number}") for rule in found)
+
+
+def _measured(dataset: DatasetDir, keep: KeepConfig) -> dict[str, list[str] | str]:
+    """Returns the tables of the stages that rules name, by their alias."""
+    found: dict[str, list[str] | str] = {}
+    for number, stage in enumerate(stage_rules(keep.rules)):
+        fetch_outputs(dataset, stage, tars=False)
+        names = [name for entry in _finished(dataset, stage) for name in entry.outputs if name.endswith(".parquet")]
+        found[f"measured_{number}"] = [str(dataset.root / name) for name in names]
+    return found
+
+
+def _finished(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+    """Returns the entries of a stage of which at least the first shard is finished."""
+    require_entry(dataset, stage, 0)
+    return entries(dataset, stage)
 
 
 def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
@@ -126,7 +149,8 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     config: dict[str, object] = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
     removed = removed_hashes(read_ledger(dataset.removed))
     config |= {"removed": removed.to_pylist()} if len(removed) else {}
-    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
+    measured = [entry for stage in stage_rules(recipe.keep.rules) for entry in _finished(dataset, stage)]
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0), *measured])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -188,4 +212,6 @@ KEEP: Stage[Recipe] = Stage(
         explain=in_words,
     ),
     uses_gpu=False,
+    needs=NOTHING,
+    work=None,
 )
