@@ -15,7 +15,7 @@ Probability = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Options beside the recipe; None leaves the recipe's setting as it is."""
+    """Options outside the recipe; None keeps the recipe's setting."""
 
     metadata: Location | None = option(
         None, "Parquet with LAION's columns: file, folder, glob.", sets=["select.metadata"]

@@ -30,11 +30,9 @@ OTHER_VIEWS: dict[str, str] = {
 
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """Returns the stages after checking that each names only itself and earlier ones.
+    """Returns the stages; ValueError if one names a later one, or two share a name or view, `OTHER_VIEWS` included.
 
-    Raises:
-        ValueError: one does not, two share a name or view, a view has the name of one of `OTHER_VIEWS`, or a rule
-            looks at a column of a stage that does not have it, or comes after the decision.
+    ValueError also if a rule looks at a column that no stage before the decision has.
     """
     known = set[str]()
     for stage in stages:

@@ -14,11 +14,10 @@ from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, r
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, require_entry, selected_shards, selection
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.s3.sync import fetch_outputs
-from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
@@ -79,11 +78,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 
 def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
-    """Yields SELECT items of the rules' columns, and of the score that ranks duplicates.
-
-    Raises:
-        UserError: the metadata are to decide, and none has a score.
-    """
+    """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
     rules = [RULES[name] for name in active_rules(keep.rules)]
     for column in dict.fromkeys(["aesthetic", *(rule.column for rule in rules if rule.stage is None)]):
         _check_known(dataset, column, keep)

@@ -33,8 +33,8 @@ from filters import pipeline
 from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, near_duplicate_uids
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
 from sdtrain.errors import UserError
 

@@ -36,9 +36,7 @@ _log = logging.getLogger(__name__)
 class Models:
     """The networks that a recipe uses; None for those it skips.
 
-    Attributes:
-        dtype: of the large networks (autocast); the small heads are always float32.
-        heads: by score name; their input is CLIP's embeddings.
+    `dtype` is of the large networks (autocast); the small `heads` on CLIP's embeddings are float32.
     """
 
     device: torch.device

@@ -37,11 +37,9 @@ _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 @dataclass(frozen=True)
 class Before:
-    """Earlier selections, of other files: left unchanged, and their rows are not selected again.
+    """Earlier selections of other files, left unchanged; their rows are not selected again.
 
-    Attributes:
-        files: the shards of each selection.
-        num_rows: rows in all of them.
+    `files` are the shards of each selection, with `num_rows` rows together.
     """
 
     number: int = 0
@@ -68,10 +66,8 @@ class Selection:
     def run(self) -> ShardReport:
         """Writes the shards, byte-identical for any number of threads.
 
-        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
-
-        Raises:
-            UserError: the metadata cannot be read, lacks a column, or no row passes.
+        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it. UserError if
+        the metadata cannot be read, lacks a column, or no row passes.
         """
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)

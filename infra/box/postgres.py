@@ -127,8 +127,7 @@ class Postgres:
 def find_postgres(directory: BoxDir, port: int) -> Postgres:
     """Finds the installed PostgreSQL of the cluster's release, else the newest.
 
-    Raises:
-        UserError: it is missing, too old, of another release than the cluster, or cannot enter its folder.
+    UserError if it is missing, too old, of another release than the cluster, or cannot enter its folder.
     """
     releases = _releases()
     marker = directory.cluster / "PG_VERSION"

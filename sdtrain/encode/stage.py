@@ -67,8 +67,7 @@ _TABLE = pa.schema(
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
     """Writes and checks the latents of one packed shard.
 
-    Raises:
-        UserError: the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
+    UserError if the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
@@ -88,13 +87,9 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
 
 
 class _ShardEncoder:
-    """Encodes one shard, and collects the data for its table and its check.
+    """Encodes one shard of the packed `source`, and collects the data for its table and its check.
 
-    Attributes:
-        source: the packed shard.
-        vae: the network.
-        rows: of the table, without the latents' offsets.
-        pixels: of the chosen rows, in their first crop.
+    `rows` are the table's, without the latents' offsets; `pixels` the chosen rows' first crops.
     """
 
     def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:

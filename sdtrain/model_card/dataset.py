@@ -29,7 +29,7 @@ class DatasetFacts(Settings):
     keep_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
     crops: str = ""
-    """How images were cut to squares before they were encoded."""
+    """How images were cropped to squares before encoding."""
     funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
     """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})

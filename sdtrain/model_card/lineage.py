@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir, StepTable
 

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry, require_entry
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
 

@@ -39,9 +39,7 @@ _HEADER_BYTES = 512
 class SourceTars:
     """Reads images from the downloaded shards, to another of which packing jumps with every sample.
 
-    Args:
-        dataset: whose.
-        max_open: files open at once; the least recently used is closed first.
+    At most `max_open` files are open; the least recently used is closed first.
     """
 
     def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:

@@ -13,8 +13,7 @@ _CAPTION = "a photograph"
 def check_text_encoder(name: str, width: int | None = None) -> str:
     """Tokenizes and encodes a caption; compares the width with that of the UNet's cross-attention, if given.
 
-    Raises:
-        UserError: no such text encoder or tokenizer, or one that does not fit the other or the UNet.
+    UserError if there is no such text encoder or tokenizer, or it does not fit the other or the UNet.
     """
     import torch
 

@@ -22,8 +22,7 @@ from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 from sdtrain.encode.stage import ENCODE
 from sdtrain.formats.export import export_model
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from sdtrain.settings import parse_settings
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir

@@ -16,10 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.files import has_fingerprint, publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.local_storage import LocalStorage, Stored
-from sdtrain.dataset.parquet import has_fingerprint
 from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
@@ -34,12 +33,7 @@ _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "late
 
 
 class Mirror(LocalStorage):
-    """One dataset on S3 and its work folder.
-
-    Attributes:
-        store: the objects.
-        may_write: raises if this process may no longer change the dataset.
-    """
+    """One dataset on S3 and its work folder; `may_write` raises if this process may no longer change the dataset."""
 
     is_remote = True
 

@@ -8,7 +8,7 @@ from filters.decide.stage import KEEP
 from filters.dedup import DEDUP
 from filters.recipe import KeepConfig, Recipe, SelectConfig
 from filters.score.stage import SCORE
-from sdtrain.dataset.selection import selection
+from sdtrain.dataset.manifest import selection
 from sdtrain.dataset.stage import run_batch
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 

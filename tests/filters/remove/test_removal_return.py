@@ -16,7 +16,6 @@ from tests.filters.removal_fixtures import (
     NUM_ROWS,
     build,
     check_consistent,
-    copy_of,
     entries_for,
     files_with,
     find_removal_of,
@@ -28,11 +27,6 @@ from tests.filters.removal_fixtures import (
     url_of,
     write_metadata,
 )
-
-
-@pytest.fixture
-def dataset(photo_dataset, tmp_path):
-    return copy_of(photo_dataset, tmp_path)
 
 
 def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo_site):

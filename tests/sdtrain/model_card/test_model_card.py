@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.model_card import write_card
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
