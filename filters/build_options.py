@@ -26,7 +26,7 @@ class BuildOptions:
         None,
         "Shorter side in pixels, at least.",
         sets=["select.rules.min_side"],
-        sets_if_given=["keep.rules.min_side"],
+        sets_if_given=["decide.rules.min_side"],
     )
     min_aesthetic: AestheticScore | None = option(
         None, "Aesthetic score (V2), more than.", sets=["select.rules.min_aesthetic"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.recipe import Recipe
 from filters.rules import RULES
@@ -42,7 +42,7 @@ def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
     _refuse_twice([stage.name for stage in stages], "two stages have the name")
     views = [stage.table.view.lower() for stage in stages if stage.table]  # as DuckDB compares names
     _refuse_twice([*views, *OTHER_VIEWS], "metadata.duckdb would have two views")
-    _check_rules({stage.name: stage for stage in itertools.takewhile(lambda stage: stage is not KEEP, stages)})
+    _check_rules({stage.name: stage for stage in itertools.takewhile(lambda stage: stage is not DECIDE, stages)})
     return stages
 
 
@@ -53,7 +53,7 @@ def _check_rules(undecided: Mapping[str, Stage[Recipe]]) -> None:
         table = undecided[rule.stage].table if rule.stage in undecided else None
         if table is None or rule.column not in table.columns:
             raise ValueError(
-                f"rule '{name}' looks at '{rule.column}' of stage '{rule.stage}', and no stage before '{KEEP.name}' "
+                f"rule '{name}' looks at '{rule.column}' of stage '{rule.stage}', and no stage before '{DECIDE.name}' "
                 "has a table with that column"
             )
 
@@ -65,4 +65,4 @@ def _refuse_twice(names: Sequence[str], message: str) -> None:
 
 
 # Users say `pipeline.STAGES`: the list can then be changed in one place.
-STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, DECIDE, PACK, ENCODE)

@@ -94,7 +94,7 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
     """Returns the most common captions of kept images, with counts; raises `UserError` if none are kept."""
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not dataset.decisions.exists() or not images:
-        raise UserError(f"{dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
+        raise UserError(f"{dataset.root} is not built as far as `decide`. Run `sdtrain build` again.")
     with closing(duckdb.connect()) as connection:
         asked = {"images": images, "decisions": str(dataset.decisions), "num": num}
         rows = connection.execute(_CAPTIONS, asked).fetchall()

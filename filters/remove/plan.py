@@ -9,7 +9,7 @@
 | metadata.duckdb, report.html, images/, index.json | rewritten |
 
 A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
-hosts, `download` refuses a removed sha256, and `keep` drops images similar to one that was removed with a radius.
+hosts, `download` refuses a removed sha256, and `decide` drops images similar to one that was removed with a radius.
 
 The plan (removal.json) is written before anything is touched. If killed, the next `sdtrain remove`, `decide` or `build`
 first completes it; nothing else may use the dataset meanwhile.

@@ -117,7 +117,7 @@ class Search:
 
     def _require_decisions(self, kept_only: bool) -> None:
         if kept_only and not self.dataset.decisions.exists():
-            raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
+            raise UserError(f"{self.dataset.root} is not built as far as `decide`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
         places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]

@@ -103,7 +103,7 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
     names = " or ".join(name.upper() for name in ALIASES[column])
     advice = ""
     if column in ("width", "height"):
-        advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded image."
+        advice = " Or move the rule from `select` to `decide`, where it looks at the downloaded image."
     elif column in SCORE_COLUMNS:
         advice = " Or set `select.null_policy: score_later` and let the image's own score decide."
     return (

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from sdtrain.dataset.files import publish, sha256_of
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
@@ -54,13 +54,14 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
 
 def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
     """The entries of a stage's finished shards, in order."""
-    found = sorted(dataset.manifest_entry(stage, 0).parent.glob("[0-9]*.json"))
-    return [require_entry(dataset, stage, int(path.stem)) for path in found]
+    folders = dataset.manifest_folders(stage)
+    shards = {int(path.stem) for folder in folders for path in folder.glob("[0-9]*.json")}
+    return [require_entry(dataset, stage, shard) for shard in sorted(shards)]
 
 
 def recorded_stages(dataset: DatasetDir) -> list[str]:
     """The names of all stages with finished shards, unordered."""
-    return sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
+    return sorted({current_stage(path.name) for path in (dataset.root / "manifest").glob("*") if path.is_dir()})
 
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:

@@ -10,7 +10,7 @@ import duckdb
 import yaml
 from pydantic import Field
 
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.removal_ledger import read_ledger
 from sdtrain.impact.carbon import CORE_W, energy_kwh
 from sdtrain.impact.gpus import board_watts
@@ -26,7 +26,7 @@ class DatasetFacts(Settings):
     metadata: str = ""
     expected_rows: str = ""
     select_rules: dict[str, Any] = Field(default={})
-    keep_rules: dict[str, Any] = Field(default={})
+    decide_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
     crops: str = ""
     """How images were cropped to squares before encoding."""
@@ -70,12 +70,12 @@ def _recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError):
         return {}
-    select, keep = recipe.get("select", {}), recipe.get("keep", {})
+    select, decide = recipe.get("select", {}), recipe.get("decide") or recipe.get("keep", {})  # its former name
     return {
         **{name: recipe.get(name, "") for name in ("name", "description", "expected_rows")},
         "metadata": select.get("metadata", ""),
         "select_rules": select.get("rules", {}),
-        "keep_rules": keep.get("rules", {}),
+        "decide_rules": decide.get("rules", {}),
         "duplicates": recipe.get("duplicates", {}).get("level", ""),
     }
 
@@ -96,9 +96,11 @@ def _counts(database: Path) -> dict[str, Any]:
         return {}
     try:
         with duckdb.connect(str(database), read_only=True) as connection:
-            funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+            rows = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
             hours = connection.execute("SELECT stage, sum(seconds) / 3600 FROM stages GROUP BY stage").fetchall()
-            return {"funnel": funnel, "stage_hours": dict(hours)} | _gpu_stages(connection)
+            funnel = [(current_stage(stage), *row) for stage, *row in rows]
+            spent = {current_stage(stage): num for stage, num in hours}
+            return {"funnel": funnel, "stage_hours": spent} | _gpu_stages(connection)
     except duckdb.Error:
         return {}
 

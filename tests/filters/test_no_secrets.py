@@ -51,7 +51,7 @@ WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
-    "KeepConfig": {"rules"},
+    "DecideConfig": {"rules"},
     "PreviewConfig": {"prompts"},
     "Protocol": {"agreement", "clip_model", "network"},
     "Recipe": {"name", "description", "expected_rows"},

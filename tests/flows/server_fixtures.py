@@ -112,7 +112,7 @@ score:
   watermark_weights: "random:0"
   safety_weights: "random:0"
 duplicates: {{level: perceptual}}
-keep: {{rules: {{min_side: 512}}}}
+decide: {{rules: {{min_side: 512}}}}
 pack: {{samples_per_shard: 10}}
 encode: {{vae: {vae}, resolution: 64}}
 """

@@ -40,7 +40,7 @@ def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo
     assert [(r["stage"], r["dropped"]) for r in rows if r["reason"] == "removed"] == [
         ("select", 3 + 2),
         ("download", 1),
-        ("keep", 1),
+        ("decide", 1),
     ]
     assert {n: r for n, r in statuses(dataset, port).items() if n > NUM_ROWS} == {41: "removed", 42: "removed"}
     assert files_with(dataset.root / "selection", [uid_of(2, port), uid_of(6, port)]) == []
