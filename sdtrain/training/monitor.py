@@ -85,7 +85,6 @@ class Monitor:
         return means["validation/loss_ema"]
 
     def _preview(self, step: int) -> None:
-        """Writes the sheet of the fixed prompts."""
         config = self._config.previews
         self._sampler = self._sampler or Sampler(self._state.networks())
         mine = range(self._ranks.rank, len(config.prompts), self._ranks.world_size)
@@ -164,7 +163,6 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
 
 
 def _run_id(folder: Path) -> str:
-    """The run's id at Weights & Biases, kept in the run directory."""
     path = folder / "wandb-id"
     if not path.exists():
         with publish(path) as temporary:

@@ -29,10 +29,7 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     """AdamW with weight decay on every parameter, as in the original runs.
 
     In 8 bits, each moment is a code in blocks of 256 with their largest value beside them (Dettmers et al. 2022,
-    arXiv:2110.02861).
-
-    Raises:
-        UserError: 8 bits are wanted and bitsandbytes is not installed.
+    arXiv:2110.02861). UserError if 8 bits are configured and bitsandbytes is not installed.
     """
     chosen = config.optimizer
     common: dict[str, Any] = {

@@ -39,8 +39,7 @@ class TrainingState:
 
     Attributes:
         engine: the UNet under DeepSpeed.
-        partition: this rank's part of the fp32 weights.
-        ema: the average of that part.
+        partition, ema: this rank's part of the fp32 weights, and its average.
         scaling_factor: of the VAE; applied once, in `losses`.
         accumulation: micro-batches of one optimizer step.
         guard: decides which optimizer steps are applied.
@@ -143,9 +142,7 @@ class TrainingState:
 
         In fp16 they are repeated with a smaller loss scale while their gradients overflow. DeepSpeed then leaves the
         weights unchanged, so no sample is lost, and sample plan, learning rate, average and Adam stay in step.
-
-        Raises:
-            UserError: the gradients are not finite at any scale.
+        UserError if the gradients are not finite at any scale.
         """
         mine = (batch.to(self._ranks.device) for batch in islice(batches, self.accumulation))
         if self._config.precision != "fp16":
@@ -171,8 +168,7 @@ class TrainingState:
     def step_was_applied(self, step: int) -> bool:
         """Whether the guard applied optimizer step `step`; if not, the first rank prints why.
 
-        Raises:
-            UserError: the guard's policy is to stop.
+        UserError if the guard's policy is to stop.
         """
         if (message := self.guard.after_step(step)) and self._ranks.is_first:
             print(f"warning: {message}", flush=True)
