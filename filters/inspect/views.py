@@ -35,7 +35,7 @@ DERIVED: dict[str, str] = {
     ),
     "drops": (
         "SELECT d.uid, d.key, s.url, s.caption, CASE WHEN i.reason IS NOT NULL THEN 'download' "
-        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'keep' END AS stage, d.reason, i.error_message "
+        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'decide' END AS stage, d.reason, i.error_message "
         "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
     ),
     "score_pairs": (
@@ -47,17 +47,6 @@ DERIVED: dict[str, str] = {
         "SELECT lower(regexp_extract(url, '^[a-zA-Z]+://(?:[^/?#]*@)?([^/?#:]+)', 1)) AS host, count(*) AS tried, "
         "count(reason) AS failed, mode(reason) AS usual_reason FROM images GROUP BY host"
     ),
-}
-
-_COMMENTS: dict[str, str] = {
-    "metadata": "Every row of the metadata that the recipe names, under one set of column names",
-    "kept": "Kept samples with caption, LAION's scores and sizes",
-    "drops": "Selected rows that were dropped: at which stage and why",
-    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
-    "hosts": "Hosts, how many URLs of each were tried and how many failed",
-    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
-    "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
-    "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
 }
 
 # Columns derived from a file's name: its shard's number, and the tar beside it.
@@ -136,7 +125,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
 
 def _comments(recipe: Recipe) -> dict[str, str]:
     own = {stage.table.view: stage.table.comment for stage in pipeline.STAGES if stage.table}
-    return _COMMENTS | own | _left_out(recipe)
+    return pipeline.OTHER_VIEWS | own | _left_out(recipe)
 
 
 def _left_out(recipe: Recipe) -> dict[str, str]:
@@ -168,15 +157,16 @@ def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, r
 def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
     connection.execute(
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
-        "bytes BIGINT, dropped JSON)"
+        "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN)"
     )
+    on_gpu = {stage.name for stage in pipeline.STAGES if stage.uses_gpu}
     rows = [
-        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
+        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped), stage in on_gpu]
         for stage in recorded_stages(dataset)
         for e in entries(dataset, stage)
     ]
     if rows:
-        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def _num_bytes(entry: ShardReport) -> int:

@@ -114,8 +114,7 @@ class TrainConfig(Settings):
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank in one optimizer step.
 
-        Raises:
-            UserError: the global batch does not divide evenly; names the nearest that do.
+        UserError, with the nearest that do, if the global batch does not divide evenly.
         """
         share = self.micro_batch_size * world_size
         if self.global_batch_size % share == 0:
@@ -127,12 +126,17 @@ class TrainConfig(Settings):
             f"{self.micro_batch_size}. Use global_batch_size {choices}, or {self._micro_choices(world_size)}."
         )
 
-    def _micro_choices(self, world_size: int) -> str:
+    def micro_batches(self, world_size: int) -> list[int]:
+        """Sizes that divide a rank's share of the global batch, smallest first; none if there is no equal share."""
         if self.global_batch_size % world_size:
-            return "another number of ranks"
+            return []
         share = self.global_batch_size // world_size
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        return f"micro_batch_size {min(divisors, key=lambda d: (abs(d - self.micro_batch_size), d))}"
+        return [size for size in range(1, share + 1) if share % size == 0]
+
+    def _micro_choices(self, world_size: int) -> str:
+        if not (sizes := self.micro_batches(world_size)):
+            return "another number of ranks"
+        return f"micro_batch_size {min(sizes, key=lambda size: (abs(size - self.micro_batch_size), size))}"
 
     def digest(self) -> str:
         """Hex digest of all settings that distinguish runs."""
@@ -154,8 +158,7 @@ def known_configs() -> list[str]:
 def load_config(name_or_file: str) -> TrainConfig:
     """Loads a configuration by name or from a YAML file.
 
-    Raises:
-        UserError: unknown name (with the nearest known one), unknown key, bad value.
+    UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):

@@ -141,8 +141,8 @@ class SpeedConfig(Settings):
     """Use only bit-reproducible algorithms, some of them slower: a run repeats exactly on the same kind and number of
     GPUs with the same library versions. CPUs do not need it."""
     fp32_gradients: Free[bool] = True
-    """Accumulate and reduce gradients in float32, as the original runs did. False uses the network's precision: 4 bytes
-    per parameter less, and half of the traffic."""
+    """Accumulate and reduce gradients in float32, as the original runs did. False uses the network's precision: 2 bytes
+    per parameter less under ZeRO-1, and half of the traffic."""
     tf32: Free[bool] = True
     """TF32 for the remaining float32 matrix products on CUDA, as in the original runs."""
 

@@ -19,7 +19,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.energy import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
 from sdtrain.model_card.lineage import lineage
@@ -60,6 +60,7 @@ def write_card(run: Path) -> Path:
         chain=chain,
         step=chain[-1].step,
         datasets=datasets,
+        crops=_crops(config, datasets),
         energy=energy,
         total_kg=total_kg,
         intensity=config.card.intensity(),
@@ -83,6 +84,13 @@ def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
     with publish(run / _KEPT_FACTS) as temporary:
         temporary.write_text(json.dumps([fact.model_dump(mode="json") for fact in facts], indent=1) + "\n")
     return facts
+
+
+def _crops(config: TrainConfig, datasets: Sequence[DatasetFacts]) -> str:
+    """How images were cropped for the network."""
+    if config.data.online_vae:
+        return "resized, then one at random, anew whenever an image is seen"
+    return "; ".join(dict.fromkeys(facts.crops for facts in datasets if facts.crops)) or "not recorded"
 
 
 def _here(root: str) -> Path:

@@ -94,11 +94,7 @@ def _absent(thing: Any, names: Iterable[str]) -> list[str]:
 
 
 def require_tested_version() -> None:
-    """Refuses to train on the internals of another DeepSpeed.
-
-    Raises:
-        UserError: another version is installed.
-    """
+    """Raises UserError if another DeepSpeed than the tested version is installed."""
     found = version("deepspeed")
     if found.partition("+")[0] != TESTED_VERSION:  # a build of one's own has +COMMIT
         raise UserError(
@@ -124,17 +120,10 @@ def import_deepspeed() -> Any:
 
 
 class ZeroInternals:
-    """DeepSpeed's optimizer for ZeRO-1 and 2.
+    """DeepSpeed's optimizer for ZeRO-1 and 2; UserError for another optimizer, or other internals.
 
-    Attributes:
-        master: this rank's part of the fp32 weights, flat.
-        network: the network's own weights, flat and padded; its parameters are views of it.
-        parameters: those parameters, in the order of the vector.
-        offsets: start of each parameter in the whole flat vector.
-        group: the process group of all ranks.
-
-    Raises:
-        UserError: the engine has another optimizer, or one with other internals.
+    `master` is this rank's flat part of the fp32 weights. `network` has the network's own weights, flat and padded, and
+    its `parameters` are views of it, in its order; `offsets` are their starts. `group` has all ranks.
     """
 
     def __init__(self, engine: Any):
@@ -197,10 +186,8 @@ class ZeroInternals:
         """Accumulates and reduces gradients in float32; call it before the first backward pass.
 
         `communication_data_type` covers the reduction. ZeRO-1 with bf16 needs the rest here: configured for float32,
-        DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of.
-
-        Raises:
-            UserError: --deepspeed_config contradicts it.
+        DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of. UserError if
+        --deepspeed_config contradicts it.
         """
         zero = self._zero
         if not zero.partition_gradients:

@@ -116,10 +116,9 @@ def _factor(norm: torch.Tensor, scale: float, max_norm: float) -> torch.Tensor |
 
 
 class DeepSpeedSteps(Steps):
-    """DeepSpeed's own optimizer step, followed by the average: for ZeRO-2, offloading, and what else a JSON asks for.
+    """DeepSpeed's own optimizer step, followed by the average: for ZeRO-2, and for what a --deepspeed_config asks for.
 
-    Raises:
-        UserError: --deepspeed_config rounds gradients that the training config wants in fp32.
+    UserError if that rounds gradients that the training config wants in fp32.
     """
 
     def __init__(

@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.model_card import write_card
+from sdtrain.model_card.dataset import dataset_facts
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config
@@ -50,6 +51,29 @@ def write_dataset(root):
 
 def front_matter(path):
     return yaml.safe_load(path.read_text().split("---\n")[1])
+
+
+def row_of(card, name):
+    """The cells of a row of the table of the training procedure: this run's, and the original's."""
+    line = next(line for line in card.read_text().splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_where_the_run_differs_from_the_original_is_said(tmp_path):
+    write_dataset(tmp_path / "data")
+    (tmp_path / "data" / "latents").mkdir()
+    info = {"resize": "shorter side, bicubic, random crops", "num_crops": 4}
+    (tmp_path / "data" / "latents" / "info.json").write_text(json.dumps(info))
+    card = write_card(make_run(tmp_path, precision="bf16"))
+    ours, theirs = row_of(card, "precision")
+    assert "text encoder too, in bf16;" in ours
+    assert "fp32, with TF32 matrix products" in theirs
+    ours, theirs = row_of(card, "crops")
+    assert ours == "shorter side, bicubic, random crops (4 of each image, one an epoch)"
+    assert theirs == "resized, then one at random, anew whenever an image was seen"
+    again = write_card(make_run(tmp_path, name="online", precision="fp32", data={"online_vae": True}))
+    assert "fp32 (TF32 matrix products on GPUs)" in row_of(again, "precision")[0]
+    assert row_of(again, "crops")[0] == "resized, then one at random, anew whenever an image is seen"
 
 
 def test_the_hub_reads_what_it_expects(tmp_path):
@@ -191,3 +215,19 @@ def test_the_command_says_where_the_card_is_and_what_is_no_run(tmp_path, monkeyp
     captured = capsys.readouterr()
     assert captured.out.strip().endswith("run/README.md")
     assert "holds no training run" in captured.err
+
+
+def test_records_that_call_decide_keep_are_read(tmp_path):
+    import duckdb
+
+    root = tmp_path / "data"
+    write_dataset(root)
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"keep": {"rules": {"max_border": 0.3}}}))
+    with duckdb.connect(str(root / "metadata.duckdb")) as connection:
+        connection.execute("INSERT INTO funnel VALUES ('keep', 'max_border', 'a frame', 100, 300)")
+        connection.execute("INSERT INTO stages VALUES ('keep', 1800.0)")
+    facts = dataset_facts(root)
+    assert facts.decide_rules == {"max_border": 0.3}
+    assert facts.funnel[-1] == ("decide", "max_border", "a frame", 100, 300)
+    assert facts.stage_hours["decide"] == 0.5
