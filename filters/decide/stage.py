@@ -62,7 +62,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     columns = ", ".join(_columns(dataset, recipe.decide))
     # Otherwise DuckDB spills to the working directory.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "decide"))}) as connection:
-        connection.register("blocked", _alike_to_removed(connection, dataset))
+        connection.register("blocked", _near_duplicates_of_removed(connection, dataset))
         connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
@@ -90,7 +90,7 @@ def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None
         )
 
 
-def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+def _near_duplicates_of_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
     """Returns uids of images similar to one that was removed with a radius."""
     sources = _sources(dataset)
     return near_duplicate_uids(
