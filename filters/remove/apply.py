@@ -80,8 +80,7 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
 def finish_removal(dataset: DatasetDir) -> list[str]:
     """Carries out the journaled removal, if any; returns sentences on what was done.
 
-    Raises:
-        UserError: a file to rewrite is damaged, or removal.json cannot be read.
+    UserError if a file to rewrite is damaged, or removal.json cannot be read.
     """
     journal = _read_journal(dataset)
     if journal is None:

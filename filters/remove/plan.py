@@ -101,10 +101,8 @@ class Removal:
 def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
     """Resolves a list's entries (of kind `by`) in a dataset in any state; writes nothing.
 
-    `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits.
-
-    Raises:
-        UserError: there is no dataset, or the list cannot be read.
+    `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits. UserError if there
+    is no dataset, or the list cannot be read.
     """
     read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
@@ -128,8 +126,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
     """Yields a list's entries: text with one a line and comments after #, or Parquet with a column named like `by`.
 
-    Raises:
-        UserError: it is missing, unreadable, or of another form.
+    UserError if it is missing, unreadable, or of another form.
     """
     try:
         if path.suffix == ".parquet":

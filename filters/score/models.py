@@ -56,13 +56,10 @@ class Models:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch whose scores are in transit from the device.
+    """A batch whose scores, by name one per undamaged image, are in transit from the device.
 
-    Attributes:
-        batch: all images, including damaged ones.
-        scores: by name, one per undamaged image.
-        embeddings: of the undamaged images, float16; None if the recipe does not store them.
-        arrived: signals that the scores can be read; None if they already can.
+    `embeddings` are the undamaged images', float16; None if the recipe does not store them. `arrived` signals that the
+    scores can be read; None if they already can.
     """
 
     batch: Sequence[PreprocessedImage]

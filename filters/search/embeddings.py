@@ -38,12 +38,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """All embeddings of a dataset.
+    """All embeddings of a dataset, with the images' scores for k-means.
 
-    Attributes:
-        images: their scores, for k-means.
-        clip_model: open_clip's name of their network; `clip_digest` is its weights'.
-        counts: (shard, rows of its table), in order.
+    `clip_model` is open_clip's name of their network, `clip_digest` its weights'; `counts` are (shard, rows), in order.
     """
 
     dataset: DatasetDir

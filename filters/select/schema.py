@@ -134,8 +134,8 @@ def normalised_sql(
     Args:
         files: the input.
         pushdown: rules to push down, see `pushdown_sql`; the rows must still be checked.
-        compute_hash: fill missing `hash` with `laion_hash`, which must be registered
-            (`filters.select.sql_functions.register_laion_hash`); free for queries that do not select `hash`.
+        compute_hash: fill missing `hash` with `laion_hash`, to be registered by `sql_functions.register_laion_hash`;
+            free for queries that do not select `hash`.
         rows: half-open range of row numbers to read from each file.
     """
     groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}

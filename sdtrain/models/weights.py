@@ -41,13 +41,8 @@ class Published:
 def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "name another file") -> Path:
     """The weights file for a known name (fetched into the cache if needed) or a path.
 
-    Args:
-        name: as the user wrote it.
-        known: published weights by name.
-        otherwise: the user's alternative if a known name cannot be fetched.
-
-    Raises:
-        UserError: no such file or name, the download failed, or the file is not the published one.
+    `known` are published weights by name; `otherwise` is the user's alternative if one cannot be fetched. UserError if
+    there is no such file or name, the download failed, or the file is not the published one.
     """
     if name not in known:
         path = Path(name).expanduser()

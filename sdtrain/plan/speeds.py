@@ -64,12 +64,9 @@ class Load:
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """A speed with its origin.
+    """The speed of one GPU with its `source`, as in "published: ...", and all figures used.
 
-    Attributes:
-        images_per_s: of one GPU.
-        source: as in "published: ...", with all figures used.
-        remarks: assumptions beyond the figures.
+    `remarks` are assumptions beyond the figures.
     """
 
     images_per_s: float
