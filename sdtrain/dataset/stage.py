@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
@@ -66,6 +66,54 @@ class Drops(Generic[RecipeT]):
     explain: Callable[[str], str]
 
 
+Amount = Literal["metadata", "rows", "images", "kept", "crops"]
+"""Rows of the metadata, selected rows, downloaded images, kept samples, crops of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage has to do, for `sdtrain plan` and the room on the disk, by the rates in sdtrain/plan/rates.yaml.
+
+    Attributes:
+        num: what goes in.
+        rate: how many of these a core or GPU does in a second.
+        on: what shares the work.
+        writes: what comes out, and the bytes of each; None if they are not worth counting.
+    """
+
+    num: Amount
+    rate: str
+    on: Literal["cores", "one core", "GPUs"]
+    writes: tuple[Amount, str] | None
+
+
+Openers = dict[str, Callable[[], str]]
+"""By setting: opens it as the stage will, and says in a few words what it found; UserError if the stage would fail."""
+
+
+def no_openers(recipe: object, num_rows: int = 0) -> Openers:
+    """For a stage that opens nothing of a recipe's."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs(Generic[RecipeT]):
+    """What is opened before a build begins, so that hours of work do not end at a mistyped name.
+
+    Attributes:
+        files: on this machine, or listed in a moment.
+        networks: whose published weights are fetched if they are not here.
+        sized: what depends on the number of selected rows, which is the second argument.
+    """
+
+    files: Callable[[RecipeT], Openers]
+    networks: Callable[[RecipeT], Openers]
+    sized: Callable[[RecipeT, int], Openers]
+
+
+NOTHING: Needs[object] = Needs(files=no_openers, networks=no_openers, sized=no_openers)
+
+
 @dataclass(frozen=True)
 class Stage(Generic[RecipeT]):
     """One step of the pipeline, with all that other code must know about it: nothing has a default.
@@ -82,6 +130,8 @@ class Stage(Generic[RecipeT]):
         table: its table of samples; None if it writes none.
         drops: None if it loses no sample.
         uses_gpu: whether it uses a GPU if there is one.
+        needs: what it opens beside the outputs of other stages.
+        work: for plans; None if its rates are not known: plans say that they leave it out.
     """
 
     name: str
@@ -96,6 +146,8 @@ class Stage(Generic[RecipeT]):
     table: Table[RecipeT] | None
     drops: Drops[RecipeT] | None
     uses_gpu: bool
+    needs: Needs[RecipeT]
+    work: Work | None
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickles a declared stage by its name, as its fields are many."""
@@ -123,6 +175,8 @@ def plain_stage(
         table=None,
         drops=None,
         uses_gpu=uses_gpu,
+        needs=NOTHING,
+        work=None,
     )
 
 

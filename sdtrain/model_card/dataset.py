@@ -16,9 +16,6 @@ from sdtrain.impact.carbon import CORE_W, energy_kwh
 from sdtrain.impact.gpus import board_watts
 from sdtrain.settings import Settings
 
-GPU_STAGES = ("score", "encode")
-"""Stages that use a GPU if there is one."""
-
 
 class DatasetFacts(Settings):
     """The card's facts of one dataset; unrecorded ones are empty."""
@@ -37,6 +34,8 @@ class DatasetFacts(Settings):
     """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})
     """Worker hours, summed over shards."""
+    gpu_stages: list[str] = Field(default=["score", "encode"])
+    """Stages that use a GPU if there is one; the default is for records of versions that did not say."""
     num_removed: int | None = None
 
     @property
@@ -46,10 +45,10 @@ class DatasetFacts(Settings):
         return "/".join(parts[:2]) if self.metadata.startswith("hf://datasets/") and len(parts) > 1 else None
 
     def kwh(self, gpu: str | None, cores: float) -> float:
-        """Energy of the stages at stated power, as nothing measured it; GPU_STAGES ran on `gpu` (None: on `cores`)."""
+        """Energy of the stages at stated power, as nothing measured it; `gpu_stages` ran on `gpu` if given."""
         watts = board_watts(gpu) if gpu else None
         return sum(
-            energy_kwh(hours, CORE_W * cores + (watts or 0.0) * (stage in GPU_STAGES))
+            energy_kwh(hours, CORE_W * cores + (watts or 0.0) * (stage in self.gpu_stages))
             for stage, hours in self.stage_hours.items()
         )
 
@@ -57,13 +56,11 @@ class DatasetFacts(Settings):
 def dataset_facts(root: Path) -> DatasetFacts:
     """Reads a dataset's records; UserError if its ledger of removals is damaged."""
     dataset = DatasetDir(root)
-    funnel, hours = _counts(dataset.database)
     return DatasetFacts(
         root=str(root),
         **_recipe(dataset.recipe),
         crops=_crops(dataset.latents_info),
-        funnel=funnel,
-        stage_hours=hours,
+        **_counts(dataset.database),
         num_removed=read_ledger(dataset.removed).num_rows if dataset.recipe.exists() else None,
     )
 
@@ -93,15 +90,24 @@ def _crops(path: Path) -> str:
     return f"{info.get('resize', 'not recorded')}{several}"
 
 
-def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[str, float]]:
+def _counts(database: Path) -> dict[str, Any]:
     """The funnel, and hours by stage, from tables: `filters` is above this layer and cannot be imported."""
     if not database.exists():
-        return [], {}
+        return {}
     try:
         with duckdb.connect(str(database), read_only=True) as connection:
             rows = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
             hours = connection.execute("SELECT stage, sum(seconds) / 3600 FROM stages GROUP BY stage").fetchall()
+            funnel = [(current_stage(stage), *row) for stage, *row in rows]
+            spent = {current_stage(stage): num for stage, num in hours}
+            return {"funnel": funnel, "stage_hours": spent} | _gpu_stages(connection)
     except duckdb.Error:
-        return [], {}
-    funnel = [(current_stage(stage), *row) for stage, *row in rows]
-    return funnel, {current_stage(stage): spent for stage, spent in hours}
+        return {}
+
+
+def _gpu_stages(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
+    names = {name for name, *_ in connection.execute("DESCRIBE stages").fetchall()}
+    if "uses_gpu" not in names:  # written by an earlier version
+        return {}
+    found = connection.execute("SELECT DISTINCT stage FROM stages WHERE uses_gpu ORDER BY stage").fetchall()
+    return {"gpu_stages": [stage for (stage,) in found]}

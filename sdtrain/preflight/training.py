@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from sdtrain.config import TrainConfig
+from sdtrain.encode.vae import check_vae
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import Check, check_room, check_writable
-from sdtrain.preflight.networks import check_text_encoder, check_vae
+from sdtrain.preflight.networks import check_text_encoder
 
 _STATE_BYTES = 16
 """Of a checkpoint, per parameter: weights, their average and two moments, float32."""

@@ -18,8 +18,7 @@ from filters.recipe_record import read_recipe, record_recipe
 from filters.remove.apply import finish_removal, start_removal
 from sdtrain.cli import app
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, recorded_stages, require_entry
-from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.manifest import entries, recorded_stages, require_entry, selected_shards, selection
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
 from sdtrain.pack.stage import PACK
