@@ -14,6 +14,7 @@ from PIL import Image
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.preflight.training import check_trackers
 from sdtrain.redaction import as_recorded
 from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
 from sdtrain.training.distributed import Ranks
@@ -139,12 +140,9 @@ class Trackers:
 
 def _start_wandb(folder: Path, config: TrainConfig) -> Any:
     """The run at Weights & Biases, the same one after a resume."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "tracking.wandb_project needs the package wandb: pip install wandb, or set it to null."
-        ) from error
+    check_trackers(config)
+    import wandb
+
     try:
         return wandb.init(
             project=config.tracking.wandb_project,
