@@ -18,11 +18,8 @@ class NoiseSchedule:
     """alpha_bar of the forward process q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I).
 
     The betas are linear in their square root, computed and multiplied in float64 and stored in float32:
-    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion.
-
-    Attributes:
-        alphas_cumprod: alpha_bar_t, (T,), float32.
-        snr: alpha_bar_t / (1 - alpha_bar_t), (T,), float32: the signal's power over the noise's.
+    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion. `alphas_cumprod` is alpha_bar_t,
+    (T,), and `snr` alpha_bar_t / (1 - alpha_bar_t), (T,), the signal's power over the noise's, both float32.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):
@@ -80,25 +77,25 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Returns eps + strength * offset: normal noise (B, 4, h, w) plus a constant for each latent channel, (B, 4, 1, 1).
 
-    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it
-    (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
+    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it (Guttenberg 2023,
+    "Diffusion with Offset Noise", crosslabs.org).
     """
     return noise + strength * offset if strength else noise
 
 
-def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: float) -> list[str]:
+def drop_captions(captions: Sequence[str], uniforms: Sequence[float], dropout: float) -> list[str]:
     """Replaces a caption by "" where its uniform random number is below `dropout`.
 
     SD v1 drops the string, not the embedding (`ucg_training` in Stability-AI/stablediffusion,
     ldm/models/diffusion/ddpm.py), for classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1).
     """
-    return ["" if chance < dropout else caption for caption, chance in zip(captions, chances, strict=True)]
+    return ["" if uniform < dropout else caption for caption, uniform in zip(captions, uniforms, strict=True)]
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance: eps_u + scale * (eps_c - eps_u), where scale 1 is no guidance.
 
-    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use
-    w = scale - 1.
+    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use w =
+    scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)

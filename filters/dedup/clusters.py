@@ -34,10 +34,10 @@ class Embedded(NamedTuple):
 class Buckets:
     """Takes embeddings in any order and returns them cluster by cluster."""
 
-    def __init__(self, folder: Path, num_pictures: int, num_clusters: int) -> None:
+    def __init__(self, folder: Path, num_images: int, num_clusters: int) -> None:
         self._folder = folder
         self._num_clusters = num_clusters
-        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_pictures // _ROWS_PER_BUCKET)
+        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_images // _ROWS_PER_BUCKET)
         self._width = 0
         self._stack = ExitStack()
 
@@ -88,21 +88,19 @@ _TRAINING_ROWS_PER_CLUSTER, _MAX_TRAINING_BYTES = 64, 1 << 31
 Vectors = NDArray[np.float32]
 
 
-def num_clusters_for(num_pictures: int, wanted: int | None) -> int:
+def num_clusters_for(num_images: int, wanted: int | None) -> int:
     """Returns the wanted number of clusters, by default one for few images, else the square root of their number."""
     if wanted is None:
-        wanted = 1 if num_pictures <= MAX_ONE_CLUSTER else round(math.sqrt(num_pictures))
-    return max(1, min(wanted, num_pictures))
+        wanted = 1 if num_images <= MAX_ONE_CLUSTER else round(math.sqrt(num_images))
+    return max(1, min(wanted, num_images))
 
 
 def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
     """Yields each cluster's embeddings, which it stores in `folder` meanwhile.
 
     Independent of the number of threads and the order of images: the centres are learnt from the images with the
-    smallest uids, which are digests and thus a random sample, and all matrix products have one size.
-
-    Raises:
-        UserError: there is more than one cluster, and faiss is not installed.
+    smallest uids, which are digests and thus a random sample, and all matrix products have one size. UserError if
+    several clusters are needed and faiss is not installed.
     """
     owned = _all_in_one(images) if num_clusters == 1 else _owned(images, learn_centers(images, num_clusters, seed))
     with Buckets(folder, images.num, num_clusters) as buckets:

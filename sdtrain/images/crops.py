@@ -16,12 +16,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of an image that the VAE sees.
+    """The part of an image that the VAE sees: `pixels`, (height, width, 3) uint8.
 
-    Attributes:
-        pixels: (height, width, 3) uint8.
-        box: left, top, right, bottom of the visible part, in pixels of the source.
-        source_px: width and height of the source.
+    `box` is left, top, right and bottom of that part, in pixels of the source, whose width and height are `source_px`.
     """
 
     pixels: NDArray[np.uint8]
@@ -29,16 +26,12 @@ class Crop:
     source_px: Size
 
 
-def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
-    """Resizes an image (bicubic, antialiased) to just cover a size, then crops it.
+def resize_and_crop(image: Image.Image, size_px: Size, place: float | None) -> Crop:
+    """Resizes an RGB image (bicubic, antialiased) to just cover a width and height, then crops it.
 
-    The original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
+    `place` is the relative offset along the excess side, from 0 (left or top) up to 1; None for the centre. The
+    original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
     shorter side, then RandomCrop).
-
-    Args:
-        image: RGB.
-        size_px: width and height of the crop.
-        place: relative offset along the excess side, from 0 (left or top) up to 1; None for the centre.
     """
     scale = max(wanted / side for wanted, side in zip(size_px, image.size, strict=True))
     covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, image.size, strict=True)]
@@ -49,7 +42,7 @@ def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
     return Crop(pixels, tuple(round(edge / scale, 2) for edge in edges), image.size)  # type: ignore[arg-type]
 
 
-def chance(*names: object) -> float:
+def seeded_uniform(*names: object) -> float:
     """A number in [0, 1) determined by the names."""
     digest = hashlib.blake2b(" ".join(str(name) for name in names).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53

@@ -1,4 +1,4 @@
-"""Levers of speed that are set once for a run: backends, attention kernels, compilation."""
+"""Applies a run's speed settings: backends, attention kernels, compilation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _MAX_SHAPES = 64
 
 
 def set_backends(config: SpeedConfig) -> None:
-    """Sets what cuDNN, matrix products and every other operation may do, in this process.
+    """Configures cuDNN, matrix products and all other operations in this process.
 
-    With `deterministic`, PyTorch's flash and memory-efficient attention take backward passes without atomic additions,
-    cuDNN's attention is not taken, and an operation that has no deterministic algorithm raises an error.
+    With `deterministic`, PyTorch's flash and memory-efficient attention avoid atomic additions in the backward pass,
+    cuDNN's attention is off, and an operation without a deterministic algorithm raises an error.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
@@ -40,7 +40,7 @@ def set_backends(config: SpeedConfig) -> None:
 
 
 def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
-    """Within it, the chosen kernel is taken wherever it can do the job, and another one elsewhere."""
+    """Within the block, uses the chosen kernel wherever it applies, and another elsewhere."""
     chosen = _KERNELS.get(config.attention)
     if chosen is None:
         return nullcontext()
@@ -50,14 +50,11 @@ def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
 
 
 def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
-    """Compiles the UNet in place, at its first forward pass; its class and its parameters' names stay.
+    """Compiles the UNet in place, on its first forward pass; its class and its parameters' names stay.
 
-    Batches have one shape, so every graph is made for that shape only. Inductor keeps channels_last only if forced to:
-    it leaves the layout alone where a 3 x 3 convolution narrows by half or more, as in all of SD v1's blocks on the way
-    up.
-
-    Raises:
-        UserError: it shall be deterministic, which this PyTorch cannot promise of compiled code.
+    All batches have one shape, so every graph is specialised for it. Inductor is forced to keep channels_last: by itself
+    it would not where a 3 x 3 convolution narrows by half or more, as in all of SD v1's up blocks. UserError if the run
+    must be deterministic, which this PyTorch cannot promise for compiled code.
     """
     if config.compile == "off":
         return
@@ -84,6 +81,6 @@ def _compiled_parts(unet: UNet2DConditionModel, config: SpeedConfig) -> list[nn.
 
 
 def begin_graphs(config: SpeedConfig) -> None:
-    """Says that a new forward pass begins, so that CUDA graphs may use the memory of the last one's results."""
+    """Marks a new forward pass, so that CUDA graphs may reuse the memory of the last one's results."""
     if config.compile_mode in _WITH_GRAPHS:
         torch.compiler.cudagraph_mark_step_begin()

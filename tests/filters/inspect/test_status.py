@@ -77,7 +77,7 @@ def test_rate_and_time_left_come_from_when_shards_were_finished(dataset):
     assert download.num_bytes == 15_000
     assert (stages["score"].num_done, stages["score"].num_shards) == (0, 4)
     assert stages["pack"].num_shards is None, "keep has not decided yet"
-    finish(dataset, "keep", 0, 400, {"http_404": 100})
+    finish(dataset, "decide", 0, 400, {"http_404": 100})
     per_shard = load_recipe("demo").pack.samples_per_shard
     again = {stage.stage: stage for stage in dataset_status(dataset).stages}
     assert again["encode"].num_shards == -(-300 // per_shard)
@@ -86,7 +86,7 @@ def test_rate_and_time_left_come_from_when_shards_were_finished(dataset):
 def test_who_is_at_work_is_named_and_not_held_up(dataset):
     assert not dataset_status(dataset).users
     with lock_to_change(dataset, "sdtrain build"):
-        assert "sdtrain build is at work" in dataset_status(dataset).users[0]
+        assert "sdtrain build is running" in dataset_status(dataset).users[0]
         shown = CliRunner().invoke(app, ["status", str(dataset.root)])
     assert re.search(r"download +3/4 +300 +270 +30", shown.output)
     assert f"process {os.getpid()}" in shown.output

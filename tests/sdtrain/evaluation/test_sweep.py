@@ -13,18 +13,17 @@ from PIL import Image
 
 from sdtrain import precision
 from sdtrain.errors import UserError
-from sdtrain.evaluation import generate
-from sdtrain.evaluation.features import read_images
+from sdtrain.evaluation import stages
 from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
+from sdtrain.evaluation.stages import read_images
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import _completed_reports, run_sweep
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, digests, write_images
 
 
@@ -49,7 +48,7 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
     assert [row["guidance_scale"] for row in written["rows"]] == [1.0, 3.0]
     assert set(written["metrics"]) == {"fid_demo_features", "kid_demo_features", "agreement_demo_checker"}
     for row in written["rows"]:
-        assert row["num_pictures"] == 6
+        assert row["num_images"] == 6
         for name in written["metrics"]:
             assert np.isfinite(row[name])
             assert np.isfinite(row[f"{name}_ci95" if not name.startswith("kid") else f"{name}_std"])
@@ -57,6 +56,9 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
     assert wanted | {"network_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
     assert "Only 6 images were drawn and 12 real images were taken for 96 features" in written["notes"][0]
     assert read_results(done.folder / "results.json") == done.results
+    former = (done.folder / "results.json").read_text().replace('"num_images"', '"num_pictures"')
+    (done.folder / "former.json").write_text(former)
+    assert read_results(done.folder / "former.json") == done.results
     with (done.folder / "results.csv").open() as file:
         assert [float(row["guidance_scale"]) for row in csv.DictReader(file)] == [1.0, 3.0]
     assert Image.open(done.folder / "curve.png").width > 500
@@ -109,15 +111,15 @@ def test_all_scales_begin_with_the_same_noise_and_share_their_embeddings(little,
 
 def test_again_does_nothing_and_gives_the_same_bytes(done, little, run, monkeypatch):
     before = digests(done.folder)
-    monkeypatch.setattr(generate, "_draw", None)  # so that drawing would fail
+    monkeypatch.setattr(stages, "_draw", None)  # so that drawing would fail
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert digests(done.folder) == before
 
 
 def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
     before, drawn = digests(done.folder), []
-    real = generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    real = stages._draw
+    monkeypatch.setattr(stages, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     next(done.folder.glob("samples/*/guidance-3/00001.tar")).unlink()
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert drawn == [(3.0, 1)]
@@ -125,8 +127,8 @@ def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, r
 
 
 def test_more_scales_and_more_prompts_keep_what_was_drawn(done, little, run, monkeypatch):
-    drawn, real = [], generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    drawn, real = [], stages._draw
+    monkeypatch.setattr(stages, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     run_sweep(plan(little.model_copy(update={"scales": (1.0, 2.0, 3.0)}), [run], done.folder), say=quiet)
     assert drawn == [(2.0, 0), (2.0, 1)]
 
