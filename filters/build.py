@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 class Build:
     """A build in progress, with its dataset locked.
 
-    Attributes:
-        recipe: as recorded, with each `auto` resolved.
-        options: those outside the recipe.
-        changes: differences from the previous run's recipe; affected work is redone.
-        preflight: called before a stage's first shard.
+    `recipe` is as recorded, with each `auto` resolved; `options` are those outside it. `changes` are differences from
+    the previous run's recipe, whose work is redone; `preflight` is called before a stage's first shard.
     """
 
     dataset: DatasetDir
@@ -50,10 +47,8 @@ class Build:
 def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[Build]:
     """Locks the dataset for a build and finishes it at the end unless the build fails.
 
-    `recipe` has the options applied; the lock names `command` to others.
-
-    Raises:
-        UserError: the recipe names no metadata, or another command is changing the dataset.
+    `recipe` has the options applied; the lock names `command` to others. UserError if the recipe names no metadata, or
+    another command is changing the dataset.
     """
     from filters.inspect.report import finish_dataset
     from filters.preflight import BuildPreflight

@@ -25,11 +25,7 @@ ModelT = TypeVar("ModelT")
 
 
 def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
-    """Reads a YAML file into `model`.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest known one) or a bad value.
-    """
+    """Reads a YAML file into `model`; UserError if missing, not YAML, or with an unknown key or a bad value."""
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:

@@ -45,10 +45,8 @@ def train(
     """Trains until `config.steps` from the newest checkpoint; returns the step reached.
 
     `deepspeed_json` overrides our DeepSpeed settings. If `stop_requested` is true on any rank between two steps,
-    training ends with a checkpoint.
-
-    Raises:
-        UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
+    training ends with a checkpoint. UserError if latents, weights or settings do not fit, the
+    loss is not finite, or the disk is full.
     """
     # DeepSpeed chooses its accelerator on import, so it must not be imported before `join`.
     from sdtrain.training.energy import EnergyRecorder

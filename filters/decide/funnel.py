@@ -9,8 +9,7 @@ from typing import TypedDict
 from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, require_entry
-from sdtrain.dataset.selection import selection
+from sdtrain.dataset.manifest import entries, require_entry, selection
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Drops, Stage
 from sdtrain.errors import UserError
@@ -31,10 +30,8 @@ class FunnelRow(TypedDict):
 def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardReport | None = None) -> list[FunnelRow]:
     """Returns drops by stage and reason, from all metadata rows to the kept samples.
 
-    `stages` are the pipeline's, in order; `decided` replaces the recorded decisions.
-
-    Raises:
-        UserError: a stage that drops samples is not finished, or the counts of two stages do not match.
+    `stages` are the pipeline's, in order; `decided` replaces the recorded decisions. UserError if a stage that drops
+    samples is not finished, or the counts of two stages do not match.
     """
     num_rows = selection(dataset).num_in
     rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=num_rows)]

@@ -21,12 +21,9 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits beyond which a sample counts as memorised.
+    """The limits beyond which a sample counts as memorised, and the number of neighbours to compare (`top`).
 
-    Attributes:
-        threshold: least cosine of CLIP's embeddings to flag.
-        radius: bits in which one image's perceptual hashes may differ.
-        top: neighbours to compare.
+    `threshold` is the least CLIP cosine to flag; `radius` the bits in which perceptual hashes may differ.
     """
 
     threshold: float = 0.95
@@ -36,11 +33,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training image near a sample.
+    """A training image near a sample; None for both distances if the image is lost.
 
     Attributes:
-        hash_bits: differing bits of the perceptual hashes; None if the image is lost.
-        pixel_distance: root mean square, of channels from 0 to 1; likewise.
+        hash_bits: differing bits of the perceptual hashes.
+        pixel_distance: root mean square, of channels from 0 to 1.
     """
 
     hit: Hit
@@ -80,9 +77,7 @@ def _crop(image: Image.Image) -> Image.Image:
 class Calibration:
     """Cosines among some evenly chosen kept images.
 
-    Attributes:
-        nearest: of each with its nearest other kept image.
-        pairs: of all pairs of the chosen ones, which are random and show different things.
+    `nearest` are of each with its nearest other kept image; `pairs` of all chosen pairs, which are random.
     """
 
     threshold: float

@@ -37,13 +37,10 @@ _SEED = 42
 
 
 class IndexInfo(BaseModel):
-    """The contents of an index.
+    """The contents of an index, with `num_lists` 0 if all images are compared.
 
-    Attributes:
-        clip_model: open_clip's name of the embeddings' network; `clip_digest` is its weights'.
-        counts: (shard, rows of its score table), in order.
-        num_vectors: images with an embedding.
-        num_lists: 0 if all are compared.
+    `clip_model` is open_clip's name of the embeddings' network, `clip_digest` its weights'; `counts` are (shard, rows
+    of its score table), in order.
     """
 
     clip_model: str
@@ -84,8 +81,7 @@ class ImageIndex:
 def open_index(dataset: DatasetDir) -> ImageIndex:
     """Opens a dataset's index, building it if it is missing or out of date.
 
-    Raises:
-        UserError: there are no embeddings, faiss is not installed, or the index cannot be written.
+    UserError if there are no embeddings, faiss is not installed, or the index cannot be written.
     """
     load_faiss("Searching a dataset", otherwise="")
     folder = dataset.search / embeddings_digest(dataset)[:16]

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
 from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
@@ -26,7 +27,7 @@ from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Stage, Table, Work, no_openers, nothing_beside
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
@@ -36,11 +37,9 @@ _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 @dataclass(frozen=True)
 class Before:
-    """Earlier selections, of other files: left unchanged, and their rows are not selected again.
+    """Earlier selections of other files, left unchanged; their rows are not selected again.
 
-    Attributes:
-        files: the shards of each selection.
-        num_rows: rows in all of them.
+    `files` are the shards of each selection, with `num_rows` rows together.
     """
 
     number: int = 0
@@ -67,10 +66,8 @@ class Selection:
     def run(self) -> ShardReport:
         """Writes the shards, byte-identical for any number of threads.
 
-        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
-
-        Raises:
-            UserError: the metadata cannot be read, lacks a column, or no row passes.
+        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it. UserError if
+        the metadata cannot be read, lacks a column, or no row passes.
         """
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)
@@ -252,4 +249,6 @@ SELECT: Stage[Recipe] = Stage(
         explain=in_words,
     ),
     uses_gpu=False,
+    needs=Needs(files=open_files, networks=no_openers, sized=no_openers),
+    work=Work(num="metadata", rate="select_rows", on="cores", writes=("rows", "metadata_row_bytes")),
 )

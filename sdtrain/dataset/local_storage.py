@@ -27,12 +27,8 @@ class LocalStorage:
     """The files of one dataset, all in its directory.
 
     A remote storage (`sdtrain.dataset.s3`) keeps copies in that directory: it fetches files before they are read, and a
-    written file counts once it is stored remotely. Here most methods have nothing to do.
-
-    Attributes:
-        dataset: the directory.
-        is_remote: whether files may be elsewhere.
-        lock_token: of the command that holds the dataset, for the processes that write for it; "" without one.
+    written file counts once it is stored remotely. Here most methods have nothing to do. `lock_token` is of the command
+    that holds the dataset, for the processes that write for it; "" without one.
     """
 
     is_remote = False
@@ -50,20 +46,12 @@ class LocalStorage:
         return None
 
     def sync(self, may_delete: bool = True) -> None:
-        """Updates the local manifest.
-
-        Args:
-            may_delete: no command of this machine is about to record a shard.
-        """
+        """Updates the local manifest; `may_delete` says that no command of this machine is about to record a shard."""
 
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
-        """Stores a finished shard before its manifest entry is written here.
+        """Stores a finished shard before its manifest `entry` is written here, with that `content`.
 
-        Args:
-            entry: the local path of its manifest entry.
-            content: of the entry.
-            outputs: by name; the files already have their final names here.
-            beside: files that belong to it and are not in the manifest.
+        `outputs` are by name, under their final names; files `beside` belong to it but not to the manifest.
         """
 
     def push_files(self, paths: Iterable[Path]) -> None:
@@ -91,9 +79,7 @@ class LocalStorage:
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """Reads part of a file without fetching the whole.
 
-        Raises:
-            OSError: the file is missing.
-            UserError: the store cannot be reached, or refuses.
+        OSError if the file is missing, UserError if the store cannot be reached, or refuses.
         """
         with path.open("rb") as file:
             file.seek(offset)

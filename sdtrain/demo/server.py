@@ -58,13 +58,10 @@ class Served:
 
 @contextmanager
 def serve_world(world: World) -> Iterator[Served]:
-    """Serves `world` from one child process for as long as the block runs.
+    """Serves `world` from one child process for as long as the block runs; UserError if the world's ports are taken.
 
     The block's environment makes OpenSSL clients and child processes trust the world's certificates (SSL_CERT_FILE) and
     bypass proxies (no_proxy). The child ends with the block, and also when this process dies.
-
-    Raises:
-        UserError: the world's ports are taken.
     """
     log = world.directory / "server.log"
     command = [sys.executable, "-m", "sdtrain.demo.server", str(world.directory), _FOLLOW_PARENT]

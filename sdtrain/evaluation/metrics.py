@@ -30,12 +30,9 @@ class Metric(ABC):
     """One number with its spread. To add one, subclass this and list the class in METRICS.
 
     Arrays have one row per image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown`
-    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed.
-
-    Attributes:
-        name: its column in the results; the spread's is `NAME_SPREAD`.
-        spread: half of a 95 % interval, or a standard deviation.
-        axis: of the plot, if it is on one.
+    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed. `name`
+    is the number's column in the results, `NAME_SPREAD` that of its spread: half of a 95 % interval, or a standard
+    deviation.
     """
 
     name: str
@@ -186,8 +183,7 @@ def metrics_for(protocol: Protocol, has_images: bool = True) -> list[type[Metric
 def open_metrics(protocol: Protocol, real: Arrays | Gaussian) -> list[Metric]:
     """The metrics, ready to measure against real images.
 
-    Raises:
-        UserError: statistics of another network's features, or a metric that needs images and has statistics.
+    UserError for statistics of another network's features, or a metric that needs images and has statistics.
     """
     has_images = not isinstance(real, Gaussian)
     return [metric(protocol, real) for metric in metrics_for(protocol, has_images)]

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdtrain.choices import Resize
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
@@ -22,6 +21,7 @@ from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
 from sdtrain.models.weights import clip_digest
+from sdtrain.options import Resize
 
 BATCH_SIZE = 32
 
@@ -171,10 +171,8 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
     """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token.
-
-    Raises:
-        UserError: CLIP cannot be loaded, or its embeddings are not finite.
+    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token. UserError if CLIP
+    cannot be loaded, or its embeddings are not finite.
     """
     clip, device = _load_clip(protocol.clip_model, protocol.clip_weights), claim_device()
     tokens = clip.tokenizer(list(texts))

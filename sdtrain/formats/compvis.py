@@ -31,12 +31,8 @@ UNCOUNTED = -1
 def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     """A model in one file: a public SD v1, or one that sdtrain wrote.
 
-    Args:
-        path: `.safetensors`, or a PyTorch pickle, from which only tensors are read and nothing is run.
-        tokenizer: folder, hub id or `demo`; by default CLIP's, as the file holds none.
-
-    Raises:
-        UserError: the file is damaged, asks to run code, or holds another model.
+    From a PyTorch pickle only tensors are read and nothing is run. `tokenizer` is a folder, hub id or `demo`; by
+    default CLIP's, as the file holds none. UserError if the file is damaged, asks to run code, or holds another model.
     """
     file = TensorFile(path)
     architecture = sd_v1() if file.notes is None else Architecture.from_json(file.notes, str(path))
@@ -101,19 +97,16 @@ def write_compvis(
 ) -> None:
     """Writes a model as one file, whole or not at all.
 
-    The schedule's buffers stay in float32 whatever the `dtype`: half precision is too coarse for them.
-
     Args:
         model: the source of the configs.
         path: `.safetensors`, or `.ckpt` for a pickle of plain tensors, which loads with `weights_only`.
         frozen: VAE and text encoder.
         state: the UNet's tensors by diffusers' names.
         average: if given, also written, as `model_ema.*`.
-        dtype: of the weights.
+        dtype: of the weights; the schedule's buffers stay in float32, as half precision is too coarse for them.
 
     Raises:
-        UserError: the weights are too large for `dtype`, such files cannot hold the noise schedule, or the disk is
-            full.
+        UserError: weights too large for `dtype`, a noise schedule that such files cannot hold, or a full disk.
     """
     architecture = architecture_of(model, frozen)
     weights = stored_weights(architecture, frozen, state, average)
@@ -159,13 +152,10 @@ def stored_weights(architecture: Architecture, frozen: FrozenModels, state: Stat
 
 
 def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The twelve buffers of the noise schedule, each (T,), float32, computed in float64.
+    """The twelve buffers of a scaled-linear noise schedule, each (T,), float32, computed in float64.
 
     `DDPM.register_schedule` in CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py, with v_posterior = 0; the
-    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7.
-
-    Args:
-        scheduler: config of a diffusers scheduler with scaled-linear betas.
+    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6, 7. `scheduler` is diffusers' config.
     """
     start, end, length = (scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
     betas: Floats = np.linspace(start**0.5, end**0.5, length, dtype=np.float64) ** 2

@@ -11,8 +11,7 @@ from pathlib import Path
 from sdtrain.errors import UserError
 
 ROOM_IS_SURELY_TOO_SMALL = 0.5
-"""Share of estimated disk usage; estimates rest on assumed rates, so between this and all of it there is only a
-warning."""
+"""Share of the estimate; estimates rest on assumed rates, so between this and all of it there is only a warning."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ def check_writable(folder: Path) -> str:
 def check_room(folder: Path, wanted_bytes: float, what: str, surely: float = ROOM_IS_SURELY_TOO_SMALL) -> str:
     """Compares an estimate of the bytes that `what` will write to `folder`, which need not exist, with the free space.
 
-    Raises:
-        UserError: less than the share `surely` of the estimate is free.
+    UserError if less than the share `surely` of the estimate is free.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

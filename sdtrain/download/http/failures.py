@@ -1,7 +1,6 @@
 """Gives every download failure one short, stable reason, and says whether it is transient.
 
-`sdtrain.download.rows.failed_row` writes the reason of a `FetchError`, or of an `ImageError` (`sdtrain.images.decode`),
-to the images' table.
+`sdtrain.download.rows.failed_row` writes the reason of a `FetchError` or an `ImageError` to the images' table.
 """
 
 from __future__ import annotations
@@ -60,9 +59,8 @@ _TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "inval
 class FetchError(Exception):
     """A failed download. Its text is `reason: detail`, the same for the same failure.
 
-    Attributes:
-        reason: one of `MEANINGS`, or `http_` and a status code.
-        transient: whether a retry may succeed; by default `is_transient` decides.
+    `reason` is one of `MEANINGS`, or `http_` and a status code; `transient` says whether a retry may succeed, by
+    default as `is_transient` decides.
     """
 
     def __init__(self, reason: str, detail: str, transient: bool | None = None) -> None:
