@@ -145,7 +145,7 @@ class BatchMaker:
         return self.make(step, micro_step).pinned()
 
     def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
-        """Reads samples into `rows`, replacing damaged ones if `data.on_corrupt` says so.
+        """Reads samples into `rows`; `data.on_corrupt: skip` replaces damaged ones.
 
         A substitute is drawn from (seed, sample, attempt) within its dataset and size: equal on every rank and resume.
         """

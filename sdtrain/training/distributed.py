@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files that all ranks share."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
