@@ -52,7 +52,7 @@ def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
 def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
     """Compiles the UNet in place, on its first forward pass; its class and its parameters' names stay.
 
-    All batches have one shape, so every graph is specialised for it. Inductor is forced to keep channels_last: by itself
+    All batches have one shape, so every graph is specialised for it. Inductor is forced to keep channels_last: alone
     it would not where a 3 x 3 convolution narrows by half or more, as in all of SD v1's up blocks. UserError if the run
     must be deterministic, which this PyTorch cannot promise for compiled code.
     """
