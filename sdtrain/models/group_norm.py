@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,7 +42,8 @@ class GroupNormSilu(nn.GroupNorm):
     def replace(cls, norm: nn.GroupNorm, with_silu: bool, is_fused: bool) -> None:
         """Turns `norm` into one, in place."""
         norm.__class__ = cls
-        norm.with_silu, norm.is_fused = with_silu, is_fused
+        replaced = cast("GroupNormSilu", norm)
+        replaced.with_silu, replaced.is_fused = with_silu, is_fused
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # the name that PyTorch has
         """(B, C, H, W), in either layout."""

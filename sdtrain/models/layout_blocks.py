@@ -80,7 +80,7 @@ def keep_layout(unet: UNet2DConditionModel, is_fused: bool) -> None:
 
 
 def _is_plain_resnet(module: nn.Module) -> bool:
-    return (
+    return bool(
         type(module) is ResnetBlock2D
         and module.time_embedding_norm == "default"
         and module.time_emb_proj is not None
