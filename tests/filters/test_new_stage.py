@@ -211,7 +211,7 @@ def test_a_rule_over_a_column_that_no_earlier_stage_has_fails_at_once(machine, m
 
 
 def test_a_removed_sample_leaves_its_tar_and_its_table(server, machine, built, tmp_path):  # noqa: F811
-    url, before = built
+    url, _ = built
     objects = server.objects(url.rpartition("/")[2])
     gone, *left = pq.read_table(io.BytesIO(objects["tangs/00000.parquet"])).to_pylist()
     (tmp_path / "list.txt").write_text(gone["uid"] + "\n")
