@@ -147,7 +147,7 @@ RULES: dict[str, Rule] = {
     ),
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
-    # Measures of filters.score.quality.
+    # Measures of filters.score.preprocess.
     "min_sharpness": Rule("sharpness", "sharpness >= ?", "sharpness under {value}"),
     "min_entropy": Rule("entropy", "entropy >= ?", "gray levels of an entropy under {value} bits"),
     "max_border": Rule("border", "border <= ?", "more than the share {value} of the image is border of one colour"),

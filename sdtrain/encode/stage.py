@@ -1,4 +1,4 @@
-"""ENCODE: packed images -> the VAE's posterior moments, with captions and provenance."""
+"""The stage ENCODE: packed images -> the VAE's posterior moments, with captions and provenance."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ _TABLE = pa.schema(
 
 
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
-    """Writes the latents of one packed shard, and checks them.
+    """Writes and checks the latents of one packed shard.
 
     Raises:
-        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their images back.
+        UserError: the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
@@ -86,7 +86,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
 
 
 class _ShardEncoder:
-    """Makes the members of one shard's latents, and remembers what its table and its check need.
+    """Encodes one shard, and collects the data for its table and its check.
 
     Attributes:
         source: the packed shard.
@@ -103,7 +103,7 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The latents' members, some samples at a time; images are decoded while the VAE has the ones before."""
+        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
                 for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
@@ -111,7 +111,7 @@ class _ShardEncoder:
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
-            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
+            # Batches end with the shard, so that its bytes do not depend on what else is encoded.
             for part in _parts(samples, self._config.batch_size * len(self._sizes)):
                 yield part, list(pool.map(self._prepare, part))
 
@@ -126,11 +126,11 @@ class _ShardEncoder:
         size, number = bucket_of(image.size, self._sizes), self._config.num_crops
         if number == 1:
             return [cut(image, size, None)]
-        # One in each of `number` equal parts of the way, so that no two are alike by chance.
+        # One in each of `number` equal intervals, so that no two are alike by chance.
         return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
 
     def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
-        """Moments of each crop of each sample; batches are of one size."""
+        """The moments of each crop of each sample; each batch has one size."""
         found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
         for size in self._sizes:
             wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
@@ -157,7 +157,7 @@ class _ShardEncoder:
 def _checked(
     tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig
 ) -> DecodeQuality | None:
-    """Decodes the chosen latents as they lie in the file."""
+    """Decodes the chosen latents as stored in the file."""
     if not encoder.pixels:
         return None
     moments = []
@@ -192,7 +192,7 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
-    """The offset of the raw numbers, behind the npy header, whose length its bytes 8 and 9 tell."""
+    """The offset of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
     member = sample.members[_MOMENTS]
     with tar.open("rb") as file:
         file.seek(member.offset + 8)
@@ -215,7 +215,7 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
-    # Only what was set: options that came later must not make finished shards pending.
+    # Only set options: those added later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
     return fingerprint(
@@ -224,7 +224,7 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
-    compute_vae_digest(recipe.encode.vae)  # from here on fingerprints are of what is loaded, not of what is remembered
+    compute_vae_digest(recipe.encode.vae)  # from here on, fingerprints are of the loaded VAE, not of the cached digest
     for shard in shards:
         yield encode_shard(dataset, recipe.encode, shard)
 
@@ -235,7 +235,7 @@ def _info(dataset: DatasetDir, shard: int) -> list[Path]:
 
 ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
-    # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
+    # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
     inputs={"pack": "same shard", "encode": "first shard"},
     planned_by="keep",
     num_shards=expected_shards,

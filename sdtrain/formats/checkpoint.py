@@ -1,10 +1,10 @@
-"""Checkpoints: flat fp32 partitions as safetensors, readable by any number of ranks and without DeepSpeed.
+"""Reads checkpoints: flat fp32 partitions as safetensors, for any number of ranks and without DeepSpeed.
 
     checkpoints/step-00000200/layout.json              names, shapes, offsets, digests; written last
                               rank-00000-of-00002.safetensors   master, exp_avg, exp_avg_sq, ema
     latest                                             name of the newest checkpoint
 
-All ranks see one file system. A folder has its final name only when every file in it is whole.
+All ranks share one file system. A folder gets its final name only once every file in it is whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATE = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class ParameterSlot(Settings):
-    """Where one parameter lies in the flat vector."""
+    """One parameter's position in the flat vector."""
 
     name: str
     shape: tuple[int, ...]
@@ -34,41 +34,40 @@ class ParameterSlot(Settings):
 
     @property
     def numel(self) -> int:
-        """Number of its elements."""
+        """Its number of elements."""
         return math.prod(self.shape)
 
 
 class GuardState(Settings):
-    """What the next verdicts depend on; goes into checkpoints, so that a resumed run decides alike."""
+    """The step guard's state, saved so that a resumed run makes the same decisions."""
 
     num_skipped: int = 0
-    """Optimizer steps that were not applied, since the start of the run."""
+    """Skipped optimizer steps since the start of the run."""
     num_in_a_row: int = 0
-    """How many of the last ones, without a break."""
+    """Consecutive skips up to now."""
     recent_norms: tuple[float, ...] = ()
-    """Gradient norms of the last applied steps; only kept where spikes are looked for."""
+    """Gradient norms of the last applied steps; kept only if spikes are checked."""
 
 
 class Layout(Settings):
-    """What a checkpoint holds."""
+    """A checkpoint's contents."""
 
     format: int = FORMAT
     step: int
-    """Optimizer steps done, skipped ones included."""
+    """Optimizer steps done, including skipped ones."""
     world_size: int
     partition_numel: int
-    """Elements in each rank's file, padding of the last one included."""
+    """Elements in each rank's file, including the last one's padding."""
     config_digest: str
     data_digest: str
     files: dict[str, str]
-    """File name -> sha256, in the order of the ranks."""
+    """File name -> sha256, in rank order."""
     parameters: list[ParameterSlot]
     guard: GuardState = GuardState()
-    """Steps that were skipped, and the norms that decide about the next."""
     loss_scaler: dict[str, float] = Field(default={})
-    """The dynamic loss scaler of fp16; empty for other precisions."""
+    """fp16's dynamic loss scaler; empty for other precisions."""
     num_ema_updates: int | None = Field(default=None, ge=0)
-    """Updates of the average, those of the runs before included that it began from; None in old checkpoints."""
+    """Updates of the average, including those of the runs it continues; None in old checkpoints."""
 
     @property
     def num_applied(self) -> int:
@@ -77,12 +76,12 @@ class Layout(Settings):
 
     @property
     def ema_updates(self) -> int:
-        """Updates of the average, as far as the checkpoint knows: old ones knew of their own run only."""
+        """Updates of the average; old checkpoints count only their own run's."""
         return self.num_applied if self.num_ema_updates is None else self.num_ema_updates
 
 
 def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterSlot]:
-    """Parameters laid one behind the other in the given order."""
+    """Lays parameters one after another, in the given order."""
     slots, offset = [], 0
     for name, shape in parameters:
         slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset))
@@ -91,11 +90,7 @@ def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterS
 
 
 class Checkpoint:
-    """A finished checkpoint folder.
-
-    Raises:
-        UserError: its layout is missing, damaged or of another format.
-    """
+    """A finished checkpoint folder; UserError if its layout is missing, damaged or of another format."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,18 +102,14 @@ class Checkpoint:
             raise UserError(f"{path} has format {self.layout.format}; this sdtrain reads {FORMAT}.")
 
     def verify(self) -> None:
-        """Compares every file with its digest.
-
-        Raises:
-            UserError: a file is missing or was changed.
-        """
+        """Compares every file with its digest; UserError if one is missing or changed."""
         for name, digest in self.layout.files.items():
             file = self.path / name
             if not file.is_file() or sha256_of(file) != digest:
                 raise UserError(f"{file} is missing or damaged.")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one of STATE's flat vectors, however it was sharded; zeros past its end."""
+        """Elements [start, stop) of one of STATE's flat vectors, however sharded; zeros past its end."""
         result, size = torch.zeros(stop - start), self.layout.partition_numel
         last_slot = self.layout.parameters[-1]
         stop = min(stop, last_slot.offset + last_slot.numel)
@@ -131,13 +122,13 @@ class Checkpoint:
         return result
 
     def weights(self, which: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole parameters by name, fp32, one after the other; `which` is "master" or "ema"."""
+        """Whole fp32 parameters by name, one at a time; `which` is "master" or "ema"."""
         for slot in self.layout.parameters:
             yield slot.name, self.read(which, slot.offset, slot.offset + slot.numel).reshape(slot.shape)
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where a run's checkpoints lie."""
+    """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
@@ -147,7 +138,7 @@ def finished(folder: Path) -> list[Path]:
 
 
 def newest_whole(run_dir: Path) -> Checkpoint | None:
-    """A run's newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+    """A run's newest whole checkpoint, or None; logs a warning for each damaged one that it skips."""
     for path in finished(folder_of(run_dir)):
         try:
             checkpoint = Checkpoint(path)
@@ -159,11 +150,7 @@ def newest_whole(run_dir: Path) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: itself, or the newest whole one of a run directory.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint at `path`, or the newest whole one of a run directory; UserError if there is none."""
     if (path / "layout.json").exists():
         return Checkpoint(path)
     found = newest_whole(path)
