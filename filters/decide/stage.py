@@ -14,7 +14,7 @@ from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, r
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entries, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
@@ -119,7 +119,7 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     # The selection too: only it holds LAION's scores, which may decide.
     select = selection(dataset)
     shards = selected_shards(dataset)
-    inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
+    inputs = (entry for stage in ("download", "score") for entry in require_entries(dataset, stage, shards))
     # As pairs, because the order of the rules decides the reasons.
     config: dict[str, object] = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
     removed = removed_hashes(read_ledger(dataset.removed))

@@ -15,7 +15,7 @@ from filters.dedup.levels import LEVELS, Found, group_images
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, require_entries
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
@@ -28,7 +28,7 @@ _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of 
 def scored_images(dataset: DatasetDir) -> Images:
     """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
     shards = list(selected_shards(dataset))
-    num = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
+    num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
     schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
     has_embeddings = bool(schemas) and all("embedding" in schema.names for schema in schemas)
     networks = {tuple((schema.metadata or {}).get(name) for name in _NETWORK) for schema in schemas}
@@ -76,7 +76,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    inputs = [require_entry(dataset, "score", shard) for shard in selected_shards(dataset)]
+    inputs = require_entries(dataset, "score", selected_shards(dataset))
     return fingerprint("dedup/2", recipe.duplicates.model_dump(mode="json"), inputs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -19,7 +18,6 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
 from sdtrain.dataset.s3.sync import fetch_tables
-from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
@@ -100,9 +98,8 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
     """Returns a stage's finished Parquet files, without leftovers of an earlier, larger selection."""
-    limit = stage.num_shards(dataset, recipe) or 0
-    names = {name for entry in entries(dataset, stage.name) if entry.shard < limit for name in entry.outputs}
-    paths = (dataset.root / name for name in sorted(names) if name.endswith(".parquet"))
+    finished = entries(dataset, stage.name).below(stage.num_shards(dataset, recipe) or 0)
+    paths = (dataset.root / name for name in finished.listed("tables"))
     return [path for path in paths if path.exists()]
 
 
@@ -170,17 +167,13 @@ def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) ->
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
         "bytes BIGINT, dropped JSON)"
     )
-    rows = [
-        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
-        for stage in recorded_stages(dataset)
-        for e in entries(dataset, stage)
-    ]
-    if rows:
-        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-
-
-def _num_bytes(entry: ShardReport) -> int:
-    return sum(output.bytes for output in entry.outputs.values())
+    for stage in recorded_stages(dataset):
+        connection.register("finished", entries(dataset, stage).table)
+        connection.execute(
+            "INSERT INTO stages SELECT ?, shard, num_in, num_out, seconds, num_bytes, to_json(dropped) FROM finished",
+            [stage],
+        )
+        connection.unregister("finished")
 
 
 def _literal(text: str) -> str:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest_table import StageEntries, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
+
+_read_in_bulk: ContextVar[dict[Path, StageEntries] | None] = ContextVar("read_in_bulk", default=None)
 
 
 def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Output]:
@@ -38,8 +43,30 @@ def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
     """The entry of a finished shard, or None; UserError if another version wrote it, or it is damaged."""
+    if (read := _read_in_bulk.get()) is not None:
+        return _bulk(read, dataset, stage).get(shard)
     path = dataset.manifest_entry(stage, shard)
     return parse_entry(path.read_bytes(), path) if path.exists() else None
+
+
+@contextmanager
+def bulk_reads() -> Iterator[None]:
+    """Answers `read_entry` from one reading of a stage's entries: for questions about all shards, by one thread.
+
+    What is recorded inside the block is not seen.
+    """
+    token = _read_in_bulk.set({})
+    try:
+        yield
+    finally:
+        _read_in_bulk.reset(token)
+
+
+def _bulk(read: dict[Path, StageEntries], dataset: DatasetDir, stage: str) -> StageEntries:
+    folder = dataset.manifest_entry(stage, 0).parent
+    if folder not in read:
+        read[folder] = entries(dataset, stage)
+    return read[folder]
 
 
 def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
@@ -53,10 +80,16 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
     return entry
 
 
-def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+def entries(dataset: DatasetDir, stage: str) -> StageEntries:
     """The entries of a stage's finished shards, in order."""
-    found = sorted(dataset.manifest_entry(stage, 0).parent.glob("[0-9]*.json"))
-    return [require_entry(dataset, stage, int(path.stem)) for path in found]
+    return stage_entries(dataset.manifest_entry(stage, 0).parent)
+
+
+def require_entries(dataset: DatasetDir, stage: str, shards: Iterable[int]) -> Iterator[ShardReport]:
+    """The entries of many upstream shards; UserError if that stage has not finished one of them."""
+    finished = entries(dataset, stage)
+    for shard in shards:
+        yield finished.get(shard) or require_entry(dataset, stage, shard)
 
 
 def recorded_stages(dataset: DatasetDir) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, require_entry
@@ -13,25 +15,35 @@ from sdtrain.dataset.shard_report import Output, ShardReport
 
 def selection(dataset: DatasetDir) -> ShardReport:
     """Merges all selections' reports: counts summed, files in shard order; UserError if nothing is selected yet."""
-    folder = dataset.manifest_entry("select", 0).parent
-    changed_ns = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
-    return _selection(dataset, changed_ns)
+    return _selection(dataset, _changed_ns(dataset))
 
 
-def selected_shards(dataset: DatasetDir) -> dict[int, Output]:
+def selected_shards(dataset: DatasetDir) -> Mapping[int, Output]:
     """Shard number -> its selection file's digest, in order."""
-    return {int(Path(name).stem): output for name, output in selection(dataset).outputs.items()}
+    return _selected_shards(dataset, _changed_ns(dataset))
 
 
 def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
     """The number of selected shards, for later stages' `Stage.num_shards`; None before the first selection."""
-    selected = entries(dataset, "select")
-    return sum(len(entry.outputs) for entry in selected) if selected else None
+    return len(selected_shards(dataset)) if dataset.manifest_entry("select", 0).exists() else None
+
+
+def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:
+    folder = dataset.manifest_entry("select", 0).parent
+    return tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
+
+
+# Both are cached, because every shard's fingerprint asks for them, and at scale they list over 100,000 files.
+
+
+@lru_cache(maxsize=4)
+def _selected_shards(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> Mapping[int, Output]:
+    outputs = _selection(dataset, changed_ns).outputs
+    return MappingProxyType({int(Path(name).stem): output for name, output in outputs.items()})
 
 
 @lru_cache(maxsize=4)
 def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
-    # Cached, because every shard's fingerprint asks for it, and at scale it lists tens of thousands of files.
     require_entry(dataset, "select", 0)
     reports = entries(dataset, "select")
     dropped, outputs = Counter[str](), dict[str, Output]()

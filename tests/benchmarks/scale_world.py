@@ -157,7 +157,7 @@ def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
             place = {"extension": "jpg", "picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
             digest = hashlib.sha256(row["uid"].encode()).hexdigest()
             rows.append(
-                {name: None for name in schema.names}
+                dict.fromkeys(schema.names)
                 | named
                 | size
                 | place
@@ -176,7 +176,7 @@ def _scores(world: World) -> Iterator[tuple[int, int, list[Path]]]:
         rows = []
         for row in pq.read_table(dataset.images_table(shard)).to_pylist():
             rows.append(
-                {name: None for name in _TABLE.names}
+                dict.fromkeys(_TABLE.names)
                 | {"uid": row["uid"], "key": row["key"], "pixel_sha256": row["sha256"], "phash": row["phash"]}
                 | {"thumbnail": bytes(48), "image_width": 640, "image_height": 512}
             )
