@@ -40,11 +40,9 @@ FROM read_parquet(?)
 
 @dataclass
 class Found:
-    """The result of a search for duplicates.
+    """The result of a search for duplicates: the number of images dropped if one of each group stays.
 
-    Attributes:
-        removed: by searched level, the number of images dropped if one of each group stays.
-        dropped: the same for the written groups, by kind.
+    `removed` counts by searched level, `dropped` by kind for the written groups.
     """
 
     num_pictures: int
@@ -57,10 +55,8 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
 
     Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
     150 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
-    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate).
-
-    Raises:
-        UserError: the level is semantic and there are no embeddings, or faiss is needed and not installed.
+    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate). UserError if
+    the level is semantic and there are no embeddings, or faiss is needed and not installed.
     """
     found, components = Found(images.num), Components(images.num)
     kinds, members = np.zeros(images.num, np.uint8), folder / "members.parquet"
@@ -103,8 +99,7 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
 def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
     """Returns the requested levels, and cheap ones beyond them.
 
-    Raises:
-        UserError: the semantic level's needs are not met; it must not fail after hours of earlier levels.
+    UserError if the semantic level's needs are not met, so that it does not fail after hours of earlier levels.
     """
     asked, levels = _asked(config), ["exact"]
     few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
@@ -172,9 +167,9 @@ def link_exact(columns: Columns, components: Components) -> None:
 def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
     """Links images in each cluster whose embeddings have a cosine of at least `threshold`.
 
-    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays.
-    Rounding of matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive
-    cosine is one of two vectors, in float64.
+    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays. Rounding of
+    matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive cosine is one
+    of two vectors, in float64.
     """
     for nodes, stored in clusters:
         vectors = unit(stored)

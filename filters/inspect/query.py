@@ -80,11 +80,8 @@ def ask(dataset: DatasetDir, sql: str, explain: bool = False) -> Iterator[pa.Rec
     """Yields the result of one SELECT over the dataset's views (metadata.duckdb), in batches.
 
     The database is read-only; the query cannot reach files other than the dataset's and the metadata's, the network,
-    settings or extensions. `sql` is one SELECT, FROM, DESCRIBE, SUMMARIZE or SHOW; `explain` returns the plan with
-    the times of its steps instead of the result.
-
-    Raises:
-        UserError: there are no views yet, or the SQL is wrong or not allowed.
+    settings or extensions. `sql` is one SELECT, FROM, DESCRIBE, SUMMARIZE or SHOW; `explain` returns the plan with the
+    times of its steps instead of the result. UserError if there are no views yet, or the SQL is wrong or not allowed.
     """
     with closing(_open(dataset)) as connection:
         try:

@@ -11,6 +11,7 @@ import duckdb
 from filters import pipeline
 from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
+from filters.inspect.table_columns import TableColumns
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
 from filters.select.schema import normalised_sql
@@ -47,17 +48,6 @@ DERIVED: dict[str, str] = {
     ),
 }
 
-_COMMENTS: dict[str, str] = {
-    "metadata": "Every row of the metadata that the recipe names, under one set of column names",
-    "kept": "Kept samples with caption, LAION's scores and sizes",
-    "drops": "Selected rows that were dropped: at which stage and why",
-    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
-    "hosts": "Hosts, how many URLs of each were tried and how many failed",
-    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
-    "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
-    "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
-}
-
 # Columns derived from a file's name: its shard's number, and the tar beside it.
 _FROM_FILE = {
     "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
@@ -89,10 +79,13 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
 
 
 def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    tables = TableColumns(dataset)
     yield "metadata", _metadata(connection, recipe)
     for stage in pipeline.STAGES:
         if stage.table:
-            yield stage.table.view, _over(connection, _files(stage, dataset, recipe), stage.table.columns)
+            groups = tables.groups(_files(stage, dataset, recipe))
+            yield stage.table.view, _over(connection, groups, stage.table.columns)
+    tables.save()
     yield from DERIVED.items()
 
 
@@ -103,12 +96,17 @@ def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Pa
     return [path for path in paths if path.exists()]
 
 
-def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: Mapping[str, str]) -> str:
-    if not paths:
-        nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
-        return f"SELECT {nothing} WHERE false"
-    files = ", ".join(_literal(str(path)) for path in paths)
-    read = f"SELECT * FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
+def _nothing(columns: Mapping[str, str]) -> str:
+    nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
+    return f"SELECT {nothing} WHERE false"
+
+
+def _over(connection: duckdb.DuckDBPyConnection, groups: list[list[Path]], columns: Mapping[str, str]) -> str:
+    if not groups:
+        return _nothing(columns)
+    listed = (", ".join(_literal(str(path)) for path in paths) for paths in groups)
+    each = (f"SELECT * FROM read_parquet([{paths}], filename = true)" for paths in listed)  # noqa: S608
+    read = f"SELECT * FROM ({' UNION ALL BY NAME '.join(each)})"  # noqa: S608
     known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
     # Files of older versions, and selections of metadata with fewer columns, may lack columns.
     absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
@@ -121,9 +119,9 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
         files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
         prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is useful without its metadata
-        return _over(connection, [], TYPES)
+        return _nothing(TYPES)
     if any(holds_secret(file.path) for file in files):  # a view would store the secrets
-        return _over(connection, [], TYPES)
+        return _nothing(TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
         listed = ", ".join(map(_literal, paths))
@@ -133,7 +131,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
 
 def _comments(recipe: Recipe) -> dict[str, str]:
     own = {stage.table.view: stage.table.comment for stage in pipeline.STAGES if stage.table}
-    return _COMMENTS | own | _left_out(recipe)
+    return pipeline.OTHER_VIEWS | own | _left_out(recipe)
 
 
 def _left_out(recipe: Recipe) -> dict[str, str]:

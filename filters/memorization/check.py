@@ -66,9 +66,7 @@ class Verdict:
 class Memorised:
     """The verdicts on all samples: flagged ones first, then by similarity to a training image.
 
-    Attributes:
-        calibration: the threshold's meaning in this dataset.
-        notes: sentences needed to read the metrics.
+    `calibration` is the threshold's meaning in this dataset; `notes` are sentences needed to read the metrics.
     """
 
     verdicts: Sequence[Verdict]
@@ -90,10 +88,9 @@ class Memorised:
 
 
 def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | None = None) -> Memorised:
-    """Searches the kept training images for samples, with a few samples in memory at a time.
+    """Searches the kept training images for samples, holding a few samples in memory at a time.
 
-    Raises:
-        UserError: there are no samples, or the dataset cannot be searched.
+    UserError if there are no samples, or the dataset cannot be searched.
     """
     limits = limits or Limits()
     verdicts = [verdict for part in _parts(samples) for verdict in _verdicts(search, part, limits)]

@@ -48,8 +48,7 @@ _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 class Search:
     """A searchable dataset, which must stay locked (`lock_to_read`); the first query loads index and network.
 
-    Raises:
-        UserError: there is no dataset, or it cannot be searched.
+    UserError if there is no dataset, or it cannot be searched.
     """
 
     def __init__(self, dataset: DatasetDir) -> None:
@@ -198,8 +197,7 @@ def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
 class Encoder:
     """CLIP as configured by a dataset's recipe, for comparison with the embeddings of index `info`.
 
-    Raises:
-        UserError: the recipe names other weights than the dataset was scored with, or they are unavailable.
+    UserError if the recipe names other weights than the dataset was scored with, or they are unavailable.
     """
 
     def __init__(self, config: ScoreConfig, info: IndexInfo) -> None:

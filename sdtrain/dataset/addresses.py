@@ -24,12 +24,9 @@ _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1:
 
 
 def why_not_allowed(url: str, allow_private: bool) -> str | None:
-    """The reason why `url` must not be fetched, by its text alone; None if it may be.
+    """Why `url` must not be fetched: "malformed", "scheme", "userinfo", "port", "private_host", or None if it may be.
 
-    Names are not resolved here: `is_public` checks their addresses when a connection is made.
-
-    Returns:
-        "malformed", "scheme", "userinfo", "port", "private_host" or None.
+    Only its text counts: `is_public` checks the addresses of its name when a connection is made.
     """
     try:
         parts = urlsplit(url)
@@ -51,8 +48,7 @@ def is_public(address: str) -> bool:
     """Whether a resolved IP address belongs to the public internet.
 
     Loopback, private, link-local (cloud metadata services), shared, multicast, reserved and unspecified addresses do
-    not,
-    nor do IPv6 addresses that embed one such IPv4 address.
+    not, nor do IPv6 addresses that embed one such IPv4 address.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
@@ -68,8 +64,7 @@ def is_public(address: str) -> bool:
 def ipv4_of(host: str) -> str | None:
     """The dotted address that C libraries and browsers read in `host` (`2130706433`, `0x7f.1`); None for a name.
 
-    Raises:
-        ValueError: numeric, but no address.
+    ValueError if it is numeric, but no address.
     """
     if not _NUMERIC.fullmatch(host):
         return None

@@ -81,14 +81,16 @@ class EncodeConfig(Settings):
     """Precision of the VAE's weights and activations. GPUs multiply 16-bit numbers faster; fp16 rounds eight times
     finer than bf16, and latents that overflow are refused. auto: bf16 if the machine that starts the dataset is
     faster in it, else fp32; the dataset keeps that choice."""
+    crop: Literal["centre", "random"] = "centre"
+    """Place of the crop along the excess side. The original runs cropped at random, anew in every epoch; a cached crop
+    keeps its place, unless num_crops caches several."""
     num_crops: int = Field(default=1, ge=1)
-    """1: the centre crop. More: that many crops at random places along the excess side; training uses them in turn,
-    one an epoch."""
+    """1: one crop, placed by `crop`. More: that many crops at random places along the excess side; training uses them
+    in turn, one an epoch."""
     buckets: tuple[tuple[int, int], ...] = ()
     """Widths and heights in pixels, multiples of 8; each image gets the one nearest to its shape."""
     bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
-    """Instead of `buckets`: all sizes that are multiples of this (64 for SD v1), with about `resolution` squared
-    pixels."""
+    """Instead of `buckets`: all sizes in multiples of this (64 for SD v1), with about `resolution` squared pixels."""
     bucket_max_aspect: float = Field(default=2.0, ge=1)
     """Largest aspect ratio of the sizes from `bucket_step_px`."""
     check_samples: int = Field(default=16, ge=0)

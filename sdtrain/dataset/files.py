@@ -31,10 +31,7 @@ def publish(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target` and renames it to `target` if the block succeeds.
 
     The data is on disk before the rename, so a crash never leaves a short file under a final name. A block that raises
-    leaves nothing.
-
-    Raises:
-        UserError: the disk is full, or the path is a URL.
+    leaves nothing. UserError if the disk is full, or the path is a URL.
     """
     refuse_url(target).parent.mkdir(parents=True, exist_ok=True)
     # Threads that process different shards may write one shared file, such as latents/info.json, concurrently.

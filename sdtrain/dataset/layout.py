@@ -10,9 +10,7 @@ from pathlib import Path
 class DatasetDir:
     """The layout of one dataset on disk; every path in sdtrain comes from here.
 
-    Attributes:
-        root: its directory.
-        url: of a dataset on S3, with `root` as its work folder (`sdtrain.dataset.s3`); else empty.
+    `root` is its directory, or the work folder of a dataset on S3 (`sdtrain.dataset.s3`), whose `url` is not empty.
     """
 
     root: Path

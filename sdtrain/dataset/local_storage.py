@@ -50,20 +50,12 @@ class LocalStorage:
         return None
 
     def sync(self, may_delete: bool = True) -> None:
-        """Updates the local manifest.
-
-        Args:
-            may_delete: no command of this machine is about to record a shard.
-        """
+        """Updates the local manifest; `may_delete` says that no command of this machine is about to record a shard."""
 
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
-        """Stores a finished shard before its manifest entry is written here.
+        """Stores a finished shard before its manifest `entry` is written here, with that `content`.
 
-        Args:
-            entry: the local path of its manifest entry.
-            content: of the entry.
-            outputs: by name; the files already have their final names here.
-            beside: files that belong to it and are not in the manifest.
+        `outputs` are by name, under their final names; files `beside` belong to it but not to the manifest.
         """
 
     def push_files(self, paths: Iterable[Path]) -> None:
@@ -93,9 +85,7 @@ class LocalStorage:
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """Reads part of a file without fetching the whole.
 
-        Raises:
-            OSError: the file is missing.
-            UserError: the store cannot be reached, or refuses.
+        OSError if the file is missing, UserError if the store cannot be reached, or refuses.
         """
         with path.open("rb") as file:
             file.seek(offset)

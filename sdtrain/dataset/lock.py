@@ -33,8 +33,7 @@ class DatasetLock:
     """A lock on a dataset, until the block ends, it is closed or collected, or the process ends, even by kill -9.
 
     It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so a crash leaves nothing
-    to
-    clear. Only the process that runs a command takes it, not its threads, workers and other machines.
+    to clear. Only the process that runs a command takes it, not its threads, workers and other machines.
     """
 
     def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:
@@ -69,8 +68,7 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
     """Locks a folder, created if missing, for one writing process; the lock file stays there.
 
-    Raises:
-        UserError: it is in use, or cannot be written.
+    UserError if it is in use, or cannot be written.
     """
     try:
         refuse_url(folder).mkdir(parents=True, exist_ok=True)
@@ -100,8 +98,7 @@ def active_commands(dataset: DatasetDir) -> list[str]:
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
     """Locks a dataset for a command that only reads, beside other readers; on S3, other machines do not see it.
 
-    Raises:
-        UserError: it is being changed, or a removal was interrupted, so that its files are inconsistent.
+    UserError if it is being changed, or a removal was interrupted, so that its files are inconsistent.
     """
     file = _opened_to_read(dataset.lock)
     if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -25,10 +26,7 @@ def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Ou
 def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
     """Records the shard as finished, on S3 first. Call it once every output has its final name.
 
-    Args:
-        dataset: whose.
-        entry: of the shard.
-        beside: files that its outputs need and it does not list.
+    Files `beside` are those that its outputs need and the entry does not list.
     """
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
     storage_of(dataset).push(path, content.encode(), entry.outputs, beside)
@@ -83,6 +81,13 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
 def entries(dataset: DatasetDir, stage: str) -> StageEntries:
     """The entries of a stage's finished shards, in order."""
     return stage_entries(dataset.manifest_entry(stage, 0).parent)
+
+
+def newest_change_ns(dataset: DatasetDir, stage: str) -> int:
+    """When an entry of a stage was last written or copied here, in ns since 1970; 0 for a stage without entries."""
+    with suppress(FileNotFoundError), os.scandir(dataset.manifest_entry(stage, 0).parent) as files:
+        return max((file.stat().st_mtime_ns for file in files if file.name.endswith(".json")), default=0)
+    return 0
 
 
 def require_entries(dataset: DatasetDir, stage: str, shards: Iterable[int]) -> Iterator[ShardReport]:

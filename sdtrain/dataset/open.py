@@ -16,14 +16,9 @@ from sdtrain.errors import UserError
 
 
 def dataset_at(name: str, work_dir: Path | None = None) -> DatasetDir:
-    """A dataset by its name, without reading anything.
+    """A dataset by its name, a directory or s3://…, without reading anything.
 
-    Args:
-        name: a directory, or s3://…
-        work_dir: parent of the work folders of datasets on S3.
-
-    Raises:
-        UserError: the URL is incomplete, or holds a secret.
+    `work_dir` is the parent of S3 datasets' work folders. UserError if the URL is incomplete, or holds a secret.
     """
     if not is_s3(name):
         return DatasetDir(refuse_url(Path(name)).absolute())
@@ -40,14 +35,9 @@ def open_dataset(name: str) -> DatasetDir:
 
 
 def open_to_ask(name: str, command: str) -> DatasetDir:
-    """A dataset by its name, with the tables of all stages fetched.
+    """A dataset by its name, a directory or s3://…, with the tables of all stages fetched.
 
-    Args:
-        name: a directory, or s3://…
-        command: the reader's name, such as "sdtrain search".
-
-    Raises:
-        UserError: the dataset is being changed, or cannot be read.
+    `command` is the reader's name, such as "sdtrain search". UserError if the dataset is being changed, or unreadable.
     """
     dataset = open_dataset(name)
     if dataset.url:
@@ -60,14 +50,8 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
 def training_root(name: str, online_vae: bool = False) -> Path:
     """The directory to train from; on S3, the work folder with its tables, while tars follow when first needed.
 
-    A process asks the store only once: each rank opens its datasets twice, and listing a large one takes long.
-
-    Args:
-        name: a directory, or s3://…
-        online_vae: whether to read packed images instead of latents.
-
-    Raises:
-        UserError: the dataset is being changed, or cannot be read.
+    With `online_vae`, packed images are read instead of latents. A process asks the store only once: each rank opens
+    its datasets twice, and listing a large one takes long. UserError if the dataset is being changed, or unreadable.
     """
     if not is_s3(name):
         return refuse_url(Path(name))

@@ -73,8 +73,7 @@ def parse_entry(content: bytes, path: Path) -> ShardReport:
 def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
     """Hex digest of everything that determines a shard's bytes.
 
-    `stage` is name and version, as in "score/1"; `inputs` are the entries of the shards read, `weights` digests of the
-    models used.
+    `stage` is name and version ("score/1"), `inputs` the entries of the shards read, `weights` the models' digests.
     """
     described = {
         "stage": stage,

@@ -33,8 +33,7 @@ def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -
     """Writes samples as `{key}.{extension}` members, in the given order; returns each member's data offset and length.
 
     A sample's members are sorted by extension. Headers hold only name and size (GNU format, mtime 0, uid and gid 0,
-    mode
-    0644, no owner names), so equal samples give equal files.
+    mode 0644, no owner names), so equal samples give equal files.
     """
     index = []
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
@@ -49,8 +48,7 @@ def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, {extension: bytes}) for every sample, one in memory at a time.
 
-    Raises:
-        UserError: the file is not a tar, ends too early, or has a damaged header.
+    UserError if the file is not a tar, ends too early, or has a damaged header.
     """
     key, sample = "", dict[str, bytes]()
     for name, body in _members(path, with_bodies=True):

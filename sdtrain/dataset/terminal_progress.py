@@ -25,13 +25,8 @@ def run_with_bar(
     """Makes the unfinished shards of `stage`, with a bar of shards on standard error.
 
     Progress within a shard (`sdtrain.dataset.progress`) appears beside the bar; without a terminal, as an occasional
-    line.
-
-    Args:
-        stage: to run.
-        dataset: whose shards.
-        recipe: input of the stage's functions.
-        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
+    line. `recipe` is the input of the stage's functions; `before_work` is called with the stage's name and the numbers
+    of pending and of all shards, if any is pending.
     """
     started = time.monotonic()
     begin(stage, dataset)

@@ -1,4 +1,4 @@
-"""Publishes a shard of images, and recovers one whose writer was killed.
+"""Publishes a shard of images, takes samples out of one, and recovers one whose writer was killed.
 
 If the writer is killed before `publish_images`, its scratch folder is deleted by the next run and the shard is
 downloaded again. If it is killed while publishing, `recover_images` completes or discards the replacement. If it is
@@ -8,14 +8,23 @@ killed before the manifest entry is written, `reuse_images` finds the whole shar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.files import publish, scratch, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
 from sdtrain.dataset.shard_report import Output, ShardReport
-from sdtrain.download.image_shards import ImageShard, ShardTable, read_rows, read_shard_table, write_stats
+from sdtrain.download.image_shards import (
+    ImageShard,
+    ShardTable,
+    TarMembers,
+    read_rows,
+    read_shard_table,
+    rewrite_stats,
+    write_shard,
+    write_stats,
+)
 from sdtrain.errors import UserError
 
 
@@ -64,6 +73,25 @@ def recover_images(dataset: DatasetDir, shard: int) -> None:
     discard_next_table(dataset, shard)
     if final.tar.exists():
         _write_missing_stats(final)
+
+
+def drop_images(dataset: DatasetDir, shard: int, uids: Collection[str], fingerprint: str | None) -> None:
+    """Takes samples out of a published shard's tar, table and statistics; sets `fingerprint` unless None."""
+    recover_images(dataset, shard)
+    final = final_files(dataset, shard)
+    table = read_shard_table(final.table)
+    rows = [row for row in read_rows(final.table) if row["uid"] not in uids]
+    if table is None or (len(rows) == len(table.keys) and fingerprint in (None, table.fingerprint)):
+        return
+    members = TarMembers(final.tar)
+    try:
+        with scratch(dataset.root, f"remove-{shard:05d}") as folder:
+            made = ImageShard.in_folder(folder, shard)
+            digest = write_shard(made, rows, lambda row: members(row["key"]), fingerprint or table.fingerprint)
+            rewrite_stats(final.stats, made.stats, rows)
+            publish_images(dataset, shard, made, digest)
+    finally:
+        members.close()
 
 
 def report_images(dataset: DatasetDir, shard: int) -> ShardReport:

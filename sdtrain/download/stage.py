@@ -10,12 +10,13 @@ from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry
 from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.rewriting import Removed, Rewriting
 from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
-from sdtrain.download.publish import publish_images, reuse_images
+from sdtrain.download.publish import drop_images, publish_images, report_images, reuse_images
 from sdtrain.download.worker_process import Finished, Request, ShardRequest, download_process
 from sdtrain.errors import UserError
 
@@ -104,6 +105,16 @@ def _stats(dataset: DatasetDir, shard: int) -> list[Path]:
     return [dataset.images_stats(shard)]
 
 
+def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
+    is_finished = shard in removed.finished.get("download", ())
+    drop_images(dataset, shard, removed.uids, download_fingerprint(dataset, recipe, shard) if is_finished else None)
+
+
+def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> ShardReport:
+    kept = {"fingerprint": entry.fingerprint, "seconds": entry.seconds, "finished_at": entry.finished_at}
+    return report_images(dataset, entry.shard).model_copy(update=kept)
+
+
 DOWNLOAD: Stage[ImageRecipe] = Stage(
     *("download", _shards, download_fingerprint, _run),
     inputs={"select": "all shards"},
@@ -124,6 +135,7 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.images_table,
+        rewriting=Rewriting(has_tar=True, drop=_drop, recount=_recount),
     ),
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,

@@ -77,7 +77,7 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
         "scaling_factor": vae_scaling_factor(config.vae),
         "resolution": config.resolution,
         "normalisation": NORMALISATION,
-        "resize": f"shorter side, bicubic, {'centre crop' if config.num_crops == 1 else 'random crops'}",
+        "resize": f"shorter side, bicubic, {_crops(config)}",
         "content": "posterior mean and log-variance, unscaled",
         "dtype": "float16",
     }
@@ -88,6 +88,12 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     if sizes != [(config.resolution, config.resolution)]:
         content["buckets"] = sizes
     return content
+
+
+def _crops(config: EncodeConfig) -> str:
+    if config.num_crops > 1:
+        return "random crops"
+    return f"{config.crop} crop"
 
 
 def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:

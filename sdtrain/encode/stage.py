@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -20,7 +20,7 @@ from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
-from sdtrain.dataset.prefetch import prefetch
+from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table
@@ -41,6 +41,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.prefetch import prefetch
 from sdtrain.models.device import cores_of_process
 from sdtrain.pack.plan import expected_shards
 from sdtrain.pack.stage import PACK
@@ -50,7 +51,7 @@ Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
 _DECODED_AHEAD = 2
-_DECIDE_BYTES = {"precision", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -65,8 +66,7 @@ _TABLE = pa.schema(
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
     """Writes and checks the latents of one packed shard.
 
-    Raises:
-        UserError: the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
+    UserError if the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
@@ -86,13 +86,9 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
 
 
 class _ShardEncoder:
-    """Encodes one shard, and collects the data for its table and its check.
+    """Encodes one shard of the packed `source`, and collects the data for its table and its check.
 
-    Attributes:
-        source: the packed shard.
-        vae: the network.
-        rows: of the table, without the latents' offsets.
-        pixels: of the chosen rows, in their first crop.
+    `rows` are the table's, without the latents' offsets; `pixels` the chosen rows' first crops.
     """
 
     def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
@@ -124,7 +120,7 @@ class _ShardEncoder:
                 f"{self.source}: the image of {key} cannot be decoded. Delete it and build again."
             ) from error
         size, number = bucket_of(image.size, self._sizes), self._config.num_crops
-        if number == 1:
+        if number == 1 and self._config.crop == "centre":
             return [cut(image, size, None)]
         # One in each of `number` equal intervals, so that no two are alike by chance.
         return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
@@ -200,6 +196,12 @@ def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
     return {"offset": member.offset + 10 + header_bytes}
 
 
+def drop_latents(table: Path, uids: Collection[str]) -> None:
+    """Takes samples out of a shard of latents; see `sdtrain.dataset.rewriting`."""
+    drop_members(table, uids, latent_offset)
+    delete_index(table)
+
+
 def _npy(array: NDArray[np.float16]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
@@ -233,6 +235,10 @@ def _info(dataset: DatasetDir, shard: int) -> list[Path]:
     return [dataset.latents_info]
 
 
+def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
+    drop_latents(removed.table, removed.uids)
+
+
 ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
     # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
@@ -251,6 +257,7 @@ ENCODE: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.latents_table,
+        rewriting=Rewriting(has_tar=True, drop=_drop, recount=count_rows),
     ),
     drops=None,
     uses_gpu=True,

@@ -10,7 +10,7 @@ All ranks share one file system. A folder gets its final name only once every fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
+from sdtrain.models.layout import stored_layout, usual_layout
 from sdtrain.settings import Settings
 
 FORMAT = 1
@@ -30,12 +31,26 @@ class ParameterSlot(Settings):
 
     name: str
     shape: tuple[int, ...]
+    """The usual one, (O, I, kH, kW) for a convolution."""
     offset: int
+    is_channels_last: bool = False
+    """Its elements lie in the order of (O, kH, kW, I)."""
 
     @property
     def numel(self) -> int:
         """Its number of elements."""
         return math.prod(self.shape)
+
+    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of `shape` as the vector has it."""
+        return (stored_layout(tensor) if self.is_channels_last else tensor).reshape(-1)
+
+    def shaped(self, flat: torch.Tensor) -> torch.Tensor:
+        """The inverse of `flat`: of `shape`, contiguous."""
+        if not self.is_channels_last:
+            return flat.reshape(self.shape)
+        outputs, inputs, *kernel = self.shape
+        return usual_layout(flat.reshape(outputs, *kernel, inputs))
 
 
 class GuardState(Settings):
@@ -80,11 +95,14 @@ class Layout(Settings):
         return self.num_applied if self.num_ema_updates is None else self.num_ema_updates
 
 
-def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterSlot]:
-    """Lays parameters one after another, in the given order."""
+def slots_of(
+    parameters: Iterable[tuple[str, Iterable[int]]], channels_last: Container[str] = frozenset()
+) -> list[ParameterSlot]:
+    """Lays parameters, given by name and usual shape, one after another; `channels_last` ones as (O, kH, kW, I)."""
     slots, offset = [], 0
     for name, shape in parameters:
-        slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset))
+        is_channels_last = name in channels_last
+        slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset, is_channels_last=is_channels_last))
         offset += slots[-1].numel
     return slots
 
@@ -121,10 +139,31 @@ class Checkpoint:
                 result[first - start : last - start] = part
         return result
 
+    def read_as(self, slots: Sequence[ParameterSlot], name: str, start: int, stop: int) -> torch.Tensor:
+        """As `read`, of the same parameters in the memory layouts of `slots`."""
+        result = self.read(name, start, stop)
+        for slot, stored in zip(slots, self.layout.parameters, strict=True):
+            first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)
+            if first < last and slot.is_channels_last != stored.is_channels_last:
+                whole = slot.flat(self._whole(name, stored))
+                result[first - start : last - start] = whole[first - slot.offset : last - slot.offset]
+        return result
+
+    def holds(self, slots: Sequence[ParameterSlot]) -> bool:
+        """Whether its parameters are these, in whatever memory layout."""
+        own, others = (
+            [slot.model_copy(update={"is_channels_last": False}) for slot in each]
+            for each in (self.layout.parameters, slots)
+        )
+        return own == others
+
     def weights(self, which: str) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole fp32 parameters by name, one at a time; `which` is "master" or "ema"."""
         for slot in self.layout.parameters:
-            yield slot.name, self.read(which, slot.offset, slot.offset + slot.numel).reshape(slot.shape)
+            yield slot.name, self._whole(which, slot)
+
+    def _whole(self, name: str, slot: ParameterSlot) -> torch.Tensor:
+        return slot.shaped(self.read(name, slot.offset, slot.offset + slot.numel))
 
 
 def folder_of(run_dir: Path) -> Path:

@@ -112,8 +112,7 @@ def write_compvis(
         dtype: of the weights.
 
     Raises:
-        UserError: the weights are too large for `dtype`, such files cannot hold the noise schedule, or the disk is
-            full.
+        UserError: weights too large for `dtype`, a noise schedule that such files cannot hold, or a full disk.
     """
     architecture = architecture_of(model, frozen)
     weights = stored_weights(architecture, frozen, state, average)
@@ -159,13 +158,10 @@ def stored_weights(architecture: Architecture, frozen: FrozenModels, state: Stat
 
 
 def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The twelve buffers of the noise schedule, each (T,), float32, computed in float64.
+    """The twelve buffers of a scaled-linear noise schedule, each (T,), float32, computed in float64.
 
     `DDPM.register_schedule` in CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py, with v_posterior = 0; the
-    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7.
-
-    Args:
-        scheduler: config of a diffusers scheduler with scaled-linear betas.
+    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6, 7. `scheduler` is diffusers' config.
     """
     start, end, length = (scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
     betas: Floats = np.linspace(start**0.5, end**0.5, length, dtype=np.float64) ** 2

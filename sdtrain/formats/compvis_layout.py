@@ -105,14 +105,10 @@ class Architecture:
             return text_names(CLIPTextModel(CLIPTextConfig.from_dict(dict(self.text_encoder))).state_dict())
 
     def require(self, names: Collection[str], where: str) -> None:
-        """Checks that a file holds this model's tensors, all of them and no others.
+        """Checks that a file, named `where`, holds this model's tensors, all of them and no others.
 
-        Args:
-            names: in CompVis' spelling; see `names.compvis_name`.
-            where: names the file.
-
-        Raises:
-            UserError: another model's tensors; names the first one that differs and, if recognised, the model.
+        `names` are in CompVis' spelling; see `names.compvis_name`. UserError for another model's tensors names the
+        first one that differs and, if recognised, the model.
         """
         wanted = {name for part in (self.unet_names, self.vae_names, self.text_names) for name in part.values()}
         found = {name for name in names if name.startswith((UNET, VAE, "cond_stage_model."))}

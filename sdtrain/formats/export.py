@@ -48,8 +48,7 @@ def export_model(source: Path, output: Path, settings: ExportSettings | None = N
 
     Args:
         source: a run (its newest checkpoint), a checkpoint, a diffusers folder or a CompVis file.
-        output: a `.ckpt` or `.safetensors` CompVis file, which is replaced, or a folder, where only an earlier export
-            is.
+        output: a `.ckpt` or `.safetensors` CompVis file, which is replaced, or a folder, replaced only if an export.
         settings: which weights, in which precision.
 
     Raises:

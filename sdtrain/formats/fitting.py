@@ -49,14 +49,8 @@ class PartOf:
 class Fitted(Mapping[str, torch.Tensor]):
     """A network's tensors under its own names and in its own shapes, read on access.
 
-    Args:
-        stored: the files.
-        names: the network's name -> the name in the files.
-        shapes: by the network's names.
-        where: names the files in messages.
-
-    Raises:
-        UserError: a tensor of another shape, or of integers; names the first.
+    `names` maps the network's names to the files'; `shapes` are by the network's; `where` names the files in messages.
+    UserError names the first tensor of another shape, or of integers.
     """
 
     def __init__(
@@ -93,16 +87,10 @@ def fit(
     spelling: Callable[[str], str | None],
     where: str,
 ) -> Fitted:
-    """Matches the tensors of a file to all of a network's, whatever their names in the file.
+    """Matches the tensors of files, named `where` in messages, to all of a network's, which may be on `meta`.
 
-    Args:
-        stored: the files.
-        network: its tensors may be on `meta`.
-        spelling: a file's name -> the network's name, or None for tensors that the network does not need.
-        where: names the files in messages.
-
-    Raises:
-        UserError: a tensor is missing, unknown, duplicated or of another shape; names the first.
+    `spelling` maps a file's name to the network's, or to None for tensors that the network does not need. UserError
+    names the first tensor that is missing, unknown, duplicated or of another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: there for name, there in one_name_each(stored, spelling, where).items() if name is not None}

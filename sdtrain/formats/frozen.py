@@ -32,10 +32,7 @@ transformers_logging.disable_progress_bar()
 class StoredVae:
     """A VAE in files, whose tensors are read on access; their names and shapes are checked at once.
 
-    Attributes:
-        where: the folder or the file, for messages.
-        config: in diffusers' terms, with a scaling factor.
-        files: that hold its tensors.
+    `where` is the folder or file, for messages; `config` is in diffusers' terms, with a scaling factor.
     """
 
     where: Path
@@ -69,8 +66,7 @@ class StoredVae:
 def open_vae(name: str) -> StoredVae:
     """Opens the VAE in a folder, a hub id, `demo`, or a file: a whole SD v1 or its VAE alone.
 
-    Raises:
-        UserError: it is missing or not an AutoencoderKL; its files are damaged or ask to run code.
+    UserError if it is missing or not an AutoencoderKL, or its files are damaged or ask to run code.
     """
     if Path(name).is_file():
         return _open_vae_file(Path(name))
@@ -131,15 +127,9 @@ def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 
 def text_encoder_of(stored: Stored, config: CLIPTextConfig, where: str) -> CLIPTextModel:
-    """The frozen text encoder in fp32.
+    """The frozen text encoder in fp32, from files with its tensors under whatever names.
 
-    Args:
-        stored: files with its tensors, under whatever names.
-        config: of the network.
-        where: names the files in messages.
-
-    Raises:
-        UserError: the tensors do not fit the network.
+    `where` names the files in messages. UserError if the tensors do not fit the network.
     """
     try:
         with torch.device("meta"):
@@ -184,17 +174,9 @@ def vae_digests(name: str) -> Iterator[str]:
 
 
 def recorded_vae_digest(name: str, recorded: str | None) -> str:
-    """The digest under which a dataset keeps a VAE.
+    """The digest under which a dataset keeps a VAE; UserError if there is no such VAE.
 
-    Args:
-        name: of the VAE.
-        recorded: the dataset's record, if any.
-
-    Returns:
-        `recorded` if it means this VAE, by the current rule or an earlier one; otherwise `vae_digest`.
-
-    Raises:
-        UserError: no such VAE.
+    That is the dataset's `recorded` one if it means this VAE, by the current rule or an earlier one; else `vae_digest`.
     """
     digests = vae_digests(name)
     first = next(digests)

@@ -64,8 +64,7 @@ SHA256: Mapping[str, Mapping[str, str]] = {
 def find_part_folder(name: str, part: str) -> Path:
     """The local folder of a model's part (`vae`, `text_encoder`, `tokenizer`), fetched from the hub if needed.
 
-    Raises:
-        UserError: neither a folder nor a model on the hub; a fetched file is not the published one.
+    UserError if it is neither a folder nor a model on the hub, or a fetched file is not the published one.
     """
     root = DEMO_WEIGHTS if name == "demo" else Path(name)
     if root.is_file():
@@ -118,15 +117,9 @@ def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
 
 
 def require_published(repository: str, name: str, path: Path) -> None:
-    """Checks a file fetched from the hub; files whose digest is not known here pass.
+    """Checks `path`, fetched from a hub repository's file `name`; UserError if it is not the published file.
 
-    Args:
-        repository: hub id.
-        name: path in the repository.
-        path: the local file.
-
-    Raises:
-        UserError: it is not the published file.
+    Files whose digest is not known here pass.
     """
     expected = SHA256.get(repository, {}).get(name)
     if expected is None:

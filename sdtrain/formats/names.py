@@ -121,15 +121,9 @@ def _renamed(here: str, there: str, parts: Mapping[str, str]) -> Pairs:
 
 
 def renamed(names: Iterable[str], modules: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Maps diffusers' tensor names to a CompVis file's.
+    """Maps a network's tensor names from diffusers' to a CompVis file's, where they start with `prefix`.
 
-    Args:
-        names: of a network's tensors.
-        modules: of that network.
-        prefix: of its tensors in the file.
-
-    Raises:
-        KeyError: a tensor is in a module that the map lacks.
+    KeyError if a tensor is in a module that the map `modules` lacks.
     """
     return {name: prefix + _moved(name, modules) for name in names}
 
@@ -166,11 +160,7 @@ def compvis_name(name: str) -> str:
 
 
 def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """A spelling for `fit`: any tool's name of a VAE's tensor -> diffusers' current one.
-
-    Args:
-        modules: of the VAE, as `vae_modules` gives them.
-    """
+    """A spelling for `fit`: any tool's name of a VAE's tensor -> diffusers' current one; see `vae_modules`."""
     to_diffusers = {theirs: ours for ours, theirs in modules.items()}
 
     def spelling(name: str) -> str | None:
@@ -194,8 +184,7 @@ def former_vae_name(name: str) -> str:
 def text_name(is_nested: bool) -> Callable[[str], str | None]:
     """A spelling for `fit`: any name of a CLIP text encoder's tensor -> its name in this version of transformers.
 
-    Args:
-        is_nested: whether the latter begins with `text_model.`.
+    `is_nested`: whether the latter begins with `text_model.`.
     """
 
     def spelling(name: str) -> str | None:

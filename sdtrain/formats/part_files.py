@@ -20,13 +20,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Form:
-    """A network's file names for one variant.
-
-    Attributes:
-        stem: of safetensors files.
-        pickle_stem: of PyTorch's files.
-        variant: such as fp16; None if the names have none.
-    """
+    """A network's file names for one variant, such as fp16, or None: the stems of safetensors and PyTorch's files."""
 
     stem: str
     pickle_stem: str
@@ -106,10 +100,8 @@ class Shards(Mapping[str, torch.Tensor]):
 def find_part(folder: Path, part: str, variant: str | None = None) -> Path | None:
     """The file of a network's weights, or their index; None if there is none.
 
-    Args:
-        folder: of the network.
-        part: `unet`, `vae`, `text_encoder` or `safety_checker`.
-        variant: such as `non_ema`; by default full precision, or else fp16 or bf16.
+    `part` is `unet`, `vae`, `text_encoder` or `safety_checker`. `variant` is one such as `non_ema`; None takes full
+    precision, or else fp16 or bf16.
     """
     for wanted in _LOADABLE if variant is None else (variant,):
         for name in _Form.of(part, wanted).names:
@@ -121,8 +113,7 @@ def find_part(folder: Path, part: str, variant: str | None = None) -> Path | Non
 def open_part(folder: Path, part: str, variant: str | None = None) -> TensorFile | Shards:
     """Opens the tensors of a network in the file that `find_part` finds.
 
-    Raises:
-        UserError: there is none, or only a variant other than the network itself; the file is damaged or not tensors.
+    UserError if there is none, or only a variant other than the network itself, or the file is damaged or not tensors.
     """
     path = find_part(folder, part, variant)
     if path is None:

@@ -15,8 +15,7 @@ from sdtrain.errors import UserError
 
 SUFFIXES = (".ckpt", ".safetensors")
 NOTES = "sdtrain"
-"""The key under which a file says, as JSON, what its tensors cannot: in safetensors' metadata, or beside
-`state_dict`."""
+"""The key of a file's JSON of what its tensors cannot say: in safetensors' metadata, or beside `state_dict`."""
 
 # What public files' trainers left beside the tensors: callbacks, settings, a best score.
 _LEFT_BEHIND = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "_codecs.encode")
@@ -39,12 +38,8 @@ class _Nothing:
 class TensorFile(Mapping[str, torch.Tensor]):
     """The tensors of a `.safetensors` or `.ckpt` file by name, read on access.
 
-    Attributes:
-        path: the file.
-        notes: the file's text under `NOTES`, or None.
-
-    Raises:
-        UserError: the file is missing, damaged, without tensors, or asks to run code.
+    `notes` is its text under `NOTES`, or None. UserError if it is missing, damaged,
+    without tensors, or asks to run code.
     """
 
     def __init__(self, path: Path):

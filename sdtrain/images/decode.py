@@ -89,11 +89,7 @@ def decode_rgb(content: bytes) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Opens an image, reading only its header.
-
-    Raises:
-        ImageError: "not_an_image", or "too_many_pixels" above Pillow's own limit.
-    """
+    """Opens an image, reading only its header; ImageError "not_an_image", or "too_many_pixels" by Pillow's limit."""
     try:
         return Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -103,11 +99,7 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Converts an opened image by the rules above.
-
-    Raises:
-        ImageError: "truncated", "not_an_image" or "other_format".
-    """
+    """Converts an opened image by the rules above; ImageError "truncated", "not_an_image" or "other_format"."""
     try:
         image.load()
         opaque = _opaque_rgb(image)

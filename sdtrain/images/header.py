@@ -38,11 +38,7 @@ class Header:
 
 
 def read_header(content: bytes, max_pixels: int) -> Header:
-    """Checks a file's header and end.
-
-    Raises:
-        ImageError: "not_an_image", "other_format", "too_many_pixels" or "truncated".
-    """
+    """Checks a file's header and end; ImageError: "not_an_image", "other_format", "too_many_pixels" or "truncated"."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and not _is_whole("WEBP", content):
         raise ImageError("truncated", "the file ends early")  # its reader would say that it is no image
     try:

@@ -44,11 +44,9 @@ _TRANSFORMS = {
 
 @dataclass
 class Resized:
-    """The outcome of resizing; the original sizes are in pixels.
+    """The outcome of resizing: the pixels as encoded, (H, W, 3), BGR, and the image's original size in pixels.
 
-    Attributes:
-        content: the encoded image; None if the original bytes may stay, because no pixel changed.
-        pixels: as encoded, (H, W, 3), BGR.
+    `content` is the encoded image; None if the original bytes may stay, because no pixel changed.
     """
 
     content: bytes | None

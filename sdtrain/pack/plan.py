@@ -94,6 +94,12 @@ def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> 
     return Counter(bisect_right(ends, place) for (place,) in places)
 
 
+def shortened(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> dict[bytes, bytes]:
+    """For the metadata of decisions.parquet without `uids`: what packing needs to make a lost shard as it was."""
+    short = Counter(short_shards(dataset.decisions)) + num_packed(dataset, config, uids)
+    return {SHORT: json.dumps({str(shard): number for shard, number in sorted(short.items())}).encode()}
+
+
 def forget_plan(dataset: DatasetDir) -> None:
     """Deletes the plan, which is rebuilt when needed."""
     dataset.pack_plan.unlink(missing_ok=True)

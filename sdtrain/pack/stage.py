@@ -18,6 +18,7 @@ from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
+from sdtrain.dataset.rewriting import in_tar
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside
@@ -38,9 +39,7 @@ _HEADER_BYTES = 512
 class SourceTars:
     """Reads images from the downloaded shards, to another of which packing jumps with every sample.
 
-    Args:
-        dataset: whose.
-        max_open: files open at once; the least recently used is closed first.
+    At most `max_open` files are open; the least recently used is closed first.
     """
 
     def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:
@@ -49,11 +48,7 @@ class SourceTars:
         self._threads = ThreadPoolExecutor(_THREADS, "pack")
 
     def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Yields the planned rows with their images, in order.
-
-        Raises:
-            UserError: a tar is missing, cut short or not the one its table describes.
-        """
+        """Yields the planned rows with their images, in order; UserError: a tar is missing, cut short or another's."""
         waiting = deque[tuple[dict[str, Any], Callable[[], bytes]]]()
         for row in rows:
             waiting.append((row, self._asked(row)))
@@ -193,6 +188,7 @@ PACK: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.packed_table,
+        rewriting=in_tar(lambda tar, sample: image_location(sample)),
     ),
     drops=None,
     uses_gpu=False,

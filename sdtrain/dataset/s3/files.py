@@ -25,15 +25,9 @@ def read_part(dataset: DatasetDir, path: Path, offset: int, num_bytes: int) -> b
 
 
 def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
-    """Fetches a shard's file if it is missing; does nothing for a local dataset.
+    """Fetches a file, named by its shard, of a stage's output if it is missing; does nothing for a local dataset.
 
-    Args:
-        root: the dataset's work folder.
-        path: of the file, named by its shard.
-        stage: whose output it is.
-
-    Raises:
-        UserError: it does not match, or no longer matches, the local manifest.
+    `root` is the dataset's work folder. UserError if the file does not match the local manifest, or no longer does.
     """
     if path.exists():
         return

@@ -1,11 +1,10 @@
 """Lets one command at a time, on any machine, change a dataset on S3: an object is the lock, and a pulse keeps it.
 
 It is created on the condition that there is none (`If-None-Match: *`) and renewed on the condition that it is still
-ours
-(`If-Match`). A killed holder stops renewing: after EXPIRY_S, by the store's clock alone, the next command takes over,
-on the condition that the lock is still the expired one, so that only one command wins. A holder that slept longer than
-that (a suspended laptop) finds the lock changed and ends before it writes more. Between its last check of the lock and
-the end of an upload then under way, it may still replace an object.
+ours (`If-Match`). A killed holder stops renewing: after EXPIRY_S, by the store's clock alone, the next command takes
+over, on the condition that the lock is still the expired one, so that only one command wins. A holder that slept longer
+than that (a suspended laptop) finds the lock changed and ends before it writes more. Between its last check of the lock
+and the end of an upload then under way, it may still replace an object.
 """
 
 from __future__ import annotations
@@ -32,13 +31,9 @@ _token: ContextVar[str] = ContextVar("lock_token", default="")
 
 
 class RemoteLock:
-    """A lock on a dataset on S3, until it is closed or its pulse ends.
+    """A lock on a dataset on S3, with a unique `token`, until it is closed or its pulse ends.
 
-    Attributes:
-        token: unique to this lock.
-
-    Raises:
-        UserError: another command holds it, or the store has no conditional writes.
+    UserError if another command holds it, or the store has no conditional writes.
     """
 
     def __init__(self, store: ObjectStore, command: str) -> None:
@@ -163,8 +158,7 @@ def with_lock_token(token: str) -> Iterator[None]:
     """Within the block, this process writes for the command whose lock has this token.
 
     A command's processes and machines do not take the lock, but must not write once it is lost, so they receive its
-    token
-    with their work and check it before each write.
+    token with their work and check it before each write.
     """
     before = _token.set(token)
     try:

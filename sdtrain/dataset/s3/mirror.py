@@ -33,12 +33,7 @@ _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "late
 
 
 class Mirror(LocalStorage):
-    """One dataset on S3 and its work folder.
-
-    Attributes:
-        store: the objects.
-        may_write: raises if this process may no longer change the dataset.
-    """
+    """One dataset on S3 and its work folder; `may_write` raises if this process may no longer change the dataset."""
 
     is_remote = True
 

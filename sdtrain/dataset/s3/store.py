@@ -57,8 +57,7 @@ class ConflictError(Exception):
 class ObjectStore:
     """The objects under one prefix, by their names below it.
 
-    Raises:
-        UserError: boto3 is not installed; in each method, the store cannot be reached, refuses, or has no such bucket.
+    UserError if boto3 is not installed; in each method, if the store cannot be reached, refuses, or has no such bucket.
     """
 
     def __init__(self, url: S3Url) -> None:
@@ -98,15 +97,9 @@ class ObjectStore:
             self._client.upload_file(str(path), self.url.bucket, self.url.key(name), ExtraArgs=extra, Config=config)
 
     def put_bytes(self, content: bytes, name: str, **condition: str) -> str:
-        """Writes a small object; returns its ETag.
+        """Writes a small object; returns its ETag. ConflictError if the condition does not hold.
 
-        Args:
-            content: of the object.
-            name: of the object.
-            condition: `IfNoneMatch="*"` if there must be none, or `IfMatch=etag` if it must be that one.
-
-        Raises:
-            ConflictError: the condition does not hold.
+        `condition` is `IfNoneMatch="*"` if there must be no object yet, or `IfMatch=etag` if it must be that one.
         """
         metadata = {SHA256: hashlib.sha256(content).hexdigest()}
         with self._sentences(f"written ({name})"):
@@ -155,15 +148,9 @@ class ObjectStore:
         return answer["Body"].read(), answer
 
     def fetch(self, name: str, path: Path, sha256: str | None = None) -> None:
-        """Fetches an object, which gets its final name once its content is verified.
+        """Fetches an object to `path`, its final name, once its content is verified.
 
-        Args:
-            name: of the object.
-            path: where it goes.
-            sha256: of its content; by default the digest stored with it.
-
-        Raises:
-            UserError: it is missing, or has another content.
+        `sha256` is by default the digest stored with it. UserError if it is missing, or has another content.
         """
         with self._sentences(f"read ({name})"), publish(path) as temporary:
             wanted = sha256 or self.digest(name)

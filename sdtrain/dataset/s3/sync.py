@@ -22,12 +22,9 @@ _FILE = ".s3-evict"
 
 
 def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequence[int]) -> None:
-    """Fetches the tables that some shards read; does nothing for a local dataset.
+    """Fetches the tables that `shards`, about to be made, read; does nothing for a local dataset.
 
-    Args:
-        dataset: whose.
-        inputs: the stages read -> which of their shards.
-        shards: the shards to make.
+    `inputs` maps the stages read to which of their shards.
     """
     if not storage_of(dataset).is_remote:
         return
@@ -77,12 +74,8 @@ def fetch_outputs(
 def keep_local(dataset: DatasetDir, kept: bool) -> None:
     """Sets whether large files of finished shards stay in the work folder; nothing else for a local dataset.
 
-    Args:
-        dataset: locked, without a removal in progress.
-        kept: whether they stay; if not, those here now are evicted too.
-
-    Raises:
-        UserError: a local dataset's files cannot be evicted.
+    If they do not, those here now are evicted too. The dataset must be locked, without a removal in progress. UserError
+    if a local dataset's files are to be evicted.
     """
     if not storage_of(dataset).is_remote:
         if not kept:
@@ -104,13 +97,7 @@ def evict_finished(dataset: DatasetDir) -> None:
 
 
 def evict_after(dataset: DatasetDir, entry: ShardReport, sources: Iterable[str]) -> None:
-    """Evicts the large files of a newly recorded shard, and those that only it read.
-
-    Args:
-        dataset: whose.
-        entry: of the shard.
-        sources: stages of which it read the shard of the same number.
-    """
+    """Evicts a newly recorded shard's large files, and those of the same number in `sources`, which only it read."""
     if not (dataset.root / _FILE).exists():
         return
     _evict(dataset, entry)

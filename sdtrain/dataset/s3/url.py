@@ -17,12 +17,7 @@ _SCHEMES = ("s3://", "s3a://")
 
 @dataclass(frozen=True)
 class S3Url:
-    """A prefix in a bucket.
-
-    Attributes:
-        bucket: its name.
-        prefix: of all keys, without slashes at its ends.
-    """
+    """A prefix in a bucket; all keys start with it, and it has no slashes at its ends."""
 
     bucket: str
     prefix: str
@@ -43,8 +38,7 @@ def is_s3(text: str) -> bool:
 def parse_url(text: str) -> S3Url:
     """The bucket and prefix of a URL.
 
-    Raises:
-        UserError: one is missing, or the URL has excess parts, which the message does not repeat: they may be secret.
+    UserError if one is missing, or there are excess parts, which the message does not repeat: they may be secret.
     """
     bucket, _, prefix = text.partition("://")[2].partition("/")
     if "@" in bucket or ":" in bucket or "?" in text or "#" in text:
@@ -61,12 +55,7 @@ def parse_url(text: str) -> S3Url:
 def work_folder(url: S3Url, parent: Path | None = None) -> Path:
     """The local folder that mirrors a dataset on S3, the same for all processes that name the same dataset.
 
-    Args:
-        url: of the dataset.
-        parent: of all work folders; default: SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache.
-
-    Raises:
-        UserError: `parent` is a URL.
+    `parent` is by default SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache. UserError if it is a URL.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parent = parent or Path(os.environ.get("SDTRAIN_WORK_DIR") or cache / "sdtrain" / "datasets")

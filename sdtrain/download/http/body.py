@@ -131,8 +131,7 @@ class Watch:
     def over(self, response: ClientResponse) -> Iterator[None]:
         """Guards a block that reads `response.content`, so that it neither hangs nor takes a part for the whole.
 
-        Raises:
-            FetchError: invalid_answer or truncated.
+        FetchError: invalid_answer or truncated.
         """
         connection = response.connection
         if connection is None or connection.protocol is None:  # the body has already arrived

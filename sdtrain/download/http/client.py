@@ -21,12 +21,7 @@ from sdtrain.download.http.urls import request_url
 
 @dataclass(frozen=True)
 class Fetched:
-    """A fetched URL.
-
-    Attributes:
-        body: whole and unpacked.
-        content_type: in lower case without parameters; "" if none was sent.
-    """
+    """A fetched URL: its whole, unpacked body, and its type in lower case without parameters ("" if none was sent)."""
 
     body: bytes
     content_type: str

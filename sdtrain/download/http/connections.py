@@ -97,8 +97,7 @@ def connector(resolver: Resolver, tls: ssl.SSLContext, allow_private: bool, keep
     """A pool of connections to public addresses only.
 
     HTTP/1.1 only: LAION has 2.2 URLs a host, so HTTP/2 would have almost nothing to multiplex, and its header
-    compression
-    and flow control add attack surface.
+    compression and flow control add attack surface.
     """
 
     def checked_socket(info: Any) -> socket.socket:

@@ -1,7 +1,6 @@
 """Gives every download failure one short, stable reason, and says whether it is transient.
 
-`sdtrain.download.rows.failed_row` writes the reason of a `FetchError`, or of an `ImageError` (`sdtrain.images.decode`),
-to the images' table.
+`sdtrain.download.rows.failed_row` writes the reason of a `FetchError` or an `ImageError` to the images' table.
 """
 
 from __future__ import annotations

@@ -33,10 +33,8 @@ class Host:
 
     A leaky bucket spaces requests. A host that asks for a cooldown (429, or 503 with Retry-After) gets no request until
     it is over: URLs wait up to `LONGEST_PAUSE_S`. If the cooldown is longer, or repeated cooldowns bring no answer,
-    URLs
-    fail at once, without a request, until it is over. So do the URLs of a host to which connections keep failing: a
-    shard
-    may hold hundreds of them.
+    URLs fail at once, without a request, until it is over. So do the URLs of a host to which connections keep failing:
+    a shard may hold hundreds of them.
     """
 
     def __init__(self, connections: int, requests_s: float, max_cooldowns: int) -> None:
@@ -62,11 +60,7 @@ class Host:
             await asyncio.sleep(begin - now)
 
     def start_cooldown(self, seconds: float, failure: FetchError) -> FetchError:
-        """Starts a cooldown of so many seconds after the answer `failure`.
-
-        Returns:
-            The failure, not transient if the cooldown is too long to wait for.
-        """
+        """Starts a cooldown after `failure`; returns that, not transient if the cooldown is too long to wait for."""
         now = time.monotonic()
         self._failures_in_a_row = 0
         if now >= self._cooldown_until:  # else the request began before the cooldown

@@ -26,8 +26,7 @@ class Budget:
     """The seconds for all of one URL's requests: attempts, redirects and the pauses in between.
 
     Waiting for the host's turn does not count: it says nothing about the URL, and would fail the end of a long queue
-    for
-    one host. It is finite all the same: the URLs ahead have budgets too, and `Host` bounds cooldowns.
+    for one host. It is finite all the same: the URLs ahead have budgets too, and `Host` bounds cooldowns.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -26,10 +26,8 @@ _NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
 def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
     """The rules of a robots.txt; None if there are none (4xx).
 
-    Raises:
-        FetchError: robots_txt if the server fails (5xx), which forbids everything; the failure itself if the site
-            cannot be
-            reached, which says more about its URLs.
+    FetchError: robots_txt if the server fails (5xx), which forbids everything; the failure itself if the site cannot be
+    reached, which says more about its URLs.
     """
     if isinstance(file, bytes):
         return Protego.parse(file.decode("utf-8-sig", "replace"))

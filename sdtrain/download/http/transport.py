@@ -65,8 +65,7 @@ class Transport:
             budget: the time left for it.
             permit: called before each request.
             check: called for each answer, redirects included, before its body is read: what a site says about a
-                redirecting
-                URL is about the listed one.
+                redirecting URL is about the listed one.
             max_bytes: longest body.
             cut: truncate a longer body instead of failing.
         """

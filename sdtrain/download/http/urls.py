@@ -22,8 +22,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 def request_url(url: str, allow_private: bool) -> URL:
     """The URL to request for `url`, without its fragment, after all checks that need only its text.
 
-    Raises:
-        FetchError: url_not_allowed, or blocked_address if its text alone shows a private host.
+    FetchError: url_not_allowed, or blocked_address if its text alone shows a private host.
     """
     try:
         sent = _as_sent(url)
