@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.recipe import Recipe
 from filters.score.stage import SCORE
@@ -47,4 +47,4 @@ def _refuse_twice(names: Sequence[str], message: str) -> None:
 
 
 # Users say `pipeline.STAGES`: the list can then be changed in one place.
-STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, DECIDE, PACK, ENCODE)

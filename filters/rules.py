@@ -97,7 +97,7 @@ class Rule:
                 f"a rule looks at column '{self.column}', and no table is known to have {', '.join(unknown)}: "
                 "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns"
             )
-        if not (self.in_select or self.in_keep):
+        if not (self.in_select or self.in_decide):
             raise ValueError(f"no stage has all that column '{self.column}' follows from: {', '.join(self.sources)}")
         num_values = re.sub("'[^']*'", "", self.sql).count("?")
         if self.kind not in _VALUES or num_values != (self.kind is not bool):
@@ -114,7 +114,7 @@ class Rule:
         return all("metadata" in TABLES[name] for name in self.sources)
 
     @property
-    def in_keep(self) -> bool:
+    def in_decide(self) -> bool:
         """Whether its column is available after the download; otherwise only the metadata has it."""
         return all(TABLES[name] - {"metadata"} for name in self.sources)
 
@@ -159,8 +159,8 @@ def select_item(column: str) -> str:
     return derived_sql((column,), "s.width", "s.height", "s.caption") if column in DERIVED else _as_number("s", column)
 
 
-def keep_item(column: str, decide_by: str) -> str:
-    """Returns an `in_keep` column's SELECT item from selection `s`, images `i`, scores `c`; see `KeepConfig`."""
+def decide_item(column: str, decide_by: str) -> str:
+    """Returns an `in_decide` column's SELECT item from selection `s`, images `i`, scores `c`; see `DecideConfig`."""
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
     if "images" in TABLES[column]:
@@ -189,25 +189,25 @@ def _filled(template: str, columns: Mapping[str, str]) -> str:
     return template
 
 
-def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, RuleValue]:
-    """Validates the rules (name -> value) of a recipe, with `in_keep` those of `keep.rules`; numbers become floats.
+def check_rules(rules: Mapping[str, Any], in_decide: bool = False) -> dict[str, RuleValue]:
+    """Validates the rules (name -> value) of a recipe, with `in_decide` those of `decide.rules`; numbers become floats.
 
     UserError for an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
     """
-    return {name: _checked(name, value, in_keep) for name, value in rules.items()}
+    return {name: _checked(name, value, in_decide) for name, value in rules.items()}
 
 
-def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
+def _checked(name: str, value: Any, in_decide: bool) -> RuleValue:
     if name not in RULES:
         raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
     rule = RULES[name]
-    if in_keep and not rule.in_keep:
+    if in_decide and not rule.in_decide:
         raise UserError(
             f"rule '{name}' looks at column '{rule.column}', which only the metadata has; move it to `select.rules`"
         )
-    if not in_keep and not rule.in_select:
+    if not in_decide and not rule.in_select:
         raise UserError(
-            f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `keep.rules`"
+            f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `decide.rules`"
         )
     if rule.kind is bool and isinstance(value, bool):
         return value

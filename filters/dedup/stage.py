@@ -14,12 +14,10 @@ from filters.dedup.columns import Images
 from filters.dedup.levels import LEVELS, Found, group_images
 from filters.dedup.removal import recount, regroup
 from filters.recipe import Recipe
-from sdtrain.dataset.files import publish, scratch
+from sdtrain.dataset.files import publish, read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entries
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
-from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError

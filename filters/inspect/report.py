@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
-from filters.rules import RULES, keep_item, select_item
+from filters.rules import RULES, decide_item, select_item
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import newest_change_ns, recorded_stages
@@ -63,13 +63,13 @@ def scores_note(recipe: Recipe) -> str:
     random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
     if not random:
         return ""
-    decides = " The metadata decides." if recipe.keep.decide_by == "metadata" else ""
+    decides = " The metadata decides." if recipe.decide.decide_by == "metadata" else ""
     return f"Random weights, here those of {', '.join(random)}, give scores that mean nothing.{decides}"
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:
     """Returns rule limits that a diagram can draw as lines; earlier decisions come first."""
-    rules = recipe.keep.rules | recipe.select.rules
+    rules = recipe.decide.rules | recipe.select.rules
     return {name: value for name, value in rules.items() if isinstance(value, float)}
 
 
@@ -77,9 +77,9 @@ def rule_thresholds(recipe: Recipe) -> Iterator[RuleThreshold]:
     """Yields rule thresholds with their columns, for showing images near them; the metadata's first."""
     from sdtrain.report.examples import RuleThreshold
 
-    for stage, rules in (("select", recipe.select.rules), ("keep", recipe.keep.rules)):
+    for stage, rules in (("select", recipe.select.rules), ("decide", recipe.decide.rules)):
         for name, limit in rules.items():
             if isinstance(limit, float):
                 column = RULES[name].column
-                item = select_item(column) if stage == "select" else keep_item(column, recipe.keep.decide_by)
+                item = select_item(column) if stage == "select" else decide_item(column, recipe.decide.decide_by)
                 yield RuleThreshold(name, stage, column, item, limit)

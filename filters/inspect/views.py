@@ -34,7 +34,7 @@ DERIVED: dict[str, str] = {
     ),
     "drops": (
         "SELECT d.uid, d.key, s.url, s.caption, CASE WHEN i.reason IS NOT NULL THEN 'download' "
-        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'keep' END AS stage, d.reason, i.error_message "
+        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'decide' END AS stage, d.reason, i.error_message "
         "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
     ),
     "score_pairs": (

@@ -124,7 +124,7 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines, chain: str | N
 
 
 def _by(lines: list[Line], of: Callable[[Line], list[str]]) -> dict[str, list[str]]:
-    """The lines' names by what is said of them, each once."""
+    """Groups the lines' names by each thing that `of` says about them."""
     found: dict[str, dict[str, None]] = {}
     for line in lines:
         for said in of(line):

@@ -1,4 +1,4 @@
-"""Publishes files whole under their final name, or not at all."""
+"""Publishes files whole under their final name, or not at all; tells their digests and rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from sdtrain.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _TEMPORARY = ".partial"
 
@@ -95,6 +99,14 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One file's rows, without pyarrow's read_table, which imports pandas and more."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
 
 
 def _sync(path: Path) -> None:

@@ -1,21 +1,24 @@
-"""Records finished work: one JSON entry per stage and shard, written last."""
+"""Records finished work: one JSON entry per stage and shard, written last; merges those of the selections."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from sdtrain.dataset.files import publish, sha256_of
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.manifest_table import StageEntries, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
-_read_in_bulk: ContextVar[dict[Path, StageEntries] | None] = ContextVar("read_in_bulk", default=None)
+_read_in_bulk: ContextVar[dict[tuple[DatasetDir, str], StageEntries] | None] = ContextVar("read_in_bulk", default=None)
 
 
 def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Output]:
@@ -60,11 +63,10 @@ def bulk_reads() -> Iterator[None]:
         _read_in_bulk.reset(token)
 
 
-def _bulk(read: dict[Path, StageEntries], dataset: DatasetDir, stage: str) -> StageEntries:
-    folder = dataset.manifest_entry(stage, 0).parent
-    if folder not in read:
-        read[folder] = entries(dataset, stage)
-    return read[folder]
+def _bulk(read: dict[tuple[DatasetDir, str], StageEntries], dataset: DatasetDir, stage: str) -> StageEntries:
+    if (dataset, stage) not in read:
+        read[dataset, stage] = entries(dataset, stage)
+    return read[dataset, stage]
 
 
 def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
@@ -80,14 +82,19 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
 
 def entries(dataset: DatasetDir, stage: str) -> StageEntries:
     """The entries of a stage's finished shards, in order."""
-    return stage_entries(dataset.manifest_entry(stage, 0).parent)
+    found, *former = map(stage_entries, dataset.manifest_folders(stage))
+    for other in former:
+        found = found.with_others(other)
+    return found
 
 
 def newest_change_ns(dataset: DatasetDir, stage: str) -> int:
     """When an entry of a stage was last written or copied here, in ns since 1970; 0 for a stage without entries."""
-    with suppress(FileNotFoundError), os.scandir(dataset.manifest_entry(stage, 0).parent) as files:
-        return max((file.stat().st_mtime_ns for file in files if file.name.endswith(".json")), default=0)
-    return 0
+    newest = 0
+    for folder in dataset.manifest_folders(stage):
+        with suppress(FileNotFoundError), os.scandir(folder) as files:
+            newest = max([newest, *(file.stat().st_mtime_ns for file in files if file.name.endswith(".json"))])
+    return newest
 
 
 def require_entries(dataset: DatasetDir, stage: str, shards: Iterable[int]) -> Iterator[ShardReport]:
@@ -99,10 +106,62 @@ def require_entries(dataset: DatasetDir, stage: str, shards: Iterable[int]) -> I
 
 def recorded_stages(dataset: DatasetDir) -> list[str]:
     """The names of all stages with finished shards, unordered."""
-    return sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
+    return sorted({current_stage(path.name) for path in (dataset.root / "manifest").glob("*") if path.is_dir()})
 
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
     """Whether every output of the entry still exists, here or on S3, with its recorded size."""
     storage = storage_of(dataset)
     return all(storage.has(name, output.bytes) for name, output in entry.outputs.items())
+
+
+def selection(dataset: DatasetDir) -> ShardReport:
+    """Merges all selections' reports: counts summed, files in shard order; UserError if nothing is selected yet.
+
+    There is the first selection, and one more each time metadata files were added.
+    """
+    return _selection(dataset, _changed_ns(dataset))
+
+
+def selected_shards(dataset: DatasetDir) -> Mapping[int, Output]:
+    """Shard number -> its selection file's digest, in order."""
+    return _selected_shards(dataset, _changed_ns(dataset))
+
+
+def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
+    """The number of selected shards, for later stages' `Stage.num_shards`; None before the first selection."""
+    return len(selected_shards(dataset)) if dataset.manifest_entry("select", 0).exists() else None
+
+
+def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:
+    folder = dataset.manifest_entry("select", 0).parent
+    return tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
+
+
+# Both are cached, because every shard's fingerprint asks for them, and at scale they list over 100,000 files.
+
+
+@lru_cache(maxsize=4)
+def _selected_shards(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> Mapping[int, Output]:
+    outputs = _selection(dataset, changed_ns).outputs
+    return MappingProxyType({int(Path(name).stem): output for name, output in outputs.items()})
+
+
+@lru_cache(maxsize=4)
+def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
+    require_entry(dataset, "select", 0)
+    reports = entries(dataset, "select")
+    dropped, outputs = Counter[str](), dict[str, Output]()
+    for report in reports:
+        dropped.update(report.dropped)
+        outputs |= report.outputs
+    return ShardReport(
+        stage="select",
+        shard=0,
+        num_in=sum(report.num_in for report in reports),
+        num_out=sum(report.num_out for report in reports),
+        dropped=dict(dropped),
+        outputs=dict(sorted(outputs.items(), key=lambda item: int(Path(item[0]).stem))),
+        inputs=[name for report in reports for name in report.inputs],
+        notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
+    )

@@ -85,6 +85,14 @@ class StageEntries(Sequence[ShardReport]):
         """Those of the shards with lower numbers."""
         return StageEntries(self._folder, self.table.slice(0, int(np.searchsorted(self.shards, limit))))
 
+    def with_others(self, others: StageEntries) -> StageEntries:
+        """With the entries of shards that only `others` has."""
+        if not len(others):
+            return self
+        own = pc.is_in(others.table["shard"], value_set=self.table["shard"])
+        table = pa.concat_tables([self.table, others.table.filter(pc.invert(own))])
+        return StageEntries(self._folder, table.sort_by("shard").combine_chunks())
+
     def total(self, column: str) -> int:
         """The sum of a column of whole numbers."""
         return pc.sum(self.table[column]).as_py() or 0

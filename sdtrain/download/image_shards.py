@@ -12,8 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import sha256_of
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.files import read_parquet, sha256_of
 from sdtrain.dataset.tars import Member, SampleIndex, index_samples, write_samples
 from sdtrain.download.rows import SCHEMA, Row
 from sdtrain.images.decode import image_extension
@@ -71,11 +70,8 @@ def write_shard(
 ) -> str:
     """Writes a shard's tar and table, and returns the tar's sha256.
 
-    Args:
-        shard: the paths to write.
-        rows: all of its rows, sorted by key.
-        members_of: a row's members in the tar, by extension, if the row has an image.
-        fingerprint: of all that decides the shard's bytes; recorded in the table, beside the tar's digest.
+    `rows` are all of the shard's, sorted by key; `members_of` gives a row's members in the tar, by extension, if it has
+    an image. `fingerprint` is of all that decides the shard's bytes; the table records it, and the tar's digest.
     """
     images = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
     places = {sample.key: image_location(sample) for sample in write_samples(shard.tar, images)}

@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sdtrain.dataset.config import ImageRecipe
-from sdtrain.dataset.files import scratch
+from sdtrain.dataset.files import read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import forget_entry
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.manifest import forget_entry, num_selected_shards, selected_shards
 from sdtrain.dataset.rewriting import Removed, Rewriting
-from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table
 from sdtrain.download.http.failures import meaning_of

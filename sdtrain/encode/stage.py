@@ -243,7 +243,7 @@ ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
     # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
     inputs={"pack": "same shard", "encode": "first shard"},
-    planned_by="keep",
+    planned_by="decide",
     num_shards=expected_shards,
     beside=_info,
     table=Table(

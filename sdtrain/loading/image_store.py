@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.errors import UserError
 from sdtrain.images.crops import chance, cut

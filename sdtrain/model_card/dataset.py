@@ -10,7 +10,7 @@ import duckdb
 import yaml
 from pydantic import Field
 
-from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.removal_ledger import read_ledger
 from sdtrain.impact.carbon import CORE_W, energy_kwh
 from sdtrain.impact.gpus import board_watts
@@ -29,10 +29,10 @@ class DatasetFacts(Settings):
     metadata: str = ""
     expected_rows: str = ""
     select_rules: dict[str, Any] = Field(default={})
-    keep_rules: dict[str, Any] = Field(default={})
+    decide_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
     crops: str = ""
-    """How images were cut to squares before they were encoded."""
+    """How images were cropped to squares before encoding."""
     funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
     """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})
@@ -73,12 +73,12 @@ def _recipe(path: Path) -> dict[str, Any]:
         recipe = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError):
         return {}
-    select, keep = recipe.get("select", {}), recipe.get("keep", {})
+    select, decide = recipe.get("select", {}), recipe.get("decide") or recipe.get("keep", {})  # its former name
     return {
         **{name: recipe.get(name, "") for name in ("name", "description", "expected_rows")},
         "metadata": select.get("metadata", ""),
         "select_rules": select.get("rules", {}),
-        "keep_rules": keep.get("rules", {}),
+        "decide_rules": decide.get("rules", {}),
         "duplicates": recipe.get("duplicates", {}).get("level", ""),
     }
 
@@ -99,8 +99,9 @@ def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[
         return [], {}
     try:
         with duckdb.connect(str(database), read_only=True) as connection:
-            funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+            rows = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
             hours = connection.execute("SELECT stage, sum(seconds) / 3600 FROM stages GROUP BY stage").fetchall()
     except duckdb.Error:
         return [], {}
-    return funnel, dict(hours)
+    funnel = [(current_stage(stage), *row) for stage, *row in rows]
+    return funnel, {current_stage(stage): spent for stage, spent in hours}

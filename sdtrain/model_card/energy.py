@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sdtrain.config.card import CardConfig
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
-from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.energy import Spent
 from sdtrain.impact.gpus import board_watts
 from sdtrain.model_card.dataset import DatasetFacts
 

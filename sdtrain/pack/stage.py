@@ -149,9 +149,10 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
-    keep = require_entry(dataset, "keep", 0)
-    # keep's own fingerprint holds the image shards' digests: the same decisions may be about other bytes.
-    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
+    decided = require_entry(dataset, "decide", 0)
+    # Its fingerprint holds the image shards' digests: the same decisions may be about other bytes.
+    # "keep" was the stage's name; finished datasets record this digest.
+    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": decided.fingerprint}, [decided])
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -174,8 +175,8 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
 
 PACK: Stage[ImageRecipe] = Stage(
     *("pack", _shards, _fingerprint, _run),
-    inputs={"download": "all shards", "keep": "all shards"},
-    planned_by="keep",
+    inputs={"download": "all shards", "decide": "all shards"},
+    planned_by="decide",
     num_shards=expected_shards,
     beside=nothing_beside,
     table=Table(

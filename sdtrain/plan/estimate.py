@@ -39,16 +39,10 @@ class DatasetJob:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of `part` (dataset or run).
+    """One stage of `part` (dataset or run); hours are wall clock on all machines.
 
-    Attributes:
-        num: input rows or images.
-        disk_bytes: of output.
-        hours: wall clock, on all machines.
-        cost: of the GPUs, in the user's currency; None if no price was stated.
-        kg: CO2 equivalents; None if no region was stated.
-        source: of the rate.
-        remarks: what the rate assumes beyond its source.
+    `num` counts input rows or images. `cost` of the GPUs is in the user's currency, None if no price was stated; `kg`
+    of CO2 equivalents None if no region was. `source` and `remarks` are the rate's: its origin and further assumptions.
     """
 
     part: str
@@ -94,8 +88,7 @@ class Planner:
     def training(self, config: TrainConfig) -> Line:
         """A training run, with the largest micro-batch up to the config's that divides each GPU's share.
 
-        Raises:
-            UserError: its resolution has no rate on this GPU, or the GPUs cannot share its batch.
+        UserError if its resolution has no rate on this GPU, or the GPUs cannot share its batch.
         """
         machines, resolution = self._machines, config.data.resolution
         load = Load(machines.gpu, machines.num_gpus, _micro_batch(config, machines.num_gpus), resolution)
@@ -171,7 +164,7 @@ def total(lines: Sequence[Line]) -> Line:
 
 def _micro_batch(config: TrainConfig, num_gpus: int) -> int:
     if not (sizes := config.micro_batches(num_gpus)):
-        config.accumulation(num_gpus)  # says which batches and numbers fit
+        config.accumulation(num_gpus)  # raises if they cannot
     return max(size for size in sizes if size <= config.micro_batch_size)
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from sdtrain.impact.counters import Counter, cpu_counters, gpu_counters
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import Counter, EnergyLog, Spent, cpu_counters, gpu_counters
 from sdtrain.training.distributed import Ranks
 
 _POLL_S = 20.0

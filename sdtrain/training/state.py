@@ -21,7 +21,7 @@ from sdtrain.models.backends import attention_kernels, begin_graphs, compile_une
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
 from sdtrain.precision import torch_dtype
-from sdtrain.sampling.pipeline import Networks
+from sdtrain.sampling.sampler import Networks
 from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema

@@ -39,8 +39,7 @@ from sdtrain.models.unet import build_unet
 from sdtrain.precision import fast_dtype, resolve
 from sdtrain.sampling.batch import Job, Model, make_jobs
 from sdtrain.sampling.output_folder import SampleFolder, Writer
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from tests.benchmarks.training_loops import CUDA, DEVICE
 
 SIDE_PX = 512 if CUDA else 128

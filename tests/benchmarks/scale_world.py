@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.inspect.report import finish_dataset
 from filters.recipe import Recipe
@@ -20,6 +20,7 @@ from filters.recipe_record import record_recipe
 from filters.score.stage import SCORE
 from filters.select.stage import SELECT
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import selected_shards
 from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.dataset.stage import Stage, run_batch
 from sdtrain.download.rows import SCHEMA as IMAGES
@@ -62,7 +63,7 @@ def write_world(folder: Path, num_shards: int) -> World:
     run_batch(SELECT, dataset, recipe, [0])
     _finish(DOWNLOAD, world, _images(world))
     _finish(SCORE, world, _scores(world))
-    for stage in (DEDUP, KEEP):
+    for stage in (DEDUP, DECIDE):
         run_batch(stage, dataset, recipe, [0])
     _finish(PACK, world, _packed(world))
     dataset.latents_info.parent.mkdir(exist_ok=True)
@@ -83,7 +84,7 @@ def _recipe(metadata: Path, models: Path) -> Recipe:
         },
         "score": {f"{name}_weights": None for name in networks},
         "duplicates": {"level": "exact"},
-        "keep": {"rules": {"min_side": 256, "min_aesthetic": 5.0}},
+        "decide": {"rules": {"min_side": 256, "min_aesthetic": 5.0}},
         "pack": {"samples_per_shard": ROWS_PER_SHARD},
         "encode": {"vae": str(models), "resolution": 64},
     }
@@ -143,18 +144,17 @@ def _table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = No
 
 
 def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
-    from sdtrain.dataset.selection import selected_shards
 
     dataset = world.dataset
     schema = IMAGES
-    for name, kind in (("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())):
+    for name, kind in (("extension", pa.string()), ("image_offset", pa.int64()), ("image_bytes", pa.int64())):
         schema = schema.append(pa.field(name, kind))
     for shard in list(selected_shards(dataset)):
         rows = []
         for number, row in enumerate(pq.read_table(dataset.selection(shard)).to_pylist()):
             size = dict.fromkeys(("width", "original_width"), 640) | dict.fromkeys(("height", "original_height"), 512)
             named = {name: row[name] for name in ("uid", "key", "url", "caption")}
-            place = {"extension": "jpg", "picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
+            place = {"extension": "jpg", "image_offset": 512 + 200_000 * number, "image_bytes": 150_000}
             digest = hashlib.sha256(row["uid"].encode()).hexdigest()
             rows.append(
                 dict.fromkeys(schema.names)
@@ -169,7 +169,6 @@ def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
 
 def _scores(world: World) -> Iterator[tuple[int, int, list[Path]]]:
     from filters.score.stage import _TABLE
-    from sdtrain.dataset.selection import selected_shards
 
     dataset = world.dataset
     for shard in list(selected_shards(dataset)):
@@ -191,7 +190,7 @@ def _packed(world: World) -> Iterator[tuple[int, int, list[Path]]]:
     for shard, first in enumerate(range(0, len(plan), ROWS_PER_SHARD)):
         rows = [
             {"uid": row["uid"], "key": row["key"], "extension": row["extension"]}
-            | {"picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
+            | {"image_offset": 512 + 200_000 * number, "image_bytes": 150_000}
             for number, row in enumerate(plan.slice(first, ROWS_PER_SHARD).to_pylist())
         ]
         yield shard, len(rows), [_sparse(dataset.packed_tar(shard)), _table(dataset.packed_table(shard), rows)]

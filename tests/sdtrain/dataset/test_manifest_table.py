@@ -138,7 +138,7 @@ def test_the_order_is_that_of_numbers_from_100_000_on(dataset):
 def test_a_damaged_entry_is_named(dataset):
     path = dataset.manifest_entry(STAGE, 1)
     path.write_text("{")
-    with pytest.raises(UserError, match="00001.json is not a manifest entry"):
+    with pytest.raises(UserError, match=r"00001\.json is not a manifest entry"):
         entries(dataset, STAGE)
 
 
