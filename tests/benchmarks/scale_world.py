@@ -147,14 +147,14 @@ def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
 
     dataset = world.dataset
     schema = IMAGES
-    for name, kind in (("extension", pa.string()), ("image_offset", pa.int64()), ("image_bytes", pa.int64())):
+    for name, kind in (("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())):
         schema = schema.append(pa.field(name, kind))
     for shard in list(selected_shards(dataset)):
         rows = []
         for number, row in enumerate(pq.read_table(dataset.selection(shard)).to_pylist()):
             size = dict.fromkeys(("width", "original_width"), 640) | dict.fromkeys(("height", "original_height"), 512)
             named = {name: row[name] for name in ("uid", "key", "url", "caption")}
-            place = {"extension": "jpg", "image_offset": 512 + 200_000 * number, "image_bytes": 150_000}
+            place = {"extension": "jpg", "picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
             digest = hashlib.sha256(row["uid"].encode()).hexdigest()
             rows.append(
                 dict.fromkeys(schema.names)
@@ -190,7 +190,7 @@ def _packed(world: World) -> Iterator[tuple[int, int, list[Path]]]:
     for shard, first in enumerate(range(0, len(plan), ROWS_PER_SHARD)):
         rows = [
             {"uid": row["uid"], "key": row["key"], "extension": row["extension"]}
-            | {"image_offset": 512 + 200_000 * number, "image_bytes": 150_000}
+            | {"picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
             for number, row in enumerate(plan.slice(first, ROWS_PER_SHARD).to_pylist())
         ]
         yield shard, len(rows), [_sparse(dataset.packed_tar(shard)), _table(dataset.packed_table(shard), rows)]
