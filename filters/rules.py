@@ -73,7 +73,7 @@ _VALUES = {float: "a number", bool: "true or false", list: "a list of words, suc
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition that a sample must meet; its column decides where it applies, see `filters.columns.TABLES`.
+    """A condition that a sample must meet; its column decides where it applies.
 
     Attributes:
         column: NULL there counts as a reason of its own.
@@ -82,6 +82,7 @@ class Rule:
         kind: of the recipe's value: a number (float), a bool or words (list).
         pushdown: (column, operator) pairs that hold, with the recipe's value, for every passing row; on the files' own
             columns, so that DuckDB can skip row groups by their statistics.
+        stage: whose table has the column; None for those of `filters.columns.TABLES`, and what is derived from them.
     """
 
     column: str
@@ -89,19 +90,28 @@ class Rule:
     meaning: str
     kind: type = float
     pushdown: tuple[tuple[str, str], ...] = ()
+    stage: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_column()
+        num_values = re.sub("'[^']*'", "", self.sql).count("?")
+        if self.kind not in _VALUES or num_values != (self.kind is not bool):
+            raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
+
+    def _check_column(self) -> None:
+        if self.stage is not None:  # `filters.pipeline.in_order` checks that its table has the column
+            if self.column in TABLES or self.column in DERIVED:
+                raise ValueError(f"column '{self.column}' of stage '{self.stage}' has the name of another")
+            return
         unknown = [name for name in self.sources if name not in TABLES]
         if unknown:
             raise ValueError(
                 f"a rule looks at column '{self.column}', and no table is known to have {', '.join(unknown)}: "
-                "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns"
+                "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns, or name the "
+                "`stage` whose table has it"
             )
         if not (self.in_select or self.in_decide):
             raise ValueError(f"no stage has all that column '{self.column}' follows from: {', '.join(self.sources)}")
-        num_values = re.sub("'[^']*'", "", self.sql).count("?")
-        if self.kind not in _VALUES or num_values != (self.kind is not bool):
-            raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -111,12 +121,12 @@ class Rule:
     @property
     def in_select(self) -> bool:
         """Whether the metadata has its column; otherwise only a decoded image does."""
-        return all("metadata" in TABLES[name] for name in self.sources)
+        return self.stage is None and all("metadata" in TABLES[name] for name in self.sources)
 
     @property
     def in_decide(self) -> bool:
         """Whether its column is available after the download; otherwise only the metadata has it."""
-        return all(TABLES[name] - {"metadata"} for name in self.sources)
+        return self.stage is not None or all(TABLES[name] - {"metadata"} for name in self.sources)
 
 
 def _limit(column: str, operator: str, meaning: str) -> Rule:
@@ -167,6 +177,20 @@ def decide_item(column: str, decide_by: str) -> str:
         return f"i.original_{column} AS {column}"
     is_ours = "scores" in TABLES[column] and (decide_by != "metadata" or "selection" not in TABLES[column])
     return _as_number("c" if is_ours else "s", column)
+
+
+def stage_item(rule: Rule, table: str) -> str:
+    """Returns the SELECT item of the column of a rule with a `stage`, from that stage's table."""
+    return f"{table}.{rule.column}{'::DOUBLE' if rule.kind is float else ''} AS {rule.column}"
+
+
+def stage_rules(rules: Mapping[str, RuleValue]) -> dict[str, list[Rule]]:
+    """Returns by stage the rules in use that look at its table, one for each column."""
+    found: dict[str, dict[str, Rule]] = {}
+    for rule in (RULES[name] for name in active_rules(rules)):
+        if rule.stage is not None:
+            found.setdefault(rule.stage, {})[rule.column] = rule
+    return {stage: list(found[stage].values()) for stage in sorted(found)}
 
 
 def _as_number(table: str, column: str) -> str:

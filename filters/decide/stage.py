@@ -10,15 +10,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters.recipe import DecideConfig, Recipe
-from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words, reason_case
+from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words, reason_case, stage_item, stage_rules
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entries, require_entry, selected_shards, selection
+from sdtrain.dataset.manifest import (
+    describe_outputs,
+    entries,
+    require_entries,
+    require_entry,
+    selected_shards,
+    selection,
+)
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
+from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -32,6 +40,7 @@ LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
 LEFT JOIN blocked b USING (uid)
+{joins}
 """
 _HASHES = """
 SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
@@ -59,11 +68,13 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept)."""
     case, values = reason_case(recipe.decide.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
-    columns = ", ".join(_columns(dataset, recipe.decide))
+    columns, measured = ", ".join(_columns(dataset, recipe.decide)), _measured(dataset, recipe.decide)
+    joins = "\n".join(f"LEFT JOIN read_parquet(${name}, union_by_name = true) {name} USING (uid)" for name in measured)
     # Otherwise DuckDB spills to the working directory.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "decide"))}) as connection:
-        connection.register("blocked", _alike_to_removed(connection, dataset))
-        connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
+        connection.register("blocked", _near_duplicates_of_removed(connection, dataset))
+        joined = _JOINED.format(columns=columns, joins=joins)
+        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | measured)
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -75,9 +86,28 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 def _columns(dataset: DatasetDir, decide: DecideConfig) -> Iterator[str]:
     """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
-    for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(decide.rules))]):
+    rules = [RULES[name] for name in active_rules(decide.rules)]
+    for column in dict.fromkeys(["aesthetic", *(rule.column for rule in rules if rule.stage is None)]):
         _check_known(dataset, column, decide)
         yield decide_item(column, decide.decide_by)
+    for number, found in enumerate(stage_rules(decide.rules).values()):
+        yield from (stage_item(rule, f"measured_{number}") for rule in found)
+
+
+def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[str] | str]:
+    """Returns the tables of the stages that rules name, by their alias."""
+    found: dict[str, list[str] | str] = {}
+    for number, stage in enumerate(stage_rules(decide.rules)):
+        fetch_outputs(dataset, stage, tars=False)
+        names = [name for entry in _finished(dataset, stage) for name in entry.outputs if name.endswith(".parquet")]
+        found[f"measured_{number}"] = [str(dataset.root / name) for name in names]
+    return found
+
+
+def _finished(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+    """Returns the entries of a stage of which at least the first shard is finished."""
+    require_entry(dataset, stage, 0)
+    return entries(dataset, stage)
 
 
 def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:
@@ -90,7 +120,7 @@ def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None
         )
 
 
-def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+def _near_duplicates_of_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
     """Returns uids of images similar to one that was removed with a radius."""
     sources = _sources(dataset)
     return near_duplicate_uids(
@@ -123,7 +153,8 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     config: dict[str, object] = {"decide_by": decide_by, "rules": list(recipe.decide.rules.items())}
     removed = removed_hashes(read_ledger(dataset.removed))
     config |= {"removed": removed.to_pylist()} if len(removed) else {}
-    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
+    measured = [entry for stage in stage_rules(recipe.decide.rules) for entry in _finished(dataset, stage)]
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0), *measured])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -185,4 +216,6 @@ DECIDE: Stage[Recipe] = Stage(
         explain=in_words,
     ),
     uses_gpu=False,
+    needs=NOTHING,
+    work=None,
 )

@@ -19,7 +19,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
@@ -46,7 +46,8 @@ def check_decoders(dataset: DatasetDir) -> None:
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
             f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
-            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores them again."
+            "differ, which hides duplicates. Set score.decode to cpu or gpu, and run the build again: it scores them "
+            "again."
         )
 
 
@@ -68,7 +69,7 @@ def _remarks(found: Found) -> list[str]:
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
     others = [level for level in LEVELS if level not in found.removed]
     unknown = f"; {' and '.join(others)} not counted" if others else ""
-    return [f"of {found.num_pictures:,} images, each level of duplicates would drop: {counted}{unknown}"]
+    return [f"of {found.num_images:,} images, each level of duplicates would drop: {counted}{unknown}"]
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -101,6 +102,20 @@ def _path(dataset: DatasetDir, shard: int) -> Path:
     return dataset.duplicates
 
 
+def _sized(recipe: Recipe, num_rows: int) -> Openers:
+    is_semantic = recipe.duplicates.level == "semantic"
+    return {"duplicates.level": partial(_check_semantic, recipe, num_rows)} if is_semantic else {}
+
+
+def _check_semantic(recipe: Recipe, num_rows: int) -> str:
+    from filters.dedup.clusters import load_faiss, num_clusters_for
+
+    num_clusters = num_clusters_for(num_rows, recipe.duplicates.num_clusters)
+    if num_clusters > 1:
+        load_faiss()
+    return f"semantic, {num_clusters:,} clusters"
+
+
 DEDUP: Stage[Recipe] = Stage(
     *("dedup", _shards, _fingerprint, _run),
     inputs={"score": "all shards", "download": "all shards"},
@@ -116,4 +131,6 @@ DEDUP: Stage[Recipe] = Stage(
     ),
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
+    needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
+    work=Work(num="images", rate="dedup_pictures", on="one core", writes=None),
 )

@@ -23,8 +23,7 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 class Limits:
     """The limits beyond which a sample counts as memorised, and the number of neighbours to compare (`top`).
 
-    `threshold` is the least cosine of CLIP's embeddings to flag; `radius` the bits in which one image's perceptual
-    hashes may differ.
+    `threshold` is the least CLIP cosine to flag; `radius` the bits in which perceptual hashes may differ.
     """
 
     threshold: float = 0.95
@@ -92,7 +91,7 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """Returns a summary for JSON."""
         return {
-            "num_pictures": len(self.nearest),
+            "num_images": len(self.nearest),
             "nearest_other": quantiles(self.nearest),
             "nearest_other_flagged": self.share(self.nearest),
             "num_pairs": len(self.pairs),

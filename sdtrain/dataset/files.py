@@ -20,6 +20,8 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FINGERPRINT = b"sdtrain.fingerprint"
+"""In a table's metadata: of what it was made. A shard without a manifest entry can then be told from a stale one."""
 _TEMPORARY = ".partial"
 
 
@@ -107,6 +109,19 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
 
     with pq.ParquetFile(path) as file:
         return file.read(columns)
+
+
+def has_fingerprint(path: Path) -> bool:
+    """Whether the file is a table that says of what it was made, so that its shard is used again where it fits."""
+    if path.suffix != ".parquet" or not path.exists():
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return FINGERPRINT in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _sync(path: Path) -> None:

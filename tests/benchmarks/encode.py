@@ -61,10 +61,10 @@ class Recipe:
         )
 
 
-def write_packed(root: Path, num_pictures: int) -> DatasetDir:
+def write_packed(root: Path, num_images: int) -> DatasetDir:
     """A packed dataset of photo-like JPEG images; drawn ones come again and again."""
-    dataset, per_shard = DatasetDir(root), num_pictures // NUM_SHARDS
-    images = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_pictures))]
+    dataset, per_shard = DatasetDir(root), num_images // NUM_SHARDS
+    images = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_images))]
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * per_shard, (shard + 1) * per_shard):
@@ -78,7 +78,7 @@ def write_packed(root: Path, num_pictures: int) -> DatasetDir:
         outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
         write_entry(dataset, report.model_copy(update={"outputs": outputs}))
     pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
-    write_entry(dataset, ShardReport(stage="decide", shard=0, num_in=num_pictures, num_out=num_pictures))
+    write_entry(dataset, ShardReport(stage="decide", shard=0, num_in=num_images, num_out=num_images))
     return dataset
 
 
@@ -102,9 +102,9 @@ def timed(work: Callable[[], object]) -> float:
 
 def measure(folder: Path, quick: bool) -> dict[str, float]:
     """Rates of the stage and of its VAE."""
-    num_pictures, batch_size = (1024 if quick else 4096, 32) if CUDA else (4 if quick else 8, 2)
+    num_images, batch_size = (1024 if quick else 4096, 32) if CUDA else (4 if quick else 8, 2)
     dataset, recipe = (
-        write_packed(folder / "data", num_pictures),
+        write_packed(folder / "data", num_images),
         Recipe(write_full_size_vae(folder / "vae"), batch_size),
     )
     vae = shared_vae(recipe.encode.vae, precision=PRECISION)
@@ -112,14 +112,14 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     posterior_moments(vae, pixels)
     contenders: dict[str, Callable[[], object]] = {
         "stage": lambda: run_batch(ENCODE, dataset, recipe, list(range(NUM_SHARDS))),
-        "vae": lambda: [posterior_moments(vae, pixels) for _ in range(num_pictures // batch_size)],
+        "vae": lambda: [posterior_moments(vae, pixels) for _ in range(num_images // batch_size)],
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(1 if quick else TURNS):
         for name, work in contenders.items():
             seconds[name].append(timed(work))
-            print(f"{name:6} {num_pictures / seconds[name][-1]:8.2f} images/s of {RESOLUTION} px", flush=True)
-    rate, flops, ceiling = num_pictures / min(seconds["stage"]), encoder_flops(vae), matmul_flops()
+            print(f"{name:6} {num_images / seconds[name][-1]:8.2f} images/s of {RESOLUTION} px", flush=True)
+    rate, flops, ceiling = num_images / min(seconds["stage"]), encoder_flops(vae), matmul_flops()
     return {
         "images_per_s": round(rate, 2),
         "mfu": round(rate * flops / (peak_flops(DEVICE) or ceiling), 3),

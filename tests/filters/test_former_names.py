@@ -19,6 +19,7 @@ from filters.remove.apply import finish_removal, start_removal
 from sdtrain.cli import app
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, recorded_stages, require_entry, selected_shards, selection
+from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
 from sdtrain.pack.stage import PACK
 from tests.filters.removal_fixtures import build, check_consistent, copy_of, find_removal_of, remove, uid_of

@@ -9,9 +9,8 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, is_whole, write_entry
 from sdtrain.dataset.open import dataset_at
-from sdtrain.dataset.s3.files import fetch_shard_file, read_part
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.sync import fetch_tables, keep_local
+from sdtrain.dataset.s3.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
