@@ -132,5 +132,5 @@ DEDUP: Stage[Recipe] = Stage(
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
     needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
-    work=Work(num="images", rate="dedup_pictures", on="one core", writes=None),
+    work=Work(num="images", rate="dedup_images", on="one core", writes=None),
 )

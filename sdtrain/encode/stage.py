@@ -269,5 +269,5 @@ ENCODE: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="crops", rate="encode_pictures", on="GPUs", writes=("crops", "latent_bytes")),
+    work=Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
 )

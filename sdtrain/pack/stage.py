@@ -194,5 +194,5 @@ PACK: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=False,
     needs=NOTHING,
-    work=Work(num="kept", rate="pack_pictures", on="cores", writes=("kept", "picture_bytes")),
+    work=Work(num="kept", rate="pack_images", on="cores", writes=("kept", "image_bytes")),
 )

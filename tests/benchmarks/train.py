@@ -49,6 +49,7 @@ LEVERS: list[dict[str, Any]] = [
 CUDA_LEVERS: list[dict[str, Any]] = [
     {"cudnn_benchmark": True},
     {"tf32": True},
+    {"compile": "fused"},
     {"compile": "regional"},
     {"compile": "whole"},
     {"compile": "whole", "compile_mode": "max-autotune-no-cudagraphs"},
