@@ -104,7 +104,7 @@ def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[str] 
     return found
 
 
-def _finished(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
     """Returns the entries of a stage of which at least the first shard is finished."""
     require_entry(dataset, stage, 0)
     return entries(dataset, stage)
