@@ -50,10 +50,8 @@ class Build:
 def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[Build]:
     """Locks the dataset for a build and finishes it at the end unless the build fails.
 
-    `recipe` has the options applied; the lock names `command` to others.
-
-    Raises:
-        UserError: the recipe names no metadata, or another command is changing the dataset.
+    `recipe` has the options applied; the lock names `command` to others. UserError if the recipe names no metadata, or
+    another command is changing the dataset.
     """
     from filters.inspect.report import finish_dataset
     from filters.preflight import BuildPreflight

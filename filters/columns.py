@@ -27,7 +27,7 @@ ALIASES = {ours: tuple(names) for ours, (_, *names) in _METADATA.items()}
 SCORE_COLUMNS = ("aesthetic", "aesthetic_v1", "pwatermark", "punsafe", "similarity")
 """Image scores by networks, any of which the metadata may have too."""
 QUALITY_COLUMNS = ("sharpness", "entropy", "border", "contrast")
-"""Measured on the decoded image alone; see `filters.score.quality`."""
+"""Measured on the decoded image alone; see `filters.score.preprocess`."""
 UNDECODABLE = "undecodable"
 """The drop reason of an image that no decoder reads."""
 

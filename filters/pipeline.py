@@ -14,27 +14,36 @@ from sdtrain.download.stage import DOWNLOAD
 from sdtrain.encode.stage import ENCODE
 from sdtrain.pack.stage import PACK
 
+OTHER_VIEWS: dict[str, str] = {
+    "metadata": "Every row of the metadata that the recipe names, under one set of column names",
+    "kept": "Kept samples with caption, LAION's scores and sizes",
+    "drops": "Selected rows that were dropped: at which stage and why",
+    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
+    "hosts": "Hosts, how many URLs of each were tried and how many failed",
+    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
+    "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
+    "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
+}
+"""Views of metadata.duckdb that are of no single stage -> what their rows are."""
+
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """Returns the stages after checking that each names only itself and earlier ones.
-
-    Raises:
-        ValueError: one does not, or two share a name or view.
-    """
+    """Returns the stages; ValueError if one names a later one, or two share a name or view, `OTHER_VIEWS` included."""
     known = set[str]()
     for stage in stages:
         known.add(stage.name)
         if unknown := {*stage.inputs, *filter(None, [stage.planned_by])} - known:
             raise ValueError(f"stage '{stage.name}' reads {', '.join(sorted(unknown))}, which is no stage before it")
-    _refuse_twice([stage.name for stage in stages])
-    _refuse_twice([stage.table.view for stage in stages if stage.table])
+    _refuse_twice([stage.name for stage in stages], "two stages have the name")
+    views = [stage.table.view.lower() for stage in stages if stage.table]  # as DuckDB compares names
+    _refuse_twice([*views, *OTHER_VIEWS], "metadata.duckdb would have two views")
     return stages
 
 
-def _refuse_twice(names: Sequence[str]) -> None:
+def _refuse_twice(names: Sequence[str], message: str) -> None:
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"two stages have the name or view '{name}'")
+            raise ValueError(f"{message} '{name}'")
 
 
 # Users say `pipeline.STAGES`: the list can then be changed in one place.

@@ -196,8 +196,7 @@ def known_recipes() -> list[str]:
 def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recipe:
     """Loads a recipe by name or from a YAML file, with the options' overrides.
 
-    Raises:
-        UserError: unknown name (with the nearest known one), unknown key, bad value.
+    UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):

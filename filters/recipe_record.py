@@ -23,10 +23,8 @@ _log = logging.getLogger(__name__)
 def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     """Writes `recipe` into the dataset; returns its differences from the previous run's.
 
-    Work that the differences affect is redone, because its fingerprint no longer matches.
-
-    Raises:
-        UserError: no metadata was named, or the directory cannot be written.
+    Work that the differences affect is redone, because its fingerprint no longer matches. UserError if no metadata was
+    named, or the directory cannot be written.
     """
     require_metadata(recipe)
     try:

@@ -55,8 +55,7 @@ _FILLED_IN = ("width", "height", "caption")
 def sources_of(column: str) -> tuple[str, ...]:
     """Returns the table columns that a column is derived from; else the column itself.
 
-    Raises:
-        ValueError: it is derived from others than those that every stage fills in, or from none.
+    ValueError if it is derived from none, or from others than those that every stage fills in.
     """
     if column not in DERIVED:
         return (column,)
@@ -147,7 +146,7 @@ RULES: dict[str, Rule] = {
     ),
     "languages": _one_of("language", "language not one of {value}"),
     "nsfw_tags": _one_of("nsfw", "NSFW tag not one of {value}"),
-    # Measures of filters.score.quality.
+    # Measures of filters.score.preprocess.
     "min_sharpness": Rule("sharpness", "sharpness >= ?", "sharpness under {value}"),
     "min_entropy": Rule("entropy", "entropy >= ?", "gray levels of an entropy under {value} bits"),
     "max_border": Rule("border", "border <= ?", "more than the share {value} of the image is border of one colour"),
@@ -193,8 +192,7 @@ def _filled(template: str, columns: Mapping[str, str]) -> str:
 def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, RuleValue]:
     """Validates the rules (name -> value) of a recipe, with `in_keep` those of `keep.rules`; numbers become floats.
 
-    Raises:
-        UserError: an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
+    UserError for an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
     """
     return {name: _checked(name, value, in_keep) for name, value in rules.items()}
 

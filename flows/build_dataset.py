@@ -14,10 +14,9 @@ from filters.build import Build, open_build
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, known_recipes, load_recipe
 from flows.support.credentials import s3_credentials
-from flows.support.parameters import flow_parameter, records_no_secrets
+from flows.support.decorators import flow_parameter, records_no_secrets, report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import start_engine
-from flows.support.user_errors import report_user_errors
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.options import with_options
 

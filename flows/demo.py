@@ -27,8 +27,8 @@ from prefect.settings import (
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
+from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions
-from flows.support.user_errors import report_user_errors
 from flows.train_unet import train
 from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
@@ -148,8 +148,7 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[ImageSection]") -> Path:
     """Writes the demo's report page."""
-    from filters.inspect.borders import borders
-    from filters.inspect.report import limits_of, scores_note
+    from filters.inspect.report import limits_of, rule_thresholds, scores_note
     from sdtrain.report.page import Report, SampleSection, write_report
 
     names = {
@@ -169,7 +168,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         "trained on, all on this machine.",
         dataset=demo.data,
         limits=limits_of(demo_recipe(demo)),
-        thresholds=list(borders(demo_recipe(demo))),
+        thresholds=list(rule_thresholds(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
         training=demo.training,
         samples=samples,

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from filters.memorization.check import check_samples
-from filters.memorization.report import write_memorised
+from filters.memorization.check import check_samples, write_memorised
 from filters.memorization.samples import draw_samples, repeated_captions
 from filters.search.hits import Hit, image_of
 from filters.search.search import Search

@@ -10,10 +10,9 @@ from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner
 from pydantic import Field
 
-from flows.support.parameters import records_no_secrets
+from flows.support.decorators import records_no_secrets, report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import Engine, start_engine
-from flows.support.user_errors import report_user_errors
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
 from sdtrain.evaluation.results import Results, protocol_lines, table_of
 from sdtrain.preflight.checks import require

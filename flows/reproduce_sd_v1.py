@@ -8,8 +8,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from flows.support.parameters import records_no_secrets
-from flows.support.user_errors import report_user_errors
+from flows.support.decorators import records_no_secrets, report_user_errors
 from flows.train_unet import SLURM_SCRIPT, Launcher, all_parameters, cancel_job, train_unet
 from sdtrain.plan.chain import Dataset, Phase, RunName, chain
 from sdtrain.preflight.checks import require

@@ -21,10 +21,9 @@ from prefect.utilities.callables import get_parameter_defaults
 from pydantic import Field
 
 from flows.support import slurm
-from flows.support.parameters import records_no_secrets
+from flows.support.decorators import records_no_secrets, report_user_errors
 from flows.support.process_tree import run_tree
 from flows.support.progress import ProgressArtifact, Throttle
-from flows.support.user_errors import report_user_errors
 from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.redaction import Location

@@ -18,11 +18,8 @@ class NoiseSchedule:
     """alpha_bar of the forward process q(z_t | z_0) = N(sqrt(alpha_bar_t) z_0, (1 - alpha_bar_t) I).
 
     The betas are linear in their square root, computed and multiplied in float64 and stored in float32:
-    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion.
-
-    Attributes:
-        alphas_cumprod: alpha_bar_t, (T,), float32.
-        snr: alpha_bar_t / (1 - alpha_bar_t), (T,), float32: the signal's power over the noise's.
+    `make_beta_schedule("linear")` and `register_schedule` in CompVis/stable-diffusion. `alphas_cumprod` is alpha_bar_t,
+    (T,), and `snr` alpha_bar_t / (1 - alpha_bar_t), (T,), the signal's power over the noise's, both float32.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):
@@ -80,8 +77,8 @@ def sample_posterior(moments: torch.Tensor, noise: torch.Tensor, scaling_factor:
 def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> torch.Tensor:
     """Returns eps + strength * offset: normal noise (B, 4, h, w) plus a constant for each latent channel, (B, 4, 1, 1).
 
-    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it
-    (Guttenberg 2023, "Diffusion with Offset Noise", crosslabs.org).
+    Plain noise leaves an image's mean visible at every timestep, so a model never learns to make it (Guttenberg 2023,
+    "Diffusion with Offset Noise", crosslabs.org).
     """
     return noise + strength * offset if strength else noise
 
@@ -98,7 +95,7 @@ def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: fl
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:
     """Classifier-free guidance: eps_u + scale * (eps_c - eps_u), where scale 1 is no guidance.
 
-    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use
-    w = scale - 1.
+    `p_sample_plms` in CompVis/stable-diffusion, ldm/models/diffusion/plms.py; Ho and Salimans (2022), eq. 6, use w =
+    scale - 1.
     """
     return unconditional + scale * (conditional - unconditional)

@@ -25,11 +25,7 @@ ModelT = TypeVar("ModelT")
 
 
 def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
-    """Reads a YAML file into `model`.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (with the nearest known one) or a bad value.
-    """
+    """Reads a YAML file into `model`; UserError if missing, not YAML, or with an unknown key or a bad value."""
     try:
         content = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
@@ -46,20 +42,12 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
 
 
 def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) -> SettingsT:
-    """Validates `content`, which came from `where`, against `model`.
-
-    Raises:
-        UserError: an unknown key or a bad value.
-    """
+    """Validates `content`, which came from `where`, against `model`; UserError for an unknown key or a bad value."""
     return _validate(model, content, where)
 
 
 def check_options(options: Any, where: str) -> None:
-    """Validates a dataclass of options (`sdtrain.options`) against its types and bounds.
-
-    Raises:
-        UserError: a bad value.
-    """
+    """Validates a dataclass of options (`sdtrain.options`) against its types and bounds; UserError for a bad value."""
     _validate(type(options), asdict(options), where)
 
 

@@ -45,10 +45,8 @@ def train(
     """Trains until `config.steps` from the newest checkpoint; returns the step reached.
 
     `deepspeed_json` overrides our DeepSpeed settings. If `stop_requested` is true on any rank between two steps,
-    training ends with a checkpoint.
-
-    Raises:
-        UserError: latents, weights or settings that do not fit, a loss that is not finite, a full disk.
+    training ends with a checkpoint. UserError if latents, weights or settings do not fit, the
+    loss is not finite, or the disk is full.
     """
     # DeepSpeed chooses its accelerator on import, so it must not be imported before `join`.
     from sdtrain.training.energy import EnergyRecorder
@@ -177,11 +175,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def configure(
     name: str, data: str | None = None, steps: int | None = None, init_from: str | None = None
 ) -> TrainConfig:
-    """Loads a config and applies the command line's overrides.
-
-    Raises:
-        UserError: an unknown config or a bad value.
-    """
+    """Loads a config and applies the command line's overrides; UserError for an unknown config or a bad value."""
     content = load_config(name).model_dump(exclude_unset=True)  # so that only settings named in the file count as set
     if data is not None:
         content["data"] = content.get("data", {}) | {"root": data, "sources": ()}
@@ -200,11 +194,7 @@ def configure(
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Trains as the command line says.
-
-    Raises:
-        UserError: a mistake that the user can fix.
-    """
+    """Trains as the command line says; UserError for a mistake that the user can fix."""
     config = configure(arguments.config, arguments.data, arguments.steps, arguments.init_from)
     from sdtrain.loading.sources import require_samples
     from sdtrain.training.distributed import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from filters.inspect.questions import QUESTIONS
+from filters.inspect.query import QUESTIONS
 from filters.recipe import known_recipes
 from sdtrain.config import known_configs
 

@@ -31,10 +31,8 @@ class FunnelRow(TypedDict):
 def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardReport | None = None) -> list[FunnelRow]:
     """Returns drops by stage and reason, from all metadata rows to the kept samples.
 
-    `stages` are the pipeline's, in order; `decided` replaces the recorded decisions.
-
-    Raises:
-        UserError: a stage that drops samples is not finished, or the counts of two stages do not match.
+    `stages` are the pipeline's, in order; `decided` replaces the recorded decisions. UserError if a stage that drops
+    samples is not finished, or the counts of two stages do not match.
     """
     num_rows = selection(dataset).num_in
     rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=num_rows)]

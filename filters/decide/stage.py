@@ -16,10 +16,12 @@ from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
+from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.selection import selected_shards, selection
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
+from sdtrain.pack.plan import shortened
 
 # One row per selected row, with the columns that rules name. Sizes are the downloaded image's.
 _JOINED = """
@@ -73,11 +75,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 
 def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
-    """Yields SELECT items of the rules' columns, and of the score that ranks duplicates.
-
-    Raises:
-        UserError: the metadata are to decide, and none has a score.
-    """
+    """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
     for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(keep.rules))]):
         _check_known(dataset, column, keep)
         yield keep_item(column, keep.decide_by)
@@ -156,6 +154,11 @@ def _path(dataset: DatasetDir, shard: int) -> Path:
     return dataset.decisions
 
 
+def _drop(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -> None:
+    is_packed = removed.uids and removed.finished.get("pack")
+    drop_rows(removed.table, removed.uids, shortened(dataset, recipe.pack, removed.uids) if is_packed else None)
+
+
 KEEP: Stage[Recipe] = Stage(
     *("keep", _shards, _fingerprint, _run),
     inputs=dict.fromkeys(("select", "download", "score", "dedup"), "all shards"),
@@ -167,6 +170,7 @@ KEEP: Stage[Recipe] = Stage(
         comment="One row for every selected row: kept (reason is NULL), or the first reason that dropped it",
         columns={"uid": "VARCHAR", "key": "VARCHAR", "shard": "INTEGER", "reason": "VARCHAR"},
         path=_path,
+        rewriting=Rewriting(has_tar=False, drop=_drop, recount=count_rows),
     ),
     drops=Drops(
         repeats=True,

@@ -44,8 +44,7 @@ def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | N
 def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[str, object]]:
     """Compares the current funnel with that under `recipe`, reason by reason; writes nothing.
 
-    Raises:
-        UserError: a stage before `keep` is not finished, or nothing would be kept.
+    UserError if a stage before `keep` is not finished, or nothing would be kept.
     """
     stages = stages[: stages.index(KEEP) + 1]
     after = funnel(dataset, recipe, stages, _decided(dataset, recipe))
@@ -61,8 +60,7 @@ def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[st
 def decide_again(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     """Records `recipe` and decides by it; returns its differences from the previous recipe.
 
-    Raises:
-        UserError: a stage before `keep` is not finished, or nothing would be kept; nothing is changed then.
+    UserError, with nothing changed, if a stage before `keep` is not finished or nothing would be kept.
     """
     _decided(dataset, recipe)
     changes = record_recipe(dataset, recipe)

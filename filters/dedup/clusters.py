@@ -99,10 +99,8 @@ def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Itera
     """Yields each cluster's embeddings, which it stores in `folder` meanwhile.
 
     Independent of the number of threads and the order of images: the centres are learnt from the images with the
-    smallest uids, which are digests and thus a random sample, and all matrix products have one size.
-
-    Raises:
-        UserError: there is more than one cluster, and faiss is not installed.
+    smallest uids, which are digests and thus a random sample, and all matrix products have one size. UserError if
+    several clusters are needed and faiss is not installed.
     """
     owned = _all_in_one(images) if num_clusters == 1 else _owned(images, learn_centers(images, num_clusters, seed))
     with Buckets(folder, images.num, num_clusters) as buckets:

@@ -26,9 +26,8 @@ _ROWS_AT_ONCE = 1 << 22
 class Images:
     """All images to compare; node n is the n-th of them.
 
-    Attributes:
-        read: yields tables of the given columns, always in the same order. Columns: uid, pixel_sha256, sha256 (of the
-            file; null if unknown), phash, thumbnail, and maybe embedding.
+    `read` yields tables of the given columns, always in the same order. Columns: uid, pixel_sha256, sha256 (of the
+    file; null if unknown), phash, thumbnail, and maybe embedding.
     """
 
     read: Callable[[Sequence[str]], Iterator[pa.Table]]

@@ -24,12 +24,9 @@ _ROW_NS, _PAIR_NS = 110.0, 8.0
 
 @dataclass(frozen=True)
 class BitTable:
-    """A table of a search, which compares hashes that agree in all key blocks of bits.
+    """A table of a search, which compares hashes that agree in all `key` blocks, (lowest bit, number of bits).
 
-    Attributes:
-        key: the blocks that must agree, as (lowest bit, number of bits).
-        rest: the other blocks.
-        earlier: those of `rest` whose agreement would put the pair into an earlier table.
+    `rest` are the other blocks; agreement of one in `earlier` would put the pair into an earlier table.
     """
 
     key: tuple[tuple[int, int], ...]

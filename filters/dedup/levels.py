@@ -1,4 +1,4 @@
-"""Groups of duplicates by level, each level including the previous ones."""
+"""Groups of duplicates by level (exact, perceptual, semantic), each level including the previous ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from filters.dedup.clusters import MAX_ONE_CLUSTER, cluster, load_faiss, num_clusters_for
-from filters.dedup.columns import Images, store_columns
-from filters.dedup.exact import link_exact
+from filters.dedup.clusters import MAX_ONE_CLUSTER, Embedded, Vectors, cluster, load_faiss, num_clusters_for, unit
+from filters.dedup.columns import Columns, Images, in_order, starts_of_runs, store_columns
 from filters.dedup.perceptual import link_near_duplicates
-from filters.dedup.semantic import link_similar
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
 from sdtrain.dataset.progress import report_progress
@@ -28,6 +26,9 @@ LEVELS = ("exact", "perceptual", "semantic")
 # all pairs can be compared.
 _MAX_PREVIEW, _MAX_PREVIEW_RADIUS = 1_000_000, 8
 _ROWS_AT_ONCE, _MEMORY_MIB = 1 << 17, 1024
+_BLOCK_ROWS, _PAIRS_AT_ONCE = 1024, 1 << 16
+# Exceeds the error of float32 products of unit vectors: closer calls are recomputed.
+_ROUNDING = 1e-4
 _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa.string())])
 _MEMBERS = pa.schema([("uid", pa.string()), ("root", pa.int64()), ("kind", pa.string())])
 _GROUPED = """
@@ -39,11 +40,9 @@ FROM read_parquet(?)
 
 @dataclass
 class Found:
-    """The result of a search for duplicates.
+    """The result of a search for duplicates: the number of images dropped if one of each group stays.
 
-    Attributes:
-        removed: by searched level, the number of images dropped if one of each group stays.
-        dropped: the same for the written groups, by kind.
+    `removed` counts by searched level, `dropped` by kind for the written groups.
     """
 
     num_pictures: int
@@ -56,10 +55,8 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
 
     Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
     150 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
-    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate).
-
-    Raises:
-        UserError: the level is semantic and there are no embeddings, or faiss is needed and not installed.
+    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate). UserError if
+    the level is semantic and there are no embeddings, or faiss is needed and not installed.
     """
     found, components = Found(images.num), Components(images.num)
     kinds, members = np.zeros(images.num, np.uint8), folder / "members.parquet"
@@ -102,8 +99,7 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
 def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
     """Returns the requested levels, and cheap ones beyond them.
 
-    Raises:
-        UserError: the semantic level's needs are not met; it must not fail after hours of earlier levels.
+    UserError if the semantic level's needs are not met, so that it does not fail after hours of earlier levels.
     """
     asked, levels = _asked(config), ["exact"]
     few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
@@ -151,3 +147,54 @@ def _write_groups(members: Path, folder: Path, target: Path) -> dict[str, int]:
             writer.write_table(pa.Table.from_batches([batch]).cast(_TABLE))
         dropped = database.execute("SELECT kind, count(*) FROM grouped WHERE place > 1 GROUP BY kind ORDER BY kind")
         return dict(dropped.fetchall())
+
+
+def link_exact(columns: Columns, components: Components) -> None:
+    """Links each image to the first with the same digest of pixels or file; decodes no image.
+
+    Equal files seldom have different pixels, but reused shards may hold two different re-encodings of one file.
+    """
+    for kind in ("pixels", "bytes"):
+        pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
+        counted = report_progress(pieces, f"dedup: equal {kind}", columns.num, "images", lambda piece: len(piece[0]))
+        for nodes, ones, others in counted:
+            starts = starts_of_runs(ones, others)
+            first = nodes[starts][np.cumsum(starts) - 1]
+            linked = (first != nodes) & ((ones | others) != 0)  # zero: unknown digest
+            components.link(first[linked], nodes[linked])
+
+
+def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
+    """Links images in each cluster whose embeddings have a cosine of at least `threshold`.
+
+    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays. Rounding of
+    matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive cosine is one
+    of two vectors, in float64.
+    """
+    for nodes, stored in clusters:
+        vectors = unit(stored)
+        for ones, others in _proposed(vectors, threshold - _ROUNDING):
+            apart = components.roots(nodes[ones]) != components.roots(nodes[others])
+            ones, others = ones[apart], others[apart]
+            close = _cosines(stored[ones], stored[others]) >= threshold
+            components.link(nodes[ones[close]], nodes[others[close]])
+
+
+def _proposed(vectors: Vectors, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Yields pairs of rows whose product is at least `threshold`, block by block of the upper triangle."""
+    for top in range(0, len(vectors), _BLOCK_ROWS):
+        for left in range(top, len(vectors), _BLOCK_ROWS):
+            products = vectors[top : top + _BLOCK_ROWS] @ vectors[left : left + _BLOCK_ROWS].T
+            rows, columns = np.nonzero(products >= threshold)
+            ones, others = rows + top, columns + left
+            upper = ones < others
+            ones, others = ones[upper], others[upper]
+            for start in range(0, len(ones), _PAIRS_AT_ONCE):
+                yield ones[start : start + _PAIRS_AT_ONCE], others[start : start + _PAIRS_AT_ONCE]
+
+
+def _cosines(stored: NDArray[np.float16], others: NDArray[np.float16]) -> NDArray[np.float64]:
+    one, other = stored.astype(np.float64), others.astype(np.float64)
+    lengths = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
+    cosines: NDArray[np.float64] = (one * other).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
+    return cosines

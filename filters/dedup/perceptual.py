@@ -87,12 +87,9 @@ _LARGE_RUN = 64
 
 
 class Appearances(NamedTuple):
-    """Distinct pairs of hash and colours, ordered by hash, memory-mapped.
+    """Distinct pairs of hash and colours, ordered by hash, memory-mapped: one image per pair in `nodes`.
 
-    Attributes:
-        nodes: one image per pair.
-        hashes: the distinct hashes.
-        starts: where each hash's `nodes` begin, and the end.
+    `starts` are the positions at which each of the distinct `hashes` begins in `nodes`, and the end.
     """
 
     nodes: NDArray[np.int64]
@@ -104,8 +101,8 @@ def link_near_duplicates(columns: Columns, radius: int, components: Components) 
     """Links images with hashes within `radius` and agreeing colours, or others that connect the same images.
 
     Blank images hash alike whatever their colour, and number thousands. So images of equal hash and colours link to the
-    first of them, the only one compared further; linked images with one hash are not compared again; and only
-    distinct hashes are compared bit by bit, and by colour only if not linked yet.
+    first of them, the only one compared further; linked images with one hash are not compared again; and only distinct
+    hashes are compared bit by bit, and by colour only if not linked yet.
     """
     colors = columns.colors()
     appearances = _store_appearances(columns, components)

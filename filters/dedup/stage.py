@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 
 from filters.dedup.columns import Images
 from filters.dedup.levels import LEVELS, Found, group_images
+from filters.dedup.removal import recount, regroup
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
@@ -112,6 +114,7 @@ DEDUP: Stage[Recipe] = Stage(
         comment="Images that are duplicates of one another: those with one group_id",
         columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
         path=_path,
+        rewriting=Rewriting(has_tar=False, drop=regroup, recount=recount),
     ),
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,

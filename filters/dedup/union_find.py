@@ -12,10 +12,8 @@ _ROWS_AT_ONCE = 1 << 22
 class Components:
     """A union-find forest in which each tree is a component; the order of links makes no difference.
 
-    It takes 4 bytes per node (8 from 2^31 nodes on).
-
-    Attributes:
-        num_linked: nodes less components: how many nodes are dropped if one of each component stays.
+    It takes 4 bytes per node (8 from 2^31 nodes on). `num_linked` is nodes less components: the number of nodes dropped
+    if one of each component stays.
     """
 
     def __init__(self, num_nodes: int) -> None:

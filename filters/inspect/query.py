@@ -1,9 +1,10 @@
-"""Untrusted SQL over a dataset: one statement, confined to the dataset and its metadata."""
+"""Untrusted SQL over a dataset, one statement confined to the dataset and its metadata, and common questions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import NamedTuple
 
 import duckdb
 import pyarrow as pa
@@ -23,16 +24,64 @@ VIEWS_SQL = """
 _BATCH_ROWS = 50_000
 
 
+class Question(NamedTuple):
+    """A question and the SQL that answers it."""
+
+    title: str
+    sql: str
+
+
+QUESTIONS = (
+    Question("Where did my samples go?", "FROM funnel"),
+    Question(
+        "Which hosts fail most?",
+        "FROM hosts WHERE tried >= 10 ORDER BY failed DESC, host LIMIT 10",
+    ),
+    Question(
+        "Why was this image dropped?",
+        "SELECT stage, reason, error_message FROM drops WHERE url LIKE '%-00042.%'",
+    ),
+    Question(
+        "How many images fail to download, and why?",
+        "SELECT reason, count(*) AS num, any_value(url) AS example FROM drops WHERE stage = 'download' "
+        "GROUP BY reason ORDER BY num DESC",
+    ),
+    Question(
+        "How are the aesthetic scores of the kept samples distributed?",
+        "SELECT round(aesthetic, 1) AS score, count(*) AS num FROM kept GROUP BY score ORDER BY score",
+    ),
+    Question(
+        "How large are the kept images really?",
+        "SELECT quantile_disc(least(original_width, original_height), [0, 0.1, 0.5, 0.9, 1]) AS side_px FROM kept",
+    ),
+    Question(
+        "Which samples speak of red circles?",
+        "SELECT key, caption, url FROM kept WHERE caption ILIKE '%red circle%' ORDER BY key LIMIT 10",
+    ),
+    Question(
+        "Which images are duplicates of one another?",
+        "SELECT group_id, kind, list(url) AS urls FROM duplicates JOIN selection USING (uid) GROUP BY ALL LIMIT 10",
+    ),
+    Question(
+        "Where is the latent of this URL, so that I can remove it?",
+        "SELECT url, key, tar, \"offset\", num_bytes FROM latents WHERE url LIKE '%-00042.%'",
+    ),
+    Question(
+        "Which stage takes how long?",
+        "SELECT stage, sum(num_in) AS num, round(sum(seconds), 1) AS seconds, round(sum(num_in) / sum(seconds), 1) "
+        "AS per_s FROM stages GROUP BY stage ORDER BY seconds DESC",
+    ),
+)
+"""Ten examples, for `sdtrain query` or `duckdb -readonly metadata.duckdb`."""
+
+
 @contextmanager
 def ask(dataset: DatasetDir, sql: str, explain: bool = False) -> Iterator[pa.RecordBatchReader]:
     """Yields the result of one SELECT over the dataset's views (metadata.duckdb), in batches.
 
     The database is read-only; the query cannot reach files other than the dataset's and the metadata's, the network,
-    settings or extensions. `sql` is one SELECT, FROM, DESCRIBE, SUMMARIZE or SHOW; `explain` returns the plan with
-    the times of its steps instead of the result.
-
-    Raises:
-        UserError: there are no views yet, or the SQL is wrong or not allowed.
+    settings or extensions. `sql` is one SELECT, FROM, DESCRIBE, SUMMARIZE or SHOW; `explain` returns the plan with the
+    times of its steps instead of the result. UserError if there are no views yet, or the SQL is wrong or not allowed.
     """
     with closing(_open(dataset)) as connection:
         try:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
+from filters.rules import RULES, keep_item, select_item
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.storage import storage_of
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
 from sdtrain.pack.plan import forget_plan
 from sdtrain.pack.stage import write_index
+
+if TYPE_CHECKING:
+    from sdtrain.report.examples import RuleThreshold
 
 
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
@@ -37,7 +43,6 @@ def push_rest(dataset: DatasetDir) -> None:
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     """Writes report.html and its images from the dataset's views; raises `UserError` before the build has decisions."""
     # Lazy, so that a build with nothing to do does not wait for matplotlib and jinja2.
-    from filters.inspect.borders import borders
     from sdtrain.report.page import Report, write_report
 
     report = Report(
@@ -45,7 +50,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         lead=recipe.description,
         dataset=dataset,
         limits=limits_of(recipe),
-        thresholds=list(borders(recipe)),
+        thresholds=list(rule_thresholds(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
         scores_note=scores_note(recipe),
     )
@@ -66,3 +71,15 @@ def limits_of(recipe: Recipe) -> dict[str, float]:
     """Returns rule limits that a diagram can draw as lines; earlier decisions come first."""
     rules = recipe.keep.rules | recipe.select.rules
     return {name: value for name, value in rules.items() if isinstance(value, float)}
+
+
+def rule_thresholds(recipe: Recipe) -> Iterator[RuleThreshold]:
+    """Yields rule thresholds with their columns, for showing images near them; the metadata's first."""
+    from sdtrain.report.examples import RuleThreshold
+
+    for stage, rules in (("select", recipe.select.rules), ("keep", recipe.keep.rules)):
+        for name, limit in rules.items():
+            if isinstance(limit, float):
+                column = RULES[name].column
+                item = select_item(column) if stage == "select" else keep_item(column, recipe.keep.decide_by)
+                yield RuleThreshold(name, stage, column, item, limit)

@@ -49,17 +49,6 @@ DERIVED: dict[str, str] = {
     ),
 }
 
-_COMMENTS: dict[str, str] = {
-    "metadata": "Every row of the metadata that the recipe names, under one set of column names",
-    "kept": "Kept samples with caption, LAION's scores and sizes",
-    "drops": "Selected rows that were dropped: at which stage and why",
-    "score_pairs": "LAION's scores beside ours, for every image that could be decoded",
-    "hosts": "Hosts, how many URLs of each were tried and how many failed",
-    "remarks": "The published size of the subset beside ours, and how odd metadata was handled",
-    "funnel": "From metadata rows to kept samples: what each reason dropped and how many remain",
-    "stages": "What each stage did with each shard, in how many seconds, and the bytes it wrote",
-}
-
 # Columns derived from a file's name: its shard's number, and the tar beside it.
 _FROM_FILE = {
     "shard": "TRY_CAST(parse_filename(filename, true) AS INTEGER) AS shard",
@@ -136,7 +125,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
 
 def _comments(recipe: Recipe) -> dict[str, str]:
     own = {stage.table.view: stage.table.comment for stage in pipeline.STAGES if stage.table}
-    return _COMMENTS | own | _left_out(recipe)
+    return pipeline.OTHER_VIEWS | own | _left_out(recipe)
 
 
 def _left_out(recipe: Recipe) -> dict[str, str]:

@@ -14,10 +14,12 @@ A sample is flagged if either holds for one of its neighbours; the same images c
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from filters.memorization.samples import Sample
@@ -32,10 +34,13 @@ from filters.memorization.similarity import (
 )
 from filters.search.hits import image_of
 from filters.search.search import Search
+from filters.search.sheet import Cell, Row, write_sheet
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 
 KINDS = ("same", "alike", "new")
-_AT_ONCE = 64
+_AT_ONCE, _ROWS_SHOWN = 64, 24
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,7 @@ class Verdict:
 class Memorised:
     """The verdicts on all samples: flagged ones first, then by similarity to a training image.
 
-    Attributes:
-        calibration: the threshold's meaning in this dataset.
-        notes: sentences needed to read the metrics.
+    `calibration` is the threshold's meaning in this dataset; `notes` are sentences needed to read the metrics.
     """
 
     verdicts: Sequence[Verdict]
@@ -85,10 +88,9 @@ class Memorised:
 
 
 def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | None = None) -> Memorised:
-    """Searches the kept training images for samples, with a few samples in memory at a time.
+    """Searches the kept training images for samples, holding a few samples in memory at a time.
 
-    Raises:
-        UserError: there are no samples, or the dataset cannot be searched.
+    UserError if there are no samples, or the dataset cannot be searched.
     """
     limits = limits or Limits()
     verdicts = [verdict for part in _parts(samples) for verdict in _verdicts(search, part, limits)]
@@ -132,3 +134,46 @@ def _notes(search: Search, limits: Limits) -> list[str]:
     if not search.is_exact:
         notes.append("The nearest lists of the index are compared and not all images, so a neighbour may be missed.")
     return notes
+
+
+def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list[Path]:
+    """Writes the report, memorised.json, .png and .html and similarities.png into a folder; returns their paths.
+
+    The sheets show at most the first 24 samples with their neighbours in `dataset`; the JSON has all.
+    """
+    paths = [folder / name for name in ("memorised.json", "memorised.png", "memorised.html", "similarities.png")]
+    with publish(paths[0]) as temporary:
+        rows = [verdict.row() for verdict in found.verdicts]
+        temporary.write_text(json.dumps(found.summary() | {"samples": rows}, indent=1, ensure_ascii=False) + "\n")
+    same, alike = found.count("same"), found.count("alike")
+    title = f"{len(found.verdicts):,} samples: {same:,} same as a training image, {alike:,} alike"
+    shown = [_row(found, verdict, dataset) for verdict in found.verdicts[:_ROWS_SHOWN]]
+    for path in paths[1:3]:
+        write_sheet(path, title, found.notes, shown)
+    _plot(found, paths[3])
+    return paths
+
+
+def _plot(found: Memorised, path: Path) -> None:
+    from sdtrain.report.plots import plot_histogram
+
+    groups = {"training images": list(found.calibration.nearest), "samples": [v.similarity for v in found.verdicts]}
+    with publish(path) as temporary:
+        drawn = temporary.with_suffix(".png")  # matplotlib picks the format by suffix
+        plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training image", drawn)
+        drawn.replace(temporary)
+
+
+def _row(found: Memorised, verdict: Verdict, dataset: DatasetDir) -> Row:
+    named = verdict.sample.prompt or verdict.sample.name
+    return Row(f"{verdict.kind}: {named}", list(_cells(found, verdict, named, dataset)))
+
+
+def _cells(found: Memorised, verdict: Verdict, named: str, dataset: DatasetDir) -> Iterator[Cell]:
+    yield Cell(verdict.sample.read(), "sample", named)
+    for neighbour in verdict.neighbours:
+        hit, head = neighbour.hit, f"{neighbour.hit.similarity:.3f}"
+        if neighbour.hash_bits is not None:
+            head += f", {neighbour.hash_bits} bits, px {neighbour.pixel_distance:.2f}"
+        marked = neighbour.is_same(found.limits) or neighbour.is_near_duplicate(found.limits)
+        yield Cell(image_of(dataset, hit), head, f"{hit.caption} ({hit.key})", marked)

@@ -38,10 +38,7 @@ USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDE
 class Sample:
     """A lazily read sample of a model, so that any number can be checked.
 
-    Attributes:
-        name: its file, prefixed by the tar's and a colon.
-        read: returns the RGB image.
-        prompt: empty if unknown.
+    `name` is its file, prefixed by the tar's and a colon; `read` returns the RGB image; `prompt` is empty if unknown.
     """
 
     name: str
@@ -52,8 +49,7 @@ class Sample:
 def read_samples(folder: Path) -> Iterator[Sample]:
     """Yields a folder's samples, but no sheets, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
 
-    Raises:
-        UserError: there are none, or one cannot be read.
+    UserError if there are none, or one cannot be read.
     """
     images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and p.stem != _SHEET)
     tars = sorted(path for path in folder.rglob("*.tar") if _PART.fullmatch(path.name))

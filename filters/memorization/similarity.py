@@ -36,11 +36,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training image near a sample.
+    """A training image near a sample; None for both distances if the image is lost.
 
     Attributes:
-        hash_bits: differing bits of the perceptual hashes; None if the image is lost.
-        pixel_distance: root mean square, of channels from 0 to 1; likewise.
+        hash_bits: differing bits of the perceptual hashes.
+        pixel_distance: root mean square, of channels from 0 to 1.
     """
 
     hit: Hit
@@ -80,9 +80,7 @@ def _crop(image: Image.Image) -> Image.Image:
 class Calibration:
     """Cosines among some evenly chosen kept images.
 
-    Attributes:
-        nearest: of each with its nearest other kept image.
-        pairs: of all pairs of the chosen ones, which are random and show different things.
+    `nearest` are of each with its nearest other kept image; `pairs` of all chosen pairs, which are random.
     """
 
     threshold: float

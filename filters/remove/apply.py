@@ -13,7 +13,7 @@ from filters import pipeline
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
-from filters.remove.rewrite import StageRewrite, require_rewritable
+from filters.remove.rewrite import StageRewrite, touched_entries
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, write_entry
@@ -56,7 +56,6 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
     """
     if dataset.removal.exists():
         raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
-    require_rewritable(pipeline.STAGES)
     ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
     finished, notes = _finished_shards(dataset, read_recipe(dataset))
     with publish(dataset.removal) as temporary:
@@ -88,9 +87,10 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
     if journal is None:
         return []
     recipe = read_recipe(dataset)
-    for stage_name, shards in journal.touched.items():
+    for stage in pipeline.STAGES:
+        touched = touched_entries(dataset, stage, journal.touched.get(stage.name, []))
         # As they are: an earlier run may have replaced some of them already.
-        fetch_outputs(dataset, stage_name, None if stage_name == "select" else shards, as_they_are=True)
+        fetch_outputs(dataset, stage.name, [entry.shard for entry, _ in touched], as_they_are=True)
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in pipeline.STAGES:

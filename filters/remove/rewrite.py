@@ -2,45 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import duckdb
-import pyarrow.parquet as pq
 
 from filters.recipe import Recipe
-from filters.remove.shard_files import drop_images, drop_latents, drop_packed, drop_rows
-from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, entries, read_entry, write_entry
-from sdtrain.dataset.removal_ledger import REMOVED, digest_sql, read_ledger
+from sdtrain.dataset.manifest import entries, read_entry
+from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
+from sdtrain.dataset.rewriting import Removed
 from sdtrain.dataset.s3.files import discard
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, Table, record
-from sdtrain.download.publish import report_images
-from sdtrain.download.stage import DOWNLOAD
-from sdtrain.pack.plan import SHORT, num_packed, short_shards
-
-_TARS = {"download", "pack", "encode"}
-"""Stages whose tars `StageRewrite` can rewrite."""
 
 
-def require_rewritable(stages: Iterable[Stage[Any]]) -> None:
-    """Raises AssertionError for a stage whose tars cannot be rewritten; called before a journal exists."""
-    for stage in stages:
-        if stage.table and "tar" in stage.table.columns and stage.name not in _TARS:
-            raise AssertionError(f"stage '{stage.name}' writes tars, and filters.remove.rewrite cannot rewrite them")
+def touched_entries(
+    dataset: DatasetDir, stage: Stage[Any], shards: Sequence[int]
+) -> Iterator[tuple[ShardReport, list[Path]]]:
+    """Yields the manifest entries that list the tables of `shards`, and these tables; an entry may have several."""
+    tables = {stage.table.path(dataset, shard) for shard in shards} if stage.table else set()
+    names = {dataset.relative(path) for path in tables}
+    for entry in entries(dataset, stage.name) if names else ():
+        if listed := sorted(names & entry.outputs.keys()):
+            yield entry, [dataset.root / name for name in listed]
 
 
 @dataclass
 class StageRewrite:
     """Applies a removal stage by stage, in pipeline order because a stage's fingerprint includes the earlier ones.
 
-    Each step is idempotent.
+    Each step is idempotent. How files are rewritten and counted, each stage states in its table's `rewriting`.
 
     Attributes:
         dataset: its ledger lists the removed samples.
@@ -61,22 +55,19 @@ class StageRewrite:
 
     def rewrite(self, stage: Stage[Any]) -> None:
         """Removes samples from a stage's files, and recounts."""
+        if stage.table is None:
+            return
         touched = self.touched.get(stage.name, [])
         for shard in touched:
-            if stage.table and stage.table.path(self.dataset, shard).exists():
+            if stage.table.path(self.dataset, shard).exists():
                 self._rewrite_shard(stage.name, shard, stage.table)
-        if stage.name == "select":
-            self._recount_selections(set(touched))
-            return
-        for shard in touched:
-            entry = read_entry(self.dataset, stage.name, shard)
-            if entry:
-                record(stage, self.dataset, self._recounted(stage, entry))
+        for entry, tables in list(touched_entries(self.dataset, stage, touched)):
+            self._recount(stage, stage.table, entry, [path for path in tables if path.exists()])
 
     def restamp(self, stage: Stage[Any]) -> None:
         """Updates the fingerprints of finished shards to the rewritten files of earlier stages."""
-        if stage.name == "select":
-            return  # its fingerprint covers the metadata alone
+        if stage.inputs.keys() <= {stage.name}:
+            return  # no other stage is in its fingerprint, and what is may be out of reach by now
         for shard in self.finished.get(stage.name, []):
             entry = read_entry(self.dataset, stage.name, shard)
             if entry is None:
@@ -85,85 +76,19 @@ class StageRewrite:
             if digest != entry.fingerprint:
                 record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
 
-    def _rewrite_shard(self, stage: str, shard: int, described: Table) -> None:
-        dataset, table = self.dataset, described.path(self.dataset, shard)
-        uids = self._removed_in(table)
-        tar = table.with_suffix(".tar")
-        has_tar = "tar" in described.columns
-        if has_tar and not tar.exists():
-            for path in (table, dataset.manifest_entry(stage, shard)):  # useless without its tar; builds recreate both
-                discard(dataset, path)
-        elif stage == "download":
-            drop_images(dataset, shard, uids, self._wanted_fingerprint(shard))
-        elif uids and stage == "dedup":
-            self._regroup(uids)
-        elif uids and stage == "keep":
-            drop_rows(table, uids, self._short(uids))
-        elif uids and stage == "pack":
-            drop_packed(tar, table, uids)
-        elif uids and stage == "encode":
-            drop_latents(tar, table, uids)
-        elif uids:
-            drop_rows(table, uids)
+    def _rewrite_shard(self, name: str, shard: int, table: Table[Any]) -> None:
+        dataset, path = self.dataset, table.path(self.dataset, shard)
+        if table.rewriting.has_tar and not path.with_suffix(".tar").exists():
+            for useless in (path, dataset.manifest_entry(name, shard)):  # without its tar; builds recreate both
+                discard(dataset, useless)
+            return
+        table.rewriting.drop(dataset, self.recipe, shard, Removed(path, self._removed_in(path), self.finished))
 
     def _removed_in(self, table: Path) -> list[str]:
         query = f"SELECT DISTINCT uid FROM read_parquet(?) WHERE {digest_sql('uid', 'uid')} IN (FROM removed)"  # noqa: S608
         return [uid for (uid,) in self.connection.execute(query, [str(table)]).fetchall()]
 
-    def _wanted_fingerprint(self, shard: int) -> str | None:
-        is_wanted = shard in self.finished.get("download", [])
-        return DOWNLOAD.fingerprint(self.dataset, self.recipe, shard) if is_wanted else None
-
-    def _regroup(self, uids: list[str]) -> None:
-        """Regroups without removed members; drops groups with a single one left."""
-        kept = (
-            "SELECT * REPLACE (min(uid) OVER (PARTITION BY group_id) AS group_id) FROM read_parquet($table) "
-            "WHERE uid NOT IN (SELECT unnest($uids)) QUALIFY count(*) OVER (PARTITION BY group_id) > 1 ORDER BY uid"
-        )
-        with publish(self.dataset.duplicates) as temporary:
-            written = f"COPY ({kept}) TO $target (FORMAT parquet, COMPRESSION zstd)"
-            values = {"table": str(self.dataset.duplicates), "uids": uids, "target": str(temporary)}
-            self.connection.execute(written, values)
-
-    def _short(self, uids: list[str]) -> dict[bytes, bytes]:
-        """Returns the number of samples each packed shard is short of, which packing needs to rebuild a lost one."""
-        if not self.finished.get("pack"):
-            return {}
-        short = Counter(short_shards(self.dataset.decisions))
-        short.update(num_packed(self.dataset, self.recipe.pack, uids))
-        return {SHORT: json.dumps({str(shard): number for shard, number in sorted(short.items())}).encode()}
-
-    def _recount_selections(self, shards: set[int]) -> None:
-        for entry in entries(self.dataset, "select"):
-            paths = {name: self.dataset.root / name for name in entry.outputs}
-            changed = [path for path in paths.values() if int(path.stem) in shards and path.exists()]
-            if not changed or not all(path.exists() for path in paths.values()):
-                continue
-            left = sum(pq.read_metadata(path).num_rows for path in paths.values())
-            dropped = Counter(entry.dropped)
-            dropped[REMOVED] += entry.num_out - left
-            outputs = entry.outputs | describe_outputs(self.dataset, changed)
-            counts = {"num_out": left, "dropped": dict(sorted((+dropped).items()))}
-            write_entry(self.dataset, entry.model_copy(update=counts | {"outputs": outputs}))
-
-    def _recounted(self, stage: Stage[Any], entry: ShardReport) -> ShardReport:
-        if entry.stage == "download":
-            report = report_images(self.dataset, entry.shard)
-            return report.model_copy(update={"fingerprint": entry.fingerprint, "seconds": entry.seconds})
-        num_in, dropped = self._counts(stage, entry)
-        outputs = describe_outputs(self.dataset, [self.dataset.root / name for name in entry.outputs])
-        counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
-        return ShardReport.model_validate(entry.model_dump() | counts | {"outputs": outputs})
-
-    def _counts(self, stage: Stage[Any], entry: ShardReport) -> tuple[int, dict[str, int]]:
-        table = cast(Table, stage.table).path(self.dataset, entry.shard)
-        if entry.stage == "dedup":
-            place = "row_number() OVER (PARTITION BY group_id ORDER BY kind, uid)"
-            rows = f"SELECT kind, {place} AS place FROM read_parquet(?)"  # noqa: S608
-            query = f"SELECT kind, count(*) FROM ({rows}) WHERE place > 1 GROUP BY kind ORDER BY kind"  # noqa: S608
-            num_in = sum(score.num_out for score in entries(self.dataset, "score"))
-            return num_in, dict(self.connection.execute(query, [str(table)]).fetchall())
-        has_reasons = "reason" in pq.read_schema(table).names
-        query = "SELECT reason, count(*) FROM read_parquet(?) WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
-        dropped = dict(self.connection.execute(query, [str(table)]).fetchall()) if has_reasons else {}
-        return pq.read_metadata(table).num_rows, dropped
+    def _recount(self, stage: Stage[Any], table: Table[Any], entry: ShardReport, tables: Sequence[Path]) -> None:
+        counted = table.rewriting.recount(self.dataset, entry, tables) if tables else None
+        if counted is not None:
+            record(stage, self.dataset, counted)

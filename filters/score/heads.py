@@ -74,8 +74,7 @@ class SafetyHead(nn.Module):
 class WatermarkClassifier(nn.Module):
     """LAION's watermark detector (LAION-AI/LAION-5B-WatermarkDetection): EfficientNet-B3 with a small classifier.
 
-    Args:
-        backbone: a timm name; the published weights are for `efficientnet_b3`.
+    `backbone` is a timm name; the published weights are for `efficientnet_b3`.
     """
 
     def __init__(self, backbone: str = "efficientnet_b3"):

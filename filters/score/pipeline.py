@@ -20,7 +20,7 @@ import torch
 from filters.score.models import Models, score_batch
 from filters.score.preprocess import PreprocessedImage, Sample, preprocess, read_shard
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.prefetch import prefetch
+from sdtrain.images.prefetch import prefetch
 
 # Batches to read and decode ahead of the networks; two even out slow ones.
 _DEPTH = 2
@@ -41,10 +41,8 @@ def score_rows(
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Yields (shard, rows) in order, reading and decoding the next shard in the meantime.
 
-    Needs finished downloads. `batch_size` is the networks'; `on_gpu`: the networks' GPU decodes JPEGs.
-
-    Raises:
-        UserError: a shard is damaged; those before it have been yielded.
+    Needs finished downloads. `batch_size` is the networks'; `on_gpu`: the networks' GPU decodes JPEGs. UserError for a
+    damaged shard, after those before it.
     """
     rows: list[dict[str, Any]] = []
     waiting = None

@@ -16,6 +16,7 @@ from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
@@ -83,8 +84,7 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
     """Returns (network, digest) for all `NETWORKS`; without CLIP, all but the watermark detector's are "none".
 
-    Raises:
-        UserError: weights are unavailable, or not those that the recipe pins.
+    UserError if weights are unavailable, or not those that the recipe pins.
     """
     return tuple((name, weight_digest(config, name)) for name in NETWORKS)
 
@@ -143,6 +143,7 @@ SCORE: Stage[Recipe] = Stage(
             "shard": "INTEGER",
         },
         path=DatasetDir.scores,
+        rewriting=IN_TABLE,
     ),
     drops=Drops(
         repeats=False, rules=_rules, last={UNDECODABLE: "the stored image cannot be decoded"}, explain=in_words

@@ -33,8 +33,7 @@ PUBLISHED = {
 def find_weights(name: str) -> Path:
     """Returns the weights file for a known name (fetched into the cache if needed) or a path.
 
-    Raises:
-        UserError: no such file or name, the download failed, or the file is not the published one.
+    UserError if there is no such file or name, the download failed, or the file is not the published one.
     """
     return weights.find_weights(name, PUBLISHED, "name another file, or null to skip, in the recipe's score")
 

@@ -84,8 +84,7 @@ class ImageIndex:
 def open_index(dataset: DatasetDir) -> ImageIndex:
     """Opens a dataset's index, building it if it is missing or out of date.
 
-    Raises:
-        UserError: there are no embeddings, faiss is not installed, or the index cannot be written.
+    UserError if there are no embeddings, faiss is not installed, or the index cannot be written.
     """
     load_faiss("Searching a dataset", otherwise="")
     folder = dataset.search / embeddings_digest(dataset)[:16]

@@ -12,23 +12,27 @@ from threading import Lock
 
 import duckdb
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from filters.recipe import ScoreConfig
 from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
-from filters.search.encoder import Encoder, is_stand_in
 from filters.search.hits import Hit, look_up
-from filters.search.index import ImageIndex, open_index
+from filters.search.index import ImageIndex, IndexInfo, open_index
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.selection import selected_shards
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header
+from sdtrain.models.clip import clip_preprocess, clip_view, load_clip, normalised, pixels_of
+from sdtrain.models.weights import RANDOM, RANDOM_FULL, clip_digest
 
 MAX_PIXELS = 2**26
 MAX_PICTURE_BYTES = 32 * 2**20
+_IMAGES_AT_ONCE = 32
 _MAX_LOOKED_AT = 1 << 14
 _WORD = re.compile(r"\w+")
 # Captions are split at anything but letters, digits and underscores, as `\w` has it.
@@ -44,8 +48,7 @@ _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 class Search:
     """A searchable dataset, which must stay locked (`lock_to_read`); the first query loads index and network.
 
-    Raises:
-        UserError: there is no dataset, or it cannot be searched.
+    UserError if there is no dataset, or it cannot be searched.
     """
 
     def __init__(self, dataset: DatasetDir) -> None:
@@ -189,3 +192,50 @@ def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
     )
     with closing(duckdb.connect()) as connection:
         return connection.execute(query, [images, key]).fetchall() if images else []
+
+
+class Encoder:
+    """CLIP as configured by a dataset's recipe, for comparison with the embeddings of index `info`.
+
+    UserError if the recipe names other weights than the dataset was scored with, or they are unavailable.
+    """
+
+    def __init__(self, config: ScoreConfig, info: IndexInfo) -> None:
+        weights = config.clip_weights
+        if weights is None or (config.clip_model, clip_digest(config.clip_model, weights)) != (
+            info.clip_model,
+            info.clip_digest,
+        ):
+            raise UserError(
+                f"The dataset was scored with CLIP {info.clip_model} ({info.clip_digest}), and its recipe.yaml names "
+                f"{config.clip_model} ({weights}). Run `sdtrain build` again, which scores again, or undo the recipe."
+            )
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        network, self._tokenizer = load_clip(config.clip_model, weights)
+        self._preprocess = clip_preprocess(network, config.clip_model, weights)
+        self._network = network.to(self._device)
+
+    @torch.inference_mode()
+    def captions(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        """Returns unit vectors (N, D)."""
+        return _unit(self._network.encode_text(self._tokenizer(list(captions)).to(self._device)))
+
+    @torch.inference_mode()
+    def images(self, images: Sequence[Image.Image]) -> NDArray[np.float32]:
+        """Returns unit vectors (N, D) of RGB images."""
+        found = []
+        for first in range(0, len(images), _IMAGES_AT_ONCE):
+            views = [pixels_of(clip_view(image, self._preprocess)) for image in images[first : first + _IMAGES_AT_ONCE]]
+            inputs = normalised(torch.stack(views).to(self._device), self._preprocess.mean, self._preprocess.std)
+            found.append(_unit(self._network.encode_image(inputs)))
+        return np.concatenate(found)
+
+
+def is_stand_in(config: ScoreConfig) -> bool:
+    """Returns whether CLIP has random weights: then equal images are similar, and captions are similar to nothing."""
+    return (config.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
+
+
+def _unit(embeddings: torch.Tensor) -> NDArray[np.float32]:
+    normal: NDArray[np.float32] = torch.nn.functional.normalize(embeddings.float(), dim=-1).cpu().numpy()
+    return normal

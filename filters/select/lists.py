@@ -95,10 +95,7 @@ def load_lists(
     """Reads a recipe's lists into tables of `connection`, which also reads the metadata.
 
     Lists keyed by hash need `laion_hash` (`filters.select.sql_functions.register_laion_hash`). `joined` names the
-    columns that score files add.
-
-    Raises:
-        UserError: a list is missing, unreadable or keyed by a column that the metadata lacks.
+    columns that score files add. UserError if a list is missing, unreadable or keyed by a missing column.
     """
     tables, remarks = [], list[str]()
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]

@@ -30,9 +30,7 @@ def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[Me
 
     `pattern` is a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
     a slash; or one https:// file. `${NAME}` stands for an environment variable. For `swapped_sizes` see `turn_sizes`.
-
-    Raises:
-        UserError: nothing matches, a file is not Parquet, or there are no rows.
+    UserError if nothing matches, a file is not Parquet, or there are no rows.
     """
     if not pattern:
         raise UserError("The recipe names no metadata. Give Parquet files with LAION's columns: --metadata PATH.")

@@ -18,8 +18,7 @@ Value = float | int | list[str]
 class Pushdown:
     """Rules to push down into the Parquet reader.
 
-    Attributes:
-        null_passes: our names of columns where NULL keeps the row: a join or a later stage may still supply the score.
+    `null_passes` are our names of columns where NULL keeps the row: a join or a later stage may still supply the score.
     """
 
     rules: Mapping[str, RuleValue]

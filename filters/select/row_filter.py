@@ -42,9 +42,7 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 class Source:
     """Metadata files and the configuration that filters their rows.
 
-    Attributes:
-        folder: scratch space for what does not fit into memory.
-        removed: ledger of samples that must not return.
+    `folder` is scratch space for what does not fit into memory; `removed` the ledger of samples that must not return.
     """
 
     files: Sequence[MetadataFile]
@@ -64,8 +62,7 @@ class Source:
 def open_passing_rows(source: Source) -> Iterator[PassingRows]:
     """Opens the passing rows of `source`, with joins and lists loaded into a database for the length of the block.
 
-    Raises:
-        UserError: also within the block: a file is missing, unreadable, or lacks a column that a rule needs.
+    UserError, also within the block, if a file is missing, unreadable, or lacks a column that a rule needs.
     """
     # On disk, because score files and lists may be larger than memory.
     place = source.folder / "side_inputs.duckdb" if source.has_side_inputs else ":memory:"

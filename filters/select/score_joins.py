@@ -20,12 +20,7 @@ _KEYS = {"hash": "hash", "url_caption": URL_CAPTION}
 
 @dataclass(frozen=True)
 class Joins:
-    """Score files in tables of a connection.
-
-    Attributes:
-        keys: each table's join key.
-        filled: the columns that each table supplies.
-    """
+    """Score files in tables of a connection: each table's join key, and the columns that it supplies (`filled`)."""
 
     keys: tuple[str, ...] = ()
     filled: tuple[tuple[str, ...], ...] = ()
@@ -52,10 +47,8 @@ class Joins:
 def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig]) -> Joins:
     """Reads a recipe's score files into tables of `connection`, one row per key.
 
-    Joins keyed by hash need `laion_hash` (`filters.select.sql_functions.register_laion_hash`).
-
-    Raises:
-        UserError: files are missing, unreadable, or lack a column that the join needs.
+    Joins keyed by hash need `laion_hash` (`filters.select.sql_functions.register_laion_hash`). UserError if files are
+    missing, unreadable, or lack a column that the join needs.
     """
     filled, remarks = [], list[str]()
     for number, join in enumerate(joins):

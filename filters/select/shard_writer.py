@@ -37,11 +37,9 @@ def shard_key(shard: int, index: int, samples_per_shard: int) -> str:
 
 @dataclass
 class ExactShards:
-    """Splits rows into shards of exactly N and writes several concurrently.
+    """Splits rows into shards of exactly N and writes several concurrently, in `threads`, for which `finish` waits.
 
-    Attributes:
-        threads: runs the writes; `finish` waits for them.
-        max_waiting: shards in memory at once.
+    At most `max_waiting` shards are in memory at once.
     """
 
     dataset: DatasetDir

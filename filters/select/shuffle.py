@@ -35,9 +35,7 @@ def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
 class Bucket:
     """Rows of one key range in shuffled order, each uid once.
 
-    Attributes:
-        num_before: input rows with these uids, dropped ones included.
-        positions: for each row, the number of input rows before it.
+    `num_before` counts input rows with these uids, dropped ones included; `positions`, for each row, those before it.
     """
 
     rows: pa.Table

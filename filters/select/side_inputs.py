@@ -27,8 +27,7 @@ from sdtrain.redaction import without_secrets
 class SideInputs:
     """Joins and lists of a selection, in database tables.
 
-    Attributes:
-        compute_hash: whether `normalised_sql` must fill missing `hash` values.
+    `compute_hash`: whether `normalised_sql` must fill missing `hash` values.
     """
 
     joins: Joins
@@ -59,10 +58,7 @@ def load_side_inputs(
 
     Use `Joins.sql` around `normalised_sql(files, Pushdown(rules, null_passes | joins.columns), compute_hash)`, then the
     rules, then `Lists.sql` around the passing rows. The database may grow as large as score files and lists; `removed`
-    is the ledger of samples that must not return.
-
-    Raises:
-        UserError: a file is missing, unreadable or does not fit the metadata.
+    is the ledger of samples that must not return. UserError if a file is missing, unreadable or does not fit.
     """
     remarks = list[str]()
     keys: set[str] = {join.by for join in select.joins}

@@ -76,12 +76,9 @@ def allowed_sql(column: str) -> str:
 
 
 class Lookup(NamedTuple):
-    """A table in which rows are looked up.
+    """A table to look rows up in, named `alias` in the items of `lookup_sql`.
 
-    Attributes:
-        alias: for the items of `lookup_sql`.
-        key: SQL of the row's value, which the table has at most once.
-        column: the table's column to compare it with.
+    `key` is SQL of the row's value, to compare with `column`, where each value occurs at most once.
     """
 
     table: str

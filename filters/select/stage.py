@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
 from filters.select.metadata_files import find_metadata, remarks_on
@@ -22,6 +24,7 @@ from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
+from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
 from sdtrain.errors import UserError
@@ -33,11 +36,9 @@ _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 @dataclass(frozen=True)
 class Before:
-    """Earlier selections, of other files: left unchanged, and their rows are not selected again.
+    """Earlier selections of other files, left unchanged; their rows are not selected again.
 
-    Attributes:
-        files: the shards of each selection.
-        num_rows: rows in all of them.
+    `files` are the shards of each selection, with `num_rows` rows together.
     """
 
     number: int = 0
@@ -64,10 +65,8 @@ class Selection:
     def run(self) -> ShardReport:
         """Writes the shards, byte-identical for any number of threads.
 
-        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it.
-
-        Raises:
-            UserError: the metadata cannot be read, lacks a column, or no row passes.
+        A row without a caption stays, with an empty one, as in img2dataset; `min_caption_chars` drops it. UserError if
+        the metadata cannot be read, lacks a column, or no row passes.
         """
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)
@@ -203,6 +202,17 @@ def _rules(recipe: Recipe) -> dict[str, RuleValue]:
     return recipe.select.rules
 
 
+def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> ShardReport | None:
+    paths = [dataset.root / name for name in entry.outputs]
+    if not all(path.exists() for path in paths):
+        return None
+    left, dropped = sum(pq.read_metadata(path).num_rows for path in paths), Counter(entry.dropped)
+    dropped[REMOVED] += entry.num_out - left
+    outputs = entry.outputs | describe_outputs(dataset, tables)
+    counts = {"num_out": left, "dropped": dict(sorted((+dropped).items()))}
+    return entry.model_copy(update=counts | {"outputs": outputs})
+
+
 SELECT: Stage[Recipe] = Stage(
     *("select", _shards, _fingerprint, _run),
     inputs={"select": "all shards"},
@@ -221,6 +231,7 @@ SELECT: Stage[Recipe] = Stage(
             "shard": "INTEGER",
         },
         path=DatasetDir.selection,
+        rewriting=Rewriting(has_tar=False, drop=IN_TABLE.drop, recount=_recount),
     ),
     drops=Drops(
         repeats=False,

@@ -20,11 +20,7 @@ _UP_S, _DOWN_S = 300.0, 180.0
 
 
 def up(box: Box) -> None:
-    """Starts the box in the background, unless it is up, and returns when it is healthy.
-
-    Raises:
-        UserError: it did not come up.
-    """
+    """Starts the box in the background unless it is up; returns when it is healthy. UserError if it fails to start."""
     directory = box.directory
     if supervisor_pid(directory) is not None:
         status(box)
@@ -59,11 +55,7 @@ def up(box: Box) -> None:
 
 
 def down(box: Box) -> None:
-    """Ends the box and all its processes; keeps its data.
-
-    Raises:
-        UserError: it did not end.
-    """
+    """Ends the box and all its processes but keeps its data; UserError if it did not end."""
     directory = box.directory
     pid = supervisor_pid(directory)
     if pid is not None:
@@ -88,11 +80,7 @@ def status(box: Box) -> None:
 
 
 def deploy(box: Box) -> None:
-    """Applies the current pools, automations and deployments.
-
-    Raises:
-        UserError: the box is down, or a deployment was refused.
-    """
+    """Applies the current pools, automations and deployments; UserError if the box is down or refuses one."""
     if supervisor_pid(box.directory) is None or not box.directory.ready.exists():
         raise UserError(f"The box in {box.directory.root} is not up. `make up` first, which deploys as well.")
     run_bootstrap(box)

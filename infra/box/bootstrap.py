@@ -58,11 +58,7 @@ def write_deployments(target: Path) -> None:
 
 
 def bootstrap() -> None:
-    """Applies pools, automations and deployments.
-
-    Raises:
-        subprocess.CalledProcessError: a deployment was refused; Prefect printed why.
-    """
+    """Applies pools, automations and deployments; CalledProcessError if one is refused, and Prefect printed why."""
     from prefect.client.orchestration import get_client
 
     from flows.support.automations import apply_automations

@@ -84,11 +84,7 @@ class Box:
 
 
 def box_of_environment() -> Box:
-    """The box of SDTRAIN_STATE and SDTRAIN_PORT, by default .sdtrain-box in this repository and port 4200.
-
-    Raises:
-        UserError: SDTRAIN_PORT is not a port.
-    """
+    """The box of SDTRAIN_STATE and SDTRAIN_PORT (UserError if no port), by default .sdtrain-box here and port 4200."""
     root = Path(os.environ.get("SDTRAIN_STATE") or ROOT / ".sdtrain-box").absolute()
     port = os.environ.get("SDTRAIN_PORT") or str(DEFAULT_PORT)
     if not port.isdecimal() or not 0 < int(port) <= LARGEST_PORT:
@@ -98,11 +94,7 @@ def box_of_environment() -> Box:
 
 @contextmanager
 def lock_box(directory: BoxDir) -> Iterator[None]:
-    """Takes the box's lock, which the kernel releases however this process ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
+    """Takes the box's lock, which the kernel releases however this process ends; UserError if another holds it."""
     with directory.lock.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

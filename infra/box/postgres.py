@@ -62,11 +62,7 @@ class Postgres:
         return Program("postgres", command, user=self.system_user, stop_signal=signal.SIGINT, grace_s=_SHUTDOWN_S)
 
     def prepare(self) -> None:
-        """Creates the cluster if missing, and ends a server left by a killed box.
-
-        Raises:
-            UserError: it cannot be created.
-        """
+        """Creates the cluster if missing, and ends a server left by a killed box; UserError if it cannot be created."""
         _end_leftover(self.directory.cluster)
         if not (self.directory.cluster / "PG_VERSION").exists():
             self._make_cluster()
@@ -131,8 +127,7 @@ class Postgres:
 def find_postgres(directory: BoxDir, port: int) -> Postgres:
     """Finds the installed PostgreSQL of the cluster's release, else the newest.
 
-    Raises:
-        UserError: it is missing, too old, of another release than the cluster, or cannot enter its folder.
+    UserError if it is missing, too old, of another release than the cluster, or cannot enter its folder.
     """
     releases = _releases()
     marker = directory.cluster / "PG_VERSION"

@@ -74,10 +74,9 @@ def write_variables(box: Box) -> None:
 
 
 def run_bootstrap(box: Box) -> None:
-    """Runs `infra.box.bootstrap` in a child process, since it loads Prefect; the server must be up.
+    """Runs `infra.box.bootstrap` in a child process, as it loads Prefect, once the server is up.
 
-    Raises:
-        UserError: a deployment was refused.
+    UserError if a deployment was refused.
     """
     log = box.directory.log("bootstrap")
     environment = {**os.environ, **client_environment(box), BOX_MARK: str(box.directory.root)}

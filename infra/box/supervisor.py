@@ -37,11 +37,7 @@ class Supervisor:
         self._box, self._services = box, list[Service]()
 
     def run(self) -> None:
-        """Runs the box until SIGTERM or Ctrl-C; leaves no process behind.
-
-        Raises:
-            UserError: it is already up, or did not come up.
-        """
+        """Runs the box until SIGTERM or Ctrl-C, leaving no process behind; UserError if it is up or fails to start."""
         directory = self._box.directory
         directory.logs.mkdir(parents=True, exist_ok=True)
         (directory.root / ".gitignore").write_text("*\n")  # passwords and a database
@@ -126,11 +122,7 @@ class Supervisor:
 
 
 def require_free_port(port: int) -> None:
-    """Checks, before starting anything, that the page's port is free.
-
-    Raises:
-        UserError: it is taken.
-    """
+    """Checks, before starting anything, that the page's port is free; UserError if it is taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +39,7 @@ def plan(
     ] = None,
     chain: Annotated[str | None, typer.Option(help="A whole chain of runs: v1-1 to v1-5.")] = None,
     gpus: Annotated[int, typer.Option(help="How many GPUs.", min=1)] = 8,
-    gpu: Annotated[str, typer.Option(help="Which: a100, h100 or h200.")] = "h200",
+    gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200 or gb200.")] = "h200",
     rows: Annotated[
         int | None, typer.Option(help="Rows selected; by default the recipe's known number.", min=1)
     ] = None,
@@ -55,7 +56,7 @@ def plan(
 
     if (recipe is None) == (chain is None) or (chain and rows):
         raise UserError("Give --recipe NAME, with --rows N if you like, or --chain v1-4.")
-    rates = load_rates(assume or ())
+    rates = load_rates(assume or (), gpu.lower())
     machines = Machines(gpus, gpu.lower(), find_region(region).kg_per_kwh if region else None, price_per_gpu_hour)
     planner = Planner(rates, machines)
     phases = find_chain(chain) if chain else []
@@ -71,7 +72,7 @@ def plan(
         print(json.dumps({"lines": [asdict(line) for line in (*lines, total(lines))], "rates": described}))
         return
     print_table([_shown(line) for line in (*lines, total(lines))])
-    print(*_remarks(lines, rates, machines), sep="\n")
+    print(*_remarks(lines, rates, machines, chain), sep="\n")
 
 
 def _job(name: str, rows: int | None) -> DatasetJob:
@@ -100,22 +101,50 @@ def _shown(line: Line) -> dict[str, object]:
     return columns
 
 
-def _remarks(lines: list[Line], rates: Rates, machines: Machines) -> list[str]:
-    parts: dict[str, list[str]] = {}
-    for line in lines:
-        parts.setdefault(line.source, []).append(line.stage if line.stage != "train" else line.part)
-    used = [f"{', '.join(dict.fromkeys(stages))}: {source}" for source, stages in parts.items()]
+def _remarks(lines: list[Line], rates: Rates, machines: Machines, chain: str | None) -> list[str]:
     from sdtrain.impact.carbon import CORE_W
     from sdtrain.impact.gpus import board_watts
 
+    sources = _by(lines, lambda line: [line.source])
+    beyond = _by(lines, lambda line: list(line.remarks))
     recipes = {line.part for line in lines if line.stage == "download"}
     names = [name for name in rates if name.partition("_")[2] in recipes or name in _GENERAL]
     general = [f"{name} {rates[name].value:,.10g} {rates[name].unit}: {rates[name]}" for name in names]
     return [
         "",
-        *used,
+        *(_beside_the_card(lines, rates, machines, chain) if chain else []),
+        _whose(lines),
+        *(f"{', '.join(parts)}: {source}" for source, parts in sources.items()),
+        *(f"note on {', '.join(parts)}: {remark}" for remark, parts in beyond.items()),
         *general,
         "hours: by the clock on all GPUs and cores, one stage after the other; in: what goes into a stage; into score "
         "go the images that link rot leaves",
         f"CO2: {board_watts(machines.gpu):g} W a GPU and {CORE_W:g} W a core; cost: GPUs alone",
+    ]
+
+
+def _by(lines: list[Line], of: Callable[[Line], list[str]]) -> dict[str, list[str]]:
+    """The lines' names by what is said of them, each once."""
+    found: dict[str, dict[str, None]] = {}
+    for line in lines:
+        for said in of(line):
+            found.setdefault(said, {})[line.stage if line.stage != "train" else line.part] = None
+    return {said: list(names) for said, names in found.items()}
+
+
+def _whose(lines: list[Line]) -> str:
+    """Which lines rest on our own measurements, and which on others' figures."""
+    kinds = _by(lines, lambda line: [line.source.partition(":")[0]])
+    words = {"measured": "measured by us", "published": "published by others", "stated": "stated by you"}
+    return "; ".join(f"{words.get(kind, kind)}: {', '.join(names)}" for kind, names in kinds.items())
+
+
+def _beside_the_card(lines: list[Line], rates: Rates, machines: Machines, chain: str) -> list[str]:
+    """The training of a chain next to what SD v1's model card states."""
+    hours = sum(line.gpu_hours for line in lines if line.stage == "train")
+    data = sum(line.gpu_hours for line in lines if line.stage != "train")
+    card = rates["card_a100_hours"]
+    return [
+        f"training up to {chain}: {hours:,.0f} {machines.gpu.upper()}-hours, and {data:,.0f} for scoring and encoding; "
+        f"SD v1's model card: {card.value:,.0f} {card.unit} ({card.source})"
     ]

@@ -101,11 +101,7 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
-    """Guidance scales from "1.5,2,3".
-
-    Raises:
-        UserError: not numbers.
-    """
+    """Guidance scales from "1.5,2,3"; UserError unless they are numbers."""
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -29,11 +29,7 @@ class Form(StrEnum):
 
 
 def form_of(output: Path | None) -> Form:
-    """The format by a file's suffix; a terminal table without a file.
-
-    Raises:
-        UserError: an unknown suffix.
-    """
+    """The format by a file's suffix, or a terminal table without a file; UserError for an unknown suffix."""
     if output is None:
         return Form.table
     suffix = output.suffix.lstrip(".").replace("jsonl", "json")
@@ -43,11 +39,7 @@ def form_of(output: Path | None) -> Form:
 
 
 def show(answer: pa.RecordBatchReader, form: Form) -> None:
-    """Prints an answer's first rows as a table, or all of it as text.
-
-    Raises:
-        UserError: not a text format.
-    """
+    """Prints an answer's first rows as a table, or all of it as text; UserError for other formats."""
     if form == Form.parquet:
         raise UserError("Parquet is no text: name a file for it with --output.")
     if form == Form.table:
@@ -57,11 +49,7 @@ def show(answer: pa.RecordBatchReader, form: Form) -> None:
 
 
 def save(answer: pa.RecordBatchReader, target: Path, form: Form) -> int:
-    """Writes an answer atomically (JSON: one object per line) and returns the number of rows.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Writes an answer atomically (JSON: one object per line); returns its rows' number. UserError if it fails."""
     from sdtrain.dataset.files import publish
 
     if form == Form.table:

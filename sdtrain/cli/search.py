@@ -72,8 +72,7 @@ def memorised(
     output: Annotated[Path, typer.Option(help="Where sheets and JSON go.")] = Path("memorised"),
 ) -> None:
     """Look for samples in the training data: does a model repeat images that it was trained on?"""
-    from filters.memorization.check import KINDS, check_samples
-    from filters.memorization.report import write_memorised
+    from filters.memorization.check import KINDS, check_samples, write_memorised
     from filters.memorization.samples import draw_samples, read_samples
     from filters.memorization.similarity import Limits
     from filters.recipe_record import read_recipe

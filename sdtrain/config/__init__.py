@@ -127,12 +127,17 @@ class TrainConfig(Settings):
             f"{self.micro_batch_size}. Use global_batch_size {choices}, or {self._micro_choices(world_size)}."
         )
 
-    def _micro_choices(self, world_size: int) -> str:
+    def micro_batches(self, world_size: int) -> list[int]:
+        """Sizes that divide a rank's share of the global batch, smallest first; none if there is no equal share."""
         if self.global_batch_size % world_size:
-            return "another number of ranks"
+            return []
         share = self.global_batch_size // world_size
-        divisors = [d for d in range(1, share + 1) if share % d == 0]
-        return f"micro_batch_size {min(divisors, key=lambda d: (abs(d - self.micro_batch_size), d))}"
+        return [size for size in range(1, share + 1) if share % size == 0]
+
+    def _micro_choices(self, world_size: int) -> str:
+        if not (sizes := self.micro_batches(world_size)):
+            return "another number of ranks"
+        return f"micro_batch_size {min(sizes, key=lambda size: (abs(size - self.micro_batch_size), size))}"
 
     def digest(self) -> str:
         """Hex digest of all settings that distinguish runs."""

@@ -128,7 +128,8 @@ class SpeedConfig(Settings):
     compile_mode: Free[Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]] = "default"
     """`reduce-overhead` and `max-autotune` replay CUDA graphs."""
     channels_last: Free[bool | None] = None
-    """Memory layout that spares convolutions a transpose; null: on CUDA only, because it does not pay on CPUs."""
+    """Memory layout that spares convolutions a transpose, of their weights too; files keep the usual one. null: on CUDA
+    only, because it does not pay on CPUs."""
     attention: Free[Literal["auto", "plain", "sdpa", "flash", "efficient", "cudnn"]] = "auto"
     """Matrix products and a softmax (`plain`), PyTorch's own choice (`sdpa`), or one of its fused kernels. auto: plain
     on CPUs, whose fused bf16 backward pass is slower, else sdpa."""

@@ -1,4 +1,4 @@
-"""Hosts of URLs, and which URLs and network addresses may be fetched."""
+"""Decides which URLs and network addresses may be fetched, and extracts URLs' hosts."""
 
 from __future__ import annotations
 
@@ -18,18 +18,15 @@ OTHER_SERVICES = frozenset([
 ])
 # fmt: on
 _LOCAL_NAMES = re.compile(r"(?:^|\.)(?:localhost|local|localdomain|internal|intranet|lan|home\.arpa)$")
-# What C libraries take for an IPv4 address: one to four numbers, decimal, octal or hexadecimal.
+# What C libraries accept as an IPv4 address: one to four numbers, decimal, octal or hexadecimal.
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)(?:\.(?:0x[0-9a-f]*|[0-9]+)){0,3}", re.IGNORECASE)
 _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 
 
 def why_not_allowed(url: str, allow_private: bool) -> str | None:
-    """Why `url` must not be fetched, judged by its text alone, or None when it may.
+    """Why `url` must not be fetched: "malformed", "scheme", "userinfo", "port", "private_host", or None if it may be.
 
-    Names are not resolved here: what they resolve to is judged by `is_public` when the connection is made.
-
-    Returns:
-        "malformed", "scheme", "userinfo", "port", "private_host" or None.
+    Only its text counts: `is_public` checks the addresses of its name when a connection is made.
     """
     try:
         parts = urlsplit(url)
@@ -50,8 +47,8 @@ def why_not_allowed(url: str, allow_private: bool) -> str | None:
 def is_public(address: str) -> bool:
     """Whether a resolved IP address belongs to the public internet.
 
-    Loopback, private, link-local (cloud metadata services), shared, multicast, reserved and
-    unspecified addresses do not, nor do IPv6 addresses that carry such an IPv4 address.
+    Loopback, private, link-local (cloud metadata services), shared, multicast, reserved and unspecified addresses do
+    not, nor do IPv6 addresses that embed one such IPv4 address.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
@@ -65,10 +62,9 @@ def is_public(address: str) -> bool:
 
 
 def ipv4_of(host: str) -> str | None:
-    """The dotted address that C libraries and browsers take `host` for (`2130706433`, `0x7f.1`), None for a name.
+    """The dotted address that C libraries and browsers read in `host` (`2130706433`, `0x7f.1`); None for a name.
 
-    Raises:
-        ValueError: made of numbers, but no address.
+    ValueError if it is numeric, but no address.
     """
     if not _NUMERIC.fullmatch(host):
         return None
@@ -98,7 +94,7 @@ def _is_private_host(parts: SplitResult) -> bool:
 
 
 def host_of(url: str) -> str:
-    """The host that a request for `url` goes to: lower case, without the last dot, in ASCII; "" if there is none."""
+    """The host that a request for `url` goes to: lower case, in ASCII, without a final dot; "" if there is none."""
     try:
         return plain_host(urlsplit(url.strip()).hostname or "")
     except ValueError:
@@ -106,10 +102,6 @@ def host_of(url: str) -> str:
 
 
 def plain_host(host: str) -> str:
-    """A host's name as it is compared.
-
-    Raises:
-        ValueError: it cannot be one.
-    """
+    """Normalises a host's name for comparison; ValueError if it cannot be one."""
     name = host.lower().rstrip(".")
     return name if name.isascii() else name.encode("idna").decode("ascii")

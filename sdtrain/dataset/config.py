@@ -11,7 +11,7 @@ from sdtrain.settings import Settings
 
 
 class DownloadConfig(Settings):
-    """How images are fetched and stored; img2dataset's names where it has the setting."""
+    """How images are fetched and stored; named as in img2dataset where it has the setting."""
 
     image_size: int = Field(default=512, ge=1)
     resize_mode: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = "keep_ratio"
@@ -19,37 +19,37 @@ class DownloadConfig(Settings):
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
     encode_quality: int = Field(default=95, ge=0, le=100)
     reencode: Literal["never", "if_changed", "always"] = "if_changed"
-    """Original bytes are kept always (resize_mode must be "no"), where nothing had to change, or never."""
+    """Keep the original bytes always (resize_mode must be "no"), if nothing had to change, or never."""
     max_pixels: int = Field(default=2**27, ge=1)
     """Larger images are refused before decoding: a small file can hold an image that fills the memory."""
     verify_hashes: bool = True
-    """Drop images whose bytes do not have the md5 or sha256 that the metadata gives for them."""
+    """Drop images whose bytes do not match the metadata's md5 or sha256."""
 
     contact: str = ""
-    """Web or mail address shown to servers in the User-Agent, so that their owners can reach you."""
+    """Web or mail address, sent to servers in the User-Agent so that their owners can reach you."""
     timeout_s: float = Field(default=10, gt=0)
     """Longest wait for a connection or for the next bytes."""
     deadline_s: float = Field(default=60, gt=0)
-    """Longest time for one URL, redirects and body included."""
+    """Longest time for one URL, including redirects and body."""
     retries: int = Field(default=2, ge=0)
     max_bytes: int = Field(default=64 * 2**20, ge=1)
     max_redirects: int = Field(default=5, ge=0)
     connections: int = Field(default=64, ge=1)
-    """Requests at once in one child process."""
+    """Concurrent requests per child process."""
     connections_per_host: int = Field(default=8, ge=1)
     requests_per_host_s: float = Field(default=20, gt=0)
-    """Requests that one child process begins at one host in a second, at most."""
+    """Most requests per second that one child process starts at one host."""
     robots_header: bool = True
     """Honour X-Robots-Tag: noai, noimageai, noindex, noimageindex."""
     robots_txt: bool = False
-    """Ask each host's robots.txt first."""
+    """Read each host's robots.txt first."""
     tdm_reservation: bool = False
     """Honour TDMRep (tdm-reservation: 1 in a header or in /.well-known/tdmrep.json)."""
     allow_private_hosts: bool = False
-    """Fetch from loopback and private networks too: for the demo and for mirrors of your own."""
+    """Fetch from loopback and private networks too, for the demo and for your own mirrors."""
 
     shards_per_process: int = Field(default=4, ge=1)
-    """Shards that one child process does one after the other."""
+    """Shards that one child process downloads in turn."""
 
     @model_validator(mode="after")
     def _settings_agree(self) -> DownloadConfig:
@@ -78,22 +78,25 @@ class EncodeConfig(Settings):
     resolution: int = Field(default=512, ge=8, multiple_of=8)
     batch_size: int = Field(default=8, ge=1)
     precision: Precision = "fp32"
-    """Of the VAE's weights and activations. GPUs multiply halves faster; fp16 rounds eight times finer than bf16, and
-    latents that overflow are refused. auto: bf16 where the machine that begins the dataset computes faster in it, else
-    fp32; the dataset keeps it."""
+    """Precision of the VAE's weights and activations. GPUs multiply 16-bit numbers faster; fp16 rounds eight times
+    finer than bf16, and latents that overflow are refused. auto: bf16 if the machine that starts the dataset is
+    faster in it, else fp32; the dataset keeps that choice."""
+    crop: Literal["centre", "random"] = "centre"
+    """Place of the crop along the excess side. The original runs cropped at random, anew in every epoch; a cached crop
+    keeps its place, unless num_crops caches several."""
     num_crops: int = Field(default=1, ge=1)
-    """1: the centre. More: so many crops, at random places along the side that is too long, of which training sees one
-    an epoch, each in its turn."""
+    """1: one crop, placed by `crop`. More: that many crops at random places along the excess side; training uses them
+    in turn, one an epoch."""
     buckets: tuple[tuple[int, int], ...] = ()
     """Widths and heights in pixels, multiples of 8; each image gets the one nearest to its shape."""
     bucket_step_px: int = Field(default=0, ge=0, multiple_of=8)
-    """In the place of `buckets`: all sizes that are multiples of this (64 for SD v1), of about `resolution` squared."""
+    """Instead of `buckets`: all sizes in multiples of this (64 for SD v1), with about `resolution` squared pixels."""
     bucket_max_aspect: float = Field(default=2.0, ge=1)
-    """Most elongated size that `bucket_step_px` makes."""
+    """Largest aspect ratio of the sizes from `bucket_step_px`."""
     check_samples: int = Field(default=16, ge=0)
-    """Latents of each shard that are decoded again and compared with their images; 0 for none."""
+    """Latents of each shard to decode and compare with their images; 0 for none."""
     min_psnr_db: float | None = Field(default=None, ge=0)
-    """Least mean PSNR of those. Null: 17 for a VAE of SD v1's architecture, no bound for others; 0: no bound."""
+    """Their lowest accepted mean PSNR. Null: 17 for a VAE of SD v1's architecture, no bound for others; 0: no bound."""
 
     @model_validator(mode="after")
     def _buckets_are_sizes(self) -> EncodeConfig:

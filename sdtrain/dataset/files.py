@@ -1,4 +1,4 @@
-"""Files appear whole under their final name, or not at all."""
+"""Publishes files whole under their final name, or not at all."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ _TEMPORARY = ".partial"
 
 
 def refuse_url(path: Path) -> Path:
-    """The path, unless it is what is left of a URL, of which a folder would be made that bears its name.
-
-    Raises:
-        UserError: it is.
-    """
+    """Returns the path; UserError if it is the remains of a URL, which would create a folder of that name."""
     if re.search(r"(^|/)[a-z][a-z0-9+.-]+:/", str(path), re.IGNORECASE):
         raise UserError(f"{path} is a URL, and this must be a file or folder of this machine. Copy it here first.")
     return path
@@ -32,16 +28,13 @@ def refuse_url(path: Path) -> Path:
 
 @contextmanager
 def publish(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target` and renames it to `target` when the block ends well.
+    """Yields a temporary path beside `target` and renames it to `target` if the block succeeds.
 
-    The data is on disk before the rename, so a crash never leaves a short file under a
-    final name. A block that raises leaves nothing.
-
-    Raises:
-        UserError: the disk is full, or the path is a URL.
+    The data is on disk before the rename, so a crash never leaves a short file under a final name. A block that raises
+    leaves nothing. UserError if the disk is full, or the path is a URL.
     """
     refuse_url(target).parent.mkdir(parents=True, exist_ok=True)
-    # Threads that do different shards may write one shared file, such as latents/info.json, at the same time.
+    # Threads that process different shards may write one shared file, such as latents/info.json, concurrently.
     temporary = target.with_name(f".{target.name}.{threading.get_ident()}.{os.getpid()}{_TEMPORARY}")
     try:
         yield temporary
@@ -57,9 +50,9 @@ def publish(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(directory: Path, name: str) -> Iterator[Path]:
-    """Yields a new hidden folder in `directory` for one piece of work and deletes it afterwards.
+    """Yields a new hidden folder in `directory` and deletes it afterwards; `sweep` clears what a killed process left.
 
-    `name` tells apart what one process does at the same time; `sweep` clears what a killed process left.
+    `name` tells apart the concurrent tasks of one process.
     """
     folder = scratch_path(directory, name)
     shutil.rmtree(folder, ignore_errors=True)
@@ -71,14 +64,14 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
 
 
 def scratch_path(directory: Path, name: str) -> Path:
-    """Where `scratch` makes its folder; for those who make theirs only if they need it, as DuckDB does to spill."""
+    """The path of `scratch`'s folder, for users that create it only if needed, as DuckDB does to spill."""
     return directory / f".{name}.{os.getpid()}{_TEMPORARY}"
 
 
 def raise_if_disk_full(error: Exception, target: Path) -> None:
-    """Turns "no space left" into a sentence; any other error is left to the caller."""
+    """Raises a UserError for "no space left"; ignores any other error."""
     number = error.errno if isinstance(error, OSError) else None
-    # DuckDB's exceptions carry the system's message only.
+    # DuckDB's exceptions carry only the system's message.
     if number in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error):
         raise UserError(
             f"The disk is full: {target} could not be written. Free some space and run the same command "
@@ -87,7 +80,7 @@ def raise_if_disk_full(error: Exception, target: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Deletes temporary files and folders in `directory` whose writer is no longer alive."""
+    """Deletes temporary files and folders in `directory` whose writer is dead."""
     for leftover in directory.glob(f".*{_TEMPORARY}"):
         writer = leftover.name.removesuffix(_TEMPORARY).rsplit(".", 1)[-1]
         if writer.isdigit() and psutil.pid_exists(int(writer)):

@@ -1,4 +1,4 @@
-"""Where each stage's files lie inside a dataset directory."""
+"""Defines each stage's files inside a dataset directory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from pathlib import Path
 class DatasetDir:
     """The layout of one dataset on disk; every path in sdtrain comes from here.
 
-    Attributes:
-        root: its directory.
-        url: of a dataset on S3, whose work folder `root` is (`sdtrain.dataset.s3`); else empty.
+    `root` is its directory, or the work folder of a dataset on S3 (`sdtrain.dataset.s3`), whose `url` is not empty.
     """
 
     root: Path
@@ -43,7 +41,7 @@ class DatasetDir:
 
     @property
     def duplicates(self) -> Path:
-        """Which images are copies of which."""
+        """The groups of duplicates."""
         return self.root / "duplicates.parquet"
 
     @property
@@ -53,22 +51,22 @@ class DatasetDir:
 
     @property
     def removed(self) -> Path:
-        """What was taken out for good and may not come back."""
+        """The ledger of samples removed for good."""
         return self.root / "removed.parquet"
 
     @property
     def removal(self) -> Path:
-        """The plan of a removal that is under way."""
+        """The plan of a removal in progress."""
         return self.root / "removal.json"
 
     @property
     def lock(self) -> Path:
-        """Who uses the dataset now; see `sdtrain.dataset.lock`."""
+        """The lock file; see `sdtrain.dataset.lock`."""
         return self.root / "dataset.lock"
 
     @property
     def pack_plan(self) -> Path:
-        """The order of packing, while there is something to pack."""
+        """The order of packing, while there are shards to pack."""
         return self.root / "pack_plan.parquet"
 
     def packed_tar(self, shard: int) -> Path:
@@ -76,7 +74,7 @@ class DatasetDir:
         return self.root / "dataset" / f"{shard:05d}.tar"
 
     def packed_table(self, shard: int) -> Path:
-        """Which sample lies where in the packed shard."""
+        """The samples of the packed shard, with their offsets."""
         return self.root / "dataset" / f"{shard:05d}.parquet"
 
     def latents_tar(self, shard: int) -> Path:
@@ -84,12 +82,12 @@ class DatasetDir:
         return self.root / "latents" / f"{shard:05d}.tar"
 
     def latents_table(self, shard: int) -> Path:
-        """Which sample lies where in the latents shard."""
+        """The samples of the latents shard, with their offsets."""
         return self.root / "latents" / f"{shard:05d}.parquet"
 
     @property
     def latents_info(self) -> Path:
-        """What the latents were made with: VAE digest, resolution, normalisation."""
+        """How the latents were made: VAE digest, resolution, normalisation."""
         return self.root / "latents" / "info.json"
 
     def manifest_entry(self, stage: str, shard: int) -> Path:
@@ -98,7 +96,7 @@ class DatasetDir:
 
     @property
     def recipe(self) -> Path:
-        """The recipe as it was run, overrides included."""
+        """The recipe as run, overrides included."""
         return self.root / "recipe.yaml"
 
     @property
@@ -113,20 +111,20 @@ class DatasetDir:
 
     @property
     def search(self) -> Path:
-        """The vector index by which images are searched; rebuilt when it is missing."""
+        """The vector index for image search; rebuilt if missing."""
         return self.root / "search"
 
     def relative(self, path: Path) -> str:
-        """`path` as it is named in manifests: relative to the root, with forward slashes."""
+        """`path` as manifests name it: relative to the root, with forward slashes."""
         return path.relative_to(self.root).as_posix()
 
 
 def index_path(table: Path) -> Path:
-    """The copy of a latents table from which training reads single rows (`sdtrain.loading.shard_catalog`)."""
+    """The copy of a latents table that gives training single rows (`sdtrain.loading.shard_catalog`)."""
     return table.with_suffix(".index.arrow")
 
 
 def delete_index(table: Path) -> None:
-    """Deletes that copy, also in the form of earlier versions."""
+    """Deletes that copy, including earlier versions' format."""
     for path in (index_path(table), table.with_suffix(".index.safetensors")):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A dataset's files on the local disk, and the interface that every storage has."""
+"""Stores a dataset's files on the local disk, and defines the interface of every storage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdtrain.dataset.layout import DatasetDir
 
 
 class Closable(Protocol):
-    """A lock that is held until it is closed."""
+    """A lock, held until it is closed."""
 
     def close(self) -> None:
         """Releases it."""
@@ -24,10 +24,10 @@ class Stored(Protocol):
 
 
 class LocalStorage:
-    """The files of one dataset, all of which lie in its directory.
+    """The files of one dataset, all in its directory.
 
-    A storage elsewhere (`sdtrain.dataset.s3`) keeps copies in that directory: files are fetched before they are read,
-    and what is written counts once it is there. Here most of that is nothing to do.
+    A remote storage (`sdtrain.dataset.s3`) keeps copies in that directory: it fetches files before they are read, and a
+    written file counts once it is stored remotely. Here most methods have nothing to do.
 
     Attributes:
         dataset: the directory.
@@ -42,62 +42,48 @@ class LocalStorage:
         self.dataset = dataset
 
     def lock(self, command: str) -> Closable | None:
-        """Locks the dataset against commands of other machines, and updates the record of what is finished.
-
-        Raises:
-            UserError: another command holds it.
-        """
+        """Locks the dataset against other machines and syncs the manifest; UserError if another command holds it."""
         return None
 
     def active_command(self) -> str | None:
-        """A sentence about the command of any machine that changes the dataset now."""
+        """Describes the command, of any machine, that is changing the dataset now."""
         return None
 
     def sync(self, may_delete: bool = True) -> None:
-        """Updates the record of what is finished.
-
-        Args:
-            may_delete: no command of this machine is about to record something.
-        """
+        """Updates the local manifest; `may_delete` says that no command of this machine is about to record a shard."""
 
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
-        """Makes a shard count as finished, before its manifest entry is written here.
+        """Stores a finished shard before its manifest `entry` is written here, with that `content`.
 
-        Args:
-            entry: the path that its manifest entry will have here.
-            content: of the entry.
-            outputs: by name, what it consists of; they have their final names here.
-            beside: files that belong to it and are not in the manifest.
+        `outputs` are by name, under their final names; files `beside` belong to it but not to the manifest.
         """
 
     def push_files(self, paths: Iterable[Path]) -> None:
         """Stores files that no manifest entry lists."""
 
     def push_folder(self, folder: Path) -> None:
-        """Stores a folder as it is here: what is not here is deleted there."""
+        """Mirrors a local folder, deleting remote files that it lacks."""
 
     def discard(self, path: Path) -> None:
-        """Deletes a file, if it is there."""
+        """Deletes a file if it exists."""
         path.unlink(missing_ok=True)
 
     def has(self, name: str, num_bytes: int) -> bool:
-        """Whether a file of that size is there."""
+        """Whether a file of that size exists."""
         path = self.dataset.root / name
         return path.exists() and path.stat().st_size == num_bytes
 
     def has_copy(self, name: str, sha256: str) -> bool:
-        """Whether a file is also elsewhere just now, with that content."""
+        """Whether a file with that content is also stored remotely now."""
         return False
 
     def pull(self, wanted: Mapping[str, Stored | None]) -> None:
-        """Fetches files that are not here; of each, what its content must be, None for whatever is there."""
+        """Fetches missing files; each must have the content given, None for any."""
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """A part of a file, which is not brought here for that.
+        """Reads part of a file without fetching the whole.
 
-        Raises:
-            OSError: it is not there.
-            UserError: the store cannot be reached, or refuses.
+        OSError if the file is missing, UserError if the store cannot be reached, or refuses.
         """
         with path.open("rb") as file:
             file.seek(offset)

@@ -1,4 +1,4 @@
-"""Who uses a dataset: one command that changes it, or any number that read it."""
+"""Locks a dataset for one command that changes it, or for any number that read it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from sdtrain.dataset.local_storage import Closable
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
-# What file systems say that have no locks: some network mounts, and FUSE.
+# Errors of file systems without locks: some network mounts, and FUSE.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 _log = logging.getLogger(__name__)
 _held: weakref.WeakSet[DatasetLock] = weakref.WeakSet()
 
 
 class DatasetLock:
-    """A hold on a dataset until the block ends, it is closed or collected, or the process ends, kill -9 included.
+    """A lock on a dataset, until the block ends, it is closed or collected, or the process ends, even by kill -9.
 
-    It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so nothing needs clearing
-    after a crash. Only the process that runs a command takes it, not its threads, workers and other machines.
+    It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so a crash leaves nothing
+    to clear. Only the process that runs a command takes it, not its threads, workers and other machines.
     """
 
     def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:
@@ -47,7 +47,7 @@ class DatasetLock:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the dataset."""
+        """Releases the lock."""
         if self.remote is not None:
             self.remote.close()
         if self._file is not None:
@@ -55,11 +55,7 @@ class DatasetLock:
 
 
 def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
-    """Locks a dataset for a command that writes; makes its folder if missing.
-
-    Raises:
-        UserError: it is in use, or cannot be written.
-    """
+    """Locks a dataset, created if missing, for a command that writes; UserError if it is in use or read-only."""
     lock = lock_folder(dataset.root, dataset.lock, command)
     try:
         lock.remote = storage_of(dataset).lock(command)
@@ -70,10 +66,9 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
-    """Locks a folder, made if missing, for one writing process; the lock file stays there.
+    """Locks a folder, created if missing, for one writing process; the lock file stays there.
 
-    Raises:
-        UserError: it is in use, or cannot be written.
+    UserError if it is in use, or cannot be written.
     """
     try:
         refuse_url(folder).mkdir(parents=True, exist_ok=True)
@@ -81,15 +76,15 @@ def lock_folder(folder: Path, file_name: Path, command: str) -> DatasetLock:
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}). Choose another --output.") from error
     if _is_locked(file, fcntl.LOCK_EX, folder, command):
-        file.truncate(0)  # those before have ended
+        file.truncate(0)  # earlier holders have ended
         _sign(file, command)
     return DatasetLock(file)
 
 
 def active_commands(dataset: DatasetDir) -> list[str]:
-    """A sentence for each command that uses a dataset, as far as that can be seen from here; asking holds up nobody.
+    """Describes each command that uses a dataset, as far as visible from here, without blocking any.
 
-    The store is asked where the dataset is named by its URL, and not where its work folder is.
+    Asks the store only if the dataset is named by its URL, not by its work folder.
     """
     users: list[str] = []
     with suppress(OSError), dataset.lock.open() as file:
@@ -103,8 +98,7 @@ def active_commands(dataset: DatasetDir) -> list[str]:
 def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
     """Locks a dataset for a command that only reads, beside other readers; on S3, other machines do not see it.
 
-    Raises:
-        UserError: it is being changed, or a removal was interrupted, so that its files are inconsistent.
+    UserError if it is being changed, or a removal was interrupted, so that its files are inconsistent.
     """
     file = _opened_to_read(dataset.lock)
     if file and _is_locked(file, fcntl.LOCK_SH, dataset.root, command) and file.writable():
@@ -118,7 +112,7 @@ def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def _opened_to_read(path: Path) -> IO[str] | None:
-    """None where a dataset that cannot be written has no lock: nobody changes it from here."""
+    """None for a read-only dataset without a lock file: nobody changes it from here."""
     for mode in ("a+", "r"):
         with suppress(OSError):
             return path.open(mode)
@@ -126,7 +120,7 @@ def _opened_to_read(path: Path) -> IO[str] | None:
 
 
 def _is_locked(file: IO[str], kind: int, folder: Path, command: str) -> bool:
-    """Whether the lock was had; not where the file system has none, of which the log warns."""
+    """Whether the lock was acquired; False, with a logged warning, if the file system has none."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
         return True
@@ -144,12 +138,12 @@ def _is_locked(file: IO[str], kind: int, folder: Path, command: str) -> bool:
 def _sign(file: IO[str], command: str) -> None:
     now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     signed = {"command": command, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
-    file.write(json.dumps(signed) + "\n")  # at the end, whoever else has written
+    file.write(json.dumps(signed) + "\n")  # at the end, after any other signatures
     file.flush()
 
 
 def _users(file: IO[str]) -> Iterator[str]:
-    """A sentence for each that has signed and still runs, as far as that can be seen from here."""
+    """Describes each signer that still runs, as far as visible from here."""
     file.seek(0)
     for line in dict.fromkeys(file):
         with suppress(ValueError, TypeError, KeyError):
@@ -162,7 +156,7 @@ def _users(file: IO[str]) -> Iterator[str]:
 
 
 def _forget_in_child() -> None:
-    # A forked child has the same lock; it must not outlive the parent that way.
+    # A forked child inherits the lock, which must not outlive the parent.
     for lock in list(_held):
         lock.close()
 

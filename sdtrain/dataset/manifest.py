@@ -1,4 +1,4 @@
-"""The record of what is finished: one JSON entry a stage and shard, written last."""
+"""Records finished work: one JSON entry per stage and shard, written last."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Ou
 
 
 def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] = ()) -> None:
-    """Makes the shard count as finished, on S3 first. Call it after every output has its final name.
+    """Records the shard as finished, on S3 first. Call it once every output has its final name.
 
-    Args:
-        dataset: whose.
-        entry: of the shard.
-        beside: files that its outputs need and it does not list.
+    Files `beside` are those that its outputs need and the entry does not list.
     """
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
     storage_of(dataset).push(path, content.encode(), entry.outputs, beside)
@@ -32,26 +29,18 @@ def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] 
 
 
 def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
-    """Makes a shard count as not finished, before its outputs are touched."""
+    """Marks a shard as unfinished, before its outputs change."""
     storage_of(dataset).discard(dataset.manifest_entry(stage, shard))
 
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
-    """The entry of a finished shard, or None.
-
-    Raises:
-        UserError: the entry exists but was written by another version, or is damaged.
-    """
+    """The entry of a finished shard, or None; UserError if another version wrote it, or it is damaged."""
     path = dataset.manifest_entry(stage, shard)
     return parse_entry(path.read_bytes(), path) if path.exists() else None
 
 
 def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
-    """The entry of an upstream shard whose output is about to be read.
-
-    Raises:
-        UserError: the upstream stage has not finished that shard.
-    """
+    """The entry of an upstream shard to read; UserError if that stage has not finished it."""
     entry = read_entry(dataset, stage, shard)
     if entry is None:
         raise UserError(
@@ -62,17 +51,17 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
 
 
 def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
-    """All finished shards of a stage, in order."""
+    """The entries of a stage's finished shards, in order."""
     found = sorted(dataset.manifest_entry(stage, 0).parent.glob("[0-9]*.json"))
     return [require_entry(dataset, stage, int(path.stem)) for path in found]
 
 
 def recorded_stages(dataset: DatasetDir) -> list[str]:
-    """The names of all stages that have finished shards, in no particular order."""
+    """The names of all stages with finished shards, unordered."""
     return sorted(path.name for path in (dataset.root / "manifest").glob("*") if path.is_dir())
 
 
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
-    """Whether every output of the entry still lies there, or on S3, with its recorded size."""
+    """Whether every output of the entry still exists, here or on S3, with its recorded size."""
     storage = storage_of(dataset)
     return all(storage.has(name, output.bytes) for name, output in entry.outputs.items())

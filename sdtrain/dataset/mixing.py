@@ -1,4 +1,4 @@
-"""The mixing function of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), for orders and digests that are computed."""
+"""Computes SplitMix64's mixing function (Steele, Lea and Flood, OOPSLA 2014), used for orders and digests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""What SplitMix64 adds to its state before each number."""
+"""SplitMix64's increment of its state."""
 _MULTIPLIERS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 

@@ -1,4 +1,4 @@
-"""Opens the dataset that a user names, a directory or a URL on S3."""
+"""Opens the dataset that a user names: a directory or a URL on S3."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ from sdtrain.errors import UserError
 
 
 def dataset_at(name: str, work_dir: Path | None = None) -> DatasetDir:
-    """A dataset by its name; nothing is read yet.
+    """A dataset by its name, a directory or s3://…, without reading anything.
 
-    Args:
-        name: a directory, or s3://…
-        work_dir: parent of the work folders of datasets on S3.
-
-    Raises:
-        UserError: the URL names no place, or holds a secret.
+    `work_dir` is the parent of S3 datasets' work folders. UserError if the URL is incomplete, or holds a secret.
     """
     if not is_s3(name):
         return DatasetDir(refuse_url(Path(name)).absolute())
@@ -32,11 +27,7 @@ def dataset_at(name: str, work_dir: Path | None = None) -> DatasetDir:
 
 
 def open_dataset(name: str) -> DatasetDir:
-    """A dataset by its name, its record of what is finished up to date.
-
-    Raises:
-        UserError: the store cannot be reached, or refuses.
-    """
+    """A dataset by its name, with its manifest synced; UserError if the store cannot be reached, or refuses."""
     dataset = dataset_at(name)
     if dataset.url:
         storage_of(dataset).sync(may_delete=_nobody_writes(dataset))
@@ -44,14 +35,9 @@ def open_dataset(name: str) -> DatasetDir:
 
 
 def open_to_ask(name: str, command: str) -> DatasetDir:
-    """A dataset by its name, the tables of all stages fetched.
+    """A dataset by its name, a directory or s3://…, with the tables of all stages fetched.
 
-    Args:
-        name: a directory, or s3://…
-        command: that asks, such as "sdtrain search".
-
-    Raises:
-        UserError: the dataset is being changed, or cannot be read.
+    `command` is the reader's name, such as "sdtrain search". UserError if the dataset is being changed, or unreadable.
     """
     dataset = open_dataset(name)
     if dataset.url:
@@ -62,16 +48,10 @@ def open_to_ask(name: str, command: str) -> DatasetDir:
 
 @lru_cache(maxsize=64)
 def training_root(name: str, online_vae: bool = False) -> Path:
-    """The directory to train from: of a dataset on S3 its work folder, with the tables; tars come when first needed.
+    """The directory to train from; on S3, the work folder with its tables, while tars follow when first needed.
 
-    The store is asked once in a process: each rank names its datasets twice, and listing a large one takes long.
-
-    Args:
-        name: a directory, or s3://…
-        online_vae: packed images are read, and no latents.
-
-    Raises:
-        UserError: the dataset is being changed, or cannot be read.
+    With `online_vae`, packed images are read instead of latents. A process asks the store only once: each rank opens
+    its datasets twice, and listing a large one takes long. UserError if the dataset is being changed, or unreadable.
     """
     if not is_s3(name):
         return refuse_url(Path(name))

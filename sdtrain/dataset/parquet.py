@@ -9,6 +9,6 @@ import pyarrow.parquet as pq
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """One file's rows. Not by pyarrow's read_table, which imports pandas and more for it."""
+    """One file's rows, without pyarrow's read_table, which imports pandas and more."""
     with pq.ParquetFile(path) as file:
         return file.read(columns)

@@ -1,4 +1,4 @@
-"""Progress of long work, reported to whoever shows it, and the totals of a finished stage."""
+"""Reports the progress of long work to listeners, and sums up a finished stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """Progress of one step of a task; `seconds` count since its start."""
+    """Progress of one step of a task; `seconds` since its start."""
 
     name: str
     done: int
@@ -40,7 +40,7 @@ _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 @contextmanager
 def progress_listener(listener: Listener) -> Iterator[None]:
-    """Within the block, and in its thread, `listener` receives the reported steps."""
+    """Sends the steps reported within the block, in its thread, to `listener`."""
     token = _listener.set(listener)
     try:
         yield
@@ -49,7 +49,7 @@ def progress_listener(listener: Listener) -> Iterator[None]:
 
 
 def throttled(listener: Listener, interval_s: float) -> Listener:
-    """Calls `listener` at most once an interval, the first time after one has passed."""
+    """Calls `listener` at most once an interval, first after one has passed."""
     last = time.monotonic()
 
     def listen(step: Step) -> None:
@@ -67,23 +67,22 @@ def report_progress(
 ) -> Iterator[T]:
     """Yields the items, and reports how many are done each time the next is requested.
 
-    An item counts as its `size` in `total`, which is in `unit`.
+    An item adds its `size` to the count, up to `total`, in `unit`.
     """
     listener, started, done = _listener.get(), time.monotonic(), 0
     for item in items:
         done += size(item)
         yield item
-        del item  # which may be large, before the next is made
+        del item  # may be large: free it before the next is made
         if listener:
             listener(Step(name, done, total, unit, time.monotonic() - started))
 
 
 @dataclass(frozen=True)
 class StageTotals:
-    """The sum of shard reports.
+    """The sum of shard reports: num_in = num_out + the sum of `dropped`, which counts by reason.
 
-    num_in = num_out + the sum of `dropped`, which counts by reason. Shards of earlier runs are only in
-    `num_finished_before`.
+    Shards of earlier runs appear only in `num_finished_before`.
     """
 
     stage: str
@@ -113,7 +112,7 @@ class StageTotals:
 
 
 def add_up(stage: str, reports: Iterable[ShardReport], num_finished_before: int, seconds: float) -> StageTotals:
-    """The totals of `reports`; `seconds` is wall time, as shards may run side by side."""
+    """The totals of `reports`; `seconds` is wall time, as shards may run in parallel."""
     done = list(reports)
     dropped: Counter[str] = Counter()
     for report in done:

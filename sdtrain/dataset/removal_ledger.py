@@ -1,4 +1,4 @@
-"""What was taken out of a dataset for good: digests by which it is known when it comes again, and nothing readable."""
+"""Records samples removed for good, as digests that recognise them when they return but reveal nothing."""
 
 from __future__ import annotations
 
@@ -18,38 +18,34 @@ from sdtrain.dataset.uid import uid_of
 from sdtrain.errors import UserError
 
 REMOVED = "removed"
-"""The reason of rows that would otherwise have come back."""
+"""The drop reason of rows that were removed before."""
 
 Kind = Literal["uid", "url", "host", "sha256", "phash"]
 LEDGER = pa.schema(
     [
         ("kind", pa.string()),
-        ("digest", pa.string()),  # of the key; a perceptual hash has none, because only the hash itself tells distances
+        ("digest", pa.string()),  # of the key; none for a perceptual hash, whose distances need the hash itself
         ("phash", pa.int64()),
-        ("radius", pa.int32()),  # of a perceptual hash: differing bits, at most
-        ("labels", pa.int32()),  # of a host: how many labels it has
-        ("listed_by", pa.string()),  # what the list went by; none for what follows from its entries
+        ("radius", pa.int32()),  # of a perceptual hash: most differing bits
+        ("labels", pa.int32()),  # of a host: its number of labels
+        ("listed_by", pa.string()),  # the key used in the user's list; none for keys derived from its entries
         ("removed_at", pa.timestamp("s", tz="UTC")),
     ]
 )
 
 
 def key_digest(kind: Kind, value: str) -> str:
-    """What the ledger holds of a uid, URL, host or sha256."""
+    """The ledger's digest of a uid, URL, host or sha256."""
     return hashlib.sha256(f"{kind}\n{value}".encode()).hexdigest()
 
 
 def digest_sql(kind: str, value: str) -> str:
-    """The same as SQL."""
+    """`key_digest` as SQL."""
     return f"sha256('{kind}' || chr(10) || {value})"
 
 
 def read_ledger(path: Path) -> pa.Table:
-    """All rows of a dataset's ledger; none where nothing was ever removed.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """All rows of a dataset's ledger; none if nothing was ever removed. UserError if the file is damaged."""
     try:
         return read_parquet(path).cast(LEDGER) if path.exists() else LEDGER.empty_table()
     except (pa.ArrowException, OSError) as error:
@@ -66,13 +62,13 @@ def write_ledger(path: Path, rows: pa.Table) -> None:
 
 
 def removed_hashes(ledger: pa.Table) -> pa.Table:
-    """The perceptual hashes of a ledger with their radius, each pair once, in order."""
+    """The distinct pairs of perceptual hash and radius in a ledger, in order."""
     rows = ledger.filter(pc.equal(ledger["kind"], "phash")).select(["phash", "radius"])
     return rows.group_by(["phash", "radius"]).aggregate([]).sort_by([("phash", "ascending"), ("radius", "ascending")])
 
 
 class RemovedRows:
-    """Tells rows of metadata that were removed: by uid, URL or host."""
+    """Recognises removed rows of metadata, by uid, URL or host."""
 
     def __init__(self, ledger: pa.Table) -> None:
         self._digests = frozenset(ledger["digest"].drop_null().to_pylist())
@@ -88,7 +84,7 @@ class RemovedRows:
 
 @lru_cache(maxsize=1)
 def refused_images(path: Path | None) -> frozenset[str]:
-    """Digests of the sha256 of images that may not come back."""
+    """Digests of the sha256 of removed images."""
     if path is None:
         return frozenset()
     rows = read_ledger(path)

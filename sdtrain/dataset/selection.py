@@ -1,4 +1,4 @@
-"""What has been selected: the first selection, and one more for each time that metadata files were added."""
+"""Reports the selected rows: of the first selection, and of one more each time metadata files were added."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from sdtrain.dataset.shard_report import Output, ShardReport
 
 
 def selection(dataset: DatasetDir) -> ShardReport:
-    """The reports of all selections as one: counts summed, files in the order of their shards.
-
-    Raises:
-        UserError: nothing has been selected yet.
-    """
+    """Merges all selections' reports: counts summed, files in shard order; UserError if nothing is selected yet."""
     folder = dataset.manifest_entry("select", 0).parent
     changed_ns = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
     return _selection(dataset, changed_ns)
@@ -28,14 +24,14 @@ def selected_shards(dataset: DatasetDir) -> dict[int, Output]:
 
 
 def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
-    """How many shards are selected; None before the first selection. `Stage.num_shards` of what follows it."""
+    """The number of selected shards, for later stages' `Stage.num_shards`; None before the first selection."""
     selected = entries(dataset, "select")
     return sum(len(entry.outputs) for entry in selected) if selected else None
 
 
 @lru_cache(maxsize=4)
 def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
-    # Kept, because every shard's fingerprint asks for it, and at scale it lists tens of thousands of files.
+    # Cached, because every shard's fingerprint asks for it, and at scale it lists tens of thousands of files.
     require_entry(dataset, "select", 0)
     reports = entries(dataset, "select")
     dropped, outputs = Counter[str](), dict[str, Output]()

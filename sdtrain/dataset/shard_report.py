@@ -1,4 +1,4 @@
-"""The report of one stage about one shard, as a manifest entry records it."""
+"""Defines the report of one stage about one shard, which its manifest entry records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 
 class Output(BaseModel):
-    """One file that a stage wrote."""
+    """One output file of a stage."""
 
     model_config = ConfigDict(extra="forbid")
     sha256: str
@@ -25,7 +25,7 @@ class Output(BaseModel):
 
 
 class ShardReport(BaseModel):
-    """What one stage did with one shard. No sample disappears: in = out + dropped by reason."""
+    """A stage's work on one shard. No sample disappears: in = out + dropped by reason."""
 
     model_config = ConfigDict(extra="forbid")
     schema_version: int = SCHEMA_VERSION
@@ -37,12 +37,12 @@ class ShardReport(BaseModel):
     dropped: dict[str, int] = {}
     outputs: dict[str, Output] = {}
     inputs: list[str] = []
-    """Files from outside that were read, by name, size and digest."""
+    """External files read, by name, size and digest."""
     notes: list[Annotated[str, AfterValidator(without_secrets)]] = []
-    """What was done on purpose with odd input, as sentences."""
+    """Remarks, as sentences, on odd input handled on purpose."""
     seconds: float = 0.0
     finished_at: float = 0.0
-    """Unix time when the work ended; 0 where it was not noted. The file's own time is that of its last copy."""
+    """Unix time of completion; 0 if not recorded. The file's own time is that of its last copy."""
 
     @model_validator(mode="after")
     def _counts_add_up(self) -> ShardReport:
@@ -55,11 +55,7 @@ class ShardReport(BaseModel):
 
 
 def parse_entry(content: bytes, path: Path) -> ShardReport:
-    """What an entry says; `path` is for sentences.
-
-    Raises:
-        UserError: it was written by another version, or is damaged.
-    """
+    """Parses an entry; `path` is for messages. UserError if another version wrote it, or it is damaged."""
     try:
         entry = ShardReport.model_validate_json(content)
     except ValidationError as error:
@@ -77,8 +73,7 @@ def parse_entry(content: bytes, path: Path) -> ShardReport:
 def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
     """Hex digest of everything that determines a shard's bytes.
 
-    `stage` holds name and version, as in "score/1"; `inputs` are the entries of the shards read, `weights` digests of
-    the models used.
+    `stage` is name and version ("score/1"), `inputs` the entries of the shards read, `weights` the models' digests.
     """
     described = {
         "stage": stage,

@@ -11,22 +11,20 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
 from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.storage import storage_of
 
-# Contravariant: a stage that reads a part of the recipe also takes the whole one.
-RecipeT = TypeVar("RecipeT", contravariant=True)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class Table(Generic[RecipeT]):
     """The table of a stage: Parquet with one row a sample and a column `uid`.
 
     Attributes:
@@ -34,12 +32,14 @@ class Table:
         comment: what a row is, for those who ask the view.
         columns: name -> type in DuckDB, in order; shown while there is no file, or one that lacks them.
         path: of a shard's file; the same for all shards where there is one file.
+        rewriting: how removed samples leave it, and a tar beside it.
     """
 
     view: str
     comment: str
     columns: Mapping[str, str]
     path: Callable[[DatasetDir, int], Path]
+    rewriting: Rewriting[RecipeT]
 
     def files(self, dataset: DatasetDir) -> dict[int, Path]:
         """Shard -> file, for those that lie there, whether the manifest knows them or not."""
@@ -93,7 +93,7 @@ class Stage(Generic[RecipeT]):
     planned_by: str | None
     num_shards: Callable[[DatasetDir, RecipeT], int | None]
     beside: Callable[[DatasetDir, int], list[Path]]
-    table: Table | None
+    table: Table[RecipeT] | None
     drops: Drops[RecipeT] | None
     uses_gpu: bool
 

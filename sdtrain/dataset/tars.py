@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset's layout: the same samples give the same bytes, and a damaged file is noticed."""
+"""Reads and writes tar shards in WebDataset's layout: equal samples give equal bytes, and damage is detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_BYTES, RECORD_BYTES = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of one member lie in the tar file."""
+    """The location of one member's bytes in the tar file."""
 
     offset: int
     size: int
@@ -32,7 +32,7 @@ class SampleIndex:
 def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> list[SampleIndex]:
     """Writes samples as `{key}.{extension}` members, in the given order; returns each member's data offset and length.
 
-    Members of a sample are sorted by extension. Headers hold only name and size (GNU format, mtime 0, uid and gid 0,
+    A sample's members are sorted by extension. Headers hold only name and size (GNU format, mtime 0, uid and gid 0,
     mode 0644, no owner names), so equal samples give equal files.
     """
     index = []
@@ -48,8 +48,7 @@ def write_samples(path: Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -
 def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yields (key, {extension: bytes}) for every sample, one in memory at a time.
 
-    Raises:
-        UserError: the file is not a tar, ends too early, or has a damaged header.
+    UserError if the file is not a tar, ends too early, or has a damaged header.
     """
     key, sample = "", dict[str, bytes]()
     for name, body in _members(path, with_bodies=True):
@@ -66,11 +65,7 @@ def read_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 
 def index_samples(path: Path) -> list[SampleIndex]:
-    """Where every member of every sample lies, read from the headers alone.
-
-    Raises:
-        UserError: the file is not a tar, ends too early, or has a damaged header.
-    """
+    """Locates every member of every sample, reading only the headers; UserError as for `read_samples`."""
     index: list[SampleIndex] = []
     for info, _ in _members(path, with_bodies=False):
         key, extension = _split(info.name)

@@ -1,4 +1,4 @@
-"""Runs a stage in the terminal, with a bar."""
+"""Runs a stage in the terminal, with a progress bar."""
 
 from __future__ import annotations
 
@@ -22,16 +22,11 @@ def run_with_bar(
     recipe: Any,
     before_work: Callable[[str, int, int], None] = lambda stage, num_pending, num_shards: None,
 ) -> StageTotals:
-    """Does the shards of `stage` that are not finished; the bar counts shards, on standard error.
+    """Makes the unfinished shards of `stage`, with a bar of shards on standard error.
 
-    What a shard tells of itself (`sdtrain.dataset.progress`) stands beside the bar; without a terminal it is a line now
-    and then.
-
-    Args:
-        stage: what is done.
-        dataset: whose shards.
-        recipe: what the stage's functions take.
-        before_work: called with the stage's name and the numbers of pending and of all shards, if any is pending.
+    Progress within a shard (`sdtrain.dataset.progress`) appears beside the bar; without a terminal, as an occasional
+    line. `recipe` is the input of the stage's functions; `before_work` is called with the stage's name and the numbers
+    of pending and of all shards, if any is pending.
     """
     started = time.monotonic()
     begin(stage, dataset)

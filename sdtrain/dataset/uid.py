@@ -6,15 +6,15 @@ import hashlib
 
 
 def uid_of(url: str, caption: str) -> str:
-    """The uid, of a URL without white space around it; "" stands for what is missing."""
+    """The uid; the URL is stripped of white space, and "" stands for a missing value."""
     return hashlib.md5(f"{url}\n{caption}".encode(), usedforsecurity=False).hexdigest()
 
 
 def uid_sql(url: str = "url", caption: str = "caption") -> str:
-    """SQL for the same."""
+    """The uid as SQL."""
     return f"md5({uid_text_sql(url, caption)})"
 
 
 def uid_text_sql(url: str, caption: str) -> str:
-    """SQL for the text whose md5 is the uid."""
+    """The text whose md5 is the uid, as SQL."""
     return f"{url} || chr(10) || {caption}"

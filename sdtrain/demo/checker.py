@@ -57,10 +57,9 @@ def classify(image: Image.Image) -> Verdict:
 
 
 def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) -> Agreement:
-    """How often the images show the wanted (colour, shape); see `pair_in` for those of a prompt.
+    """How often the images show the wanted (colour, shape), e.g. `pair_in` of a prompt.
 
-    Raises:
-        ValueError: no images, or not as many as pairs.
+    ValueError if there are no images, or not as many as pairs.
     """
     if not images:
         raise ValueError("agreement() needs at least one image")
@@ -73,11 +72,7 @@ def agreement(images: Sequence[Image.Image], wanted: Sequence[tuple[str, str]]) 
 
 
 def pair_in(prompt: str) -> tuple[str, str]:
-    """The (colour, shape) that a prompt names.
-
-    Raises:
-        ValueError: it names none, or several.
-    """
+    """The (colour, shape) that a prompt names; ValueError if it names none, or several."""
     words = prompt.lower().replace(",", " ").split()
     colors, shapes = [w for w in words if w in COLORS], [w for w in words if w in SHAPES]
     if len(colors) != 1 or len(shapes) != 1:

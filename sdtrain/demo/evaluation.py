@@ -86,8 +86,7 @@ FEATURES, AGREEMENT = DemoFeatures(), CheckerAgreement
 def score_images(images: Sequence[Image.Image], texts: Sequence[str]) -> Tensor:
     """(n,) float32: the share of a prompt's colour and shape that its image shows, 0, 0.5 or 1.
 
-    Raises:
-        UserError: a prompt names no colour or no shape of the demo's.
+    UserError if a prompt names no colour or no shape of the demo's.
     """
     scores = []
     for image, text in zip(images, texts, strict=True):
@@ -106,9 +105,7 @@ def evaluate_demo(
     """Draws every colour with every shape twice at each guidance scale; finished parts are kept.
 
     The images of `data` are the reference. Returns the numbers, with names marked as the demo's, and the plot.
-
-    Raises:
-        UserError: no model, or no images.
+    UserError if there is no model, or no images.
     """
     sweep = plan(demo_protocol(data, output), models, output)
     return run_sweep(sweep, say=say), sweep.directory.curve

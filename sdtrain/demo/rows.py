@@ -90,8 +90,7 @@ class Row:
 def plan_rows(num_rows: int, seed: int) -> list[Row]:
     """The rows of a world, a pure function of its arguments; pairs of `UNSEEN_PAIRS` never occur.
 
-    Raises:
-        UserError: too few rows for one of each kind.
+    UserError if there are too few rows for one of each kind.
     """
     if num_rows < MIN_ROWS:
         raise UserError(

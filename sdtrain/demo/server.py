@@ -58,13 +58,10 @@ class Served:
 
 @contextmanager
 def serve_world(world: World) -> Iterator[Served]:
-    """Serves `world` from one child process for as long as the block runs.
+    """Serves `world` from one child process for as long as the block runs; UserError if the world's ports are taken.
 
     The block's environment makes OpenSSL clients and child processes trust the world's certificates (SSL_CERT_FILE) and
     bypass proxies (no_proxy). The child ends with the block, and also when this process dies.
-
-    Raises:
-        UserError: the world's ports are taken.
     """
     log = world.directory / "server.log"
     command = [sys.executable, "-m", "sdtrain.demo.server", str(world.directory), _FOLLOW_PARENT]
@@ -138,8 +135,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 def listen(world: World) -> list[Listener]:
     """Listeners for every host, HTTP and HTTPS, bound but not yet serving; writes `world.ca`.
 
-    Raises:
-        UserError: a port is taken, or a loopback address is missing.
+    UserError if a port is taken, or a loopback address is missing.
     """
     site = Site(json.loads(world.pages.read_text()), world.images)
     authority, tls = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

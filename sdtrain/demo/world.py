@@ -97,11 +97,7 @@ class World:
 
 
 def open_world(directory: Path) -> World:
-    """Opens the world in `directory`.
-
-    Raises:
-        UserError: there is none, or it is of another version.
-    """
+    """Opens the world in `directory`; UserError if there is none, or it is of another version."""
     content = _read_marker(directory)
     if content is None:
         raise UserError(f"There is no finished world in {directory}; `make demo` or `make_world` makes one.")
@@ -120,10 +116,7 @@ def make_world(
     """Makes the world, unless it exists with the same `num_rows` and `seed`; resumes a killed call.
 
     The same arguments give the same bytes, as long as the ports are free on all hosts; otherwise, or for 0, a free port
-    is taken. `on_progress` gets (rows drawn, total rows).
-
-    Raises:
-        UserError: too few rows, or the disk is full.
+    is taken. `on_progress` gets (rows drawn, total rows). UserError for too few rows, or a full disk.
     """
     directory = directory.absolute()
     settings = {"version": VERSION, "num_rows": num_rows, "seed": seed}

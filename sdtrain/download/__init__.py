@@ -1,1 +1,1 @@
-"""Downloads images into shards, and retries rows that failed: the stage DOWNLOAD."""
+"""Downloads images into shards and retries failed rows: the stage DOWNLOAD."""

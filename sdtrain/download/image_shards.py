@@ -1,4 +1,4 @@
-"""Reads and writes shards of images in img2dataset's layout: tar, table with all rows, statistics."""
+"""Reads and writes image shards in img2dataset's layout: a tar, a table of all rows, and statistics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sdtrain.images.decode import image_extension
 
 _FINGERPRINT, _TAR_SHA256 = b"sdtrain.fingerprint", b"sdtrain.tar_sha256"
 PLACE = pa.schema([("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())])
-"""Columns that say where a row's image lies in the tar, so that nobody needs to look through its headers."""
+"""Columns that locate a row's image in the tar without scanning its headers."""
 TABLE = pa.unify_schemas([SCHEMA, PLACE])
 
 
 @dataclass(frozen=True)
 class ImageShard:
-    """Where the files of one shard lie."""
+    """The paths of one shard's files."""
 
     tar: Path
     table: Path
@@ -34,51 +34,48 @@ class ImageShard:
 
     @staticmethod
     def in_folder(folder: Path, shard: int) -> ImageShard:
-        """The files of one shard in `folder`, as img2dataset names them."""
+        """One shard's files in `folder`, as img2dataset names them."""
         return ImageShard(
             folder / f"{shard:05d}.tar", folder / f"{shard:05d}.parquet", folder / f"{shard:05d}_stats.json"
         )
 
 
 class TemporaryBlobFile:
-    """Images of a shard, on disk until all are there and can be put in order; threads may add side by side."""
+    """Holds a shard's images on disk until all are there and can be sorted; threads may add concurrently."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("w+b")
-        path.unlink()  # it needs no name, and goes with the process
+        path.unlink()  # needs no name, and is freed with the process
         self._lock = threading.Lock()
 
     def add(self, content: bytes) -> Member:
-        """Keeps an image's bytes; says where they lie."""
+        """Appends an image's bytes and returns their location."""
         with self._lock:
             offset = self._file.seek(0, 2)
             self._file.write(content)
         return Member(offset, len(content))
 
     def read(self, member: Member) -> bytes:
-        """The bytes that were kept there."""
+        """The bytes at a location."""
         with self._lock:
             self._file.seek(member.offset)
             return self._file.read(member.size)
 
     def close(self) -> None:
-        """Gives the space back."""
+        """Frees the disk space."""
         self._file.close()
 
 
 def write_shard(
     shard: ImageShard, rows: Sequence[Row], members_of: Callable[[Row], dict[str, bytes]], fingerprint: str
 ) -> str:
-    """Writes tar and table of a shard.
+    """Writes a shard's tar and table, and returns the tar's sha256.
 
     Args:
-        shard: where to.
+        shard: the paths to write.
         rows: all of its rows, sorted by key.
-        members_of: an image's members in the tar, by extension, for a row that has one.
-        fingerprint: of what decided the shard's bytes; stands in the table, beside the tar's digest.
-
-    Returns:
-        The tar's sha256.
+        members_of: a row's members in the tar, by extension, if the row has an image.
+        fingerprint: of all that decides the shard's bytes; recorded in the table, beside the tar's digest.
     """
     images = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
     places = {sample.key: image_location(sample) for sample in write_samples(shard.tar, images)}
@@ -99,7 +96,7 @@ def image_location(sample: SampleIndex) -> Row:
 
 
 def new_members(row: Row, extension: str, content: bytes) -> dict[str, bytes]:
-    """The tar members of an image, as img2dataset has them."""
+    """An image's tar members, as img2dataset writes them."""
     return {
         extension: content,
         "txt": (row["caption"] or "").encode(),
@@ -108,7 +105,7 @@ def new_members(row: Row, extension: str, content: bytes) -> dict[str, bytes]:
 
 
 def write_stats(path: Path, rows: Sequence[Row], start_time: float, end_time: float) -> None:
-    """Writes img2dataset's statistics, with reasons where it has messages."""
+    """Writes img2dataset's statistics, with our reasons in place of its messages."""
     status = Counter(row["status"] for row in rows)
     stats = {
         "count": len(rows),
@@ -124,14 +121,14 @@ def write_stats(path: Path, rows: Sequence[Row], start_time: float, end_time: fl
 
 
 def rewrite_stats(old: Path, new: Path, rows: Sequence[Row]) -> None:
-    """Writes the statistics of a shard that has other rows now, with the times of its download."""
+    """Rewrites the statistics for changed rows, keeping the download's times."""
     times = json.loads(old.read_text()) if old.exists() else {}
     write_stats(new, rows, times.get("start_time", 0.0), times.get("end_time", 0.0))
 
 
 @dataclass(frozen=True)
 class ShardTable:
-    """What a shard's table says, without its wider columns."""
+    """A shard's table without its wider columns."""
 
     keys: list[str]
     reasons: list[str | None]
@@ -169,7 +166,7 @@ class TarMembers:
         self._file = path.open("rb")
 
     def __call__(self, key: str) -> dict[str, bytes]:
-        """The members of one sample, byte for byte."""
+        """One sample's members, byte for byte."""
         return dict(self._read(key))
 
     def _read(self, key: str) -> Iterator[tuple[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Publishes a shard of images, and recovers one whose writer was killed.
+"""Publishes a shard of images, takes samples out of one, and recovers one whose writer was killed.
 
 If the writer is killed before `publish_images`, its scratch folder is deleted by the next run and the shard is
 downloaded again. If it is killed while publishing, `recover_images` completes or discards the replacement. If it is
@@ -8,26 +8,35 @@ killed before the manifest entry is written, `reuse_images` finds the whole shar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.files import publish, scratch, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
 from sdtrain.dataset.shard_report import Output, ShardReport
-from sdtrain.download.image_shards import ImageShard, ShardTable, read_rows, read_shard_table, write_stats
+from sdtrain.download.image_shards import (
+    ImageShard,
+    ShardTable,
+    TarMembers,
+    read_rows,
+    read_shard_table,
+    rewrite_stats,
+    write_shard,
+    write_stats,
+)
 from sdtrain.errors import UserError
 
 
 def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256: str) -> ShardReport:
-    """Moves a finished shard to its place; `made` must lie on the dataset's file system.
+    """Moves a finished shard, on the dataset's file system, to its final place.
 
-    Killed at any point, it leaves tar and table that fit each other: the new table waits beside the old one until
-    the new tar, which it names by its digest, is in its place.
+    Killed at any point, it leaves a matching tar and table: the new table, which names the new tar by its digest, waits
+    beside the old one until that tar is in place.
     """
     final = final_files(dataset, shard)
     _move(made.table, _next_table(final))
-    final.stats.unlink(missing_ok=True)  # the mark of a finished shard, for other tools
+    final.stats.unlink(missing_ok=True)  # other tools take it for the mark of a finished shard
     _move(made.tar, final.tar)
     _move(_next_table(final), final.table)
     _move(made.stats, final.stats)
@@ -38,7 +47,7 @@ def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256
 
 
 def reuse_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerprint: str) -> ShardReport | None:
-    """The report of a shard that was published but not recorded, if all of it is there and it is the one wanted."""
+    """The report of a whole, wanted shard that was published but not recorded; None if there is none."""
     final = final_files(dataset, shard)
     if not final.tar.exists():
         return None
@@ -56,7 +65,7 @@ def reuse_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerpri
 
 
 def recover_images(dataset: DatasetDir, shard: int) -> None:
-    """Brings a publication that was interrupted to its end, or takes it back: tar and table fit each other again."""
+    """Completes or rolls back an interrupted publication, so that tar and table match again."""
     final = final_files(dataset, shard)
     waiting = read_shard_table(_next_table(final))
     if waiting and final.tar.exists() and sha256_of(final.tar) == waiting.tar_sha256:
@@ -66,12 +75,27 @@ def recover_images(dataset: DatasetDir, shard: int) -> None:
         _write_missing_stats(final)
 
 
-def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
-    """The report of a shard as it lies there.
+def drop_images(dataset: DatasetDir, shard: int, uids: Collection[str], fingerprint: str | None) -> None:
+    """Takes samples out of a published shard's tar, table and statistics; sets `fingerprint` unless None."""
+    recover_images(dataset, shard)
+    final = final_files(dataset, shard)
+    table = read_shard_table(final.table)
+    rows = [row for row in read_rows(final.table) if row["uid"] not in uids]
+    if table is None or (len(rows) == len(table.keys) and fingerprint in (None, table.fingerprint)):
+        return
+    members = TarMembers(final.tar)
+    try:
+        with scratch(dataset.root, f"remove-{shard:05d}") as folder:
+            made = ImageShard.in_folder(folder, shard)
+            digest = write_shard(made, rows, lambda row: members(row["key"]), fingerprint or table.fingerprint)
+            rewrite_stats(final.stats, made.stats, rows)
+            publish_images(dataset, shard, made, digest)
+    finally:
+        members.close()
 
-    Raises:
-        UserError: its table is damaged.
-    """
+
+def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
+    """The report of a shard as it is on disk; UserError if its table is damaged."""
     final = final_files(dataset, shard)
     table = read_shard_table(final.table)
     if table is None:
@@ -82,17 +106,17 @@ def report_images(dataset: DatasetDir, shard: int) -> ShardReport:
 
 
 def final_files(dataset: DatasetDir, shard: int) -> ImageShard:
-    """Where the files of a published shard lie."""
+    """The files of a published shard."""
     return ImageShard(dataset.images_tar(shard), dataset.images_table(shard), dataset.images_stats(shard))
 
 
 def discard_next_table(dataset: DatasetDir, shard: int) -> None:
-    """Deletes the table of a change that was given up before anything else of it was published."""
+    """Deletes the table of an abandoned change, of which nothing else was published."""
     _next_table(final_files(dataset, shard)).unlink(missing_ok=True)
 
 
 def _next_table(final: ImageShard) -> Path:
-    # Not a name that a glob over tables would find.
+    # A name that no glob over tables matches.
     return final.table.with_name(f".{final.table.name}.next")
 
 
@@ -104,14 +128,14 @@ def _move(source: Path, target: Path) -> None:
 def _write_missing_stats(final: ImageShard) -> None:
     if final.stats.exists():
         return
-    finished = final.tar.stat().st_mtime  # when it began, nobody knows any more
+    finished = final.tar.stat().st_mtime  # the start time is lost
     with publish(final.stats) as temporary:
         write_stats(temporary, read_rows(final.table), finished, finished)
 
 
 def _report(dataset: DatasetDir, shard: int, final: ImageShard, table: ShardTable, tar_sha256: str) -> ShardReport:
     counts = Counter(table.reasons)
-    # Not the statistics, which hold times and so differ from run to run.
+    # Not the statistics, whose times differ from run to run.
     tar = {dataset.relative(final.tar): Output(sha256=tar_sha256, bytes=final.tar.stat().st_size)}
     return ShardReport(
         stage="download",

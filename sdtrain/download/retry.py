@@ -1,4 +1,4 @@
-"""Retries failed rows of finished shards; everything else in a shard stays as it is, byte for byte."""
+"""Retries failed rows of finished shards, leaving the rest of each shard byte for byte as it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdtrain.download.worker_process import Finished, Request, RetryRequest, Sha
 
 
 def is_retryable(reason: str) -> bool:
-    """Whether a failure may be gone by the next day."""
+    """Whether the failure may be gone by the next day."""
     return reason == "timeout" or is_transient(reason)
 
 
@@ -31,14 +31,14 @@ def retry_failed(
     reasons: Collection[str] | None = None,
     on_report: Callable[[ShardReport], None] = lambda report: None,
 ) -> list[ShardReport]:
-    """Fetches failed rows of finished shards again and puts what comes beside what was there.
+    """Fetches failed rows of finished shards again, and adds the images that arrive.
 
-    A shard changes only if a host of it could be reached. Killed anywhere, each shard is as before or as after.
+    A shard changes only if one of its hosts could be reached. Killed anywhere, each shard is as before or as after.
 
     Args:
-        dataset: whose shards; those that this recipe's download has not finished are left to the build.
+        dataset: its finished shards are retried; the build does the others.
         recipe: as it was built with.
-        reasons: which failures; without, those that may have passed (`is_retryable`).
+        reasons: the failures to retry; by default the retryable ones (`is_retryable`).
         on_report: called for each changed shard.
 
     Returns:
@@ -94,7 +94,7 @@ def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) 
 
 
 def _publish(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
-    # The entry tells of the files that are replaced now; if this is killed, the build finds the whole pair.
+    # The entry describes the files now replaced; after a kill here, the build finds the whole pair.
     discard_next_table(dataset, done.shard)
     forget_entry(dataset, "download", done.shard)
     return publish_checked(dataset, request, done)
@@ -102,12 +102,12 @@ def _publish(dataset: DatasetDir, request: Request, done: Finished) -> ShardRepo
 
 @dataclass(frozen=True)
 class RetryCounts:
-    """Failed rows of finished shards before and after another try.
+    """Failed rows of finished shards before and after a retry.
 
     Attributes:
         num_failed: rows without an image before.
-        num_recovered: of these, rows that have one now.
-        num_shards: shards that changed.
+        num_recovered: of these, rows with one now.
+        num_shards: changed shards.
         seconds: wall time.
     """
 
@@ -127,7 +127,7 @@ class RetryCounts:
 
 
 def retry_and_count(dataset: DatasetDir, recipe: ImageRecipe) -> RetryCounts:
-    """Tries the rows again whose failure may have passed (`retry_failed`), and counts."""
+    """Runs `retry_failed` on retryable rows, and counts."""
     started = time.monotonic()
     before = {entry.shard: entry for entry in entries(dataset, "download")}
     changed = retry_failed(dataset, recipe)

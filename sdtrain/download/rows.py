@@ -1,4 +1,4 @@
-"""Rows of the images' table: a selected row and its outcome."""
+"""Builds the rows of the images' table: a selected row and its outcome."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sdtrain.dataset.parquet import read_parquet
 from sdtrain.download.http.failures import FetchError
 from sdtrain.images.decode import ImageError
 
-if TYPE_CHECKING:  # OpenCV is the child's business
+if TYPE_CHECKING:  # only the child imports OpenCV
     from sdtrain.images.store import StoredImage
 
-# The columns of img2dataset, in its order, and behind them ours.
+# img2dataset's columns in its order, then ours.
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "caption", "url", "key", "status", "error_message")),
@@ -34,7 +34,7 @@ _DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{
 
 @dataclass(frozen=True)
 class Selected:
-    """A selected row; `width`, `height` and the digests are what the metadata says of the image, if it does."""
+    """A selected row, with the metadata's `width`, `height` and digests, if any."""
 
     key: str
     uid: str
@@ -59,7 +59,7 @@ def failed_row(selected: Selected, error: FetchError | ImageError) -> Row:
 
 
 def image_row(selected: Selected, image: StoredImage, sha256: str, exif: str | None) -> Row:
-    """The row of an image that was had; `sha256` is of the bytes as they came, `exif` is JSON."""
+    """The row of a stored image; `sha256` is of the fetched bytes, `exif` is JSON."""
     return _row(
         selected,
         status="success",
@@ -75,11 +75,7 @@ def image_row(selected: Selected, image: StoredImage, sha256: str, exif: str | N
 
 
 def check_digests(selected: Selected, body: bytes, sha256: str) -> None:
-    """Compares a body with the digests in the metadata; what is no digest there tells nothing and is passed over.
-
-    Raises:
-        FetchError: "hash_mismatch".
-    """
+    """Compares a body with the metadata's digests, ignoring malformed ones; FetchError "hash_mismatch"."""
     if _digest("sha256", selected.sha256) not in (None, sha256):
         raise FetchError("hash_mismatch", "the sha256 is not the metadata's")
     md5 = _digest("md5", selected.md5)
@@ -98,7 +94,7 @@ def _digest(kind: str, value: str | None) -> str | None:
 
 
 def _size_in_metadata(selected: Selected, image: StoredImage) -> str | None:
-    """Whether the metadata's size is the image's: "same", "swapped", "other"; None if it gives none."""
+    """How the metadata's size compares with the image's: "same", "swapped" or "other"; None if it gives none."""
     stated = (selected.width, selected.height)
     if None in stated:
         return None

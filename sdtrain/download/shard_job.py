@@ -1,4 +1,4 @@
-"""Collects the outcomes of one shard's rows and writes the shard when the last is in."""
+"""Collects the outcomes of one shard's rows and writes the shard after the last."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
 
 
 class ShardJob:
-    """One shard from its first row to its files. Bodies are made into images by many threads; the rest by one."""
+    """One shard, from its first row to its files. Many threads call `make`, one thread the rest."""
 
     def __init__(self, request: Request, asked: ShardRequest, maker: ImageMaker) -> None:
         self._config: DownloadConfig = request.config
@@ -51,7 +51,7 @@ class ShardJob:
         return self._due
 
     def make(self, selected: Selected, body: bytes) -> tuple[Row, tuple[str, Member] | None]:
-        """Makes and keeps the image of a fetched body; returns its row and its place."""
+        """Makes and stores the image of a fetched body; returns its row and location."""
         try:
             sha256 = hashlib.sha256(body).hexdigest()
             if self._config.verify_hashes:
@@ -65,7 +65,7 @@ class ShardJob:
         return image_row(selected, image, sha256, exif_of(body)), place
 
     def add(self, row: Row, place: tuple[str, Member] | None = None) -> bool:
-        """Takes down what became of a row; says whether it was the last."""
+        """Records the row's outcome; returns whether it was the last."""
         self._rows[row["key"]] = row
         if place is not None:
             self._places[row["key"]] = place
@@ -98,10 +98,10 @@ class ShardJob:
 
 
 def exif_of(body: bytes) -> str | None:
-    """The EXIF tags as JSON, as img2dataset writes them: "{}" without any, None if they cannot be read or are huge."""
+    """The EXIF tags as img2dataset's JSON: "{}" if there are none, None if they are unreadable or huge."""
     try:
         tags = exifread.process_file(io.BytesIO(body), details=False)
         text = json.dumps({name: str(value).strip() for name, value in tags.items() if value is not None})
         return text if len(text) <= _MAX_EXIF_CHARS else None
-    except Exception:  # whatever a hostile file makes of the parser, the image is good
+    except Exception:  # whatever a hostile file does to the parser, the image is good
         return None

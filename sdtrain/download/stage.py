@@ -10,22 +10,23 @@ from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry
 from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.rewriting import Removed, Rewriting
 from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
-from sdtrain.download.publish import publish_images, reuse_images
+from sdtrain.download.publish import drop_images, publish_images, report_images, reuse_images
 from sdtrain.download.worker_process import Finished, Request, ShardRequest, download_process
 from sdtrain.errors import UserError
 
-# Settings that say how images are fetched, not what becomes of them: changing one redoes nothing.
+# Settings of how images are fetched, which do not change the images: changing one redoes nothing.
 _HOW = {
     *("contact", "timeout_s", "deadline_s", "retries", "connections", "connections_per_host", "requests_per_host_s"),
     "shards_per_process",
 }
 _MIN_ROWS_TO_TELL = 20
-"""From this many rows on, a shard none of whose hosts could be reached tells of our network and not of theirs."""
+"""From this many rows on, a shard with no reachable host points to a failure of our network, not of theirs."""
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
@@ -33,8 +34,8 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 
 def download_fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
-    """Digest of all that decides a shard's bytes, but for what the web answers."""
-    # Of the selection, this shard alone: the others may change without touching it.
+    """Digest of all that decides a shard's bytes, except the web's answers."""
+    # Of the selection, this shard alone: others may change without affecting it.
     config = recipe.download.model_dump(mode="json", exclude=_HOW)
     return fingerprint("download/2", config | {"rows": selected_shards(dataset)[shard].sha256})
 
@@ -42,7 +43,7 @@ def download_fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     asked = {}
     for shard in shards:
-        # A shard that is being replaced must not pass for finished if this is killed half way.
+        # A shard being replaced must not pass for finished if this is killed half way.
         forget_entry(dataset, "download", shard)
         digest = download_fingerprint(dataset, recipe, shard)
         report = reuse_images(dataset, shard, selected_keys(dataset, shard), digest)
@@ -61,17 +62,13 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
 
 
 def new_request(dataset: DatasetDir, recipe: ImageRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
-    """What a download process is asked; its output goes to `folder`."""
+    """The request to a download process, which writes to `folder`."""
     removed = dataset.removed if dataset.removed.exists() else None
     return Request(config=recipe.download, output=folder, removed=removed, shards=shards)
 
 
 def publish_checked(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
-    """Publishes a shard that a download process finished.
-
-    Raises:
-        UserError: its rows are not those that were selected.
-    """
+    """Publishes a finished shard; UserError if its rows are not the selected ones."""
     made = ImageShard.in_folder(request.output, done.shard)
     table = read_shard_table(made.table)
     found, expected = table.keys if table else [], selected_keys(dataset, done.shard)
@@ -108,6 +105,16 @@ def _stats(dataset: DatasetDir, shard: int) -> list[Path]:
     return [dataset.images_stats(shard)]
 
 
+def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
+    is_finished = shard in removed.finished.get("download", ())
+    drop_images(dataset, shard, removed.uids, download_fingerprint(dataset, recipe, shard) if is_finished else None)
+
+
+def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> ShardReport:
+    kept = {"fingerprint": entry.fingerprint, "seconds": entry.seconds, "finished_at": entry.finished_at}
+    return report_images(dataset, entry.shard).model_copy(update=kept)
+
+
 DOWNLOAD: Stage[ImageRecipe] = Stage(
     *("download", _shards, download_fingerprint, _run),
     inputs={"select": "all shards"},
@@ -128,6 +135,7 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.images_table,
+        rewriting=Rewriting(has_tar=True, drop=_drop, recount=_recount),
     ),
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,

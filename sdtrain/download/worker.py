@@ -1,8 +1,7 @@
-"""A child process that downloads shards: many requests at once, images made in threads, memory bounded by both.
+"""A child process that downloads shards: concurrent requests, images made in threads, memory bounded by both.
 
-`python -m sdtrain.download.worker REQUEST.json`: does the shards of the request, and prints a
-JSON line on standard output after each. It ends when its standard input closes, which happens
-when the process that started it dies, however that came about.
+`python -m sdtrain.download.worker REQUEST.json` does the request's shards and prints a JSON line after each. It ends
+when its standard input closes, which happens however its parent dies.
 
 It relies on pyarrow working without pandas, which `_WithoutPandas` hides; tests/sdtrain/download/test_stage.py runs it.
 """
@@ -32,7 +31,7 @@ from sdtrain.images.store import ImageMaker
 from sdtrain.redaction import hide_secrets_in_logs
 
 _ROWS_PER_CONNECTION = 2
-"""Rows under way at once for each connection: while one is fetched, another is made into an image."""
+"""Rows in flight for each connection: one is fetched while another is made into an image."""
 _MAX_THREADS = 4
 Report = Callable[[Finished], None]
 
@@ -41,7 +40,7 @@ def main() -> None:
     """Does the request in the file named on the command line."""
     hide_secrets_in_logs()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Libraries print; the lines for the parent must not be mixed with that.
+    # Libraries print to standard output; keep that apart from the lines for the parent.
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     sys.meta_path.insert(0, _WithoutPandas())
@@ -60,11 +59,11 @@ async def _download(request: Request, report: Report) -> None:
                 for _ in range(_ROWS_PER_CONNECTION * request.config.connections):
                     group.create_task(_work(rows, fetcher, threads, report))
         except ExceptionGroup as several:
-            raise several.exceptions[0] from None  # the last words of the log are what the user sees
+            raise several.exceptions[0] from None  # the log's last words are what the user sees
 
 
 def _rows(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, Selected | None]]:
-    """The rows to fetch; one None for a shard that has none left, because all of it was removed."""
+    """The rows to fetch, or one None for a shard whose rows were all removed."""
     for asked in request.shards:
         work = ShardJob(request, asked, maker)
         for selected in work.due() or (None,):
@@ -88,7 +87,7 @@ async def _do_row(work: ShardJob, selected: Selected, fetcher: Fetcher, threads:
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):
-    """Hides pandas, which pyarrow would import to see whether a list is a Series: half of a child's start-up time."""
+    """Hides pandas, which pyarrow would import to recognise a Series: half of a child's start-up time."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> None:
         if name == "pandas":
@@ -96,14 +95,14 @@ class _WithoutPandas(importlib.abc.MetaPathFinder):
 
 
 def _quiet(config: DownloadConfig) -> None:
-    """What libraries say of damaged images is said by the rows' reasons, and would bury an error in the log."""
+    """Silences libraries about damaged images: the rows have reasons, and the messages would bury an error."""
     warnings.simplefilter("ignore")
     logging.getLogger("exifread").setLevel(logging.CRITICAL)
     Image.MAX_IMAGE_PIXELS = config.max_pixels  # Pillow itself refuses twice as many
 
 
 def _end_with_parent() -> None:
-    # Not through sys.stdin, whose lock the interpreter wants when the work is done.
+    # Not through sys.stdin, whose lock the interpreter needs at exit.
     while os.read(0, 1024):
         pass
     os._exit(1)

@@ -1,7 +1,4 @@
-"""Starts download processes and defines the messages between them and this one.
-
-The process is `sdtrain.download.worker`: it gets a `Request` and answers with a `Finished` for each shard.
-"""
+"""Starts download processes (`sdtrain.download.worker`) and defines the messages exchanged with them."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ _END_S = 10
 
 
 class RetryRequest(BaseModel):
-    """Of a finished shard, only the rows with these reasons are fetched; all else is taken over."""
+    """Fetches only a finished shard's rows with these reasons, and copies the rest."""
 
     tar: Path
     table: Path
@@ -32,7 +29,7 @@ class RetryRequest(BaseModel):
 
 
 class ShardRequest(BaseModel):
-    """One shard to do."""
+    """One shard to download."""
 
     shard: int
     selection: Path
@@ -41,22 +38,22 @@ class ShardRequest(BaseModel):
 
 
 class Request(BaseModel):
-    """The work of one process: shards one after the other, the last rows of one beside the first of the next."""
+    """The work of one process: shards in order, the last rows of one overlapping the first of the next."""
 
     config: DownloadConfig
     output: Path
     removed: Path | None = None
-    """The dataset's ledger of images that may not come back, if it has one."""
+    """The dataset's ledger of removed images, if it has one."""
     shards: list[ShardRequest]
 
 
 class Finished(BaseModel):
-    """A shard is done: its files lie in the request's `output`.
+    """Reports a finished shard, whose files are in the request's `output`.
 
     Attributes:
         shard: its number.
         tar_sha256: its tar's digest.
-        num_fetched: rows that were fetched now.
+        num_fetched: rows fetched now.
         num_unreached: of these, those whose host could not be reached.
     """
 
@@ -68,9 +65,9 @@ class Finished(BaseModel):
 
 @contextmanager
 def download_process(request: Request) -> Iterator[Iterator[Finished]]:
-    """Starts a process for the request; yields an iterator over what it finishes. It ends with the block.
+    """Starts a process and yields an iterator over the shards it finishes; the process ends with the block.
 
-    Its request and log lie in the request's output folder too.
+    The output folder also holds its request and log.
     """
     path, log = request.output / "request.json", request.output / "log.txt"
     path.write_text(request.model_dump_json())
@@ -106,9 +103,9 @@ def _finished(child: subprocess.Popen[str], log: Path) -> Iterator[Finished]:
 
 def _environment(request: Request) -> dict[str, str]:
     return os.environ | {
-        # One thread each for OpenCV's and NumPy's own pools: images are what is done side by side.
+        # One thread each for OpenCV's and NumPy's own pools: images are made in parallel instead.
         "OMP_NUM_THREADS": "1",
-        # OpenCV reads its settings when it is imported. The header's reader has refused such images already.
+        # OpenCV reads it at import. `read_header` has already refused such images.
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(request.config.max_pixels),
         "OPENCV_LOG_LEVEL": "OFF",
     }

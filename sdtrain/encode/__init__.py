@@ -1,1 +1,1 @@
-"""Latents of the packed images: the stage ENCODE."""
+"""Encodes the packed images into latents: the stage ENCODE."""

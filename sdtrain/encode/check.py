@@ -1,4 +1,4 @@
-"""Decodes latents before they count as finished: a wrong encoder spoils them without any error."""
+"""Decodes some latents before they count as finished, as a wrong encoder raises no error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-# SD v1's VAE: 23.4 dB (sd 3.8) on COCO at 256 px and 26.1 (sd 4.2) on LAION-Aesthetics, says the card of
+# SD v1's VAE: 23.4 dB (sd 3.8) on COCO at 256 px and 26.1 (sd 4.2) on LAION-Aesthetics, by the card of
 # stabilityai/sd-vae-ft-mse; the mean of 16 lies within 4 dB of that.
 _SD_V1_CHANNELS, _SD_V1_PSNR_DB = (128, 256, 512, 512), 17.0
 _STD_BOUNDS = (0.5, 1.7)
@@ -25,13 +25,13 @@ _BOUND_IS_FOR, _SPREAD_DB = 16, 4.0
 
 @dataclass(frozen=True)
 class DecodeQuality:
-    """How well some latents give their images back.
+    """How well decoded latents match their images.
 
     Attributes:
-        num_samples: how many were decoded.
-        psnr_db: mean of their peak signal-to-noise ratios.
-        worst_psnr_db: of the worst one.
-        scaled_std: standard deviation of the latents times the scaling factor; about 1 is what training expects.
+        num_samples: decoded samples.
+        psnr_db: mean peak signal-to-noise ratio.
+        worst_psnr_db: the lowest one.
+        scaled_std: standard deviation of the latents times the scaling factor; training expects about 1.
     """
 
     num_samples: int
@@ -45,7 +45,7 @@ class DecodeQuality:
 
 
 def chosen_rows(num_rows: int, config: EncodeConfig, shard: int) -> set[int]:
-    """Which of a shard's samples are checked: the same ones each time."""
+    """The rows of a shard to check, always the same."""
     number = min(num_rows, config.check_samples)
     return set(np.random.default_rng(shard).choice(num_rows, number, replace=False).tolist())
 
@@ -56,9 +56,9 @@ def measure(
     """Decodes latents and compares the images.
 
     Args:
-        vae: that made them.
-        moments: of each sample, (8, h, w), as they were read from the shard.
-        pixels: of each sample, (8h, 8w, 3), as the VAE saw them.
+        vae: that encoded them.
+        moments: of each sample, (8, h, w), as read from the shard.
+        pixels: of each sample, (8h, 8w, 3), as encoded.
     """
     rng, ratios, latents = np.random.default_rng(0), [], []
     for sample, image in zip(moments, pixels, strict=True):
@@ -72,15 +72,11 @@ def measure(
 
 
 def require_good(quality: DecodeQuality, config: EncodeConfig, vae: AutoencoderKL, where: str) -> None:
-    """Refuses latents that do not give their images back.
-
-    Raises:
-        UserError: with what was found and what was expected.
-    """
+    """Raises UserError, with the PSNR found and expected, if the latents do not reproduce their images."""
     bound = psnr_bound_db(config, vae)
     if bound is None:
         return
-    # Images differ by 4 dB (sd): the mean of few may lie lower, by as many of its standard deviations as that of 16.
+    # Images differ by 4 dB (sd): a mean of few samples may be lower, by as many of its standard deviations as for 16.
     few = max(0.0, quality.num_samples**-0.5 - _BOUND_IS_FOR**-0.5)
     bound -= 4 * _SPREAD_DB * few
     low, high = _STD_BOUNDS
@@ -98,7 +94,7 @@ def require_good(quality: DecodeQuality, config: EncodeConfig, vae: AutoencoderK
 
 
 def psnr_bound_db(config: EncodeConfig, vae: AutoencoderKL) -> float | None:
-    """The least mean PSNR that is accepted; None for a VAE about which nothing is known."""
+    """The lowest accepted mean PSNR; None for an unknown VAE."""
     if config.min_psnr_db is not None:
         return config.min_psnr_db or None
     return _SD_V1_PSNR_DB if tuple(vae.config.block_out_channels) == _SD_V1_CHANNELS else None

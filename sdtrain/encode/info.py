@@ -1,4 +1,4 @@
-"""latents/info.json: what training must know of a dataset's latents, and checks."""
+"""Writes latents/info.json, with which training checks a dataset's latents."""
 
 from __future__ import annotations
 
@@ -23,29 +23,28 @@ from sdtrain.images.crops import Size, bucket_sizes
 
 SCHEMA_VERSION = 1
 NORMALISATION = "x / 127.5 - 1"
-"""What pixels 0..255 must have gone through before the VAE: forgetting it spoils latents without any error."""
+"""The VAE's input for pixels 0..255: forgetting it spoils latents without any error."""
 CHECK_KEY = "sdtrain.check"
-"""In the tables' metadata: JSON, how well the latents that were decoded again give their images back."""
+"""In the tables' metadata, JSON: how well the checked latents reproduce their images."""
 VAE_KEY = "sdtrain.vae_sha256"
-"""In the tables' metadata: digest of the VAE that made the shard."""
+"""In the tables' metadata: digest of the VAE that encoded the shard."""
 ROWS_KEY = "sdtrain.rows_sha256"
-"""In the tables' metadata: digest of the rows, so that the footer tells one table from another."""
+"""In the tables' metadata: digest of the rows, so that the footer identifies the table."""
 SIZES_KEY = "sdtrain.samples_of_size"
-"""In the tables' metadata: JSON, how many of the rows have each of the sizes in latents/info.json."""
+"""In the tables' metadata, JSON: the number of rows of each size in latents/info.json."""
 
 
 def sizes_px(config: EncodeConfig) -> list[Size]:
-    """Width and height of what the VAE sees; one square, unless there are buckets."""
+    """Width and height of the VAE's input: one square, unless there are buckets."""
     if config.bucket_step_px:
         return bucket_sizes(config.resolution, config.bucket_step_px, config.bucket_max_aspect)
     return list(config.buckets) or [(config.resolution, config.resolution)]
 
 
 def vae_digest_in(dataset: DatasetDir, name: str) -> str:
-    """The digest by which a dataset knows a VAE; one of an earlier version stays, so nothing is encoded again.
+    """The digest under which a dataset knows a VAE; an earlier version's stays, so nothing is encoded again.
 
-    Raises:
-        UserError: no such VAE.
+    UserError if there is no such VAE.
     """
     recorded, digest = _recorded(dataset.latents_info), vae_digest(name)
     return digest if recorded in (None, digest) else _known_digest(name, recorded, digest)
@@ -55,19 +54,19 @@ def _recorded(path: Path) -> str | None:
     try:
         digest = json.loads(path.read_text()).get("vae_sha256")
     except (OSError, ValueError, AttributeError):
-        return None  # not there yet, or damaged: it is written again with the next shard
+        return None  # not there yet, or damaged: the next shard writes it again
     return digest if isinstance(digest, str) else None
 
 
 @lru_cache(maxsize=4)
 def _known_digest(name: str, recorded: str, digest: str) -> str:
-    from sdtrain.formats.frozen import recorded_vae_digest  # late: it brings torch
+    from sdtrain.formats.frozen import recorded_vae_digest  # late, because it imports torch
 
     return recorded_vae_digest(name, recorded)
 
 
 def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
-    """What training must know of the latents, and checks."""
+    """The content of latents/info.json."""
     from sdtrain.formats.frozen import vae_scaling_factor
 
     sizes = sizes_px(config)
@@ -78,7 +77,7 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
         "scaling_factor": vae_scaling_factor(config.vae),
         "resolution": config.resolution,
         "normalisation": NORMALISATION,
-        "resize": f"shorter side, bicubic, {'centre crop' if config.num_crops == 1 else 'random crops'}",
+        "resize": f"shorter side, bicubic, {_crops(config)}",
         "content": "posterior mean and log-variance, unscaled",
         "dtype": "float16",
     }
@@ -91,8 +90,14 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
     return content
 
 
+def _crops(config: EncodeConfig) -> str:
+    if config.num_crops > 1:
+        return "random crops"
+    return f"{config.crop} crop"
+
+
 def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
-    """Digest of what a table says: which samples, with which captions, where."""
+    """Digest of a table's samples, captions and offsets."""
     content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -115,7 +120,7 @@ def _first_quality(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Other processes that encode into the folder wait: each would overwrite newer content with what it read before."""
+    """Locks out other processes that encode into the folder, as each would overwrite the others' newer content."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network mounts have no locks
@@ -126,15 +131,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def require_latents(root: Path) -> None:
-    """Says so at once where a dataset has no latents.
-
-    Raises:
-        UserError: it has none.
-    """
+    """Raises UserError if the dataset has no latents."""
     if not DatasetDir(root).latents_info.exists():
         raise no_latents(root)
 
 
 def no_latents(root: Path) -> UserError:
-    """The sentence for a dataset that has not been encoded."""
+    """The error for a dataset that has not been encoded."""
     return UserError(f"There are no latents in {root / 'latents'}: run `make demo` first, or pass --data DIR.")

@@ -1,10 +1,10 @@
-"""ENCODE: packed images -> the VAE's posterior moments, with captions and provenance."""
+"""The stage ENCODE: packed images -> the VAE's posterior moments, with captions and provenance."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import islice
@@ -20,7 +20,7 @@ from sdtrain.dataset.config import EncodeConfig, ImageRecipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
-from sdtrain.dataset.prefetch import prefetch
+from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table
@@ -41,6 +41,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.prefetch import prefetch
 from sdtrain.models.device import cores_of_process
 from sdtrain.pack.plan import expected_shards
 from sdtrain.pack.stage import PACK
@@ -50,7 +51,7 @@ Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
 _DECODED_AHEAD = 2
-_DECIDE_BYTES = {"precision", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -63,10 +64,9 @@ _TABLE = pa.schema(
 
 
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
-    """Writes the latents of one packed shard, and checks them.
+    """Writes and checks the latents of one packed shard.
 
-    Raises:
-        UserError: the packed shard, or the VAE, cannot be read; the latents do not give their images back.
+    UserError if the packed shard or the VAE cannot be read, or the latents do not reproduce their images.
     """
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
@@ -86,13 +86,9 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
 
 
 class _ShardEncoder:
-    """Makes the members of one shard's latents, and remembers what its table and its check need.
+    """Encodes one shard of the packed `source`, and collects the data for its table and its check.
 
-    Attributes:
-        source: the packed shard.
-        vae: the network.
-        rows: of the table, without the latents' offsets.
-        pixels: of the chosen rows, in their first crop.
+    `rows` are the table's, without the latents' offsets; `pixels` the chosen rows' first crops.
     """
 
     def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
@@ -103,7 +99,7 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """The latents' members, some samples at a time; images are decoded while the VAE has the ones before."""
+        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
                 for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
@@ -111,7 +107,7 @@ class _ShardEncoder:
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
-            # Batches end with the shard, so that a shard's bytes do not depend on what else is encoded.
+            # Batches end with the shard, so that its bytes do not depend on what else is encoded.
             for part in _parts(samples, self._config.batch_size * len(self._sizes)):
                 yield part, list(pool.map(self._prepare, part))
 
@@ -124,13 +120,13 @@ class _ShardEncoder:
                 f"{self.source}: the image of {key} cannot be decoded. Delete it and build again."
             ) from error
         size, number = bucket_of(image.size, self._sizes), self._config.num_crops
-        if number == 1:
+        if number == 1 and self._config.crop == "centre":
             return [cut(image, size, None)]
-        # One in each of `number` equal parts of the way, so that no two are alike by chance.
+        # One in each of `number` equal intervals, so that no two are alike by chance.
         return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
 
     def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
-        """Moments of each crop of each sample; batches are of one size."""
+        """The moments of each crop of each sample; each batch has one size."""
         found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
         for size in self._sizes:
             wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
@@ -157,7 +153,7 @@ class _ShardEncoder:
 def _checked(
     tar: Path, rows: Sequence[dict[str, Any]], encoder: _ShardEncoder, config: EncodeConfig
 ) -> DecodeQuality | None:
-    """Decodes the chosen latents as they lie in the file."""
+    """Decodes the chosen latents as stored in the file."""
     if not encoder.pixels:
         return None
     moments = []
@@ -192,12 +188,18 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
-    """The offset of the raw numbers, behind the npy header, whose length its bytes 8 and 9 tell."""
+    """The offset of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
     member = sample.members[_MOMENTS]
     with tar.open("rb") as file:
         file.seek(member.offset + 8)
         header_bytes = int.from_bytes(file.read(2), "little")
     return {"offset": member.offset + 10 + header_bytes}
+
+
+def drop_latents(table: Path, uids: Collection[str]) -> None:
+    """Takes samples out of a shard of latents; see `sdtrain.dataset.rewriting`."""
+    drop_members(table, uids, latent_offset)
+    delete_index(table)
 
 
 def _npy(array: NDArray[np.float16]) -> bytes:
@@ -215,7 +217,7 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
-    # Only what was set: options that came later must not make finished shards pending.
+    # Only set options: those added later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
     return fingerprint(
@@ -224,7 +226,7 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
-    compute_vae_digest(recipe.encode.vae)  # from here on fingerprints are of what is loaded, not of what is remembered
+    compute_vae_digest(recipe.encode.vae)  # from here on, fingerprints are of the loaded VAE, not of the cached digest
     for shard in shards:
         yield encode_shard(dataset, recipe.encode, shard)
 
@@ -233,9 +235,13 @@ def _info(dataset: DatasetDir, shard: int) -> list[Path]:
     return [dataset.latents_info]
 
 
+def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
+    drop_latents(removed.table, removed.uids)
+
+
 ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
-    # Of its own: latents/info.json holds the figures of the first shard, whoever encodes the others.
+    # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
     inputs={"pack": "same shard", "encode": "first shard"},
     planned_by="keep",
     num_shards=expected_shards,
@@ -251,6 +257,7 @@ ENCODE: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.latents_table,
+        rewriting=Rewriting(has_tar=True, drop=_drop, recount=count_rows),
     ),
     drops=None,
     uses_gpu=True,

@@ -1,4 +1,4 @@
-"""The frozen VAE at work: images to posterior moments, latents back to images."""
+"""Runs the frozen VAE: images to posterior moments, latents to images."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
-# Shards may be encoded by several threads of a process: they decode side by side and take turns at the VAE.
+# A process may encode shards in several threads: they decode in parallel and take turns at the VAE.
 _ONE_AT_A_TIME = Lock()
 
 
 def shared_vae(name: str, device: torch.device | None = None, precision: str = "fp32") -> AutoencoderKL:
-    """This process's copy of a VAE, on `device` or on the GPU that is this process's own (the CPU where none is)."""
+    """This process's copy of a VAE, on `device` or by default its own GPU (or the CPU)."""
     from sdtrain.models.device import claim_device
 
-    # Two loads at once leave accelerate's patch of nn.Module behind: every later network is then made without weights.
+    # Two concurrent loads leave accelerate's patch of nn.Module behind, and later networks would have no weights.
     with _ONE_AT_A_TIME:
         return _loaded_vae(name, str(device or claim_device()), precision)
 
@@ -42,8 +42,7 @@ def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
     """Posterior moments of (B, H, W, 3) uint8 images: (B, 8, H/8, W/8), mean and log-variance, unscaled.
 
-    Raises:
-        UserError: the VAE gives numbers that float16 cannot hold.
+    UserError if float16 cannot hold the VAE's numbers.
     """
     import torch
 
@@ -55,7 +54,7 @@ def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.f
 
 
 def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The image of an unscaled (4, h, w) latent: (H, W, 3), from 0 to 255."""
+    """Decodes an unscaled (4, h, w) latent to an image, (H, W, 3), 0 to 255."""
     import torch
 
     with _ONE_AT_A_TIME, torch.inference_mode():
@@ -70,7 +69,7 @@ def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
 
     from sdtrain.formats.frozen import load_vae
 
-    # Convolutions of halves on CUDA want channels last; else every one of them transposes its input.
+    # fp16 convolutions on CUDA want channels last, or each one transposes its input.
     layout = torch.channels_last if device.startswith("cuda") else torch.contiguous_format
     vae = load_vae(name)
     torch.nn.Module.to(vae, device, torch_dtype(precision)).to(memory_format=layout)

@@ -86,11 +86,7 @@ def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Pr
 
 
 def read_images(tar: Path) -> tuple[list[Image.Image], list[str]]:
-    """The images and prompts of a part.
-
-    Raises:
-        UserError: the tar is damaged.
-    """
+    """The images and prompts of a part; UserError if the tar is damaged."""
     samples = [members for _, members in read_samples(tar)]
     images = [Image.open(io.BytesIO(members["png"])).convert("RGB") for members in samples]
     return images, [members["txt"].decode() for members in samples]

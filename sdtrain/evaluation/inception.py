@@ -96,11 +96,7 @@ class FidInception(Inception3):
 
 
 def find_inception(weights: str) -> Path | None:
-    """Finds the weights file; None for `random:SEED`.
-
-    Raises:
-        UserError: they are missing and cannot be fetched, or are not the published ones.
-    """
+    """Finds the weights file; None for `random:SEED`. UserError if it is unavailable or not the published one."""
     if random_seed(weights) is not None:
         return None
     return find_weights(weights, PUBLISHED, "name a file of them with --network-weights")
@@ -109,8 +105,7 @@ def find_inception(weights: str) -> Path | None:
 def load_inception(weights: str) -> FidInception:
     """The network in eval mode, with `inception-fid` (the published weights), a file's, or `random:SEED` for trials.
 
-    Raises:
-        UserError: no such weights, or those of another network.
+    UserError if there are no such weights, or they are another network's.
     """
     path = find_inception(weights)
     with seeded(random_seed(weights)):
@@ -136,8 +131,8 @@ def inception_view(image: Image.Image, resize: Resize) -> Tensor:
     """Resizes an RGB image for Inception: (3, 299, 299) float32 from -1 to 1.
 
     `pytorch-fid`: bilinear, without smoothing, corners not aligned. `torch-fidelity`: bilinear as in TensorFlow 1,
-    whose grid starts at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32,
-    antialiased (Parmar et al. 2022, arXiv:2104.11222). The last two subtract 128, the first one 127.5.
+    whose grid starts at the first pixel's corner. `clean-fid`: Pillow's bicubic in float32, antialiased (Parmar et al.
+    2022, arXiv:2104.11222). The last two subtract 128, the first one 127.5.
     """
     if resize == "clean-fid":
         return (_pillow_bicubic(image) - 128) / 128

@@ -85,11 +85,7 @@ def write_json(path: Path, content: Any) -> None:
 
 @lru_cache(maxsize=2)
 def read_texts(path: Path, digest: str) -> tuple[str, ...]:
-    """Reads the prompts in a file.
-
-    Raises:
-        UserError: they do not match the digest.
-    """
+    """Reads the prompts in a file; UserError if they do not match the digest."""
     texts = tuple(json.loads(path.read_text()))
     if digest_of(texts) != digest:
         raise UserError(
@@ -108,11 +104,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str, torch.Tensor]:
-    """Reads tensors by name (default: all) and concatenates them over the files.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """Concatenates tensors by name (default: all) over the files; UserError if a file is missing or damaged."""
     import torch
     from safetensors import SafetensorError, safe_open
 

@@ -186,8 +186,7 @@ def metrics_for(protocol: Protocol, has_images: bool = True) -> list[type[Metric
 def open_metrics(protocol: Protocol, real: Arrays | Gaussian) -> list[Metric]:
     """The metrics, ready to measure against real images.
 
-    Raises:
-        UserError: statistics of another network's features, or a metric that needs images and has statistics.
+    UserError for statistics of another network's features, or a metric that needs images and has statistics.
     """
     has_images = not isinstance(real, Gaussian)
     return [metric(protocol, real) for metric in metrics_for(protocol, has_images)]

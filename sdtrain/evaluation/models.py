@@ -39,11 +39,7 @@ class EvaluatedModel:
 
 
 def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
-    """Reads all weights once.
-
-    Raises:
-        UserError: there is no such model, or it lacks these weights.
-    """
+    """Reads all weights once; UserError if there is no such model, or it lacks these weights."""
     model = open_model(path, protocol.tokenizer)
     frozen = model.frozen()
     vocabulary = {"vocabulary": frozen.tokenizer.get_vocab(), "max_length": frozen.tokenizer.model_max_length}
@@ -63,8 +59,7 @@ def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
 def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedModel]:
     """Identifies all models and gives each a unique label.
 
-    Raises:
-        UserError: as `identify`; none, duplicates, or models of different image sizes.
+    UserError as for `identify`, and for none, duplicates, or models of different image sizes.
     """
     models = [identify(path, protocol) for path in paths]
     for i, model in enumerate(models):

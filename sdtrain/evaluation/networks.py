@@ -39,19 +39,11 @@ class FeatureNetwork(ABC):
 
     @abstractmethod
     def digest(self, weights: str) -> str:
-        """Identifies the weights.
-
-        Raises:
-            UserError: no such weights.
-        """
+        """Identifies the weights; UserError if there are none of that name."""
 
     @abstractmethod
     def load(self, weights: str) -> nn.Module:
-        """The network, (B, …) views -> (B, num_features), in eval mode on the CPU.
-
-        Raises:
-            UserError: no such weights.
-        """
+        """The network, (B, …) views -> (B, num_features), in eval mode on the CPU; UserError: no such weights."""
 
     @abstractmethod
     def view(self, image: Image.Image, resize: Resize) -> Tensor:
@@ -104,11 +96,7 @@ def feature_network(name: str) -> FeatureNetwork:
 
 
 def features_digest(protocol: Protocol) -> str:
-    """Identifies the network's weights.
-
-    Raises:
-        UserError: no such weights.
-    """
+    """Identifies the network's weights; UserError if there are none."""
     return _features_digest(protocol.network, protocol.network_weights)
 
 
@@ -123,11 +111,7 @@ def feature_config(protocol: Protocol) -> list[str]:
 
 
 def features_of(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
-    """(n, num_features) float32.
-
-    Raises:
-        UserError: no such weights, or features that are not finite.
-    """
+    """(n, num_features) float32; UserError if there are no such weights, or features are not finite."""
     network = _load_features(protocol.network, protocol.network_weights)
     views = _views(images, lambda image: feature_network(protocol.network).view(image, protocol.resize))
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
@@ -141,11 +125,7 @@ def _load_features(name: str, weights: str) -> nn.Module:
 
 
 def check_networks(protocol: Protocol) -> str:
-    """Loads each network once on the CPU, as a check.
-
-    Raises:
-        UserError: a network that cannot be loaded.
-    """
+    """Loads each network once on the CPU, as a check; UserError if one cannot be loaded."""
     feature_network(protocol.network).load(protocol.network_weights)
     if protocol.agreement == "clip":
         load_clip(protocol.clip_model, protocol.clip_weights)
@@ -166,11 +146,7 @@ def _load_clip(model: str, weights: str) -> _Clip:
 
 
 def agreement_digest(protocol: Protocol) -> str:
-    """Identifies the weights that compare images with prompts.
-
-    Raises:
-        UserError: no such weights.
-    """
+    """Identifies the weights that compare images with prompts; UserError if there are none."""
     if protocol.agreement != "clip":
         return protocol.agreement
     return _clip_digest(protocol.clip_model, protocol.clip_weights)
@@ -182,11 +158,7 @@ def _clip_digest(model: str, weights: str) -> str:
 
 
 def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
-    """(n, e) float32 embeddings of length 1.
-
-    Raises:
-        UserError: CLIP cannot be loaded, or its embeddings are not finite.
-    """
+    """(n, e) float32 embeddings of length 1; UserError if CLIP cannot be loaded, or its numbers are not finite."""
     clip, device = _load_clip(protocol.clip_model, protocol.clip_weights), claim_device()
     parts = []
     with torch.inference_mode():
@@ -199,10 +171,8 @@ def embed_images(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
 def embed_texts(texts: Sequence[str], protocol: Protocol) -> tuple[Tensor, Tensor]:
     """(n, e) float32 embeddings of length 1, and which texts were truncated, (n,) bool.
 
-    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token.
-
-    Raises:
-        UserError: CLIP cannot be loaded, or its embeddings are not finite.
+    Texts of more than 77 tokens are truncated as by open_clip's tokenizer, which keeps the end token. UserError if CLIP
+    cannot be loaded, or its embeddings are not finite.
     """
     clip, device = _load_clip(protocol.clip_model, protocol.clip_weights), claim_device()
     tokens = clip.tokenizer(list(texts))

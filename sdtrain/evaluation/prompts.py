@@ -46,10 +46,7 @@ def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
     """The first `num` of all prompts in the seed's order, so a larger number extends a smaller one.
 
     A text file has one prompt per line. COCO's captions (e.g. `captions_val2017.json`) give one caption per image, and
-    second ones only after every image has given its first.
-
-    Raises:
-        UserError: the file is unreadable, malformed, or has fewer prompts.
+    second ones only after every image has given its first. UserError if the file is unreadable or has fewer prompts.
     """
     rng = np.random.default_rng(seed)
     if path.suffix == ".json":

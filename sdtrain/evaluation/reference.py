@@ -60,13 +60,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """Chosen real images, or published statistics.
+    """Chosen real images, or published statistics: `places` is empty, or `statistics` None.
 
-    Attributes:
-        digest: sha256 of the images in order (of their bytes, or of their places in shards whose digests the manifest
-            has), or of the file of statistics.
-        places: empty for statistics.
-        statistics: None for images.
+    `digest` is the sha256 of the images in order (of their bytes, or of their places in shards whose digests the
+    manifest has), or of the file of statistics.
     """
 
     source: str
@@ -88,8 +85,7 @@ class ReferenceJob:
 def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
     """At most `num` images of a dataset or folder, or the statistics in an .npz.
 
-    Raises:
-        UserError: no such reference, or fewer than two images.
+    UserError if there is no such reference, or fewer than two images.
     """
     path = open_to_ask(str(name), "the evaluation").root if is_s3(str(name)) else Path(name)
     if path.suffix == ".npz":
@@ -171,10 +167,7 @@ def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
 def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
     """The cache directory for the features, and the job that fills it.
 
-    It is named by a digest of all inputs, so evaluations with the same reference share it.
-
-    Raises:
-        UserError: no such weights.
+    It is named by a digest of all inputs, so evaluations with the same reference share it. UserError: no such weights.
     """
     job = ReferenceJob(protocol, reference.digest, size_px, len(reference.places))
     folder = EvaluationDir(cache_dir() / "references" / _job_digest(job)[:16])

@@ -50,11 +50,7 @@ class Results(Settings):
 
 
 def read_results(path: Path) -> Results:
-    """Reads results.json.
-
-    Raises:
-        UserError: it is missing or malformed.
-    """
+    """Reads results.json; UserError if it is missing or malformed."""
     try:
         return Results.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

@@ -148,10 +148,8 @@ class Sweep:
 def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    The default `output` is `evaluation` in the run if the only model is one.
-
-    Raises:
-        UserError: something is missing or does not match.
+    The default `output` is `evaluation` in the run if the only model is one. UserError if something is missing
+    or does not match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})

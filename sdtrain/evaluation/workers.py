@@ -27,8 +27,7 @@ from sdtrain.preflight.checks import require
 def run_sweep(sweep: Sweep, num_processes: int = 1, say: Callable[[str], None] = print) -> Results:
     """Runs the unfinished steps, then computes the numbers; the images do not depend on the number of processes.
 
-    Raises:
-        UserError: a mistake that the user can correct; finished parts are kept.
+    UserError for a mistake that the user can correct; finished parts are kept.
     """
     require(sweep.checks())
     with _pool(num_processes) if num_processes > 1 else nullcontext() as pool:

@@ -1,1 +1,1 @@
-"""Models in the formats of others: CompVis files and diffusers folders, in and out."""
+"""Reads and writes models in other projects' formats: CompVis files and diffusers folders."""

@@ -1,4 +1,4 @@
-"""Any model that sdtrain can read: a training run, a diffusers folder, a CompVis file."""
+"""Opens any model that sdtrain can read: a training run, a diffusers folder or a CompVis file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdtrain.models.unet import build_unet
 from sdtrain.settings import load_settings
 
 RAW_VARIANT = "non_ema"
-"""Under this name public diffusers folders hold raw weights beside the averaged ones."""
+"""The variant under which public diffusers folders hold raw weights beside the averaged ones."""
 
 
 def is_run(path: Path) -> bool:
@@ -30,23 +30,19 @@ def is_run(path: Path) -> bool:
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """A run's newest checkpoint, so that it stays the same one while training goes on; other paths as they are.
+    """A run's newest checkpoint, fixed even if training goes on; other paths unchanged.
 
-    Raises:
-        UserError: a run without a checkpoint.
+    UserError for a run without a checkpoint.
     """
     return find_checkpoint(path).path if is_run(path) else path
 
 
 def open_model(path: Path | str, tokenizer: str | None = None) -> StoredModel:
-    """The model at `path`.
+    """Opens the model at `path`; UserError if there is none.
 
     Args:
-        path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder, or a CompVis file.
+        path: a training run (its newest checkpoint), one of its checkpoints, a diffusers folder or a CompVis file.
         tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
-
-    Raises:
-        UserError: there is no such model.
     """
     path = Path(path)
     if path.is_file():
@@ -55,11 +51,7 @@ def open_model(path: Path | str, tokenizer: str | None = None) -> StoredModel:
 
 
 def open_run(path: Path) -> StoredModel:
-    """The model in a run's newest checkpoint, or in a checkpoint, without DeepSpeed.
-
-    Raises:
-        UserError: no checkpoint there, or a damaged one.
-    """
+    """A run's newest checkpoint, or a checkpoint, without DeepSpeed; UserError if missing or damaged."""
     checkpoint = find_checkpoint(path)
     checkpoint.verify()
     config = load_settings(TrainConfig, checkpoint.path.parents[1] / "config.yaml")
@@ -77,11 +69,7 @@ def open_run(path: Path) -> StoredModel:
 
 
 def open_folder(path: Path) -> StoredModel:
-    """The model in a diffusers folder, with raw weights beside the averaged ones where they are.
-
-    Raises:
-        UserError: it is no such folder.
-    """
+    """The model in a diffusers folder, with raw weights if the folder has them; UserError if it is no such folder."""
     unet_folder = path / "unet"
     try:
         unet_config = UNet2DConditionModel.load_config(unet_folder, local_files_only=True)
@@ -90,7 +78,8 @@ def open_folder(path: Path) -> StoredModel:
         raise UserError(
             f"{path} is neither a diffusers folder with a Stable Diffusion pipeline nor a training run: {error}"
         ) from error
-    # Missing in configs of 2022, and what their model was trained with; diffusers' pipeline corrects them likewise.
+    # Missing in the configs of 2022; these are the values their models were trained with, and diffusers' pipeline also
+    # adds them.
     unet_config = dict(unet_config)
     if unet_config.get("sample_size") is None:
         unet_config["sample_size"] = 64
@@ -110,13 +99,10 @@ def _folder_state(folder: Path, config: Mapping[str, Any], variant: str | None) 
 
 
 def training_weights(path: Path) -> tuple[State, State, int | None]:
-    """Raw and averaged weights of the UNet to begin training from, and how many updates made the average.
+    """The UNet's raw and averaged weights to start training from, and the number of updates behind the average.
 
-    Where there is one kind of weights it is both, and an average of 0 updates. The number is None where the model has
-    an average but does not know it.
-
-    Raises:
-        UserError: there is no such model.
+    A model with one kind of weights gives it as both, with 0 updates. The number is None for an average whose updates
+    were not counted. UserError if there is no such model.
     """
     model = open_model(path)
     weights = model.state("ema")

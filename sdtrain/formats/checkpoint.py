@@ -1,16 +1,16 @@
-"""Checkpoints: flat fp32 partitions as safetensors, readable by any number of ranks and without DeepSpeed.
+"""Reads checkpoints: flat fp32 partitions as safetensors, for any number of ranks and without DeepSpeed.
 
     checkpoints/step-00000200/layout.json              names, shapes, offsets, digests; written last
                               rank-00000-of-00002.safetensors   master, exp_avg, exp_avg_sq, ema
     latest                                             name of the newest checkpoint
 
-All ranks see one file system. A folder has its final name only when every file in it is whole.
+All ranks share one file system. A folder gets its final name only once every file in it is whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
+from sdtrain.models.layout import stored_layout, usual_layout
 from sdtrain.settings import Settings
 
 FORMAT = 1
@@ -26,49 +27,62 @@ STATE = ("master", "exp_avg", "exp_avg_sq", "ema")
 
 
 class ParameterSlot(Settings):
-    """Where one parameter lies in the flat vector."""
+    """One parameter's position in the flat vector."""
 
     name: str
     shape: tuple[int, ...]
+    """The usual one, (O, I, kH, kW) for a convolution."""
     offset: int
+    is_channels_last: bool = False
+    """Its elements lie in the order of (O, kH, kW, I)."""
 
     @property
     def numel(self) -> int:
-        """Number of its elements."""
+        """Its number of elements."""
         return math.prod(self.shape)
+
+    def flat(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of `shape` as the vector has it."""
+        return (stored_layout(tensor) if self.is_channels_last else tensor).reshape(-1)
+
+    def shaped(self, flat: torch.Tensor) -> torch.Tensor:
+        """The inverse of `flat`: of `shape`, contiguous."""
+        if not self.is_channels_last:
+            return flat.reshape(self.shape)
+        outputs, inputs, *kernel = self.shape
+        return usual_layout(flat.reshape(outputs, *kernel, inputs))
 
 
 class GuardState(Settings):
-    """What the next verdicts depend on; goes into checkpoints, so that a resumed run decides alike."""
+    """The step guard's state, saved so that a resumed run makes the same decisions."""
 
     num_skipped: int = 0
-    """Optimizer steps that were not applied, since the start of the run."""
+    """Skipped optimizer steps since the start of the run."""
     num_in_a_row: int = 0
-    """How many of the last ones, without a break."""
+    """Consecutive skips up to now."""
     recent_norms: tuple[float, ...] = ()
-    """Gradient norms of the last applied steps; only kept where spikes are looked for."""
+    """Gradient norms of the last applied steps; kept only if spikes are checked."""
 
 
 class Layout(Settings):
-    """What a checkpoint holds."""
+    """A checkpoint's contents."""
 
     format: int = FORMAT
     step: int
-    """Optimizer steps done, skipped ones included."""
+    """Optimizer steps done, including skipped ones."""
     world_size: int
     partition_numel: int
-    """Elements in each rank's file, padding of the last one included."""
+    """Elements in each rank's file, including the last one's padding."""
     config_digest: str
     data_digest: str
     files: dict[str, str]
-    """File name -> sha256, in the order of the ranks."""
+    """File name -> sha256, in rank order."""
     parameters: list[ParameterSlot]
     guard: GuardState = GuardState()
-    """Steps that were skipped, and the norms that decide about the next."""
     loss_scaler: dict[str, float] = Field(default={})
-    """The dynamic loss scaler of fp16; empty for other precisions."""
+    """fp16's dynamic loss scaler; empty for other precisions."""
     num_ema_updates: int | None = Field(default=None, ge=0)
-    """Updates of the average, those of the runs before included that it began from; None in old checkpoints."""
+    """Updates of the average, including those of the runs it continues; None in old checkpoints."""
 
     @property
     def num_applied(self) -> int:
@@ -77,25 +91,24 @@ class Layout(Settings):
 
     @property
     def ema_updates(self) -> int:
-        """Updates of the average, as far as the checkpoint knows: old ones knew of their own run only."""
+        """Updates of the average; old checkpoints count only their own run's."""
         return self.num_applied if self.num_ema_updates is None else self.num_ema_updates
 
 
-def slots_of(parameters: Iterable[tuple[str, Iterable[int]]]) -> list[ParameterSlot]:
-    """Parameters laid one behind the other in the given order."""
+def slots_of(
+    parameters: Iterable[tuple[str, Iterable[int]]], channels_last: Container[str] = frozenset()
+) -> list[ParameterSlot]:
+    """Lays parameters, given by name and usual shape, one after another; `channels_last` ones as (O, kH, kW, I)."""
     slots, offset = [], 0
     for name, shape in parameters:
-        slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset))
+        is_channels_last = name in channels_last
+        slots.append(ParameterSlot(name=name, shape=tuple(shape), offset=offset, is_channels_last=is_channels_last))
         offset += slots[-1].numel
     return slots
 
 
 class Checkpoint:
-    """A finished checkpoint folder.
-
-    Raises:
-        UserError: its layout is missing, damaged or of another format.
-    """
+    """A finished checkpoint folder; UserError if its layout is missing, damaged or of another format."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -107,18 +120,14 @@ class Checkpoint:
             raise UserError(f"{path} has format {self.layout.format}; this sdtrain reads {FORMAT}.")
 
     def verify(self) -> None:
-        """Compares every file with its digest.
-
-        Raises:
-            UserError: a file is missing or was changed.
-        """
+        """Compares every file with its digest; UserError if one is missing or changed."""
         for name, digest in self.layout.files.items():
             file = self.path / name
             if not file.is_file() or sha256_of(file) != digest:
                 raise UserError(f"{file} is missing or damaged.")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one of STATE's flat vectors, however it was sharded; zeros past its end."""
+        """Elements [start, stop) of one of STATE's flat vectors, however sharded; zeros past its end."""
         result, size = torch.zeros(stop - start), self.layout.partition_numel
         last_slot = self.layout.parameters[-1]
         stop = min(stop, last_slot.offset + last_slot.numel)
@@ -130,14 +139,35 @@ class Checkpoint:
                 result[first - start : last - start] = part
         return result
 
+    def read_as(self, slots: Sequence[ParameterSlot], name: str, start: int, stop: int) -> torch.Tensor:
+        """As `read`, of the same parameters in the memory layouts of `slots`."""
+        result = self.read(name, start, stop)
+        for slot, stored in zip(slots, self.layout.parameters, strict=True):
+            first, last = max(start, slot.offset), min(stop, slot.offset + slot.numel)
+            if first < last and slot.is_channels_last != stored.is_channels_last:
+                whole = slot.flat(self._whole(name, stored))
+                result[first - start : last - start] = whole[first - slot.offset : last - slot.offset]
+        return result
+
+    def holds(self, slots: Sequence[ParameterSlot]) -> bool:
+        """Whether its parameters are these, in whatever memory layout."""
+        own, others = (
+            [slot.model_copy(update={"is_channels_last": False}) for slot in each]
+            for each in (self.layout.parameters, slots)
+        )
+        return own == others
+
     def weights(self, which: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole parameters by name, fp32, one after the other; `which` is "master" or "ema"."""
+        """Whole fp32 parameters by name, one at a time; `which` is "master" or "ema"."""
         for slot in self.layout.parameters:
-            yield slot.name, self.read(which, slot.offset, slot.offset + slot.numel).reshape(slot.shape)
+            yield slot.name, self._whole(which, slot)
+
+    def _whole(self, name: str, slot: ParameterSlot) -> torch.Tensor:
+        return slot.shaped(self.read(name, slot.offset, slot.offset + slot.numel))
 
 
 def folder_of(run_dir: Path) -> Path:
-    """Where a run's checkpoints lie."""
+    """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"
 
 
@@ -147,7 +177,7 @@ def finished(folder: Path) -> list[Path]:
 
 
 def newest_whole(run_dir: Path) -> Checkpoint | None:
-    """A run's newest checkpoint that is whole, or None; damaged ones are passed over with a warning."""
+    """A run's newest whole checkpoint, or None; logs a warning for each damaged one that it skips."""
     for path in finished(folder_of(run_dir)):
         try:
             checkpoint = Checkpoint(path)
@@ -159,11 +189,7 @@ def newest_whole(run_dir: Path) -> Checkpoint | None:
 
 
 def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: itself, or the newest whole one of a run directory.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The checkpoint at `path`, or the newest whole one of a run directory; UserError if there is none."""
     if (path / "layout.json").exists():
         return Checkpoint(path)
     found = newest_whole(path)

@@ -1,4 +1,4 @@
-"""CompVis' single file: a model's tensors under the names that the original code gave them."""
+"""Reads and writes CompVis' single file: a model's tensors under the original code's names."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from sdtrain.formats.tensor_file import NOTES, TensorFile
 
 _SMALLEST = 1e-20
 UNCOUNTED = -1
-"""What `LitEma` in CompVis/stable-diffusion, ldm/modules/ema.py, has for the number of updates if it counts none."""
+"""The number of updates in `LitEma` (CompVis/stable-diffusion, ldm/modules/ema.py) if it counts none."""
 
 
 def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     """A model in one file: a public SD v1, or one that sdtrain wrote.
 
     Args:
-        path: `.safetensors`, or a pickle of PyTorch, of which tensors are read and nothing is run.
-        tokenizer: folder, hub id or `demo`; by default CLIP's, which the file does not hold.
+        path: `.safetensors`, or a PyTorch pickle, from which only tensors are read and nothing is run.
+        tokenizer: folder, hub id or `demo`; by default CLIP's, as the file holds none.
 
     Raises:
-        UserError: a damaged file, one that asks for code to be run, or one of another model.
+        UserError: the file is damaged, asks to run code, or holds another model.
     """
     file = TensorFile(path)
     architecture = sd_v1() if file.notes is None else Architecture.from_json(file.notes, str(path))
@@ -45,7 +45,7 @@ def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     average_names = {name: average_name(there) for name, there in names.items()}
     average = _average_of(file, average_names)
     if average is not None and not any(there in stored for there in names.values()):
-        # The average alone, under its own names: it is what the file has to give.
+        # The file holds only the average, under its own names.
         stored |= {names[name]: there for name, there in average_names.items()}
         average = None
     architecture.require(stored, str(path))
@@ -78,7 +78,7 @@ def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
         raise UserError(f"{file.path} holds a part of the averaged weights only: {missing[0]} is missing.")
     decay = float(file.get("model_ema.decay", torch.zeros(())))
     counted = float(file.get("model_ema.num_updates", torch.tensor(UNCOUNTED)))
-    # In a file that was cast to half precision, a number above 65,504 is infinite.
+    # In a file cast to half precision, a number above 65,504 is infinite.
     return Average(decay, int(counted) if math.isfinite(counted) and counted >= 0 else None)
 
 
@@ -99,20 +99,20 @@ def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None)
 def write_compvis(
     model: StoredModel, path: Path, frozen: FrozenModels, state: State, average: State | None, dtype: torch.dtype
 ) -> None:
-    """Writes a model in one file, whole or not at all.
+    """Writes a model as one file, whole or not at all.
 
-    The schedule's buffers stay in float32 whatever `dtype` is: it is not fine enough for them.
+    The schedule's buffers stay in float32 whatever the `dtype`: half precision is too coarse for them.
 
     Args:
-        model: where configs come from.
+        model: the source of the configs.
         path: `.safetensors`, or `.ckpt` for a pickle of plain tensors, which loads with `weights_only`.
         frozen: VAE and text encoder.
         state: the UNet's tensors by diffusers' names.
-        average: written as `model_ema.*` beside them, where given.
+        average: if given, also written, as `model_ema.*`.
         dtype: of the weights.
 
     Raises:
-        UserError: weights too large for `dtype`, a noise schedule that such files do not have, or a full disk.
+        UserError: weights too large for `dtype`, a noise schedule that such files cannot hold, or a full disk.
     """
     architecture = architecture_of(model, frozen)
     weights = stored_weights(architecture, frozen, state, average)
@@ -125,19 +125,15 @@ def write_compvis(
     notes = architecture.to_json()
     with publish(path) as temporary:
         if path.suffix == ".ckpt":
-            # Into an open file: of a path, torch.save writes the name into the file.
+            # Given a path, torch.save would write the name into the file.
             with temporary.open("wb") as file:
                 torch.save({"state_dict": tensors, "global_step": model.step, NOTES: notes}, file)
         else:
-            save_file(tensors, temporary, metadata={NOTES: notes})  # of two entries, either may come first
+            save_file(tensors, temporary, metadata={NOTES: notes})  # safetensors does not fix the order of two entries
 
 
 def architecture_of(model: StoredModel, frozen: FrozenModels) -> Architecture:
-    """The configs of a model's parts.
-
-    Raises:
-        UserError: a noise schedule that CompVis' files do not have.
-    """
+    """The configs of a model's parts; UserError for a noise schedule that CompVis' files cannot hold."""
     scheduler = dict(model.scheduler_config)
     if scheduler.get("beta_schedule") != "scaled_linear":
         raise UserError(
@@ -149,26 +145,23 @@ def architecture_of(model: StoredModel, frozen: FrozenModels) -> Architecture:
 
 
 def stored_weights(architecture: Architecture, frozen: FrozenModels, state: State, average: State | None) -> State:
-    """All weights by their names in a file, in the shapes that they have there."""
+    """All weights, with the file's names and shapes."""
     vae, text = frozen.vae.state_dict(), frozen.text_encoder.state_dict()
     tensors = {stored: state[name] for name, stored in architecture.unet_names.items()}
     if average is not None:
         tensors |= {average_name(stored): average[name] for name, stored in architecture.unet_names.items()}
     for name, stored in architecture.vae_names.items():
-        # The original has convolutions of one pixel where diffusers has matrix products.
+        # The original has 1x1 convolutions where diffusers has matrix products.
         is_attention = ".mid.attn_1." in stored and vae[name].dim() == 2
         tensors[stored] = vae[name][:, :, None, None] if is_attention else vae[name]
     return tensors | {stored: text[name] for name, stored in architecture.text_names.items()}
 
 
 def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The twelve buffers of the noise schedule, each (T,), float32, computed in float64.
+    """The twelve buffers of a scaled-linear noise schedule, each (T,), float32, computed in float64.
 
     `DDPM.register_schedule` in CompVis/stable-diffusion, ldm/models/diffusion/ddpm.py, with v_posterior = 0; the
-    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6 and 7.
-
-    Args:
-        scheduler: config of a diffusers scheduler with scaled-linear betas.
+    posterior is q(z_{t-1} | z_t, z_0) of Ho et al. 2020, arXiv:2006.11239, eq. 6, 7. `scheduler` is diffusers' config.
     """
     start, end, length = (scheduler[name] for name in ("beta_start", "beta_end", "num_train_timesteps"))
     betas: Floats = np.linspace(start**0.5, end**0.5, length, dtype=np.float64) ** 2
@@ -179,7 +172,7 @@ def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     alpha_bar = np.cumprod(alphas)
     before, noise = np.append(1.0, alpha_bar[:-1]), 1.0 - alpha_bar
     variance = betas * (1.0 - before) / noise
-    with np.errstate(divide="ignore"):  # nothing of the latent is left at the end of zero terminal SNR
+    with np.errstate(divide="ignore"):  # zero terminal SNR leaves no latent at the end
         values = {
             "betas": betas,
             "alphas_cumprod": alpha_bar,
@@ -198,7 +191,7 @@ def schedule_buffers(scheduler: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def average_buffers(decay: float, num_updates: int | None) -> dict[str, torch.Tensor]:
-    """What a file says of the average itself: its largest decay, and how often it was updated, where that is known."""
+    """The file's buffers for the average: its largest decay and, if known, its number of updates."""
     return {
         "model_ema.decay": torch.tensor(decay, dtype=torch.float32),
         "model_ema.num_updates": torch.tensor(UNCOUNTED if num_updates is None else num_updates, dtype=torch.int32),
@@ -206,5 +199,5 @@ def average_buffers(decay: float, num_updates: int | None) -> dict[str, torch.Te
 
 
 def position_ids(num_positions: int) -> torch.Tensor:
-    """The positions of tokens, (1, 77), int64: old versions of transformers count them among CLIP's tensors."""
+    """Token positions, (1, 77), int64, which old versions of transformers store among CLIP's tensors."""
     return torch.arange(num_positions)[None]

@@ -1,4 +1,4 @@
-"""The architecture of a model in a CompVis file, and the check that the file holds its tensors."""
+"""Derives the architecture of a model in a CompVis file and checks that the file holds its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet
 
 SCALING_FACTOR = 0.18215
-"""Of a VAE whose config names none, as those of 2022 do not: diffusers' default."""
+"""Diffusers' default, for VAE configs that name none, such as those of 2022."""
 VAE_CONFIG: Mapping[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -50,7 +50,7 @@ _TELLTALE = {
     "lora_": "holds only low-rank changes (LoRA) of a model",
     "down_blocks.": "holds one network of a diffusers folder; name the folder, not the file in it",
 }
-# Left in some files by other tools; no network of SD v1 has them.
+# Left in some files by other tools; no SD v1 network uses them.
 _SUPERFLUOUS = (
     TEXT + "embeddings.position_ids",
     TEXT + "text_projection",
@@ -63,7 +63,7 @@ _SUPERFLUOUS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Configs of a model's parts, in the words of diffusers and transformers."""
+    """Configs of a model's parts, in the terms of diffusers and transformers."""
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
@@ -72,16 +72,12 @@ class Architecture:
     tokenizer: str | None = "openai/clip-vit-large-patch14"
 
     def to_json(self) -> str:
-        """As one text, without what only says where the parts were loaded from."""
+        """Serialises the configs, leaving out where the parts were loaded from."""
         return json.dumps({name: _public(value) for name, value in asdict(self).items()}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str, where: str) -> Architecture:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            UserError: it is something else; `where` names the file.
-        """
+        """Reads what `to_json` wrote; UserError, naming `where`, for anything else."""
         try:
             return Architecture(**json.loads(text))
         except (ValueError, TypeError) as error:
@@ -99,25 +95,20 @@ class Architecture:
 
     @cached_property
     def vae_names(self) -> dict[str, str]:
-        """The VAE's."""
+        """The VAE's tensors: diffusers' name -> name in a file."""
         return renamed(empty_vae(self.vae).state_dict(), vae_modules(self.vae), VAE)
 
     @cached_property
     def text_names(self) -> dict[str, str]:
-        """The text encoder's: name in this version of transformers -> name in a file."""
+        """The text encoder's tensors: name in this version of transformers -> name in a file."""
         with torch.device("meta"):
             return text_names(CLIPTextModel(CLIPTextConfig.from_dict(dict(self.text_encoder))).state_dict())
 
     def require(self, names: Collection[str], where: str) -> None:
-        """Checks that a file's tensors are this model's, all of them and no others.
+        """Checks that a file, named `where`, holds this model's tensors, all of them and no others.
 
-        Args:
-            names: as CompVis writes them; see `names.compvis_name`.
-            where: names the file.
-
-        Raises:
-            UserError: they are those of another model; names the first tensor that shows it, and says which model it
-                is, where that can be seen.
+        `names` are in CompVis' spelling; see `names.compvis_name`. UserError for another model's tensors names the
+        first one that differs and, if recognised, the model.
         """
         wanted = {name for part in (self.unet_names, self.vae_names, self.text_names) for name in part.values()}
         found = {name for name in names if name.startswith((UNET, VAE, "cond_stage_model."))}
@@ -143,7 +134,7 @@ def _public(config: Any) -> Any:
 
 
 def sd_v1() -> Architecture:
-    """The model that public files without notes hold: configs/stable-diffusion/v1-inference.yaml of CompVis."""
+    """The model in public files without notes: CompVis' configs/stable-diffusion/v1-inference.yaml."""
     with torch.device("meta"):
         unet = build_unet(UNetConfig(), latent_size=64)
     return Architecture(dict(unet.config), VAE_CONFIG, TEXT_CONFIG, dict(sampling_scheduler(DiffusionConfig()).config))

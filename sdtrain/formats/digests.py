@@ -1,7 +1,4 @@
-"""The digest of a VAE for fingerprints, remembered so that neither the VAE nor its libraries need to be loaded.
-
-A build with nothing left to do asks for it too.
-"""
+"""Caches VAE digests for fingerprints, so that a build with nothing to do loads neither the VAE nor its libraries."""
 
 from __future__ import annotations
 
@@ -16,21 +13,17 @@ from pathlib import Path
 from sdtrain.dataset.files import publish
 from sdtrain.models.weights import DEMO_WEIGHTS, cache_dir
 
-# To be raised with every change of what `sdtrain.formats.frozen.vae_digest` gives for a file.
+# Raise it whenever `sdtrain.formats.frozen.vae_digest` changes its result for a file.
 _RULE = "vae/2"
 _SUFFIXES = (".json", ".safetensors", ".bin", ".ckpt")
-# A file may change once more within the resolution of its time stamps, and nobody would see it.
+# A second change within the time stamps' resolution would go unnoticed.
 _SETTLED_S = 2.0
 _computed: dict[str, str] = {}
 _remembered: dict[str, str] = {}
 
 
 def vae_digest(name: str) -> str:
-    """`sdtrain.formats.frozen.vae_digest`, remembered in the cache for as long as the VAE's files are what they were.
-
-    Raises:
-        UserError: no such VAE.
-    """
+    """`sdtrain.formats.frozen.vae_digest`, cached on disk until the VAE's files change; UserError: no such VAE."""
     if name not in _computed and name not in _remembered:
         note = _note_of(_files_of_vae(name))
         if known := note and _read(note):
@@ -39,10 +32,9 @@ def vae_digest(name: str) -> str:
 
 
 def compute_vae_digest(name: str) -> str:
-    """The same of the weights that this process loads, once for all; whoever works with the VAE calls it first.
+    """Computes the digest once per process, from the weights it loads; call it before working with the VAE.
 
-    Raises:
-        UserError: no such VAE.
+    UserError if there is no such VAE.
     """
     from sdtrain.formats.frozen import vae_digest
 
@@ -50,13 +42,13 @@ def compute_vae_digest(name: str) -> str:
         _computed[name] = vae_digest(name)
         note = _note_of(_files_of_vae(name))
         if note is not None:
-            with suppress(PermissionError), publish(note) as temporary:  # the cache may be others' to fill
+            with suppress(PermissionError), publish(note) as temporary:  # the cache may belong to another user
                 temporary.write_text(f"{_computed[name]}\n")
     return _computed[name]
 
 
 def _files_of_vae(name: str) -> list[Path]:
-    """The files in which a VAE lies on this machine; empty where nobody knows."""
+    """The VAE's local files; empty if unknown."""
     root = DEMO_WEIGHTS if name == "demo" else Path(name)
     if root.is_file():
         return [root]
@@ -70,7 +62,7 @@ def _files_of_vae(name: str) -> list[Path]:
 
 
 def _fetched(name: str) -> Path | None:
-    """The folder in which the hub's library keeps a model that it has fetched."""
+    """The folder where the hub's library keeps a model it has fetched."""
     if name.startswith((".", "/")) or name.count("/") != 1:
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -83,7 +75,7 @@ def _fetched(name: str) -> Path | None:
 
 
 def _note_of(files: Sequence[Path]) -> Path | None:
-    """Where the digest of these files is noted: the name says all by which a change of theirs would show."""
+    """The cache file for these files' digest; its name depends on everything by which a change of theirs would show."""
     stats = [path.stat() for path in files]
     if not files or max(max(stat.st_mtime, stat.st_ctime) for stat in stats) > time.time() - _SETTLED_S:
         return None

@@ -1,4 +1,4 @@
-"""From a model that sdtrain can read to a diffusers folder or a CompVis file."""
+"""Exports any model that sdtrain can read as a diffusers folder or a CompVis file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What of a model is written.
+    """Which weights to write, and in which form.
 
     Attributes:
-        weights: averaged ones, raw ones, or `both`: then a CompVis file has the averaged ones as `model_ema.*`, and a
-            diffusers folder the raw ones as variant `non_ema`, as public files and folders do.
-        dtype: of the weights.
+        weights: averaged, raw or `both`; with `both`, a CompVis file holds the averaged ones as `model_ema.*` and a
+            diffusers folder the raw ones as variant `non_ema`, as in public files and folders.
         tokenizer: for a model in one file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
     """
 
@@ -49,8 +48,7 @@ def export_model(source: Path, output: Path, settings: ExportSettings | None = N
 
     Args:
         source: a run (its newest checkpoint), a checkpoint, a diffusers folder or a CompVis file.
-        output: ends in `.ckpt` or `.safetensors` for a CompVis file, which is replaced; otherwise a folder, where an
-            earlier export is replaced.
+        output: a `.ckpt` or `.safetensors` CompVis file, which is replaced, or a folder, replaced only if an export.
         settings: which weights, in which precision.
 
     Raises:
@@ -98,8 +96,7 @@ def _cast(network: Network, dtype: Fixed) -> Network:
 def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path) -> Path:
     """Writes `unet` with the config's frozen networks as a diffusers folder, whole or not at all.
 
-    Raises:
-        UserError: `output` holds something that is no earlier export.
+    UserError if `output` holds anything but an earlier export.
     """
     _require_replaceable(output)
     pipeline = _pipeline(unet, load_frozen(config.vae, config.text_encoder), sampling_scheduler(config.diffusion))
@@ -123,7 +120,7 @@ def _pipeline(unet: UNet2DConditionModel, frozen: FrozenModels, scheduler: objec
 
 
 def _forget_places(folder: Path) -> None:
-    """Diffusers notes in a config where its network was loaded from: a path of this machine, of no use to others."""
+    """Removes the path of this machine that diffusers records in each config."""
     for path in folder.glob("*/config.json"):
         content = json.loads(path.read_text())
         if content.pop("_name_or_path", None) is not None:
@@ -137,7 +134,7 @@ def _require_replaceable(target: Path) -> None:
 
 @contextmanager
 def _publish_folder(target: Path) -> Iterator[Path]:
-    """Yields a temporary folder and puts it in the place of `target` when the block ends well."""
+    """Yields a temporary folder and replaces `target` with it if the block succeeds."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     replaced = target.with_name(f".{target.name}.{os.getpid()}.old")

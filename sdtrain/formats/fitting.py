@@ -1,4 +1,4 @@
-"""Fits the tensors of a file to a network: by the network's names, in its shapes, and all of them."""
+"""Fits a file's tensors to a network: all of them, under the network's names and in its shapes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from sdtrain.errors import UserError
 
 
 class Stored(Protocol):
-    """Tensors in files, described without being read."""
+    """Tensors in files, described without reading them."""
 
     def __iter__(self) -> Iterator[str]: ...
 
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
     def shape(self, name: str, /) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """The tensor's shape."""
 
     def is_floating(self, name: str, /) -> bool:
-        """Whether its numbers are floating-point ones, of any width."""
+        """Whether the dtype is floating-point, of any width."""
 
 
 class PartOf:
-    """Those tensors of a file whose names begin with a prefix; all of them, where none does.
-
-    Args:
-        stored: the file.
-        prefix: of one network's tensors in files that hold several.
-    """
+    """The tensors of `stored` whose names begin with `prefix`, to select one network of several; all if none do."""
 
     def __init__(self, stored: Stored, prefix: str) -> None:
         own = [name for name in stored if name.startswith(prefix)]
@@ -43,25 +38,19 @@ class PartOf:
         return self._stored[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """The tensor's shape."""
         return self._stored.shape(name)
 
     def is_floating(self, name: str) -> bool:
-        """Whether its numbers are floating-point ones."""
+        """Whether the dtype is floating-point."""
         return self._stored.is_floating(name)
 
 
 class Fitted(Mapping[str, torch.Tensor]):
-    """A network's tensors by the names, and in the shapes, that the network has for them; read when asked for.
+    """A network's tensors under its own names and in its own shapes, read on access.
 
-    Args:
-        stored: the files.
-        names: the network's name -> the name in the files.
-        shapes: by the network's names.
-        where: names the files in messages.
-
-    Raises:
-        UserError: a tensor of another shape, or of whole numbers; names the first.
+    `names` maps the network's names to the files'; `shapes` are by the network's; `where` names the files in messages.
+    UserError names the first tensor of another shape, or of integers.
     """
 
     def __init__(
@@ -70,7 +59,7 @@ class Fitted(Mapping[str, torch.Tensor]):
         self._stored, self._names, self._shapes = stored, dict(names), shapes
         for name, there in self._names.items():
             found, wanted = stored.shape(there), tuple(shapes[name])
-            # A convolution of one pixel is a matrix product: some tools write the one, some the other.
+            # A 1x1 convolution is a matrix product; tools write either.
             if found != wanted and _without_ones(found) != _without_ones(wanted):
                 raise UserError(f"{where} holds another network: {there} has shape {found}, and not {wanted}.")
             if not stored.is_floating(there):
@@ -98,16 +87,10 @@ def fit(
     spelling: Callable[[str], str | None],
     where: str,
 ) -> Fitted:
-    """The tensors of one network, all of them, whatever they are called in its files.
+    """Matches the tensors of files, named `where` in messages, to all of a network's, which may be on `meta`.
 
-    Args:
-        stored: the files.
-        network: what they belong to; its tensors may lie on `meta`.
-        spelling: a name in the files -> the network's name for it, or None for what the network can do without.
-        where: names the files in messages.
-
-    Raises:
-        UserError: a tensor that is missing, unknown, there twice, or of another shape; names the first.
+    `spelling` maps a file's name to the network's, or to None for tensors that the network does not need. UserError
+    names the first tensor that is missing, unknown, duplicated or of another shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: there for name, there in one_name_each(stored, spelling, where).items() if name is not None}
@@ -123,11 +106,7 @@ def fit(
 
 
 def one_name_each(names: Iterable[str], spelling: Callable[[str], str | None], where: str) -> dict[str, str]:
-    """The name here -> the name there.
-
-    Raises:
-        UserError: a tensor is there under two names: nobody can say which of them counts.
-    """
+    """Our name -> the file's name; UserError if the file holds a tensor under two names, as either could be meant."""
     found: dict[str, str] = {}
     for there in names:
         here = spelling(there)

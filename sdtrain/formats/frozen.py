@@ -1,4 +1,4 @@
-"""The networks that training leaves as they are, VAE and text encoder: loaded from folders, the hub or single files."""
+"""Loads the networks that training freezes, VAE and text encoder, from folders, the hub or single files."""
 
 from __future__ import annotations
 
@@ -30,12 +30,9 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class StoredVae:
-    """A VAE in files; its tensors are read when asked for, but their names and shapes are checked at once.
+    """A VAE in files, whose tensors are read on access; their names and shapes are checked at once.
 
-    Attributes:
-        where: the folder or the file, for messages.
-        config: in diffusers' words, with a scaling factor.
-        files: that hold its tensors.
+    `where` is the folder or file, for messages; `config` is in diffusers' terms, with a scaling factor.
     """
 
     where: Path
@@ -43,24 +40,16 @@ class StoredVae:
     files: Stored
 
     def __post_init__(self) -> None:
-        _ = self.tensors  # names and shapes are looked at before there is any work that could be lost
+        _ = self.tensors  # checks names and shapes before there is work to lose
 
     @cached_property
     def tensors(self) -> Fitted:
-        """By the names that diffusers gives them today, whatever they are called in the files.
-
-        Raises:
-            UserError: they are not those of the config's network.
-        """
+        """By diffusers' current names; UserError if they do not fit the config's network."""
         empty = self.empty()
         return fit(self.files, empty, vae_name(vae_modules(empty.config)), str(self.where))
 
     def empty(self) -> AutoencoderKL:
-        """The network, whose parameters have shapes but no memory.
-
-        Raises:
-            UserError: the config is of another network.
-        """
+        """The network with shapes but no memory; UserError if the config is another network's."""
         try:
             with torch.device("meta"):
                 return AutoencoderKL.from_config(dict(self.config))
@@ -68,21 +57,16 @@ class StoredVae:
             raise UserError(f"{self.where} is not a VAE that diffusers can load: {error}") from error
 
     def load(self) -> AutoencoderKL:
-        """The frozen network in fp32.
-
-        Raises:
-            UserError: the tensors are not those of the config's network.
-        """
+        """The frozen network in fp32; UserError if the tensors do not fit it."""
         vae = self.empty()
         vae.load_state_dict({name: tensor.float() for name, tensor in self.tensors.items()}, assign=True)
         return vae.requires_grad_(False).eval()
 
 
 def open_vae(name: str) -> StoredVae:
-    """A VAE of a folder, a hub id, `demo`, or a file: an SD v1 in one file, or SD v1's VAE alone.
+    """Opens the VAE in a folder, a hub id, `demo`, or a file: a whole SD v1 or its VAE alone.
 
-    Raises:
-        UserError: it is not there, or not an AutoencoderKL; its files are damaged, or ask for code to be run.
+    UserError if it is missing or not an AutoencoderKL, or its files are damaged or ask to run code.
     """
     if Path(name).is_file():
         return _open_vae_file(Path(name))
@@ -97,11 +81,7 @@ def _open_vae_file(path: Path) -> StoredVae:
 
 
 def vae_of(file: TensorFile, config: Mapping[str, Any]) -> StoredVae:
-    """The VAE in a file, alone or with the other networks.
-
-    Raises:
-        UserError: the file holds another one, or none.
-    """
+    """The VAE in a file, alone or beside other networks; UserError if the file holds another one, or none."""
     return StoredVae(file.path, _with_scaling_factor(config, file.path), PartOf(file, VAE))
 
 
@@ -128,19 +108,14 @@ def _with_scaling_factor(config: Mapping[str, Any], path: Path) -> dict[str, Any
 
 
 def load_vae(name: str) -> AutoencoderKL:
-    """The frozen autoencoder in fp32; `name` as for `open_vae`.
-
-    Raises:
-        UserError: it is not there, or not an AutoencoderKL.
-    """
+    """Loads the frozen autoencoder in fp32; name and UserError as for `open_vae`."""
     return open_vae(name).load()
 
 
 def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """The tokenizer and the frozen text encoder in fp32, from a folder, a hub id, or `demo`.
+    """Loads the tokenizer and the frozen fp32 text encoder from a folder, a hub id or `demo`.
 
-    Raises:
-        UserError: they are not there, or not CLIP's.
+    UserError if they are missing or not CLIP's.
     """
     folder = find_part_folder(name, "text_encoder")
     tokenizer = load_tokenizer(name)
@@ -152,15 +127,9 @@ def load_text_encoder(name: str) -> tuple[CLIPTokenizer, CLIPTextModel]:
 
 
 def text_encoder_of(stored: Stored, config: CLIPTextConfig, where: str) -> CLIPTextModel:
-    """The frozen text encoder in fp32.
+    """The frozen text encoder in fp32, from files with its tensors under whatever names.
 
-    Args:
-        stored: files that hold its tensors, by whatever names.
-        config: of the network.
-        where: names the files in messages.
-
-    Raises:
-        UserError: the tensors are not those of the config's network.
+    `where` names the files in messages. UserError if the tensors do not fit the network.
     """
     try:
         with torch.device("meta"):
@@ -174,11 +143,7 @@ def text_encoder_of(stored: Stored, config: CLIPTextConfig, where: str) -> CLIPT
 
 
 def load_tokenizer(name: str) -> CLIPTokenizer:
-    """The tokenizer of a text encoder, from a folder, a hub id, or `demo`.
-
-    Raises:
-        UserError: it is not there, or not CLIP's.
-    """
+    """Loads a text encoder's tokenizer from a folder, a hub id or `demo`; UserError if it is missing or not CLIP's."""
     folder = find_part_folder(name, "tokenizer")
     try:
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
@@ -187,26 +152,20 @@ def load_tokenizer(name: str) -> CLIPTokenizer:
 
 
 def vae_digest(name: str) -> str:
-    """What identifies a VAE: hex sha256 over its tensors, by the names that diffusers gives them today.
+    """Identifies a VAE: hex sha256 over its tensors, by diffusers' current names.
 
-    Other tensor names, another file format, a folder or an SD v1 in one file change nothing. The dtype counts: a file
-    of fp16 weights is another function, for its numbers were rounded. In which precision the network then computes is
-    not part of it: latents/info.json says that beside it.
-
-    Raises:
-        UserError: no such VAE.
+    Tensor names, file format, and whether it is a folder or an SD v1 in one file do not matter. The dtype does: fp16
+    weights are rounded, hence another function. The precision of the computation is recorded in latents/info.json
+    instead. UserError if there is no such VAE.
     """
     return next(vae_digests(name))
 
 
 def vae_digests(name: str) -> Iterator[str]:
-    """`vae_digest`, then what else means the same VAE.
+    """Yields `vae_digest`, then the older digests of the same VAE.
 
-    Earlier versions reckoned with the names in the file, which are those of before 2023 in public ones; and the numbers
-    of a file of fp16 are the same function when another file holds them in fp32.
-
-    Raises:
-        UserError: no such VAE.
+    Earlier versions hashed the file's own names, which in public files predate 2023; and fp16 weights are the same
+    function when another file holds them in fp32. UserError if there is no such VAE.
     """
     tensors = open_vae(name).tensors
     for dtype in (None, torch.float32):
@@ -215,17 +174,9 @@ def vae_digests(name: str) -> Iterator[str]:
 
 
 def recorded_vae_digest(name: str, recorded: str | None) -> str:
-    """The digest by which a dataset goes on knowing a VAE.
+    """The digest under which a dataset keeps a VAE; UserError if there is no such VAE.
 
-    Args:
-        name: of the VAE.
-        recorded: what the dataset has written down, if anything.
-
-    Returns:
-        `recorded` if it means this VAE, by today's rule or by an earlier one; otherwise `vae_digest`.
-
-    Raises:
-        UserError: no such VAE.
+    That is the dataset's `recorded` one if it means this VAE, by the current rule or an earlier one; else `vae_digest`.
     """
     digests = vae_digests(name)
     first = next(digests)
@@ -242,20 +193,12 @@ def _digest(tensors: Mapping[str, torch.Tensor], spelling: Callable[[str], str],
 
 
 def vae_scaling_factor(name: str) -> float:
-    """What the VAE's latents are multiplied by; SD v1's 0.18215, where its config says nothing of it.
-
-    Raises:
-        UserError: no such VAE.
-    """
+    """The factor by which latents are multiplied; 0.18215, SD v1's, if the config has none. UserError: no such VAE."""
     if Path(name).is_file():
         return float(_open_vae_file(Path(name)).config["scaling_factor"])
     return float(_read_vae_config(find_part_folder(name, "vae") / "config.json")["scaling_factor"])
 
 
 def load_frozen(vae: str, text_encoder: str) -> FrozenModels:
-    """VAE, tokenizer and text encoder, by names as for `load_vae` and `load_text_encoder`.
-
-    Raises:
-        UserError: one is not there, or of another kind.
-    """
+    """VAE, tokenizer and text encoder, with names and errors as for `load_vae` and `load_text_encoder`."""
     return FrozenModels(load_vae(vae), *load_text_encoder(text_encoder))

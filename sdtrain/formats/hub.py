@@ -1,4 +1,4 @@
-"""Folders of models, on this machine or from the hub, whose files have to be those that were published."""
+"""Finds model folders locally or on the hub, and checks that known files are the published ones."""
 
 from __future__ import annotations
 
@@ -48,24 +48,23 @@ a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c  vae/diffusion_
 
 
 def _table(lines: str) -> dict[str, str]:
-    """Of lines as sha256sum writes them: file -> digest."""
+    """Parses sha256sum's lines: file -> digest."""
     return {name: digest for digest, name in (line.split() for line in lines.split("\n") if line)}
 
 
-# The last two are mirrors of the one before, which is gone.
+# The last two mirror the first, which is gone.
 _MIRRORS = ("runwayml", "stable-diffusion-v1-5", "sd-legacy")
 SHA256: Mapping[str, Mapping[str, str]] = {
     "CompVis/stable-diffusion-v1-4": _table(_V1_4),
     **{f"{owner}/stable-diffusion-v1-5": _table(_V1_5) for owner in _MIRRORS},
 }
-"""By hub id and path in the repository, the hex sha256 of each file of weights. What a user names as a path is free."""
+"""Hex sha256 of each weights file, by hub id and path in the repository. A user's own path is not checked."""
 
 
 def find_part_folder(name: str, part: str) -> Path:
-    """The local folder of one part (`vae`, `text_encoder`, `tokenizer`) of a model, fetched from the hub if need be.
+    """The local folder of a model's part (`vae`, `text_encoder`, `tokenizer`), fetched from the hub if needed.
 
-    Raises:
-        UserError: neither a folder nor a model that the hub gives out; a fetched file is not the published one.
+    UserError if it is neither a folder nor a model on the hub, or a fetched file is not the published one.
     """
     root = DEMO_WEIGHTS if name == "demo" else Path(name)
     if root.is_file():
@@ -89,11 +88,11 @@ def _part_folder(root: Path, part: str) -> Path:
 
 
 def _weights_in(folder: Path, part: str) -> Path | None:
-    return None if part == "tokenizer" else find_part(folder, part)  # CLIP's weights lie beside its tokenizer
+    return None if part == "tokenizer" else find_part(folder, part)  # CLIP keeps its weights beside its tokenizer
 
 
 def _download(name: str, part: str) -> Path:
-    """The safetensors of full precision, or whatever else there is that can be read."""
+    """Fetches full-precision safetensors, or else any other readable files."""
     wanted = [f"{part}/*.json", f"{part}/*.txt", "*.json", "*.txt"]
     if part == "tokenizer":
         return _snapshot(name, part, wanted)
@@ -118,15 +117,9 @@ def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
 
 
 def require_published(repository: str, name: str, path: Path) -> None:
-    """Checks a file that came from the hub; those whose digest is not known here pass.
+    """Checks `path`, fetched from a hub repository's file `name`; UserError if it is not the published file.
 
-    Args:
-        repository: hub id.
-        name: path in the repository.
-        path: where the file lies here.
-
-    Raises:
-        UserError: it is another file than was published.
+    Files whose digest is not known here pass.
     """
     expected = SHA256.get(repository, {}).get(name)
     if expected is None:
@@ -142,6 +135,6 @@ def require_published(repository: str, name: str, path: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _sha256(path: Path, num_bytes: int, changed_ns: int) -> str:
-    """Once a process for each state of a file: a network is opened several times, and has gigabytes."""
+    """Cached for each state of a file: a process opens a network several times, and it has gigabytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,8 +1,7 @@
-"""Names of a tensor in diffusers and in CompVis' files, one map for each network.
+"""Maps tensor names between diffusers and CompVis' files, with one map for each network.
 
-The names on CompVis' side are those of CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py (UNet) and
-model.py (VAE). Both sides count blocks in the order in which data passes through them, so the maps follow from the
-config of any number of levels and layers; nothing is read off a finished model.
+CompVis' names are those of CompVis/stable-diffusion, ldm/modules/diffusionmodules/openaimodel.py (UNet) and model.py
+(VAE). Both sides count blocks in data order, so the maps follow from the config for any number of levels and layers.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "
 
 _TRANSFORMER = TEXT_STAGE + "transformer."
 _TEXT_MODULES = ("embeddings.", "encoder.", "final_layer_norm.")
-# The VAE's two attention layers, leaf by leaf: CompVis', diffusers' of today, diffusers' before 2023.
+# The leaves of the VAE's two attention layers: CompVis', diffusers' current, diffusers' before 2023.
 _LEAVES = (
     ("norm", "group_norm", "group_norm"),
     ("q", "to_q", "query"),
@@ -51,11 +50,7 @@ Pairs = Iterator[tuple[str, str]]
 
 
 def unet_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """Modules of a UNet2DConditionModel -> modules in a CompVis file, without the prefix `UNET`.
-
-    Args:
-        config: of the UNet, in diffusers' words.
-    """
+    """Modules of a UNet2DConditionModel with this config -> modules in a CompVis file, without the prefix `UNET`."""
     return dict(_unet_pairs(config))
 
 
@@ -98,11 +93,7 @@ def _has_attention(kind: str) -> bool:
 
 
 def vae_modules(config: Mapping[str, Any]) -> dict[str, str]:
-    """Modules of an AutoencoderKL -> modules in a CompVis file, without the prefix `VAE`.
-
-    Args:
-        config: of the VAE, in diffusers' words.
-    """
+    """Modules of an AutoencoderKL with this config -> modules in a CompVis file, without the prefix `VAE`."""
     return dict(_vae_pairs(len(config["block_out_channels"]), config["layers_per_block"]))
 
 
@@ -115,7 +106,7 @@ def _vae_pairs(num_levels: int, num_layers: int) -> Pairs:
             yield from _renamed(f"{half}.mid_block.resnets.{number}", f"{half}.mid.block_{number + 1}", _VAE_RESNET)
         yield from _renamed(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", _VAE_ATTENTION)
     for level in range(num_levels):
-        down, up = f"encoder.down.{level}", f"decoder.up.{num_levels - 1 - level}"  # counted from the image, both
+        down, up = f"encoder.down.{level}", f"decoder.up.{num_levels - 1 - level}"  # both counted from the image
         for layer in range(num_layers):
             yield from _renamed(f"encoder.down_blocks.{level}.resnets.{layer}", f"{down}.block.{layer}", _VAE_RESNET)
         for layer in range(num_layers + 1):
@@ -130,15 +121,9 @@ def _renamed(here: str, there: str, parts: Mapping[str, str]) -> Pairs:
 
 
 def renamed(names: Iterable[str], modules: Mapping[str, str], prefix: str) -> dict[str, str]:
-    """Tensors' names in diffusers -> in a CompVis file.
+    """Maps a network's tensor names from diffusers' to a CompVis file's, where they start with `prefix`.
 
-    Args:
-        names: of a network's tensors.
-        modules: of that network.
-        prefix: of its tensors in the file.
-
-    Raises:
-        KeyError: a tensor in a module that the map does not know.
+    KeyError if a tensor is in a module that the map `modules` lacks.
     """
     return {name: prefix + _moved(name, modules) for name in names}
 
@@ -154,12 +139,12 @@ def _moved(name: str, modules: Mapping[str, str]) -> str:
 
 
 def text_names(names: Iterable[str]) -> dict[str, str]:
-    """Names in a CLIPTextModel, which begin with `text_model.` in some versions of transformers only -> in a file."""
+    """CLIPTextModel's names, which only some versions of transformers begin with `text_model.` -> names in a file."""
     return {name: TEXT + name.removeprefix("text_model.") for name in names}
 
 
 def average_name(name: str) -> str:
-    """Where a file holds the average of the UNet's tensor `name`: a buffer's name cannot have dots.
+    """The file's name for the average of the UNet's tensor `name`; a buffer's name cannot have dots.
 
     `LitEma` in CompVis/stable-diffusion, ldm/modules/ema.py, whose network is the wrapper named `model`.
     """
@@ -167,7 +152,7 @@ def average_name(name: str) -> str:
 
 
 def compvis_name(name: str) -> str:
-    """A tensor's name in a CompVis file, by whatever tool it was written, as CompVis itself writes it."""
+    """CompVis' own spelling of a tensor's name in a CompVis file, whichever tool wrote it."""
     if name.startswith(VAE):
         return _with_leaf(name, _COMPVIS_ATTENTION, _COMPVIS_LEAF)
     rest = name.removeprefix(_TRANSFORMER)
@@ -175,11 +160,7 @@ def compvis_name(name: str) -> str:
 
 
 def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
-    """For `fit`: any name of a VAE's tensor -> diffusers' current name.
-
-    Args:
-        modules: of the VAE, as `vae_modules` gives them.
-    """
+    """A spelling for `fit`: any tool's name of a VAE's tensor -> diffusers' current one; see `vae_modules`."""
     to_diffusers = {theirs: ours for ours, theirs in modules.items()}
 
     def spelling(name: str) -> str | None:
@@ -196,15 +177,14 @@ def vae_name(modules: Mapping[str, str]) -> Callable[[str], str | None]:
 
 
 def former_vae_name(name: str) -> str:
-    """What diffusers called a VAE's tensor before 2023."""
+    """Diffusers' name for a VAE's tensor before 2023."""
     return _with_leaf(name, _DIFFUSERS_ATTENTION, _FORMER_LEAF)
 
 
 def text_name(is_nested: bool) -> Callable[[str], str | None]:
-    """For `fit`: any name of a tensor of CLIP's text encoder -> the name in this version of transformers.
+    """A spelling for `fit`: any name of a CLIP text encoder's tensor -> its name in this version of transformers.
 
-    Args:
-        is_nested: whether that begins with `text_model.`.
+    `is_nested`: whether the latter begins with `text_model.`.
     """
 
     def spelling(name: str) -> str | None:
@@ -219,7 +199,7 @@ def text_name(is_nested: bool) -> Callable[[str], str | None]:
 
 
 def checker_name(is_nested: bool) -> Callable[[str], str | None]:
-    """For `fit`: as `text_name`, of the safety checker, whose vision model some versions of transformers nest twice."""
+    """Like `text_name`, for the safety checker, whose vision model some versions of transformers nest twice."""
 
     def spelling(name: str) -> str | None:
         if name.endswith("embeddings.position_ids"):

@@ -1,4 +1,4 @@
-"""The files of weights in the folder of one network, as diffusers and transformers publish them."""
+"""Finds and opens one network's weights files, as diffusers and transformers publish them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,13 @@ from sdtrain.errors import UserError
 from sdtrain.formats.tensor_file import TensorFile
 
 _LOADABLE = (None, "fp16", "bf16")
-"""Variants that stand for the network itself, at another precision; the full one first."""
+"""Variants that hold the network itself in another precision, full precision first."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The names of a network's files, for one variant.
-
-    Attributes:
-        stem: of safetensors files.
-        pickle_stem: of PyTorch's.
-        variant: such as fp16; None where the name has none.
-    """
+    """A network's file names for one variant, such as fp16, or None: the stems of safetensors and PyTorch's files."""
 
     stem: str
     pickle_stem: str
@@ -34,7 +28,7 @@ class _Form:
 
     @staticmethod
     def of(part: str, variant: str | None) -> _Form:
-        """Networks of diffusers (UNet, VAE) and of transformers are named differently."""
+        """Diffusers (UNet, VAE) and transformers name their files differently."""
         if part in ("unet", "vae"):
             return _Form("diffusion_pytorch_model", "diffusion_pytorch_model", variant)
         return _Form("model", "pytorch_model", variant)
@@ -53,18 +47,14 @@ class _Form:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of a whole file or of a list of parts, the preferred one first."""
+        """Names of a single file or of a shard index, the preferred one first."""
         lists = (f"{name}.index{self._mark}.json" for name in (f"{self.stem}.safetensors", f"{self.pickle_stem}.bin"))
         safe_list, pickled_list = lists
         return self.safe, safe_list, self.pickled, pickled_list
 
 
 class Shards(Mapping[str, torch.Tensor]):
-    """Tensors of several files, of which a list says what is in which.
-
-    Raises:
-        UserError: the list is damaged, or a file or a tensor that it names is not there.
-    """
+    """Tensors of several files with an index; UserError if it is damaged or names a missing file or tensor."""
 
     def __init__(self, index: Path):
         self.path = index
@@ -86,7 +76,7 @@ class Shards(Mapping[str, torch.Tensor]):
 
     @property
     def files(self) -> list[Path]:
-        """Those that are listed."""
+        """The indexed files."""
         return sorted({file.path for file in self._file_of.values()})
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -99,21 +89,19 @@ class Shards(Mapping[str, torch.Tensor]):
         return len(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
+        """The tensor's shape, without reading it."""
         return self._file_of[name].shape(name)
 
     def is_floating(self, name: str) -> bool:
-        """Whether its numbers are floating-point ones."""
+        """Whether the dtype is floating-point."""
         return self._file_of[name].is_floating(name)
 
 
 def find_part(folder: Path, part: str, variant: str | None = None) -> Path | None:
-    """The file of a network's weights, or the list of its files; None where there is none.
+    """The file of a network's weights, or their index; None if there is none.
 
-    Args:
-        folder: of the network.
-        part: which network it is: `unet`, `vae`, `text_encoder`, `safety_checker`.
-        variant: such as `non_ema`; by default the full precision, or else fp16 or bf16.
+    `part` is `unet`, `vae`, `text_encoder` or `safety_checker`. `variant` is one such as `non_ema`; None takes full
+    precision, or else fp16 or bf16.
     """
     for wanted in _LOADABLE if variant is None else (variant,):
         for name in _Form.of(part, wanted).names:
@@ -123,10 +111,9 @@ def find_part(folder: Path, part: str, variant: str | None = None) -> Path | Non
 
 
 def open_part(folder: Path, part: str, variant: str | None = None) -> TensorFile | Shards:
-    """The tensors of a network, of the file that `find_part` finds.
+    """Opens the tensors of a network in the file that `find_part` finds.
 
-    Raises:
-        UserError: there is none, or only a variant that is not the network itself; the file is damaged or no tensors.
+    UserError if there is none, or only a variant other than the network itself, or the file is damaged or not tensors.
     """
     path = find_part(folder, part, variant)
     if path is None:
@@ -137,16 +124,12 @@ def open_part(folder: Path, part: str, variant: str | None = None) -> TensorFile
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that hold the tensors: one, or those of a list.
-
-    Raises:
-        UserError: the list is damaged.
-    """
+    """The files with the tensors: one, or those of an index; UserError if the index is damaged."""
     return Shards(path).files if path.suffix == ".json" else [path]
 
 
 def published_names(part: str) -> list[list[str]]:
-    """Patterns of file names, to be fetched in this order until a group gives something."""
+    """Patterns of file names, to fetch in this order until one group matches."""
     full, half = (_Form.of(part, variant) for variant in (None, "fp16"))
     return [
         [full.safe, f"{full.stem}-*-of-*.safetensors"],

@@ -1,4 +1,4 @@
-"""Files of tensors from elsewhere, read without running anything that is in them."""
+"""Reads foreign files of tensors without running any code in them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from sdtrain.errors import UserError
 
 SUFFIXES = (".ckpt", ".safetensors")
 NOTES = "sdtrain"
-"""Where a file says, as JSON, what its tensors cannot: in safetensors' metadata, or beside `state_dict`."""
+"""The key of a file's JSON of what its tensors cannot say: in safetensors' metadata, or beside `state_dict`."""
 
-# What the trainers of public files left beside the tensors: callbacks, settings, a best score.
+# What public files' trainers left beside the tensors: callbacks, settings, a best score.
 _LEFT_BEHIND = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.", "_codecs.encode")
 _LEFT_BEHIND_EXACTLY = ("typing.Any", "collections.defaultdict", "builtins.dict", "builtins.list", "builtins.int")
 
 
 class _Nothing:
-    """Stands for a foreign object while a file is read: it takes everything and does nothing."""
+    """Replaces a foreign object while a file is read: accepts any call and does nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _Nothing:
         return super().__new__(cls)
@@ -36,14 +36,10 @@ class _Nothing:
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """The tensors of a `.safetensors` file or of a `.ckpt`, by name; read when asked for.
+    """The tensors of a `.safetensors` or `.ckpt` file by name, read on access.
 
-    Attributes:
-        path: the file.
-        notes: what the file says as text under `NOTES`, or None.
-
-    Raises:
-        UserError: no such file, a damaged one, one that asks for code to be run, or one without tensors.
+    `notes` is its text under `NOTES`, or None. UserError if it is missing, damaged,
+    without tensors, or asks to run code.
     """
 
     def __init__(self, path: Path):
@@ -67,13 +63,13 @@ class TensorFile(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, which is not read."""
+        """The tensor's shape, without reading it."""
         if isinstance(self._tensors, _Lazy):
             return self._tensors.described(name)[0]
         return tuple(self._tensors[name].shape)
 
     def is_floating(self, name: str) -> bool:
-        """Whether its numbers are floating-point ones, of any width."""
+        """Whether the dtype is floating-point, of any width."""
         if isinstance(self._tensors, _Lazy):
             return self._tensors.described(name)[1].startswith(("F", "BF"))
         return self._tensors[name].is_floating_point()
@@ -85,7 +81,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 class _Lazy(Mapping[str, torch.Tensor]):
-    """Tensors of an open safetensors file."""
+    """Tensors of an open safetensors file, read on access."""
 
     def __init__(self, file: Any):
         self._file, self._names = file, dict.fromkeys(file.keys())
@@ -97,7 +93,7 @@ class _Lazy(Mapping[str, torch.Tensor]):
         return tensor
 
     def described(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype, the latter in safetensors' words."""
+        """Shape, and dtype in safetensors' terms."""
         part = self._file.get_slice(name)
         return tuple(part.get_shape()), str(part.get_dtype())
 
@@ -120,7 +116,7 @@ def _open_safetensors(path: Path) -> _Content:
 
 
 def _read_pickle(path: Path) -> _Content:
-    """The tensors stay in the file, mapped into memory, where its form allows that."""
+    """The tensors stay memory-mapped in the file if its format allows."""
     try:
         with safe_globals([(_Nothing, name) for name in _left_behind(path)]):
             content = _load(path)
@@ -143,19 +139,15 @@ def _load(path: Path) -> Any:
     except RuntimeError as error:
         if "mmap" not in str(error):
             raise
-        return torch.load(path, map_location="cpu", weights_only=True)  # the form before PyTorch 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before PyTorch 1.6
 
 
 def _left_behind(path: Path) -> list[str]:
-    """What a file names beside tensors, if all of it is harmless and known.
-
-    Raises:
-        UserError: it names something else.
-    """
+    """The known, harmless objects that a file names beside tensors; UserError if it names any other."""
     try:
         names = sorted(get_unsafe_globals_in_checkpoint(str(path)))
     except ValueError:
-        return []  # the form before PyTorch 1.6, which is read without stand-ins
+        return []  # the format before PyTorch 1.6, read without stand-ins
     foreign = [name for name in names if not name.startswith(_LEFT_BEHIND) and name not in _LEFT_BEHIND_EXACTLY]
     if foreign:
         raise UserError(_refusal(path, f"It asks for {', '.join(foreign[:3])}."))

@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """An image as the VAE sees it.
+    """The part of an image that the VAE sees.
 
     Attributes:
         pixels: (height, width, 3) uint8.
@@ -30,7 +30,7 @@ class Crop:
 
 
 def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
-    """Resizes an image (bicubic, antialiased) until it just covers a size, and cuts that out.
+    """Resizes an image (bicubic, antialiased) to just cover a size, then crops it.
 
     The original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
     shorter side, then RandomCrop).
@@ -38,7 +38,7 @@ def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
     Args:
         image: RGB.
         size_px: width and height of the crop.
-        place: where along the side that is too long, from 0 (left or top) up to 1; None for the centre.
+        place: relative offset along the excess side, from 0 (left or top) up to 1; None for the centre.
     """
     scale = max(wanted / side for wanted, side in zip(size_px, image.size, strict=True))
     covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, image.size, strict=True)]
@@ -50,13 +50,13 @@ def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
 
 
 def chance(*names: object) -> float:
-    """A number in [0, 1) that is the same for the same names."""
+    """A number in [0, 1) determined by the names."""
     digest = hashlib.blake2b(" ".join(str(name) for name in names).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def bucket_sizes(resolution: int, step_px: int, max_aspect: float) -> list[Size]:
-    """Widths and heights that are multiples of `step_px`, with an area of at most resolution squared and near it.
+    """Widths and heights in multiples of `step_px`, with an area of at most, and near, resolution squared.
 
     The rule of NovelAI's aspect-ratio buckets ("NovelAI Improvements on Stable Diffusion", 2022): for each width the
     largest height that the area allows.
@@ -70,6 +70,6 @@ def bucket_sizes(resolution: int, step_px: int, max_aspect: float) -> list[Size]
 
 
 def bucket_of(image_px: Size, sizes: Sequence[Size]) -> Size:
-    """The size whose ratio of width to height is nearest to an image's."""
+    """The size whose aspect ratio is nearest to the image's."""
     ratio = math.log(image_px[0] / image_px[1])
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), size))

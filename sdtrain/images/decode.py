@@ -22,7 +22,7 @@ import struct
 from collections.abc import Iterable
 
 import numpy as np
-from PIL import (  # the readers by name: else Pillow looks for, and imports, all that it has
+from PIL import (  # by name, or Pillow would look for and import every reader it has
     BmpImagePlugin,
     ExifTags,
     GifImagePlugin,
@@ -43,8 +43,8 @@ _READERS = (
     TiffImagePlugin.TiffImageFile,
 )
 _FORMATS = tuple(reader.format for reader in _READERS)
-"""What is read. Others (SVG, PDF, EPS, ICO ...) are seldom photographs and often dangerous."""
-# What Pillow's readers raise for damaged bytes, beside OSError; found by damaging files of many formats.
+"""Others (SVG, PDF, EPS, ICO ...) are rarely photographs and often dangerous."""
+# Raised by Pillow's readers for damaged bytes, beside OSError; found by damaging files of many formats.
 DAMAGED = (
     *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
     *(OverflowError, AttributeError, OSError),
@@ -62,7 +62,7 @@ _GUESSED = ("I", "F", "LAB")
 
 
 class ImageError(OSError):
-    """Bytes that do not become an image.
+    """Bytes that cannot become an image.
 
     Attributes:
         reason: "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed".
@@ -76,11 +76,7 @@ class ImageError(OSError):
 
 
 def image_extension(members: Iterable[str]) -> str:
-    """Which of a sample's members is the image.
-
-    Raises:
-        KeyError: none is.
-    """
+    """The image's extension among a sample's members; KeyError if there is none."""
     for extension in members:
         if extension in IMAGE_EXTENSIONS:
             return extension
@@ -88,20 +84,12 @@ def image_extension(members: Iterable[str]) -> str:
 
 
 def decode_rgb(content: bytes) -> Image.Image:
-    """The decoded image by the rules above.
-
-    Raises:
-        ImageError: the bytes are not a whole image of a format and kind that is read; an OSError.
-    """
+    """Decodes an image by the rules above; ImageError, an OSError, if it is damaged or not supported."""
     return upright_rgb(open_image(content))
 
 
 def open_image(content: bytes) -> Image.Image:
-    """The image with its header read, its pixels not yet.
-
-    Raises:
-        ImageError: "not_an_image", or "too_many_pixels" if Pillow's own limit is passed.
-    """
+    """Opens an image, reading only its header; ImageError "not_an_image", or "too_many_pixels" by Pillow's limit."""
     try:
         return Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError as error:
@@ -111,11 +99,7 @@ def open_image(content: bytes) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The image's pixels by the rules above.
-
-    Raises:
-        ImageError: "truncated", "not_an_image" or "other_format".
-    """
+    """Converts an opened image by the rules above; ImageError "truncated", "not_an_image" or "other_format"."""
     try:
         image.load()
         opaque = _opaque_rgb(image)
@@ -131,7 +115,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where none or nonsense is given."""
+    """The EXIF orientation, 1 (upright) to 8; 1 if missing or invalid."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except DAMAGED:
@@ -151,7 +135,7 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    # By hand: Pillow's own conversion cuts at 255 and makes nearly all of it white.
+    # By hand: Pillow's own conversion clips at 255, so nearly all becomes white.
     gray = np.asarray(image)
     upper = (gray >> 8).astype(np.uint8)
     clear = image.info.get("transparency")

@@ -1,4 +1,4 @@
-"""Reads an image file's header before any pixel is decoded: kind, size, and whether the file is whole."""
+"""Reads an image file's kind and size, and whether the file is whole, before decoding any pixel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 from sdtrain.images.decode import ImageError, open_image, orientation_of
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# How files begin that are images, or drawings, of kinds that are not read.
+# Magic bytes of unsupported image and drawing formats.
 _OTHERS = {
     b"%PDF": "PDF", b"%!PS": "PostScript", b"\xc5\xd0\xd3\xc6": "EPS", b"\0\0\1\0": "ICO", b"\0\0\2\0": "CUR",
     b"8BPS": "Photoshop", b"\xff\x0a": "JPEG XL", b"\0\0\0\x0cJXL ": "JPEG XL", b"\0\0\0\x0cjP  ": "JPEG 2000",
@@ -24,13 +24,12 @@ _JPEG_END = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class Header:
-    """The head of an image file.
+    """The header of an image file.
 
     Attributes:
-        image: opened by Pillow, its pixels not yet decoded.
-        extension: "jpg", "png" or "webp"; None for formats that are not stored as they are.
-        is_plain: 8-bit RGB and upright, one frame: a decoder that knows nothing of EXIF, alpha, palettes
-            or inks gives the right pixels.
+        image: opened by Pillow, pixels not yet decoded.
+        extension: "jpg", "png" or "webp"; None for formats that are not stored unchanged.
+        is_plain: 8-bit RGB, upright, one frame: even a decoder that ignores EXIF, alpha, palettes and inks is right.
     """
 
     image: Image.Image
@@ -39,11 +38,7 @@ class Header:
 
 
 def read_header(content: bytes, max_pixels: int) -> Header:
-    """Looks at a file's head and end.
-
-    Raises:
-        ImageError: "not_an_image", "other_format", "too_many_pixels" or "truncated".
-    """
+    """Checks a file's header and end; ImageError: "not_an_image", "other_format", "too_many_pixels" or "truncated"."""
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP" and not _is_whole("WEBP", content):
         raise ImageError("truncated", "the file ends early")  # its reader would say that it is no image
     try:
@@ -69,7 +64,7 @@ def _is_plain(image: Image.Image, content: bytes) -> bool:
         return False
     if image.format == "PNG":
         bit_depth = content[24]
-        # An eXIf chunk may come after the pixels, where the header's reader has not been.
+        # An eXIf chunk may follow the pixels, beyond what reading the header has seen.
         return bit_depth == 8 and not getattr(image, "is_animated", False) and b"eXIf" not in content
     return image.format != "WEBP" or not getattr(image, "is_animated", False)
 
@@ -85,7 +80,7 @@ def _other_format(content: bytes) -> str | None:
 
 
 def _is_whole(form: str, content: bytes) -> bool:
-    """Whether the file's end is there; decoders fill up what is missing with gray and say nothing."""
+    """Whether the file is complete; decoders silently fill missing data with gray."""
     if form in ("JPEG", "MPO"):
         return content.find(_JPEG_END, _first_scan(content)) != -1
     if form == "PNG":
@@ -98,11 +93,11 @@ def _is_whole(form: str, content: bytes) -> bool:
 
 
 def _first_scan(content: bytes) -> int:
-    """Where the compressed data begins; an end marker before it belongs to a thumbnail."""
+    """The start of the compressed data; an end marker before it belongs to a thumbnail."""
     position = 2
     while position + 4 <= len(content):
         if content[position] != 0xFF:
-            position += 1  # between segments, decoders skip what is no marker
+            position += 1  # decoders skip anything else between segments
             continue
         marker = content[position + 1]
         if marker == 0xDA:
@@ -115,7 +110,7 @@ def _first_scan(content: bytes) -> int:
 
 
 def _reaches_gif_end(content: bytes) -> bool:
-    """Whether the blocks lead to the trailer, or to junk in its place, which is not missed data."""
+    """Whether the blocks lead to the trailer, or to junk in its place, which loses no data."""
     position = 13 + _gif_table_bytes(content[10])
     while position < len(content):
         kind = content[position]

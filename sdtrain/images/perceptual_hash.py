@@ -1,4 +1,4 @@
-"""The perceptual hash of an image: one number that barely changes when the image is resized or encoded again."""
+"""Computes an image's perceptual hash, which resizing and re-encoding barely change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRECISION = 6
 def perceptual_hash(image: Image.Image, reducing_gap: float | None = None) -> int:
     """The 64-bit DCT hash (pHash) of an image's brightness, as a signed integer.
 
-    Bit for bit that of `imagehash.phash` unless a reducing gap is given.
+    Without a reducing gap, bit for bit that of `imagehash.phash`.
 
     Args:
         image: RGB or gray.
@@ -21,14 +21,14 @@ def perceptual_hash(image: Image.Image, reducing_gap: float | None = None) -> in
             time of a full filter; differs from it in 0 bits for 80% of images, in 2 for most others, 6 at most seen.
     """
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=reducing_gap)
-    # Rounded, so that what is zero for a flat image is zero and not a machine's rounding error.
+    # Rounded, so that a flat image gives exact zeros instead of a machine's rounding errors.
     frequencies = np.round(_DCT @ np.asarray(small, np.float64) @ _DCT.T, _PRECISION)
     bits = (frequencies > np.median(frequencies)).ravel()
     return int(np.packbits(bits).view(">i8")[0])
 
 
 def _dct_matrix() -> NDArray[np.float64]:
-    """The first rows of the matrix of the DCT-II, (_KEPT, _SIDE)."""
+    """The first rows of the DCT-II matrix, (_KEPT, _SIDE)."""
     frequency, position = np.arange(_KEPT)[:, None], np.arange(_SIDE)[None, :]
     matrix: NDArray[np.float64] = 2 * np.cos(np.pi * frequency * (2 * position + 1) / (2 * _SIDE))
     return matrix

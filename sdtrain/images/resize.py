@@ -1,8 +1,8 @@
-"""Runs img2dataset's resizer: on images already decoded too, in several threads, and quick to import.
+"""Runs img2dataset's resizer from several threads, also on decoded images, with a fast import.
 
 It relies on internals: it replaces `cv2` and `SuppressStdoutStderr` in `img2dataset.resizer` and imports that module
 without running its packages' `__init__` (albumentations 1.x's layout). tests/sdtrain/images/test_store.py compares with
-stored results of the unchanged resizer, and notices when they change.
+stored results of the unchanged resizer, so it fails when those internals change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CANNOT_DECODE = "Image decoding error"  # img2dataset's words
 _ALBUMENTATIONS = "albumentations"
 _AUGMENTATIONS = f"{_ALBUMENTATIONS}.augmentations"
 _PACKAGES = ("img2dataset", _ALBUMENTATIONS, _AUGMENTATIONS, f"{_AUGMENTATIONS}.geometric", f"{_AUGMENTATIONS}.crops")
-# The transforms that the resizer uses, and where albumentations 1.x has them.
+# The transforms that the resizer uses, and their modules in albumentations 1.x.
 _TRANSFORMS = {
     "SmallestMaxSize": f"{_AUGMENTATIONS}.geometric.resize",
     "LongestMaxSize": f"{_AUGMENTATIONS}.geometric.resize",
@@ -44,13 +44,9 @@ _TRANSFORMS = {
 
 @dataclass
 class Resized:
-    """What came of one image.
+    """The outcome of resizing: the pixels as encoded, (H, W, 3), BGR, and the image's original size in pixels.
 
-    Attributes:
-        content: the encoded image; None where the given bytes may stay, because no pixel was changed.
-        pixels: as they were encoded, (H, W, 3), BGR.
-        original_width: before resizing.
-        original_height: before resizing.
+    `content` is the encoded image; None if the original bytes may stay, because no pixel changed.
     """
 
     content: bytes | None
@@ -70,7 +66,7 @@ class _Job:
 
 
 class ResizeEngine:
-    """img2dataset's `Resizer` with the settings of a recipe; may be called by several threads at once."""
+    """img2dataset's `Resizer` with a recipe's settings; thread-safe."""
 
     def __init__(self, config: DownloadConfig) -> None:
         self._resizer = _module().Resizer(
@@ -87,9 +83,9 @@ class ResizeEngine:
         """Resizes and encodes an image.
 
         Args:
-            content: the image's bytes.
-            pixels: the decoded image, (H, W, 3), BGR, if img2dataset is not to decode `content` itself.
-            may_stay: do not encode where resizing left the pixels alone.
+            content: the encoded image.
+            pixels: the decoded image, (H, W, 3), BGR; None lets img2dataset decode `content`.
+            may_stay: do not encode if resizing left the pixels unchanged.
             must_stay: do not encode at all.
 
         Raises:
@@ -103,7 +99,7 @@ class ResizeEngine:
         if error == _CANNOT_DECODE:
             raise ImageError("not_an_image", "the image cannot be decoded")
         if error is not None or job.final is None:
-            # Without OpenCV's own words, which name its version and source file.
+            # Without OpenCV's message, which names its version and source file.
             raise ImageError("resize_failed", "the image cannot be resized or encoded")
         return Resized(None if job.stays else encoded, job.final, width, height)
 
@@ -116,7 +112,7 @@ _jobs = _Jobs()
 
 
 class _Cv2:
-    """Stands for `cv2` in img2dataset's module: hands in pixels, takes note of them, and leaves out needless work."""
+    """Replaces `cv2` in img2dataset: supplies decoded pixels, records the final ones and skips needless encoding."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(cv2, name)
@@ -148,7 +144,7 @@ def _module() -> Any:
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # else the import asks a server for news
     try:
         module = _import_light()
-    except ImportError:  # albumentations laid out otherwise
+    except ImportError:  # another layout of albumentations
         module = importlib.import_module("img2dataset.resizer")
     # It swaps the process's standard streams around each image: slow, and wrong with threads.
     module.SuppressStdoutStderr = nullcontext  # type: ignore[attr-defined]
@@ -157,7 +153,7 @@ def _module() -> Any:
 
 
 def _import_light() -> ModuleType:
-    """`img2dataset.resizer` without what its packages import beside: a fifth of the time, which every child pays."""
+    """Imports `img2dataset.resizer` without its packages' `__init__`: a fifth of the time, paid by every child."""
     with _hollow_packages() as packages:
         for name, home in _TRANSFORMS.items():
             setattr(packages[_ALBUMENTATIONS], name, getattr(importlib.import_module(home), name))
@@ -166,7 +162,7 @@ def _import_light() -> ModuleType:
 
 @contextmanager
 def _hollow_packages() -> Iterator[dict[str, ModuleType]]:
-    """Packages whose modules can be imported, but whose own __init__ does not run; gone after the block."""
+    """Registers the packages without running their `__init__`, and removes them after the block."""
     if any(name in sys.modules for name in _PACKAGES):
         raise ImportError("imported in full already")
     hollow = {}
@@ -176,7 +172,7 @@ def _hollow_packages() -> Iterator[dict[str, ModuleType]]:
             if spec is None:
                 raise UserError(f"{name} is not installed. Install sdtrain with its dependencies (`make setup`).")
             hollow[name] = sys.modules[name] = importlib.util.module_from_spec(spec)
-            hollow[name].__dict__["__version__"] = ""  # asked for by a module of albumentations
+            hollow[name].__dict__["__version__"] = ""  # a module of albumentations asks for it
         yield hollow
     finally:
         for name in hollow:

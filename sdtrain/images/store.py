@@ -18,22 +18,20 @@ from sdtrain.images.perceptual_hash import perceptual_hash
 from sdtrain.images.resize import Pixels, ResizeEngine
 
 _BIG_PIXELS = 2**24
-_HASH_REDUCING_GAP = 3.0  # a full filter would add 15% to the time that an image takes
+_HASH_REDUCING_GAP = 3.0  # a full filter would add 15% to an image's time
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as it goes into the shard; sizes are those of the upright image.
+    """An image as stored in the shard; sizes are of the upright image.
 
     Attributes:
-        content: its bytes.
+        content: the encoded bytes.
         extension: "jpg", "png" or "webp".
-        width: as stored.
-        height: as stored.
-        original_width: as fetched.
-        original_height: as fetched.
-        phash: of its pixels before encoding; to decode it again for the exact hash would cost twice as much.
+        width, height: as stored.
+        original_width, original_height: as fetched.
+        phash: of the pixels before encoding; decoding again for the exact hash would cost twice as much.
     """
 
     content: bytes
@@ -46,30 +44,26 @@ class StoredImage:
 
 
 class ImageMaker:
-    """Makes stored images by the settings of a recipe; may be called by several threads at once.
+    """Makes stored images with a recipe's settings; thread-safe.
 
-    8-bit RGB images that are upright go to img2dataset's resizer as they are, so that their pixels are those
-    of img2dataset; all others become such images first (`sdtrain.images.decode` says how).
+    Upright 8-bit RGB images go to img2dataset's resizer unchanged, so that their pixels are img2dataset's; others are
+    converted first, as `sdtrain.images.decode` describes.
 
-    `reencode` says when the bytes that were fetched are kept:
+    `reencode` decides when the fetched bytes are kept:
 
     - always: never, as in img2dataset;
-    - if_changed: where the image is plain, small enough, and in `encode_format` already;
+    - if_changed: if the image is plain, small enough, and already in `encode_format`;
     - never: always, whatever their kind and orientation, as long as they are JPEG, PNG or WebP.
     """
 
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
         self._engine = ResizeEngine(config)
-        # One big image at a time: each may take gigabytes, and a few at once all of the memory.
+        # One big image at a time: each may take gigabytes, and a few together all of the memory.
         self._big = threading.Lock()
 
     def __call__(self, content: bytes) -> StoredImage:
-        """Makes the stored image of a fetched body.
-
-        Raises:
-            ImageError: why it does not become one.
-        """
+        """Makes the stored image of a fetched body; ImageError says why there is none."""
         try:
             header = read_header(content, self._config.max_pixels)
             width, height = header.image.size
@@ -78,7 +72,7 @@ class ImageMaker:
         except (ImageError, MemoryError):
             raise
         except Exception as error:
-            # What nobody foresaw of hostile bytes is one lost image and not a lost shard, but somebody should hear.
+            # An unforeseen failure on hostile bytes must lose one image, not the shard, but must be reported.
             _log.exception("Unexpected failure of an image")
             raise ImageError("not_an_image", f"unexpected {type(error).__name__}") from error
 

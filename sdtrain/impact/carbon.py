@@ -2,8 +2,8 @@
 
 Emissions = power x time x carbon intensity of the grid (Lacoste et al. 2019, "Quantifying the Carbon Emissions of
 Machine Learning", arXiv:1910.09700). The table is their calculator's (github.com/mlco2/impact, data/impact.csv: eGRID
-for the USA, national figures elsewhere). Grids are cleaner since 2019: state your provider's newer figure if known.
-We added `aws/us-east`: the 0.3 kg/kWh that SD v1's model card implies (11,250 kg for 150,000 hours at 250 W).
+for the USA, national figures elsewhere). Grids are cleaner since 2019: state your provider's newer figure if known. We
+added `aws/us-east`: the 0.3 kg/kWh that SD v1's model card implies (11,250 kg for 150,000 hours at 250 W).
 """
 
 from __future__ import annotations
@@ -40,11 +40,7 @@ def regions() -> dict[str, Region]:
 
 
 def find_region(name: str) -> Region:
-    """The region of that name.
-
-    Raises:
-        UserError: it is not in the table; lists near ones, as "us-est-1" is as near to east as to west.
-    """
+    """The region of that name; UserError, with near names ("us-est-1" is as near to east as to west), if unknown."""
     found = regions().get(name.lower())
     if found is None:
         near = difflib.get_close_matches(name.lower(), list(regions()), n=3)

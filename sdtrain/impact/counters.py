@@ -19,8 +19,7 @@ class Counter(Protocol):
 class GpuCounter:
     """The energy of one whole GPU (NVML, Volta and later; mJ since the driver was loaded); pynvml must be initialised.
 
-    Raises:
-        nvml.NVMLError: no such counter, as for parts of a GPU (MIG).
+    NVMLError if there is no such counter, as for parts of a GPU (MIG).
     """
 
     def __init__(self, nvml: Any, uuid: str):
@@ -39,10 +38,8 @@ class GpuCounter:
 class RaplCounter:
     """The energy of one whole package or its memory, from its powercap folder `zone` (in uJ).
 
-    It must be read before it wraps around, which for some packages is after five minutes at full load.
-
-    Raises:
-        OSError: unreadable, as since Linux 5.10 by default for all but root.
+    It must be read before it wraps around, which for some packages is after five minutes at full load. OSError if it is
+    unreadable, as since Linux 5.10 by default for all but root.
     """
 
     def __init__(self, zone: Path):

@@ -60,11 +60,7 @@ class EnergyLog:
             writer.writerow({name: _short(value) for name, value in asdict(spent).items()})
 
     def sessions(self) -> list[Spent]:
-        """The last line of each session, in order of start; lines truncated by a crash are skipped.
-
-        Raises:
-            UserError: the file is no energy log.
-        """
+        """Each session's last line, in order of start, skipping truncated lines; UserError if it is no energy log."""
         if not self.path.exists():
             return []
         with self.path.open(newline="") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class DatasetFacts(Settings):
     select_rules: dict[str, Any] = Field(default={})
     keep_rules: dict[str, Any] = Field(default={})
     duplicates: str = ""
+    crops: str = ""
+    """How images were cut to squares before they were encoded."""
     funnel: list[tuple[str, str, str, int, int]] = Field(default=[])
     """(stage, reason, meaning, dropped, remaining); the first row is all metadata."""
     stage_hours: dict[str, float] = Field(default={})
@@ -52,16 +55,13 @@ class DatasetFacts(Settings):
 
 
 def dataset_facts(root: Path) -> DatasetFacts:
-    """Reads a dataset's records.
-
-    Raises:
-        UserError: its ledger of removals is damaged.
-    """
+    """Reads a dataset's records; UserError if its ledger of removals is damaged."""
     dataset = DatasetDir(root)
     funnel, hours = _counts(dataset.database)
     return DatasetFacts(
         root=str(root),
         **_recipe(dataset.recipe),
+        crops=_crops(dataset.latents_info),
         funnel=funnel,
         stage_hours=hours,
         num_removed=read_ledger(dataset.removed).num_rows if dataset.recipe.exists() else None,
@@ -81,6 +81,16 @@ def _recipe(path: Path) -> dict[str, Any]:
         "keep_rules": keep.get("rules", {}),
         "duplicates": recipe.get("duplicates", {}).get("level", ""),
     }
+
+
+def _crops(path: Path) -> str:
+    """How the images of latents/info.json were resized and cropped; empty if there is no such record."""
+    try:
+        info = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return ""
+    several = f" ({info['num_crops']} of each image, one an epoch)" if "num_crops" in info else ""
+    return f"{info.get('resize', 'not recorded')}{several}"
 
 
 def _counts(database: Path) -> tuple[list[tuple[str, str, str, int, int]], dict[str, float]]:

@@ -29,11 +29,7 @@ class Ancestor:
 
 
 def ancestor(run: Path) -> Ancestor:
-    """A run as a link.
-
-    Raises:
-        UserError: it is no run, or its config is unreadable.
-    """
+    """A run as a link; UserError if it is no run, or its config is unreadable."""
     config_file = run / "config.yaml"
     if not config_file.exists():
         raise UserError(f"{run} holds no training run (no config.yaml). Give a run's directory, such as runs/tiny.")
@@ -42,11 +38,7 @@ def ancestor(run: Path) -> Ancestor:
 
 
 def lineage(run: Path) -> list[Ancestor]:
-    """The chain, from its first run to this one.
-
-    Raises:
-        UserError: the run itself cannot be read.
-    """
+    """The chain, from its first run to this one; UserError if the run itself cannot be read."""
     chain, seen = [ancestor(run)], {run.resolve()}
     while (config := chain[0].config) is not None and config.init_from is not None:
         path = _find(config.init_from, Path(chain[0].source))

@@ -41,10 +41,9 @@ _ALSO = ("seed", "size_px", "network", "network_sha256", "resize")
 
 
 def write_card(run: Path) -> Path:
-    """Writes RUN/README.md from the records of a run and of its datasets; returns its path.
+    """Writes RUN/README.md from the records of a run and its datasets; returns its path.
 
-    Raises:
-        UserError: `run` is no training run, or one of its records is damaged.
+    UserError if `run` is no training run, or one of its records is damaged.
     """
     chain = lineage(run)
     config = load_settings(TrainConfig, run / "config.yaml")
@@ -61,6 +60,7 @@ def write_card(run: Path) -> Path:
         chain=chain,
         step=chain[-1].step,
         datasets=datasets,
+        crops=_crops(config, datasets),
         energy=energy,
         total_kg=total_kg,
         intensity=config.card.intensity(),
@@ -84,6 +84,13 @@ def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
     with publish(run / _KEPT_FACTS) as temporary:
         temporary.write_text(json.dumps([fact.model_dump(mode="json") for fact in facts], indent=1) + "\n")
     return facts
+
+
+def _crops(config: TrainConfig, datasets: Sequence[DatasetFacts]) -> str:
+    """How images were cut to what the network sees."""
+    if config.data.online_vae:
+        return "resized, then one at random, anew whenever an image is seen"
+    return "; ".join(dict.fromkeys(facts.crops for facts in datasets if facts.crops)) or "not recorded"
 
 
 def _here(root: str) -> Path:
@@ -183,11 +190,7 @@ class Evaluation:
 
 
 def read_evaluation(folder: Path) -> Evaluation | None:
-    """Reads an evaluation's results; None if there are none.
-
-    Raises:
-        UserError: they are damaged.
-    """
+    """Reads an evaluation's results; None if there are none, UserError if they are damaged."""
     path = folder / "results.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""CLIP models by open_clip: weights, tokenizer and preprocessing."""
+"""Loads open_clip's CLIP models, with their tokenizer and preprocessing."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The preprocessing of a CLIP model; OpenAI's way but for the size, unless told otherwise.
+    """A CLIP model's preprocessing; all defaults but the size are OpenAI's.
 
     Attributes:
-        size_px: side of the square that it sees.
-        mean: of its training images' channels, from 0 to 1.
-        std: likewise.
+        size_px: side of the square input.
+        mean, std: of the training images' channels, from 0 to 1.
         resample: "bicubic" or "bilinear".
-        squash: both sides are brought to `size_px`; else the shorter one, and the centre is cropped.
+        squash: resize both sides to `size_px`; else the shorter one, then crop the centre.
     """
 
     size_px: int
@@ -47,12 +46,12 @@ class Preprocess:
         return wide, high
 
     def centre(self, width: int, height: int) -> tuple[int, int]:
-        """Left and top edge of the centre."""
+        """Left and top edge of the centre crop."""
         return round((width - self.size_px) / 2.0), round((height - self.size_px) / 2.0)
 
 
 def clip_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """What CLIP sees of an RGB image, before normalisation: `size_px` square, resized by Pillow."""
+    """CLIP's view of an RGB image, before normalisation: `size_px` square, resized by Pillow."""
     size = preprocess.resized_px(*image.size)
     resized = image.resize(size, Image.Resampling[preprocess.resample.upper()])
     left, top = preprocess.centre(*size)
@@ -65,8 +64,8 @@ def pixels_of(image: Image.Image) -> Tensor:
 
 
 def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 as networks want it, on the same device."""
-    # Divided by a tensor, because CUDA multiplies by the reciprocal of a number, which is not bit for bit the same.
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) normalised float32, on the same device."""
+    # Divided by a tensor: CUDA multiplies by a number's reciprocal, which is not bit-identical.
     scale, mean_, std_ = (
         torch.tensor(tuple(values), device=pixels.device).view(-1, 1, 1) for values in ((255.0,), mean, std)
     )
@@ -76,8 +75,7 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     """An open_clip model in eval mode, and its tokenizer.
 
-    Raises:
-        UserError: unknown model or weights, or weights trained with QuickGELU (OpenAI's) in a model without it.
+    UserError for an unknown model or weights, or weights trained with QuickGELU (OpenAI's) in a model without it.
     """
     import open_clip
 
@@ -111,22 +109,15 @@ def _readable(path: Path) -> str:
 
 
 def embedding_size(model: str) -> int:
-    """How many numbers the model's embeddings have.
-
-    Raises:
-        UserError: open_clip does not know the model.
-    """
+    """The number of the model's embedding dimensions; UserError if open_clip does not know the model."""
     return int(_config(model)["embed_dim"])
 
 
 def clip_preprocess(network: Any, model: str, weights: str) -> Preprocess:
-    """How the model was shown images when it was trained.
+    """The preprocessing of the model's training.
 
-    Published weights say so themselves. For a file, all published weights of the same model are asked; where there are
-    none, or where they differ, it is taken for OpenAI's way.
-
-    Raises:
-        UserError: it is a way that we do not have.
+    Published weights record theirs. A file's is that of all published weights of the same model if they agree, else
+    OpenAI's. UserError if it is of a kind that we do not support.
     """
     import open_clip
 

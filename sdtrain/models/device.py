@@ -1,4 +1,4 @@
-"""Assigns GPUs to processes, as many to each as to any other."""
+"""Spreads a machine's GPUs evenly over its processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_claims: list[IO[str]] = []  # open for as long as the process lives: the lock ends with the file
+_claims: list[IO[str]] = []  # open while the process lives: the lock ends with the file
 
 
 def cores_of_process() -> int:
-    """Cores for this process' own threads: its share where each GPU has a process; 2 beside a network on the CPU."""
+    """Cores for this process's own threads: its share if each GPU has a process; 2 beside a network on the CPU."""
     import torch
 
     num_gpus = torch.cuda.device_count()
@@ -27,10 +27,10 @@ def cores_of_process() -> int:
 
 @lru_cache(maxsize=1)
 def claim_device() -> torch.device:
-    """This process's GPU, the same at each call; the CPU where there is none.
+    """This process's GPU, the same at each call; the CPU if there is none.
 
-    Processes that an engine starts side by side need not be told which is whose: each takes the first GPU that the
-    fewest others on this machine hold, and gives it back by ending, however it ends.
+    Parallel processes need no assignment: each takes the first GPU held by the fewest others on this machine, and
+    releases it by ending, however it ends.
     """
     import torch
 
@@ -43,14 +43,11 @@ def claim_device() -> torch.device:
 
 
 def claim(gpus: Sequence[str], folder: Path) -> int:
-    """Takes the first of the GPUs that the fewest processes hold, until this process ends.
+    """Claims the first of the GPUs held by the fewest processes, until this process ends; returns its index in `gpus`.
 
     Args:
         gpus: names that are the same in every process of this machine.
         folder: for the locks.
-
-    Returns:
-        Its position among `gpus`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for turn in count():

@@ -1,4 +1,4 @@
-"""The samplers: PLMS as SD v1 was evaluated with, DDIM, DPM-Solver++; all of them diffusers' own."""
+"""Makes diffusers' samplers: PLMS, with which SD v1 was evaluated, DDIM and DPM-Solver++."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sdtrain.errors import UserError
 
 
 def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler:
-    """The sampler that fits what was trained, with its noise schedule and the kind of its prediction.
+    """The sampler for a training config, with its noise schedule and prediction type.
 
     PNDM without its Runge-Kutta steps is diffusers' name for the PLMS sampler of CompVis/stable-diffusion,
-    ldm/models/diffusion/plms.py. A model with zero terminal SNR has to be sampled from its last timestep, where PLMS
-    cannot begin: there it is DDIM with trailing steps (Lin et al. 2024, arXiv:2305.08891, section 3.3).
+    ldm/models/diffusion/plms.py. A model with zero terminal SNR must be sampled from its last timestep, where PLMS
+    cannot begin, so it gets DDIM with trailing steps (Lin et al. 2024, arXiv:2305.08891, section 3.3).
     """
     common = {
         "num_train_timesteps": config.num_timesteps,
@@ -34,7 +34,7 @@ def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler
 
 
 def make_scheduler(name: SamplerName | None, config: Mapping[str, Any]) -> Any:
-    """A diffusers scheduler for the noise schedule of a model.
+    """A diffusers scheduler for a model's noise schedule.
 
     Args:
         name: `plms` (Liu et al. 2022, arXiv:2202.09778), `ddim` (Song et al. 2021, arXiv:2010.02502, eta 0), or `dpm`
@@ -42,9 +42,9 @@ def make_scheduler(name: SamplerName | None, config: Mapping[str, Any]) -> Any:
         config: of the model's scheduler.
 
     Raises:
-        UserError: a sampler that cannot begin where the model's noise schedule does.
+        UserError: the sampler cannot begin at the schedule's start.
     """
-    # With it another class takes its own defaults for what was not chosen: other timesteps than after an export.
+    # With this key another class would use its own defaults, hence other timesteps than after an export.
     config = {key: value for key, value in config.items() if key != "_use_default_values"}
     from_pure_noise = bool(config.get("rescale_betas_zero_snr"))
     if name is None:

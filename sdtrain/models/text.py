@@ -1,4 +1,4 @@
-"""Captions as CLIP's token ids."""
+"""Tokenizes captions for CLIP."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import CLIPTokenizer
 
-# A tokenizer sets its padding before it works, so that two threads may not use one at the same time.
+# A tokenizer sets its padding before use, so threads must take turns.
 _TOKENIZING = threading.Lock()
 
 
 class CaptionTokens:
-    """Captions as token ids; those of the empty caption are made once."""
+    """Tokenizes captions, caching the empty one's token ids."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         self._tokenize = partial(tokenize, tokenizer)
@@ -32,7 +32,7 @@ class CaptionTokens:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
-    """Token ids, (B, L) int64: truncated and padded to the encoder's length, the end token kept."""
+    """Token ids, (B, L) int64: truncated (keeping the end token) and padded to the encoder's length."""
     with _TOKENIZING:
         encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids

@@ -9,6 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from sdtrain.config.sections import SpeedConfig, UNetConfig
+from sdtrain.models.layout import store_channels_last
 
 LATENT_CHANNELS = 4
 
@@ -68,8 +69,11 @@ def prepare_for(
     is_plain = speed.attention == "plain" or (speed.attention == "auto" and device.type == "cpu")
     unet.set_attn_processor(AttnProcessor() if is_plain else AttnProcessor2_0())
     layout = memory_format(device, speed)
-    # ZeRO lays the weights out one behind the other, and DeepSpeed cannot take them in another layout.
-    return unet.to(device=device, memory_format=torch.contiguous_format if for_training else layout)
+    if not for_training:
+        return unet.to(device=device, memory_format=layout)
+    if layout is torch.channels_last:  # ZeRO's flat vector knows no strides
+        store_channels_last(unet)
+    return unet.to(device=device)
 
 
 def memory_format(device: torch.device, speed: SpeedConfig) -> torch.memory_format:

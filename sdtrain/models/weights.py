@@ -1,4 +1,4 @@
-"""Weights of networks: files, or published ones that are fetched once into a cache."""
+"""Finds networks' weights: local files, or published ones fetched once into a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
-# Weights for trials. Where the published network is large, the first means a small one of the same form.
+# Weights for trials. If the published network is large, the first prefix means a small one of the same form.
 RANDOM = "random:"
 RANDOM_FULL = "random-full:"
 DEMO_WEIGHTS = Path(__file__).parents[1] / "demo" / "weights"
@@ -27,13 +27,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """Weights that others have published.
+    """Published weights.
 
     Attributes:
-        url: where they are.
+        url: to fetch them from.
         file: their name in the cache.
-        sha256: of the file; None where the publisher names none and we have not seen the file. Such a file is trusted
-            when it is first used: its digest is written down beside it in the cache, and has to be that from then on.
+        sha256: of the file; None if the publisher names none and we have not seen the file. Such a file is trusted on
+            first use: its digest is recorded beside it in the cache and must match from then on.
     """
 
     url: str
@@ -42,12 +42,12 @@ class Published:
 
 
 def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "name another file") -> Path:
-    """A file of weights: a known name (fetched into the cache if need be) or a path.
+    """The weights file for a known name (fetched into the cache if needed) or a path.
 
     Args:
-        name: what the user wrote.
+        name: as the user wrote it.
         known: published weights by name.
-        otherwise: what else the user can do, when a known name cannot be fetched.
+        otherwise: the user's alternative if a known name cannot be fetched.
 
     Raises:
         UserError: no such file or name, the download failed, or the file is not the published one.
@@ -75,16 +75,12 @@ def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "na
 
 
 def cache_dir() -> Path:
-    """Where fetched weights are kept: $SDTRAIN_CACHE, or ~/.cache/sdtrain."""
+    """The folder of fetched weights: $SDTRAIN_CACHE, or ~/.cache/sdtrain."""
     return Path(os.environ.get("SDTRAIN_CACHE") or Path.home() / ".cache" / "sdtrain")
 
 
 def random_seed(name: str) -> int | None:
-    """The seed of `random:SEED` and `random-full:SEED`, or None for other names.
-
-    Raises:
-        UserError: it is no number.
-    """
+    """The seed of `random:SEED` and `random-full:SEED`, None for other names; UserError if it is no number."""
     if not name.startswith((RANDOM, RANDOM_FULL)):
         return None
     kind, _, seed = name.partition(":")
@@ -96,7 +92,7 @@ def random_seed(name: str) -> int | None:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Networks built inside have the same random weights each time; the caller's random numbers are left alone."""
+    """Networks built inside have the same random weights each time; the caller's random state is unchanged."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
@@ -107,8 +103,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 def read_state(path: Path) -> dict[str, Any]:
     """Tensors by name from .safetensors or a PyTorch file, on the CPU; nothing is unpickled but tensors.
 
-    Raises:
-        UserError: the file is neither, or holds more than tensors.
+    UserError if the file is neither, or holds more than tensors.
     """
     import torch
     from safetensors import SafetensorError
@@ -127,11 +122,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _check_first_seen(path: Path, digest: str) -> None:
-    """Writes the digest down where there is none yet, in the form of sha256sum, and else compares."""
+    """Records the digest, in sha256sum's format, if there is none yet, and else compares."""
     seen = path.with_name(f"{path.name}.sha256")
     if not seen.exists():
         _log.warning("%s has no published digest; trusted now, with sha256 %s.", path, digest)
-        with suppress(PermissionError), publish(seen) as temporary:  # a cache that others fill may not be ours to write
+        with suppress(PermissionError), publish(seen) as temporary:  # a shared cache may not be writable
             temporary.write_text(f"{digest}  {path.name}\n")
     elif seen.read_text().split()[:1] != [digest]:
         raise UserError(
@@ -160,13 +155,13 @@ def _download(published: Published, path: Path, otherwise: str) -> None:
 
 
 def clip_digest(model: str, weights: str | None) -> str:
-    """What identifies CLIP's weights: open_clip's tag, a seed, or a file's digest; "none" without CLIP."""
+    """Identifies CLIP's weights: open_clip's tag, a seed, or a file's digest; "none" without CLIP."""
     if weights is None or random_seed(weights) is not None:
         return weights or "none"
     path = Path(weights).expanduser()
-    if not path.is_file():  # a tag: the name of anything else is refused when the weights are loaded
+    if not path.is_file():  # a tag: loading the weights refuses any other name
         return weights
-    # Tags go before files, and none has a folder.
+    # Tags take precedence over files, and none has a folder.
     return weights if path.name == weights and _is_tag(model, weights) else sha256_of(find_weights(weights, {}))
 
 

@@ -1,4 +1,4 @@
-"""The plan of packing: the packed shard of each kept sample, and where its image lies among the downloaded ones."""
+"""Plans packing: each kept sample's packed shard, and its image's location in the downloaded shards."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from sdtrain.errors import UserError
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
 """Columns of the images tables that travel with the sample."""
 SHORT = b"sdtrain.short_shards"
-"""In the metadata of decisions.parquet: JSON, how many samples each packed shard has lost since."""
+"""In the metadata of decisions.parquet, JSON: the number of samples each packed shard has lost since."""
 
 _ORDER = "md5(d.uid || $seed), d.uid"
-# One pass over the tables, however many packed shards there are: each holds samples of nearly all image shards.
+# One pass over the tables for all packed shards, as each draws from nearly all image shards.
 _PLAN = f"""
 SELECT d.shard, {", ".join(f"i.{name}" for name in PROVENANCE)}, i.extension, i.picture_offset, i.picture_bytes
 FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid
@@ -49,7 +49,7 @@ _ONE_AT_A_TIME = Lock()
 
 
 def shard_sizes(dataset: DatasetDir, config: PackConfig) -> list[int]:
-    """How many samples each packed shard has: N, the last one the rest, and those less that lost some to a removal."""
+    """The number of samples in each packed shard: N, or the rest in the last one, less those removed."""
     decisions = dataset.decisions
     num_kept = require_entry(dataset, "keep", 0).num_out
     changed_ns = decisions.stat().st_mtime_ns if decisions.exists() else 0
@@ -65,28 +65,28 @@ def _sizes(num_kept: int, size: int, decisions: Path, mtime_ns: int) -> tuple[in
 
 
 def short_shards(decisions: Path) -> dict[int, int]:
-    """How many samples were removed from which packed shard since the decisions were made."""
+    """The number of samples removed from each packed shard since the decisions."""
     described = (pq.read_schema(decisions).metadata or {}) if decisions.exists() else {}
     return {int(shard): num for shard, num in json.loads(described.get(SHORT, b"{}")).items()}
 
 
 def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
-    """How many packed shards there are, by the manifest alone; None before the decisions."""
+    """The number of packed shards, from the manifest alone; None before the decisions."""
     decided = read_entry(dataset, "keep", 0)
-    # After a removal there may be more than the samples would fill.
+    # After removals there may be more shards than the samples would fill.
     recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
     return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
 
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
-    """The samples of one packed shard in their order: provenance, source shard and offset of the image."""
+    """The samples of one packed shard in order: provenance, source shard and offset of the image."""
     sizes = shard_sizes(dataset, config)
     begin = sum(sizes[:shard])
     return _rows(_plan(dataset, config), begin, begin + sizes[shard])
 
 
 def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> Counter[int]:
-    """How many of some samples belong into which packed shard; those that are not kept belong into none."""
+    """The number of the given samples in each packed shard, ignoring samples not kept."""
     ends = list(accumulate(shard_sizes(dataset, config)))
     values = {"decisions": str(dataset.decisions), "seed": str(config.seed), "uids": list(uids)}
     with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "places"))})) as connection:
@@ -94,8 +94,14 @@ def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> 
     return Counter(bisect_right(ends, place) for (place,) in places)
 
 
+def shortened(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> dict[bytes, bytes]:
+    """For the metadata of decisions.parquet without `uids`: what packing needs to make a lost shard as it was."""
+    short = Counter(short_shards(dataset.decisions)) + num_packed(dataset, config, uids)
+    return {SHORT: json.dumps({str(shard): number for shard, number in sorted(short.items())}).encode()}
+
+
 def forget_plan(dataset: DatasetDir) -> None:
-    """Deletes the plan; it is made again when it is needed."""
+    """Deletes the plan, which is rebuilt when needed."""
     dataset.pack_plan.unlink(missing_ok=True)
 
 
@@ -124,7 +130,7 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
         values["target"] = str(temporary)
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"
         try:
-            # Nothing of a user's is pasted: the digest is hexadecimal.
+            # No user input is interpolated: the digest is hexadecimal.
             written = f"COPY ({_PLAN}) TO $target ({options}, KV_METADATA {{'{_DIGEST.decode()}': '{digest}'}})"
             connection.execute(written, values)
         except duckdb.Error as error:
@@ -141,7 +147,7 @@ def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:
 
 
 def _rows(plan: Path, begin: int, end: int) -> list[dict[str, Any]]:
-    """Rows from `begin` up to `end`, of the row groups that hold them alone."""
+    """Rows [begin, end), reading only the row groups that hold them."""
     rows, first = list[dict[str, Any]](), 0
     with pq.ParquetFile(plan) as file:
         for number, size in enumerate(_group_sizes(file)):

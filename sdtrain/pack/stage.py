@@ -1,4 +1,4 @@
-"""PACK: kept samples -> WebDataset shards of exactly N, in a global shuffle."""
+"""The stage PACK: kept samples -> WebDataset shards of exactly N, in a global shuffle."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
+from sdtrain.dataset.rewriting import in_tar
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, Table, nothing_beside
@@ -28,19 +29,17 @@ from sdtrain.errors import UserError
 from sdtrain.pack.plan import PROVENANCE, expected_shards, planned, shard_sizes
 
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
-# Far below what a process may have open, and there are far more image shards than any number that could be.
+# Far below a process's limit of open files; image shards may far outnumber that limit.
 _OPEN_TARS = 128
-# Of tars that lie on S3: requests at once, and images asked for ahead.
+# For tars on S3: concurrent requests, and images prefetched.
 _THREADS, _AHEAD = 16, 64
 _HEADER_BYTES = 512
 
 
 class SourceTars:
-    """The downloaded shards, some of them open: packing jumps from one to another with every sample.
+    """Reads images from the downloaded shards, to another of which packing jumps with every sample.
 
-    Args:
-        dataset: whose.
-        max_open: files open at once; the one that was not used for longest is closed first.
+    At most `max_open` files are open; the least recently used is closed first.
     """
 
     def __init__(self, dataset: DatasetDir, max_open: int = _OPEN_TARS) -> None:
@@ -49,11 +48,7 @@ class SourceTars:
         self._threads = ThreadPoolExecutor(_THREADS, "pack")
 
     def read(self, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """Planned rows and their images, in the same order.
-
-        Raises:
-            UserError: a tar is missing, cut short or another one than its table describes.
-        """
+        """Yields the planned rows with their images, in order; UserError: a tar is missing, cut short or another's."""
         waiting = deque[tuple[dict[str, Any], Callable[[], bytes]]]()
         for row in rows:
             waiting.append((row, self._asked(row)))
@@ -63,13 +58,13 @@ class SourceTars:
             yield _checked(self._dataset, *waiting.popleft())
 
     def close(self) -> None:
-        """Closes all that are open."""
+        """Closes all open tars."""
         self._threads.shutdown(cancel_futures=True)
         while self._open:
             self._open.popitem()[1].close()
 
     def _asked(self, row: dict[str, Any]) -> Callable[[], bytes]:
-        """What gives the bytes of an image and of the header before it; of a tar on S3 they are on their way."""
+        """Returns a function that gives the bytes of an image and its tar header; a read from S3 has already begun."""
         tar, shard = self._dataset.images_tar(row["shard"]), row["shard"]
         extent = row["picture_offset"] - _HEADER_BYTES, row["picture_bytes"] + _HEADER_BYTES
         if shard in self._open or tar.exists() or not storage_of(self._dataset).is_remote:
@@ -110,7 +105,7 @@ def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]
 
 
 def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardReport:
-    """Copies the samples of one packed shard out of the image shards, one after the other, without re-encoding."""
+    """Copies one packed shard's samples out of the image shards, without re-encoding."""
     rows = planned(dataset, config, shard)
     with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
         samples = ((row["key"], _members(row, image)) for row, image in tars.read(rows))
@@ -123,7 +118,7 @@ def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardRepo
 
 
 def write_index(dataset: DatasetDir) -> Path:
-    """Writes dataset/index.json, which lists the finished shards in the form that webdataset's `wids` reads."""
+    """Writes dataset/index.json, which lists the finished shards in webdataset's `wids` format."""
     path = dataset.packed_tar(0).with_name("index.json")
     shards = []
     for entry in entries(dataset, "pack"):
@@ -155,7 +150,7 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     keep = require_entry(dataset, "keep", 0)
-    # keep's own fingerprint holds the digests of the image shards: the same decisions may be about other bytes.
+    # keep's own fingerprint holds the image shards' digests: the same decisions may be about other bytes.
     return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
 
 
@@ -166,7 +161,7 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
 
 
 def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
-    """Deletes packed shards of an earlier, larger packing, and what was encoded from them: readers list the folders."""
+    """Deletes an earlier packing's surplus shards and their latents, because readers list the folders."""
     for entry in dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json"):
         shard = int(entry.stem)
         if shard >= num_shards:
@@ -193,6 +188,7 @@ PACK: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.packed_table,
+        rewriting=in_tar(lambda tar, sample: image_location(sample)),
     ),
     drops=None,
     uses_gpu=False,

@@ -62,11 +62,7 @@ def chain(until: RunName) -> list[Phase]:
 
 
 def find_chain(name: str) -> list[Phase]:
-    """The runs of a published model, e.g. "v1-4", in order of training.
-
-    Raises:
-        UserError: no such model.
-    """
+    """The runs of a published model, e.g. "v1-4", in order of training; UserError if there is no such model."""
     if name not in CHAINS:
         raise UserError(f"There is no chain '{name}'.{nearest(name, list(CHAINS))}")
     return chain(CHAINS[name])

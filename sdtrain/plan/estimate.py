@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.gpus import board_watts
-from sdtrain.plan.rates import Rates, find_rate
-from sdtrain.settings import nearest
-
-GPUS = ("a100", "h100", "h200")
+from sdtrain.plan.rates import Rates, find_rate, stated_speed
+from sdtrain.plan.speeds import Load, SpeedEstimate, estimate_speed, require_gpu
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,7 @@ class Machines:
     price_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
-        if self.gpu not in GPUS:
-            raise UserError(f"No training rate is known for the GPU '{self.gpu}'.{nearest(self.gpu, list(GPUS))}")
+        require_gpu(self.gpu)
 
 
 @dataclass(frozen=True)
@@ -51,6 +48,7 @@ class Line:
         cost: of the GPUs, in the user's currency; None if no price was stated.
         kg: CO2 equivalents; None if no region was stated.
         source: of the rate.
+        remarks: what the rate assumes beyond its source.
     """
 
     part: str
@@ -63,6 +61,7 @@ class Line:
     cost: float | None
     kg: float | None
     source: str
+    remarks: tuple[str, ...] = ()
 
 
 class Planner:
@@ -72,11 +71,7 @@ class Planner:
         self._rates, self._machines = rates, machines
 
     def dataset(self, job: DatasetJob) -> list[Line]:
-        """The stages of a dataset.
-
-        Raises:
-            UserError: a recipe or size without rates.
-        """
+        """The stages of a dataset; UserError if a recipe or size has no rates."""
         rate = self._value
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
         known_metadata = self._rates.get(f"metadata_{job.recipe}")
@@ -86,25 +81,32 @@ class Planner:
         kept = images * rate("kept_share")
         picture_bytes = rate(_nearest_size(job.image_px))
         latents = kept * job.num_crops
+        latents_disk = latents * latent_bytes(job.resolution)
         return [
             self._on_cores(job.recipe, "select", metadata, table, "select_rows"),
             self._on_cores(job.recipe, "download", rows, images * picture_bytes, "download_pictures"),
-            self._on_gpus(job.recipe, "score", images, images * rate("score_row_bytes"), "score_pictures"),
+            self._stage_on_gpus(job.recipe, "score", images, images * rate("score_row_bytes"), "score_pictures"),
             self._on_one(job.recipe, "dedup", images, "dedup_pictures"),
             self._on_cores(job.recipe, "pack", kept, kept * picture_bytes, "pack_pictures"),
-            self._on_gpus(job.recipe, "encode", latents, latents * latent_bytes(job.resolution), "encode_pictures"),
+            self._stage_on_gpus(job.recipe, "encode", latents, latents_disk, "encode_pictures"),
         ]  # fmt: skip
 
     def training(self, config: TrainConfig) -> Line:
-        """A training run.
+        """A training run, with the largest micro-batch up to the config's that divides each GPU's share.
 
         Raises:
-            UserError: its resolution has no rate on this GPU.
+            UserError: its resolution has no rate on this GPU, or the GPUs cannot share its batch.
         """
-        name = f"train_{self._machines.gpu}_{config.data.resolution}"
-        if name not in self._rates:
-            raise UserError(f"No training rate is known at {config.data.resolution} px; there are some at 256 and 512.")
-        return self._on_gpus(config.name, "train", config.steps * config.global_batch_size, 0.0, name)
+        machines, resolution = self._machines, config.data.resolution
+        load = Load(machines.gpu, machines.num_gpus, _micro_batch(config, machines.num_gpus), resolution)
+        stated = self._rates.get(stated_speed(machines.gpu, resolution))
+        speed = estimate_speed(load) if stated is None else SpeedEstimate(stated.value, str(stated))
+        remarks = [*speed.remarks]
+        if load.micro_batch < config.micro_batch_size and stated is None:
+            remarks.insert(0, _small_micro_batch(config, load))
+        num = config.steps * config.global_batch_size
+        line = self._on_gpus(config.name, "train", num, 0.0, speed.images_per_s, speed.source)
+        return replace(line, remarks=tuple(remarks))
 
     def _value(self, name: str) -> float:
         return find_rate(name, self._rates).value
@@ -117,25 +119,32 @@ class Planner:
 
     def _on_cores(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
         core_hours = num / self._value(rate) / 3600
-        return self._line(part, stage, num, disk, core_hours / self._value("cpu_cores"), 0.0, core_hours, rate)
+        hours = core_hours / self._value("cpu_cores")
+        return self._line(part, stage, num, disk, hours, 0.0, core_hours, self._source(rate))
 
     def _on_one(self, part: str, stage: str, num: float, rate: str) -> Line:
         hours = num / self._value(rate) / 3600
-        return self._line(part, stage, num, 0.0, hours, 0.0, hours, rate)
+        return self._line(part, stage, num, 0.0, hours, 0.0, hours, self._source(rate))
 
-    def _on_gpus(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
-        gpu_hours = num / self._value(rate) / 3600
-        return self._line(part, stage, num, disk, gpu_hours / self._machines.num_gpus, gpu_hours, 0.0, rate)
+    def _stage_on_gpus(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
+        return self._on_gpus(part, stage, num, disk, self._value(rate), self._source(rate))
+
+    def _on_gpus(self, part: str, stage: str, num: float, disk: float, per_s: float, source: str) -> Line:
+        gpu_hours = num / per_s / 3600
+        return self._line(part, stage, num, disk, gpu_hours / self._machines.num_gpus, gpu_hours, 0.0, source)
+
+    def _source(self, rate: str) -> str:
+        return str(self._rates[rate])
 
     def _line(
-        self, part: str, stage: str, num: float, disk: float, hours: float, gpu_h: float, core_h: float, rate: str
+        self, part: str, stage: str, num: float, disk: float, hours: float, gpu_h: float, core_h: float, source: str
     ) -> Line:
         machines = self._machines
         price, intensity = machines.price_per_gpu_hour, machines.kg_per_kwh
         kwh = energy_kwh(gpu_h, board_watts(machines.gpu) or 0.0) + energy_kwh(core_h, CORE_W)
         cost = None if price is None else gpu_h * price
         kg = None if intensity is None else emissions_kg(kwh, intensity)
-        return Line(part, stage, num, disk, hours, gpu_h, core_h, cost, kg, str(self._rates[rate]))
+        return Line(part, stage, num, disk, hours, gpu_h, core_h, cost, kg, source)
 
 
 def latent_bytes(resolution: int) -> int:
@@ -157,6 +166,20 @@ def total(lines: Sequence[Line]) -> Line:
         None if None in costs else sum(cost for cost in costs if cost is not None),
         None if None in kgs else sum(kg for kg in kgs if kg is not None),
         "",
+    )
+
+
+def _micro_batch(config: TrainConfig, num_gpus: int) -> int:
+    if not (sizes := config.micro_batches(num_gpus)):
+        config.accumulation(num_gpus)  # says which batches and numbers fit
+    return max(size for size in sizes if size <= config.micro_batch_size)
+
+
+def _small_micro_batch(config: TrainConfig, load: Load) -> str:
+    return (
+        f"a global batch of {config.global_batch_size:,} leaves each of {load.num_gpus} GPUs "
+        f"{config.global_batch_size // load.num_gpus} images a step, so micro-batches of {load.micro_batch}: the "
+        "smaller they are, the more the host is the limit and not the GPU"
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import yaml
 
 from sdtrain.errors import UserError
+from sdtrain.plan.measured import read_measured
+from sdtrain.plan.speeds import TFLOP_PER_IMAGE, published_speeds
 from sdtrain.settings import Settings, nearest
 
 _FILE = Path(__file__).parent / "rates.yaml"
@@ -38,29 +40,35 @@ class Rate(Settings):
 Rates = dict[str, Rate]
 
 
-def load_rates(assumed: Iterable[str] = ()) -> Rates:
-    """All rates, overridden by `assumed`, as in "link_rot=0.4".
+def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
+    """All rates, with our measurements on `gpu`, overridden by `assumed`, as in "link_rot=0.4".
 
     Raises:
-        UserError: no such rate, or no positive number.
+        UserError: an unknown rate, or not a positive number.
     """
     content: dict[str, Any] = yaml.safe_load(_FILE.read_text())
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
+    for ours in read_measured().rates:
+        if ours.gpu == gpu:
+            unit = find_rate(ours.name, rates).unit
+            rates[ours.name] = Rate(value=ours.value, unit=unit, kind="measured", source=ours.source)
+    speeds = {stated_speed(known, px): "pictures/GPU/s" for known in published_speeds() for px in TFLOP_PER_IMAGE}
+    units = speeds | {name: rate.unit for name, rate in rates.items()}
     for text in assumed:
         name, _, value = text.partition("=")
-        find_rate(name, rates)
-        rates[name] = Rate(
-            value=_number(text, value, rates[name].unit), unit=rates[name].unit, kind="stated", source="yours"
-        )
+        if name not in units:
+            raise UserError(f"There is no assumption '{name}'.{nearest(name, list(units))}")
+        rates[name] = Rate(value=_number(text, value, units[name]), unit=units[name], kind="stated", source="yours")
     return rates
 
 
-def find_rate(name: str, rates: Rates) -> Rate:
-    """The rate of that name.
+def stated_speed(gpu: str, resolution: int) -> str:
+    """The name under which a user states the training speed of one GPU; takes the place of speeds.yaml's."""
+    return f"train_{gpu}_{resolution}"
 
-    Raises:
-        UserError: there is none; names the nearest.
-    """
+
+def find_rate(name: str, rates: Rates) -> Rate:
+    """The rate of that name; UserError, with the nearest name, if there is none."""
     if name not in rates:
         raise UserError(f"There is no assumption '{name}'.{nearest(name, list(rates))}")
     return rates[name]

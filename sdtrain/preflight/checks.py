@@ -11,8 +11,7 @@ from pathlib import Path
 from sdtrain.errors import UserError
 
 ROOM_IS_SURELY_TOO_SMALL = 0.5
-"""Share of estimated disk usage; estimates rest on assumed rates, so between this and all of it there is only a
-warning."""
+"""Share of the estimate; estimates rest on assumed rates, so between this and all of it there is only a warning."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,7 @@ def findings(checks: Iterable[Check]) -> list[Finding]:
 
 
 def require(checks: Iterable[Check]) -> list[Finding]:
-    """Runs all checks before any work begins.
-
-    Raises:
-        UserError: names all that failed.
-    """
+    """Runs all checks before any work begins; UserError names all that failed."""
     found = findings(checks)
     problems = list({finding.text: finding for finding in found if finding.is_problem}.values())
     if len(problems) == 1:
@@ -63,11 +58,7 @@ def require(checks: Iterable[Check]) -> list[Finding]:
 
 
 def check_writable(folder: Path) -> str:
-    """Tries to write a temporary file into `folder`, or its nearest existing parent.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """Tries to write a temporary file into `folder`, or its nearest existing parent; UserError if that fails."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=place):
@@ -80,8 +71,7 @@ def check_writable(folder: Path) -> str:
 def check_room(folder: Path, wanted_bytes: float, what: str, surely: float = ROOM_IS_SURELY_TOO_SMALL) -> str:
     """Compares an estimate of the bytes that `what` will write to `folder`, which need not exist, with the free space.
 
-    Raises:
-        UserError: less than the share `surely` of the estimate is free.
+    UserError if less than the share `surely` of the estimate is free.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free

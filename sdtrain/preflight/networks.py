@@ -14,8 +14,7 @@ _CAPTION = "a photograph"
 def check_vae(name: str) -> str:
     """Encodes and decodes a small image.
 
-    Raises:
-        UserError: no such VAE, or its latents are not four channels of an eighth of the image's side.
+    UserError if there is no such VAE, or its latents are not four channels of an eighth of the image's side.
     """
     import torch
 
@@ -42,8 +41,7 @@ def check_vae(name: str) -> str:
 def check_text_encoder(name: str, width: int | None = None) -> str:
     """Tokenizes and encodes a caption; compares the width with that of the UNet's cross-attention, if given.
 
-    Raises:
-        UserError: no such text encoder or tokenizer, or one that does not fit the other or the UNet.
+    UserError if there is no such text encoder or tokenizer, or it does not fit the other or the UNet.
     """
     import torch
 

@@ -70,8 +70,7 @@ class Report:
 def write_report(report: Report, path: Path) -> Path:
     """Writes `path`, with its diagrams and examples in a folder `images` beside it.
 
-    Raises:
-        UserError: the dataset has no views or no decisions yet.
+    UserError if the dataset has no views or no decisions yet.
     """
     if not report.dataset.database.exists():
         raise UserError(f"There is no {report.dataset.database}; run the build, or `sdtrain views`, first.")

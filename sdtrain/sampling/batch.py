@@ -48,11 +48,7 @@ class Model:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads the prompts of a text file, one per non-empty line.
-
-    Raises:
-        UserError: it cannot be read, is not UTF-8, or holds no prompt.
-    """
+    """Reads a text file's prompts, one per non-empty line; UserError if unreadable, not UTF-8 or without a prompt."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -78,8 +74,7 @@ def split_batches(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequenc
 def rank_and_device() -> tuple[int, int, str | None]:
     """Rank, world size and device under `torchrun` or `deepspeed`; without a launcher 0, 1 and None.
 
-    Raises:
-        UserError: more ranks on this machine than GPUs.
+    UserError if this machine has more ranks than GPUs.
     """
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     if world_size == 1:
@@ -99,11 +94,7 @@ def wait_for_all() -> None:
 
 
 def all_devices(num_processes: int | None = None) -> list[str]:
-    """Every GPU; without one, the CPU once per requested process.
-
-    Raises:
-        UserError: more processes than GPUs.
-    """
+    """Every GPU; without one, the CPU once per requested process. UserError for more processes than GPUs."""
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
         return ["cpu"] * (num_processes or 1)
@@ -117,8 +108,7 @@ def draw(
 ) -> Iterator[tuple[Job, Image.Image]]:
     """Yields images in the order of the jobs, as soon as they are drawn.
 
-    Raises:
-        UserError: no such model, or one with non-finite outputs.
+    UserError if there is no such model, or its outputs are not finite.
     """
     yield from draw_batches(model, split_batches(jobs, settings), settings, devices)
 

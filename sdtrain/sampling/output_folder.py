@@ -91,11 +91,7 @@ class SampleFolder:
         return [batch for batch in batches if not all(self.has(job) for job in batch)]
 
     def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
-        """Writes all existing images to a sheet, row by row.
-
-        Raises:
-            UserError: there is none.
-        """
+        """Writes all existing images to a sheet, row by row; UserError if there are none."""
         images = []
         for job in jobs:
             if self.path(job).exists():  # refused images do not

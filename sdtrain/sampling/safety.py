@@ -45,10 +45,7 @@ def check_images(
 def load_safety_checker(name: str, device: str = "cpu") -> SafetyCheck:
     """Loads diffusers' StableDiffusionSafetyChecker (analysed by Rando et al. 2022, arXiv:2210.04610).
 
-    `name` is its folder, a pipeline's folder that holds one, or a hub id.
-
-    Raises:
-        UserError: it is missing, or something else.
+    `name` is its folder, a pipeline's folder that holds one, or a hub id. UserError if it is none of these.
     """
     # Not at the top: it imports all of diffusers' pipelines, which would slow down sampling without a check.
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker

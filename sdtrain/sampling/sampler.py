@@ -27,10 +27,7 @@ class SampleSettings:
     """Sampling settings; the defaults are those of SD v1's samples.
 
     Guidance scale 1 skips the unconditional half. PLMS calls the UNet `num_steps` + 1 times. `sampler` None takes the
-    one that fits the model.
-
-    Raises:
-        UserError: `num_steps` or `batch_size` is below 1.
+    one that fits the model. UserError if `num_steps` or `batch_size` is below 1.
     """
 
     guidance_scale: float = 7.5
@@ -57,8 +54,7 @@ class Sampler:
     ) -> list[Image.Image]:
         """Samples one image per prompt, with initial noise from its own seed, whatever else is in the batch.
 
-        Raises:
-            UserError: prompts and seeds differ in number, or the model's outputs are not finite.
+        UserError if prompts and seeds differ in number, or the model's outputs are not finite.
         """
         settings = settings or SampleSettings()
         if len(prompts) != len(seeds):
@@ -125,11 +121,7 @@ class Sampler:
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:
-    """Arranges images of one size on a white sheet, row by row; nearly square by default.
-
-    Raises:
-        UserError: no images.
-    """
+    """Arranges images of one size on a white sheet, row by row, by default nearly square; UserError without images."""
     if not images:
         raise UserError("There are no images to put on a sheet.")
     columns = columns or math.ceil(math.sqrt(len(images)))

@@ -90,10 +90,10 @@ class CheckpointManager:
 
     def _part(self, checkpoint: Checkpoint, name: str) -> torch.Tensor:
         start = self._partition.start
-        return checkpoint.read(name, start, start + self._partition.master.numel())
+        return checkpoint.read_as(self._partition.slots, name, start, start + self._partition.master.numel())
 
     def _check_parameters(self, checkpoint: Checkpoint) -> None:
-        if checkpoint.layout.parameters != self._partition.slots:
+        if not checkpoint.holds(self._partition.slots):
             raise _another_unet(checkpoint.path)
 
     def save(self, step: int) -> None:

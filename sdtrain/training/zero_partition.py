@@ -9,6 +9,7 @@ from deepspeed import DeepSpeedEngine
 
 from sdtrain.errors import UserError
 from sdtrain.formats.checkpoint import slots_of
+from sdtrain.models.layout import channels_last_names, usual_shapes
 from sdtrain.training.deepspeed_internals import ZeroInternals
 from sdtrain.training.guards import StepGuard
 from sdtrain.training.optimizer import read_moments, restore_moments
@@ -19,7 +20,7 @@ class ZeroPartition:
 
     Attributes:
         master: this rank's shard of the fp32 weights.
-        slots: position of each parameter in the whole vector.
+        slots: position and memory layout of each parameter in the whole vector.
         start: offset of the shard in the whole vector.
 
     Raises:
@@ -29,7 +30,7 @@ class ZeroPartition:
     def __init__(self, engine: DeepSpeedEngine, rank: int):
         self._zero = ZeroInternals(engine)
         self.master = self._zero.master
-        self.slots = slots_of((name, p.shape) for name, p in engine.module.named_parameters() if p.requires_grad)
+        self.slots = slots_of(usual_shapes(engine.module), channels_last_names(engine.module))
         if [slot.offset for slot in self.slots] != self._zero.offsets:
             raise UserError(
                 "DeepSpeed lays the parameters out in another order than checkpoints have them. Remove "
@@ -89,6 +90,6 @@ class ZeroPartition:
         for slot in self.slots:
             first, last = max(slot.offset, self.start), min(slot.offset + slot.numel, self.start + len(part))
             if first < last:
-                flat = named[slot.name].detach().reshape(-1)[first - slot.offset : last - slot.offset]
+                flat = slot.flat(named[slot.name].detach())[first - slot.offset : last - slot.offset]
                 part[first - self.start : last - self.start] = flat.to("cpu", torch.float32)
         return part

@@ -18,6 +18,7 @@ from filters.remove.plan import find_removal
 from filters.rules import in_words
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.manifest import describe_outputs, read_entry
+from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard, pending, run_batch
 from tests.filters.dataset_fixtures import make_dataset
@@ -54,7 +55,9 @@ FACTS = {
     "planned_by": None,
     "num_shards": one_shard,
     "beside": nothing_beside,
-    "table": Table(view="tastes", comment="Taste", columns={"uid": "VARCHAR", "reason": "VARCHAR"}, path=path),
+    "table": Table(
+        view="tastes", comment="Taste", columns={"uid": "VARCHAR", "reason": "VARCHAR"}, path=path, rewriting=IN_TABLE
+    ),
     "drops": Drops(repeats=False, rules=rules, last={}, explain=in_words),
     "uses_gpu": False,
 }
@@ -100,18 +103,6 @@ def test_a_removed_sample_leaves_a_new_stage(tasted, tmp_path):
     assert (entry.num_in, entry.num_out, entry.dropped) == (26, 25, {"bland_image": 1})
 
 
-def test_a_stage_whose_tars_nobody_rewrites_is_told_before_a_removal_begins(tasted, tmp_path, monkeypatch):
-    dataset, _ = tasted
-    with_tars = replace(TASTE, table=replace(TASTE.table, columns={"uid": "VARCHAR", "tar": "VARCHAR"}))
-    monkeypatch.setattr("filters.pipeline.STAGES", in_order(*STAGES, with_tars))
-    (tmp_path / "list.txt").write_text(pq.read_table(path(dataset, 0))["uid"][1].as_py() + "\n")
-    removal = find_removal(dataset, tmp_path / "list.txt", "uid")
-    with pytest.raises(AssertionError, match="stage 'taste' writes tars"):
-        start_removal(dataset, removal)
-    assert not dataset.removal.exists()
-    assert not dataset.removed.exists()
-
-
 def test_prometheus_shows_a_new_stage(tasted):
     dataset, _ = tasted
     samples = (sample for metric in StatusCollector([str(dataset.root)]).collect() for sample in metric.samples)
@@ -128,5 +119,11 @@ def test_a_fact_left_out_fails_at_once(left_out):
 def test_a_pipeline_with_an_unknown_input_or_a_name_twice_fails_at_once():
     with pytest.raises(ValueError, match="reads savour, which is no stage before it"):
         in_order(*STAGES, replace(TASTE, inputs={"savour": "all shards"}))
-    with pytest.raises(ValueError, match="two stages have the name or view 'taste'"):
+    with pytest.raises(ValueError, match="two stages have the name 'taste'"):
         in_order(*STAGES, TASTE, replace(TASTE, table=None))
+
+
+@pytest.mark.parametrize("view", ["tastes", "images", "Hosts", "funnel", "metadata"])
+def test_a_view_whose_name_another_has_fails_at_once(view):
+    with pytest.raises(ValueError, match=f"two views '{view.lower()}'"):
+        in_order(*STAGES, TASTE, replace(TASTE, name="savour", table=replace(TASTE.table, view=view)))

@@ -41,7 +41,7 @@ TEST_FLOWS = """
 import subprocess, sys
 from pathlib import Path
 from prefect import flow
-from flows.support.user_errors import report_user_errors
+from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
 from sdtrain.dataset.layout import DatasetDir

@@ -35,7 +35,7 @@ WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "
 SCRIPT = """
 import sys
 from flows.build_dataset import build_dataset
-from flows.support.user_errors import report_user_errors
+from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train_unet
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""Datasets on S3: a work folder on a local disk, and its mirror under a prefix of a bucket."""
+"""Datasets on S3: a work folder on a local disk, mirrored under a prefix of a bucket."""

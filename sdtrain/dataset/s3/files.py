@@ -1,4 +1,4 @@
-"""Single files of a dataset, wherever it lies: on this machine's disk alone, or on S3 too."""
+"""Handles single files of a dataset, on the local disk or on S3."""
 
 from __future__ import annotations
 
@@ -15,25 +15,19 @@ def discard(dataset: DatasetDir, path: Path) -> None:
 
 
 def push_files(dataset: DatasetDir, *paths: Path) -> None:
-    """Writes files of a dataset to S3 that no manifest entry lists."""
+    """Stores on S3 files that no manifest entry lists."""
     storage_of(dataset).push_files(paths)
 
 
 def read_part(dataset: DatasetDir, path: Path, offset: int, num_bytes: int) -> bytes:
-    """A part of a dataset's file, which on S3 is not brought here for that."""
+    """Reads part of a dataset's file; from S3, without fetching the whole."""
     return storage_of(dataset).read_part(path, offset, num_bytes)
 
 
 def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
-    """Brings a shard's file here if it is missing; of a dataset that lies on disk alone, nothing.
+    """Fetches a file, named by its shard, of a stage's output if it is missing; does nothing for a local dataset.
 
-    Args:
-        root: the dataset's work folder.
-        path: of the file, named by its shard.
-        stage: whose output it is.
-
-    Raises:
-        UserError: it is not, or no longer, what the manifest here says.
+    `root` is the dataset's work folder. UserError if the file does not match the local manifest, or no longer does.
     """
     if path.exists():
         return

@@ -1,10 +1,10 @@
-"""One command at a time changes a dataset on S3, from whichever machine: an object is the lock, and a pulse keeps it.
+"""Lets one command at a time, on any machine, change a dataset on S3: an object is the lock, and a pulse keeps it.
 
-It is written on the condition that there is none (`If-None-Match: *`), and again and again on the condition that it
-is still ours (`If-Match`). A holder that was killed writes no more: after EXPIRY_S, by the store's clock alone, the
-next command takes the lock over, on the condition that it is still the one that has expired, so that one wins. A
-holder that slept for longer than that (a suspended laptop) finds the lock changed, and ends before it writes more.
-Between its last look at the lock and the end of an upload that was under way then, it may still replace an object.
+It is created on the condition that there is none (`If-None-Match: *`) and renewed on the condition that it is still
+ours (`If-Match`). A killed holder stops renewing: after EXPIRY_S, by the store's clock alone, the next command takes
+over, on the condition that the lock is still the expired one, so that only one command wins. A holder that slept longer
+than that (a suspended laptop) finds the lock changed and ends before it writes more. Between its last check of the lock
+and the end of an upload then under way, it may still replace an object.
 """
 
 from __future__ import annotations
@@ -31,13 +31,9 @@ _token: ContextVar[str] = ContextVar("lock_token", default="")
 
 
 class RemoteLock:
-    """A hold on a dataset on S3, until it is closed or its pulse ends.
+    """A lock on a dataset on S3, with a unique `token`, until it is closed or its pulse ends.
 
-    Attributes:
-        token: what tells it from every other hold.
-
-    Raises:
-        UserError: another command holds it, or the store knows no conditional writes.
+    UserError if another command holds it, or the store has no conditional writes.
     """
 
     def __init__(self, store: ObjectStore, command: str) -> None:
@@ -54,13 +50,9 @@ class RemoteLock:
         self._pulse.start()
 
     def check(self) -> None:
-        """Must be asked before anything is written.
-
-        Raises:
-            UserError: another command has taken the dataset over.
-        """
+        """Call it before each write; UserError if another command has taken over."""
         if not self._is_lost and _now() - self._renewed > EXPIRY_S / 2:
-            self._look()  # this machine slept, or the store did not answer for long: the pulse may not know yet
+            self._look()  # after sleep, or a long silence of the store, the pulse may not know yet
         if self._is_lost:
             raise UserError(
                 f"{self._store.url}: another command has taken this dataset over, because nothing was heard from here "
@@ -68,7 +60,7 @@ class RemoteLock:
             )
 
     def close(self) -> None:
-        """Lets go of the dataset; in a forked child it does nothing."""
+        """Releases the lock; does nothing in a forked child."""
         if os.getpid() != self._pid or self._ended.is_set():
             return
         self._ended.set()
@@ -100,7 +92,7 @@ class RemoteLock:
         )
 
     def _require_conditions(self) -> None:
-        """Some stores take conditional writes for plain ones; two commands would then both believe to be alone."""
+        """Some stores ignore the condition of a write; two commands would then both believe to hold the lock."""
         with suppress(ConflictError):
             self._write(IfNoneMatch="*")
             self._store.delete(LOCK_NAME)
@@ -113,7 +105,7 @@ class RemoteLock:
         while not self._ended.wait(EXPIRY_S / 4):
             try:
                 self._renew()
-            except UserError as error:  # the next beat may come through
+            except UserError as error:  # the next beat may succeed
                 _log.warning("The lock could not be renewed. %s", error)
             if self._is_lost:
                 return
@@ -126,7 +118,7 @@ class RemoteLock:
         self._renewed = _now()
 
     def _look(self) -> None:
-        """Whether the lock is still ours, as the store has it."""
+        """Asks the store whether the lock is still ours."""
         held = self._store.read(LOCK_NAME)
         if held is None or not self._is_ours(held):
             self._is_lost = True
@@ -134,22 +126,22 @@ class RemoteLock:
             self._etag = held.etag
 
     def _is_ours(self, held: Read) -> bool:
-        """After a write whose answer was lost on the way, and which was tried again."""
+        """Recognises our own content after a write whose answer was lost and which was retried."""
         return self.token.encode() in held.content
 
     def _write(self, **condition: str) -> str:
-        self._beats += 1  # another content, so another ETag
+        self._beats += 1  # changes the content, hence the ETag
         content = json.dumps(self._signed | {"beat": self._beats}) + "\n"
         return self._store.put_bytes(content.encode(), LOCK_NAME, **condition)
 
 
 def _now() -> float:
-    """Seconds, those during which the machine slept included."""
+    """Seconds, including those during which the machine slept."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def holder(store: ObjectStore) -> str | None:
-    """A sentence about the command that changes a dataset now, if any does."""
+    """Describes the command that is changing a dataset now, if any."""
     held = store.read(LOCK_NAME)
     return _said(held.content) if held and held.age_s <= EXPIRY_S else None
 
@@ -165,8 +157,8 @@ def _said(content: bytes) -> str:
 def with_lock_token(token: str) -> Iterator[None]:
     """Within the block, this process writes for the command whose lock has this token.
 
-    The processes and machines that work for a command do not take the lock, but must not write once it is lost. So they
-    receive its token with their work, and check it before each write.
+    A command's processes and machines do not take the lock, but must not write once it is lost, so they receive its
+    token with their work and check it before each write.
     """
     before = _token.set(token)
     try:
@@ -176,11 +168,7 @@ def with_lock_token(token: str) -> Iterator[None]:
 
 
 def check_lock_token(store: ObjectStore) -> None:
-    """Called before each write by a process that has not taken the lock itself.
-
-    Raises:
-        UserError: the command that it works for no longer holds the lock.
-    """
+    """Call it before each write in a process without a lock of its own; UserError if its command has lost the lock."""
     token, held = _token.get(), store.read(LOCK_NAME)
     if not token or held is None or token.encode() not in held.content:
         raise UserError(

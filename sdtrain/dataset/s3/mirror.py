@@ -1,8 +1,8 @@
-"""The mirror of a work folder under a prefix on S3: what is finished is there first, and counts only then.
+"""Mirrors a work folder under a prefix on S3; work counts as finished once it is there.
 
 S3 has no rename, but an object appears whole or not at all. So a shard's outputs are written first and its manifest
-entry last, there and then here; an entry here without one there counts for nothing. What is there is the dataset, and
-the work folder a copy of a part of it, which may be deleted between two commands.
+entry last, on S3 and then here; an entry found only here counts for nothing. The dataset is what is on S3; the work
+folder is a partial copy, which may be deleted between two commands.
 """
 
 from __future__ import annotations
@@ -29,16 +29,11 @@ _THREADS = 16
 _SYNC_LOCK = ".s3-sync"
 _MANIFEST = "manifest/"
 _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "latents/info.json")
-"""Files that are no output of a shard, and that every command looks at."""
+"""Files that no shard outputs and every command reads."""
 
 
 class Mirror(LocalStorage):
-    """One dataset on S3 and its work folder.
-
-    Attributes:
-        store: the objects.
-        may_write: raises where this process may no longer change the dataset.
-    """
+    """One dataset on S3 and its work folder; `may_write` raises if this process may no longer change the dataset."""
 
     is_remote = True
 
@@ -50,7 +45,7 @@ class Mirror(LocalStorage):
         self._guard = Lock()
 
     def lock(self, command: str) -> RemoteLock:
-        """Locks the dataset against all machines, and brings its work folder up to date."""
+        """Locks the dataset against all machines, and syncs its work folder."""
         lock = RemoteLock(self.store, command)
         try:
             self.may_write, self.lock_token = lock.check, lock.token
@@ -62,11 +57,11 @@ class Mirror(LocalStorage):
         return lock
 
     def active_command(self) -> str | None:
-        """A sentence about the command that holds the lock."""
+        """Describes the command that holds the lock."""
         return holder(self.store)
 
     def sync(self, may_delete: bool = True) -> None:
-        """Brings the record of what is finished here, and deletes here what no longer is."""
+        """Fetches the manifest, and deletes local files that it no longer lists."""
         with self._alone():
             self._known = found = self.store.list()
             names = {name for name in found if name.startswith(_MANIFEST)}
@@ -83,7 +78,7 @@ class Mirror(LocalStorage):
         self.may_write()
         name = self.dataset.relative(entry)
         changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
-        # In a removal the old entry stays, because its journal says that files and entries do not fit each other.
+        # In a removal the old entry stays, because its journal says that files and entries do not match.
         if changed and not self.dataset.removal.exists():
             self.store.delete(name)
         # Tar before table: whoever takes over half way finds what a killed run leaves on a disk.
@@ -99,7 +94,7 @@ class Mirror(LocalStorage):
         self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
 
     def push_files(self, paths: Iterable[Path]) -> None:
-        """Uploads files as they are, unless they are there already."""
+        """Uploads files that are not there already."""
         self.may_write()
 
         def put(path: Path) -> None:
@@ -110,42 +105,42 @@ class Mirror(LocalStorage):
         self._each(put, list(paths))
 
     def push_folder(self, folder: Path) -> None:
-        """Makes a folder there what it is here."""
+        """Mirrors a local folder to S3."""
         paths = [path for path in folder.rglob("*") if path.is_file()]
         self.push_files(paths)
         kept = {self.dataset.relative(path) for path in paths}
         self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
 
     def discard(self, path: Path) -> None:
-        """Deletes a file, there first."""
+        """Deletes a file, on S3 first."""
         self._discard(path)
         super().discard(path)
 
     def _discard(self, path: Path) -> None:
         name = self.dataset.relative(path)
         if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
-            return  # entries that are there are here too; all shards of a build are asked for before the first is made
+            return  # remote entries are all here too; a build asks for all shards before the first is made
         self.may_write()
         self.store.delete(name)
         self._objects().pop(name, None)
 
     def has(self, name: str, num_bytes: int) -> bool:
-        """Whether a file of that size is here or, if there is none, there."""
+        """Whether a file of that size exists here or else on S3."""
         if (self.dataset.root / name).exists():
             return super().has(name, num_bytes)
         seen = self._objects().get(name)
         return seen is not None and seen.size == num_bytes
 
     def has_copy(self, name: str, sha256: str) -> bool:
-        """Whether there is an object with that content; the store is asked."""
+        """Asks the store whether it has an object with that content."""
         return self.store.digest(name) == sha256
 
     def pull(self, wanted: Mapping[str, Stored | None]) -> None:
-        """Fetches files that are not here."""
+        """Fetches missing files."""
         self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """A part of a file here, or else of the object."""
+        """Reads part of the local file, or else of the object."""
         if path.exists():
             return super().read_part(path, offset, num_bytes)
         return self.store.read_part(self.dataset.relative(path), offset, num_bytes)
@@ -159,12 +154,12 @@ class Mirror(LocalStorage):
                 self.store.fetch(name, path, output.sha256 if output else None)
 
     def _renew(self, name: str) -> None:
-        """Brings a small file here if it is another than the one there."""
+        """Fetches a small file if it differs from the local one."""
         path, seen = self.dataset.root / name, self._objects()[name]
         if path.exists() and path.stat().st_size == seen.size and _md5(path) == seen.etag:
             return
         read = self.store.read(name)
-        if read is None:  # deleted since the list was made
+        if read is None:  # deleted since listing
             return
         if path.exists() and path.read_bytes() == read.content:  # some stores' ETags are no digests
             return
@@ -174,8 +169,8 @@ class Mirror(LocalStorage):
             temporary.write_bytes(read.content)
 
     def _drop(self, entry: Path) -> None:
-        """Forgets a shard that another machine has taken back: its entry, and its files here."""
-        # Downloaded images stay: they are reused if they are whole, and may not be available a second time.
+        """Deletes the entry and local files of a shard that another machine has undone."""
+        # Downloaded images stay: they are reused if whole, and may not be available a second time.
         is_download = entry.parent.name == "download"
         for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
             (self.dataset.root / name).unlink(missing_ok=True)
@@ -188,7 +183,7 @@ class Mirror(LocalStorage):
             return self._known
 
     def _forget_others(self, entry: bytes, name: str) -> None:
-        """Deletes files here that are not those of an entry which is new here, such as a killed run's."""
+        """Deletes local files, such as a killed run's, that differ from those of a newly fetched entry."""
         for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
             path = self.dataset.root / output_name
             if path.exists() and (path.stat().st_size != output.bytes or sha256_of(path) != output.sha256):
@@ -201,7 +196,7 @@ class Mirror(LocalStorage):
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process of this machine at a time."""
+        """Lets one process of this machine in at a time."""
         self.dataset.root.mkdir(parents=True, exist_ok=True)
         with (self.dataset.root / _SYNC_LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -219,7 +214,7 @@ class Mirror(LocalStorage):
 
 
 def mirror_of(dataset: DatasetDir) -> Mirror | None:
-    """The mirror of a dataset; None for one that lies on disk alone."""
+    """The mirror of a dataset; None for a local one."""
     url = dataset.url or _marked(dataset.root)
     return _mirror(dataset.root, url) if url else None
 
@@ -244,7 +239,7 @@ def _mirror(root: Path, url: str) -> Mirror:
 
 @contextmanager
 def _one_fetches(path: Path) -> Iterator[None]:
-    """Others that want the same file wait: threads, and the ranks of one machine."""
+    """Lets one thread or process fetch a file; others that want it wait."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.fetch")
     with lock.open("a") as file:

@@ -1,4 +1,4 @@
-"""Objects of one bucket, through boto3; what goes wrong is a sentence without secrets."""
+"""Reads and writes one bucket's objects through boto3; its errors are sentences without secrets."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from sdtrain.dataset.s3.url import S3Url
 from sdtrain.errors import UserError
 
 SHA256 = "sha256"
-"""The metadata of each object that we write: the digest of its content."""
+"""The metadata key of our objects' content digest."""
 _DELETED_AT_ONCE = 1000
 _MULTIPART_BYTES = 64 * 2**20
 _CONNECTIONS = 64
 _MISSING = ("404", "NoSuchKey", "NotFound")
-# 409: another conditional write was under way. Missing: there was to be one, and it is gone.
+# 409: a concurrent conditional write. Missing: the object that the condition names is gone.
 _CONFLICTS = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict", *_MISSING)
 _BEYOND = ("416", "InvalidRange")
 _PAUSES_S = (0.2, 1.0, 3.0)
-"""Between attempts at content whose connection ends before it does."""
+"""Pauses before reading content again after a broken connection."""
 _REFUSED = ("403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
 
 
 @dataclass(frozen=True)
 class Object:
-    """What a list of a bucket says of an object."""
+    """An object in a bucket's listing."""
 
     size: int
     etag: str
@@ -51,14 +51,13 @@ class Read:
 
 
 class ConflictError(Exception):
-    """A conditional write whose condition did not hold."""
+    """The condition of a conditional write does not hold."""
 
 
 class ObjectStore:
     """The objects under one prefix, by their names below it.
 
-    Raises:
-        UserError: boto3 is not installed; in each method, the store cannot be reached, refuses, or has no such bucket.
+    UserError if boto3 is not installed; in each method, if the store cannot be reached, refuses, or has no such bucket.
     """
 
     def __init__(self, url: S3Url) -> None:
@@ -66,7 +65,7 @@ class ObjectStore:
         self._client = _client(os.getpid())
 
     def list(self, begin: str = "") -> dict[str, Object]:
-        """Everything there is whose name begins so."""
+        """All objects whose names start with `begin`."""
         found, num_before = dict[str, Object](), len(self.url.key(""))
         with self._sentences("listed"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
@@ -78,7 +77,7 @@ class ObjectStore:
         return found
 
     def digest(self, name: str) -> str | None:
-        """The sha256 that was stored with an object; empty if others wrote it without one, None if it is not there."""
+        """The sha256 stored with an object; empty if its writer stored none, None if there is no object."""
         with self._sentences(f"read ({name})"):
             try:
                 head = self._client.head_object(Bucket=self.url.bucket, Key=self.url.key(name))
@@ -89,7 +88,7 @@ class ObjectStore:
         return str(head["Metadata"].get(SHA256, ""))
 
     def put(self, path: Path, name: str, sha256: str | None = None) -> None:
-        """Writes a file as an object, which appears whole or not at all, however long it is."""
+        """Uploads a file of any size as an object, which appears whole or not at all."""
         from boto3.s3.transfer import TransferConfig
 
         extra = {"Metadata": {SHA256: sha256 or sha256_of(path)}}
@@ -98,15 +97,9 @@ class ObjectStore:
             self._client.upload_file(str(path), self.url.bucket, self.url.key(name), ExtraArgs=extra, Config=config)
 
     def put_bytes(self, content: bytes, name: str, **condition: str) -> str:
-        """Writes a small object; returns its ETag.
+        """Writes a small object; returns its ETag. ConflictError if the condition does not hold.
 
-        Args:
-            content: of the object.
-            name: of the object.
-            condition: `IfNoneMatch="*"` where there must be none, or `IfMatch=etag` where it must be that one.
-
-        Raises:
-            ConflictError: the condition does not hold.
+        `condition` is `IfNoneMatch="*"` if there must be no object yet, or `IfMatch=etag` if it must be that one.
         """
         metadata = {SHA256: hashlib.sha256(content).hexdigest()}
         with self._sentences(f"written ({name})"):
@@ -129,15 +122,11 @@ class ObjectStore:
         return Read(content, answer["ETag"].strip('"'), _age_s(answer))
 
     def read_part(self, name: str, offset: int, num_bytes: int) -> bytes:
-        """A part of a large object, shorter where that ends before.
-
-        Raises:
-            FileNotFoundError: it is not there.
-        """
+        """Part of a large object, shorter if the object ends there; FileNotFoundError if there is none."""
         return self._get(name, Range=f"bytes={offset}-{offset + num_bytes - 1}")[0]
 
     def _get(self, name: str, **part: str) -> tuple[bytes, dict[str, Any]]:
-        """Content and answer; asked again when the connection ends within the content, which boto3 does not do."""
+        """Content and answer; retries connections that end within the content, which boto3 does not."""
         from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
 
         with self._sentences(f"read ({name})"):
@@ -159,15 +148,9 @@ class ObjectStore:
         return answer["Body"].read(), answer
 
     def fetch(self, name: str, path: Path, sha256: str | None = None) -> None:
-        """Brings an object here, under its final name once its content is known to be right.
+        """Fetches an object to `path`, its final name, once its content is verified.
 
-        Args:
-            name: of the object.
-            path: where it goes.
-            sha256: what its content must have; default: what was stored with it.
-
-        Raises:
-            UserError: it is not there, or has another content.
+        `sha256` is by default the digest stored with it. UserError if it is missing, or has another content.
         """
         with self._sentences(f"read ({name})"), publish(path) as temporary:
             wanted = sha256 or self.digest(name)
@@ -179,19 +162,19 @@ class ObjectStore:
                 )
 
     def delete(self, *names: str) -> None:
-        """Deletes objects; those that are not there are no error."""
+        """Deletes objects; missing ones are no error."""
         for begin in range(0, len(names), _DELETED_AT_ONCE):
             keys = [{"Key": self.url.key(name)} for name in names[begin : begin + _DELETED_AT_ONCE]]
             with self._sentences("changed"):
                 answer = self._client.delete_objects(Bucket=self.url.bucket, Delete={"Objects": keys, "Quiet": True})
-            if refused := answer.get("Errors"):  # the request itself succeeded
+            if refused := answer.get("Errors"):  # although the request succeeded
                 raise UserError(
                     f"{self.url}: {refused[0].get('Key')} cannot be deleted ({refused[0].get('Code')}). Let the "
                     "credentials delete objects, and run the same command again."
                 )
 
     def sweep(self) -> None:
-        """Gives up uploads in parts that a killed process began: they are no objects yet, and are paid for."""
+        """Aborts a killed process's multipart uploads, which are not objects yet but are charged for."""
         with self._sentences("listed"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
                 Bucket=self.url.bucket, Prefix=self.url.key("")
@@ -250,7 +233,7 @@ def _age_s(answer: dict[str, Any]) -> float:
 
 @lru_cache(maxsize=1)
 def _client(pid: int) -> Any:
-    """One for all threads of a process; a forked child must not share its parent's connections."""
+    """One client for all threads of a process; a forked child must not share its parent's connections."""
     if not importlib.util.find_spec("boto3"):
         raise UserError(
             "Datasets on s3:// need boto3, which is not installed. Install it: pip install 'sdtrain[remote]'."
@@ -259,10 +242,10 @@ def _client(pid: int) -> Any:
     from botocore.config import Config
 
     for name in ("boto3", "botocore", "s3transfer"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what they say below it holds signed requests
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a pool that is full is no news
+        logging.getLogger(name).setLevel(logging.WARNING)  # below it they log signed requests
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a full pool is normal
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    # Buckets as a part of the path: a store of one's own seldom has a host name for each bucket.
+    # Path-style addresses, because a self-hosted store seldom has a host name for each bucket.
     style = {"addressing_style": "path"} if endpoint else None
     config = Config(
         retries={"mode": "standard", "max_attempts": 6}, connect_timeout=10, max_pool_connections=_CONNECTIONS, s3=style

@@ -1,7 +1,7 @@
-"""Files of a dataset on S3 come here before they are read, and leave the work folder again where it is to stay small.
+"""Fetches a dataset's files from S3 before they are read, and evicts them from a work folder that is to stay small.
 
-Tables come before a stage begins, tars when each is opened. Whether large files leave is said by a file in the work
-folder, so that all who work for one build do the same; tables stay.
+Tables are fetched before a stage begins, tars when they are opened. A file in the work folder records whether large
+files are evicted, so that all workers of a build agree; tables stay.
 """
 
 from __future__ import annotations
@@ -16,18 +16,15 @@ from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
 Part = Literal["all shards", "same shard", "first shard"]
-"""What a shard of one stage reads of another. "same shard": of its own number, whose large files nobody else reads
-afterwards but `pack`, in parts."""
+"""The shards of another stage that a shard reads. "same shard": the one of its own number, whose large files
+nothing else reads afterwards but `pack`, in parts."""
 _FILE = ".s3-evict"
 
 
 def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequence[int]) -> None:
-    """Brings here the tables that some shards read; nothing, for a dataset that lies on disk alone.
+    """Fetches the tables that `shards`, about to be made, read; does nothing for a local dataset.
 
-    Args:
-        dataset: whose.
-        inputs: the stages that are read -> which of their shards.
-        shards: that are about to be made.
+    `inputs` maps the stages read to which of their shards.
     """
     if not storage_of(dataset).is_remote:
         return
@@ -39,7 +36,7 @@ def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequen
 
 
 def fetch_tables(dataset: DatasetDir) -> None:
-    """Brings here the tables of all stages, for questions about all of them."""
+    """Fetches the tables of all stages."""
     for stage in recorded_stages(dataset):
         fetch_outputs(dataset, stage, tars=False)
 
@@ -47,17 +44,17 @@ def fetch_tables(dataset: DatasetDir) -> None:
 def fetch_outputs(
     dataset: DatasetDir, stage: str, shards: Iterable[int] | None = None, tars: bool = True, as_they_are: bool = False
 ) -> None:
-    """Brings here what some finished shards of a stage consist of, if it is not here.
+    """Fetches missing outputs of a stage's finished shards.
 
     Args:
         dataset: whose.
         stage: its name.
-        shards: which; default: all that are finished.
-        tars: the large files too.
-        as_they_are: also files that are not those of the manifest, as an interrupted removal leaves them.
+        shards: which; default: all finished ones.
+        tars: whether to fetch the large files too.
+        as_they_are: also fetch files that differ from the manifest, as an interrupted removal leaves them.
 
     Raises:
-        UserError: an object is missing, or is not what the manifest says.
+        UserError: an object is missing, or does not match the manifest.
     """
     storage = storage_of(dataset)
     if not storage.is_remote:
@@ -75,14 +72,10 @@ def fetch_outputs(
 
 
 def keep_local(dataset: DatasetDir, kept: bool) -> None:
-    """Says what becomes of the large files of finished shards; of a dataset that lies on disk alone, nothing.
+    """Sets whether large files of finished shards stay in the work folder; nothing else for a local dataset.
 
-    Args:
-        dataset: locked, with no removal that is under way.
-        kept: they stay in the work folder. If not, those that are there now leave it too.
-
-    Raises:
-        UserError: they are to leave a dataset that lies on disk alone.
+    If they do not, those here now are evicted too. The dataset must be locked, without a removal in progress. UserError
+    if a local dataset's files are to be evicted.
     """
     if not storage_of(dataset).is_remote:
         if not kept:
@@ -97,20 +90,14 @@ def keep_local(dataset: DatasetDir, kept: bool) -> None:
 
 
 def evict_finished(dataset: DatasetDir) -> None:
-    """Evicts the large files of all finished shards, where they are not to stay."""
+    """Evicts the large files of all finished shards, unless they are to stay."""
     if (dataset.root / _FILE).exists():
         for entry in (entry for stage in recorded_stages(dataset) for entry in entries(dataset, stage)):
             _evict(dataset, entry)
 
 
 def evict_after(dataset: DatasetDir, entry: ShardReport, sources: Iterable[str]) -> None:
-    """Evicts the large files of a shard that was just recorded, and those that only it read.
-
-    Args:
-        dataset: whose.
-        entry: of the shard.
-        sources: stages of which it read the shard of the same number.
-    """
+    """Evicts a newly recorded shard's large files, and those of the same number in `sources`, which only it read."""
     if not (dataset.root / _FILE).exists():
         return
     _evict(dataset, entry)
@@ -120,7 +107,7 @@ def evict_after(dataset: DatasetDir, entry: ShardReport, sources: Iterable[str])
 
 
 def _evict(dataset: DatasetDir, entry: ShardReport) -> None:
-    """Only what S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
+    """Evicts only files that S3 has just now: objects may have been deleted by hand, or by a rule of the bucket."""
     if dataset.removal.exists():  # a removal's files are ahead of their entries
         return
     storage = storage_of(dataset)

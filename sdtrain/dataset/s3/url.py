@@ -1,4 +1,4 @@
-"""Where a dataset on S3 lies, there and here."""
+"""Parses the URL of a dataset on S3 and locates its work folder."""
 
 from __future__ import annotations
 
@@ -11,18 +11,13 @@ from sdtrain.dataset.files import refuse_url
 from sdtrain.errors import UserError
 
 MARKER = ".s3"
-"""In a work folder: the URL that it is the work folder of."""
+"""The file in a work folder that holds its dataset's URL."""
 _SCHEMES = ("s3://", "s3a://")
 
 
 @dataclass(frozen=True)
 class S3Url:
-    """A prefix in a bucket.
-
-    Attributes:
-        bucket: its name.
-        prefix: what all keys begin with, without slashes at its ends.
-    """
+    """A prefix in a bucket; all keys start with it, and it has no slashes at its ends."""
 
     bucket: str
     prefix: str
@@ -36,16 +31,14 @@ class S3Url:
 
 
 def is_s3(text: str) -> bool:
-    """Whether a path names something on S3."""
+    """Whether a path is on S3."""
     return text.lower().startswith(_SCHEMES)
 
 
 def parse_url(text: str) -> S3Url:
     """The bucket and prefix of a URL.
 
-    Raises:
-        UserError: one of them is missing, or there is more in the URL. What is too much is not repeated: it may be a
-            secret.
+    UserError if one is missing, or there are excess parts, which the message does not repeat: they may be secret.
     """
     bucket, _, prefix = text.partition("://")[2].partition("/")
     if "@" in bucket or ":" in bucket or "?" in text or "#" in text:
@@ -60,14 +53,9 @@ def parse_url(text: str) -> S3Url:
 
 
 def work_folder(url: S3Url, parent: Path | None = None) -> Path:
-    """The folder on this machine that mirrors a dataset on S3; the same for all who name the same one.
+    """The local folder that mirrors a dataset on S3, the same for all processes that name the same dataset.
 
-    Args:
-        url: where the dataset lies.
-        parent: of all work folders; default: SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache.
-
-    Raises:
-        UserError: that is a URL.
+    `parent` is by default SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache. UserError if it is a URL.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parent = parent or Path(os.environ.get("SDTRAIN_WORK_DIR") or cache / "sdtrain" / "datasets")

@@ -1,1 +1,1 @@
-"""Fetches from the web: public addresses only, within limits, politely, and with a reason for every failure."""
+"""Fetches from the web: only public addresses, within limits, politely, with a reason for every failure."""

@@ -1,11 +1,11 @@
-"""Reads response bodies: within a size limit, packed or not, and with every early end noticed.
+"""Reads response bodies within a size limit, compressed or not, and detects every early end.
 
-A few kilobytes of gzip can hold gigabytes, so the limit is for the unpacked bytes too.
+The limit also holds for unpacked bytes, because a few kilobytes of gzip can hold gigabytes.
 
-`Watch` relies on internals of aiohttp: `ClientResponse.connection.protocol.closed` and `StreamReader.set_exception`.
-Where a body breaks the rules of HTTP half way, aiohttp closes the connection, but the reader waits for ever; where a
-body ends with its connection, a connection that is torn down looks like one that is closed in order. test_client.py,
-with the server of hostile_web.py, notices when a new aiohttp behaves otherwise.
+`Watch` relies on aiohttp internals: `ClientResponse.connection.protocol.closed` and `StreamReader.set_exception`. If a
+body breaks HTTP's rules half way, aiohttp closes the connection but the reader waits for ever; and for a body that ends
+with its connection, a torn-down connection looks like an orderly close. test_client.py, with the server of
+hostile_web.py, fails if a new aiohttp behaves differently.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ async def read_body(response: ClientResponse, max_bytes: int, cut: bool = False)
     """The whole body, unpacked.
 
     Args:
-        response: an answer whose body was not touched, of a session that does not unpack by itself.
-        max_bytes: most bytes, as sent and unpacked.
-        cut: leave off what is too much, instead of failing.
+        response: its body unread, from a session that does not decompress.
+        max_bytes: limit for the bytes sent and for those unpacked.
+        cut: truncate a longer body instead of failing.
 
     Raises:
         FetchError: too_large, truncated, unknown_encoding or invalid_answer.
@@ -59,7 +59,7 @@ async def read_body(response: ClientResponse, max_bytes: int, cut: bool = False)
 
 
 def too_large(max_bytes: int) -> FetchError:
-    """The failure of a body over `max_bytes`."""
+    """The error for a body over `max_bytes`."""
     return FetchError("too_large", f"over {max_bytes} bytes")
 
 
@@ -74,7 +74,7 @@ def _unpacker(response: ClientResponse, max_bytes: int) -> _Unpacker | None:
 
 
 class _Unpacker:
-    """gzip in any number of members, zlib, or the bare deflate that some servers send for it."""
+    """Decompresses gzip with any number of members, zlib, or the bare deflate that some servers send for it."""
 
     def __init__(self, max_bytes: int) -> None:
         self._left = max_bytes + 1
@@ -89,7 +89,7 @@ class _Unpacker:
                     break
                 self._stream = zlib.decompressobj(_GZIP_OR_ZLIB)
             out += self._step(chunk)
-            # At the limit there may be more to come of the same chunk; nobody will ask for it.
+            # At the limit, more of the same chunk may follow; it is never read.
             chunk = self._stream.unused_data if self._stream.eof else b""
         return bytes(out)
 
@@ -112,7 +112,7 @@ class _Unpacker:
             raise _damaged() from None
 
     def check_end(self) -> None:
-        """Raises where the stream ended before its end."""
+        """Raises if the stream was cut short."""
         if self._started and not self._stream.eof:
             raise FetchError("truncated", "the packed body ended early")
 
@@ -122,20 +122,19 @@ def _damaged() -> FetchError:
 
 
 class Watch:
-    """Ends the reading of a body when its connection is closed."""
+    """Stops reading a body when its connection closes."""
 
     def __init__(self) -> None:
         self._heard: WeakSet[asyncio.Future[None]] = WeakSet()
 
     @contextmanager
     def over(self, response: ClientResponse) -> Iterator[None]:
-        """The block reads `response.content`; it fails where it would wait in vain or take a part for the whole.
+        """Guards a block that reads `response.content`, so that it neither hangs nor takes a part for the whole.
 
-        Raises:
-            FetchError: invalid_answer or truncated.
+        FetchError: invalid_answer or truncated.
         """
         connection = response.connection
-        if connection is None or connection.protocol is None:  # the body is here already
+        if connection is None or connection.protocol is None:  # the body has already arrived
             yield
             return
         closed, ended = connection.protocol.closed, partial(_end, response)
@@ -152,12 +151,12 @@ class Watch:
         finally:
             closed.remove_done_callback(ended)
         failure = response.content.exception()
-        if failure is not None:  # it came after the last bytes were there
+        if failure is not None:  # it came after the last bytes
             raise failure
 
 
 def _hear(closed: asyncio.Future[None]) -> None:
-    # Connections are lost with an error all the time, also long after their last answer; nobody needs a log of that.
+    # Connections often fail, even long after their last response: not worth logging.
     if not closed.cancelled():
         closed.exception()
 
@@ -166,7 +165,7 @@ def _end(response: ClientResponse, closed: asyncio.Future[None] | None) -> None:
     content = response.content
     if content.exception() is not None:
         return
-    if not content.is_eof():  # one that is cut short has been told so by now
+    if not content.is_eof():  # truncation has been reported by now
         content.set_exception(FetchError("invalid_answer", INVALID_HTTP))
     elif closed is not None and not closed.cancelled() and closed.exception() and _ends_with_connection(response):
         content.set_exception(FetchError("truncated", ENDED_EARLY))

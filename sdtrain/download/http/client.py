@@ -1,4 +1,4 @@
-"""Fetches whole images, or raises a `FetchError` that says why not."""
+"""Fetches whole images, or raises a `FetchError` with the reason."""
 
 from __future__ import annotations
 
@@ -21,26 +21,21 @@ from sdtrain.download.http.urls import request_url
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a URL led to.
-
-    Attributes:
-        body: whole and unpacked.
-        content_type: as sent, in lower case and without parameters; "" if none was.
-    """
+    """A fetched URL: its whole, unpacked body, and its type in lower case without parameters ("" if none was sent)."""
 
     body: bytes
     content_type: str
 
 
 class Fetcher:
-    """Fetches images for one process, many at a time: `async with Fetcher(config) as fetcher`.
+    """Fetches images concurrently for one process: `async with Fetcher(config) as fetcher`.
 
-    It begins `config.connections` requests at once at most. More calls of `fetch` may be under way, and should be,
-    where many URLs are of one host: those that wait for their turn hold up nobody.
+    At most `config.connections` requests run at once. Start more calls of `fetch` than that if many URLs share a host:
+    those that wait for their host's turn do not block others.
     """
 
     def __init__(self, config: DownloadConfig) -> None:
-        user_agent(config.contact)  # a contact that cannot be sent is refused here, before anything is done
+        user_agent(config.contact)  # refuses a contact that cannot be sent before any work
         self._config = config
 
     async def __aenter__(self) -> Fetcher:
@@ -58,11 +53,7 @@ class Fetcher:
             await part.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """Fetches one URL, within `deadline_s` from when its host may be asked.
-
-        Raises:
-            FetchError: why it cannot be fetched.
-        """
+        """Fetches one URL within `deadline_s` of the time its host may be asked; FetchError says why it failed."""
         try:
             start = request_url(url, self._config.allow_private_hosts)
             budget = Budget(self._config.deadline_s)

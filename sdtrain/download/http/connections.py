@@ -1,7 +1,4 @@
-"""Opens connections: to public addresses only, checked at the socket, and within the limit on open files.
-
-They are kept open for recently asked hosts and closed after one request for the others.
-"""
+"""Opens connections: only to public addresses, checked at the socket, and within the limit on open files."""
 
 from __future__ import annotations
 
@@ -25,21 +22,21 @@ from sdtrain.download.http.host_limits import host_of
 from sdtrain.errors import UserError
 
 KEPT_OPEN_S = 15
-"""How long a connection stays open for the next request to its host."""
+"""A connection stays open this long for the next request to its host."""
 
 
 _LONGEST_HEADER_BYTES = 16 * 2**10
 _MOST_HEADERS = 200
 _KEPT_HOSTS = 256
 _OTHER_FILES = 256
-"""Files of the process that are no connections of the pool: images, libraries, threads that ask name servers."""
+"""The process's open files outside the pool: images, libraries, resolver threads."""
 
 
 class Sessions:
-    """Two pools, because aiohttp does not bound how many idle connections it keeps.
+    """Two pools, one that keeps connections open to recently asked hosts and one that closes them after each request.
 
-    With thousands of hosts in a shard a process would run out of files, and that would look as if its hosts
-    did not answer. Made inside a running event loop.
+    aiohttp does not limit its idle connections: with a shard's thousands of hosts the process would run out of files,
+    which would look like hosts that do not answer. Create it inside a running event loop.
     """
 
     def __init__(self, config: DownloadConfig, resolver: Resolver) -> None:
@@ -74,12 +71,12 @@ def _session(config: DownloadConfig, pool: TCPConnector) -> ClientSession:
         connector=pool,
         headers=headers | ({"Connection": "close"} if pool.force_close else {}),
         cookie_jar=DummyCookieJar(),
-        # Not the deadline, which a budget keeps; and times as they are set, not in whole seconds.
+        # Not the total deadline, which `Budget` keeps; and exact times, not rounded to seconds.
         timeout=ClientTimeout(
             total=None, connect=config.timeout_s, sock_read=config.timeout_s, ceil_threshold=float("inf")
         ),
         auto_decompress=False,
-        trust_env=False,  # behind a proxy nobody could tell which address is really asked
+        trust_env=False,  # a proxy would hide the address really contacted
         max_line_size=_LONGEST_HEADER_BYTES,
         max_field_size=_LONGEST_HEADER_BYTES,
         max_headers=_MOST_HEADERS,
@@ -87,11 +84,7 @@ def _session(config: DownloadConfig, pool: TCPConnector) -> ClientSession:
 
 
 def user_agent(contact: str) -> str:
-    """What this program tells servers about itself.
-
-    Raises:
-        UserError: the contact cannot be sent.
-    """
+    """The User-Agent header; UserError if the contact cannot be sent."""
     if not (contact.isascii() and contact.isprintable() and not set(contact) & set("()\\")):
         raise UserError(
             f"download.contact is {contact!r}, but it is sent in a header: plain ASCII letters without brackets, "
@@ -101,10 +94,10 @@ def user_agent(contact: str) -> str:
 
 
 def connector(resolver: Resolver, tls: ssl.SSLContext, allow_private: bool, keep_open: bool) -> TCPConnector:
-    """A pool of connections, of which none leads to an address that is not public.
+    """A pool of connections to public addresses only.
 
-    HTTP/1.1 only: LAION has 2.2 URLs a host, so HTTP/2 would have next to nothing to send side by side
-    over one connection, and its header compression and flow control are one more thing to attack.
+    HTTP/1.1 only: LAION has 2.2 URLs a host, so HTTP/2 would have almost nothing to multiplex, and its header
+    compression and flow control add attack surface.
     """
 
     def checked_socket(info: Any) -> socket.socket:
@@ -116,15 +109,15 @@ def connector(resolver: Resolver, tls: ssl.SSLContext, allow_private: bool, keep
     return TCPConnector(
         ssl=tls,
         resolver=resolver,
-        use_dns_cache=False,  # the resolver has its own, which also knows the names that there are not
+        use_dns_cache=False,  # the resolver has its own, which also caches failures
         socket_factory=checked_socket,
-        limit=0,  # requests are counted before they get here, so that none waits with its time running
+        limit=0,  # requests are limited earlier, so that none waits with its time running
         **({"keepalive_timeout": KEPT_OPEN_S} if keep_open else {"force_close": True}),
     )
 
 
 def tls_context() -> ssl.SSLContext:
-    """One for all connections: making one reads every certificate there is, which takes longer than most downloads.
+    """One context for all connections, because creating one reads every certificate, longer than most downloads take.
 
     It honours SSL_CERT_FILE and SSL_CERT_DIR.
     """
@@ -134,7 +127,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Lets this process open `wanted` files where the system allows it; gives how many it may open."""
+    """Raises this process's limit to `wanted` open files if the system allows; returns the limit in force."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

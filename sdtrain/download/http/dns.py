@@ -1,4 +1,4 @@
-"""Resolves host names: each once, in its own thread, and only names all of whose addresses are public."""
+"""Resolves each host name once, in its own thread, and accepts only names whose addresses are all public."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from sdtrain.dataset.addresses import is_public
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.http.single_flight import SingleFlightCache
 
-# Dead hosts are many in LAION, and a name server that does not answer holds a thread for half a minute.
+# LAION has many dead hosts, and a name server that does not answer blocks a thread for half a minute.
 _THREADS = 64
 _KNOWN_S = 300
 _UNKNOWN_S = 60
 _NO_ANSWER_S = 5
-"""A name server that was too busy may answer the next time."""
+"""Short, because a busy name server may answer next time."""
 _UNKNOWN = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 _Found = list[tuple[socket.AddressFamily, str]]
 
 
 class Resolver(AbstractResolver):
-    """What aiohttp asks for addresses.
+    """aiohttp's resolver.
 
-    One private address among a host's is enough to refuse it: which one is connected to would be chance.
+    One private address is enough to refuse a host, as any of its addresses may be the one connected to.
     """
 
     def __init__(self, allow_private: bool, timeout_s: float) -> None:
@@ -39,11 +39,7 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """The addresses of `host`, for aiohttp.
-
-        Raises:
-            FetchError: dns_failed or blocked_address.
-        """
+        """The addresses of `host`, for aiohttp; FetchError dns_failed or blocked_address."""
         return [
             ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=socket.AI_NUMERICHOST)
             for kind, address in await self._addresses.get(host)
@@ -51,7 +47,7 @@ class Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Waits for no look-up that is still under way."""
+        """Does not wait for lookups in progress."""
         await self._addresses.close()
 
     async def _look_up(self, host: str) -> _Found:
@@ -61,7 +57,7 @@ class Resolver(AbstractResolver):
                 limit.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
                 found = await self._in_thread(host)
         except TimeoutError:
-            # Its thread goes on, and another try soon afterwards would only wait for the same.
+            # Its thread goes on, and another try soon afterwards would only wait for the same thread.
             raise FetchError("dns_failed", "no name server answers", transient=False) from None
         except socket.gaierror as error:
             if error.errno in _UNKNOWN:
@@ -86,12 +82,12 @@ class Resolver(AbstractResolver):
             try:
                 infos = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
                 found = list(dict.fromkeys((info[0], str(info[4][0])) for info in infos))
-            except Exception as raised:  # whatever it is, who waits must hear of it
+            except Exception as raised:  # the waiter must hear of any error
                 error = raised
             with contextlib.suppress(RuntimeError):  # the loop may be gone
                 loop.call_soon_threadsafe(settle, found, error)
 
-        # Not an executor's threads: the process would wait for those at its end, for as long as a name server is slow.
+        # Not an executor's threads: at exit the process would wait for them as long as a name server is slow.
         threading.Thread(target=work, name=f"dns-{host}", daemon=True).start()
         return answer
 

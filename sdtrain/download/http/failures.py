@@ -1,7 +1,6 @@
-"""Names every download failure: one short, stable reason each, and whether it is transient.
+"""Gives every download failure one short, stable reason, and says whether it is transient.
 
-A row's `reason` in the images' table is that of a `FetchError` or of an `ImageError` (`sdtrain.images.decode`);
-`sdtrain.download.rows.failed_row` writes it.
+`sdtrain.download.rows.failed_row` writes the reason of a `FetchError` or an `ImageError` to the images' table.
 """
 
 from __future__ import annotations
@@ -48,21 +47,21 @@ MEANINGS: dict[str, str] = {
     "url_not_allowed": "not a plain http or https URL",
 }
 TOO_SLOW = "no answer in time"
-"""The detail of every timeout, because which of the limits is met first depends on the moment."""
+"""The detail of every timeout, because the limit that is reached first depends on the moment."""
 ENDED_EARLY = "the connection ended within the body"
 INVALID_HTTP = "the answer is against the rules of HTTP"
 _CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 _CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
-# Not "timeout": hosts that do not answer are many, each has had its full time, and a shard ends with its slowest row.
+# Not "timeout": dead hosts are many, each has had its full time, and a shard ends with its slowest row.
 _TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
 
 
 class FetchError(Exception):
-    """A failed download. Its text is `reason: detail`, and the same for the same failure.
+    """A failed download. Its text is `reason: detail`, the same for the same failure.
 
     Attributes:
         reason: one of `MEANINGS`, or `http_` and a status code.
-        transient: whether it may be gone a moment later; unless told, `is_transient` says so.
+        transient: whether a retry may succeed; by default `is_transient` decides.
     """
 
     def __init__(self, reason: str, detail: str, transient: bool | None = None) -> None:
@@ -72,15 +71,15 @@ class FetchError(Exception):
         self.transient = is_transient(reason) if transient is None else transient
 
     def again(self) -> FetchError:
-        """The same failure for another URL: an exception that is raised twice collects the tracebacks of both."""
+        """A copy for another URL: an exception raised twice collects both tracebacks."""
         return FetchError(self.reason, self.detail, self.transient)
 
 
 def failure_of(error: Exception) -> FetchError:
-    """What aiohttp, ssl or the socket raised, as a `FetchError`."""
+    """Converts an exception of aiohttp, ssl or the socket."""
     if isinstance(error, FetchError):
         return error
-    if isinstance(error, TimeoutError):  # of aiohttp too, whose time-outs are OSErrors as well
+    if isinstance(error, TimeoutError):  # aiohttp's timeouts too, which are also OSErrors
         return FetchError("timeout", TOO_SLOW)
     if isinstance(error, (ssl.SSLError, ssl.CertificateError, ClientConnectorCertificateError)):
         return _tls_failure(error)
@@ -90,13 +89,13 @@ def failure_of(error: Exception) -> FetchError:
         inner = getattr(error, "os_error", error)
         if error.errno in _CLOSED or isinstance(inner, _CLOSED_ERRORS):  # or no error at all: it depends on the moment
             return FetchError("connection_failed", "closed before an answer")
-        # By its number: the texts of errors of several attempts name addresses in the order in which they failed.
+        # By number: the text of an error of several attempts names addresses in the order in which they failed.
         return FetchError("connection_failed", os.strerror(error.errno) if error.errno else "no address answers")
     if isinstance(error, (InvalidURL, UnicodeError)):
         return FetchError("url_not_allowed", "malformed")
     if isinstance(error, ClientError):
         return _http_failure(error)
-    # What nobody foresaw is one lost image and not a lost shard, but somebody should hear of it.
+    # An unforeseen failure must lose one image, not the shard, but must be reported.
     _log.error("Unexpected failure of a download", exc_info=error)
     return FetchError("invalid_answer", f"unexpected {type(error).__name__}", transient=False)
 
@@ -126,13 +125,13 @@ def _body_failure(error: ClientPayloadError) -> FetchError:
 
 
 def failure_of_status(status: int) -> FetchError:
-    """An answer other than the file, as a `FetchError`; in our words, because servers make up their own."""
+    """Converts a status other than success, in our own words because servers invent theirs."""
     known = status in set(HTTPStatus)
     return FetchError(f"http_{status}", HTTPStatus(status).phrase if known else "no standard status")
 
 
 def is_transient(reason: str) -> bool:
-    """Whether a failure may be gone a moment later."""
+    """Whether a retry may succeed."""
     return reason in _TRANSIENT or reason.startswith("http_5")
 
 

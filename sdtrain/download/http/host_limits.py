@@ -13,28 +13,28 @@ from sdtrain.download.http.failures import FetchError
 from sdtrain.download.http.retry import LONGEST_PAUSE_S
 
 _BURST = 4
-"""So many requests may follow each other at once before they are evenly spaced: images of one page are."""
+"""This many requests may follow at once before spacing begins, enough for the images of one page."""
 _REMEMBERED = 4096
 _DEAD_COOLDOWN_S = 60
 _DEAD_AFTER_ROUNDS = 2
 
 
 def host_of(url: URL) -> str:
-    """Who serves a URL: a name, http and https alike, and a port where it is neither's own.
+    """The server of a URL: its name, the same for http and https, and a non-standard port.
 
-    Names of one owner (img1.example.com, img2.example.com) are not put together: nothing tells owners apart.
+    One owner's names (img1.example.com, img2.example.com) stay apart, as nothing identifies owners.
     """
     host = url.raw_host or ""
     return host if url.port in (80, 443) else f"{host}:{url.port}"
 
 
 class Host:
-    """The turns at one host.
+    """Schedules the requests to one host.
 
-    Requests are spaced by a leaky bucket. A host that asks for a cooldown (429, or 503 with Retry-After) gets
-    no request until it is over: URLs wait up to `LONGEST_PAUSE_S`. Where that is not enough, or where cooldown
-    after cooldown brings no answer, the URLs fail at once, without a request, until it is over. So do the
-    URLs of a host to which connection after connection fails: a shard may hold hundreds of them.
+    A leaky bucket spaces requests. A host that asks for a cooldown (429, or 503 with Retry-After) gets no request until
+    it is over: URLs wait up to `LONGEST_PAUSE_S`. If the cooldown is longer, or repeated cooldowns bring no answer,
+    URLs fail at once, without a request, until it is over. So do the URLs of a host to which connections keep failing:
+    a shard may hold hundreds of them.
     """
 
     def __init__(self, connections: int, requests_s: float, max_cooldowns: int) -> None:
@@ -48,11 +48,7 @@ class Host:
         self._cooldowns_in_a_row = self._failures_in_a_row = 0
 
     async def may_begin(self) -> None:
-        """Returns when the next request may begin.
-
-        Raises:
-            FetchError: what the host last answered, while it is not to be asked.
-        """
+        """Returns when the next request may begin; during a refusal raises the host's last FetchError."""
         while True:
             now = time.monotonic()
             if now < self._closed_until:
@@ -64,14 +60,10 @@ class Host:
             await asyncio.sleep(begin - now)
 
     def start_cooldown(self, seconds: float, failure: FetchError) -> FetchError:
-        """Notes that the host answered with `failure` and wants no request for so many seconds.
-
-        Returns:
-            The failure, which does not pass where nobody will wait so long.
-        """
+        """Starts a cooldown after `failure`; returns that, not transient if the cooldown is too long to wait for."""
         now = time.monotonic()
         self._failures_in_a_row = 0
-        if now >= self._cooldown_until:  # else it is the answer to a request that began before the cooldown did
+        if now >= self._cooldown_until:  # else the request began before the cooldown
             self._cooldowns_in_a_row += 1
         if seconds > LONGEST_PAUSE_S or self._cooldowns_in_a_row > self._max_cooldowns:
             self._close(now + seconds, failure)
@@ -79,17 +71,17 @@ class Host:
         return self._refusal.again() if self._cooldown_until <= self._closed_until else failure
 
     def answered(self) -> None:
-        """Notes an answer of any other kind."""
+        """Records any other answer."""
         self._cooldowns_in_a_row = self._failures_in_a_row = 0
 
     def not_reached(self, failure: FetchError) -> None:
-        """Notes that no connection came about."""
+        """Records a failed connection."""
         self._failures_in_a_row += 1
         if self._failures_in_a_row >= self._dead_after:
             self._close(time.monotonic() + _DEAD_COOLDOWN_S, failure)
 
     def is_idle(self) -> bool:
-        """Whether nothing would be lost if this were forgotten."""
+        """Whether it holds no state worth keeping."""
         now = time.monotonic()
         quiet = now >= max(self._due, self._cooldown_until, self._closed_until)
         return quiet and not (self.num_users or self._failures_in_a_row or self._cooldowns_in_a_row)
@@ -100,7 +92,7 @@ class Host:
 
 
 class Hosts:
-    """All hosts that were asked lately."""
+    """All recently asked hosts."""
 
     def __init__(self, connections: int, requests_s: float, max_cooldowns: int) -> None:
         self._limits = connections, requests_s, max_cooldowns
@@ -109,11 +101,7 @@ class Hosts:
 
     @asynccontextmanager
     async def turn(self, url: URL) -> AsyncIterator[Host]:
-        """The block is one request; it begins when the host may be asked.
-
-        Raises:
-            FetchError: the host is not to be asked now.
-        """
+        """Waits until the host may be asked, and counts the block as one request; FetchError if it is refusing."""
         host = self._host(host_of(url))
         host.num_users += 1
         try:

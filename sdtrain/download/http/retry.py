@@ -1,4 +1,4 @@
-"""Retries a URL within its time budget, after random pauses that grow."""
+"""Retries a URL within its time budget, after growing random pauses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TypeVar
 from sdtrain.download.http.failures import TOO_SLOW, FetchError
 
 LONGEST_PAUSE_S = 60.0
-"""A server that wants a longer cooldown gets it, but nobody waits for that: its URLs fail."""
+"""A host gets a longer cooldown if it asks for one, but its URLs fail instead of waiting."""
 _FIRST_PAUSE_S = 0.5
 
 
@@ -23,11 +23,10 @@ T = TypeVar("T")
 
 
 class Budget:
-    """Seconds for all requests of one URL together: every attempt, every redirect, and the pauses in between.
+    """The seconds for all of one URL's requests: attempts, redirects and the pauses in between.
 
-    Waiting for the host's turn does not count: it says nothing about the URL, and with many URLs of one
-    host it would fail those at the end of the queue. It ends all the same: whoever is ahead has a
-    budget too, and pauses that a host asks for are bounded by `Host`.
+    Waiting for the host's turn does not count: it says nothing about the URL, and would fail the end of a long queue
+    for one host. It is finite all the same: the URLs ahead have budgets too, and `Host` bounds cooldowns.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -35,11 +34,7 @@ class Budget:
 
     @asynccontextmanager
     async def spend(self) -> AsyncIterator[None]:
-        """Counts the time of the block, and ends it when nothing is left.
-
-        Raises:
-            FetchError: timeout.
-        """
+        """Counts the block's time; FetchError timeout when none is left."""
         started = time.monotonic()
         try:
             async with asyncio.timeout(max(0.0, self._left_s)) as limit:
@@ -52,7 +47,7 @@ class Budget:
             self._left_s -= time.monotonic() - started
 
     async def pause(self, seconds: float) -> bool:
-        """Sleeps; False, and at once, where that would leave nothing for another attempt."""
+        """Sleeps and returns True, or returns False at once if no time would be left for another attempt."""
         if seconds >= self._left_s:
             return False
         self._left_s -= seconds
@@ -61,12 +56,12 @@ class Budget:
 
 
 def backoff_s(attempt: int) -> float:
-    """A random pause up to twice as long after each attempt (full jitter)."""
+    """A random pause whose upper limit doubles after each attempt (full jitter)."""
     return random.uniform(0, min(LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**attempt))
 
 
 def retry_after_s(header: str | None) -> float | None:
-    """The pause that a Retry-After header asks for, in seconds or as a date; None where it says nothing sensible."""
+    """The pause in a Retry-After header, given in seconds or as a date; None if it is not sensible."""
     text = (header or "").strip()
     if re.fullmatch(r"[0-9]{1,10}", text):
         return float(text)
@@ -77,11 +72,7 @@ def retry_after_s(header: str | None) -> float | None:
 
 
 async def with_retries(attempt: Callable[[], Awaitable[T]], retries: int, budget: Budget) -> T:
-    """What `attempt` gives, called again after a pause while its failures may pass and there is time for it.
-
-    Raises:
-        FetchError: the last failure.
-    """
+    """Calls `attempt` again after transient failures, with pauses, while time is left; raises the last FetchError."""
     for number in count():
         try:
             return await attempt()

@@ -19,16 +19,15 @@ _ROBOT = re.compile(r"[a-z*][\w*./-]*")
 
 
 PATH = "/robots.txt"
-# Permanently unavailable, which counts as if there were none.
+# Permanently unavailable, which counts as having none.
 _NO_RULES = {"blocked_address", "too_many_redirects", "url_not_allowed"}
 
 
 def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
-    """The rules of a robots.txt; None where there are none (4xx).
+    """The rules of a robots.txt; None if there are none (4xx).
 
-    Raises:
-        FetchError: robots_txt where the server fails (5xx), which forbids everything. A site that cannot be reached
-            gives the failure itself, which says more about its URLs.
+    FetchError: robots_txt if the server fails (5xx), which forbids everything; the failure itself if the site cannot be
+    reached, which says more about its URLs.
     """
     if isinstance(file, bytes):
         return Protego.parse(file.decode("utf-8-sig", "replace"))
@@ -36,33 +35,26 @@ def parse_robots_txt(file: bytes | FetchError) -> Protego | None:
         raise FetchError("robots_txt", "the rules cannot be read")
     if file.reason.startswith("http_") or file.reason in _NO_RULES:
         return None
-    raise FetchError(file.reason, file.detail, transient=False)  # it was tried again already
+    raise FetchError(file.reason, file.detail, transient=False)  # already retried
 
 
 def check_robots_txt(rules: Protego | None, url: URL) -> None:
-    """Raises where the rules keep robots like this one away from `url`.
-
-    Raises:
-        FetchError: robots_txt.
-    """
+    """Raises FetchError robots_txt if the rules forbid `url` to robots like this one."""
     if rules is not None and not all(rules.can_fetch(str(url), name) for name in OUR_NAMES):
         raise FetchError("robots_txt", "disallowed")
 
 
 def check_robots_header(values: Iterable[str]) -> None:
-    """Raises where one of the X-Robots-Tag headers of an answer forbids its use.
+    """Raises FetchError robots_header if an X-Robots-Tag header forbids the image's use.
 
     A robot's name before a directive (`otherbot: noai, noindex`) holds until the next name or the header's end.
-
-    Raises:
-        FetchError: robots_header.
     """
     for value in values:
         robot = "*"
         for part in value.lower().split(","):
             name, colon, rest = (piece.strip() for piece in part.partition(":"))
             if name in _WITH_VALUES:
-                continue  # it says nothing about use
+                continue  # says nothing about use
             if colon and _ROBOT.fullmatch(name):  # else it is the time in a date
                 robot = name
             directive = rest if colon else name

@@ -1,4 +1,4 @@
-"""Caches values that many ask for at once, such as addresses and a site's rules, and computes each once."""
+"""Caches values requested concurrently (addresses, site rules) and computes each once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ V = TypeVar("V")
 
 
 class SingleFlightCache(Generic[K, V]):
-    """A cache with single flight: who asks for what is being made waits for it.
+    """A single-flight cache: concurrent requests for a value wait for one computation.
 
-    A waiter that is cancelled does not take the making with it. Failures are kept too.
+    Cancelling a waiter does not cancel the computation. Failures are cached too.
     """
 
     def __init__(
@@ -32,11 +32,7 @@ class SingleFlightCache(Generic[K, V]):
         self._made: dict[K, asyncio.Task[V | FetchError]] = {}
 
     async def get(self, key: K) -> V:
-        """The value for `key`.
-
-        Raises:
-            FetchError: as the making of it did.
-        """
+        """The value for `key`; raises the FetchError of its computation."""
         kept = self._kept.get(key)
         if kept is not None and time.monotonic() < kept[1]:
             outcome = kept[0]
@@ -50,7 +46,7 @@ class SingleFlightCache(Generic[K, V]):
         return outcome
 
     async def close(self) -> None:
-        """Ends what is being made."""
+        """Cancels the computations in progress."""
         tasks = list(self._made.values())
         for task in tasks:
             task.cancel()
@@ -62,8 +58,8 @@ class SingleFlightCache(Generic[K, V]):
             try:
                 outcome = await self._make(key)
             except FetchError as error:
-                outcome = error.again()  # without its traceback, which holds on to the frames of the fetch
-            self._kept.pop(key, None)  # so that the new one is the youngest
+                outcome = error.again()  # without its traceback, which keeps the fetch's frames alive
+            self._kept.pop(key, None)  # makes the new one the youngest
             self._kept[key] = outcome, time.monotonic() + self._seconds_kept(outcome)
             while len(self._kept) > self._max_entries:
                 del self._kept[next(iter(self._kept))]

@@ -1,4 +1,4 @@
-"""Fetches the files at a fixed place of every site that say what robots may do there."""
+"""Fetches and caches each site's file of rules for robots."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sdtrain.download.http.transport import Transport
 
 R = TypeVar("R")
 _MAX_BYTES = 500 * 2**10
-"""As much as RFC 9309 wants read; what comes after is left off."""
+"""The size that RFC 9309 requires to be read; the rest is ignored."""
 _KEPT_S = 24 * 3600
 _KEPT_FAILURE_S = 300
 
 
 class SiteFile(Generic[R]):
-    """The rules of every site (scheme, host and port) that is asked for an image, each fetched once.
+    """The rules of each site (scheme, host and port) from which an image is requested, fetched once.
 
-    Fetched like an image, with the same checks, limits and manners, but with a budget of its own.
+    Fetched like an image, with the same checks, limits and manners, but its own budget.
 
     Args:
-        transport: the way to the web.
+        transport: sends the requests.
         config: its limits.
-        path: where the file is.
-        parse: the rules in a file, or what a failure to get it means.
+        path: of the file.
+        parse: turns the file, or the failure to fetch it, into rules.
     """
 
     def __init__(
@@ -44,15 +44,11 @@ class SiteFile(Generic[R]):
         )
 
     async def rules_for(self, url: URL) -> R:
-        """The rules of the site of `url`.
-
-        Raises:
-            FetchError: as `parse` does.
-        """
+        """The rules of the site of `url`; FetchError as `parse` raises."""
         return await self._rules.get(URL.build(scheme=url.scheme, authority=url.raw_authority, encoded=True))
 
     async def close(self) -> None:
-        """Ends what is being fetched."""
+        """Cancels the fetches in progress."""
         await self._rules.close()
 
     async def _fetch(self, site: URL) -> R:

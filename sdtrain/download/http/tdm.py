@@ -1,4 +1,4 @@
-"""TDMRep, the W3C community's protocol to reserve text and data mining: an answer's header, and a file of the site."""
+"""Honours TDMRep, the W3C community's protocol to reserve text and data mining, in headers and sites' files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ _UNRESERVED = re.compile(r"[A-Za-z0-9._~-]")
 
 
 def check_tdm_header(values: Iterable[str]) -> None:
-    """Raises where a tdm-reservation header reserves the answer.
-
-    Raises:
-        FetchError: tdm_reserved.
-    """
+    """Raises FetchError tdm_reserved if a tdm-reservation header reserves the answer."""
     if any(value.strip() == "1" for value in values):
         raise FetchError("tdm_reserved", "tdm-reservation: 1")
 
 
 @dataclass(frozen=True)
 class TdmRule:
-    """Whether paths of a pattern are reserved: `*` stands for anything, a `$` at the end for the end of the path."""
+    """A path pattern, reserved or not: `*` matches anything, a final `$` the end of the path."""
 
     pieces: tuple[str, ...]
     to_the_end: bool
@@ -38,7 +34,7 @@ class TdmRule:
 
     @classmethod
     def parse(cls, rule: Any) -> TdmRule | None:
-        """One rule of tdmrep.json; None where it is none."""
+        """Parses one rule of tdmrep.json; None if it is not one."""
         if not isinstance(rule, dict) or not isinstance(rule.get("location"), str):
             return None
         location = _comparable(rule["location"])
@@ -46,7 +42,7 @@ class TdmRule:
         return cls(pieces, location.endswith("$"), str(rule.get("tdm-reservation")) == "1")
 
     def matches(self, path: str) -> bool:
-        """Whether it is about `path`: piece by piece, so that no pattern takes long."""
+        """Whether the pattern matches `path`; compared piece by piece, so that no pattern takes long."""
         first, *others = self.pieces
         if not path.startswith(first):
             return False
@@ -63,25 +59,22 @@ class TdmRule:
 
 
 def parse_tdm_file(file: bytes | FetchError) -> Sequence[TdmRule]:
-    """The rules of a tdmrep.json in their order; none where the file is damaged or cannot be fetched."""
+    """The rules of a tdmrep.json in order; none if the file is damaged or unavailable."""
     if isinstance(file, FetchError):
         return ()
     try:
         content = json.loads(file)
     except (ValueError, RecursionError):
         return ()
-    # One rule without the list around it is a common slip whose meaning is plain.
+    # A rule without the list around it is a common slip with a plain meaning.
     rules = content if isinstance(content, list) else [content]
     return [rule for rule in map(TdmRule.parse, rules) if rule is not None]
 
 
 def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
-    """Raises where the first rule about `url` reserves it.
+    """Raises FetchError tdm_reserved if the first rule that matches `url` reserves it.
 
-    A header of the answer would have the last word, but to see it one would have to take the image.
-
-    Raises:
-        FetchError: tdm_reserved.
+    A header would override the file, but to see it one would have to take the image.
     """
     path = _comparable(url.raw_path_qs)
     if next((rule.reserved for rule in rules if rule.matches(path)), False):
@@ -89,7 +82,7 @@ def check_tdm_rules(rules: Sequence[TdmRule], url: URL) -> None:
 
 
 def _comparable(path: str) -> str:
-    """The path with only those characters escaped that must be."""
+    """Escapes only those characters of a path that must be."""
 
     def plain(escape: re.Match[str]) -> str:
         character = chr(int(escape.group(1), 16))

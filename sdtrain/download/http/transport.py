@@ -34,13 +34,13 @@ class Answer:
 
 
 Check = Callable[[CIMultiDictProxy[str]], None]
-"""Raises a FetchError where the headers of an answer forbid its use."""
+"""Raises a FetchError if an answer's headers forbid its use."""
 Permit = Callable[[URL], Awaitable[None]]
-"""Raises a FetchError where a URL must not be asked for."""
+"""Raises a FetchError if a URL must not be requested."""
 
 
 class Transport:
-    """Sends requests. Made inside a running event loop."""
+    """Sends requests; create it inside a running event loop."""
 
     def __init__(self, config: DownloadConfig) -> None:
         self._config = config
@@ -58,19 +58,16 @@ class Transport:
     async def follow(
         self, url: URL, budget: Budget, permit: Permit, check: Check, max_bytes: int, cut: bool = False
     ) -> Answer:
-        """The answer at the end of the redirects that begin at `url`.
+        """The answer at the end of the redirects that begin at `url`; FetchError unless its status is 200.
 
         Args:
             url: a checked URL.
             budget: the time left for it.
-            permit: asked before each request.
-            check: asked about each answer before its body is read, the redirects' included: what a site says there
-                about a URL is about the URL that was listed.
+            permit: called before each request.
+            check: called for each answer, redirects included, before its body is read: what a site says about a
+                redirecting URL is about the listed one.
             max_bytes: longest body.
-            cut: cut a longer one off instead of failing.
-
-        Raises:
-            FetchError: no answer with status 200.
+            cut: truncate a longer body instead of failing.
         """
         for _ in range(self._config.max_redirects + 1):
             await permit(url)
@@ -84,7 +81,7 @@ class Transport:
         async with self._hosts.turn(url) as host:
             try:
                 if not _is_literal(url):
-                    # Before it counts as a request, because names of dead hosts are many and slow.
+                    # Before it counts as a request, because dead hosts' names are many and slow.
                     async with budget.spend():
                         await self._resolver.resolve(url.raw_host or "")
                 async with (

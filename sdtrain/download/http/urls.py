@@ -1,4 +1,4 @@
-"""URLs as browsers send them: what is written in metadata is seldom what goes over the wire."""
+"""Turns URLs as written in metadata into those that a browser would send."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from yarl import URL
 from sdtrain.dataset.addresses import ipv4_of, why_not_allowed
 from sdtrain.download.http.failures import FetchError
 
-# "%" too: what is escaped already goes out untouched, and a lone "%" as it is.
+# "%" too: escaped characters go out unchanged, and so does a lone "%".
 _SAFE_IN_PATH = "%/:=&?~#+!$,;'@()*[]|"
 _BLANKS = "".join(map(chr, range(0x21)))
 _LABEL = re.compile(r"[a-z0-9_-]{1,63}")
@@ -20,10 +20,9 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def request_url(url: str, allow_private: bool) -> URL:
-    """The URL to ask for `url`, without its fragment, after the checks that its text allows.
+    """The URL to request for `url`, without its fragment, after all checks that need only its text.
 
-    Raises:
-        FetchError: url_not_allowed, or blocked_address where its host is private by its text alone.
+    FetchError: url_not_allowed, or blocked_address if its text alone shows a private host.
     """
     try:
         sent = _as_sent(url)
@@ -35,17 +34,13 @@ def request_url(url: str, allow_private: bool) -> URL:
     if why is not None:
         raise FetchError("url_not_allowed", why)
     try:
-        return URL(sent, encoded=True)  # else it would decode and encode again, and some servers tell %2B from +
+        return URL(sent, encoded=True)  # else yarl would recode it, and some servers distinguish %2B from +
     except ValueError:
         raise FetchError("url_not_allowed", "malformed") from None
 
 
 def redirect_url(base: URL, location: str, allow_private: bool) -> URL:
-    """The URL that a redirect at `base` leads to.
-
-    Raises:
-        FetchError: as `request_url`.
-    """
+    """The URL of a redirect at `base`; FetchError as for `request_url`."""
     try:
         target = urljoin(str(base), _with_slashes(location.strip(_BLANKS)))
     except ValueError:
@@ -55,9 +50,9 @@ def redirect_url(base: URL, location: str, allow_private: bool) -> URL:
 
 def _as_sent(url: str) -> str:
     parts = urlsplit(_with_slashes(url.strip(_BLANKS)))
-    # One with a user's name or of another scheme is refused as it is.
+    # One with a user name or another scheme is refused as it is.
     netloc = _netloc(parts) if parts.hostname and "@" not in parts.netloc else parts.netloc
-    # Bytes of a Location that are no UTF-8 come as surrogates, and go out as the bytes that they were.
+    # Non-UTF-8 bytes of a Location arrive as surrogates and go out unchanged.
     path, query = (quote(part, _SAFE_IN_PATH, errors="surrogateescape") for part in (parts.path or "/", parts.query))
     return urlunsplit((parts.scheme, netloc, path, query, ""))
 

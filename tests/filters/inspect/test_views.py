@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.inspect.questions import QUESTIONS
+from filters.inspect.query import QUESTIONS
 from filters.inspect.views import write_views
 from filters.pipeline import STAGES
 from sdtrain.dataset.layout import DatasetDir

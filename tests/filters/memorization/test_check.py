@@ -8,8 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from PIL.PngImagePlugin import PngInfo
 
-from filters.memorization.check import check_samples
-from filters.memorization.report import write_memorised
+from filters.memorization.check import check_samples, write_memorised
 from filters.memorization.samples import read_samples, repeated_captions
 from filters.memorization.similarity import Calibration, Limits
 from filters.search.search import Search

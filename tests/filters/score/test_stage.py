@@ -11,8 +11,7 @@ from PIL import Image
 
 from filters.recipe import Recipe, ScoreConfig
 from filters.score.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, watermark_view
-from filters.score.quality import measure
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, measure, watermark_view
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch

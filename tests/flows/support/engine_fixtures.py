@@ -60,7 +60,7 @@ import sys
 from pathlib import Path
 import stub_stages
 from prefect import flow
-from flows.support.user_errors import report_user_errors
+from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from sdtrain.dataset.layout import DatasetDir
 

@@ -9,13 +9,12 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from filters.remove.shard_files import drop_latents
 from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.stage import pending
 from sdtrain.dataset.tars import read_samples
 from sdtrain.encode import vae as vae_at_work
 from sdtrain.encode.check import DecodeQuality, psnr_bound_db, require_good
-from sdtrain.encode.stage import ENCODE
+from sdtrain.encode.stage import ENCODE, drop_latents
 from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_vae
 from sdtrain.images.crops import bucket_sizes, chance, cut
@@ -61,6 +60,23 @@ def test_crops_lie_at_random_places_along_the_longer_side_and_training_sees_each
     assert len(lefts) > 2 * sum(NUM_SAMPLES)
 
 
+def test_one_crop_lies_at_a_random_place_if_asked_as_in_the_original_runs(tmp_path):
+    dataset = write_packed(tmp_path, size_of=lambda number: (200, 70) if number % 2 else (70, 200))
+    encode(dataset, Recipe("demo"))
+    centre = dataset.latents_tar(0).read_bytes()
+    assert pending(ENCODE, dataset, Recipe("demo", crop="centre")) == []  # the default, and in no fingerprint
+    assert pending(ENCODE, dataset, Recipe("demo", crop="random")) == [0, 1]
+    encode(dataset, Recipe("demo", crop="random"))
+    random = dataset.latents_tar(0).read_bytes()
+    assert random != centre
+    assert json.loads(dataset.latents_info.read_text())["resize"] == "shorter side, bicubic, random crop"
+    places = [json.loads(content["json"])["crop_box"] for _, content in read_samples(dataset.latents_tar(0))]
+    along = {box[number % 2 == 0] for number, box in enumerate(places)}
+    assert len(along) == len(places)  # each at its own place, and the same ones again
+    encode(dataset, Recipe("demo", crop="random"))
+    assert dataset.latents_tar(0).read_bytes() == random
+
+
 def test_each_image_gets_the_bucket_of_its_shape_and_training_numbers_them_size_by_size(tmp_path):
     dataset = write_packed(tmp_path, size_of=shape_of)
     encode(dataset, Recipe("demo", buckets=[(64, 64), (88, 48), (48, 88)]))
@@ -77,7 +93,7 @@ def test_each_image_gets_the_bucket_of_its_shape_and_training_numbers_them_size_
 def test_buckets_are_counted_again_after_a_removal(tmp_path):
     dataset = write_packed(tmp_path, size_of=shape_of)
     encode(dataset, Recipe("demo", buckets=[(64, 64), (88, 48), (48, 88)]))
-    drop_latents(dataset.latents_tar(0), dataset.latents_table(0), {f"{4:032x}"})
+    drop_latents(dataset.latents_table(0), {f"{4:032x}"})
     store = LatentStore(dataset.root, RESOLUTION)
     assert store.counts.tolist() == [[2, 1, 1], [2, 0, 1]]
     assert [int(uid, 16) for uid in store.uids(np.arange(7))] == [2, 3, 6, 7, 0, 1, 5]

@@ -26,13 +26,15 @@ def save(run_dir, step, offset=0.0, **config):
     return store.save(step, state, config_digest="c", data_digest="d", parameters=SLOTS)
 
 
-def save_from(folder, world_size):
+def save_from(folder, world_size, state=None, slots=SLOTS):
     """What `world_size` ranks would write, padding included."""
-    size = -(-NUMEL // (2 * world_size)) * 2
+    state = state or vectors()
+    numel = len(state["master"])
+    size = -(-numel // (2 * world_size)) * 2
     folder.mkdir()
     files = {}
     for rank in range(world_size):
-        padded = {n: torch.cat([v, torch.full((size * world_size - NUMEL,), -1.0)]) for n, v in vectors().items()}
+        padded = {n: torch.cat([v, torch.full((size * world_size - numel,), -1.0)]) for n, v in state.items()}
         path = folder / f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
         save_file({n: v[rank * size : (rank + 1) * size].clone() for n, v in padded.items()}, path)
         files[path.name] = sha256_of(path)
@@ -43,7 +45,7 @@ def save_from(folder, world_size):
         config_digest="c",
         data_digest="d",
         files=files,
-        parameters=SLOTS,
+        parameters=slots,
     )
     (folder / "layout.json").write_text(layout.model_dump_json())
     return Checkpoint(folder)
@@ -59,6 +61,25 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path_factory, write
         read = torch.cat([checkpoint.read(name, rank * size, (rank + 1) * size) for rank in range(readers)])
         torch.testing.assert_close(read[:NUMEL], whole, rtol=0, atol=0)
         assert (read[NUMEL:] == 0).all()  # padding never comes back
+
+
+CONVOLUTION = [("first", (3,)), ("conv.weight", (5, 2, 3, 3)), ("last", (2,))]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 6), st.integers(1, 6), st.booleans())
+def test_any_number_of_ranks_reads_the_other_memory_layout(tmp_path_factory, writers, readers, was_channels_last):
+    usual, permuted = slots_of(CONVOLUTION), slots_of(CONVOLUTION, {"conv.weight"})
+    stored, wanted = (permuted, usual) if was_channels_last else (usual, permuted)
+    named = {slot.name: torch.randn(slot.shape) for slot in usual}
+    flat, expected = (torch.cat([slot.flat(named[slot.name]) for slot in slots]) for slots in (stored, wanted))
+    checkpoint = save_from(tmp_path_factory.mktemp("c") / "step-1", writers, dict.fromkeys(STATE, flat), stored)
+    size = -(-len(flat) // readers)
+    read = [checkpoint.read_as(wanted, "ema", rank * size, (rank + 1) * size) for rank in range(readers)]
+    assert torch.equal(torch.cat(read)[: len(flat)], expected)
+    assert checkpoint.holds(wanted)
+    assert not checkpoint.holds(slots_of([*CONVOLUTION, ("more", (1,))]))
+    assert all(torch.equal(tensor, named[name]) for name, tensor in checkpoint.weights("ema"))
 
 
 def test_weights_come_back_by_name(tmp_path):

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
 
-from filters.remove.shard_files import drop_latents
 from sdtrain.dataset.layout import DatasetDir, index_path
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.encode.info import ROWS_KEY, VAE_KEY, describe_rows
+from sdtrain.encode.stage import drop_latents
 from sdtrain.errors import UserError
 from sdtrain.loading import latent_store, shard_catalog
 from sdtrain.loading.latent_store import LatentStore
@@ -131,7 +131,7 @@ def test_removal_takes_the_index_with_it(data, large):
     former = data / "latents" / "00001.index.safetensors"
     former.write_bytes(f"{21:032x}".encode())
     dataset, gone = DatasetDir(data), f"{21:032x}"
-    drop_latents(dataset.latents_tar(1), dataset.latents_table(1), {gone})
+    drop_latents(dataset.latents_table(1), {gone})
     assert not index_path(dataset.latents_table(1)).exists()
     assert not former.exists()
     assert not [path for path in (data / "latents").iterdir() if gone.encode() in path.read_bytes()]

@@ -52,6 +52,29 @@ def front_matter(path):
     return yaml.safe_load(path.read_text().split("---\n")[1])
 
 
+def row_of(card, name):
+    """The cells of a row of the table of the training procedure: this run's, and the original's."""
+    line = next(line for line in card.read_text().splitlines() if line.startswith(f"| {name} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_where_the_run_differs_from_the_original_is_said(tmp_path):
+    write_dataset(tmp_path / "data")
+    (tmp_path / "data" / "latents").mkdir()
+    info = {"resize": "shorter side, bicubic, random crops", "num_crops": 4}
+    (tmp_path / "data" / "latents" / "info.json").write_text(json.dumps(info))
+    card = write_card(make_run(tmp_path, precision="bf16"))
+    ours, theirs = row_of(card, "precision")
+    assert "text encoder too, in bf16;" in ours
+    assert "fp32, with TF32 matrix products" in theirs
+    ours, theirs = row_of(card, "crops")
+    assert ours == "shorter side, bicubic, random crops (4 of each image, one an epoch)"
+    assert theirs == "resized, then one at random, anew whenever an image was seen"
+    again = write_card(make_run(tmp_path, name="online", precision="fp32", data={"online_vae": True}))
+    assert "fp32 (TF32 matrix products on GPUs)" in row_of(again, "precision")[0]
+    assert row_of(again, "crops")[0] == "resized, then one at random, anew whenever an image is seen"
+
+
 def test_the_hub_reads_what_it_expects(tmp_path):
     write_dataset(tmp_path / "data")
     data = ModelCard.load(write_card(make_run(tmp_path))).data.to_dict()

@@ -96,7 +96,6 @@ def test_a_compiled_run_has_the_losses_of_another_and_goes_on_from_its_checkpoin
 
 @pytest.mark.parametrize("speed", [{"channels_last": True}, {"fused_adamw": False}, {"attention": "sdpa"}], ids=str)
 def test_deepspeed_trains_with_every_lever(tmp_path, world, ranks, speed):
-    """It refuses bf16 weights in channels_last, which its flat partitions would lose anyhow: the inputs have it."""
     found = []
     for name, changes in {"plain": {}, "lever": {"speed": speed}}.items():
         config = load_config(str(write_config(tmp_path / "c.yaml", *world, steps=3, **changes)))

@@ -12,8 +12,7 @@ from PIL import Image
 
 from filters.decide.stage import KEEP
 from filters.dedup.stage import DEDUP
-from filters.inspect.borders import borders
-from filters.inspect.report import report_on
+from filters.inspect.report import report_on, rule_thresholds
 from filters.inspect.views import write_views
 from filters.recipe import Recipe
 from filters.score.stage import SCORE
@@ -52,7 +51,7 @@ def dataset(recipe, tmp_path_factory):
 @pytest.fixture
 def shown(dataset, recipe, tmp_path):
     with duckdb.connect(str(dataset.database), read_only=True) as connection:
-        found = galleries(connection, dataset, tmp_path, None, borders(recipe))
+        found = galleries(connection, dataset, tmp_path, None, rule_thresholds(recipe))
     return {gallery.title: gallery for gallery in found}
 
 

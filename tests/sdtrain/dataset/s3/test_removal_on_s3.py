@@ -21,14 +21,14 @@ import os, signal, sys
 from filters.remove.rewrite import StageRewrite
 from sdtrain.cli import main
 
-stage, recounted = sys.argv.pop(1), StageRewrite._recounted
+stage, recount = sys.argv.pop(1), StageRewrite._recount
 
-def kill(self, made, entry):
+def kill(self, made, table, entry, tables):
     if entry.stage == stage:
         os.kill(os.getpid(), signal.SIGKILL)
-    return recounted(self, made, entry)
+    return recount(self, made, table, entry, tables)
 
-StageRewrite._recounted = kill
+StageRewrite._recount = kill
 main()
 """
 

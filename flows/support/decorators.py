@@ -1,13 +1,18 @@
-"""Builds flow parameters from declared options and records them without secrets."""
+"""Decorates flows: parameters from declared options, recorded without secrets; users' mistakes told as messages."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from inspect import Parameter
 from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow
+from prefect.logging import get_run_logger
+from prefect.states import Failed
 from pydantic import Field
 
-from sdtrain.redaction import as_recorded
+from sdtrain.errors import UserError
+from sdtrain.redaction import as_recorded, safe_error
 
 ParamsT = ParamSpec("ParamsT")
 ResultT = TypeVar("ResultT")
@@ -34,3 +39,19 @@ def records_no_secrets(flow: Flow[ParamsT, ResultT]) -> Flow[ParamsT, ResultT]:
 
     flow.serialize_parameters = recorded  # type: ignore[method-assign]
     return flow
+
+
+def report_user_errors(function: Callable[ParamsT, Any]) -> Callable[ParamsT, Any]:
+    """Ends a flow as Failed with its UserError's message; redacts every error. Goes below `@flow`."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: ParamsT.args, **named: ParamsT.kwargs) -> Any:
+        try:
+            return function(*arguments, **named)
+        except UserError as error:
+            get_run_logger().error("%s", error)
+            return Failed(message=str(error), data=UserError(str(error)))  # a new one: Prefect prints its traceback
+        except Exception as error:
+            raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
+
+    return wrapped

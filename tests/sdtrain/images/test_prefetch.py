@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from sdtrain.dataset.prefetch import prefetch
+from sdtrain.images.prefetch import prefetch
 
 
 def is_running():

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
-    """Yields from `items`, which a thread computes up to `depth` ahead; its errors are raised here."""
+    """Yields `items`, computed in a thread up to `depth` ahead, and raises the thread's errors here."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
     end = object()
@@ -31,7 +31,7 @@ def prefetch(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 if not put((item, None)):
                     return
             put((end, None))
-        except BaseException as error:  # handed to the thread that uses the items, which raises it
+        except BaseException as error:  # re-raised in the consuming thread
             put((end, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
