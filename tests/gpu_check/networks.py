@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sdtrain.config import load_config
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.models.backends import set_backends
+from sdtrain.models.layout import channels_last_names, usual_layout
 from sdtrain.models.unet import memory_format, prepare_for
 from tests.benchmarks.random_unet import build_random_unet
 from tests.benchmarks.training_loops import CUDA, DEVICE
@@ -100,7 +101,7 @@ def _inputs(config: Any) -> dict[str, torch.Tensor]:
 def _run(unet: Any, variant: Variant, inputs: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """Prediction, and gradient of its mean squared error by all parameters, as flat float32 vectors."""
     dtype = _DTYPES[variant.precision]
-    unet = torch.nn.Module.to(prepare_for(unet, device, variant.speed), dtype)
+    unet = torch.nn.Module.to(prepare_for(unet, device, variant.speed, for_training=True), dtype)
     layout = memory_format(device, variant.speed)
     noisy = inputs["noisy"].to(device, dtype).to(memory_format=layout)
     timesteps = torch.tensor([100, 900], device=device)
@@ -108,8 +109,13 @@ def _run(unet: Any, variant: Variant, inputs: dict[str, torch.Tensor], device: t
     with sdpa_kernel([backend]) if backend else nullcontext():  # only this one, so that no other stands in for it
         predicted = unet(noisy, timesteps, inputs["context"].to(device, dtype)).sample.float()
         F.mse_loss(predicted, inputs["target"].to(device)).backward()
-    gradient = torch.cat([parameter.grad.float().reshape(-1) for parameter in unet.parameters()])
-    return {"prediction": predicted.detach().reshape(-1), "gradient": gradient}
+    return {"prediction": predicted.detach().reshape(-1), "gradient": _gradient(unet)}
+
+
+def _gradient(unet: Any) -> torch.Tensor:
+    permuted = channels_last_names(unet)
+    gradients = {name: parameter.grad.float() for name, parameter in unet.named_parameters()}
+    return torch.cat([(usual_layout(g) if name in permuted else g).reshape(-1) for name, g in gradients.items()])
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

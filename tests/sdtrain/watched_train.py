@@ -60,7 +60,7 @@ def watch():
 
 def digest(batch, i):
     parts = [batch.moments, batch.posterior, batch.noise, batch.timesteps, batch.token_ids]
-    return hashlib.sha256(b"".join(part[i].numpy().tobytes() for part in parts)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(part[i].cpu().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
 
 def slow_down_disk(seconds):
