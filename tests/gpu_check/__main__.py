@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "budget_s": chosen.budget,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
     }
     (chosen.out / LOG).unlink(missing_ok=True)
     stages = [stage for stage in STAGES if chosen.only is None or stage.name in chosen.only]

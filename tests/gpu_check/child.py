@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import threading
 import time
 import traceback
@@ -79,14 +80,15 @@ class Check:
         write_whole(self._file, json.dumps({"figures": self._figures, **end}))
 
 
-def end_with(parent: int) -> None:
-    """Ends this process and its children once `parent` has gone, however it went."""
+def end_with(parent: int, work: Path) -> None:
+    """Ends this process and its children, and deletes `work`, once `parent` has gone, however it went."""
     import psutil
 
     while os.getppid() == parent:
         time.sleep(0.2)
     for child in psutil.Process().children(recursive=True):
         child.kill()
+    shutil.rmtree(work, ignore_errors=True)
     os._exit(1)
 
 
@@ -100,7 +102,7 @@ def main() -> int:
     parser.add_argument("parent", type=int)
     parser.add_argument("--small", action="store_true")
     chosen = parser.parse_args()
-    threading.Thread(target=end_with, args=(chosen.parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(chosen.parent, chosen.work), daemon=True).start()
     check = Check(chosen.figures, chosen.work, chosen.out, chosen.seconds, chosen.small)
     module, _, function = chosen.target.partition(":")
     return 0 if check.run(lambda check: getattr(importlib.import_module(module), function)(check)) else 1

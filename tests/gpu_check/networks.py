@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrain.config import load_config
 from sdtrain.config.sections import SpeedConfig
-from sdtrain.models.backends import set_backends
+from sdtrain.models.backends import attention_kernels, set_backends
 from sdtrain.models.layout import channels_last_names, usual_layout
 from sdtrain.models.unet import memory_format, prepare_for
 from tests.benchmarks.random_unet import build_random_unet
@@ -73,6 +72,7 @@ def compare(check: Check) -> None:
     set_backends(SpeedConfig(tf32=False, cudnn_benchmark=False))
     reference = _run(copy.deepcopy(unet).to("cpu"), Variant("fp32", "plain", False), inputs, torch.device("cpu"))
     reference = {name: values.to(DEVICE) for name, values in reference.items()}
+    check.record(kernels={name: _head_sizes(backend, config) for name, backend in _BACKENDS.items()})
     for variant in variants():
         try:
             found = _run(copy.deepcopy(unet), variant, inputs, DEVICE)
@@ -86,6 +86,20 @@ def compare(check: Check) -> None:
         check.expect(errors["prediction"] < limit, f"{variant.name}: prediction off by {errors['prediction']:.2g}")
         is_near = errors["gradient"] < GRADIENT_FACTOR * limit
         check.expect(is_near, f"{variant.name}: gradient off by {errors['gradient']:.2g}")
+
+
+def _head_sizes(backend: SDPBackend, config: Any) -> dict[str, str]:
+    """Whether a kernel, forward and backward, takes heads of the UNet's sizes; where not, another stands in for it."""
+    found = {}
+    for size in sorted({channels // config.unet.num_heads for channels in config.unet.block_out_channels}):
+        query = torch.randn(2, 8, 256, size, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        try:
+            with sdpa_kernel([backend]):
+                F.scaled_dot_product_attention(query, query, query).sum().backward()
+            found[str(size)] = "yes"
+        except RuntimeError as error:
+            found[str(size)] = f"no: {str(error)[:80]}"
+    return found
 
 
 def _inputs(config: Any) -> dict[str, torch.Tensor]:
@@ -105,8 +119,7 @@ def _run(unet: Any, variant: Variant, inputs: dict[str, torch.Tensor], device: t
     layout = memory_format(device, variant.speed)
     noisy = inputs["noisy"].to(device, dtype).to(memory_format=layout)
     timesteps = torch.tensor([100, 900], device=device)
-    backend = _BACKENDS.get(variant.attention)
-    with sdpa_kernel([backend]) if backend else nullcontext():  # only this one, so that no other stands in for it
+    with attention_kernels(variant.speed):
         predicted = unet(noisy, timesteps, inputs["context"].to(device, dtype)).sample.float()
         F.mse_loss(predicted, inputs["target"].to(device)).backward()
     return {"prediction": predicted.detach().reshape(-1), "gradient": _gradient(unet)}

@@ -19,6 +19,7 @@ TARGETS = (164, 180)
 PUBLISHED = 143.9
 """The best published, by one GPU of eight: MLPerf Training v5.0, mlcommons/training_results_v5.0, Dell XE9680."""
 _NUM_LOSSES = 3
+_SHOWN = 400
 
 
 def section(result: dict[str, Any]) -> str:
@@ -120,13 +121,16 @@ def _ladder(ladder: dict[str, Any]) -> str:
 def _networks(networks: dict[str, Any]) -> str:
     if not networks:
         return ""
-    rows = []
+    rows, kernels = [], networks.get("kernels", {})
     for name, found in networks.items():
+        if name == "kernels":
+            continue
         errors = found if isinstance(found, dict) else {}
         problem = "" if errors else _one_line(str(found))
         rows.append(f"| {name} | {_cell(errors.get('prediction'))} | {_cell(errors.get('gradient'))} | {problem} |")
     head = ["| next to float32 on the CPU | prediction, relative error | gradient | |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows])
+    takes = "; ".join(f"{name}: " + ", ".join(f"{k} {v}" for k, v in sizes.items()) for name, sizes in kernels.items())
+    return "\n".join([*head, *rows]) + (f"\n\nHead sizes that each kernel takes: {_one_line(takes)}." if takes else "")
 
 
 def _table(title: str, figures: dict[str, Any], names: tuple[str, ...]) -> str:
@@ -151,7 +155,7 @@ def _cell(value: Any) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")[:160]
+    return " ".join(text.split()).replace("|", "\\|")[:_SHOWN]
 
 
 def _last_line(problem: str | None) -> str:

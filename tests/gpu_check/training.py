@@ -20,6 +20,8 @@ from tests.gpu_check.child import Check
 from tests.gpu_check.kernels import flops_by_class, losses
 from tests.gpu_check.watching import WATCHED_STATE, WatchingClock
 
+LOG_EVERY = 3
+
 
 @dataclass(frozen=True)
 class Size:
@@ -45,11 +47,11 @@ def _size(check: Check) -> Size:
 def profile(check: Check) -> None:
     """Micro-batch 32, accumulation 8 and the defaults: the time, then two micro-steps by class of kernel."""
     size, accumulation = _size(check), 4 if check.is_small else 8
-    content = endless(_world(check, size), log_every=3)
+    content = endless(_world(check, size), LOG_EVERY)
     content["micro_batch_size"] = 4 * size.micro_batch
     content["global_batch_size"] = accumulation * content["micro_batch_size"]
     config = _written(check, content)
-    clock = WatchingClock(num_warm=1, seconds=size.seconds)
+    clock = WatchingClock(num_warm=1, seconds=size.seconds, log_every=LOG_EVERY)
     with _alone() as ranks, mock.patch(WATCHED_STATE, clock.state_class()), _built_on_device():
         measured = time_training(config, check.work / "profile", ranks, clock)
     check.record(**_rates(config, measured, check), micro_batch=config.micro_batch_size, accumulation=accumulation)

@@ -23,11 +23,13 @@ class WatchingClock(Clock):
     """After the timed steps: one whose first micro-steps are profiled, then one whose host syncs are counted.
 
     Attributes:
+        log_every: steps with a log line, whose syncs do not count.
         num_profiled: micro-steps in the profile.
         profile: as `summed` gives it.
         syncs: number and places of host syncs in an optimizer step without a log line; None on a CPU.
     """
 
+    log_every: int = 1
     num_profiled: int = 2
     profile: dict[str, Any] = field(default_factory=dict)
     syncs: dict[str, Any] | None = None
@@ -35,10 +37,11 @@ class WatchingClock(Clock):
     _profiler: Any = None
     _began: float = 0.0
     _warnings: Any = None
-    _log_every: int = 3
+    _num_calls: int = 0
 
     def __call__(self) -> bool:
         """Asked before each optimizer step."""
+        self._num_calls += 1  # now the number of the step that follows, from 1
         if self._phase == "timing":
             try:
                 return super().__call__()
@@ -51,6 +54,8 @@ class WatchingClock(Clock):
                 return False
             raise TimeUpError
         if self._phase == "settling":
+            if self._num_calls % self.log_every == 0:
+                return False
             self._phase = "counting"
             self._count_syncs()
             return False

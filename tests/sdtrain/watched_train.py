@@ -105,5 +105,5 @@ if __name__ == "__main__":
         slow_down_disk(float(os.environ.get("SLOW_DISK_S", "0")))
         return joined
 
-    train.join = join_and_watch
+    distributed.join = join_and_watch
     sys.exit(train.main())
