@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from sdtrain.formats.checkpoint import find_checkpoint
@@ -70,7 +69,8 @@ def _kill_and_resume(num_ranks: int, config: Path, output: Path) -> int:
     """Kills all processes once there is a checkpoint, and starts again; returns the step that it went on from."""
     process = _start(_torchrun(num_ranks, WATCHED), config, output, SLOW_DISK_S=str(SLOW_DISK_S))
     wait_for_step(process, output, EVERY)
-    os.killpg(process.pid, signal.SIGKILL)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        member.kill()  # one by one: torchrun gives each rank a session of its own
     finish(process)
     assert not (output / "DONE").exists(), "the run had ended before it was killed"
     step = find_checkpoint(output).layout.step
