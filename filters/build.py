@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 class Build:
     """A build in progress, with its dataset locked.
 
-    Attributes:
-        recipe: as recorded, with each `auto` resolved.
-        options: those outside the recipe.
-        changes: differences from the previous run's recipe; affected work is redone.
-        preflight: called before a stage's first shard.
+    `recipe` is as recorded, with each `auto` resolved; `options` are those outside it. `changes` are differences from
+    the previous run's recipe, whose work is redone; `preflight` is called before a stage's first shard.
     """
 
     dataset: DatasetDir

@@ -15,7 +15,7 @@ Probability = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
-    """Options beside the recipe; None leaves the recipe's setting as it is."""
+    """Options outside the recipe; None keeps the recipe's setting."""
 
     metadata: Location | None = option(
         None, "Parquet with LAION's columns: file, folder, glob.", sets=["select.metadata"]
@@ -26,7 +26,7 @@ class BuildOptions:
         None,
         "Shorter side in pixels, at least.",
         sets=["select.rules.min_side"],
-        sets_if_given=["keep.rules.min_side"],
+        sets_if_given=["decide.rules.min_side"],
     )
     min_aesthetic: AestheticScore | None = option(
         None, "Aesthetic score (V2), more than.", sets=["select.rules.min_aesthetic"]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.recipe import Recipe
+from filters.rules import RULES
 from filters.score.stage import SCORE
 from filters.select.stage import SELECT
 from sdtrain.dataset.stage import Stage
@@ -28,7 +30,10 @@ OTHER_VIEWS: dict[str, str] = {
 
 
 def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
-    """Returns the stages; ValueError if one names a later one, or two share a name or view, `OTHER_VIEWS` included."""
+    """Returns the stages; ValueError if one names a later one, or two share a name or view, `OTHER_VIEWS` included.
+
+    ValueError also if a rule looks at a column that no stage before the decision has.
+    """
     known = set[str]()
     for stage in stages:
         known.add(stage.name)
@@ -37,7 +42,20 @@ def in_order(*stages: Stage[Recipe]) -> tuple[Stage[Recipe], ...]:
     _refuse_twice([stage.name for stage in stages], "two stages have the name")
     views = [stage.table.view.lower() for stage in stages if stage.table]  # as DuckDB compares names
     _refuse_twice([*views, *OTHER_VIEWS], "metadata.duckdb would have two views")
+    _check_rules({stage.name: stage for stage in itertools.takewhile(lambda stage: stage is not DECIDE, stages)})
     return stages
+
+
+def _check_rules(undecided: Mapping[str, Stage[Recipe]]) -> None:
+    for name, rule in RULES.items():
+        if rule.stage is None:
+            continue
+        table = undecided[rule.stage].table if rule.stage in undecided else None
+        if table is None or rule.column not in table.columns:
+            raise ValueError(
+                f"rule '{name}' looks at '{rule.column}' of stage '{rule.stage}', and no stage before '{DECIDE.name}' "
+                "has a table with that column"
+            )
 
 
 def _refuse_twice(names: Sequence[str], message: str) -> None:
@@ -47,4 +65,4 @@ def _refuse_twice(names: Sequence[str], message: str) -> None:
 
 
 # Users say `pipeline.STAGES`: the list can then be changed in one place.
-STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, KEEP, PACK, ENCODE)
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, DECIDE, PACK, ENCODE)

@@ -20,17 +20,17 @@ from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
-def _checked_rules(rules: Any, in_keep: bool) -> Any:
+def _checked_rules(rules: Any, in_decide: bool) -> Any:
     if not isinstance(rules, dict):
         raise ValueError("rules are `name: value` lines")
     try:
-        return check_rules(rules, in_keep)
+        return check_rules(rules, in_decide)
     except UserError as error:
         raise ValueError(str(error)) from error
 
 
-Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_keep=False))]
-KeepRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_keep=True))]
+Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=False))]
+DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=True))]
 
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
 """The networks of `score`, by their settings' prefix."""
@@ -46,7 +46,7 @@ def _joinable(columns: list[str] | None) -> list[str] | None:
 
 
 class JoinConfig(Settings):
-    """Scores in files of their own, which fill what the metadata does not have."""
+    """Separate files of scores, which fill gaps in the metadata."""
 
     files: str
     """Parquet: a file, a folder or a glob."""
@@ -155,12 +155,16 @@ class DuplicatesConfig(Settings):
     """Of the clusters' first centres."""
 
 
-class KeepConfig(Settings):
+def _decide_by(value: Any) -> Any:
+    return "image" if value == "picture" else value  # as earlier versions called it
+
+
+class DecideConfig(Settings):
     """Decisions on the downloaded images."""
 
-    decide_by: Literal["metadata", "picture"] = "metadata"
+    decide_by: Annotated[Literal["metadata", "image"], BeforeValidator(_decide_by)] = "metadata"
     """The scores that rules use: the metadata's, or the image's own; sizes always come from the image."""
-    rules: KeepRules = Field(default={})
+    rules: DecideRules = Field(default={})
 
 
 class Recipe(Settings):
@@ -174,9 +178,19 @@ class Recipe(Settings):
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
-    keep: KeepConfig = KeepConfig()
+    decide: DecideConfig = DecideConfig()
     pack: PackConfig = PackConfig()
     encode: EncodeConfig = EncodeConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_section(cls, content: Any) -> Any:
+        """Reads `keep`, the name of `decide` in recipes and datasets of earlier versions."""
+        if not isinstance(content, dict) or "keep" not in content:
+            return content
+        if "decide" in content:
+            raise ValueError("keep is the former name of decide: give one of the two sections")
+        return {"decide" if name == "keep" else name: value for name, value in content.items()}
 
     @model_validator(mode="after")
     def _embeddings_are_kept(self) -> Recipe:

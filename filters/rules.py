@@ -73,7 +73,7 @@ _VALUES = {float: "a number", bool: "true or false", list: "a list of words, suc
 
 @dataclass(frozen=True)
 class Rule:
-    """A condition that a sample must meet; its column decides where it applies, see `filters.columns.TABLES`.
+    """A condition that a sample must meet; its column decides where it applies.
 
     Attributes:
         column: NULL there counts as a reason of its own.
@@ -82,6 +82,7 @@ class Rule:
         kind: of the recipe's value: a number (float), a bool or words (list).
         pushdown: (column, operator) pairs that hold, with the recipe's value, for every passing row; on the files' own
             columns, so that DuckDB can skip row groups by their statistics.
+        stage: whose table has the column; None for those of `filters.columns.TABLES`, and what is derived from them.
     """
 
     column: str
@@ -89,19 +90,28 @@ class Rule:
     meaning: str
     kind: type = float
     pushdown: tuple[tuple[str, str], ...] = ()
+    stage: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_column()
+        num_values = re.sub("'[^']*'", "", self.sql).count("?")
+        if self.kind not in _VALUES or num_values != (self.kind is not bool):
+            raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
+
+    def _check_column(self) -> None:
+        if self.stage is not None:  # `filters.pipeline.in_order` checks that its table has the column
+            if self.column in TABLES or self.column in DERIVED:
+                raise ValueError(f"column '{self.column}' of stage '{self.stage}' has the name of another")
+            return
         unknown = [name for name in self.sources if name not in TABLES]
         if unknown:
             raise ValueError(
                 f"a rule looks at column '{self.column}', and no table is known to have {', '.join(unknown)}: "
-                "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns"
+                "add it to filters.columns, or to filters.rules.DERIVED if it follows from other columns, or name the "
+                "`stage` whose table has it"
             )
-        if not (self.in_select or self.in_keep):
+        if not (self.in_select or self.in_decide):
             raise ValueError(f"no stage has all that column '{self.column}' follows from: {', '.join(self.sources)}")
-        num_values = re.sub("'[^']*'", "", self.sql).count("?")
-        if self.kind not in _VALUES or num_values != (self.kind is not bool):
-            raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -111,12 +121,12 @@ class Rule:
     @property
     def in_select(self) -> bool:
         """Whether the metadata has its column; otherwise only a decoded image does."""
-        return all("metadata" in TABLES[name] for name in self.sources)
+        return self.stage is None and all("metadata" in TABLES[name] for name in self.sources)
 
     @property
-    def in_keep(self) -> bool:
+    def in_decide(self) -> bool:
         """Whether its column is available after the download; otherwise only the metadata has it."""
-        return all(TABLES[name] - {"metadata"} for name in self.sources)
+        return self.stage is not None or all(TABLES[name] - {"metadata"} for name in self.sources)
 
 
 def _limit(column: str, operator: str, meaning: str) -> Rule:
@@ -159,14 +169,28 @@ def select_item(column: str) -> str:
     return derived_sql((column,), "s.width", "s.height", "s.caption") if column in DERIVED else _as_number("s", column)
 
 
-def keep_item(column: str, decide_by: str) -> str:
-    """Returns an `in_keep` column's SELECT item from selection `s`, images `i`, scores `c`; see `KeepConfig`."""
+def decide_item(column: str, decide_by: str) -> str:
+    """Returns an `in_decide` column's SELECT item from selection `s`, images `i`, scores `c`; see `DecideConfig`."""
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
     if "images" in TABLES[column]:
         return f"i.original_{column} AS {column}"
     is_ours = "scores" in TABLES[column] and (decide_by != "metadata" or "selection" not in TABLES[column])
     return _as_number("c" if is_ours else "s", column)
+
+
+def stage_item(rule: Rule, table: str) -> str:
+    """Returns the SELECT item of the column of a rule with a `stage`, from that stage's table."""
+    return f"{table}.{rule.column}{'::DOUBLE' if rule.kind is float else ''} AS {rule.column}"
+
+
+def stage_rules(rules: Mapping[str, RuleValue]) -> dict[str, list[Rule]]:
+    """Returns by stage the rules in use that look at its table, one for each column."""
+    found: dict[str, dict[str, Rule]] = {}
+    for rule in (RULES[name] for name in active_rules(rules)):
+        if rule.stage is not None:
+            found.setdefault(rule.stage, {})[rule.column] = rule
+    return {stage: list(found[stage].values()) for stage in sorted(found)}
 
 
 def _as_number(table: str, column: str) -> str:
@@ -189,25 +213,25 @@ def _filled(template: str, columns: Mapping[str, str]) -> str:
     return template
 
 
-def check_rules(rules: Mapping[str, Any], in_keep: bool = False) -> dict[str, RuleValue]:
-    """Validates the rules (name -> value) of a recipe, with `in_keep` those of `keep.rules`; numbers become floats.
+def check_rules(rules: Mapping[str, Any], in_decide: bool = False) -> dict[str, RuleValue]:
+    """Validates the rules (name -> value) of a recipe, with `in_decide` those of `decide.rules`; numbers become floats.
 
     UserError for an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
     """
-    return {name: _checked(name, value, in_keep) for name, value in rules.items()}
+    return {name: _checked(name, value, in_decide) for name, value in rules.items()}
 
 
-def _checked(name: str, value: Any, in_keep: bool) -> RuleValue:
+def _checked(name: str, value: Any, in_decide: bool) -> RuleValue:
     if name not in RULES:
         raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
     rule = RULES[name]
-    if in_keep and not rule.in_keep:
+    if in_decide and not rule.in_decide:
         raise UserError(
             f"rule '{name}' looks at column '{rule.column}', which only the metadata has; move it to `select.rules`"
         )
-    if not in_keep and not rule.in_select:
+    if not in_decide and not rule.in_select:
         raise UserError(
-            f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `keep.rules`"
+            f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `decide.rules`"
         )
     if rule.kind is bool and isinstance(value, bool):
         return value

@@ -37,7 +37,7 @@ def build_dataset(
     recipe: RecipeName = "laion-aesthetics",
     credentials: str | None = None,
 ) -> str:
-    """Select, download, score, dedup, keep, pack, encode; what an earlier run finished is not done again.
+    """Select, download, score, dedup, decide, pack, encode; what an earlier run finished is not done again.
 
     Prefect keeps parameters: for a URL with a query or password write ${NAME} and set that environment variable for the
     worker, from a Secret block.

@@ -9,26 +9,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefect import flow
-from prefect.settings import (
-    PREFECT_API_URL,
-    PREFECT_HOME,
-    PREFECT_SERVER_ANALYTICS_ENABLED,
-    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-    temporary_settings,
-)
 
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
 from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions
+from flows.support.task_runners import own_prefect
 from flows.train_unet import train
 from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
@@ -182,7 +174,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
 def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float | str]:
     """Runs everything in order; returns the demo's metrics."""
     demo, started = DemoDir(output.absolute()), time.monotonic()
-    with _own_prefect(demo):
+    with own_prefect(demo.root / "prefect"):
         build_demo(str(demo.root), num_rows)
         train_demo(str(demo.root), steps)
     verdicts = sample_demo(demo)
@@ -191,21 +183,6 @@ def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float 
     for name, verdict in verdicts.items():
         figures |= {f"color_{name}": round(verdict.color, 3), f"shape_{name}": round(verdict.shape, 3)}
     return figures | {"report": str(report)}
-
-
-@contextmanager
-def _own_prefect(demo: DemoDir) -> Iterator[None]:
-    """Runs the demo's own Prefect server, so that it neither needs nor touches yours."""
-    home = demo.root / "prefect"
-    home.mkdir(parents=True, exist_ok=True)
-    settings = {
-        PREFECT_API_URL: None,
-        PREFECT_HOME: home,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120,
-    }
-    with temporary_settings(settings):
-        yield
 
 
 def main() -> int:

@@ -78,8 +78,7 @@ def evaluate_checkpoint(
 def evaluate(models: list[str], protocol: Protocol, output: str | None, options: StageOptions, retries: int = 0) -> str:
     """Evaluates within a flow; returns the evaluation's directory.
 
-    Raises:
-        UserError: a mistake that the user can correct; finished parts are kept.
+    UserError for a mistake that the user can correct; finished parts are kept.
     """
     from sdtrain.evaluation.sweep import plan  # late: imports all networks
 

@@ -83,8 +83,7 @@ def check(
 ) -> None:
     """Checks every run's needs, before the first one trains for a month.
 
-    Raises:
-        UserError: configs, latents, networks, trackers or disk space are missing or do not match.
+    UserError if configs, latents, networks, trackers or disk space are missing or do not match.
     """
     for phase in phases:
         config = configure(_config(phase, configs), roots[phase.dataset])

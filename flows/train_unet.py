@@ -116,8 +116,7 @@ def train(
 ) -> str:
     """Trains within a flow, by default through DeepSpeed's launcher; returns the run's directory.
 
-    Raises:
-        UserError: training ended early; the message has the log's last lines.
+    UserError, with the log's last lines, if training ended early.
     """
     run_dir = _run_dir(config, output)
     last_step = steps or load_config(config).steps

@@ -1,4 +1,4 @@
-"""Options declared once, as the fields of a dataclass, for commands and flows alike.
+"""Options declared once, as the fields of a dataclass, for commands and flows alike, and names to choose from.
 
 Bounds are annotations of `annotated_types`, which pydantic understands: every command imports this module, which
 therefore does not import pydantic.
@@ -10,7 +10,11 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_type_hints
+
+Weights = Literal["ema", "raw"]
+SamplerName = Literal["plms", "ddim", "dpm"]
+Resize = Literal["pytorch-fid", "torch-fidelity", "clean-fid"]
 
 ResultT = TypeVar("ResultT")
 MakeParameter = Callable[["Field[Any]", Any], inspect.Parameter]
@@ -18,13 +22,10 @@ MakeParameter = Callable[["Field[Any]", Any], inspect.Parameter]
 
 
 def option(default: Any, help_text: str, sets: Sequence[str] = (), sets_if_given: Sequence[str] = ()) -> Any:
-    """Declares an option.
+    """Declares an option; its default is None if it leaves a setting as it is.
 
-    Args:
-        default: None for an option that leaves a setting as it is.
-        help_text: for the command line and for Prefect's page.
-        sets: dotted names of the settings that it overrides.
-        sets_if_given: those that it overrides only where they have a value.
+    `help_text` is for the command line and for Prefect's page. `sets` are dotted names of the settings that it
+    overrides, `sets_if_given` those that it overrides only where they have a value.
     """
     return field(default=default, metadata={"help": help_text, "sets": sets, "sets_if_given": sets_if_given})
 

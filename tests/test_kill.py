@@ -18,7 +18,7 @@ from filters.recipe import RECIPES_DIR
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world
 
-STAGES = ("select", "download", "score", "dedup", "keep", "pack", "encode")
+STAGES = ("select", "download", "score", "dedup", "decide", "pack", "encode")
 STEPS_WHOSE_FILES_MATTER = ("selection", "images", "scores", "dataset", "latents")
 
 

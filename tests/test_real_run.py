@@ -108,7 +108,7 @@ def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
         run_batch(stage, dataset, recipe, pending(stage, dataset, recipe))
         assert not pending(stage, dataset, recipe)
 
-    kept = entries(dataset, "keep")[0]
+    kept = entries(dataset, "decide")[0]
     assert kept.num_in == num_rows
     # The LAION rows show the photographs again, and two of the varied images are too small.
     assert kept.dropped["duplicate_exact"] == NUM_LAION_ROWS

@@ -1,1 +1,1 @@
-"""The decision which samples to keep, by scores and duplicates: the stage KEEP."""
+"""The decision which samples to keep, by scores and duplicates: the stage DECIDE."""

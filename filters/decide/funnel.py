@@ -9,8 +9,7 @@ from typing import TypedDict
 from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, require_entry
-from sdtrain.dataset.selection import selection
+from sdtrain.dataset.manifest import entries, require_entry, selection
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Drops, Stage
 from sdtrain.errors import UserError

@@ -1,4 +1,4 @@
-"""KEEP: every selected row ends as kept, or with the first reason that drops it."""
+"""DECIDE: every selected row ends as kept, or with the first reason that drops it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.recipe import KeepConfig, Recipe
-from filters.rules import RULES, RuleValue, active_rules, in_words, keep_item, reason_case
+from filters.recipe import DecideConfig, Recipe
+from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words, reason_case, stage_item, stage_rules
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, require_entry, selected_shards, selection
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
-from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -33,6 +33,7 @@ LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
 LEFT JOIN blocked b USING (uid)
+{joins}
 """
 _HASHES = """
 SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
@@ -58,13 +59,15 @@ _BEFORE_RULES = (
 
 def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
     """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept)."""
-    case, values = reason_case(recipe.keep.rules)
+    case, values = reason_case(recipe.decide.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
-    columns = ", ".join(_columns(dataset, recipe.keep))
+    columns, measured = ", ".join(_columns(dataset, recipe.decide)), _measured(dataset, recipe.decide)
+    joins = "\n".join(f"LEFT JOIN read_parquet(${name}, union_by_name = true) {name} USING (uid)" for name in measured)
     # Otherwise DuckDB spills to the working directory.
-    with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "keep"))}) as connection:
+    with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "decide"))}) as connection:
         connection.register("blocked", _alike_to_removed(connection, dataset))
-        connection.execute(f"CREATE TEMP TABLE joined AS {_JOINED.format(columns=columns)}", _sources(dataset))
+        joined = _JOINED.format(columns=columns, joins=joins)
+        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | measured)
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -74,20 +77,39 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
         )
 
 
-def _columns(dataset: DatasetDir, keep: KeepConfig) -> Iterator[str]:
+def _columns(dataset: DatasetDir, decide: DecideConfig) -> Iterator[str]:
     """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
-    for column in dict.fromkeys(["aesthetic", *(RULES[name].column for name in active_rules(keep.rules))]):
-        _check_known(dataset, column, keep)
-        yield keep_item(column, keep.decide_by)
+    rules = [RULES[name] for name in active_rules(decide.rules)]
+    for column in dict.fromkeys(["aesthetic", *(rule.column for rule in rules if rule.stage is None)]):
+        _check_known(dataset, column, decide)
+        yield decide_item(column, decide.decide_by)
+    for number, found in enumerate(stage_rules(decide.rules).values()):
+        yield from (stage_item(rule, f"measured_{number}") for rule in found)
 
 
-def _check_known(dataset: DatasetDir, column: str, keep: KeepConfig) -> None:
+def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[str] | str]:
+    """Returns the tables of the stages that rules name, by their alias."""
+    found: dict[str, list[str] | str] = {}
+    for number, stage in enumerate(stage_rules(decide.rules)):
+        fetch_outputs(dataset, stage, tars=False)
+        names = [name for entry in _finished(dataset, stage) for name in entry.outputs if name.endswith(".parquet")]
+        found[f"measured_{number}"] = [str(dataset.root / name) for name in names]
+    return found
+
+
+def _finished(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+    """Returns the entries of a stage of which at least the first shard is finished."""
+    require_entry(dataset, stage, 0)
+    return entries(dataset, stage)
+
+
+def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:
     """Refuses rules on V1's scores without their column, the only one that selections may lack."""
-    files = _sources(dataset)["selection"] if column == "aesthetic_v1" and keep.decide_by == "metadata" else []
+    files = _sources(dataset)["selection"] if column == "aesthetic_v1" and decide.decide_by == "metadata" else []
     if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(
-            f"keep.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
-            f"{dataset.root} do not have. Set keep.decide_by: picture and score.aesthetic_v1_weights, or leave it out."
+            f"decide.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
+            f"{dataset.root} do not have. Set decide.decide_by: image and score.aesthetic_v1_weights, or leave it out."
         )
 
 
@@ -119,10 +141,13 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     shards = selected_shards(dataset)
     inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
     # As pairs, because the order of the rules decides the reasons.
-    config: dict[str, object] = {"decide_by": recipe.keep.decide_by, "rules": list(recipe.keep.rules.items())}
+    # The stage and the value were once called "keep" and "picture"; finished datasets record their digest.
+    decide_by = "picture" if recipe.decide.decide_by == "image" else recipe.decide.decide_by
+    config: dict[str, object] = {"decide_by": decide_by, "rules": list(recipe.decide.rules.items())}
     removed = removed_hashes(read_ledger(dataset.removed))
     config |= {"removed": removed.to_pylist()} if len(removed) else {}
-    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0)])
+    measured = [entry for stage in stage_rules(recipe.decide.rules) for entry in _finished(dataset, stage)]
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0), *measured])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -141,13 +166,13 @@ def report_of(dataset: DatasetDir, counts: Mapping[str | None, int]) -> ShardRep
         unknown = any(reason.endswith("_missing") for reason in dropped)
         hint = " Missing scores: the metadata has none, or their weights are null in score; see decide_by."
         raise UserError(
-            f"No image in {dataset.root} is kept ({listed}). Loosen the recipe's keep.rules.{hint if unknown else ''}"
+            f"No image in {dataset.root} is kept ({listed}). Loosen the recipe's decide.rules.{hint if unknown else ''}"
         )
-    return ShardReport(stage="keep", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
+    return ShardReport(stage="decide", shard=0, num_in=selection(dataset).num_out, num_out=kept, dropped=dropped)
 
 
 def _rules(recipe: Recipe) -> dict[str, RuleValue]:
-    return recipe.keep.rules
+    return recipe.decide.rules
 
 
 def _path(dataset: DatasetDir, shard: int) -> Path:
@@ -159,8 +184,8 @@ def _drop(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -> 
     drop_rows(removed.table, removed.uids, shortened(dataset, recipe.pack, removed.uids) if is_packed else None)
 
 
-KEEP: Stage[Recipe] = Stage(
-    *("keep", _shards, _fingerprint, _run),
+DECIDE: Stage[Recipe] = Stage(
+    *("decide", _shards, _fingerprint, _run),
     inputs=dict.fromkeys(("select", "download", "score", "dedup"), "all shards"),
     planned_by=None,
     num_shards=one_shard,
@@ -184,4 +209,6 @@ KEEP: Stage[Recipe] = Stage(
         explain=in_words,
     ),
     uses_gpu=False,
+    needs=NOTHING,
+    work=None,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from filters.decide.funnel import FunnelRow, Stages, funnel
-from filters.decide.stage import KEEP, decide, report_of
+from filters.decide.stage import DECIDE, decide, report_of
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from sdtrain.dataset.layout import DatasetDir
@@ -33,24 +33,24 @@ def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
     return rules
 
 
-def with_keep_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | None = None) -> Recipe:
-    """Returns the recipe with `rules` merged into `keep`, in place or appended; raises `UserError` for invalid ones."""
+def with_decide_rules(recipe: Recipe, rules: Mapping[str, Any], decide_by: str | None = None) -> Recipe:
+    """Returns the recipe with `rules` merged into `decide`, in place or appended; raises `UserError` if invalid."""
     content: dict[str, Any] = recipe.model_dump()
-    content["keep"]["rules"] |= {name: value for name, value in rules.items() if value is not None}
-    content["keep"]["decide_by"] = decide_by or recipe.keep.decide_by
+    content["decide"]["rules"] |= {name: value for name, value in rules.items() if value is not None}
+    content["decide"]["decide_by"] = decide_by or recipe.decide.decide_by
     return parse_settings(Recipe, content, "command line")
 
 
 def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[str, object]]:
     """Compares the current funnel with that under `recipe`, reason by reason; writes nothing.
 
-    UserError if a stage before `keep` is not finished, or nothing would be kept.
+    UserError if a stage before `decide` is not finished, or nothing would be kept.
     """
-    stages = stages[: stages.index(KEEP) + 1]
+    stages = stages[: stages.index(DECIDE) + 1]
     after = funnel(dataset, recipe, stages, _decided(dataset, recipe))
-    before = funnel(dataset, read_recipe(dataset), stages) if read_entry(dataset, "keep", 0) else []
+    before = funnel(dataset, read_recipe(dataset), stages) if read_entry(dataset, "decide", 0) else []
     old, new = ({(row["stage"], row["reason"]): row for row in rows} for rows in (before, after))
-    # Reasons of the old funnel only go last in their stage, which for all of them is `keep`.
+    # Reasons of the old funnel only go last in their stage, which for all of them is `decide`.
     shown = [_beside(key, old.get(key), new.get(key)) for key in dict.fromkeys([*new, *old]) if key[1]]
     kept: dict[str, object] = {"stage": "", "reason": "kept", "meaning": "samples to be packed"}
     shown = [row for row in shown if row["before"] or row["now"]]
@@ -60,17 +60,17 @@ def compare(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[dict[st
 def decide_again(dataset: DatasetDir, recipe: Recipe) -> list[str]:
     """Records `recipe` and decides by it; returns its differences from the previous recipe.
 
-    UserError, with nothing changed, if a stage before `keep` is not finished or nothing would be kept.
+    UserError, with nothing changed, if a stage before `decide` is not finished or nothing would be kept.
     """
     _decided(dataset, recipe)
     changes = record_recipe(dataset, recipe)
-    clear_leftovers(KEEP, dataset)
-    run_batch(KEEP, dataset, recipe, [0])
+    clear_leftovers(DECIDE, dataset)
+    run_batch(DECIDE, dataset, recipe, [0])
     return changes
 
 
 def _decided(dataset: DatasetDir, recipe: Recipe) -> ShardReport:
-    KEEP.fingerprint(dataset, recipe, 0)  # fails if an earlier stage is not finished
+    DECIDE.fingerprint(dataset, recipe, 0)  # fails if an earlier stage is not finished
     return report_of(dataset, decide(dataset, recipe))
 
 

@@ -1,4 +1,4 @@
-"""Removal of samples from the groups of duplicates."""
+"""Removes samples from the groups of duplicates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def regroup(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -
 
 
 def recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> ShardReport:
-    """Counts what is left: all members of a group but one are dropped, by the level that found them."""
+    """Recounts: all members of a group but one are dropped, by the level that found them."""
     with duckdb.connect() as connection:
         dropped = dict(connection.execute(_COUNTED, [str(tables[0])]).fetchall())
     num_in = sum(score.num_out for score in entries(dataset, "score"))

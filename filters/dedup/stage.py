@@ -14,14 +14,12 @@ from filters.dedup.columns import Images
 from filters.dedup.levels import LEVELS, Found, group_images
 from filters.dedup.removal import recount, regroup
 from filters.recipe import Recipe
-from sdtrain.dataset.files import publish, scratch
+from sdtrain.dataset.files import publish, read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.manifest import describe_outputs, require_entry, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
-from sdtrain.dataset.selection import selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers, nothing_beside, one_shard
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
@@ -103,6 +101,20 @@ def _path(dataset: DatasetDir, shard: int) -> Path:
     return dataset.duplicates
 
 
+def _sized(recipe: Recipe, num_rows: int) -> Openers:
+    is_semantic = recipe.duplicates.level == "semantic"
+    return {"duplicates.level": partial(_check_semantic, recipe, num_rows)} if is_semantic else {}
+
+
+def _check_semantic(recipe: Recipe, num_rows: int) -> str:
+    from filters.dedup.clusters import load_faiss, num_clusters_for
+
+    num_clusters = num_clusters_for(num_rows, recipe.duplicates.num_clusters)
+    if num_clusters > 1:
+        load_faiss()
+    return f"semantic, {num_clusters:,} clusters"
+
+
 DEDUP: Stage[Recipe] = Stage(
     *("dedup", _shards, _fingerprint, _run),
     inputs={"score": "all shards", "download": "all shards"},
@@ -118,4 +130,6 @@ DEDUP: Stage[Recipe] = Stage(
     ),
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
+    needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
+    work=Work(num="images", rate="dedup_pictures", on="one core", writes=None),
 )

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filters import pipeline
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
-from filters.rules import RULES, keep_item, select_item
+from filters.rules import RULES, Rule, decide_item, select_item, stage_item
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.storage import storage_of
@@ -63,13 +64,13 @@ def scores_note(recipe: Recipe) -> str:
     random = [name for name, given in weights.items() if given and given.startswith((RANDOM, RANDOM_FULL))]
     if not random:
         return ""
-    decides = " The metadata decides." if recipe.keep.decide_by == "metadata" else ""
+    decides = " The metadata decides." if recipe.decide.decide_by == "metadata" else ""
     return f"Random weights, here those of {', '.join(random)}, give scores that mean nothing.{decides}"
 
 
 def limits_of(recipe: Recipe) -> dict[str, float]:
     """Returns rule limits that a diagram can draw as lines; earlier decisions come first."""
-    rules = recipe.keep.rules | recipe.select.rules
+    rules = recipe.decide.rules | recipe.select.rules
     return {name: value for name, value in rules.items() if isinstance(value, float)}
 
 
@@ -77,9 +78,16 @@ def rule_thresholds(recipe: Recipe) -> Iterator[RuleThreshold]:
     """Yields rule thresholds with their columns, for showing images near them; the metadata's first."""
     from sdtrain.report.examples import RuleThreshold
 
-    for stage, rules in (("select", recipe.select.rules), ("keep", recipe.keep.rules)):
+    for stage, rules in (("select", recipe.select.rules), ("decide", recipe.decide.rules)):
         for name, limit in rules.items():
             if isinstance(limit, float):
-                column = RULES[name].column
-                item = select_item(column) if stage == "select" else keep_item(column, recipe.keep.decide_by)
-                yield RuleThreshold(name, stage, column, item, limit)
+                item = _item(RULES[name], stage == "select", recipe)
+                yield RuleThreshold(name, stage, RULES[name].column, item, limit)
+
+
+def _item(rule: Rule, is_select: bool, recipe: Recipe) -> str:
+    if rule.stage is not None:
+        views = {stage.name: stage.table.view for stage in pipeline.STAGES if stage.table}
+        column = stage_item(rule, "m").partition(" AS ")[0]
+        return f'(SELECT any_value({column}) FROM "{views[rule.stage]}" m WHERE m.uid = s.uid) AS {rule.column}'  # noqa: S608
+    return select_item(rule.column) if is_select else decide_item(rule.column, recipe.decide.decide_by)

@@ -48,13 +48,9 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class DatasetStatus:
-    """A dataset.
+    """A dataset at `place`, its directory or URL, with its stages in order.
 
-    Attributes:
-        place: its directory, or URL.
-        stages: in order.
-        users: a sentence for each active command.
-        free_bytes: on its disk, or that of its work folder.
+    `users` is a sentence for each active command; `free_bytes` is on its disk, or that of its work folder.
     """
 
     place: str

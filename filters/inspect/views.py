@@ -35,7 +35,7 @@ DERIVED: dict[str, str] = {
     ),
     "drops": (
         "SELECT d.uid, d.key, s.url, s.caption, CASE WHEN i.reason IS NOT NULL THEN 'download' "
-        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'keep' END AS stage, d.reason, i.error_message "
+        "WHEN d.reason = 'undecodable' THEN 'score' ELSE 'decide' END AS stage, d.reason, i.error_message "
         "FROM decisions d JOIN selection s USING (uid) LEFT JOIN images i USING (uid) WHERE d.reason IS NOT NULL"
     ),
     "score_pairs": (
@@ -157,15 +157,16 @@ def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, r
 def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
     connection.execute(
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
-        "bytes BIGINT, dropped JSON)"
+        "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN)"
     )
+    on_gpu = {stage.name for stage in pipeline.STAGES if stage.uses_gpu}
     rows = [
-        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped)]
+        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped), stage in on_gpu]
         for stage in recorded_stages(dataset)
         for e in entries(dataset, stage)
     ]
     if rows:
-        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
 
 def _num_bytes(entry: ShardReport) -> int:

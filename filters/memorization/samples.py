@@ -16,7 +16,7 @@ from PIL import Image
 
 from filters.search.search import read_image, read_image_file
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import selected_shards
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
 
@@ -82,7 +82,6 @@ def _body(tar: Path, member: Member) -> bytes:
 
 
 def _prompt_of(path: Path) -> str:
-    """Reads the prompt that `sdtrain sample` wrote into the image."""
     try:
         with Image.open(path) as image:
             made = json.loads(image.info["sdtrain"])
@@ -95,7 +94,7 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
     """Returns the most common captions of kept images, with counts; raises `UserError` if none are kept."""
     images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not dataset.decisions.exists() or not images:
-        raise UserError(f"{dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
+        raise UserError(f"{dataset.root} is not built as far as `decide`. Run `sdtrain build` again.")
     with closing(duckdb.connect()) as connection:
         asked = {"images": images, "decisions": str(dataset.decisions), "num": num}
         rows = connection.execute(_CAPTIONS, asked).fetchall()

@@ -21,12 +21,9 @@ _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits beyond which a sample counts as memorised.
+    """The limits beyond which a sample counts as memorised, and the number of neighbours to compare (`top`).
 
-    Attributes:
-        threshold: least cosine of CLIP's embeddings to flag.
-        radius: bits in which one image's perceptual hashes may differ.
-        top: neighbours to compare.
+    `threshold` is the least CLIP cosine to flag; `radius` the bits in which perceptual hashes may differ.
     """
 
     threshold: float = 0.95

@@ -20,7 +20,7 @@ from sdtrain.dataset.manifest import entries, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
 from sdtrain.dataset.s3.files import discard, push_files
 from sdtrain.dataset.s3.sync import evict_finished, fetch_outputs
-from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
@@ -44,8 +44,8 @@ class Journal(BaseModel):
     note: str
     num_samples: int
     ledger_sha256: str
-    touched: dict[str, list[int]]
-    finished: dict[str, list[int]]
+    touched: dict[StageName, list[int]]
+    finished: dict[StageName, list[int]]
     notes: list[str] = []
 
 
@@ -80,8 +80,7 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
 def finish_removal(dataset: DatasetDir) -> list[str]:
     """Carries out the journaled removal, if any; returns sentences on what was done.
 
-    Raises:
-        UserError: a file to rewrite is damaged, or removal.json cannot be read.
+    UserError if a file to rewrite is damaged, or removal.json cannot be read.
     """
     journal = _read_journal(dataset)
     if journal is None:

@@ -9,7 +9,7 @@
 | metadata.duckdb, report.html, images/, index.json | rewritten |
 
 A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
-hosts, `download` refuses a removed sha256, and `keep` drops images similar to one that was removed with a radius.
+hosts, `download` refuses a removed sha256, and `decide` drops images similar to one that was removed with a radius.
 
 The plan (removal.json) is written before anything is touched. If killed, the next `sdtrain remove`, `decide` or `build`
 first completes it; nothing else may use the dataset meanwhile.
@@ -33,8 +33,8 @@ from filters import pipeline
 from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, near_duplicate_uids
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
 from sdtrain.errors import UserError
 
@@ -101,10 +101,8 @@ class Removal:
 def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
     """Resolves a list's entries (of kind `by`) in a dataset in any state; writes nothing.
 
-    `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits.
-
-    Raises:
-        UserError: there is no dataset, or the list cannot be read.
+    `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits. UserError if there
+    is no dataset, or the list cannot be read.
     """
     read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
@@ -128,8 +126,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
     """Yields a list's entries: text with one a line and comments after #, or Parquet with a column named like `by`.
 
-    Raises:
-        UserError: it is missing, unreadable, or of another form.
+    UserError if it is missing, unreadable, or of another form.
     """
     try:
         if path.suffix == ".parquet":

@@ -36,9 +36,7 @@ _log = logging.getLogger(__name__)
 class Models:
     """The networks that a recipe uses; None for those it skips.
 
-    Attributes:
-        dtype: of the large networks (autocast); the small heads are always float32.
-        heads: by score name; their input is CLIP's embeddings.
+    `dtype` is of the large networks (autocast); the small `heads` on CLIP's embeddings are float32.
     """
 
     device: torch.device
@@ -58,13 +56,10 @@ class Models:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A batch whose scores are in transit from the device.
+    """A batch whose scores, by name one per undamaged image, are in transit from the device.
 
-    Attributes:
-        batch: all images, including damaged ones.
-        scores: by name, one per undamaged image.
-        embeddings: of the undamaged images, float16; None if the recipe does not store them.
-        arrived: signals that the scores can be read; None if they already can.
+    `embeddings` are the undamaged images', float16; None if the recipe does not store them. `arrived` signals that the
+    scores can be read; None if they already can.
     """
 
     batch: Sequence[PreprocessedImage]

@@ -57,13 +57,10 @@ class RequiredViews:
 
 @dataclass(frozen=True)
 class PreprocessedImage:
-    """Everything computed from one decode.
+    """Everything computed from one decode: the score table's `row`, the `caption` for CLIP's comparison, and views.
 
-    Attributes:
-        row: of the score table.
-        caption: what CLIP compares the image with.
-        clip: CLIP's view, (H, W, 3) uint8; None for a damaged image or if no network needs it.
-        watermark: the watermark detector's, likewise.
+    `clip` is CLIP's view, (H, W, 3) uint8; None for a damaged image or if no network needs it. `watermark`, the
+    watermark detector's view, likewise.
     """
 
     row: dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,11 +15,10 @@ from filters.rules import RuleValue, in_words
 from filters.score.weights import digest_of
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
-from sdtrain.dataset.selection import num_selected_shards, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, Work, no_openers, nothing_beside
 from sdtrain.errors import UserError
 from sdtrain.models.weights import clip_digest
 
@@ -124,6 +123,28 @@ def _rules(recipe: Recipe) -> dict[str, RuleValue]:
     return {}
 
 
+def _networks(recipe: Recipe) -> Openers:
+    config = recipe.score
+    named = [name for name in NETWORKS if getattr(config, f"{name}_weights") is not None]
+    openers = Openers({f"score.{name}_weights": partial(_check_network, config, name) for name in named})
+    return openers | ({"score.clip_model": partial(_check_heads, config)} if "clip" in named else {})
+
+
+def _check_network(config: ScoreConfig, name: str) -> str:
+    from filters.score.models import load_network
+
+    digest = weight_digest(config, name)
+    load_network(config, name)
+    return f"{getattr(config, f'{name}_weights')}: {digest[:12]}"
+
+
+def _check_heads(config: ScoreConfig) -> str:
+    from filters.score.models import check_heads
+
+    check_heads(config)
+    return config.clip_model
+
+
 SCORE: Stage[Recipe] = Stage(
     *("score", _shards, _fingerprint, _run),
     inputs={"download": "same shard"},
@@ -149,4 +170,6 @@ SCORE: Stage[Recipe] = Stage(
         repeats=False, rules=_rules, last={UNDECODABLE: "the stored image cannot be decoded"}, explain=in_words
     ),
     uses_gpu=True,
+    needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
+    work=Work(num="images", rate="score_pictures", on="GPUs", writes=("images", "score_row_bytes")),
 )

@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from filters.dedup.clusters import unit
 from filters.dedup.columns import Images
 from filters.dedup.stage import scored_images
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import require_entry
-from sdtrain.dataset.parquet import read_parquet
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import require_entry, selected_shards
 from sdtrain.errors import UserError
 
 _FORMAT = "search/1"
@@ -28,11 +27,9 @@ _FORMAT = "search/1"
 
 @dataclass(frozen=True)
 class Block:
-    """Embeddings of one shard.
+    """Embeddings of one shard: float16 `vectors` (N, D), of length 1 up to rounding.
 
-    Attributes:
-        numbers: (N,) image numbers: row numbers over all shards' score tables.
-        vectors: (N, D) float16, of length 1 up to rounding.
+    The image `numbers` (N,) are row numbers over all shards' score tables.
     """
 
     numbers: NDArray[np.int64]
@@ -41,12 +38,9 @@ class Block:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """All embeddings of a dataset.
+    """All embeddings of a dataset, with the images' scores for k-means.
 
-    Attributes:
-        images: their scores, for k-means.
-        clip_model: open_clip's name of their network; `clip_digest` is its weights'.
-        counts: (shard, rows of its table), in order.
+    `clip_model` is open_clip's name of their network, `clip_digest` its weights'; `counts` are (shard, rows), in order.
     """
 
     dataset: DatasetDir

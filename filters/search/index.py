@@ -37,13 +37,10 @@ _SEED = 42
 
 
 class IndexInfo(BaseModel):
-    """The contents of an index.
+    """The contents of an index, with `num_lists` 0 if all images are compared.
 
-    Attributes:
-        clip_model: open_clip's name of the embeddings' network; `clip_digest` is its weights'.
-        counts: (shard, rows of its score table), in order.
-        num_vectors: images with an embedding.
-        num_lists: 0 if all are compared.
+    `clip_model` is open_clip's name of the embeddings' network, `clip_digest` its weights'; `counts` are (shard, rows
+    of its score table), in order.
     """
 
     clip_model: str

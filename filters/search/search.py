@@ -21,9 +21,9 @@ from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
 from filters.search.hits import Hit, look_up
 from filters.search.index import ImageIndex, IndexInfo, open_index
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.parquet import read_parquet
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import selected_shards
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header
@@ -98,10 +98,8 @@ class Search:
     def nearest(self, vectors: NDArray[np.float32], top: int, kept_only: bool = False) -> list[list[Hit]]:
         """Returns at most `top` nearest images for each of (N, D) unit embeddings, nearest first.
 
-        `kept_only` skips dropped images and fetches more to replace them, up to the nearest `_MAX_LOOKED_AT`.
-
-        Raises:
-            UserError: `kept_only` is set before the dataset's decisions exist.
+        `kept_only` skips dropped images and fetches more to replace them, up to the nearest `_MAX_LOOKED_AT`; UserError
+        before the dataset's decisions exist.
         """
         self._require_decisions(kept_only)
         fetched = top
@@ -119,7 +117,7 @@ class Search:
 
     def _require_decisions(self, kept_only: bool) -> None:
         if kept_only and not self.dataset.decisions.exists():
-            raise UserError(f"{self.dataset.root} is not built as far as `keep`. Run `sdtrain build` again.")
+            raise UserError(f"{self.dataset.root} is not built as far as `decide`. Run `sdtrain build` again.")
 
     def _hits(self, cosines: NDArray[np.float32], numbers: NDArray[np.int64], kept_only: bool) -> list[list[Hit]]:
         places = [self._index.place(number) if number >= 0 else None for number in numbers.ravel().tolist()]

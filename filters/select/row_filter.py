@@ -54,7 +54,7 @@ class Source:
 
     @property
     def has_side_inputs(self) -> bool:
-        """Whether anything beside the metadata is read."""
+        """Whether anything besides the metadata is read."""
         return has_side_inputs(self.select) or len(self.removed) > 0
 
 

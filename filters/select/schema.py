@@ -103,7 +103,7 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
     names = " or ".join(name.upper() for name in ALIASES[column])
     advice = ""
     if column in ("width", "height"):
-        advice = " Or move the rule from `select` to `keep`, where it looks at the downloaded image."
+        advice = " Or move the rule from `select` to `decide`, where it looks at the downloaded image."
     elif column in SCORE_COLUMNS:
         advice = " Or set `select.null_policy: score_later` and let the image's own score decide."
     return (
@@ -134,8 +134,8 @@ def normalised_sql(
     Args:
         files: the input.
         pushdown: rules to push down, see `pushdown_sql`; the rows must still be checked.
-        compute_hash: fill missing `hash` with `laion_hash`, which must be registered
-            (`filters.select.sql_functions.register_laion_hash`); free for queries that do not select `hash`.
+        compute_hash: fill missing `hash` with `laion_hash`, to be registered by `sql_functions.register_laion_hash`;
+            free for queries that do not select `hash`.
         rows: half-open range of row numbers to read from each file.
     """
     groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}

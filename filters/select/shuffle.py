@@ -98,8 +98,6 @@ class Shuffle:
 
 
 class _File:
-    """A bucket's batches on disk."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._writer: pa.RecordBatchStreamWriter | None = None

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
 from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
@@ -26,7 +27,7 @@ from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Stage, Table, Work, no_openers, nothing_beside
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
@@ -248,4 +249,6 @@ SELECT: Stage[Recipe] = Stage(
         explain=in_words,
     ),
     uses_gpu=False,
+    needs=Needs(files=open_files, networks=no_openers, sized=no_openers),
+    work=Work(num="metadata", rate="select_rows", on="cores", writes=("rows", "metadata_row_bytes")),
 )

@@ -22,10 +22,7 @@ def s3_credentials(block: str | None) -> Iterator[None]:
     """Puts the values of an `AwsCredentials` block (if named) into this process's environment within the context.
 
     All s3:// access reads it, DuckDB's too; the values are in no parameter, log or argument list. It does not reach
-    workers on other machines.
-
-    Raises:
-        UserError: there is no such block, or prefect-aws is not installed.
+    workers on other machines. UserError if there is no such block, or prefect-aws is not installed.
     """
     before = dict(os.environ)
     try:

@@ -61,8 +61,7 @@ async def _run_async(steps: Steps) -> Any:
 def find(client: Any, name: str) -> Steps:
     """Finds the only deployment named `name`, of any flow.
 
-    Raises:
-        ObjectNotFound: none, or several; the message, also logged, names the candidates.
+    ObjectNotFound if there are none or several; the message, also logged, names the candidates.
     """
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 

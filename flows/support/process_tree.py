@@ -31,14 +31,13 @@ def run_tree(
     grace_s: float = GRACE_S,
     timeout_s: float = math.inf,
 ) -> int:
-    """Runs `command` in the main thread and returns its exit code.
+    """Runs `command` in the main thread and returns its exit code; UserError if there is no such program.
 
     Output is redacted, appended to `log_file` and passed by line to `on_line`. When this returns or raises (as Prefect
     does in the main thread on cancellation) no process of the tree is left, orphans included. The child stays in our
     process group, so that a signal to the group reaches it even if we are killed.
 
     Raises:
-        UserError: there is no such program.
         TimeoutError: it ran for `timeout_s`.
     """
     mark = uuid.uuid4().hex

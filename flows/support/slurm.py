@@ -33,12 +33,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """A job to submit.
+    """A job to submit, which appends to `log`.
 
-    Attributes:
-        options: of sbatch; they override the script's `#SBATCH` lines.
-        folder: the run's directory, on shared storage, used by one job at a time.
-        log: appended to.
+    `options` of sbatch override the script's `#SBATCH` lines; `folder` is the run's directory, on shared storage, used
+    by one job at a time.
     """
 
     script: Path
@@ -65,10 +63,7 @@ def run_job(
     A job of a killed run that already works on the folder is followed instead of submitting a second one. Cancelling
     the run or terminating this process cancels the job; after an error here, as when the controller does not answer for
     a minute, it goes on, and the next run follows it. `environment` extends this process's; `on_id` gets the job id
-    before `on_line` gets any line of the log.
-
-    Raises:
-        UserError: SLURM is not installed, or rejects the job.
+    before `on_line` gets any line of the log. UserError if SLURM is not installed, or rejects the job.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     log = _Log(job.log)

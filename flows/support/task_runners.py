@@ -1,4 +1,4 @@
-"""Task runners for the batches of a stage: threads, processes, Dask or Ray."""
+"""Task runners for the batches of a stage (threads, processes, Dask or Ray), and their Prefect server."""
 
 import multiprocessing
 import os
@@ -7,12 +7,19 @@ from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_HOME,
+    PREFECT_SERVER_ANALYTICS_ENABLED,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    temporary_settings,
+)
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTaskRunner
 
 from flows.support.process_tree import ends_new_children
@@ -27,15 +34,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 def start_engine(engine: Engine, address: str | None, workers: int) -> Iterator[TaskRunner[Any]]:
     """Yields a task runner in a flow's main thread; its engine ends with the block.
 
-    On cancellation it also ends the processes started by local batches.
-
-    Args:
-        engine: runs the batches.
-        address: of a running Dask or Ray cluster; None starts one here.
-        workers: concurrent batches, unless a running cluster decides.
-
-    Raises:
-        UserError: the engine is not installed, takes no address, or does not answer there.
+    On cancellation it also ends the processes started by local batches. `address` is a running Dask or Ray cluster's,
+    None starts one here; `workers` are concurrent batches, unless a running cluster decides. UserError if the engine is
+    not installed, takes no address, or does not answer there.
     """
     if engine == "threads":
         _refuse_address(engine, address)
@@ -44,6 +45,20 @@ def start_engine(engine: Engine, address: str | None, workers: int) -> Iterator[
         started = _in_other_processes(engine, address, workers)
     with started as runner, ends_new_children():
         yield runner
+
+
+@contextmanager
+def own_prefect(home: Path) -> Iterator[None]:
+    """Runs a Prefect server of this process's own in the folder `home`, which neither needs nor touches yours."""
+    home.mkdir(parents=True, exist_ok=True)
+    settings = {
+        PREFECT_API_URL: None,
+        PREFECT_HOME: home,
+        PREFECT_SERVER_ANALYTICS_ENABLED: False,
+        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120,
+    }
+    with temporary_settings(settings):
+        yield
 
 
 def lost_its_worker(error: BaseException) -> bool:

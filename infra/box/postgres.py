@@ -30,12 +30,9 @@ _SHUTDOWN_S = 30.0
 
 @dataclass(frozen=True)
 class Postgres:
-    """The box's database server.
+    """The box's database server, on a new port of 127.0.0.1 at each start.
 
-    Attributes:
-        programs: directory of PostgreSQL's programs.
-        port: on 127.0.0.1; a new one at each start.
-        system_user: to run as; None for the caller, unless root, which PostgreSQL refuses.
+    `system_user` is the user to run as; None for the caller, unless root, which PostgreSQL refuses.
     """
 
     directory: BoxDir

@@ -27,13 +27,9 @@ _libc = ctypes.CDLL(None)
 
 @dataclass(frozen=True)
 class Program:
-    """A service's program.
+    """A service's program, which has `grace_s` to end after `stop_signal`.
 
-    Attributes:
-        command: without secrets, since every user can read it.
-        environment: extends the supervisor's.
-        user: by default the supervisor's.
-        grace_s: time to end after `stop_signal`.
+    `command` must hold no secrets, since every user can read it. `environment` extends the supervisor's.
     """
 
     name: str

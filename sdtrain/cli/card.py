@@ -49,9 +49,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
     """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
+    from filters import pipeline
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import PHASES, configs_of, find_chain
-    from sdtrain.plan.estimate import Machines, Planner, total
+    from sdtrain.plan.estimate import Machines, Planner, not_counted, total
     from sdtrain.plan.rates import load_rates
 
     if (recipe is None) == (chain is None) or (chain and rows):
@@ -66,13 +67,18 @@ def plan(
     if recipe:  # with the first run on that dataset
         phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]
     runs = configs_of(phases)
-    lines = [line for job in jobs for line in planner.dataset(job)] + [planner.training(run) for run in runs]
+    lines = [line for job in jobs for line in planner.dataset(job, pipeline.STAGES)]
+    lines += [planner.training(run) for run in runs]
+    left_out = not_counted(pipeline.STAGES)
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
-        print(json.dumps({"lines": [asdict(line) for line in (*lines, total(lines))], "rates": described}))
+        shown = [asdict(line) for line in (*lines, total(lines))]
+        print(json.dumps({"lines": shown, "rates": described, "not_counted": left_out}))
         return
     print_table([_shown(line) for line in (*lines, total(lines))])
     print(*_remarks(lines, rates, machines, chain), sep="\n")
+    if left_out:
+        print(f"not counted, as their rates are not known: {', '.join(left_out)}")
 
 
 def _job(name: str, rows: int | None) -> DatasetJob:
@@ -124,7 +130,7 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines, chain: str | N
 
 
 def _by(lines: list[Line], of: Callable[[Line], list[str]]) -> dict[str, list[str]]:
-    """The lines' names by what is said of them, each once."""
+    """Groups the lines' names by each thing that `of` says about them."""
     found: dict[str, dict[str, None]] = {}
     for line in lines:
         for said in of(line):

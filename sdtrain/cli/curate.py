@@ -29,7 +29,15 @@ class DecideBy(StrEnum):
     """The source of the scores that rules compare."""
 
     metadata = "metadata"
-    picture = "picture"
+    image = "image"
+
+    @classmethod
+    def parse(cls, text: str) -> DecideBy:
+        """Parses the option, also `picture`, as `image` was called; raises `typer.BadParameter` for anything else."""
+        try:
+            return cls("image" if text == "picture" else text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, map(str, cls)))}.") from None
 
 
 class RemoveBy(StrEnum):
@@ -90,13 +98,18 @@ def decide(
     min_side: Annotated[int | None, typer.Option(help="Shorter side in pixels, at least.")] = None,
     min_aesthetic: Annotated[float | None, typer.Option(help="Aesthetic score (V2), more than.")] = None,
     max_watermark: Annotated[float | None, typer.Option(help="Watermark probability, less than.")] = None,
-    rule: Annotated[list[str] | None, typer.Option(help="Any rule of `keep` as name=value; may be repeated.")] = None,
-    decide_by: Annotated[DecideBy | None, typer.Option(help="Scores of the metadata, or of our own models.")] = None,
+    rule: Annotated[list[str] | None, typer.Option(help="Any rule of `decide` as name=value; may be repeated.")] = None,
+    decide_by: Annotated[
+        DecideBy | None,
+        typer.Option(
+            help="Scores of the metadata, or of our own models.", parser=DecideBy.parse, metavar="<metadata|image>"
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Decide again which downloaded images stay, by other rules; no image is touched."""
-    from filters.decide.stage import KEEP
-    from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
+    from filters.decide.stage import DECIDE
+    from filters.decide.what_if import compare, decide_again, parse_rules, with_decide_rules
     from filters.pipeline import STAGES
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_interrupted_removal
@@ -105,11 +118,11 @@ def decide(
 
     directory = open_dataset(dataset)
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
-    recipe = with_keep_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
+    recipe = with_decide_rules(read_recipe(directory), limits | parse_rules(rule or []), decide_by)
     with _to_change(directory, "sdtrain decide", dry_run):
         if not dry_run:
             finish_interrupted_removal(directory)
-        fetch_inputs(directory, KEEP.inputs, [0])
+        fetch_inputs(directory, DECIDE.inputs, [0])
         print_table(compare(directory, recipe, STAGES))
         if dry_run:
             print("Nothing was written.")

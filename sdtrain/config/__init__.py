@@ -114,8 +114,7 @@ class TrainConfig(Settings):
     def accumulation(self, world_size: int) -> int:
         """Micro-batches per rank in one optimizer step.
 
-        Raises:
-            UserError: the global batch does not divide evenly; names the nearest that do.
+        UserError, with the nearest that do, if the global batch does not divide evenly.
         """
         share = self.micro_batch_size * world_size
         if self.global_batch_size % share == 0:
@@ -159,8 +158,7 @@ def known_configs() -> list[str]:
 def load_config(name_or_file: str) -> TrainConfig:
     """Loads a configuration by name or from a YAML file.
 
-    Raises:
-        UserError: unknown name (with the nearest known one), unknown key, bad value.
+    UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
     path = Path(name_or_file)
     if path.suffix not in (".yaml", ".yml"):

@@ -48,11 +48,7 @@ valid."""
 
 
 def rules_of(model: type[BaseModel], prefix: str = "") -> dict[str, OnResume]:
-    """The mark of each setting of `model`, by dotted name.
-
-    Raises:
-        TypeError: a setting has none.
-    """
+    """The mark of each setting of `model`, by dotted name; TypeError if a setting has none."""
     rules: dict[str, OnResume] = {}
     for name, field in model.model_fields.items():
         said = [mark for mark in field.metadata if isinstance(mark, OnResume)]

@@ -82,7 +82,7 @@ class EncodeConfig(Settings):
     finer than bf16, and latents that overflow are refused. auto: bf16 if the machine that starts the dataset is
     faster in it, else fp32; the dataset keeps that choice."""
     crop: Literal["centre", "random"] = "centre"
-    """Place of the crop along the excess side. The original runs cropped at random, anew in every epoch; a cached crop
+    """Place of the crop along the excess side. The original runs cropped at random in every epoch; a cached crop
     keeps its place, unless num_crops caches several."""
     num_crops: int = Field(default=1, ge=1)
     """1: one crop, placed by `crop`. More: that many crops at random places along the excess side; training uses them

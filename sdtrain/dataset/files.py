@@ -1,4 +1,4 @@
-"""Publishes files whole under their final name, or not at all."""
+"""Publishes files whole under their final name, or not at all; tells their digests and rows."""
 
 from __future__ import annotations
 
@@ -11,11 +11,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from sdtrain.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FINGERPRINT = b"sdtrain.fingerprint"
+"""In a table's metadata: of what it was made. A shard without a manifest entry can then be told from a stale one."""
 _TEMPORARY = ".partial"
 
 
@@ -95,6 +101,27 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """One file's rows, without pyarrow's read_table, which imports pandas and more."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read(columns)
+
+
+def has_fingerprint(path: Path) -> bool:
+    """Whether the file is a table that says of what it was made, so that its shard is used again where it fits."""
+    if path.suffix != ".parquet" or not path.exists():
+        return False
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return FINGERPRINT in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _sync(path: Path) -> None:

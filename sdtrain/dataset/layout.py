@@ -5,6 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+_FORMER_STAGES = {"keep": "decide"}
+"""Names of stages in earlier versions, in whose manifests and journals they stand -> today's."""
+
+
+def current_stage(name: str) -> str:
+    """Today's name of a stage that an earlier version may have recorded under another one."""
+    return _FORMER_STAGES.get(name, name)
+
 
 @dataclass(frozen=True)
 class DatasetDir:
@@ -91,8 +99,15 @@ class DatasetDir:
         return self.root / "latents" / "info.json"
 
     def manifest_entry(self, stage: str, shard: int) -> Path:
-        """The record that one stage finished one shard."""
-        return self.root / "manifest" / stage / f"{shard:05d}.json"
+        """The record that one stage finished one shard, under the stage's former name where only that exists."""
+        path, *former = (folder / f"{shard:05d}.json" for folder in self.manifest_folders(stage))
+        found = [entry for entry in former if entry.exists()]
+        return found[0] if found and not path.exists() else path
+
+    def manifest_folders(self, stage: str) -> list[Path]:
+        """The folders of a stage's records: its own, and those of its former names."""
+        names = [stage, *(former for former, name in _FORMER_STAGES.items() if name == stage)]
+        return [self.root / "manifest" / name for name in names]
 
     @property
     def recipe(self) -> Path:

@@ -27,12 +27,8 @@ class LocalStorage:
     """The files of one dataset, all in its directory.
 
     A remote storage (`sdtrain.dataset.s3`) keeps copies in that directory: it fetches files before they are read, and a
-    written file counts once it is stored remotely. Here most methods have nothing to do.
-
-    Attributes:
-        dataset: the directory.
-        is_remote: whether files may be elsewhere.
-        lock_token: of the command that holds the dataset, for the processes that write for it; "" without one.
+    written file counts once it is stored remotely. Here most methods have nothing to do. `lock_token` is of the command
+    that holds the dataset, for the processes that write for it; "" without one.
     """
 
     is_remote = False

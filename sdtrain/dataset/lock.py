@@ -112,7 +112,7 @@ def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def _opened_to_read(path: Path) -> IO[str] | None:
-    """None for a read-only dataset without a lock file: nobody changes it from here."""
+    """None for a read-only dataset without a lock file, which cannot be changed from here."""
     for mode in ("a+", "r"):
         with suppress(OSError):
             return path.open(mode)

@@ -67,7 +67,6 @@ def _refuse_while_changed(dataset: DatasetDir, again: str) -> None:
 
 
 def _nobody_writes(dataset: DatasetDir) -> bool:
-    """Whether no command of this machine changes the dataset."""
     dataset.root.mkdir(parents=True, exist_ok=True)
     with closing(dataset.lock.open("a")) as file:
         try:

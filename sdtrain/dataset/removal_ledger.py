@@ -12,8 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.addresses import host_of
-from sdtrain.dataset.files import publish
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.uid import uid_of
 from sdtrain.errors import UserError
 

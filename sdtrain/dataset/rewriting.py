@@ -1,4 +1,4 @@
-"""Rewriting of finished files without removed samples: the facts that a stage states, and the usual ways to do it."""
+"""Rewrites finished files without removed samples, in the usual ways or as a stage states."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import publish
+from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import BLOCK_BYTES, RECORD_BYTES, SampleIndex, index_samples
 
-# Contravariant: a stage that reads a part of the recipe also takes the whole one.
+# Contravariant: a stage that reads part of the recipe also accepts the whole one.
 RecipeT = TypeVar("RecipeT", contravariant=True)
 Place = Callable[[Path, SampleIndex], dict[str, Any]]
-"""(tar, sample) -> the table's columns that say where in the tar the sample lies."""
+"""(tar, sample) -> the table's columns that locate the sample in the tar."""
 
 
 @dataclass(frozen=True)
 class Removed:
-    """Samples that leave a shard.
+    """Samples to remove from a shard.
 
     Attributes:
-        table: the shard's, with its final name.
-        uids: of the table's samples that were removed; none if an interrupted run has already dropped them.
-        finished: by stage, the shards that must count as finished afterwards.
+        table: the shard's, under its final name.
+        uids: of the table's removed samples; none if an interrupted run has already dropped them.
+        finished: by stage, the shards that must be finished afterwards.
     """
 
     table: Path
@@ -44,12 +43,12 @@ class Removed:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewriting(Generic[RecipeT]):
-    """How a stage's shards lose samples; whoever is killed does both steps again.
+    """How a stage's shards lose samples; after a kill, both steps run again.
 
     Attributes:
-        has_tar: the samples of a table's rows lie in the tar beside it, and neither is of use without the other.
-        drop: rewrites the files of one shard; what is left stays as it was, byte for byte.
-        recount: (dataset, entry, tables) -> the manifest entry of files whose `tables` were rewritten; None: as it is.
+        has_tar: whether the table's samples lie in the tar beside it, neither of use without the other.
+        drop: rewrites the files of one shard, leaving the rest byte for byte as it was.
+        recount: (dataset, entry, tables) -> the manifest entry of files whose `tables` were rewritten; None keeps it.
     """
 
     has_tar: bool
@@ -72,7 +71,7 @@ def drop_rows(table: Path, uids: Collection[str], described: Mapping[bytes, byte
 
 
 def drop_members(table: Path, uids: Collection[str], place: Place) -> None:
-    """Rewrites a table without the rows of `uids`, and the tar beside it without the samples named by their `key`."""
+    """Rewrites a table without the rows of `uids`, and the tar beside it without the samples of their `key`."""
     if not uids:
         return
     tar, rows = table.with_suffix(".tar"), read_parquet(table)
@@ -103,7 +102,7 @@ def _count_reasons(file: pq.ParquetFile) -> Counter[str]:
 
 
 def described_again(dataset: DatasetDir, entry: ShardReport, counts: dict[str, Any]) -> ShardReport:
-    """The entry with other counts, and its files as they lie there now."""
+    """The entry with new counts, and its files as they are now."""
     outputs = describe_outputs(dataset, [dataset.root / name for name in entry.outputs])
     return ShardReport.model_validate(entry.model_dump() | counts | {"outputs": outputs})
 
@@ -146,9 +145,9 @@ def _drop_members(place: Place, dataset: DatasetDir, recipe: object, shard: int,
 
 
 def in_tar(place: Place = lambda tar, sample: {}) -> Rewriting[object]:
-    """For a table whose rows name samples in the tar beside it by their `key`; `place` if it says where they lie."""
+    """For a table whose rows name samples in the tar beside it by `key`, and locate them there if `place` is given."""
     return Rewriting(has_tar=True, drop=partial(_drop_members, place), recount=count_rows)
 
 
 IN_TABLE: Rewriting[object] = Rewriting(has_tar=False, drop=_drop_rows, recount=count_rows)
-"""For a table that is all that its stage writes about a sample."""
+"""For a table that holds all that its stage writes about a sample."""

@@ -10,10 +10,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from sdtrain.dataset.layout import current_stage
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
 SCHEMA_VERSION = 1
+
+StageName = Annotated[str, AfterValidator(current_stage)]
+"""A stage's name as read from a record, whose writer may have known it by a former one."""
 
 
 class Output(BaseModel):
@@ -29,7 +33,7 @@ class ShardReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     schema_version: int = SCHEMA_VERSION
-    stage: str
+    stage: StageName
     shard: int
     fingerprint: str = ""
     num_in: int
@@ -73,7 +77,8 @@ def parse_entry(content: bytes, path: Path) -> ShardReport:
 def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
     """Hex digest of everything that determines a shard's bytes.
 
-    `stage` is name and version ("score/1"), `inputs` the entries of the shards read, `weights` the models' digests.
+    `stage` is name and version ("score/1"), which a renamed stage keeps because finished datasets record the digest;
+    `inputs` are the entries of the shards read, `weights` the models' digests.
     """
     described = {
         "stage": stage,

@@ -1,4 +1,4 @@
-"""A stage is one small function over one shard; this runs it over the shards that are not finished."""
+"""Runs a stage, one small function over one shard, over the unfinished shards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic
+from typing import Any, Generic, Literal
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
@@ -25,13 +25,13 @@ from sdtrain.dataset.storage import storage_of
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Generic[RecipeT]):
-    """The table of a stage: Parquet with one row a sample and a column `uid`.
+    """A stage's table: Parquet with one row per sample and a column `uid`.
 
     Attributes:
         view: its name in metadata.duckdb.
-        comment: what a row is, for those who ask the view.
-        columns: name -> type in DuckDB, in order; shown while there is no file, or one that lacks them.
-        path: of a shard's file; the same for all shards where there is one file.
+        comment: the meaning of a row, for users of the view.
+        columns: name -> type in DuckDB, in order; shown if there is no file, or one that lacks them.
+        path: of a shard's file; one file may serve all shards.
         rewriting: how removed samples leave it, and a tar beside it.
     """
 
@@ -42,7 +42,7 @@ class Table(Generic[RecipeT]):
     rewriting: Rewriting[RecipeT]
 
     def files(self, dataset: DatasetDir) -> dict[int, Path]:
-        """Shard -> file, for those that lie there, whether the manifest knows them or not."""
+        """Shard -> file, for the files on disk, whether or not the manifest lists them."""
         first = self.path(dataset, 0)
         if first == self.path(dataset, 1):
             return {0: first} if first.exists() else {}
@@ -51,13 +51,13 @@ class Table(Generic[RecipeT]):
 
 @dataclass(frozen=True, kw_only=True)
 class Drops(Generic[RecipeT]):
-    """Why a stage drops samples, as the funnel tells it.
+    """Explains for the funnel why a stage drops samples.
 
     Attributes:
-        repeats: its reports count all selected rows, those included that the stages before it dropped.
-        rules: the recipe's rules that it asks, in their order.
-        last: reasons that are looked for after the rules, in their order, in plain words.
-        explain: any other reason in plain words.
+        repeats: its reports also count selected rows that earlier stages dropped.
+        rules: the recipe's rules that it applies, in order.
+        last: reasons checked after the rules, in order, in plain words.
+        explain: describes any other reason.
     """
 
     repeats: bool
@@ -66,22 +66,72 @@ class Drops(Generic[RecipeT]):
     explain: Callable[[str], str]
 
 
+Amount = Literal["metadata", "rows", "images", "kept", "crops"]
+"""Rows of the metadata, selected rows, downloaded images, kept samples, crops of these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a stage has to do, for `sdtrain plan` and the room on the disk, by the rates in sdtrain/plan/rates.yaml.
+
+    Attributes:
+        num: what goes in.
+        rate: how many of these a core or GPU does in a second.
+        on: what shares the work.
+        writes: what comes out, and the bytes of each; None if they are not worth counting.
+    """
+
+    num: Amount
+    rate: str
+    on: Literal["cores", "one core", "GPUs"]
+    writes: tuple[Amount, str] | None
+
+
+Openers = dict[str, Callable[[], str]]
+"""By setting: opens it as the stage will, and says in a few words what it found; UserError if the stage would fail."""
+
+
+def no_openers(recipe: object, num_rows: int = 0) -> Openers:
+    """For a stage that opens nothing of a recipe's."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs(Generic[RecipeT]):
+    """What is opened before a build begins, so that hours of work do not end at a mistyped name.
+
+    Attributes:
+        files: on this machine, or listed in a moment.
+        networks: whose published weights are fetched if they are not here.
+        sized: what depends on the number of selected rows, which is the second argument.
+    """
+
+    files: Callable[[RecipeT], Openers]
+    networks: Callable[[RecipeT], Openers]
+    sized: Callable[[RecipeT, int], Openers]
+
+
+NOTHING: Needs[object] = Needs(files=no_openers, networks=no_openers, sized=no_openers)
+
+
 @dataclass(frozen=True)
 class Stage(Generic[RecipeT]):
-    """One step of the pipeline, and all that other code must know of it: nothing has a default.
+    """One step of the pipeline, with all that other code must know about it: nothing has a default.
 
     Attributes:
         name: its name in manifests, logs and on the command line.
-        shards: which shards there are to do, once the stage before has finished.
-        fingerprint: digest of all that decides a shard's bytes (`manifest.fingerprint`).
-        run: does some shards, yielding a report for each once its outputs have their final names.
-        inputs: the stages whose outputs it reads -> which of their shards.
+        shards: the shards to do, once the previous stage has finished.
+        fingerprint: digest of all that determines a shard's bytes (`manifest.fingerprint`).
+        run: processes some shards, yielding a report for each once its outputs have their final names.
+        inputs: the stages it reads -> which of their shards.
         planned_by: the stage whose outputs `shards` reads; None if the manifest is enough.
-        num_shards: how many shards there are, by the manifest alone; None while an earlier stage decides that.
+        num_shards: the number of shards, from the manifest alone; None until an earlier stage decides it.
         beside: files that a shard's outputs need and its report does not list.
-        table: the table that names its samples; None if it writes none.
-        drops: None if no sample is lost in it.
-        uses_gpu: it computes on a GPU where there is one.
+        table: its table of samples; None if it writes none.
+        drops: None if it loses no sample.
+        uses_gpu: whether it uses a GPU if there is one.
+        needs: what it opens beside the outputs of other stages.
+        work: for plans; None if its rates are not known: plans say that they leave it out.
     """
 
     name: str
@@ -96,9 +146,11 @@ class Stage(Generic[RecipeT]):
     table: Table[RecipeT] | None
     drops: Drops[RecipeT] | None
     uses_gpu: bool
+    needs: Needs[RecipeT]
+    work: Work | None
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """Goes to workers by the name of its declaration where it has one, because its facts are many."""
+        """Pickles a declared stage by its name, as its fields are many."""
         module = self.run.__module__
         for name, value in vars(sys.modules[module]).items():
             if value is self:
@@ -113,7 +165,7 @@ def plain_stage(
     run: Callable[[DatasetDir, RecipeT, Sequence[int]], Iterator[ShardReport]],
     uses_gpu: bool = False,
 ) -> Stage[RecipeT]:
-    """Work in shards outside the pipeline: it reads nothing of other stages and writes no table of samples."""
+    """Work in shards outside the pipeline, which reads no other stage and writes no table of samples."""
     return Stage(
         *(name, shards, fingerprint, run),
         inputs={},
@@ -123,11 +175,13 @@ def plain_stage(
         table=None,
         drops=None,
         uses_gpu=uses_gpu,
+        needs=NOTHING,
+        work=None,
     )
 
 
 def unknown_number(dataset: DatasetDir, recipe: object) -> None:
-    """The number of shards of a stage that has no place in the pipeline."""
+    """The number of shards of a stage outside the pipeline."""
 
 
 def one_shard(dataset: DatasetDir, recipe: object) -> int:
@@ -145,7 +199,7 @@ def _declared(module: str, name: str) -> Any:
 
 
 def pending(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> list[int]:
-    """Shards that have no finished output of this very configuration."""
+    """Shards without finished output of this very configuration."""
     return [shard for shard in stage.shards(dataset, recipe) if not is_finished(stage, dataset, recipe, shard)]
 
 
@@ -167,20 +221,15 @@ def run_batch(
 ) -> list[ShardReport]:
     """Runs the stage over `shards` and records each as finished, the entry written last.
 
-    Args:
-        stage: what is done.
-        dataset: whose shards.
-        recipe: what the stage's functions take.
-        shards: their numbers.
-        on_report: called for each that is recorded.
-        lock_token: what `lock_token_of` gives in the process that has locked the dataset, where this is another one.
+    `recipe` is the input of the stage's functions; `on_report` is called for each recorded shard. `lock_token` is
+    `lock_token_of` of the process that has locked the dataset, if it is another one.
     """
     with with_lock_token(lock_token):
         return _run_batch(stage, dataset, recipe, shards, on_report)
 
 
 def lock_token_of(dataset: DatasetDir) -> str:
-    """What this process gives to others that are to write for it; empty for a dataset that lies on disk alone."""
+    """The token that this process gives to others that write for it; empty for a local dataset."""
     return storage_of(dataset).lock_token
 
 
@@ -192,7 +241,7 @@ def _run_batch(
     on_report: Callable[[ShardReport], None],
 ) -> list[ShardReport]:
     for shard in shards:
-        # What is about to be overwritten must not look finished if this run is killed.
+        # Output about to be overwritten must not look finished if this run is killed.
         forget_entry(dataset, stage.name, shard)
     started = time.monotonic()
     fetch_inputs(dataset, stage.inputs, shards)
@@ -207,17 +256,17 @@ def _run_batch(
 
 
 def record(stage: Stage[Any], dataset: DatasetDir, report: ShardReport) -> None:
-    """Makes a shard count as finished; its outputs have their final names."""
+    """Records a shard as finished, once its outputs have their final names."""
     write_entry(dataset, report, stage.beside(dataset, report.shard))
 
 
 def release(stage: Stage[Any], dataset: DatasetDir, report: ShardReport) -> None:
-    """Lets the large files of a recorded shard leave the work folder, and those that only it reads."""
+    """Evicts the large files of a recorded shard, and those that only it reads."""
     evict_after(dataset, report, [name for name, part in stage.inputs.items() if part == "same shard"])
 
 
 def begin(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
-    """Before a stage's shards are looked at: what other machines finished is known here, and nothing half-done lies."""
+    """Prepares for inspecting a stage's shards: syncs other machines' work and clears leftovers."""
     storage_of(dataset).sync(may_delete=False)
     if stage.planned_by:
         fetch_outputs(dataset, stage.planned_by)
@@ -225,22 +274,16 @@ def begin(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
 
 
 def clear_leftovers(stage: Stage[RecipeT], dataset: DatasetDir) -> None:
-    """Deletes what killed runs of this stage left under temporary names."""
+    """Deletes the temporary files of this stage's killed runs."""
     for directory in (dataset.root, *(p for p in dataset.root.glob("*") if p.is_dir())):
         sweep(directory)
     sweep(dataset.manifest_entry(stage.name, 0).parent)
 
 
 class _Recorder:
-    """Makes shards count as finished; their upload to S3 goes on beside the work, one at a time.
+    """Records shards as finished; uploads to S3 run in the background, one at a time.
 
-    Attributes:
-        reports: of the shards that are recorded.
-
-    Args:
-        stage: whose shards.
-        dataset: where they lie.
-        on_report: called for each of them, in the thread that reports.
+    `reports` are of the recorded shards; `on_report` is called for each, in the reporting thread.
     """
 
     def __init__(self, stage: Stage[Any], dataset: DatasetDir, on_report: Callable[[ShardReport], None]) -> None:
@@ -258,13 +301,12 @@ class _Recorder:
                 self._end(self._waiting)
         finally:
             if self._thread:
-                self._thread.shutdown()  # after an error too, what is finished is recorded
+                self._thread.shutdown()  # also after an error: finished work is recorded
 
     def add(self, report: ShardReport) -> None:
         """Records a shard whose outputs have their final names.
 
-        Raises:
-            UserError: it, or the one before, cannot be written.
+        UserError if it, or the one before, cannot be written.
         """
         if self._thread is None:
             record(self._stage, self._dataset, report)
@@ -279,7 +321,7 @@ class _Recorder:
         release(self._stage, self._dataset, report)
 
     def _end(self, waiting: tuple[ShardReport, Future[None]] | None) -> None:
-        """Waits for a shard that is being written, if there is one."""
+        """Waits for the shard being written, if any."""
         if waiting:
             report, upload = waiting
             upload.result()

@@ -1,4 +1,4 @@
-"""The storage of a dataset: its directory alone, or a prefix on S3 whose work folder that is."""
+"""Picks a dataset's storage: its local directory, or a prefix on S3 mirrored there."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from sdtrain.dataset.s3.mirror import mirror_of
 
 
 def storage_of(dataset: DatasetDir) -> LocalStorage:
-    """Where the files of a dataset lie."""
+    """The storage of a dataset's files."""
     return mirror_of(dataset) or LocalStorage(dataset)

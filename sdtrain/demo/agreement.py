@@ -15,8 +15,7 @@ from sdtrain.demo.checker import Agreement, agreement
 from sdtrain.demo.images import COLORS, SHAPES, UNSEEN_PAIRS
 from sdtrain.formats.export import write_pipeline
 from sdtrain.models.unet import build_unet
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
 PAIRS = tuple((color, shape) for color in COLORS for shape in SHAPES)
 # One per seed, so that the metrics cover the scales in common use.

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdtrain.choices import Resize
 from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import classify
 from sdtrain.demo.images import COLORS, SHAPES
@@ -24,6 +23,7 @@ from sdtrain.evaluation.workers import run_sweep
 from sdtrain.formats.digests import vae_digest
 from sdtrain.formats.frozen import load_vae
 from sdtrain.models.clip import pixels_of
+from sdtrain.options import Resize
 
 SCALES = (1.0, 2.0, 3.0, 5.0, 8.0)
 NUM_STEPS, NUM_EACH = 25, 2

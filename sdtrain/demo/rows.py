@@ -57,8 +57,7 @@ class Row:
 
     Attributes:
         url: set if it does not consist of scheme, host and path.
-        size_px: (width, height) of the actual image.
-        listed_px: (width, height) that the row claims.
+        size_px, listed_px: (width, height) of the actual image, and as the row claims.
         file: the image's, None if none is ever sent.
         source: for copies, the index of the original row.
     """

@@ -12,13 +12,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.files import sha256_of
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.files import FINGERPRINT, read_parquet, sha256_of
 from sdtrain.dataset.tars import Member, SampleIndex, index_samples, write_samples
 from sdtrain.download.rows import SCHEMA, Row
 from sdtrain.images.decode import image_extension
 
-_FINGERPRINT, _TAR_SHA256 = b"sdtrain.fingerprint", b"sdtrain.tar_sha256"
+_TAR_SHA256 = b"sdtrain.tar_sha256"
 PLACE = pa.schema([("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())])
 """Columns that locate a row's image in the tar without scanning its headers."""
 TABLE = pa.unify_schemas([SCHEMA, PLACE])
@@ -71,16 +70,13 @@ def write_shard(
 ) -> str:
     """Writes a shard's tar and table, and returns the tar's sha256.
 
-    Args:
-        shard: the paths to write.
-        rows: all of its rows, sorted by key.
-        members_of: a row's members in the tar, by extension, if the row has an image.
-        fingerprint: of all that decides the shard's bytes; recorded in the table, beside the tar's digest.
+    `rows` are all of the shard's, sorted by key; `members_of` gives a row's members in the tar, by extension, if it has
+    an image. `fingerprint` is of all that decides the shard's bytes; the table records it, and the tar's digest.
     """
     images = ((row["key"], members_of(row)) for row in rows if row["reason"] is None)
     places = {sample.key: image_location(sample) for sample in write_samples(shard.tar, images)}
     digest = sha256_of(shard.tar)
-    described = {_FINGERPRINT: fingerprint.encode(), _TAR_SHA256: digest.encode()}
+    described = {FINGERPRINT: fingerprint.encode(), _TAR_SHA256: digest.encode()}
     nowhere = dict.fromkeys(PLACE.names)
     placed = [row | places.get(row["key"], nowhere) for row in rows]
     table = pa.Table.from_pylist(placed, TABLE).replace_schema_metadata(described)
@@ -147,7 +143,7 @@ def read_shard_table(path: Path) -> ShardTable | None:
     return ShardTable(
         table["key"].to_pylist(),
         table["reason"].to_pylist(),
-        described.get(_FINGERPRINT, b"").decode(),
+        described.get(FINGERPRINT, b"").decode(),
         described.get(_TAR_SHA256, b"").decode(),
     )
 

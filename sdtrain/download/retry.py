@@ -31,18 +31,11 @@ def retry_failed(
     reasons: Collection[str] | None = None,
     on_report: Callable[[ShardReport], None] = lambda report: None,
 ) -> list[ShardReport]:
-    """Fetches failed rows of finished shards again, and adds the images that arrive.
+    """Fetches failed rows of finished shards again, adding the images that arrive; returns the changed shards' reports.
 
-    A shard changes only if one of its hosts could be reached. Killed anywhere, each shard is as before or as after.
-
-    Args:
-        dataset: its finished shards are retried; the build does the others.
-        recipe: as it was built with.
-        reasons: the failures to retry; by default the retryable ones (`is_retryable`).
-        on_report: called for each changed shard.
-
-    Returns:
-        The new reports of the shards that changed.
+    A shard changes only if one of its hosts could be reached. Killed anywhere, each shard is as before or as after. The
+    build does unfinished shards. `reasons` are the failures to retry, by default the retryable ones (`is_retryable`);
+    `on_report` is called for each changed shard.
     """
     clear_leftovers(DOWNLOAD, dataset)
     asked = [
@@ -102,14 +95,7 @@ def _publish(dataset: DatasetDir, request: Request, done: Finished) -> ShardRepo
 
 @dataclass(frozen=True)
 class RetryCounts:
-    """Failed rows of finished shards before and after a retry.
-
-    Attributes:
-        num_failed: rows without an image before.
-        num_recovered: of these, rows with one now.
-        num_shards: changed shards.
-        seconds: wall time.
-    """
+    """Failed rows of finished shards before a retry, those with an image now, and the shards that changed."""
 
     num_failed: int
     num_recovered: int

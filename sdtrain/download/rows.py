@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.parquet import read_parquet
+from sdtrain.dataset.files import read_parquet
 from sdtrain.download.http.failures import FetchError
 from sdtrain.images.decode import ImageError
 

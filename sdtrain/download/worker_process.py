@@ -50,11 +50,7 @@ class Request(BaseModel):
 class Finished(BaseModel):
     """Reports a finished shard, whose files are in the request's `output`.
 
-    Attributes:
-        shard: its number.
-        tar_sha256: its tar's digest.
-        num_fetched: rows fetched now.
-        num_unreached: of these, those whose host could not be reached.
+    `num_fetched` counts the rows fetched now, `num_unreached` those of them whose host could not be reached.
     """
 
     shard: int

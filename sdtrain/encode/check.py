@@ -25,13 +25,9 @@ _BOUND_IS_FOR, _SPREAD_DB = 16, 4.0
 
 @dataclass(frozen=True)
 class DecodeQuality:
-    """How well decoded latents match their images.
+    """How well decoded latents match their images: mean and worst peak signal-to-noise ratio.
 
-    Attributes:
-        num_samples: decoded samples.
-        psnr_db: mean peak signal-to-noise ratio.
-        worst_psnr_db: the lowest one.
-        scaled_std: standard deviation of the latents times the scaling factor; training expects about 1.
+    `scaled_std` is the standard deviation of the latents times the scaling factor; training expects about 1.
     """
 
     num_samples: int
@@ -55,10 +51,7 @@ def measure(
 ) -> DecodeQuality:
     """Decodes latents and compares the images.
 
-    Args:
-        vae: that encoded them.
-        moments: of each sample, (8, h, w), as read from the shard.
-        pixels: of each sample, (8h, 8w, 3), as encoded.
+    The samples' `moments` are (8, h, w) as read from the shard, their `pixels` (8h, 8w, 3) as encoded by `vae`.
     """
     rng, ratios, latents = np.random.default_rng(0), [], []
     for sample, image in zip(moments, pixels, strict=True):

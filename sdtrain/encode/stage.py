@@ -7,6 +7,7 @@ import json
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage, Table
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
 from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
@@ -36,7 +37,7 @@ from sdtrain.encode.info import (
     vae_digest_in,
     write_info,
 )
-from sdtrain.encode.vae import encode_pixels, shared_vae
+from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, chance, cut
@@ -239,11 +240,15 @@ def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed
     drop_latents(removed.table, removed.uids)
 
 
+def _networks(recipe: ImageRecipe) -> Openers:
+    return {"encode.vae": partial(check_vae, recipe.encode.vae)}
+
+
 ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
     # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
     inputs={"pack": "same shard", "encode": "first shard"},
-    planned_by="keep",
+    planned_by="decide",
     num_shards=expected_shards,
     beside=_info,
     table=Table(
@@ -261,4 +266,6 @@ ENCODE: Stage[ImageRecipe] = Stage(
     ),
     drops=None,
     uses_gpu=True,
+    needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
+    work=Work(num="crops", rate="encode_pictures", on="GPUs", writes=("crops", "latent_bytes")),
 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A process may encode shards in several threads: they decode in parallel and take turns at the VAE.
 _ONE_AT_A_TIME = Lock()
+_CHECKED_PX = 64
 
 
 def shared_vae(name: str, device: torch.device | None = None, precision: str = "fp32") -> AutoencoderKL:
@@ -74,3 +75,31 @@ def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
     vae = load_vae(name)
     torch.nn.Module.to(vae, device, torch_dtype(precision)).to(memory_format=layout)
     return vae
+
+
+@lru_cache  # runs of a chain share networks
+def check_vae(name: str) -> str:
+    """Encodes and decodes a small image.
+
+    Raises:
+        UserError: no such VAE, or its latents are not four channels of an eighth of the image's side.
+    """
+    import torch
+
+    from sdtrain.formats.frozen import load_vae, vae_digest, vae_scaling_factor
+    from sdtrain.models.unet import LATENT_CHANNELS
+
+    vae, digest, factor = load_vae(name), vae_digest(name), vae_scaling_factor(name)
+    with torch.inference_mode():
+        moments = vae.encode(torch.zeros(1, 3, _CHECKED_PX, _CHECKED_PX)).latent_dist.parameters
+        expected = (1, 2 * LATENT_CHANNELS, _CHECKED_PX // 8, _CHECKED_PX // 8)
+        if tuple(moments.shape) != expected:
+            raise UserError(
+                f"The VAE '{name}' makes {moments.shape[1] // 2} channels of {moments.shape[3]} x {moments.shape[2]} "
+                f"from {_CHECKED_PX} x {_CHECKED_PX} pixels; Stable Diffusion v1 has {LATENT_CHANNELS} of an eighth of "
+                "the side. Name SD v1's, or another one of its form."
+            )
+        decoded = vae.decode(moments[:, :LATENT_CHANNELS]).sample
+    if not (moments.isfinite().all() and decoded.isfinite().all()):
+        raise UserError(f"The VAE '{name}' gives numbers that are not finite; its weights are damaged.")
+    return f"{name}: VAE, scaling factor {factor:g}, sha256 {digest[:12]}"

@@ -13,10 +13,10 @@ from torch import Tensor
 from torchvision.models import Inception3
 from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
-from sdtrain.choices import Resize
 from sdtrain.errors import UserError
 from sdtrain.models.clip import pixels_of
 from sdtrain.models.weights import Published, find_weights, random_seed, read_state, seeded
+from sdtrain.options import Resize
 
 SIDE_PX = 299
 PUBLISHED: Mapping[str, Published] = {

@@ -30,12 +30,9 @@ class Metric(ABC):
     """One number with its spread. To add one, subclass this and list the class in METRICS.
 
     Arrays have one row per image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown`
-    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed.
-
-    Attributes:
-        name: its column in the results; the spread's is `NAME_SPREAD`.
-        spread: half of a 95 % interval, or a standard deviation.
-        axis: of the plot, if it is on one.
+    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed. `name`
+    is the number's column in the results, `NAME_SPREAD` that of its spread: half of a 95 % interval, or a standard
+    deviation.
     """
 
     name: str

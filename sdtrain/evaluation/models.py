@@ -20,10 +20,8 @@ from sdtrain.formats.any_model import is_run, open_model
 class EvaluatedModel:
     """A run, checkpoint, diffusers folder or CompVis file at `path`.
 
-    Attributes:
-        digest: sha256 of UNet, VAE, text encoder and noise schedule, equal for any file with the same weights in the
-            same precision.
-        text_encoder: sha256 of text encoder and tokenizer.
+    `digest` is the sha256 of UNet, VAE, text encoder and noise schedule, equal for any file with the same weights in
+    the same precision; `text_encoder` that of text encoder and tokenizer.
     """
 
     path: Path

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from sdtrain.choices import Resize
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
@@ -22,6 +21,7 @@ from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process
 from sdtrain.models.weights import clip_digest
+from sdtrain.options import Resize
 
 BATCH_SIZE = 32
 

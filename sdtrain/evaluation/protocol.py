@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from sdtrain.choices import Resize, SamplerName, Weights
+from sdtrain.options import Resize, SamplerName, Weights
 from sdtrain.precision import Precision
 from sdtrain.settings import Settings, nearest
 
@@ -34,7 +34,7 @@ class Protocol(Settings):
     reference: str
     """Real images: a dataset of sdtrain's (s3://… too), a folder of images, or an .npz with `mu` and `sigma`."""
     num_reference: int = Field(default=50_000, ge=2)
-    """Real images at most, a seeded choice; an .npz counts as it is."""
+    """Most real images, a seeded choice; an .npz is used whole."""
     reference_view: Literal["as_samples", "as_is"] = "as_samples"
     """Real images resized (bicubic) and centre-cropped to the samples' size first, or as they are."""
     scales: tuple[float, ...] = Field(default=CARD_SCALES, min_length=1)

@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from sdtrain.dataset.files import sha256_of
+from sdtrain.dataset.files import read_parquet, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries
 from sdtrain.dataset.open import open_to_ask
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.s3.files import read_part
 from sdtrain.dataset.s3.url import is_s3

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.evaluation.features import caption_stage, feature_stage
-from sdtrain.evaluation.generate import SampleJob, context_stage, draw_stage
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
 from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
@@ -28,6 +26,7 @@ from sdtrain.evaluation.reference import (
     reference_stage,
 )
 from sdtrain.evaluation.results import Axis, Results, write_results
+from sdtrain.evaluation.stages import SampleJob, caption_stage, context_stage, draw_stage, feature_stage
 from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, resolve
 from sdtrain.preflight.checks import Check, check_room, check_writable

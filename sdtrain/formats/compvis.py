@@ -31,12 +31,8 @@ UNCOUNTED = -1
 def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     """A model in one file: a public SD v1, or one that sdtrain wrote.
 
-    Args:
-        path: `.safetensors`, or a PyTorch pickle, from which only tensors are read and nothing is run.
-        tokenizer: folder, hub id or `demo`; by default CLIP's, as the file holds none.
-
-    Raises:
-        UserError: the file is damaged, asks to run code, or holds another model.
+    From a PyTorch pickle only tensors are read and nothing is run. `tokenizer` is a folder, hub id or `demo`; by
+    default CLIP's, as the file holds none. UserError if the file is damaged, asks to run code, or holds another model.
     """
     file = TensorFile(path)
     architecture = sd_v1() if file.notes is None else Architecture.from_json(file.notes, str(path))
@@ -101,15 +97,13 @@ def write_compvis(
 ) -> None:
     """Writes a model as one file, whole or not at all.
 
-    The schedule's buffers stay in float32 whatever the `dtype`: half precision is too coarse for them.
-
     Args:
         model: the source of the configs.
         path: `.safetensors`, or `.ckpt` for a pickle of plain tensors, which loads with `weights_only`.
         frozen: VAE and text encoder.
         state: the UNet's tensors by diffusers' names.
         average: if given, also written, as `model_ema.*`.
-        dtype: of the weights.
+        dtype: of the weights; the schedule's buffers stay in float32, as half precision is too coarse for them.
 
     Raises:
         UserError: weights too large for `dtype`, a noise schedule that such files cannot hold, or a full disk.

@@ -32,10 +32,9 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 class ExportSettings:
     """Which weights to write, and in which form.
 
-    Attributes:
-        weights: averaged, raw or `both`; with `both`, a CompVis file holds the averaged ones as `model_ema.*` and a
-            diffusers folder the raw ones as variant `non_ema`, as in public files and folders.
-        tokenizer: for a model in one file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
+    `weights` are averaged, raw or `both`: then a CompVis file holds the averaged ones as `model_ema.*`, and a diffusers
+    folder the raw ones as variant `non_ema`, as in public files and folders. `tokenizer`, for a model in one file,
+    which holds none, is a folder, a hub id or `demo`; by default CLIP's.
     """
 
     weights: Literal["ema", "raw", "both"] = "ema"
@@ -48,7 +47,7 @@ def export_model(source: Path, output: Path, settings: ExportSettings | None = N
 
     Args:
         source: a run (its newest checkpoint), a checkpoint, a diffusers folder or a CompVis file.
-        output: a `.ckpt` or `.safetensors` CompVis file, which is replaced, or a folder, replaced only if an export.
+        output: a `.ckpt` or `.safetensors` file, which is replaced, or a folder, replaced only if it is an export.
         settings: which weights, in which precision.
 
     Raises:

@@ -10,8 +10,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdtrain.choices import Weights
 from sdtrain.errors import UserError
+from sdtrain.options import Weights
 
 State = dict[str, torch.Tensor]
 
@@ -36,7 +36,7 @@ class Average:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model, of which nothing large is read before it is asked for.
+    """A model, whose large parts are read on access.
 
     Attributes:
         source: its location, for messages.

@@ -16,12 +16,9 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of an image that the VAE sees.
+    """The part of an image that the VAE sees: `pixels`, (height, width, 3) uint8.
 
-    Attributes:
-        pixels: (height, width, 3) uint8.
-        box: left, top, right, bottom of the visible part, in pixels of the source.
-        source_px: width and height of the source.
+    `box` is left, top, right and bottom of that part, in pixels of the source, whose width and height are `source_px`.
     """
 
     pixels: NDArray[np.uint8]
@@ -30,15 +27,11 @@ class Crop:
 
 
 def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
-    """Resizes an image (bicubic, antialiased) to just cover a size, then crops it.
+    """Resizes an RGB image (bicubic, antialiased) to just cover a width and height, then crops it.
 
-    The original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
+    `place` is the relative offset along the excess side, from 0 (left or top) up to 1; None for the centre. The
+    original runs cropped at random along the longer side (pesser/stable-diffusion, ldm/data/laion.py: Resize of the
     shorter side, then RandomCrop).
-
-    Args:
-        image: RGB.
-        size_px: width and height of the crop.
-        place: relative offset along the excess side, from 0 (left or top) up to 1; None for the centre.
     """
     scale = max(wanted / side for wanted, side in zip(size_px, image.size, strict=True))
     covering = [max(wanted, round(side * scale)) for wanted, side in zip(size_px, image.size, strict=True)]

@@ -1,6 +1,4 @@
-"""Images as later stages see them: upright, 8-bit RGB, opaque.
-
-What becomes of every kind of image, here and in `download`:
+"""Decodes images to upright, opaque 8-bit RGB, here and in `download`.
 
 | image | becomes |
 |---|---|
@@ -12,7 +10,7 @@ What becomes of every kind of image, here and in `download`:
 | alpha channel or transparent colour | laid on white |
 | animated, or of several pages | its first frame |
 | ICC profile | not applied: the numbers are taken as they are, as img2dataset and the models' own pipelines do |
-| 32-bit integers or floats, CIELAB | refused: their range is anybody's guess |
+| 32-bit integers or floats, CIELAB | refused: their range is unknown |
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ _READERS = (
 )
 _FORMATS = tuple(reader.format for reader in _READERS)
 """Others (SVG, PDF, EPS, ICO ...) are rarely photographs and often dangerous."""
-# Raised by Pillow's readers for damaged bytes, beside OSError; found by damaging files of many formats.
+# Raised by Pillow's readers for damaged bytes, besides OSError; found by damaging files of many formats.
 DAMAGED = (
     *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
     *(OverflowError, AttributeError, OSError),
@@ -64,9 +62,8 @@ _GUESSED = ("I", "F", "LAB")
 class ImageError(OSError):
     """Bytes that cannot become an image.
 
-    Attributes:
-        reason: "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed".
-        detail: more words, the same for the same bytes.
+    `reason` is "not_an_image", "truncated", "other_format", "too_many_pixels" or "resize_failed"; `detail` has more
+    words, the same for the same bytes.
     """
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -24,10 +24,9 @@ _JPEG_END = b"\xff\xd9"
 
 @dataclass(frozen=True)
 class Header:
-    """The header of an image file.
+    """The header of an image file, with the `image` opened by Pillow but its pixels not yet decoded.
 
     Attributes:
-        image: opened by Pillow, pixels not yet decoded.
         extension: "jpg", "png" or "webp"; None for formats that are not stored unchanged.
         is_plain: 8-bit RGB, upright, one frame: even a decoder that ignores EXIF, alpha, palettes and inks is right.
     """

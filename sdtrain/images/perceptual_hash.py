@@ -11,14 +11,11 @@ _PRECISION = 6
 
 
 def perceptual_hash(image: Image.Image, reducing_gap: float | None = None) -> int:
-    """The 64-bit DCT hash (pHash) of an image's brightness, as a signed integer.
+    """The 64-bit DCT hash (pHash) of an RGB or gray image's brightness, as a signed integer.
 
-    Without a reducing gap, bit for bit that of `imagehash.phash`.
-
-    Args:
-        image: RGB or gray.
-        reducing_gap: shrink by whole pixels first and filter from this many times the size. Saves four fifths of the
-            time of a full filter; differs from it in 0 bits for 80% of images, in 2 for most others, 6 at most seen.
+    Without a reducing gap, bit for bit that of `imagehash.phash`. A `reducing_gap` shrinks by whole pixels first and
+    filters from this many times the size: saves four fifths of the time of a full filter, and differs from it in 0 bits
+    for 80% of images, in 2 for most others, 6 at most seen.
     """
     small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS, reducing_gap=reducing_gap)
     # Rounded, so that a flat image gives exact zeros instead of a machine's rounding errors.

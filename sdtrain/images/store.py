@@ -24,14 +24,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image as stored in the shard; sizes are of the upright image.
+    """An image as stored in the shard; sizes are of the upright image, originals as fetched.
 
-    Attributes:
-        content: the encoded bytes.
-        extension: "jpg", "png" or "webp".
-        width, height: as stored.
-        original_width, original_height: as fetched.
-        phash: of the pixels before encoding; decoding again for the exact hash would cost twice as much.
+    `extension` is "jpg", "png" or "webp". `phash` is of the pixels before encoding; decoding again for the exact hash
+    would cost twice as much.
     """
 
     content: bytes

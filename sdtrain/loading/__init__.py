@@ -1,1 +1,1 @@
-"""From latents or packed images to batches, in an order that any number of ranks shares."""
+"""Loads batches from latents or packed images, in an order that any number of ranks shares."""

@@ -1,4 +1,4 @@
-"""Packed images as the loader reads them when the VAE runs in the training loop."""
+"""Reads packed images for training with the VAE in the loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
-from sdtrain.dataset.parquet import read_parquet
 from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.errors import UserError
 from sdtrain.images.crops import chance, cut
@@ -29,15 +29,10 @@ _BEHIND_LAST = 2**16
 
 
 class ImageStore(SampleStore):
-    """The images of one packed dataset, cropped differently in each epoch.
+    """The images of one packed dataset (with `dataset/`), as crops of `resolution` pixels, another in each epoch.
 
-    The tables of shards are read when they are first needed. A global shuffle over very many shards reads one nearly
-    for every sample; `data.shuffle: blocks` does not.
-
-    Args:
-        root: the dataset directory, holding `dataset/`.
-        resolution: side of the crops in pixels.
-        encoder: turns (B, 3, H, W) uint8 pixels into moments, for `get`.
+    Shards' tables are read when first needed: with a global shuffle over very many shards, one for nearly every sample;
+    not with `data.shuffle: blocks`. `encoder` turns (B, 3, H, W) uint8 pixels into moments, for `get`.
     """
 
     def __init__(self, root: Path, resolution: int, encoder: OnlineVae):
@@ -61,7 +56,7 @@ class ImageStore(SampleStore):
         return 0
 
     def buffer(self, num_samples: int, size: int) -> NDArray[np.uint8]:
-        """Room for pixels, (B, 3, H, W)."""
+        """A buffer for pixels, (B, 3, H, W)."""
         return np.empty((num_samples, 3, self._resolution, self._resolution), np.uint8)
 
     def fetch(
@@ -93,7 +88,7 @@ class ImageStore(SampleStore):
         return self.encoder(torch.from_numpy(pixels).to(device)).cpu()
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
-        """A sample's identity and its members, which lie between the images before and behind its own."""
+        """A sample's uid and its members, which lie between the preceding image and the next one."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         row = index - int(self._ends[shard] - self.counts[shard, 0])
         table = self._table(shard)
@@ -115,20 +110,20 @@ class ImageStore(SampleStore):
 
 
 class OnlineVae:
-    """A VAE that encodes on the device on which its input lies; loaded when it is first needed."""
+    """A lazily loaded VAE that encodes on its input's device."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Moments of (B, 3, H, W) uint8 images: (B, 8, h, w) float16, unscaled, as the cache holds them."""
+        """Moments of (B, 3, H, W) uint8 images: (B, 8, h, w) float16, unscaled as in the cache."""
         from sdtrain.encode.vae import posterior_moments, shared_vae
 
         return posterior_moments(shared_vae(self._name, pixels.device), pixels).half()
 
 
 def no_images(folder: Path) -> UserError:
-    """The sentence for a dataset that has not been packed."""
+    """The error for a dataset that has not been packed."""
     return UserError(f"There are no packed images in {folder}: build the dataset as far as `pack` first.")
 
 

@@ -1,4 +1,4 @@
-"""Random access to the latents of a dataset, and the check that they are the right ones."""
+"""Reads a dataset's latents at random, and checks that they fit the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, whole_tables_digest
 
-# Tars open at once, and indexes mapped. Many systems allow a process 1024 open files.
+# Tars open, and indexes mapped, at once. Many systems allow a process 1024 open files.
 OPEN_SHARDS = 256
 # Up to here indexes stay in memory and nothing is written beside the tables.
 _SMALL = 1_000_000
@@ -33,28 +33,28 @@ _EXPONENT = np.uint16(0x7C00)
 class LatentStore(SampleStore):
     """The latents of one dataset.
 
-    At the start only the tables' footers are read; a shard's rows are when one of them is first needed, and some
-    shards' at most are open at a time. So start and memory depend on the number of shards and not of samples.
+    Opening reads only the tables' footers; a shard's rows are read when first needed, and few shards are open at once.
+    So start-up and memory depend on the number of shards, not of samples.
 
     Attributes:
-        info: what the latents were made with (`latents/info.json`).
-        digest: tells one dataset from another (`Catalogue.digest`).
-        sizes: height and width of the latents; more than one with aspect-ratio buckets. Samples are numbered size by
-            size, and within a size in the order of the shards.
+        info: how the latents were made (`latents/info.json`).
+        digest: identifies the dataset (`Catalogue.digest`).
+        sizes: height and width of the latents; several with aspect-ratio buckets. Samples are numbered by size, and
+            within a size in shard order.
         num_crops: crops of each image.
 
     Args:
         root: the dataset directory.
-        resolution: side of the images that training expects, in pixels.
-        verify: compare each tar with its digest in the manifest before anything is read from it.
-        open_shards: how many may be open at a time.
+        resolution: side of the training images, in pixels.
+        verify: compare each tar with its digest in the manifest before reading from it.
+        open_shards: most shards open at once.
     """
 
     def __init__(self, root: Path, resolution: int, verify: bool = False, open_shards: int = OPEN_SHARDS):
         self._dataset, self._verify = DatasetDir(root), verify
         self._folder = self._dataset.latents_info.parent
         self.info = _read_info(self._dataset)
-        # As long as this lives: shards are opened when they are needed.
+        # Held as long as this lives, because shards are opened when needed.
         self._lock = lock_to_read(self._dataset, "training")
         pixels = self.info.get("buckets") or [(resolution, resolution)]
         self.sizes = [(height // 8, width // 8) for width, height in pixels]
@@ -73,15 +73,11 @@ class LatentStore(SampleStore):
         return int(self._size_ends[-1])
 
     def has_digest(self, digest: str) -> bool:
-        """Whether a checkpoint's digest is this dataset's, by today's rule or by that of older checkpoints."""
+        """Whether a checkpoint's digest is this dataset's, by the current rule or the older one."""
         return digest == self.digest or digest == whole_tables_digest(self._folder)
 
     def check_shards(self) -> None:
-        """Refuses a mixture: shards of another VAE, left over from a build that was killed while it encoded again.
-
-        Raises:
-            UserError: naming the shard.
-        """
+        """Refuses mixed shards of two VAEs, left by a build killed while re-encoding; UserError names the shard."""
         for shard in self._catalogue.shards:
             if shard.made_by != self.info.get("vae_sha256"):
                 raise UserError(
@@ -91,11 +87,11 @@ class LatentStore(SampleStore):
                 )
 
     def size_number(self, index: int) -> int:
-        """Which of the sizes a sample has."""
+        """The index of a sample's size."""
         return int(np.searchsorted(self._size_ends, index, side="right"))
 
     def buffer(self, num_samples: int, size: int) -> NDArray[np.float16]:
-        """Room for posterior mean and log-variance, (B, 8, h, w)."""
+        """A buffer for posterior mean and log-variance, (B, 8, h, w)."""
         return np.empty((num_samples, 8, *self.sizes[size]), np.float16)
 
     def fetch(
@@ -118,15 +114,14 @@ class LatentStore(SampleStore):
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior mean and log-variance of samples of one size, unscaled, first crops: (B, 8, h, w) float16.
 
-        Raises:
-            UserError: a latent that is damaged, missing or of another size.
+        UserError if a latent is damaged, missing or of another size.
         """
         moments = self.buffer(len(indices), self.size_number(int(indices[0])))
         self.fetch(indices, np.zeros_like(indices), 0, moments).require_whole()
         return torch.from_numpy(moments)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """The shard of a sample and its row there."""
+        """A sample's shard, and its row there."""
         size = self.size_number(index)
         index -= int(self._size_ends[size - 1]) if size else 0
         shard = int(np.searchsorted(self._ends[:, size], index, side="right"))
@@ -146,7 +141,7 @@ class LatentStore(SampleStore):
             raise UserError(
                 f"{file.name} is shorter than its table says. Run the build again: it redoes damaged shards."
             )
-        # All bits of the exponent are set in infinities and in what is not a number.
+        # Infinities and NaNs have all exponent bits set.
         if int((out.view(np.uint16) & _EXPONENT).max()) == _EXPONENT:
             raise UserError(
                 f"{file.name}: the latent of {index.uid(row)} is not finite. Delete the file and run the build again: "
@@ -191,11 +186,7 @@ def _crop(seed: int, uid: str, epoch: int, num_crops: int) -> int:
 
 
 def check_cache(info: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
-    """Refuses latents that were made with other settings than training assumes.
-
-    Raises:
-        UserError: naming every value that differs, both as found and as expected.
-    """
+    """Refuses latents made with other settings than training assumes; UserError shows each, found and expected."""
     wrong = [
         f"{key} is {info.get(key)!r} there and {value!r} here"
         for key, value in expected.items()

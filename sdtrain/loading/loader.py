@@ -1,4 +1,4 @@
-"""Batches for training, prepared in the background."""
+"""Prepares training batches in the background."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank needs for one forward pass."""
+    """One rank's input for one forward pass."""
 
     moments: torch.Tensor
     """(B, 8, h, w) float16, unscaled."""
     posterior: torch.Tensor
-    """(B, 4, h, w) float32 standard normal for the VAE's posterior."""
+    """(B, 4, h, w) float32 standard normal, for the VAE's posterior."""
     noise: torch.Tensor
-    """(B, 4, h, w) float32: what is added to the latent; standard normal, unless offset noise is on."""
+    """(B, 4, h, w) float32, added to the latent; standard normal, unless offset noise is on."""
     timesteps: torch.Tensor
     """(B,) int64."""
     token_ids: torch.Tensor
@@ -49,7 +49,7 @@ class MicroBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """The batch in memory from which the GPU fetches it by itself."""
+        """The batch in pinned memory, for asynchronous copies to the GPU."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
@@ -59,7 +59,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class PixelBatch(MicroBatch):
-    """A batch of images: `moments` are (B, 3, H, W) uint8 pixels, until the batch goes to its device."""
+    """A batch of images: `moments` holds (B, 3, H, W) uint8 pixels until the batch moves to its device."""
 
     encoder: OnlineVae
 
@@ -71,11 +71,11 @@ class PixelBatch(MicroBatch):
 
 
 class BatchMaker:
-    """Makes the micro-batches of one rank, each a pure function of (seed, step).
+    """Makes one rank's micro-batches, each a pure function of (seed, step).
 
     Attributes:
         accumulation: micro-batches of one optimizer step.
-        num_substituted: damaged samples that were replaced in the batches made so far (`data.on_corrupt: skip`).
+        num_substituted: damaged samples replaced in the batches made so far (`data.on_corrupt: skip`).
     """
 
     def __init__(self, store: SampleStore, tokenizer: CLIPTokenizer, config: TrainConfig, rank: int, world_size: int):
@@ -98,7 +98,7 @@ class BatchMaker:
         return self.assemble(samples, step, config.caption_dropout)
 
     def assemble(self, samples: SampleIndices, step: int, caption_dropout: float) -> MicroBatch:
-        """The batch of some samples of one size, with the noise that they have in optimizer step `step`."""
+        """The batch of some samples of one size, with their noise of optimizer step `step`."""
         config, num_samples = self._config, len(samples.indices)
         size_number = self._store.size_number(int(samples.indices[0]))
         rows = self._store.buffer(num_samples, size_number)
@@ -127,7 +127,7 @@ class BatchMaker:
         ]
 
     def prefetch(self, first_step: int, last_step: int, pin_memory: bool) -> Iterator[MicroBatch]:
-        """All micro-batches of steps [first_step, last_step), prepared by threads while training is busy."""
+        """All micro-batches of steps [first_step, last_step), prepared by threads during training."""
         wanted = ((step, k) for step in range(first_step, last_step) for k in range(self.accumulation))
         ahead: deque[Future[MicroBatch]] = deque()
         pool = ThreadPoolExecutor(self._config.data.num_workers, "latent-loader")
@@ -145,10 +145,9 @@ class BatchMaker:
         return self.make(step, micro_step).pinned()
 
     def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
-        """Reads samples into `rows`; by `data.on_corrupt`, computed substitutes replace damaged ones.
+        """Reads samples into `rows`; `data.on_corrupt: skip` replaces damaged ones.
 
-        A substitute is drawn from (seed, sample, attempt) among those of its dataset and size, so that it is the same
-        on every rank and after every resume.
+        A substitute is drawn from (seed, sample, attempt) within its dataset and size: equal on every rank and resume.
         """
         seed = self._config.seed
         fetched = self._store.fetch(samples.indices, samples.epochs, seed, rows)

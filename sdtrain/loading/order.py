@@ -1,4 +1,4 @@
-"""Orders of the samples in an epoch, computed and not stored."""
+"""Computes, instead of storing, the order of samples in an epoch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,14 @@ class Order(Protocol):
         """Samples in one epoch."""
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at some offsets of an epoch."""
+        """The samples at the given offsets of an epoch."""
 
 
 @dataclass(frozen=True)
 class GlobalOrder:
-    """Any sample may stand anywhere: the best mixing, and reads from all shards all the time.
+    """A global shuffle: the best mixing, but it reads from all shards all the time.
 
-    Attributes:
-        size: samples in one epoch.
-        seed: of the run.
-        name: tells apart the streams of one run.
+    `size` counts the samples in one epoch; `name` separates the streams of the run with this `seed`.
     """
 
     size: int
@@ -42,13 +39,13 @@ class GlobalOrder:
     name: str = ""
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at some offsets of an epoch."""
+        """The samples at the given offsets of an epoch."""
         return permute(offsets, self.size, round_keys(f"order {self.seed} {epoch}{self.name}"))
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """One epoch of a BlockOrder: its shards in their order, where each begins, and where each window does."""
+    """One epoch of a BlockOrder: its shards in order, and the starts of each shard and window."""
 
     shards: Ints
     begins: Ints
@@ -56,20 +53,15 @@ class _Layout:
 
 
 class BlockOrder:
-    """Each shard is read in one stretch: shards are permuted, then samples within each window of some shards.
+    """Reads each shard in one stretch: shuffles the shards, then the samples within each window of consecutive shards.
 
-    A window is the next `window` shards in the epoch's own order; its samples are permuted among themselves, and the
-    next window begins where it ends. So at most `window` shards are open at once (twice as many where a batch
-    straddles two windows), and each is opened once an epoch. A window is mixed perfectly; two samples of different
-    shards come into the same window with probability (window - 1) / (number of shards - 1). Packed
-    shards are random samples of the whole dataset already, so a window is one as well.
+    A window is the next `window` shards in the epoch's order. So at most `window` shards are open at once (twice as
+    many while a batch straddles two windows), and each is opened once an epoch. A window is mixed perfectly; two
+    samples of different shards share a window with probability (window - 1) / (number of shards - 1). Packed shards are
+    random samples of the whole dataset, hence so is a window.
 
-    Args:
-        shard_sizes: samples of each shard, in the order in which samples are numbered.
-        window: shards that are mixed.
-        seed: of the run.
-        source: tells apart datasets; the streams of one dataset go through its shards in the same order.
-        name: tells apart the streams of one run.
+    `shard_sizes` are in the order of the samples' numbers. `source` separates datasets: the streams of one dataset,
+    which `name` separates, visit its shards in the same order.
     """
 
     def __init__(self, shard_sizes: Ints, window: int, seed: int, source: str = "", name: str = "") -> None:
@@ -80,7 +72,7 @@ class BlockOrder:
         self._layout = lru_cache(maxsize=4)(self._lay_out)
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
-        """The samples at some offsets of an epoch."""
+        """The samples at the given offsets of an epoch."""
         layout = self._layout(epoch)
         windows = np.searchsorted(layout.windows, offsets, side="right") - 1
         positions = np.empty_like(offsets)
@@ -104,8 +96,8 @@ class BlockOrder:
 def permute(offsets: Ints, size: int, keys: NDArray[np.uint64]) -> Ints:
     """Image of each offset in [0, size) under a pseudo-random permutation of [0, size).
 
-    A Feistel network permutes the next power of four; what falls outside [0, size) walks on along its cycle until
-    it is inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+    A Feistel network permutes the next power of four; results outside [0, size) walk on along their cycle until they
+    are inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     values = _feistel(offsets.astype(np.uint64), half_bits, keys)

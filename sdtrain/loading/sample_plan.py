@@ -1,7 +1,6 @@
-"""The sample at each position of training, and its noise: pure functions of (seed, step, sample).
+"""Computes the sample at each position of training, and its noise, as pure functions of (seed, step, sample).
 
-Nothing is replayed: the sample at any position is computed, so a run resumes in the middle of an epoch, on any
-number of ranks, with the samples and the noise of an undisturbed run.
+Nothing is replayed: a run resumes in mid-epoch, on any number of ranks, with an undisturbed run's samples and noise.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ SHARES = 2**20
 
 @dataclass(frozen=True)
 class SourcePlan:
-    """One dataset of a plan.
+    """One dataset of a plan, with one order per image size, in the order of the samples' numbers.
 
-    Attributes:
-        orders: one for each size of image in it, in the order in which its samples are numbered.
-        share: of the positions, in proportion to the other sources' shares.
+    `share` is its part of the positions, in proportion to the other sources' shares.
     """
 
     orders: tuple[Order, ...]
@@ -40,11 +37,9 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class SampleIndices:
-    """Samples at some positions.
+    """The samples at some positions.
 
-    Attributes:
-        indices: (B,), numbers of samples over all sources, one source after the other.
-        epochs: (B,), how often the sample was seen before.
+    They are numbers (B,) counted over all sources in turn, and epochs (B,): how often each was seen before.
     """
 
     indices: Ints
@@ -52,18 +47,13 @@ class SampleIndices:
 
 
 class SamplePlan:
-    """The order of samples over all epochs.
+    """The order of samples over all epochs, for optimizer steps of `global_batch_size`.
 
-    Positions take turns between the sources in the proportion of their shares, and within a source between its sizes
-    in the proportion of their numbers (`interleave`). Each size of each source has its own endless stream:
-    epoch after epoch, every sample exactly once per epoch, each in another order. `group` positions that follow each
-    other are of one size. A group may straddle two epochs of its stream, so that nothing is left over: no sample is
-    dropped or repeated, and at any time the sizes of one source have got equally far, give or take a group for each.
-
-    Args:
-        sources: the datasets.
-        global_batch_size: samples in one optimizer step.
-        group: consecutive positions that draw from one source and size.
+    Positions alternate between sources in proportion to their shares, and within a source between its sizes in
+    proportion to their numbers (`interleave`). Each size of each source has its own endless stream of epochs, which
+    hold every sample exactly once, in a different order. Each `group` of consecutive positions has one size. A group
+    may straddle two epochs of its stream, so no sample is dropped or repeated, and at any time the sizes of one source
+    are equally far on, give or take a group for each.
     """
 
     def __init__(self, sources: Sequence[SourcePlan], global_batch_size: int, group: int = 1) -> None:
@@ -71,17 +61,17 @@ class SamplePlan:
         self._firsts = [0, *accumulate(source.size for source in sources)]
 
     def batch(self, step: int) -> SampleIndices:
-        """The samples of one optimizer step; a batch may straddle two epochs."""
+        """The samples of one optimizer step, whose batch may straddle two epochs."""
         first = step * self._global_batch_size
         return self.at(np.arange(first, first + self._global_batch_size, dtype=np.int64))
 
     def micro_batch(self, step: int, micro_step: int, rank: int, world_size: int, size: int) -> SampleIndices:
-        """The part of the step's batch that one rank does in one micro-step, `size` samples."""
+        """One rank's part of the step's batch in one micro-step, `size` samples."""
         first = step * self._global_batch_size + (micro_step * world_size + rank) * size
         return self.at(np.arange(first, first + size, dtype=np.int64))
 
     def stream_of(self, index: int) -> tuple[int, int]:
-        """Of the samples that share dataset and size with one: the first one's number, and how many there are."""
+        """The first number, and the number, of the samples that share a sample's dataset and size."""
         first = 0
         for source in self._sources:
             for order in source.orders:
@@ -121,18 +111,12 @@ def _over_epochs(order: Order, epochs: Ints, offsets: Ints) -> Ints:
 
 
 def interleave(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
-    """The stream that each position draws from, and how often that stream was drawn from before.
+    """The stream that each position draws from, and how often that stream was drawn from before, in `positions`' shape.
 
     The first stream takes the positions p where floor((p + 1) a / n) exceeds floor(p a / n), for its share a of n
-    (Bresenham's line); the others share what is left in the same way. So of the first p positions, stream i has
-    p * shares[i] / n, give or take less than the number of streams, for every p.
-
-    Args:
-        positions: from 0.
-        shares: integers, one for each stream, with a sum below 2**31.
-
-    Returns:
-        Streams, and positions within them, in the shape of `positions`.
+    (Bresenham's line); the others divide the rest in the same way. So of the first p positions, stream i has p *
+    shares[i] / n, give or take less than the number of streams, for every p. Positions count from 0; shares are one
+    integer per stream, with a sum below 2**31.
     """
     streams = np.full_like(positions, len(shares) - 1)
     within, left, total = positions.copy(), np.ones(len(positions), bool), sum(shares)
@@ -147,13 +131,13 @@ def interleave(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:
-    """Weights as integers that sum to about 2**20, none of them 0."""
+    """Weights as positive integers that sum to about 2**20."""
     total = sum(weights)
     return [max(1, round(SHARES * weight / total)) for weight in weights]
 
 
 def _taken(positions: Ints, share: int, total: int) -> Ints:
-    """floor(position * share / total), without the product, which could pass 2**63."""
+    """floor(position * share / total), without the product, which could exceed 2**63."""
     turns, rest = np.divmod(positions, total)
     return turns * share + rest * share // total
 
@@ -164,11 +148,11 @@ class SampleNoise:
 
     timestep: int
     drop: float
-    """Uniform in [0, 1); the caption is dropped where this is below the dropout."""
+    """Uniform in [0, 1); the caption is dropped if it is below the dropout."""
     posterior: NDArray[np.float32]
-    """Standard normal, (4, h, w): which latent the VAE's posterior gives."""
+    """Standard normal, (4, h, w), for the VAE's posterior."""
     noise: NDArray[np.float32]
-    """Standard normal, (4, h, w): what is added to the latent and has to be predicted."""
+    """Standard normal, (4, h, w): added to the latent and to be predicted."""
     offset: NDArray[np.float32]
     """Standard normal, (4, 1, 1): the constant part of offset noise."""
 
@@ -181,17 +165,10 @@ def sample_noise(
     shape: tuple[int, int, int],
     into: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
 ) -> SampleNoise:
-    """The random numbers of one sample in one step: the same on every rank and in every split of the batch.
+    """The random numbers of one sample in one step, the same on every rank and in every split of the batch.
 
-    Philox is counter-based, so a generator for each sample costs microseconds (Salmon et al., SC 2011).
-
-    Args:
-        seed: of the run.
-        step: optimizer step.
-        uid: the sample's identity.
-        num_timesteps: length of the noise schedule.
-        shape: (4, h, w).
-        into: arrays for posterior and noise; made here if not given.
+    Philox is counter-based, so a generator for each sample costs microseconds (Salmon et al., SC 2011). `num_timesteps`
+    is the noise schedule's length; `shape` is (4, h, w); `into` are arrays for posterior and noise.
     """
     key = hashlib.blake2b(f"noise {seed} {step} {uid}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
@@ -199,5 +176,5 @@ def sample_noise(
     timestep, drop = int(generator.integers(num_timesteps)), float(generator.random())
     generator.standard_normal(dtype=np.float32, out=posterior)
     generator.standard_normal(dtype=np.float32, out=noise)
-    offset = generator.standard_normal((shape[0], 1, 1), np.float32)  # last, so that it shifts none of the others
+    offset = generator.standard_normal((shape[0], 1, 1), np.float32)  # last, so that the others do not depend on it
     return SampleNoise(timestep, drop, posterior, noise, offset)

@@ -1,4 +1,4 @@
-"""The interface through which the loader reads a dataset of latents or images."""
+"""Defines the loader's interface to a dataset of latents or images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ from sdtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Fetched:
-    """Some samples.
+    """Some samples, read or damaged.
 
-    Attributes:
-        uids: identities.
-        captions: captions.
-        damaged: what is wrong with those that could not be read, as a sentence by position; their other fields say
-            nothing.
+    `damaged` has, by position, a sentence for each unreadable sample, whose other fields are meaningless.
     """
 
     uids: list[str]
@@ -31,11 +27,11 @@ class Fetched:
 
     @staticmethod
     def blank(num_samples: int) -> Fetched:
-        """Room for samples that are still to be fetched."""
+        """An empty result for samples still to be fetched."""
         return Fetched([""] * num_samples, [""] * num_samples, {})
 
     def put(self, positions: Sequence[int], other: Fetched) -> None:
-        """Replaces the samples at some positions by others, in order."""
+        """Replaces the samples at some positions, in order."""
         for number, position in enumerate(positions):
             self.uids[position], self.captions[position] = other.uids[number], other.captions[number]
             self.damaged.pop(position, None)
@@ -43,22 +39,18 @@ class Fetched:
                 self.damaged[position] = other.damaged[number]
 
     def require_whole(self) -> None:
-        """Makes an error of the first damage.
-
-        Raises:
-            UserError: a sample could not be read.
-        """
+        """Raises the first damage as a UserError."""
         for sentence in self.damaged.values():
             raise UserError(sentence)
 
 
 class SampleStore(ABC):
-    """Samples by number.
+    """Samples, numbered size by size.
 
     Attributes:
-        sizes: height and width of the latents; samples are numbered size by size.
+        sizes: height and width of the latents.
         counts: samples of each size in each shard, (shards, sizes).
-        digest: tells one dataset from another.
+        digest: identifies the dataset.
     """
 
     sizes: Sequence[tuple[int, int]]
@@ -74,44 +66,40 @@ class SampleStore(ABC):
 
     @abstractmethod
     def size_number(self, index: int) -> int:
-        """Which of the sizes a sample has."""
+        """The index of a sample's size."""
 
     @abstractmethod
     def buffer(self, num_samples: int, size: int) -> NDArray[Any]:
-        """Room for what `fetch` reads of samples of one size."""
+        """A buffer for `fetch` of samples of one size."""
 
     @abstractmethod
     def fetch(
         self, indices: NDArray[np.int64], epochs: NDArray[np.int64], seed: int, rows: NDArray[Any] | None = None
     ) -> Fetched:
-        """Reads samples.
+        """Reads samples by their numbers, `indices` (B,).
 
-        Args:
-            indices: (B,), their numbers.
-            epochs: (B,), how often each was seen before, which with the seed decides its crop.
-            seed: of the run.
-            rows: part of a `buffer` that takes the latents or images; None for captions and identities alone.
+        `epochs` (B,), how often each was seen before, with the seed determines its crop. `rows` is part of a `buffer`
+        that takes the latents or images; None for captions and uids alone.
         """
 
     @abstractmethod
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior mean and log-variance of samples of one size, unscaled: (B, 8, h, w) float16.
 
-        Raises:
-            UserError: one cannot be read.
+        UserError if one cannot be read.
         """
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the last samples' moments: (8, h, w)."""
+        """Shape of the last samples' moments: (8, h, w)."""
         return (8, *self.sizes[-1])
 
     def uids(self, indices: NDArray[np.int64]) -> list[str]:
-        """Identities of samples."""
+        """The samples' uids."""
         return self._described(indices).uids
 
     def captions(self, indices: NDArray[np.int64]) -> list[str]:
-        """Captions of samples."""
+        """The samples' captions."""
         return self._described(indices).captions
 
     def _described(self, indices: NDArray[np.int64]) -> Fetched:

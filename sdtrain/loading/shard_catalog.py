@@ -1,4 +1,4 @@
-"""The shards of a dataset's latents: what each holds, from the footers of their tables, and where each row lies."""
+"""Catalogues a dataset's latent shards from their tables' footers, and locates each row."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Shard:
 
     Attributes:
         table: the Parquet file's name.
-        stamp: its size in bytes and when it was changed: what tells whether the rest still holds.
+        stamp: its size in bytes and time of change, which show whether the rest is still valid.
         digest: sha256 of its footer, which holds counts, sizes, statistics and the digest of the rows.
         made_by: digest of the VAE.
-        samples: how many it holds of each size.
+        samples: number of samples of each size.
     """
 
     table: str
@@ -49,21 +49,11 @@ class Shard:
 
 
 class Catalogue:
-    """The shards of one dataset, in order.
+    """The shards of one dataset, in the order of their numbers; UserError if a table cannot be read.
 
-    The footers of many shards are read once and kept in `latents/catalogue.json`; an entry counts as long as size and
-    time of its table are the same.
-
-    Attributes:
-        shards: in the order of their numbers.
-        digest: sha256 over the shards' digests, which tells one dataset from another.
-
-    Args:
-        folder: `latents/`.
-        sizes: height and width of the latents in it.
-
-    Raises:
-        UserError: a table that cannot be read.
+    Many footers are cached in `latents/catalogue.json`; an entry is valid while its table's size and time are the same.
+    `digest` is the sha256 over the shards' digests, which identifies the dataset. `folder` is `latents/`, whose latents
+    have the heights and widths in `sizes`.
     """
 
     def __init__(self, folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
@@ -84,7 +74,7 @@ class Catalogue:
 
 
 def whole_tables_digest(folder: Path) -> str:
-    """What older checkpoints have as the dataset's digest: sha256 over all bytes of all tables."""
+    """The dataset's digest in older checkpoints: sha256 over all bytes of all tables."""
     digest = hashlib.sha256()
     for name in _tables(folder):
         digest.update((folder / name).read_bytes())
@@ -98,7 +88,7 @@ def _tables(folder: Path) -> dict[str, tuple[int, int]]:
     with os.scandir(folder) as entries:
         tables = [e for e in entries if e.name.endswith(".parquet") and e.name[0].isdigit()]
         stats = {entry.name: entry.stat() for entry in tables}
-    # By number: from 100,000 on, names have another length.
+    # By number: from 100,000 on, names are longer.
     names = sorted(stats, key=lambda name: (len(name), name))
     return {name: (stats[name].st_size, stats[name].st_mtime_ns) for name in names}
 
@@ -140,16 +130,16 @@ def _kept(path: Path) -> list[Shard]:
 
 def _keep(path: Path, shards: list[Shard]) -> None:
     rows = [[shard.table, shard.stamp, shard.digest, shard.made_by, shard.samples] for shard in shards]
-    with suppress(OSError), publish(path) as temporary:  # a folder that cannot be written costs time and nothing else
+    with suppress(OSError), publish(path) as temporary:  # a read-only folder only costs time
         temporary.write_text(json.dumps([_VERSION, rows]))
 
 
 class ShardIndex:
     """The rows of one shard's table.
 
-    A table of 10,000 rows takes milliseconds to decode and megabytes to keep, and a global shuffle goes to another
-    shard with every sample. So beside the tables of a large dataset lies `NNNNN.index.arrow`, mapped into memory, of
-    which only the pages of the wanted rows are read. It is a copy: made when it is missing or not of its table.
+    Decoding a table of 10,000 rows takes milliseconds and megabytes, and a global shuffle visits another shard with
+    every sample. So a large dataset's tables have copies `NNNNN.index.arrow`, which are mapped into memory so that only
+    the wanted rows' pages are read, and rebuilt if missing or of another table.
     """
 
     def __init__(self, rows: pa.RecordBatch) -> None:
@@ -168,28 +158,23 @@ class ShardIndex:
         return self._rows_of[size]
 
     def uid(self, row: int) -> str:
-        """The identity of a sample."""
+        """The sample's uid."""
         return str(self._uids[row].as_py())
 
     def caption(self, row: int) -> str:
-        """The caption of a sample."""
+        """The sample's caption."""
         return self._captions[row].as_py() or ""
 
     def extent(self, row: int) -> tuple[int, int]:
-        """Where a latent begins in the tar, and its number of bytes."""
+        """A latent's offset in the tar, and its number of bytes."""
         return self._offsets[row].as_py(), self._num_bytes[row].as_py()
 
 
 def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:
-    """The index of one shard.
+    """The index of one shard's Parquet file `table`; UserError if that cannot be read.
 
-    Args:
-        table: its Parquet file.
-        digest: of the table, as the catalogue has it; another one's index is not used.
-        keep: write the index beside the table for the next time. A folder that cannot be written is no error.
-
-    Raises:
-        UserError: the table cannot be read.
+    `digest` is the table's in the catalogue; another one's index is not used. `keep` writes the index beside the table
+    for the next time; a read-only folder is no error.
     """
     path = index_path(table)
     if path.exists() and (mapped := _mapped(path, digest)) is not None:
@@ -219,13 +204,13 @@ def _write_index(path: Path, rows: pa.RecordBatch, digest: str) -> None:
 
 
 def _mapped(path: Path, digest: str) -> pa.RecordBatch | None:
-    """The rows without reading them; None if the file is damaged or belongs to another table."""
+    """Maps the rows without reading them; None if the file is damaged or belongs to another table."""
     try:
         with pa.memory_map(str(path)) as content, pa.ipc.open_stream(content) as reader:
             if reader.schema.metadata[_DIGEST] != digest.encode():
                 return None
             rows = reader.read_next_batch()
-        rows.validate()  # offsets that lead out of the file
+        rows.validate()  # offsets that point out of the file
     except (OSError, ValueError, KeyError, TypeError, StopIteration, pa.ArrowException):
         return None
     return rows

@@ -1,4 +1,4 @@
-"""The datasets of a training run: opened, checked, put together, and the plan of their samples."""
+"""Opens, checks and combines a run's datasets, and plans the order of their samples."""
 
 from __future__ import annotations
 
@@ -26,12 +26,7 @@ from sdtrain.loading.sample_store import Fetched, SampleStore
 
 
 class MixedStore(SampleStore):
-    """Several datasets as one: the samples of the first, then those of the second, and so on.
-
-    Args:
-        stores: the datasets, of the same sizes.
-        weights: of each, part of the digest.
-    """
+    """Several datasets of the same sizes as one, their samples numbered in turn; the digest includes the weights."""
 
     def __init__(self, stores: Sequence[SampleStore], weights: Sequence[float]) -> None:
         self.stores, self.sizes = tuple(stores), stores[0].sizes
@@ -44,12 +39,12 @@ class MixedStore(SampleStore):
         return int(self._ends[-1])
 
     def size_number(self, index: int) -> int:
-        """Which of the sizes a sample has."""
+        """The index of a sample's size."""
         number = int(np.searchsorted(self._ends, index, side="right"))
         return self.stores[number].size_number(index - self._first(number))
 
     def buffer(self, num_samples: int, size: int) -> NDArray[Any]:
-        """Room for what `fetch` reads of samples of one size."""
+        """A buffer for `fetch` of samples of one size."""
         return self.stores[0].buffer(num_samples, size)
 
     def fetch(
@@ -77,11 +72,7 @@ class MixedStore(SampleStore):
 
 
 def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
-    """The config's datasets, checked against its VAE and resolution.
-
-    Raises:
-        UserError: no latents, or others than the config assumes.
-    """
+    """The config's datasets, checked against its VAE and resolution; UserError if they have no latents, or others."""
     data = config.data
     if data.online_vae:
         encoder = OnlineVae(config.vae)
@@ -102,11 +93,7 @@ def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
 
 
 def require_samples(data: DataConfig) -> None:
-    """Says so at once where there is nothing to train on.
-
-    Raises:
-        UserError: a dataset has no latents, or no images with `data.online_vae`.
-    """
+    """Raises UserError at once if a dataset has no latents, or no images with `data.online_vae`."""
     for source in data.all_sources:
         root = training_root(source.root, data.online_vae)
         images = DatasetDir(root).packed_table(0).parent
@@ -117,15 +104,9 @@ def require_samples(data: DataConfig) -> None:
 
 
 def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) -> SamplePlan:
-    """The order of a run's samples.
+    """Plans the order of a run's samples, leaving the last `num_held_out` out of all epochs.
 
-    Args:
-        store: its datasets.
-        config: the run.
-        num_held_out: so many of the last samples are in no epoch.
-
-    Raises:
-        UserError: groups of one size that the batches cannot be split into; nothing left to train on.
+    UserError if batches cannot be split into groups of one size, or nothing is left to train on.
     """
     group = _group(store, config)
     stores = store.stores if isinstance(store, MixedStore) else (store,)
@@ -150,7 +131,7 @@ def _order(shard_sizes: NDArray[np.int64], config: TrainConfig, name: str, sourc
 
 
 def _hold_out(shard_sizes: NDArray[np.int64], num_samples: int) -> None:
-    """Takes the last samples out of the shards' sizes, in place."""
+    """Subtracts the last samples from the shards' sizes, in place."""
     if num_samples and num_samples >= shard_sizes.sum():
         raise UserError(
             f"validation.num_samples {num_samples} leaves nothing to train on: there are {shard_sizes.sum()} latents "
@@ -179,7 +160,7 @@ def _group(store: SampleStore, config: TrainConfig) -> int:
 
 def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
     from sdtrain.formats.frozen import (
-        recorded_vae_digest,  # late: DeepSpeed must not come in before the ranks are joined
+        recorded_vae_digest,  # late: DeepSpeed must not be imported before the ranks join
     )
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sdtrain.config.card import CardConfig
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
-from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.energy import Spent
 from sdtrain.impact.gpus import board_watts
 from sdtrain.model_card.dataset import DatasetFacts
 
@@ -49,7 +49,7 @@ def preparation_row(facts: DatasetFacts, config: CardConfig) -> EnergyRow:
     if not facts.stage_hours:
         return EnergyRow(what, "not recorded", None, None, "not recorded")
     kwh = facts.kwh(config.data_gpu, config.data_cores)
-    gpu = f", {config.data_gpu} at its board power while scoring and encoding" if config.data_gpu else ""
+    gpu = f", {config.data_gpu} at its board power in {' and '.join(facts.gpu_stages)}" if config.data_gpu else ""
     source = f"estimated from the stages' seconds: {config.data_cores:g} cores of 7 W a worker{gpu}"
     return EnergyRow(what, f"{amount(sum(facts.stage_hours.values()))} worker-hours", kwh, _kg(kwh, config), source)
 

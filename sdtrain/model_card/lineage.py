@@ -7,19 +7,16 @@ from pathlib import Path
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir, StepTable
 
 
 @dataclass(frozen=True)
 class Ancestor:
-    """One link of the chain.
+    """One link of the chain: a run's path, or a model's name.
 
-    Attributes:
-        source: its path, or the model's name.
-        config: None if it is no run, or is gone.
-        step: optimizer steps done; None if not recorded.
+    `config` is None if it is no run, or is gone; `step`, the optimizer steps done, is None if not recorded.
     """
 
     source: str

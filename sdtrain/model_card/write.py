@@ -19,7 +19,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import Spent
+from sdtrain.impact.energy import Spent
 from sdtrain.model_card.dataset import DatasetFacts, dataset_facts
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
 from sdtrain.model_card.lineage import lineage
@@ -87,7 +87,7 @@ def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
 
 
 def _crops(config: TrainConfig, datasets: Sequence[DatasetFacts]) -> str:
-    """How images were cut to what the network sees."""
+    """How images were cropped for the network."""
     if config.data.online_vae:
         return "resized, then one at random, anew whenever an image is seen"
     return "; ".join(dict.fromkeys(facts.crops for facts in datasets if facts.crops)) or "not recorded"

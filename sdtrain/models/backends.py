@@ -1,4 +1,4 @@
-"""Levers of speed that are set once for a run: backends, attention kernels, compilation."""
+"""Applies a run's speed settings: backends, attention kernels, compilation."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MAX_SHAPES = 64
 
 
 def set_backends(config: SpeedConfig) -> None:
-    """Sets what cuDNN, matrix products and every other operation may do, in this process.
+    """Configures cuDNN, matrix products and all other operations in this process.
 
-    With `deterministic`, PyTorch's flash and memory-efficient attention take backward passes without atomic additions,
-    cuDNN's attention is not taken, and an operation that has no deterministic algorithm raises an error.
+    With `deterministic`, PyTorch's flash and memory-efficient attention avoid atomic additions in the backward pass,
+    cuDNN's attention is off, and an operation without a deterministic algorithm raises an error.
     """
     torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark and not config.deterministic
@@ -36,7 +36,7 @@ def set_backends(config: SpeedConfig) -> None:
 
 
 def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
-    """Within it, the chosen kernel is taken wherever it can do the job, and another one elsewhere."""
+    """Within the block, uses the chosen kernel wherever it applies, and another elsewhere."""
     chosen = _KERNELS.get(config.attention)
     if chosen is None:
         return nullcontext()
@@ -46,12 +46,10 @@ def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
 
 
 def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
-    """Compiles the UNet in place, at its first forward pass; its class and its parameters' names stay.
+    """Compiles the UNet in place, on its first forward pass; its class and its parameters' names stay.
 
-    Batches have one shape, so every graph is made for that shape only.
-
-    Raises:
-        UserError: it shall be deterministic, which this PyTorch cannot promise of compiled code.
+    All batches have one shape, so every graph is specialised for it. UserError if the run must be deterministic, which
+    this PyTorch cannot promise for compiled code.
     """
     if config.compile == "off":
         return
@@ -67,6 +65,6 @@ def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
 
 
 def begin_graphs(config: SpeedConfig) -> None:
-    """Says that a new forward pass begins, so that CUDA graphs may use the memory of the last one's results."""
+    """Marks a new forward pass, so that CUDA graphs may reuse the memory of the last one's results."""
     if config.compile_mode in _WITH_GRAPHS:
         torch.compiler.cudagraph_mark_step_begin()

@@ -24,11 +24,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class Preprocess:
     """A CLIP model's preprocessing; all defaults but the size are OpenAI's.
 
-    Attributes:
-        size_px: side of the square input.
-        mean, std: of the training images' channels, from 0 to 1.
-        resample: "bicubic" or "bilinear".
-        squash: resize both sides to `size_px`; else the shorter one, then crop the centre.
+    `mean` and `std` are of the training images' channels, from 0 to 1; `resample` is "bicubic" or "bilinear". `squash`
+    resizes both sides to `size_px`; otherwise the shorter one is, and the centre cropped.
     """
 
     size_px: int

@@ -45,9 +45,7 @@ def claim_device() -> torch.device:
 def claim(gpus: Sequence[str], folder: Path) -> int:
     """Claims the first of the GPUs held by the fewest processes, until this process ends; returns its index in `gpus`.
 
-    Args:
-        gpus: names that are the same in every process of this machine.
-        folder: for the locks.
+    Their names must be the same in every process of this machine; `folder` holds the locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for turn in count():

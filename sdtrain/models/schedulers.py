@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
 
-from sdtrain.choices import SamplerName
 from sdtrain.config import DiffusionConfig
 from sdtrain.errors import UserError
+from sdtrain.options import SamplerName
 
 
 def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler:
@@ -34,15 +34,11 @@ def sampling_scheduler(config: DiffusionConfig) -> PNDMScheduler | DDIMScheduler
 
 
 def make_scheduler(name: SamplerName | None, config: Mapping[str, Any]) -> Any:
-    """A diffusers scheduler for a model's noise schedule.
+    """A diffusers scheduler for the noise schedule of a model's scheduler `config`.
 
-    Args:
-        name: `plms` (Liu et al. 2022, arXiv:2202.09778), `ddim` (Song et al. 2021, arXiv:2010.02502, eta 0), or `dpm`
-            (DPM-Solver++ of order 2, Lu et al. 2022, arXiv:2211.01095); None takes the one that fits the model.
-        config: of the model's scheduler.
-
-    Raises:
-        UserError: the sampler cannot begin at the schedule's start.
+    `name` is `plms` (Liu et al. 2022, arXiv:2202.09778), `ddim` (Song et al. 2021, arXiv:2010.02502, eta 0), or `dpm`
+    (DPM-Solver++ of order 2, Lu et al. 2022, arXiv:2211.01095); None takes the one that fits the model. UserError if
+    the sampler cannot begin at the schedule's start.
     """
     # With this key another class would use its own defaults, hence other timesteps than after an export.
     config = {key: value for key, value in config.items() if key != "_use_default_values"}

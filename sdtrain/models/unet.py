@@ -1,4 +1,4 @@
-"""The UNet: built as CompVis initialises it, and laid out for its device."""
+"""Builds the UNet as CompVis initialises it, and prepares it for its device."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ LATENT_CHANNELS = 4
 
 
 def build_unet(config: UNetConfig, latent_size: int) -> UNet2DConditionModel:
-    """An untrained UNet in fp32, initialised as CompVis does.
-
-    Args:
-        config: the architecture.
-        latent_size: height and width of the latents, written into the model's config for pipelines.
-    """
+    """An untrained fp32 UNet, initialised as CompVis does; `latent_size` goes into its config for pipelines."""
     unet = UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=LATENT_CHANNELS,
@@ -60,7 +55,7 @@ def zero_initialise(unet: UNet2DConditionModel) -> None:
 def prepare_for(
     unet: UNet2DConditionModel, device: torch.device, speed: SpeedConfig | None = None, for_training: bool = False
 ) -> UNet2DConditionModel:
-    """Puts the UNet on `device` with the attention and the memory layout that `speed` asks for, or that are fast there.
+    """Puts the UNet on `device` with the attention and memory layout that `speed` sets, or that are fastest there.
 
     On the CPU the fused attention's bf16 backward pass took 43 % of a training step of the tiny UNet; plain matrix
     products are 1.6 times faster. channels_last pays off on CUDA only.
@@ -71,12 +66,12 @@ def prepare_for(
     layout = memory_format(device, speed)
     if not for_training:
         return unet.to(device=device, memory_format=layout)
-    if layout is torch.channels_last:  # ZeRO's flat vector knows no strides
+    if layout is torch.channels_last:  # ZeRO's flat vector has no strides
         store_channels_last(unet)
     return unet.to(device=device)
 
 
 def memory_format(device: torch.device, speed: SpeedConfig) -> torch.memory_format:
-    """The layout of the UNet's input, which its convolutions hand on."""
+    """The layout of the UNet's input, which its convolutions pass on."""
     channels_last = device.type != "cpu" if speed.channels_last is None else speed.channels_last
     return torch.channels_last if channels_last else torch.contiguous_format

@@ -27,13 +27,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """Published weights.
+    """Published weights, and their file's name in the cache.
 
-    Attributes:
-        url: to fetch them from.
-        file: their name in the cache.
-        sha256: of the file; None if the publisher names none and we have not seen the file. Such a file is trusted on
-            first use: its digest is recorded beside it in the cache and must match from then on.
+    `sha256` is None if the publisher names none and we have not seen the file. Such a file is trusted on first use: its
+    digest is recorded beside it in the cache and must match from then on.
     """
 
     url: str
@@ -44,13 +41,8 @@ class Published:
 def find_weights(name: str, known: Mapping[str, Published], otherwise: str = "name another file") -> Path:
     """The weights file for a known name (fetched into the cache if needed) or a path.
 
-    Args:
-        name: as the user wrote it.
-        known: published weights by name.
-        otherwise: the user's alternative if a known name cannot be fetched.
-
-    Raises:
-        UserError: no such file or name, the download failed, or the file is not the published one.
+    `known` are published weights by name; `otherwise` is the user's alternative if one cannot be fetched. UserError if
+    there is no such file or name, the download failed, or the file is not the published one.
     """
     if name not in known:
         path = Path(name).expanduser()

@@ -20,8 +20,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry, require_entry
-from sdtrain.dataset.selection import selected_shards
+from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.errors import UserError
 
@@ -51,7 +50,7 @@ _ONE_AT_A_TIME = Lock()
 def shard_sizes(dataset: DatasetDir, config: PackConfig) -> list[int]:
     """The number of samples in each packed shard: N, or the rest in the last one, less those removed."""
     decisions = dataset.decisions
-    num_kept = require_entry(dataset, "keep", 0).num_out
+    num_kept = require_entry(dataset, "decide", 0).num_out
     changed_ns = decisions.stat().st_mtime_ns if decisions.exists() else 0
     return list(_sizes(num_kept, config.samples_per_shard, decisions, changed_ns))
 
@@ -72,7 +71,7 @@ def short_shards(decisions: Path) -> dict[int, int]:
 
 def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     """The number of packed shards, from the manifest alone; None before the decisions."""
-    decided = read_entry(dataset, "keep", 0)
+    decided = read_entry(dataset, "decide", 0)
     # After removals there may be more shards than the samples would fill.
     recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
     return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
@@ -106,8 +105,9 @@ def forget_plan(dataset: DatasetDir) -> None:
 
 
 def _plan(dataset: DatasetDir, config: PackConfig) -> Path:
-    keep = require_entry(dataset, "keep", 0)
-    digest = fingerprint("plan/1", {"seed": config.seed, "keep": keep.fingerprint}, [keep])
+    decided = require_entry(dataset, "decide", 0)
+    # "keep" was the stage's name; unfinished builds have plans with this digest.
+    digest = fingerprint("plan/1", {"seed": config.seed, "keep": decided.fingerprint}, [decided])
     with _ONE_AT_A_TIME:
         path = dataset.pack_plan
         if not path.exists() or (pq.read_schema(path).metadata or {}).get(_DIGEST) != digest.encode():

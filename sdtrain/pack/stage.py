@@ -21,7 +21,7 @@ from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.rewriting import in_tar
 from sdtrain.dataset.s3.files import discard, read_part
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Stage, Table, nothing_beside
+from sdtrain.dataset.stage import NOTHING, Stage, Table, Work, nothing_beside
 from sdtrain.dataset.storage import storage_of
 from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.download.image_shards import PLACE, image_location
@@ -149,9 +149,10 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
-    keep = require_entry(dataset, "keep", 0)
-    # keep's own fingerprint holds the image shards' digests: the same decisions may be about other bytes.
-    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": keep.fingerprint}, [keep])
+    decided = require_entry(dataset, "decide", 0)
+    # Its fingerprint holds the image shards' digests: the same decisions may be about other bytes.
+    # "keep" was the stage's name; finished datasets record this digest.
+    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": decided.fingerprint}, [decided])
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -174,8 +175,8 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
 
 PACK: Stage[ImageRecipe] = Stage(
     *("pack", _shards, _fingerprint, _run),
-    inputs={"download": "all shards", "keep": "all shards"},
-    planned_by="keep",
+    inputs={"download": "all shards", "decide": "all shards"},
+    planned_by="decide",
     num_shards=expected_shards,
     beside=nothing_beside,
     table=Table(
@@ -192,4 +193,6 @@ PACK: Stage[ImageRecipe] = Stage(
     ),
     drops=None,
     uses_gpu=False,
+    needs=NOTHING,
+    work=Work(num="kept", rate="pack_pictures", on="cores", writes=("kept", "picture_bytes")),
 )

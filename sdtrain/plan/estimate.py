@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sdtrain.config import TrainConfig
+from sdtrain.dataset.stage import Amount, Stage, Work
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.gpus import board_watts
@@ -39,16 +41,10 @@ class DatasetJob:
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of `part` (dataset or run).
+    """One stage of `part` (dataset or run); hours are wall clock on all machines.
 
-    Attributes:
-        num: input rows or images.
-        disk_bytes: of output.
-        hours: wall clock, on all machines.
-        cost: of the GPUs, in the user's currency; None if no price was stated.
-        kg: CO2 equivalents; None if no region was stated.
-        source: of the rate.
-        remarks: what the rate assumes beyond its source.
+    `num` counts input rows or images. `cost` of the GPUs is in the user's currency, None if no price was stated; `kg`
+    of CO2 equivalents None if no region was. `source` and `remarks` are the rate's: its origin and further assumptions.
     """
 
     part: str
@@ -70,32 +66,33 @@ class Planner:
     def __init__(self, rates: Rates, machines: Machines):
         self._rates, self._machines = rates, machines
 
-    def dataset(self, job: DatasetJob) -> list[Line]:
-        """The stages of a dataset; UserError if a recipe or size has no rates."""
-        rate = self._value
+    def dataset(self, job: DatasetJob, stages: Sequence[Stage[Any]]) -> list[Line]:
+        """The stages of a dataset but for those of `not_counted`; UserError if a recipe or size has no rates."""
+        amounts = self._amounts(job)
+        sizes = {
+            "picture_bytes": self._value(_nearest_size(job.image_px)),
+            "latent_bytes": latent_bytes(job.resolution),
+        }
+        lines = []
+        for stage in stages:
+            if (work := stage.work) is not None:
+                written, size = work.writes or (work.num, "")
+                each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
+                lines.append(self._stage(job.recipe, stage.name, work, amounts[work.num], amounts[written] * each))
+        return lines
+
+    def _amounts(self, job: DatasetJob) -> dict[Amount, float]:
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
         known_metadata = self._rates.get(f"metadata_{job.recipe}")
         metadata = known_metadata.value if known_metadata else rows
-        table = rows * rate("metadata_row_bytes")
-        images = rows * (1 - rate("link_rot"))
-        kept = images * rate("kept_share")
-        picture_bytes = rate(_nearest_size(job.image_px))
-        latents = kept * job.num_crops
-        latents_disk = latents * latent_bytes(job.resolution)
-        return [
-            self._on_cores(job.recipe, "select", metadata, table, "select_rows"),
-            self._on_cores(job.recipe, "download", rows, images * picture_bytes, "download_pictures"),
-            self._stage_on_gpus(job.recipe, "score", images, images * rate("score_row_bytes"), "score_pictures"),
-            self._on_one(job.recipe, "dedup", images, "dedup_pictures"),
-            self._on_cores(job.recipe, "pack", kept, kept * picture_bytes, "pack_pictures"),
-            self._stage_on_gpus(job.recipe, "encode", latents, latents_disk, "encode_pictures"),
-        ]  # fmt: skip
+        images = rows * (1 - self._value("link_rot"))
+        kept = images * self._value("kept_share")
+        return {"metadata": metadata, "rows": rows, "images": images, "kept": kept, "crops": kept * job.num_crops}
 
     def training(self, config: TrainConfig) -> Line:
         """A training run, with the largest micro-batch up to the config's that divides each GPU's share.
 
-        Raises:
-            UserError: its resolution has no rate on this GPU, or the GPUs cannot share its batch.
+        UserError if its resolution has no rate on this GPU, or the GPUs cannot share its batch.
         """
         machines, resolution = self._machines, config.data.resolution
         load = Load(machines.gpu, machines.num_gpus, _micro_batch(config, machines.num_gpus), resolution)
@@ -117,24 +114,17 @@ class Planner:
             raise UserError(f"How many rows '{job.recipe}' selects is not known. Give {instead}.")
         return found.value
 
-    def _on_cores(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
-        core_hours = num / self._value(rate) / 3600
-        hours = core_hours / self._value("cpu_cores")
-        return self._line(part, stage, num, disk, hours, 0.0, core_hours, self._source(rate))
-
-    def _on_one(self, part: str, stage: str, num: float, rate: str) -> Line:
-        hours = num / self._value(rate) / 3600
-        return self._line(part, stage, num, 0.0, hours, 0.0, hours, self._source(rate))
-
-    def _stage_on_gpus(self, part: str, stage: str, num: float, disk: float, rate: str) -> Line:
-        return self._on_gpus(part, stage, num, disk, self._value(rate), self._source(rate))
+    def _stage(self, part: str, stage: str, work: Work, num: float, disk: float) -> Line:
+        per_s, source = self._value(work.rate), str(self._rates[work.rate])
+        if work.on == "GPUs":
+            return self._on_gpus(part, stage, num, disk, per_s, source)
+        core_hours = num / per_s / 3600
+        hours = core_hours if work.on == "one core" else core_hours / self._value("cpu_cores")
+        return self._line(part, stage, num, disk, hours, 0.0, core_hours, source)
 
     def _on_gpus(self, part: str, stage: str, num: float, disk: float, per_s: float, source: str) -> Line:
         gpu_hours = num / per_s / 3600
         return self._line(part, stage, num, disk, gpu_hours / self._machines.num_gpus, gpu_hours, 0.0, source)
-
-    def _source(self, rate: str) -> str:
-        return str(self._rates[rate])
 
     def _line(
         self, part: str, stage: str, num: float, disk: float, hours: float, gpu_h: float, core_h: float, source: str
@@ -145,6 +135,11 @@ class Planner:
         cost = None if price is None else gpu_h * price
         kg = None if intensity is None else emissions_kg(kwh, intensity)
         return Line(part, stage, num, disk, hours, gpu_h, core_h, cost, kg, source)
+
+
+def not_counted(stages: Iterable[Stage[Any]]) -> list[str]:
+    """The stages whose rates are not known."""
+    return [stage.name for stage in stages if stage.work is None]
 
 
 def latent_bytes(resolution: int) -> int:
@@ -171,7 +166,7 @@ def total(lines: Sequence[Line]) -> Line:
 
 def _micro_batch(config: TrainConfig, num_gpus: int) -> int:
     if not (sizes := config.micro_batches(num_gpus)):
-        config.accumulation(num_gpus)  # says which batches and numbers fit
+        config.accumulation(num_gpus)  # raises if they cannot
     return max(size for size in sizes if size <= config.micro_batch_size)
 
 

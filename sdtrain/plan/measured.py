@@ -1,4 +1,4 @@
-"""Reads and writes measured.json: rates that a GPU of our own has measured, with which plans then reckon."""
+"""Reads and writes measured.json, the rates measured on GPUs of our own, which plans use."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sdtrain.errors import UserError
 from sdtrain.settings import Settings
 
 MEASURED = Path(__file__).parent / "measured.json"
-"""Does not exist before the first measurement."""
+"""Missing before the first measurement."""
 
 
 class MeasuredSpeed(Settings):
     """A training speed of SD v1's UNet, in the steady state of the whole training loop."""
 
     gpu: str
-    """In lower case, as `sdtrain plan --gpu` has it."""
+    """In lower case, as for `sdtrain plan --gpu`."""
     resolution: int
     num_gpus: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
     images_per_s: float = Field(gt=0)
     """Of one GPU."""
     source: str
-    """The command, and where its output is."""
+    """The command, and the location of its output."""
     commit: str = ""
 
 
 class MeasuredRate(Settings):
-    """A rate of another stage on a GPU, by its name in rates.yaml: `encode_pictures`, `score_pictures`."""
+    """Another stage's rate on a GPU, by its name in rates.yaml: `encode_pictures`, `score_pictures`."""
 
     gpu: str
     name: str
@@ -49,11 +49,7 @@ class Measured(Settings):
 
 
 def read_measured() -> Measured:
-    """The measurements at hand; none without the file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """All measurements so far; UserError if the file is damaged."""
     return _read(MEASURED)
 
 
@@ -68,7 +64,7 @@ def _read(path: Path) -> Measured:
 
 
 def record_measured(measured: Measured, path: Path | None = None) -> None:
-    """Adds measurements to the file; those of the same GPU, resolution, size and number replace older ones."""
+    """Adds measurements to the file, replacing older ones of the same GPU, resolution, size and number."""
     path = path or MEASURED
     old = _read(path)
     training = {(s.gpu, s.resolution, s.num_gpus, s.micro_batch): s for s in (*old.training, *measured.training)}

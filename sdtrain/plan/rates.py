@@ -1,4 +1,4 @@
-"""The rates and assumptions of plans, each with its source."""
+"""Loads the rates and assumptions of plans, each with its source."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ Rates = dict[str, Rate]
 def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
     """All rates, with our measurements on `gpu`, overridden by `assumed`, as in "link_rot=0.4".
 
-    Raises:
-        UserError: an unknown rate, or not a positive number.
+    UserError for an unknown rate, or one that is not a positive number.
     """
     content: dict[str, Any] = yaml.safe_load(_FILE.read_text())
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
@@ -63,7 +62,7 @@ def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
 
 
 def stated_speed(gpu: str, resolution: int) -> str:
-    """The name under which a user states the training speed of one GPU; takes the place of speeds.yaml's."""
+    """The name of a user's own training speed of one GPU, which replaces that of speeds.yaml."""
     return f"train_{gpu}_{resolution}"
 
 

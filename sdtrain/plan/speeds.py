@@ -1,4 +1,4 @@
-"""Training speeds by GPU, number of GPUs and micro-batch, and the interpolation between them."""
+"""Interpolates published training speeds by GPU, number of GPUs and micro-batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Speed(Settings):
     resolution: int
     num_gpus: int = Field(ge=1)
     micro_batch: int | None = Field(default=None, ge=1)
-    """None where the source does not say."""
+    """None if the source does not say."""
     images_per_s: float = Field(gt=0)
     """Of one GPU."""
     source: str
@@ -46,11 +46,7 @@ def published_speeds() -> dict[str, tuple[Speed, ...]]:
 
 
 def require_gpu(gpu: str) -> None:
-    """Refuses a GPU without speeds.
-
-    Raises:
-        UserError: names the nearest GPU that has some.
-    """
+    """Refuses a GPU without speeds; UserError names the nearest that has some."""
     known = list(dict.fromkeys([*published_speeds(), *(speed.gpu for speed in read_measured().training)]))
     if gpu not in known:
         raise UserError(f"No training rate is known for the GPU '{gpu}'.{nearest(gpu, known)}")
@@ -58,7 +54,7 @@ def require_gpu(gpu: str) -> None:
 
 @dataclass(frozen=True)
 class Load:
-    """What a run asks of each GPU; `micro_batch` is the number of images in one forward pass."""
+    """A run's load on each GPU; `micro_batch` is the number of images in one forward pass."""
 
     gpu: str
     num_gpus: int
@@ -68,12 +64,9 @@ class Load:
 
 @dataclass(frozen=True)
 class SpeedEstimate:
-    """A speed with its origin.
+    """The speed of one GPU with its `source`, as in "published: ...", and all figures used.
 
-    Attributes:
-        images_per_s: of one GPU.
-        source: as in "published: ...", with every figure that it was made from.
-        remarks: what it assumes beyond the figures.
+    `remarks` are assumptions beyond the figures.
     """
 
     images_per_s: float
@@ -82,15 +75,12 @@ class SpeedEstimate:
 
 
 def estimate_speed(load: Load) -> SpeedEstimate:
-    """The speed of a GPU in training: our own measurement where there is one, else from what others published.
+    """The training speed of a GPU: our own measurement if there is one, else from published ones.
 
-    Between two micro-batches the seconds of a micro-step grow linearly: a fixed part for the host, and one for each
-    image. Between two numbers of GPUs the speed is linear in the logarithm of the number. Beyond the figures the
-    nearest one is taken, and a remark says so. A resolution without figures is converted by FLOP: a micro-step lasts
-    as long as one of the same FLOP.
-
-    Raises:
-        UserError: nothing is known of this GPU at this resolution.
+    Between two micro-batches the seconds of a micro-step grow linearly: a fixed part for the host, and one per image.
+    Between two numbers of GPUs the speed is linear in the logarithm of the number. Beyond the figures the nearest one
+    is used, with a remark. A resolution without figures is converted by FLOP: micro-steps of equal FLOP take equally
+    long. UserError if nothing is known about this GPU at this resolution.
     """
     require_gpu(load.gpu)
     ours, public = _measured_speeds(load.gpu), published_speeds().get(load.gpu, ())
@@ -113,7 +103,7 @@ def _converts(resolution: int, other: int) -> bool:
 
 
 def _from_ours(ours: Sequence[Speed], public: Sequence[Speed], load: Load, resolution: int) -> SpeedEstimate:
-    """Our speed, measured on few GPUs, times the share that published speeds lose from there to `load.num_gpus`."""
+    """Our speed on few GPUs, times the share that published speeds lose from there to `load.num_gpus`."""
     num_measured = max(speed.num_gpus for speed in ours)
     few = replace(load, num_gpus=min(load.num_gpus, num_measured))
     measured = _Interpolation(ours, few, resolution).estimate("measured")
@@ -135,11 +125,9 @@ def _from_ours(ours: Sequence[Speed], public: Sequence[Speed], load: Load, resol
 
 @dataclass
 class _Interpolation:
-    """Speeds of one GPU at one resolution, for a load.
+    """Interpolates the speeds of one GPU at one resolution for a load.
 
-    Attributes:
-        used: the figures that count.
-        remarks: what is beyond them.
+    `used` are the figures that count; `remarks` describe what goes beyond them.
     """
 
     speeds: Sequence[Speed]
@@ -149,7 +137,7 @@ class _Interpolation:
     remarks: list[str] = field(default_factory=list)
 
     def estimate(self, kind: str) -> SpeedEstimate:
-        """The estimate, from figures of that kind."""
+        """The estimate from figures of one kind."""
         wanted = self.load.micro_batch * self._flop_ratio()
         seconds = self._seconds(wanted)
         if self.resolution != self.load.resolution:
@@ -168,7 +156,7 @@ class _Interpolation:
         return TFLOP_PER_IMAGE[self.load.resolution] / TFLOP_PER_IMAGE[self.resolution]
 
     def _seconds(self, micro_batch: float) -> float:
-        """Seconds of a micro-step of so many images at `self.resolution`."""
+        """Seconds of a micro-step of that many images at `self.resolution`."""
         by_size: dict[int, list[Speed]] = {}
         for speed in self.speeds:
             if speed.micro_batch is not None:
@@ -214,7 +202,7 @@ def _beyond(micro_batch: int | None, numbers: Sequence[int], wanted: int) -> str
 
 
 def _between(wanted: float, points: Mapping[float, float]) -> float:
-    """Linear interpolation between two points, or the value of one."""
+    """Interpolates linearly between two points, or returns the value of one."""
     (x0, y0), (x1, y1) = min(points.items()), max(points.items())
     return y0 if x0 == x1 else y0 + (y1 - y0) * (wanted - x0) / (x1 - x0)
 

@@ -6,9 +6,10 @@ import importlib.util
 from pathlib import Path
 
 from sdtrain.config import TrainConfig
+from sdtrain.encode.vae import check_vae
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import Check, check_room, check_writable
-from sdtrain.preflight.networks import check_text_encoder, check_vae
+from sdtrain.preflight.networks import check_text_encoder
 
 _STATE_BYTES = 16
 """Of a checkpoint, per parameter: weights, their average and two moments, float32."""
@@ -21,7 +22,7 @@ def training_checks(config: TrainConfig, output: Path, is_later_in_chain: bool =
         Check("vae", lambda: check_vae(config.vae)),
         Check("text_encoder", lambda: check_text_encoder(config.text_encoder, config.unet.cross_attention_dim)),
         Check("data", lambda: _check_data(config)),
-        Check("optimizer.moments", lambda: _check_moments(config)),
+        Check("optimizer.moments", lambda: check_moments(config)),
     ]
     if config.init_from is not None and not is_later_in_chain:
         checks.append(Check("init_from", lambda: _check_start(config)))
@@ -33,7 +34,7 @@ def late_checks(config: TrainConfig, output: Path) -> list[Check]:
     checks = [
         Check("output", lambda: check_writable(output)),
         Check("checkpoint", lambda: _check_room(config, output)),
-        Check("tracking", lambda: _check_trackers(config)),
+        Check("tracking", lambda: check_trackers(config)),
     ]
     return [Check("vae", lambda: check_vae(config.vae)), *checks] if config.previews.every else checks
 
@@ -60,7 +61,8 @@ def _check_data(config: TrainConfig) -> str:
     return f"{config.data.name}: {int(store.counts.sum()):,} samples"
 
 
-def _check_moments(config: TrainConfig) -> str:
+def check_moments(config: TrainConfig) -> str:
+    """Raises UserError if 8-bit moments are wanted and bitsandbytes is not installed."""
     if config.optimizer.moments != "fp32" and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("optimizer.moments: int8 needs bitsandbytes: pip install 'sdtrain[eight-bit]'.")
     return config.optimizer.moments
@@ -82,7 +84,8 @@ def _check_start(config: TrainConfig) -> str:
     return model.source
 
 
-def _check_trackers(config: TrainConfig) -> str:
+def check_trackers(config: TrainConfig) -> str:
+    """Raises UserError if Weights & Biases is wanted and not installed."""
     if config.tracking.wandb_project and importlib.util.find_spec("wandb") is None:
         raise UserError("tracking.wandb_project needs the package wandb: pip install wandb, or set it to null.")
     return "TensorBoard" + (" and Weights & Biases" if config.tracking.wandb_project else "")

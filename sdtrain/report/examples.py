@@ -51,7 +51,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class RuleThreshold:
-    """The recipe's limit of a rule of stage "select" or "keep".
+    """The recipe's limit of a rule of stage "select" or "decide".
 
     Its `expression` is SQL for `column` from the views selection s, images i and scores c.
     """
@@ -106,7 +106,7 @@ def _near_threshold(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnail
 
     kept = _show(thumbnails, map(_with_value(threshold), nearest("d.reason IS NULL")), kept=True)
     # Rows dropped by `select` were never fetched.
-    under = nearest(f"d.reason = '{threshold.rule}'") if threshold.stage == "keep" else []
+    under = nearest(f"d.reason = '{threshold.rule}'") if threshold.stage == "decide" else []
     dropped = _show(thumbnails, map(_with_value(threshold), under), kept=False)
     where = "metadata, before the download" if threshold.stage == "select" else "after the download"
     return Gallery(f"Nearest to {threshold.rule} {threshold.limit:g} ({where})", "threshold", [kept, dropped])

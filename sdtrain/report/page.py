@@ -17,8 +17,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 from sdtrain.report.examples import FindImage, Gallery, RuleThreshold, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
-from sdtrain.report.score_pairs import draw_pairs
-from sdtrain.report.training import draw_training
+from sdtrain.report.sections import draw_pairs, draw_training
 from sdtrain.training.run_dir import RunDir
 
 # More do not change a histogram.

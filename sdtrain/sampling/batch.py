@@ -19,13 +19,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdtrain import __version__
-from sdtrain.choices import Weights
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.options import Weights
 from sdtrain.precision import fast_dtype
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,7 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, torch.Tensor], **layout: Any) -> Path:
         """Writes this rank's part of the state, equal-length flat vectors in host memory; returns the finished folder.
 
-        Raises:
-            UserError: a value that is not finite, or a full disk, on any rank; the previous checkpoint stays.
+        UserError for a value that is not finite, or a full disk, on any rank; the previous checkpoint stays.
         """
         self._all_ranks(lambda: self._require_finite(state, layout["parameters"]))
         final = folder_of(self.run_dir) / f"step-{step:08d}"
@@ -150,8 +149,7 @@ class CheckpointSaver:
     def start(self, step: int, state: Mapping[str, torch.Tensor], **layout: Any) -> None:
         """Saves the state after `step`, once the previous save is done; async: returns after the copy.
 
-        Raises:
-            UserError: the previous save failed, or this one if it is not async.
+        UserError if the previous save failed, or this one if it is not async.
         """
         self.wait()
         if step == self._step:
@@ -168,8 +166,7 @@ class CheckpointSaver:
     def wait(self) -> Path | None:
         """Waits for the pending save; returns this process's last checkpoint, or None.
 
-        Raises:
-            UserError: it could not be written, on any rank.
+        UserError if it could not be written, on any rank.
         """
         if self._thread is not None:
             self._thread.join()
@@ -230,8 +227,7 @@ def _write(path: Path, state: Mapping[str, torch.Tensor]) -> str:
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
     """Writes flat fp32 tensors and syncs them to disk; returns the file's intended sha256, which exposes disk errors.
 
-    Raises:
-        OSError: the disk is full, or fails.
+    OSError if the disk is full, or fails.
     """
     with ThreadPoolExecutor(1) as hasher, path.open("wb") as file:
         digest = hasher.submit(_sha256, tensors)

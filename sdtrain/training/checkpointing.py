@@ -99,8 +99,7 @@ class CheckpointManager:
     def save(self, step: int) -> None:
         """Writes a checkpoint after `step` optimizer steps, or starts a thread that does.
 
-        Raises:
-            UserError: this one or the previous one could not be written; weights that are not finite.
+        UserError if this one or the previous one could not be written, or weights are not finite.
         """
         self._guard.check(step)
         self._saver.start(
@@ -119,11 +118,7 @@ class CheckpointManager:
         return self._saver.has_failed
 
     def finish(self, step: int, first_step: int) -> None:
-        """Writes the last checkpoint, and DONE at the end of the run.
-
-        Raises:
-            UserError: a checkpoint could not be written.
-        """
+        """Writes the last checkpoint, and DONE at the end of the run; UserError if a checkpoint cannot be written."""
         self._saver.wait()
         if step > first_step:
             self.save(step)

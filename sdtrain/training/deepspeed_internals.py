@@ -89,11 +89,7 @@ def _absent(thing: Any, names: Iterable[str]) -> list[str]:
 
 
 def require_tested_version() -> None:
-    """Refuses to train on the internals of another DeepSpeed.
-
-    Raises:
-        UserError: another version is installed.
-    """
+    """Raises UserError if another DeepSpeed than the tested version is installed."""
     found = version("deepspeed")
     if found.partition("+")[0] != TESTED_VERSION:  # a build of one's own has +COMMIT
         raise UserError(
@@ -118,14 +114,9 @@ def import_deepspeed() -> Any:
 
 
 class ZeroInternals:
-    """DeepSpeed's optimizer for ZeRO-1 and 2.
+    """DeepSpeed's optimizer for ZeRO-1 and 2; UserError for another optimizer, or other internals.
 
-    Attributes:
-        master: this rank's part of the fp32 weights, flat.
-        offsets: start of each parameter in the whole flat vector.
-
-    Raises:
-        UserError: the engine has another optimizer, or one with other internals.
+    `master` is this rank's flat part of the fp32 weights; `offsets` are the parameters' starts in the whole vector.
     """
 
     def __init__(self, engine: Any):
@@ -163,10 +154,8 @@ class ZeroInternals:
         """Accumulates and reduces gradients in float32; call it before the first backward pass.
 
         `communication_data_type` covers the reduction. ZeRO-1 with bf16 needs the rest here: configured for float32,
-        DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of.
-
-        Raises:
-            UserError: --deepspeed_config contradicts it.
+        DeepSpeed would switch to an optimizer without the partitions that checkpoints consist of. UserError if
+        --deepspeed_config contradicts it.
         """
         zero = self._zero
         if not zero.partition_gradients:

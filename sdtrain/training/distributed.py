@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files that all ranks share."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -80,8 +80,7 @@ def world_size_from_environment() -> int:
 def join(local_rank: int | None) -> Ranks:
     """Joins the ranks started by `deepspeed`, `torchrun` or plain Python.
 
-    Raises:
-        UserError: more ranks on this machine than GPUs; another DeepSpeed than the tested one; a port that is taken.
+    UserError for more ranks on this machine than GPUs, another DeepSpeed than the tested one, or a port that is taken.
     """
     require_tested_version()
     rank, world_size = rank_from_environment(), world_size_from_environment()
@@ -122,10 +121,7 @@ def _free_port() -> int:
 def make_cublas_deterministic() -> None:
     """Gives cuBLAS one workspace of fixed size per stream; call it before CUDA starts.
 
-    https://docs.nvidia.com/cuda/cublas/#results-reproducibility
-
-    Raises:
-        UserError: the environment sets another.
+    See https://docs.nvidia.com/cuda/cublas/#results-reproducibility. UserError if the environment sets another.
     """
     chosen = os.environ.setdefault(_CUBLAS, _CUBLAS_SIZES[0])
     if chosen not in _CUBLAS_SIZES:

@@ -22,9 +22,7 @@ def ema_decay(num_updates: int, config: EmaConfig) -> float:
 class Ema:
     """Averages one rank's fp32 partition of the weights: 1/N of the memory, no communication.
 
-    Attributes:
-        average: the flat average, fp32, on the partition's device.
-        num_updates: updates so far, including those of the runs it started from.
+    `average` is flat fp32 on the partition's device; `num_updates` includes those of the runs it started from.
     """
 
     def __init__(self, master: torch.Tensor, config: EmaConfig):

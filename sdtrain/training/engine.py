@@ -31,9 +31,7 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
     ZeRO-1 by default: it reduces gradients once per optimizer step, stages 2 and 3 on every micro-step. In bf16 the
     loop stops on a loss that is not finite, so DeepSpeed's check, which waits for the device and silently skips steps,
     is off; so is its throughput timer, which waits twice in each step. `num_parameters` caps the gradient buckets.
-
-    Raises:
-        UserError: the file is not JSON, or sets what the training config decides.
+    UserError if the file is not JSON, or sets what the training config decides.
     """
     bucket = min(_BUCKET_NUMEL, num_parameters)
     settings: dict[str, Any] = {
@@ -66,11 +64,7 @@ def _gradient_dtype(config: TrainConfig) -> str:
 
 
 def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The UNet under DeepSpeed with AdamW.
-
-    Raises:
-        UserError: the config wants an optimizer that is not installed.
-    """
+    """The UNet under DeepSpeed with AdamW; UserError if the configured optimizer is not installed."""
     optimizer = make_adamw([p for p in unet.parameters() if p.requires_grad], config)
     engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=settings)
     return engine

@@ -26,8 +26,8 @@ class StepGuard:
     Attributes:
         applied: whether the last step was applied.
         must_repeat: whether it overflowed and is repeated with a smaller loss scale.
-        is_finite: whether its gradient was finite, where its norm was read.
-        norm: that norm, NaN if it was not finite; None where norms are not read.
+        is_finite: whether its gradient was finite, if its norm was read.
+        norm: that norm, NaN if it was not finite; None if norms are not read.
     """
 
     def __init__(self, config: GuardConfig):
@@ -62,11 +62,7 @@ class StepGuard:
         return self.applied
 
     def after_step(self, step: int) -> str:
-        """Returns a message if step `step` was not applied, else "".
-
-        Raises:
-            UserError: the policy is to stop.
-        """
+        """Returns a message if step `step` was not applied, else ""; UserError if the policy is to stop."""
         if self.applied:
             return ""
         if self._stops():
@@ -77,11 +73,7 @@ class StepGuard:
         return f"step {step} skipped: {self._refusal} ({self.state.num_skipped} skipped so far)"
 
     def check(self, step: int) -> None:
-        """Waits for the device and checks all norms noted so far.
-
-        Raises:
-            UserError: one was not finite.
-        """
+        """Waits for the device and checks all norms noted so far; UserError if one was not finite."""
         if self._any_nonfinite is not None and bool(self._any_nonfinite):
             raise UserError(
                 f"A gradient was not finite at or shortly before step {step}. Training stopped; the last checkpoint is "

@@ -12,9 +12,7 @@ from sdtrain.diffusion import NoiseSchedule
 class Objective:
     """The training loss; by default SD v1's L_simple: the mean squared error of the noise, unweighted.
 
-    Attributes:
-        schedule: the forward process.
-        weights: of each timestep's loss, (T,), float32; None where all weigh 1.
+    `schedule` is the forward process; `weights`, (T,), float32, are each timestep's, None if all are 1.
     """
 
     def __init__(self, config: DiffusionConfig, device: torch.device | str = "cpu"):

@@ -14,6 +14,7 @@ from PIL import Image
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.preflight.training import check_trackers
 from sdtrain.redaction import as_recorded
 from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
 from sdtrain.training.distributed import Ranks
@@ -85,7 +86,6 @@ class Monitor:
         return means["validation/loss_ema"]
 
     def _preview(self, step: int) -> None:
-        """Writes the sheet of the fixed prompts."""
         config = self._config.previews
         self._sampler = self._sampler or Sampler(self._state.networks())
         mine = range(self._ranks.rank, len(config.prompts), self._ranks.world_size)
@@ -108,7 +108,7 @@ class Trackers:
     """Writes to all trackers, on the first rank; discards points after `first_step`, where training resumes."""
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int):
-        # The import takes a second, which ranks that write nothing need not spend.
+        # The import takes a second, which ranks that write nothing can save.
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -132,7 +132,7 @@ class Trackers:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Ends all of them; what was written stays."""
+        """Ends all trackers; written points stay."""
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
@@ -140,12 +140,9 @@ class Trackers:
 
 def _start_wandb(folder: Path, config: TrainConfig) -> Any:
     """The run at Weights & Biases, the same one after a resume."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(
-            "tracking.wandb_project needs the package wandb: pip install wandb, or set it to null."
-        ) from error
+    check_trackers(config)
+    import wandb
+
     try:
         return wandb.init(
             project=config.tracking.wandb_project,
@@ -164,7 +161,6 @@ def _start_wandb(folder: Path, config: TrainConfig) -> Any:
 
 
 def _run_id(folder: Path) -> str:
-    """The run's id at Weights & Biases, kept in the run directory."""
     path = folder / "wandb-id"
     if not path.exists():
         with publish(path) as temporary:

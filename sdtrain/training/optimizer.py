@@ -5,7 +5,6 @@ The rate is a pure function of the optimizer step, so neither the number of rank
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 
 from sdtrain.config import TrainConfig
 from sdtrain.config.sections import OptimizerConfig, ScheduleConfig
-from sdtrain.errors import UserError
+from sdtrain.preflight.training import check_moments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -29,10 +28,7 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     """AdamW with weight decay on every parameter, as in the original runs.
 
     In 8 bits, each moment is a code in blocks of 256 with their largest value beside them (Dettmers et al. 2022,
-    arXiv:2110.02861).
-
-    Raises:
-        UserError: 8 bits are wanted and bitsandbytes is not installed.
+    arXiv:2110.02861). UserError if 8 bits are configured and bitsandbytes is not installed.
     """
     chosen = config.optimizer
     common: dict[str, Any] = {
@@ -43,8 +39,7 @@ def make_adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) ->
     }
     if chosen.moments == "fp32":
         return torch.optim.AdamW(parameters, **common, fused=config.speed.fused_adamw)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("optimizer.moments: int8 needs bitsandbytes: pip install 'sdtrain[eight-bit]'.")
+    check_moments(config)
     from bitsandbytes.optim import AdamW8bit
 
     optimizer = AdamW8bit(parameters, **common)

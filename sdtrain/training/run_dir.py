@@ -37,11 +37,8 @@ class ConfigChanges(Settings):
 class RunDir:
     """The files of a run.
 
-    Attributes:
-        path: the directory.
-        log: a row every `log_every` steps.
-        validation: a row per timestep of each validation, for averaged ("ema") and raw weights.
-        previews: folder with the sheets of samples.
+    `log` has a row every `log_every` steps; `validation` a row per timestep of each validation, for averaged ("ema")
+    and raw weights. `previews` is the folder of the sheets of samples.
     """
 
     def __init__(self, path: Path):
@@ -62,8 +59,7 @@ class RunDir:
     def check_config(self, config: TrainConfig) -> None:
         """Refuses to resume a run whose fixed settings changed.
 
-        Raises:
-            UserError: names every such setting, the reason, and what may change.
+        UserError names every such setting, the reason, and what may change.
         """
         if not self._config.exists():
             return
@@ -84,8 +80,7 @@ class RunDir:
     def lock(self) -> DatasetLock:
         """Locks the directory until closed or until this process ends, kill -9 included.
 
-        Raises:
-            UserError: another training holds it, or it cannot be written.
+        UserError if another training holds it, or it cannot be written.
         """
         return lock_folder(self.path, self.path / "run.lock", "training")
 
@@ -133,9 +128,7 @@ class RunDir:
 class StepTable:
     """A CSV file whose first column is the optimizer step.
 
-    Attributes:
-        path: the file.
-        columns: its header, "step" first; files of an earlier version may have fewer.
+    `columns` is its header, "step" first; files of an earlier version may have fewer.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]):
@@ -188,11 +181,7 @@ def is_run_dir(path: Path) -> bool:
 
 
 def run_status(path: Path) -> RunStatus:
-    """Reads the status of a run.
-
-    Raises:
-        UserError: its config cannot be read.
-    """
+    """Reads the status of a run; UserError if its config cannot be read."""
     run, config = RunDir(path), load_settings(TrainConfig, path / "config.yaml")
     rows = run.log.rows()
     last = rows[-1] if rows else {}

@@ -13,7 +13,6 @@ import torch
 
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
-from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
@@ -21,7 +20,8 @@ from sdtrain.models.backends import attention_kernels, begin_graphs, compile_une
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
 from sdtrain.precision import torch_dtype
-from sdtrain.sampling.pipeline import Networks
+from sdtrain.preflight.networks import require_width
+from sdtrain.sampling.sampler import Networks
 from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
@@ -39,8 +39,7 @@ class TrainingState:
 
     Attributes:
         engine: the UNet under DeepSpeed.
-        partition: this rank's part of the fp32 weights.
-        ema: the average of that part.
+        partition, ema: this rank's part of the fp32 weights, and its average.
         scaling_factor: of the VAE; applied once, in `losses`.
         accumulation: micro-batches of one optimizer step.
         guard: decides which optimizer steps are applied.
@@ -57,7 +56,7 @@ class TrainingState:
         tokenizer, text_encoder = load_text_encoder(config.text_encoder)
         self._tokenizer = tokenizer
         self.num_repeated = 0
-        _check_width(text_encoder.config.hidden_size, config)
+        require_width(config.text_encoder, text_encoder.config.hidden_size, config.unet.cross_attention_dim)
         self._text_encoder = text_encoder.to(ranks.device, self._dtype)
         self._objective = Objective(config.diffusion, ranks.device)
         self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size)
@@ -143,9 +142,7 @@ class TrainingState:
 
         In fp16 they are repeated with a smaller loss scale while their gradients overflow. DeepSpeed then leaves the
         weights unchanged, so no sample is lost, and sample plan, learning rate, average and Adam stay in step.
-
-        Raises:
-            UserError: the gradients are not finite at any scale.
+        UserError if the gradients are not finite at any scale.
         """
         mine = (batch.to(self._ranks.device) for batch in islice(batches, self.accumulation))
         if self._config.precision != "fp16":
@@ -171,8 +168,7 @@ class TrainingState:
     def step_was_applied(self, step: int) -> bool:
         """Whether the guard applied optimizer step `step`; if not, the first rank prints why.
 
-        Raises:
-            UserError: the guard's policy is to stop.
+        UserError if the guard's policy is to stop.
         """
         if (message := self.guard.after_step(step)) and self._ranks.is_first:
             print(f"warning: {message}", flush=True)
@@ -197,12 +193,4 @@ class TrainingState:
             f"{ranks.world_size} x {device}, batch {config.global_batch_size} = {ranks.world_size} ranks x "
             f"{self.accumulation} micro-steps x {config.micro_batch_size}, ZeRO-{config.zero_stage}, "
             f"{config.precision}, from step {step} to {config.steps}, output {self._run_dir.path}"
-        )
-
-
-def _check_width(width: int, config: TrainConfig) -> None:
-    if width != config.unet.cross_attention_dim:
-        raise UserError(
-            f"The text encoder '{config.text_encoder}' gives {width} features, but unet.cross_attention_dim is "
-            f"{config.unet.cross_attention_dim}. Set one to the other."
         )

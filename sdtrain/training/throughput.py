@@ -100,20 +100,12 @@ class Progress:
         self._validation_loss = loss
 
     def check(self, step: int) -> float:
-        """Mean loss since the last line, over all ranks.
-
-        Raises:
-            UserError: it is not finite.
-        """
+        """Mean loss since the last line, over all ranks; UserError if it is not finite."""
         sums, counts = self._ranks.sum(self._sums).T
         return self._finite(float(sums.sum() / counts.sum().clamp(min=1)), step)
 
     def line(self, step: int, metrics: StepMetrics) -> Measured:
-        """Writes one line of the log, on the first rank, and begins a new window.
-
-        Raises:
-            UserError: the loss is not finite.
-        """
+        """Writes one line of the log, on the first rank, and begins a new window; UserError for a non-finite loss."""
         measured = self._measure(step, metrics)
         if self._ranks.is_first:
             loss, *parts = [None if math.isnan(loss) else loss for loss in (measured.loss, *measured.loss_parts)]

@@ -1,8 +1,8 @@
-"""The loss on held-out samples, at fixed timesteps with fixed noise: one number that can be compared between steps.
+"""Measures the loss on held-out samples at fixed timesteps with fixed noise, comparable between steps.
 
-Training loss is mostly noise of the timesteps that a batch happens to draw. Here every sample is tried at the same
-timesteps, with the same noise and its own caption, as in MLPerf's text-to-image benchmark (mlcommons/training,
-text_to_image/README.md: loss averaged over 8 equidistant timesteps).
+Training loss is mostly noise from a batch's random timesteps. Here every sample has the same timesteps, the same noise
+and its own caption, as in MLPerf's text-to-image benchmark (mlcommons/training, text_to_image/README.md: loss averaged
+over 8 equidistant timesteps).
 """
 
 from __future__ import annotations

@@ -18,13 +18,8 @@ from sdtrain.training.optimizer import read_moments, restore_moments
 class ZeroPartition:
     """One rank's view of ZeRO-1/2: all parameters as one flat fp32 vector, split into equal shards, one per rank.
 
-    Attributes:
-        master: this rank's shard of the fp32 weights.
-        slots: position and memory layout of each parameter in the whole vector.
-        start: offset of the shard in the whole vector.
-
-    Raises:
-        UserError: --deepspeed_config changes the order of the parameters.
+    `master` is this rank's shard of the fp32 weights and `start` its offset in the whole vector; `slots` are the
+    parameters' positions and memory layouts there. UserError if --deepspeed_config changes the order of the parameters.
     """
 
     def __init__(self, engine: DeepSpeedEngine, rank: int):
@@ -41,8 +36,7 @@ class ZeroPartition:
     def add_up_in_fp32(self) -> None:
         """Accumulates and reduces gradients in float32; call it before the first backward pass.
 
-        Raises:
-            UserError: --deepspeed_config contradicts it.
+        UserError if --deepspeed_config contradicts it.
         """
         self._zero.add_up_in_fp32()
 

@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -188,32 +187,11 @@ def flow_overhead(start: str, size: Size, folder: Path) -> float:
     return best["flow"] / best["plain"] - 1
 
 
-@contextmanager
-def own_prefect(home: Path) -> Iterator[None]:
-    """A Prefect server of this run's own."""
-    from prefect.settings import (
-        PREFECT_API_URL,
-        PREFECT_HOME,
-        PREFECT_SERVER_ANALYTICS_ENABLED,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
-        temporary_settings,
-    )
-
-    settings = {
-        PREFECT_API_URL: None,
-        PREFECT_HOME: home,
-        PREFECT_SERVER_ANALYTICS_ENABLED: False,
-        PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: 120,
-    }
-    with temporary_settings(settings):
-        yield
-    # Prefect says goodbye when Python ends; the figures are to be the last line.
-    logging.getLogger("prefect").setLevel(logging.WARNING)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few hundred rows")
+    from flows.support.task_runners import own_prefect
+
     size = QUICK if parser.parse_args().quick else FULL
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -228,6 +206,8 @@ def main() -> None:
             }
             with own_prefect(folder / "prefect"):
                 overhead = flow_overhead(starts["http"], size, folder)
+            # Prefect says goodbye when Python ends; the figures are to be the last line.
+            logging.getLogger("prefect").setLevel(logging.WARNING)
     print(json.dumps(figures | {"flow_overhead": round(overhead, 3)}))
 
 

@@ -101,7 +101,7 @@ def write_packed(root: Path, num_images: int) -> DatasetDir:
         outputs = describe_outputs(dataset, [dataset.packed_tar(shard)])
         write_entry(dataset, report.model_copy(update={"outputs": outputs}))
     pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
-    write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=num_images, num_out=num_images))
+    write_entry(dataset, ShardReport(stage="decide", shard=0, num_in=num_images, num_out=num_images))
     return dataset
 
 

@@ -39,8 +39,7 @@ from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.precision import fast_dtype, resolve
 from sdtrain.sampling.batch import Job, Model, make_jobs
 from sdtrain.sampling.output_folder import SampleFolder, Writer
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from tests.benchmarks.random_unet import build_random_unet
 from tests.benchmarks.training_loops import CUDA, DEVICE
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.recipe import KeepConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe, SelectConfig
 from filters.select.stage import SELECT
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
@@ -17,7 +17,7 @@ NUM_ROWS = 40
 # Position in download order -> why it is dropped there; all others are kept.
 DOWNLOAD = {0: "http_404", 1: "http_404", 2: "timeout", 15: "not_an_image"}
 UNDECODABLE = {3: "undecodable"}
-KEEP = {4: "min_side", 5: "duplicate_exact", 16: "min_side"}
+DECIDE = {4: "min_side", 5: "duplicate_exact", 16: "min_side"}
 PER_SHARD = 15
 
 
@@ -36,7 +36,7 @@ def make_dataset(folder):
         metadata,
     )  # fmt: skip
     select = SelectConfig(metadata=str(metadata), rules={"min_side": 512}, samples_per_shard=PER_SHARD)
-    recipe = Recipe(name="small", select=select, keep=KeepConfig(rules={"min_side": 512}))
+    recipe = Recipe(name="small", select=select, decide=DecideConfig(rules={"min_side": 512}))
     dataset = DatasetDir(folder / "data")
     run_batch(SELECT, dataset, recipe, [0])
     rows = [row for shard in range(3) for row in pq.read_table(dataset.selection(shard)).to_pylist()]
@@ -47,7 +47,7 @@ def make_dataset(folder):
 
 
 def _statuses(positions):
-    return [(DOWNLOAD.get(p), UNDECODABLE.get(p), KEEP.get(p)) for p in positions]
+    return [(DOWNLOAD.get(p), UNDECODABLE.get(p), DECIDE.get(p)) for p in positions]
 
 
 def _write_shard(dataset, shard, rows):
@@ -82,7 +82,7 @@ def _write_whole(dataset, rows):
     copies = [{"uid": row["uid"], "group_id": rows[5]["uid"], "kind": "exact"} for row in rows[5:7]]
     pair = pa.schema([("uid", text), ("group_id", text), ("kind", text)])
     _finish(dataset, "dedup", 0, {dataset.duplicates: (copies, pair)}, [None] * len(rows))
-    _finish(dataset, "keep", 0, {dataset.decisions: (decisions, schema)}, reasons)
+    _finish(dataset, "decide", 0, {dataset.decisions: (decisions, schema)}, reasons)
     kept = [row for row, reason in zip(rows, reasons, strict=True) if reason is None]
     latents = [
         {**{n: row[n] for n in ("uid", "key", "caption", "url")}, "offset": 512 * i, "num_bytes": 1024}

@@ -113,7 +113,7 @@ def make_recipe(metadata: Path, **changed: Any) -> Recipe:
         "download": download | {"requests_per_host_s": 1e6},
         "score": NO_MODELS,
         "duplicates": {"level": "perceptual"},
-        "keep": {"rules": {"min_side": 64}},
+        "decide": {"rules": {"min_side": 64}},
         "pack": {"samples_per_shard": 6},
         "encode": {"vae": "demo", "resolution": 32},
     }
@@ -225,7 +225,7 @@ def check_consistent(dataset: DatasetDir, num_removed: int) -> None:
     rows = funnel(dataset, recipe, STAGES)  # which says so if counts do not add up
     assert {row["reason"]: row["dropped"] for row in rows}.get("removed") == num_removed
     assert rows[-1]["remaining"] == sum(entry.num_out for entry in entries(dataset, "pack"))
-    for stage in ("select", "download", "score", "dedup", "keep", "pack", "encode"):
+    for stage in ("select", "download", "score", "dedup", "decide", "pack", "encode"):
         for entry in entries(dataset, stage):
             assert is_whole(dataset, entry)
     assert [(e.num_in, e.dropped) for e in entries(dataset, "remove")] == [(num_removed, {"removed": num_removed})]

@@ -4,13 +4,23 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, quote_plus, unquote, urlsplit
 
 import duckdb
 import pytest
 
 from filters.select.httpfs import load_remote
 from sdtrain.errors import UserError
+
+SIGNATURE, PASSWORD = "S1gn+ature/of=a test", "p4ss,w0rd=of+me"
+QUERY = f"X-Amz-Expires=3600&X-Amz-Signature={quote(SIGNATURE, safe='')}"
+PLANTED = f"https://me:{quote(PASSWORD, safe='')}@data.example/x.parquet?{QUERY}"
+SPELLINGS = [
+    change(secret)
+    for secret in (SIGNATURE, PASSWORD)
+    for change in (str, quote, quote_plus, lambda text: quote(text, safe=""), lambda text: text.replace("+", " "))
+]
+"""Of the secrets in PLANTED, as they may stand in a file."""
 
 
 def has_httpfs():

@@ -9,7 +9,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import quote, quote_plus
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,16 +28,7 @@ from sdtrain.dataset.manifest import entries
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, dump_settings, parse_settings
 from tests.filters.removal_fixtures import NUM_ROWS, caption_of, files_with, make_recipe, url_of, write_metadata
-from tests.filters.store_fixtures import Store, needs_httpfs, serving
-
-SIGNATURE, PASSWORD = "S1gn+ature/of=a test", "p4ss,w0rd=of+me"
-QUERY = f"X-Amz-Expires=3600&X-Amz-Signature={quote(SIGNATURE, safe='')}"
-PLANTED = f"https://me:{quote(PASSWORD, safe='')}@data.example/x.parquet?{QUERY}"
-SPELLINGS = [
-    change(secret)
-    for secret in (SIGNATURE, PASSWORD)
-    for change in (str, quote, quote_plus, lambda text: quote(text, safe=""), lambda text: text.replace("+", " "))
-]
+from tests.filters.store_fixtures import PASSWORD, PLANTED, QUERY, SPELLINGS, Store, needs_httpfs, serving
 
 # All settings that are text. A new one fails the test below until it is known whether it can hold a URL.
 MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.evaluation.protocol")
@@ -61,7 +51,7 @@ WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
-    "KeepConfig": {"rules"},
+    "DecideConfig": {"rules"},
     "PreviewConfig": {"prompts"},
     "Protocol": {"agreement", "clip_model", "network"},
     "Recipe": {"name", "description", "expected_rows"},

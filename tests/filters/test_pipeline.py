@@ -20,7 +20,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.manifest import describe_outputs, read_entry
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Stage, Table, nothing_beside, one_shard, pending, run_batch
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard, pending, run_batch
 from tests.filters.dataset_fixtures import make_dataset
 
 
@@ -60,6 +60,8 @@ FACTS = {
     ),
     "drops": Drops(repeats=False, rules=rules, last={}, explain=in_words),
     "uses_gpu": False,
+    "needs": NOTHING,
+    "work": None,
 }
 TASTE = Stage("taste", shards, digest, run, **FACTS)
 

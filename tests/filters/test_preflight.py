@@ -9,9 +9,9 @@ from filters.recipe import ListConfig, Recipe, load_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import write_entry
 from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.encode.vae import check_vae
 from sdtrain.errors import UserError
 from sdtrain.preflight.checks import findings
-from sdtrain.preflight.networks import check_vae
 from tests.filters.select.metadata_fixtures import url, write
 
 Usage = namedtuple("Usage", "total used free")

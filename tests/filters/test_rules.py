@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters.recipe import KeepConfig, SelectConfig, load_recipe
+from filters.recipe import DecideConfig, SelectConfig, load_recipe
 from filters.rules import DERIVED, RULES, Rule, derived_sql, explain, reason_case
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.schema import column_sql
@@ -120,10 +120,10 @@ def test_values_keep_their_kind_and_the_rules_their_order():
     assert [type(value) for value in found.values()] == [list, float, bool, float]
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.in_keep])
-def test_rules_that_only_the_metadata_can_answer_are_refused_in_keep(rule):
+@pytest.mark.parametrize("rule", [name for name, rule in RULES.items() if not rule.in_decide])
+def test_rules_that_only_the_metadata_can_answer_are_refused_in_decide(rule):
     with pytest.raises(ValueError, match=f"rule '{rule}' looks at column .* move it to `select.rules`"):
-        KeepConfig(rules={rule: ["en"] if RULES[rule].kind is list else 1})
+        DecideConfig(rules={rule: ["en"] if RULES[rule].kind is list else 1})
 
 
 @pytest.mark.parametrize(

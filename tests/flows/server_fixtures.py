@@ -101,10 +101,10 @@ deployments:
 """
 
 NUM_ROWS = 60
-LITTLE_RECIPE = """
+_LITTLE_RECIPE = """
 name: little
-select: {{rules: {{min_side: 512, min_aesthetic: 5.0, max_watermark: 0.5}}, samples_per_shard: 20}}
-download: {{image_size: 64, allow_private_hosts: true, timeout_s: 2, retries: 1, connections: 8}}
+select: {{rules: {{min_side: 512, min_aesthetic: 5.0, max_watermark: 0.5}}, samples_per_shard: {samples_per_shard}}}
+download: {{image_size: 64, allow_private_hosts: true, timeout_s: 3, retries: 1, connections: 8}}
 score:
   clip_model: ViT-demo
   clip_weights: "random:0"
@@ -112,12 +112,17 @@ score:
   watermark_weights: "random:0"
   safety_weights: "random:0"
 duplicates: {{level: perceptual}}
-keep: {{rules: {{min_side: 512}}}}
+decide: {{rules: {{min_side: 512}}}}
 pack: {{samples_per_shard: 10}}
 encode: {{vae: {vae}, resolution: 64}}
 """
 
 Environment = dict[str, str]
+
+
+def little_recipe(vae: Path, samples_per_shard: int = 20) -> str:
+    """A recipe of a small world, with networks of random weights, as YAML."""
+    return _LITTLE_RECIPE.format(vae=vae, samples_per_shard=samples_per_shard)
 
 
 class Running:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, quote_plus
 
 import pytest
 import yaml
@@ -16,16 +15,8 @@ from flows.reproduce_sd_v1 import reproduce_sd_v1
 from flows.support.process_tree import run_tree
 from flows.train_unet import train_unet
 from tests.filters.removal_fixtures import NUM_ROWS, files_with, make_recipe, serve, write_metadata, write_photos
-from tests.filters.store_fixtures import needs_httpfs, serving
+from tests.filters.store_fixtures import PLANTED, QUERY, SPELLINGS, needs_httpfs, serving
 
-SIGNATURE, PASSWORD = "S1gn+ature/of=a test", "p4ss,w0rd=of+me"
-QUERY = f"X-Amz-Expires=3600&X-Amz-Signature={quote(SIGNATURE, safe='')}"
-PLANTED = f"https://me:{quote(PASSWORD, safe='')}@data.example/x.parquet?{QUERY}"
-SPELLINGS = [
-    change(secret)
-    for secret in (SIGNATURE, PASSWORD)
-    for change in (str, quote, quote_plus, lambda text: quote(text, safe=""))
-]
 FLOWS = [build_dataset, evaluate_checkpoint, reproduce_sd_v1, train_unet]
 # Parameters that are text; a new one fails the test below until it is known whether it can hold a URL.
 LOCATIONS = {"metadata", "output", "engine_address", "model", "prompts", "reference", "data", "init_from"}

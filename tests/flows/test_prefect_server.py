@@ -15,7 +15,6 @@ from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import make_world
 from tests.flows.server_fixtures import (
-    LITTLE_RECIPE,
     NUM_ROWS,
     SLEEPER,
     SPY,
@@ -27,6 +26,7 @@ from tests.flows.server_fixtures import (
     api,
     artifacts_of,
     free_port,
+    little_recipe,
     logs_of,
     num_runs,
     prefect,
@@ -137,7 +137,7 @@ def test_build_laion_aesthetics_runs_every_stage_once(deployed: Environment, tmp
     """Real download, scores and latents of a small world on loopback; only the models are random."""
     world = make_world(tmp_path / "world", num_rows=NUM_ROWS, http_port=0, https_port=0)
     build_vae().save_pretrained(tmp_path / "vae")
-    (tmp_path / "little.yaml").write_text(LITTLE_RECIPE.format(vae=tmp_path / "vae"))
+    (tmp_path / "little.yaml").write_text(little_recipe(tmp_path / "vae"))
     options = [f"recipe={tmp_path / 'little.yaml'}", f"metadata={world.metadata}", f"output={tmp_path}/{{recipe}}"]
     with serve_world(world):
         trust = json.dumps({name: os.environ[name] for name in ("SSL_CERT_FILE", "no_proxy") if name in os.environ})

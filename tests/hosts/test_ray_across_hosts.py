@@ -17,7 +17,7 @@ import pytest
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import World, make_world, open_world
-from tests.flows.server_fixtures import LITTLE_RECIPE, Running, answers, free_port
+from tests.flows.server_fixtures import Running, answers, free_port, little_recipe
 from tests.flows.support.engine_fixtures import Bench, make_bench
 from tests.hosts.two_hosts import Host, address_of, hosts, why_not
 
@@ -86,9 +86,7 @@ def parameters(bench: Bench) -> dict[str, object]:
     world = make_world(bench.folder / "world", num_rows=60, http_port=0, https_port=0)
     build_vae().save_pretrained(bench.folder / "vae")
     recipe = bench.folder / "little.yaml"
-    recipe.write_text(
-        LITTLE_RECIPE.format(vae=bench.folder / "vae").replace("samples_per_shard: 20", "samples_per_shard: 6")
-    )
+    recipe.write_text(little_recipe(bench.folder / "vae", samples_per_shard=6))
     return {"recipe": str(recipe), "metadata": str(world.metadata), "workers": 2}
 
 

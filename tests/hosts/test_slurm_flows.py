@@ -17,12 +17,12 @@ from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import World, make_world
 from sdtrain.formats.checkpoint import find_checkpoint
 from tests.flows.server_fixtures import (
-    LITTLE_RECIPE,
     Environment,
     Running,
     answers,
     artifacts_of,
     free_port,
+    little_recipe,
     logs_of,
     prefect,
     run_deployment,
@@ -116,9 +116,7 @@ def test_a_build_as_a_job_is_requeued_near_its_time_limit_and_ends_with_the_byte
 ) -> None:
     build_vae().save_pretrained(tmp_path / "vae")
     recipe, output, log = tmp_path / "little.yaml", tmp_path / "job", tmp_path / "job.log"
-    recipe.write_text(
-        LITTLE_RECIPE.format(vae=tmp_path / "vae").replace("samples_per_shard: 20", "samples_per_shard: 6")
-    )
+    recipe.write_text(little_recipe(tmp_path / "vae", samples_per_shard=6))
     given: dict[str, object] = {"recipe": str(recipe), "metadata": str(world.metadata), "workers": 2}
     with serve_world(world) as served:
         environment = bench.environment | {"SSL_CERT_FILE": str(served.world.ca), "SDTRAIN_HOME": str(REPOSITORY)}

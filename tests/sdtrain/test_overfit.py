@@ -22,8 +22,7 @@ from sdtrain.dataset.tars import write_samples
 from sdtrain.demo.images import COLORS, SHAPES, draw, random_scene
 from sdtrain.encode.stage import ENCODE
 from sdtrain.formats.export import export_model
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from sdtrain.settings import parse_settings
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
@@ -66,7 +65,7 @@ def write_dataset(root: Path, images) -> DatasetDir:
     outputs = describe_outputs(dataset, [dataset.packed_tar(0)])
     write_entry(dataset, ShardReport(stage="pack", shard=0, num_in=8, num_out=8, outputs=outputs))
     pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
-    write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=8, num_out=8))
+    write_entry(dataset, ShardReport(stage="decide", shard=0, num_in=8, num_out=8))
     run_batch(ENCODE, dataset, Recipe(), [0])
     return dataset
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-from sdtrain.dataset.files import publish, sha256_of
+from sdtrain.dataset.files import has_fingerprint, publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.local_storage import LocalStorage, Stored
 from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
@@ -170,10 +170,11 @@ class Mirror(LocalStorage):
 
     def _drop(self, entry: Path) -> None:
         """Deletes the entry and local files of a shard that another machine has undone."""
-        # Downloaded images stay: they are reused if whole, and may not be available a second time.
-        is_download = entry.parent.name == "download"
-        for name in () if is_download else parse_entry(entry.read_bytes(), entry).outputs:
-            (self.dataset.root / name).unlink(missing_ok=True)
+        paths = [self.dataset.root / name for name in parse_entry(entry.read_bytes(), entry).outputs]
+        # Downloaded images stay: they are reused if they are whole, and may not be available a second time.
+        if not any(map(has_fingerprint, paths)):
+            for path in paths:
+                path.unlink(missing_ok=True)
         entry.unlink()
 
     def _objects(self) -> dict[str, Object]:

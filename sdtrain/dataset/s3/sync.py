@@ -44,17 +44,10 @@ def fetch_tables(dataset: DatasetDir) -> None:
 def fetch_outputs(
     dataset: DatasetDir, stage: str, shards: Iterable[int] | None = None, tars: bool = True, as_they_are: bool = False
 ) -> None:
-    """Fetches missing outputs of a stage's finished shards.
+    """Fetches missing outputs of a stage's `shards`, by default all finished ones.
 
-    Args:
-        dataset: whose.
-        stage: its name.
-        shards: which; default: all finished ones.
-        tars: whether to fetch the large files too.
-        as_they_are: also fetch files that differ from the manifest, as an interrupted removal leaves them.
-
-    Raises:
-        UserError: an object is missing, or does not match the manifest.
+    `tars`: the large files too. `as_they_are`: also files that differ from the manifest, as an interrupted removal
+    leaves them. UserError if an object is missing, or does not match the manifest.
     """
     storage = storage_of(dataset)
     if not storage.is_remote:

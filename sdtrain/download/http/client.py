@@ -10,11 +10,20 @@ from protego import Protego
 from yarl import URL
 
 from sdtrain.dataset.config import DownloadConfig
-from sdtrain.download.http import robots, tdm
 from sdtrain.download.http.connections import user_agent
 from sdtrain.download.http.failures import FetchError, failure_of
+from sdtrain.download.http.permissions import (
+    ROBOTS_PATH,
+    TDM_PATH,
+    SiteFile,
+    check_robots_header,
+    check_robots_txt,
+    check_tdm_header,
+    check_tdm_rules,
+    parse_robots_txt,
+    parse_tdm_file,
+)
 from sdtrain.download.http.retry import Budget, with_retries
-from sdtrain.download.http.site_file import SiteFile
 from sdtrain.download.http.transport import Answer, Transport
 from sdtrain.download.http.urls import request_url
 
@@ -40,10 +49,8 @@ class Fetcher:
 
     async def __aenter__(self) -> Fetcher:
         self._transport = Transport(self._config)
-        self._robots: SiteFile[Protego | None] = SiteFile(
-            self._transport, self._config, robots.PATH, robots.parse_robots_txt
-        )
-        self._tdm = SiteFile(self._transport, self._config, tdm.PATH, tdm.parse_tdm_file)
+        self._robots: SiteFile[Protego | None] = SiteFile(self._transport, self._config, ROBOTS_PATH, parse_robots_txt)
+        self._tdm = SiteFile(self._transport, self._config, TDM_PATH, parse_tdm_file)
         return self
 
     async def __aexit__(
@@ -72,12 +79,12 @@ class Fetcher:
 
     async def _permit(self, url: URL) -> None:
         if self._config.robots_txt:
-            robots.check_robots_txt(await self._robots.rules_for(url), url)
+            check_robots_txt(await self._robots.rules_for(url), url)
         if self._config.tdm_reservation:
-            tdm.check_tdm_rules(await self._tdm.rules_for(url), url)
+            check_tdm_rules(await self._tdm.rules_for(url), url)
 
     def _check(self, headers: CIMultiDictProxy[str]) -> None:
         if self._config.robots_header:
-            robots.check_robots_header(headers.getall("X-Robots-Tag", ()))
+            check_robots_header(headers.getall("X-Robots-Tag", ()))
         if self._config.tdm_reservation:
-            tdm.check_tdm_header(headers.getall("tdm-reservation", ()))
+            check_tdm_header(headers.getall("tdm-reservation", ()))

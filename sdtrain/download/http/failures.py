@@ -59,9 +59,8 @@ _TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "inval
 class FetchError(Exception):
     """A failed download. Its text is `reason: detail`, the same for the same failure.
 
-    Attributes:
-        reason: one of `MEANINGS`, or `http_` and a status code.
-        transient: whether a retry may succeed; by default `is_transient` decides.
+    `reason` is one of `MEANINGS`, or `http_` and a status code; `transient` says whether a retry may succeed, by
+    default as `is_transient` decides.
     """
 
     def __init__(self, reason: str, detail: str, transient: bool | None = None) -> None:

@@ -60,14 +60,9 @@ class Transport:
     ) -> Answer:
         """The answer at the end of the redirects that begin at `url`; FetchError unless its status is 200.
 
-        Args:
-            url: a checked URL.
-            budget: the time left for it.
-            permit: called before each request.
-            check: called for each answer, redirects included, before its body is read: what a site says about a
-                redirecting URL is about the listed one.
-            max_bytes: longest body.
-            cut: truncate a longer body instead of failing.
+        `permit` is called before each request; `check` for each answer, redirects included, before its body is read:
+        what a site says about a redirecting URL is about the listed one. `cut` truncates bodies over `max_bytes`
+        instead of failing.
         """
         for _ in range(self._config.max_redirects + 1):
             await permit(url)

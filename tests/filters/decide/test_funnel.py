@@ -19,8 +19,8 @@ def test_each_drop_is_counted_once_and_the_rest_is_what_is_kept(tmp_path):
         ("download", "not_an_image", "what came is not an image that can be decoded", 1, 32),
         ("download", "timeout", "the server was too slow", 1, 31),
         ("score", "undecodable", "the stored image cannot be decoded", 1, 30),
-        ("keep", "min_side", "shorter side under 512 px", 2, 28),
-        ("keep", "duplicate_exact", "the same pixels as a kept image", 1, 27),
+        ("decide", "min_side", "shorter side under 512 px", 2, 28),
+        ("decide", "duplicate_exact", "the same pixels as a kept image", 1, 27),
     ]
 
 

@@ -4,11 +4,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter, ImageOps
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
-from filters.recipe import KeepConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe, SelectConfig
 from filters.score.stage import SCORE
-from sdtrain.dataset.selection import selection
+from sdtrain.dataset.manifest import selection
 from sdtrain.dataset.stage import run_batch
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
@@ -36,8 +36,8 @@ for left in range(0, 512, 64):
 def test_each_rule_drops_what_it_is_for(tmp_path):
     contents = [b"\xff\xd8 damaged" if p is None else encoded(p) for p in PICTURES.values()]
     dataset = write_downloads(tmp_path, [Fetched(content) for content in contents])
-    recipe = Recipe(name="test", score=NO_MODELS, keep=KeepConfig(rules=RULES))
-    for stage in (SCORE, DEDUP, KEEP):
+    recipe = Recipe(name="test", score=NO_MODELS, decide=DecideConfig(rules=RULES))
+    for stage in (SCORE, DEDUP, DECIDE):
         run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
     reasons = pq.read_table(dataset.decisions).column("reason").to_pylist()
     assert reasons == list(PICTURES)
@@ -47,6 +47,6 @@ def test_each_rule_drops_what_it_is_for(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_the_metadata_cannot_be_asked_for_them(rule):
     with pytest.raises(
-        ValueError, match=f"rule '{rule}' looks at .* only a decoded image has; move it to `keep.rules`"
+        ValueError, match=f"rule '{rule}' looks at .* only a decoded image has; move it to `decide.rules`"
     ):
         SelectConfig(rules={rule: 0.1})

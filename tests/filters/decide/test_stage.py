@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters import rules as known_rules
-from filters.decide.stage import KEEP, decide
-from filters.recipe import KeepConfig, Recipe, SelectConfig
+from filters.decide.stage import DECIDE, decide
+from filters.recipe import DecideConfig, Recipe, SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
@@ -73,9 +73,9 @@ def selection(dataset: DatasetDir) -> list[dict[str, Any]]:
     return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
-def keep(dataset: DatasetDir, **config: Any) -> list[str | None]:
+def decided(dataset: DatasetDir, **config: Any) -> list[str | None]:
     """The reasons in the order of the rows."""
-    run_batch(KEEP, dataset, Recipe(name="test", keep=KeepConfig(**config)), [0])
+    run_batch(DECIDE, dataset, Recipe(name="test", decide=DecideConfig(**config)), [0])
     return pq.read_table(dataset.decisions)["reason"].to_pylist()
 
 
@@ -86,7 +86,7 @@ def row(ours: dict[str, float] | None = GOOD, group: int | None = None, kind: st
     return Fetched(**({"image": b"x", "scores": GOOD} | fetched)), ours, group, kind
 
 
-def expected_reasons(rows: list[Row], uids: list[str], config: KeepConfig) -> list[str | None]:
+def expected_reasons(rows: list[Row], uids: list[str], config: DecideConfig) -> list[str | None]:
     """The same decisions in plain Python."""
     reasons = [_rule_reason(*row[:2], config) for row in rows]
     for group in {row[2] for row in rows if row[2] is not None}:
@@ -104,13 +104,13 @@ def _area(row: Row) -> int:
     return width * height
 
 
-def _aesthetic(row: Row, config: KeepConfig) -> float:
+def _aesthetic(row: Row, config: DecideConfig) -> float:
     scores = (row[0].scores if config.decide_by == "metadata" else row[1]) or {}
     value = scores.get("aesthetic")
     return float("-inf") if value is None else value
 
 
-def _rule_reason(fetched: Fetched, ours: dict[str, float] | None, config: KeepConfig) -> str | None:
+def _rule_reason(fetched: Fetched, ours: dict[str, float] | None, config: DecideConfig) -> str | None:
     if fetched.image is None:
         return fetched.reason
     if ours is None:
@@ -164,8 +164,8 @@ _ROWS = st.lists(
     max_size=12,
 )
 _CONFIGS = st.builds(
-    KeepConfig,
-    decide_by=st.sampled_from(["metadata", "picture"]),
+    DecideConfig,
+    decide_by=st.sampled_from(["metadata", "image"]),
     rules=st.lists(st.sampled_from(sorted(RULES)), unique=True, max_size=4).flatmap(
         lambda names: st.fixed_dictionaries({n: st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 256.0]) for n in names})
     ),
@@ -177,9 +177,9 @@ _CONFIGS = st.builds(
 def test_any_rules_on_any_rows_decide_as_plain_python_does_and_lose_no_row(rows, config):
     with TemporaryDirectory() as folder:
         dataset = write_dataset(Path(folder), rows)
-        counts = decide(dataset, Recipe(name="test", keep=config), dataset.decisions)
+        counts = decide(dataset, Recipe(name="test", decide=config), dataset.decisions)
         first = dataset.decisions.read_bytes()
-        decide(dataset, Recipe(name="test", keep=config), dataset.decisions)
+        decide(dataset, Recipe(name="test", decide=config), dataset.decisions)
         assert dataset.decisions.read_bytes() == first
         decisions = pq.read_table(dataset.decisions).to_pylist()
         selected = selection(dataset)
@@ -201,7 +201,7 @@ def test_the_first_reason_counts_download_before_decoding_before_rules_before_co
         row(group=0, original_px=(500, 600)),
         row(scores=GOOD | {"aesthetic": 4.0}),
     ]
-    reasons = keep(write_dataset(tmp_path, rows), rules={"min_side": 100, "min_aesthetic": 5})
+    reasons = decided(write_dataset(tmp_path, rows), rules={"min_side": 100, "min_aesthetic": 5})
     assert reasons == [None, "timeout", "undecodable", "min_side", "duplicate_exact", "min_aesthetic"]
 
 
@@ -213,69 +213,69 @@ def test_of_copies_the_largest_original_stays_then_the_best_liked_then_the_small
         *(row(group=2) for _ in range(3)),
     ]
     dataset = write_dataset(tmp_path, rows)
-    reasons, uids = keep(dataset), [s["uid"] for s in selection(dataset)]
+    reasons, uids = decided(dataset), [s["uid"] for s in selection(dataset)]
     assert [i for i in range(6) if reasons[i] is None] == [2, 4]
     assert [uid for uid, reason in zip(uids[6:], reasons[6:], strict=True) if reason is None] == [min(uids[6:])]
 
 
 def test_a_copy_stays_when_the_larger_one_breaks_a_rule(tmp_path):
     rows = [row(group=0, original_px=(3000, 600)), row(group=0, original_px=(600, 600))]
-    assert keep(write_dataset(tmp_path, rows), rules={"max_aspect_ratio": 2}) == ["max_aspect_ratio", None]
+    assert decided(write_dataset(tmp_path, rows), rules={"max_aspect_ratio": 2}) == ["max_aspect_ratio", None]
 
 
 def test_scores_come_from_the_metadata_or_from_the_image_as_the_recipe_says(tmp_path):
     rows = [row(ours=GOOD | {"aesthetic": 3.0}), row(scores=GOOD | {"aesthetic": 3.0}), row(scores={})]
     dataset = write_dataset(tmp_path, rows)
-    assert keep(dataset, rules={"min_aesthetic": 5}) == [None, "min_aesthetic", "aesthetic_missing"]
-    assert keep(dataset, rules={"min_aesthetic": 5}, decide_by="picture") == ["min_aesthetic", None, None]
+    assert decided(dataset, rules={"min_aesthetic": 5}) == [None, "min_aesthetic", "aesthetic_missing"]
+    assert decided(dataset, rules={"min_aesthetic": 5}, decide_by="image") == ["min_aesthetic", None, None]
 
 
-def test_keep_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, digests):
+def test_decide_does_nothing_twice_and_a_rerun_gives_the_same_bytes(tmp_path, digests):
     dataset = write_dataset(tmp_path, [row(group=i % 3) for i in range(9)])
-    recipe = Recipe(name="test", keep=KeepConfig(rules={"min_side": 512}))
-    (report,) = run_batch(KEEP, dataset, recipe, [0])
+    recipe = Recipe(name="test", decide=DecideConfig(rules={"min_side": 512}))
+    (report,) = run_batch(DECIDE, dataset, recipe, [0])
     assert (report.num_in, report.num_out, report.dropped) == (9, 3, {"duplicate_exact": 6})
-    assert pending(KEEP, dataset, recipe) == []
+    assert pending(DECIDE, dataset, recipe) == []
     before = digests(dataset)
-    run_batch(KEEP, dataset, recipe, [0])
+    run_batch(DECIDE, dataset, recipe, [0])
     assert digests(dataset) == before
 
 
-@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "picture", "rules": {"min_side": 512}}])
+@pytest.mark.parametrize("config", [{"rules": {"min_side": 511}}, {"decide_by": "image", "rules": {"min_side": 512}}])
 def test_other_rules_make_the_decision_pending_again(tmp_path, config):
     dataset = write_dataset(tmp_path, [row(), row()])
-    keep(dataset, rules={"min_side": 512})
-    assert pending(KEEP, dataset, Recipe(name="test", keep=KeepConfig(**config))) == [0]
+    decided(dataset, rules={"min_side": 512})
+    assert pending(DECIDE, dataset, Recipe(name="test", decide=DecideConfig(**config))) == [0]
 
 
 def test_another_order_of_the_rules_makes_the_decision_pending_again(tmp_path):
     dataset = write_dataset(tmp_path, [row(), row()])
-    keep(dataset, rules={"min_side": 512, "min_aesthetic": 5})
-    other = KeepConfig(rules={"min_aesthetic": 5, "min_side": 512})
-    assert pending(KEEP, dataset, Recipe(name="test", keep=other)) == [0]
+    decided(dataset, rules={"min_side": 512, "min_aesthetic": 5})
+    other = DecideConfig(rules={"min_aesthetic": 5, "min_side": 512})
+    assert pending(DECIDE, dataset, Recipe(name="test", decide=other)) == [0]
 
 
 def test_other_scores_in_the_metadata_make_the_decision_pending_again(tmp_path):
     fetched, *rest = row()
     dataset = write_dataset(tmp_path, [(fetched, *rest), (fetched, *rest)])
-    keep(dataset, rules={"min_aesthetic": 5})
+    decided(dataset, rules={"min_aesthetic": 5})
     changed = replace(fetched, scores=GOOD | {"aesthetic": 1.0})
     write_dataset(tmp_path, [(fetched, *rest), (changed, *rest)])
-    recipe = Recipe(name="test", keep=KeepConfig(rules={"min_aesthetic": 5}))
-    assert pending(KEEP, dataset, recipe) == [0]
+    recipe = Recipe(name="test", decide=DecideConfig(rules={"min_aesthetic": 5}))
+    assert pending(DECIDE, dataset, recipe) == [0]
 
 
 def test_when_nothing_is_left_a_sentence_says_why_and_nothing_is_written(tmp_path):
     dataset = write_dataset(tmp_path, [row(), row(), row(image=None, reason="http_404")])
     with pytest.raises(UserError, match=r"No image .* is kept \(http_404 1, min_side 2\)\. Loosen"):
-        keep(dataset, rules={"min_side": 5000})
+        decided(dataset, rules={"min_side": 5000})
     assert not dataset.decisions.exists()
     assert not list(tmp_path.glob(".*"))
 
 
 def test_decisions_open_in_duckdb_with_the_promised_columns(tmp_path):
     dataset = write_dataset(tmp_path, [row(), row()])
-    keep(dataset)
+    decided(dataset)
     with duckdb.connect() as connection:
         described = connection.execute("DESCRIBE SELECT * FROM read_parquet(?)", [str(dataset.decisions)]).fetchall()
     expected = [("uid", "VARCHAR"), ("key", "VARCHAR"), ("shard", "INTEGER"), ("reason", "VARCHAR")]
@@ -287,20 +287,20 @@ def test_caption_rules_are_judged_after_the_download_too(tmp_path):
     dataset = write_dataset(tmp_path, [row(caption=caption) for caption in captions])
     rules = {"no_filename_captions": True, "min_caption_words": 2, "max_caption_chars": 12}
     names = ["no_filename_captions", None, "min_caption_words", "no_filename_captions", "max_caption_chars"]
-    assert keep(dataset, rules=rules) == names
+    assert decided(dataset, rules=rules) == names
 
 
 def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path):
     rows = [row(ours=GOOD | {"aesthetic_v1": 8.0}), row(ours=GOOD | {"aesthetic_v1": 6.0}), row()]
     dataset = write_dataset(tmp_path, rows)
-    judged = keep(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="picture")
+    judged = decided(dataset, rules={"min_aesthetic_v1": 7, "min_aesthetic": 5}, decide_by="image")
     assert judged == [None, "min_aesthetic_v1", "aesthetic_v1_missing"]
-    with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set keep.decide_by"):
-        keep(dataset, rules={"min_aesthetic_v1": 7})
+    with pytest.raises(UserError, match=r"first predictor, which the metadata of .* do not have\. Set decide.d"):
+        decided(dataset, rules={"min_aesthetic_v1": 7})
 
 
 @pytest.mark.parametrize(
-    ("rule", "limit", "kinds", "in_select", "in_keep"),
+    ("rule", "limit", "kinds", "in_select", "in_decide"),
     [
         (("hash", "hash >= ?", "hash under {value}"), 0, {}, True, False),  # only the metadata has it
         (("caption", "caption <> ''", "no caption", bool), True, {"caption": ("a", "")}, True, True),
@@ -312,7 +312,7 @@ def test_scores_of_the_first_predictor_come_from_where_the_recipe_says(tmp_path)
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
 def test_a_new_rule_on_any_kind_of_column_works_where_its_column_is_known_and_is_refused_elsewhere(
-    tmp_path, monkeypatch, rule, limit, kinds, in_select, in_keep
+    tmp_path, monkeypatch, rule, limit, kinds, in_select, in_decide
 ):
     monkeypatch.setitem(known_rules.DERIVED, "commas", "length({caption}) - length(replace({caption}, ',', ''))")
     monkeypatch.setitem(known_rules.RULES, "mine", known_rules.Rule(*rule))
@@ -320,12 +320,12 @@ def test_a_new_rule_on_any_kind_of_column_works_where_its_column_is_known_and_is
     if in_select:
         SelectConfig(rules=rules)
     else:
-        with pytest.raises(ValueError, match=r"only a decoded image has; move it to `keep\.rules`"):
+        with pytest.raises(ValueError, match=r"only a decoded image has; move it to `decide\.rules`"):
             SelectConfig(rules=rules)
-    if not in_keep:
+    if not in_decide:
         with pytest.raises(ValueError, match=r"only the metadata has; move it to `select\.rules`"):
-            KeepConfig(rules=rules)
+            DecideConfig(rules=rules)
         return
     [(name, values)] = kinds.items()
     dataset = write_dataset(tmp_path, [row(**{name: value}) for value in values])
-    assert keep(dataset, rules=rules, decide_by="picture") == [None, "mine"]
+    assert decided(dataset, rules=rules, decide_by="image") == [None, "mine"]

@@ -5,10 +5,10 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
-from filters.decide.stage import KEEP
-from filters.decide.what_if import compare, decide_again, parse_rules, with_keep_rules
+from filters.decide.stage import DECIDE
+from filters.decide.what_if import compare, decide_again, parse_rules, with_decide_rules
 from filters.pipeline import STAGES
-from filters.recipe import KeepConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe, SelectConfig
 from filters.recipe_record import read_recipe, record_recipe
 from sdtrain import cli
 from sdtrain.dataset.stage import pending, run_batch
@@ -26,14 +26,14 @@ def dataset(tmp_path):
     rows[5] = row(scores=scores[5], ours=scores[0], original_px=(600, 300))
     rows += [row(image=None, reason="timeout")] * 2
     dataset = write_dataset(tmp_path / "data", rows)
-    recipe = Recipe(name="test", select=SelectConfig(metadata="x"), keep=KeepConfig(rules={"min_aesthetic": 4.2}))
+    recipe = Recipe(name="test", select=SelectConfig(metadata="x"), decide=DecideConfig(rules={"min_aesthetic": 4.2}))
     record_recipe(dataset, recipe)
-    run_batch(KEEP, dataset, recipe, [0])
+    run_batch(DECIDE, dataset, recipe, [0])
     return dataset
 
 
 def now(dataset, rules, **options):
-    compared = compare(dataset, with_keep_rules(read_recipe(dataset), rules, **options), STAGES)
+    compared = compare(dataset, with_decide_rules(read_recipe(dataset), rules, **options), STAGES)
     return {row["reason"]: (row["before"], row["now"]) for row in compared}
 
 
@@ -48,7 +48,7 @@ def test_the_new_funnel_stands_beside_the_old_one(dataset):
 
 
 def test_it_can_be_decided_by_our_scores(dataset):
-    by_image = now(dataset, {"min_aesthetic": 6.2}, decide_by="picture")
+    by_image = now(dataset, {"min_aesthetic": 6.2}, decide_by="image")
     assert by_image["kept"] == (5, 1)
 
 
@@ -62,25 +62,25 @@ def test_comparing_writes_nothing_and_needs_no_image(dataset, digests):
 
 
 def test_a_rule_keeps_its_place_and_a_new_one_comes_behind(dataset):
-    recipe = Recipe(name="test", keep={"rules": {"min_side": 1, "min_aesthetic": 5}})
-    changed = with_keep_rules(recipe, {"max_unsafe": 0.5, "min_side": 2, "max_watermark": None})
-    assert list(changed.keep.rules.items()) == [("min_side", 2), ("min_aesthetic", 5), ("max_unsafe", 0.5)]
+    recipe = Recipe(name="test", decide={"rules": {"min_side": 1, "min_aesthetic": 5}})
+    changed = with_decide_rules(recipe, {"max_unsafe": 0.5, "min_side": 2, "max_watermark": None})
+    assert list(changed.decide.rules.items()) == [("min_side", 2), ("min_aesthetic", 5), ("max_unsafe", 0.5)]
 
 
 def test_deciding_again_changes_recipe_and_decisions_and_packing_follows(dataset):
-    recipe = with_keep_rules(read_recipe(dataset), {"min_aesthetic": 5.2})
-    assert decide_again(dataset, recipe) == ["keep.rules.min_aesthetic: 4.2 -> 5.2"]
+    recipe = with_decide_rules(read_recipe(dataset), {"min_aesthetic": 5.2})
+    assert decide_again(dataset, recipe) == ["decide.rules.min_aesthetic: 4.2 -> 5.2"]
     assert read_recipe(dataset) == recipe
     kept = [row for row in pq.read_table(dataset.decisions).to_pylist() if row["reason"] is None]
     assert len(kept) == 3
-    assert pending(KEEP, dataset, recipe) == []
+    assert pending(DECIDE, dataset, recipe) == []
     assert pending(PACK, dataset, recipe) == [0]
 
 
 def test_where_nothing_would_be_kept_nothing_is_changed(dataset, digests):
     before = digests(dataset)
     with pytest.raises(UserError, match=r"No image .* is kept .*min_side 5"):
-        decide_again(dataset, with_keep_rules(read_recipe(dataset), {"min_side": 9999}))
+        decide_again(dataset, with_decide_rules(read_recipe(dataset), {"min_side": 9999}))
     assert digests(dataset) == before
 
 
@@ -101,7 +101,7 @@ def test_values_are_read_as_yaml_reads_them():
 )
 def test_a_wrong_rule_is_the_sentence_that_a_recipe_gets(dataset, rule, sentence):
     with pytest.raises(UserError) as error:
-        with_keep_rules(read_recipe(dataset), parse_rules([rule]))
+        with_decide_rules(read_recipe(dataset), parse_rules([rule]))
     assert sentence in str(error.value)
 
 
@@ -128,11 +128,11 @@ def test_the_command_prints_both_and_writes_only_without_dry_run(dataset, monkey
     assert digests(dataset) == before
     shown = sdtrain("--min-aesthetic", "5.2", "--rule", "min_side=512")
     assert f"sdtrain build {dataset.recipe} --output {dataset.root}" in shown
-    assert read_recipe(dataset).keep.rules == {"min_aesthetic": 5.2, "min_side": 512}
+    assert read_recipe(dataset).decide.rules == {"min_aesthetic": 5.2, "min_side": 512}
 
 
 def test_a_rule_of_true_and_false_counts_without_any_other(tmp_path):
     dataset = write_dataset(tmp_path, [row(caption="IMG_1234.jpg"), row(caption="a red house")])
-    recipe = Recipe(name="test", keep=KeepConfig(rules={"no_filename_captions": True}))
-    (report,) = run_batch(KEEP, dataset, recipe, [0])
+    recipe = Recipe(name="test", decide=DecideConfig(rules={"no_filename_captions": True}))
+    (report,) = run_batch(DECIDE, dataset, recipe, [0])
     assert report.dropped == {"no_filename_captions": 1}

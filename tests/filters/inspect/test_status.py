@@ -77,7 +77,7 @@ def test_rate_and_time_left_come_from_when_shards_were_finished(dataset):
     assert download.num_bytes == 15_000
     assert (stages["score"].num_done, stages["score"].num_shards) == (0, 4)
     assert stages["pack"].num_shards is None, "keep has not decided yet"
-    finish(dataset, "keep", 0, 400, {"http_404": 100})
+    finish(dataset, "decide", 0, 400, {"http_404": 100})
     per_shard = load_recipe("demo").pack.samples_per_shard
     again = {stage.stage: stage for stage in dataset_status(dataset).stages}
     assert again["encode"].num_shards == -(-300 // per_shard)

@@ -71,11 +71,11 @@ def test_views_hold_every_row_of_their_stage(built):
 def test_drops_name_stage_reason_and_message(built):
     rows = ask(built[0].database, "SELECT stage, reason, error_message, count(*) FROM drops GROUP BY ALL ORDER BY ALL")
     assert rows == [
+        ["decide", "duplicate_exact", "NULL", "1"],
+        ["decide", "min_side", "NULL", "2"],
         ["download", "http_404", "http_404: detail", "2"],
         ["download", "not_an_image", "not_an_image: detail", "1"],
         ["download", "timeout", "timeout: detail", "1"],
-        ["keep", "duplicate_exact", "NULL", "1"],
-        ["keep", "min_side", "NULL", "2"],
         ["score", "undecodable", "NULL", "1"],
     ]
 

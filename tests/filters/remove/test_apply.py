@@ -23,7 +23,6 @@ from tests.filters.removal_fixtures import (
     caption_of,
     check_consistent,
     column,
-    copy_of,
     entries_for,
     files_with,
     find_removal_of,
@@ -34,11 +33,6 @@ from tests.filters.removal_fixtures import (
     uid_of,
     url_of,
 )
-
-
-@pytest.fixture
-def dataset(photo_dataset, tmp_path):
-    return copy_of(photo_dataset, tmp_path)
 
 
 def check_gone(before, dataset, port, gone):

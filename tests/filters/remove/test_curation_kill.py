@@ -1,4 +1,4 @@
-"""Kill -9 at any moment of score, dedup, keep, pack and remove: the next run ends with the same bytes."""
+"""Kill -9 at any moment of score, dedup, decide, pack and remove: the next run ends with the same bytes."""
 
 import os
 import random
@@ -20,7 +20,7 @@ import os, signal, sys, time
 from pathlib import Path
 import filters.inspect.report, sdtrain.formats.frozen
 from filters.dedup import DEDUP
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.recipe_record import read_recipe
 from filters.remove.plan import find_removal
 from filters.pipeline import STAGES
@@ -35,7 +35,7 @@ def nothing(dataset):
 
 def build(dataset):
     recipe = read_recipe(dataset)
-    for stage in (SCORE, DEDUP, KEEP, PACK):
+    for stage in (SCORE, DEDUP, DECIDE, PACK):
         clear_leftovers(stage, dataset)
         shards = pending(stage, dataset, recipe)
         if shards:
@@ -126,11 +126,11 @@ def timed(forks, what, dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", [("score",), ("dedup",), ("keep", "pack")])
+@pytest.mark.parametrize("stages", [("score",), ("dedup",), ("decide", "pack")])
 def test_stages(built, forks, stages):
     def make(name):
         dataset = DatasetDir(shutil.copytree(built[0].root, built[0].root.parent / name))
-        files = {"dedup": [dataset.duplicates], "keep": [dataset.decisions, dataset.pack_plan]}
+        files = {"dedup": [dataset.duplicates], "decide": [dataset.decisions, dataset.pack_plan]}
         files |= {
             "score": list(dataset.scores(0).parent.iterdir()),
             "pack": list(dataset.packed_tar(0).parent.iterdir()),

@@ -16,7 +16,6 @@ from tests.filters.removal_fixtures import (
     NUM_ROWS,
     build,
     check_consistent,
-    copy_of,
     entries_for,
     files_with,
     find_removal_of,
@@ -30,11 +29,6 @@ from tests.filters.removal_fixtures import (
 )
 
 
-@pytest.fixture
-def dataset(photo_dataset, tmp_path):
-    return copy_of(photo_dataset, tmp_path)
-
-
 def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo_site):
     folder, port = photo_site
     remove(dataset, "uid", [uid_of(n, port) for n in (2, 6)], radius=4)
@@ -46,7 +40,7 @@ def test_what_comes_again_is_blocked_by_url_by_bytes_and_by_looks(dataset, photo
     assert [(r["stage"], r["dropped"]) for r in rows if r["reason"] == "removed"] == [
         ("select", 3 + 2),
         ("download", 1),
-        ("keep", 1),
+        ("decide", 1),
     ]
     assert {n: r for n, r in statuses(dataset, port).items() if n > NUM_ROWS} == {41: "removed", 42: "removed"}
     assert files_with(dataset.root / "selection", [uid_of(2, port), uid_of(6, port)]) == []

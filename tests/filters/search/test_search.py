@@ -171,7 +171,7 @@ def test_kept_ones_before_anything_is_decided_is_a_sentence(embedded_dataset, tm
     dataset = copy_of(embedded_dataset, tmp_path)
     dataset.decisions.unlink()
     assert Search(dataset).by_images([photo(1)], top=1)[0][0].status == "undecided"
-    with pytest.raises(UserError, match="not built as far as `keep`"):
+    with pytest.raises(UserError, match="not built as far as `decide`"):
         Search(dataset).by_images([photo(1)], top=1, kept_only=True)
 
 

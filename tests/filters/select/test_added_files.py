@@ -6,7 +6,7 @@ import pytest
 from filters.recipe import Recipe, SelectConfig
 from filters.select.stage import SELECT
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.selection import selected_shards, selection
+from sdtrain.dataset.manifest import selected_shards, selection
 from sdtrain.dataset.stage import pending, run_batch
 from tests.filters.select.metadata_fixtures import rows_of, url, write
 

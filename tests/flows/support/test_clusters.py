@@ -20,25 +20,10 @@ from prefect.testing.utilities import prefect_test_harness
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import make_world
+from tests.flows.server_fixtures import little_recipe
 from tests.flows.support.engine_fixtures import Bench, DaskCluster, RayCluster, make_bench, wait_for_end
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
-
-RECIPE = """
-name: little
-select: {{rules: {{min_side: 512, min_aesthetic: 5.0, max_watermark: 0.5}}, samples_per_shard: 6}}
-download: {{image_size: 64, allow_private_hosts: true, timeout_s: 3, retries: 1, connections: 4}}
-score:
-  clip_model: ViT-demo
-  clip_weights: "random:0"
-  aesthetic_weights: "random:0"
-  watermark_weights: "random:0"
-  safety_weights: "random:0"
-duplicates: {{level: perceptual}}
-keep: {{rules: {{min_side: 512}}}}
-pack: {{samples_per_shard: 6}}
-encode: {{vae: {vae}, resolution: 64}}
-"""
 
 RAY_AGENTS = ("ray::DashboardA", "ray::RuntimeEnv")
 """They take more than a minute to see that all others have ended."""
@@ -59,7 +44,7 @@ def parameters(bench: Bench) -> Iterator[dict[str, object]]:
     world = make_world(bench.folder / "world", num_rows=60, http_port=0, https_port=0)
     build_vae().save_pretrained(bench.folder / "vae")
     recipe = bench.folder / "little.yaml"
-    recipe.write_text(RECIPE.format(vae=bench.folder / "vae"))
+    recipe.write_text(little_recipe(bench.folder / "vae", samples_per_shard=6))
     with serve_world(world) as _, pytest.MonkeyPatch.context() as patch:
         for name in ("SSL_CERT_FILE", "no_proxy"):
             if name in os.environ:

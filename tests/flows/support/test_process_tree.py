@@ -152,7 +152,9 @@ def start_and_raise(error: BaseException, started: list[subprocess.Popen[bytes]]
         raise error
 
 
-@pytest.mark.parametrize("closing", ["", "import os; os.close(1); os.close(2); os.closerange(3, 20); "], ids=["with output", "output closed"])
+@pytest.mark.parametrize(
+    "closing", ["", "import os; os.close(1); os.close(2); os.closerange(3, 20); "], ids=["with output", "output closed"]
+)
 def test_a_tree_that_runs_too_long_is_ended(tmp_path: Path, mark: str, closing: str) -> None:
     child = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {SLEEPS!r}, {mark!r}]); {closing}{SLEEPS}"
     with pytest.raises(TimeoutError):

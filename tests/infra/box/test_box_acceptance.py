@@ -19,7 +19,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import make_world
-from tests.flows.server_fixtures import LITTLE_RECIPE, ROOT, api, logs_of, num_runs, prefect, run_deployment, state_of
+from tests.flows.server_fixtures import ROOT, api, little_recipe, logs_of, num_runs, prefect, run_deployment, state_of
 from tests.infra.box.box_fixtures import BIN, LiveBox, new_box, seconds_until, seconds_until_crashed
 from tests.training_fixtures import write_config, write_latents, write_models
 
@@ -77,7 +77,7 @@ def build_options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str
     folder = tmp_path_factory.mktemp("world")
     world = make_world(folder / "world", num_rows=600, http_port=0, https_port=0)
     build_vae().save_pretrained(folder / "vae")
-    (folder / "little.yaml").write_text(LITTLE_RECIPE.format(vae=folder / "vae"))
+    (folder / "little.yaml").write_text(little_recipe(folder / "vae"))
     with serve_world(world):
         trust = json.dumps({name: os.environ[name] for name in ("SSL_CERT_FILE", "no_proxy") if name in os.environ})
         yield [

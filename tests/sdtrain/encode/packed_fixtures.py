@@ -60,7 +60,7 @@ def write_packed(
         outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
         write_entry(dataset, report.model_copy(update={"outputs": outputs}))
     pq.write_table(pa.table({"uid": pa.array([], pa.string())}), dataset.decisions)
-    write_entry(dataset, ShardReport(stage="keep", shard=0, num_in=number, num_out=number))
+    write_entry(dataset, ShardReport(stage="decide", shard=0, num_in=number, num_out=number))
     return dataset
 
 

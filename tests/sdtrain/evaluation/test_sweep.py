@@ -13,18 +13,17 @@ from PIL import Image
 
 from sdtrain import precision
 from sdtrain.errors import UserError
-from sdtrain.evaluation import generate
-from sdtrain.evaluation.features import read_images
+from sdtrain.evaluation import stages
 from sdtrain.evaluation.models import identify, run_of
 from sdtrain.evaluation.networks import features_of
 from sdtrain.evaluation.results import read_results
+from sdtrain.evaluation.stages import read_images
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import _completed_reports, run_sweep
 from sdtrain.formats.checkpoint import find_checkpoint
 from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from tests.sdtrain.evaluation.evaluation_fixtures import PROMPTS, digests, write_images
 
 
@@ -109,15 +108,15 @@ def test_all_scales_begin_with_the_same_noise_and_share_their_embeddings(little,
 
 def test_again_does_nothing_and_gives_the_same_bytes(done, little, run, monkeypatch):
     before = digests(done.folder)
-    monkeypatch.setattr(generate, "_draw", None)  # so that drawing would fail
+    monkeypatch.setattr(stages, "_draw", None)  # so that drawing would fail
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert digests(done.folder) == before
 
 
 def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
     before, drawn = digests(done.folder), []
-    real = generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    real = stages._draw
+    monkeypatch.setattr(stages, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     next(done.folder.glob("samples/*/guidance-3/00001.tar")).unlink()
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert drawn == [(3.0, 1)]
@@ -125,8 +124,8 @@ def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, r
 
 
 def test_more_scales_and_more_prompts_keep_what_was_drawn(done, little, run, monkeypatch):
-    drawn, real = [], generate._draw
-    monkeypatch.setattr(generate, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
+    drawn, real = [], stages._draw
+    monkeypatch.setattr(stages, "_draw", lambda *a: drawn.append((a[1].scale, a[2])) or real(*a))
     run_sweep(plan(little.model_copy(update={"scales": (1.0, 2.0, 3.0)}), [run], done.folder), say=quiet)
     assert drawn == [(2.0, 0), (2.0, 1)]
 

@@ -10,8 +10,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.export import ExportSettings, export_model
 from sdtrain.models.schedulers import make_scheduler
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
 PROMPTS = ["a red circle", "a blue square"]
 

@@ -1,10 +1,9 @@
 import pytest
 
 from sdtrain.errors import UserError
-from sdtrain.impact import counters
+from sdtrain.impact import energy
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh, find_region, regions
-from sdtrain.impact.counters import GpuCounter, cpu_counters, gpu_counters
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, GpuCounter, Spent, cpu_counters, gpu_counters
 from sdtrain.impact.gpus import board_watts, peak_tflops
 from sdtrain.model_card.energy import footprint
 from sdtrain.training.energy import EnergyRecorder, Meter
@@ -120,7 +119,7 @@ def test_counters_that_only_root_may_read_are_no_counters(tmp_path, monkeypatch)
     def forbidden(self):
         raise PermissionError
 
-    monkeypatch.setattr(counters.RaplCounter, "_read", forbidden)
+    monkeypatch.setattr(energy.RaplCounter, "_read", forbidden)
     assert cpu_counters(tmp_path) is None
     assert cpu_counters(tmp_path / "none") is None
 

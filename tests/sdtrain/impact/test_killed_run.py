@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from sdtrain.impact.energy_log import EnergyLog
+from sdtrain.impact.energy import EnergyLog
 from tests.sdtrain.launching import deepspeed, finish, start, wait_for_step
 from tests.training_fixtures import write_config, write_latents, write_models
 

@@ -9,8 +9,9 @@ from huggingface_hub import ModelCard
 from sdtrain import cli
 from sdtrain.config import load_config
 from sdtrain.errors import UserError
-from sdtrain.impact.energy_log import EnergyLog, Spent
+from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.model_card import write_card
+from sdtrain.model_card.dataset import dataset_facts
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config
@@ -214,3 +215,19 @@ def test_the_command_says_where_the_card_is_and_what_is_no_run(tmp_path, monkeyp
     captured = capsys.readouterr()
     assert captured.out.strip().endswith("run/README.md")
     assert "holds no training run" in captured.err
+
+
+def test_records_that_call_decide_keep_are_read(tmp_path):
+    import duckdb
+
+    root = tmp_path / "data"
+    write_dataset(root)
+    recipe = yaml.safe_load((root / "recipe.yaml").read_text())
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"keep": {"rules": {"max_border": 0.3}}}))
+    with duckdb.connect(str(root / "metadata.duckdb")) as connection:
+        connection.execute("INSERT INTO funnel VALUES ('keep', 'max_border', 'a frame', 100, 300)")
+        connection.execute("INSERT INTO stages VALUES ('keep', 1800.0)")
+    facts = dataset_facts(root)
+    assert facts.decide_rules == {"max_border": 0.3}
+    assert facts.funnel[-1] == ("decide", "max_border", "a frame", 100, 300)
+    assert facts.stage_hours["decide"] == 0.5

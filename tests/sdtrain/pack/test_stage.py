@@ -43,7 +43,7 @@ def write_decisions(dataset: DatasetDir, dropped: set[int], fingerprint: str = "
         for i, (shard, row) in enumerate(selected)
     ]
     pq.write_table(pa.Table.from_pylist(rows, _DECISIONS), dataset.decisions)
-    entry = {"stage": "keep", "shard": 0, "num_in": len(rows), "num_out": len(rows) - len(dropped)}
+    entry = {"stage": "decide", "shard": 0, "num_in": len(rows), "num_out": len(rows) - len(dropped)}
     entry |= {"dropped": {"min_side": len(dropped)}, "fingerprint": fingerprint}
     write_entry(
         dataset, ShardReport.model_validate(entry | {"outputs": describe_outputs(dataset, [dataset.decisions])})
@@ -271,7 +271,7 @@ def test_a_damaged_image_shard_is_named(dataset):
 
 def test_before_keep_has_finished_there_is_a_sentence(tmp_path):
     dataset = write_downloads(tmp_path, [Fetched(b"x")])
-    with pytest.raises(UserError, match="stage 'keep' is not finished"):
+    with pytest.raises(UserError, match="stage 'decide' is not finished"):
         PACK.shards(dataset, Recipe())
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup.stage import DEDUP
 from filters.inspect.report import report_on, rule_thresholds
 from filters.inspect.views import write_views
@@ -28,7 +28,7 @@ SIDES = [500 + 10 * i for i in range(20)]  # the limit is 600
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     rules = {"min_side": 600, "min_similarity": 0.3, "no_filename_captions": True}
-    return Recipe(name="small", score=NO_MODELS, duplicates={"level": "exact"}, keep={"rules": rules})
+    return Recipe(name="small", score=NO_MODELS, duplicates={"level": "exact"}, decide={"rules": rules})
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def dataset(recipe, tmp_path_factory):
     rows += [Fetched(encoded(scene_image(40 + i)), f"low {i}", (900, 900), {"similarity": 0.2}) for i in range(3)]
     rows.append(Fetched(encoded(scene_image(50)), "long " * 100, (2000, 2000), high))
     dataset = write_downloads(tmp_path_factory.mktemp("data"), [*rows, Fetched(None, reason="http_404")])
-    for stage in (SCORE, DEDUP, KEEP):
+    for stage in (SCORE, DEDUP, DECIDE):
         run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
     write_views(dataset, recipe)
     return dataset

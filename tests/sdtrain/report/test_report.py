@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from filters.decide.stage import KEEP
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.inspect.report import finish_dataset, report_on, scores_note
 from filters.inspect.views import write_views
@@ -24,7 +24,7 @@ NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weigh
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
-    return Recipe(name="small", score=NO_MODELS, duplicates={"level": "exact"}, keep={"rules": {"min_side": 512}})
+    return Recipe(name="small", score=NO_MODELS, duplicates={"level": "exact"}, decide={"rules": {"min_side": 512}})
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def dataset(recipe, tmp_path_factory):
         Fetched(None, reason="timeout"),
     ]
     dataset = write_downloads(tmp_path_factory.mktemp("data"), good + odd)
-    for stage in (SCORE, DEDUP, KEEP):
+    for stage in (SCORE, DEDUP, DECIDE):
         run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
     write_views(dataset, recipe)
     return dataset
@@ -65,7 +65,7 @@ def test_images_fetched_anew_are_shown_anew(recipe, tmp_path):
         # Another length, so that the offsets of the first shard are wrong in the second.
         images = [encoded(scene_image(seed + i, 96 + seed, 80)) for i in range(3)]
         dataset = write_downloads(tmp_path, [Fetched(image, original_px=(600, 600)) for image in images])
-        for stage in (SCORE, DEDUP, KEEP):
+        for stage in (SCORE, DEDUP, DECIDE):
             run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
         write_views(dataset, recipe)
         report_on(dataset, recipe)
@@ -102,7 +102,7 @@ def test_it_is_written_by_the_build_only_when_something_was_done(dataset, recipe
     written = dataset.report.stat().st_mtime_ns
     finish_dataset(dataset, recipe)
     assert dataset.report.stat().st_mtime_ns == written
-    run_batch(KEEP, dataset, recipe, [0])
+    run_batch(DECIDE, dataset, recipe, [0])
     finish_dataset(dataset, recipe)
     assert dataset.report.stat().st_mtime_ns > written
 

@@ -15,8 +15,7 @@ import torch
 from sdtrain.config import DiffusionConfig, load_config
 from sdtrain.formats.export import write_pipeline
 from sdtrain.models.unet import build_unet
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from tests.training_fixtures import write_config, write_models
 
 

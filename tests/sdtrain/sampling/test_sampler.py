@@ -13,8 +13,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.export import write_pipeline
 from sdtrain.models.schedulers import make_scheduler
 from sdtrain.models.unet import build_unet
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks, make_grid
 from tests.training_fixtures import write_config, write_models
 
 PROMPTS = ["a red circle", "a blue square", "a green circle"]

@@ -9,8 +9,7 @@ from sdtrain.config import load_config
 from sdtrain.formats.checkpoint import STATE, find_checkpoint
 from sdtrain.formats.export import ExportSettings, export_model
 from sdtrain.models.layout import ChannelsLastConv2d
-from sdtrain.sampling.pipeline import load_networks
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
 from sdtrain.training.state import TrainingState

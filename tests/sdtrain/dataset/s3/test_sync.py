@@ -7,11 +7,11 @@ import pytest
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.manifest import describe_outputs, write_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, is_whole, write_entry
 from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.files import fetch_shard_file, read_part
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.sync import keep_local
+from sdtrain.dataset.s3.sync import fetch_tables, keep_local
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
@@ -100,3 +100,33 @@ def test_a_process_that_has_an_old_list_deletes_what_came_since(dataset):
     dataset.images_tar(0).unlink()
     mirror.discard(dataset.images_tar(0))
     assert mirror_of(dataset).store.digest("images/00000.tar") is None
+
+
+def test_an_entry_under_a_stages_former_name_is_read_and_leaves_every_machine(dataset, store, tmp_path):
+    """`decide` was called `keep`."""
+    prefix = parse_url(dataset.url).prefix
+    content = write(dataset, "keep", 0, [dataset.decisions])
+    write_entry(dataset, content)
+    old = store.objects(prefix)["manifest/decide/00000.json"].replace(b'"decide"', b'"keep"')
+    store.client.put_object(Bucket=BUCKET, Key=f"{prefix}/manifest/keep/00000.json", Body=old)
+    store.client.delete_object(Bucket=BUCKET, Key=f"{prefix}/manifest/decide/00000.json")
+
+    first, second = (replace(dataset, root=tmp_path / name) for name in ("first", "second"))
+    for machine in (first, second):
+        mirror_of(machine).sync()
+        assert machine.manifest_entry("decide", 0).parent.name == "keep"
+        (entry,) = entries(machine, "decide")
+        assert entry.stage == "decide"
+        assert is_whole(machine, entry)
+        fetch_tables(machine)
+        assert machine.decisions.exists()
+
+    mirror_of(first).may_write = mirror_of(dataset).may_write
+    forget_entry(first, "decide", 0)
+    assert not [name for name in store.objects(prefix) if name.startswith("manifest/")]
+    write_entry(first, write(first, "decide", 0, [first.decisions]))
+    assert [name for name in store.objects(prefix) if name.startswith("manifest/")] == ["manifest/decide/00000.json"]
+    mirror_of(second).sync(may_delete=False)  # which leaves the stale entry
+    assert second.manifest_entry("decide", 0).parent.name == "decide"
+    mirror_of(second).sync()
+    assert [path.parent.name for path in (second.root / "manifest").rglob("*.json")] == ["decide"]

@@ -215,7 +215,7 @@ def test_what_nobody_foresaw_is_a_failure_of_the_url_and_is_logged(web, names, m
     def broken(*args):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("sdtrain.download.http.robots.check_robots_header", broken)
+    monkeypatch.setattr("sdtrain.download.http.client.check_robots_header", broken)
     ((reason, error, _),) = fetch_all(quick(), [web.url("ok")])
     assert reason == "invalid_answer"
     assert isinstance(error, FetchError)

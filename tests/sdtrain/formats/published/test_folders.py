@@ -15,9 +15,8 @@ from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.export import ExportSettings, export_model
 from sdtrain.formats.frozen import load_text_encoder, load_tokenizer, load_vae, vae_digest, vae_scaling_factor
-from sdtrain.sampling.pipeline import load_networks
 from sdtrain.sampling.safety import load_safety_checker
-from sdtrain.sampling.sampler import Sampler, SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from sdtrain.training.run_dir import RunDir
 from tests.sdtrain.formats.published.published_fixtures import (
     PREPROCESSOR,
