@@ -65,7 +65,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     joins = "\n".join(f"LEFT JOIN read_parquet(${name}, union_by_name = true) {name} USING (uid)" for name in measured)
     # Otherwise DuckDB spills to the working directory.
     with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "decide"))}) as connection:
-        connection.register("blocked", _alike_to_removed(connection, dataset))
+        connection.register("blocked", _near_duplicates_of_removed(connection, dataset))
         joined = _JOINED.format(columns=columns, joins=joins)
         connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | measured)
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
@@ -113,7 +113,7 @@ def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None
         )
 
 
-def _alike_to_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+def _near_duplicates_of_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
     """Returns uids of images similar to one that was removed with a radius."""
     sources = _sources(dataset)
     return near_duplicate_uids(

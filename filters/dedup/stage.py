@@ -46,7 +46,8 @@ def check_decoders(dataset: DatasetDir) -> None:
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
             f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "
-            "differ, which hides copies. Set score.decode to cpu or gpu, and run the build again: it scores them again."
+            "differ, which hides duplicates. Set score.decode to cpu or gpu, and run the build again: it scores them "
+            "again."
         )
 
 
@@ -68,7 +69,7 @@ def _remarks(found: Found) -> list[str]:
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
     others = [level for level in LEVELS if level not in found.removed]
     unknown = f"; {' and '.join(others)} not counted" if others else ""
-    return [f"of {found.num_pictures:,} images, each level of duplicates would drop: {counted}{unknown}"]
+    return [f"of {found.num_images:,} images, each level of duplicates would drop: {counted}{unknown}"]
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -131,5 +132,5 @@ DEDUP: Stage[Recipe] = Stage(
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
     needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
-    work=Work(num="images", rate="dedup_pictures", on="one core", writes=None),
+    work=Work(num="images", rate="dedup_images", on="one core", writes=None),
 )

@@ -85,7 +85,7 @@ class SearchPage:
         by = asked["by"] or ("words" if self.search.is_stand_in else "meaning")
         context: dict[str, Any] = {"question": asked["q"][:_MAX_CHARS], "by": by, "only": asked["only"], "error": ""}
         context |= {"hits": None, "asked": "", "name": self.search.dataset.root.name}
-        context |= {"num_pictures": self.search.num_pictures, "is_exact": self.search.is_exact}
+        context |= {"num_images": self.search.num_images, "is_exact": self.search.is_exact}
         try:
             context["hits"], context["asked"] = self._find(asked, by)
             self._remember_shown(context["hits"] or [])
@@ -188,7 +188,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     loopback = host in ("127.0.0.1", "::1", "localhost")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if loopback else ["*"]
     app = SearchPage(search, top).app(hosts)
-    print(f"{search.num_pictures:,} images of {search.dataset}", flush=True)
+    print(f"{search.num_images:,} images of {search.dataset}", flush=True)
     if not loopback:
         print("Everyone who reaches this address sees the images; there is no password.", flush=True)
     print(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)

@@ -150,7 +150,7 @@ def _users(file: IO[str]) -> Iterator[str]:
             signed: dict[str, Any] = json.loads(line)
             if signed["host"] != socket.gethostname() or psutil.pid_exists(signed["pid"]):
                 yield (
-                    f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since "
+                    f"{signed['command']} is running (process {signed['pid']} on {signed['host']}, since "
                     f"{signed['since']})."
                 )
 

@@ -52,6 +52,10 @@ class Ranks:
             dist.all_reduce(total, group=self.group)
         return total
 
+    def smallest(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        return min(self.gather([value]))
+
     def gather(self, values: list[ItemT]) -> list[ItemT]:
         """Interleaves the ranks' lists, which hold the results of `work[rank::world_size]`."""
         if self.world_size == 1:

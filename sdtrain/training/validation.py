@@ -43,7 +43,7 @@ class Validation:
 
         Calls `moved` before each batch, because validation may exceed the watchdog's timeout.
         """
-        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
+        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)
         mine = np.arange(rank, len(self._indices), world_size)
         most = -(-len(self._indices) // world_size)

@@ -81,6 +81,7 @@ RUNGS = (
     Rung({"attention": "flash"}, needs_gpu=True),
     Rung({"attention": "plain"}),
     Rung(micro_batch=8),
+    Rung({"compile": "fused"}, needs_gpu=True, least_s=45),
     Rung({"compile": "regional"}, needs_gpu=True, least_s=60),
     Rung({"compile": "whole"}, needs_gpu=True, least_s=90),
     Rung({"compile": "whole", "compile_mode": "reduce-overhead"}, needs_gpu=True, least_s=90),

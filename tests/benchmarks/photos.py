@@ -37,10 +37,10 @@ def draw_photo(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def draw_photos(folder: Path, num_pictures: int) -> int:
+def draw_photos(folder: Path, num_images: int) -> int:
     """Writes images as `0.jpg` and so on; returns their mean size in bytes."""
     folder.mkdir()
     with ProcessPoolExecutor() as processes:
-        for number, content in enumerate(processes.map(draw_photo, range(num_pictures), chunksize=8)):
+        for number, content in enumerate(processes.map(draw_photo, range(num_images), chunksize=8)):
             (folder / f"{number}.jpg").write_bytes(content)
-    return sum(path.stat().st_size for path in folder.iterdir()) // num_pictures
+    return sum(path.stat().st_size for path in folder.iterdir()) // num_images
