@@ -46,7 +46,7 @@ def _joinable(columns: list[str] | None) -> list[str] | None:
 
 
 class JoinConfig(Settings):
-    """Scores in files of their own, which fill what the metadata does not have."""
+    """Separate files of scores, which fill gaps in the metadata."""
 
     files: str
     """Parquet: a file, a folder or a glob."""

@@ -152,7 +152,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         demo.samples / "samples.png",
         "Prompts are “a COLOUR SHAPE”; every image has its own seed. A checker that looks at pixels only says which "
         "colour and shape it sees, over guidance scales 3 to 8.",
-        [(*names[name], v.num_pictures, v.color, v.shape) for name, v in verdicts.items()],
+        [(*names[name], v.num_images, v.color, v.shape) for name, v in verdicts.items()],
     )
     report = Report(
         title="sdtrain demo: from metadata to images",

@@ -39,7 +39,7 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
     if found and (image := image_of(data, found[0])):
         near = asked.by_images([image], _NUM_HITS)[0]
         rows.append(Row("Nearest to the first of these, by embedding", _cells(data, near)))
-    write_sheet(sheet, f"{asked.num_pictures:,} images", [], rows)
+    write_sheet(sheet, f"{asked.num_images:,} images", [], rows)
     text = (
         "The training data can be searched, by caption or by image; each answer says where it is from and whether it "
         "was kept. The page with a search box, onto which images can be dropped as well:"

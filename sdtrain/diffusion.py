@@ -83,13 +83,13 @@ def offset_noise(noise: torch.Tensor, offset: torch.Tensor, strength: float) -> 
     return noise + strength * offset if strength else noise
 
 
-def drop_captions(captions: Sequence[str], chances: Sequence[float], dropout: float) -> list[str]:
+def drop_captions(captions: Sequence[str], uniforms: Sequence[float], dropout: float) -> list[str]:
     """Replaces a caption by "" where its uniform random number is below `dropout`.
 
     SD v1 drops the string, not the embedding (`ucg_training` in Stability-AI/stablediffusion,
     ldm/models/diffusion/ddpm.py), for classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598, algorithm 1).
     """
-    return ["" if chance < dropout else caption for caption, chance in zip(captions, chances, strict=True)]
+    return ["" if uniform < dropout else caption for caption, uniform in zip(captions, uniforms, strict=True)]
 
 
 def guide(unconditional: torch.Tensor, conditional: torch.Tensor, scale: float) -> torch.Tensor:

@@ -50,6 +50,7 @@ def train(
     """
     # DeepSpeed chooses its accelerator on import, so it must not be imported before `join`.
     from sdtrain.training.energy import EnergyRecorder
+    from sdtrain.training.micro_batch import decide_micro_batch
     from sdtrain.training.monitor import Monitor
     from sdtrain.training.optimizer import learning_rate, set_learning_rate
     from sdtrain.training.state import TrainingState
@@ -58,6 +59,7 @@ def train(
 
     config = _with_precision(config, run_dir, ranks)
     _require(late_checks(config, run_dir.path), ranks)
+    config = decide_micro_batch(config, run_dir, ranks)
     energy = EnergyRecorder(run_dir.path, ranks)
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
     first_step = state.checkpoints.restore()
@@ -203,7 +205,7 @@ def run(arguments: argparse.Namespace) -> None:
         world_size_from_environment,
     )
 
-    config.accumulation(world_size_from_environment())
+    config.require_share(world_size_from_environment())
     run_dir = RunDir(Path(arguments.output or Path("runs") / config.name))
     run_dir.check_config(config)
     done = run_dir.finished_step()

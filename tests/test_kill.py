@@ -84,8 +84,8 @@ def test_kill_9_in_every_stage_then_rerun_gives_the_bytes_of_an_undisturbed_run(
     expected = digests(tmp_path / "undisturbed")
     assert any(name.startswith("latents/") for name in expected)
 
-    chance = random.Random(7)
-    killed = {stage: kill_during(stage, recipe, tmp_path / "killed", chance.uniform(0, 1.5)) for stage in STAGES}
+    rng = random.Random(7)
+    killed = {stage: kill_during(stage, recipe, tmp_path / "killed", rng.uniform(0, 1.5)) for stage in STAGES}
     build(recipe, tmp_path / "killed")
 
     assert digests(tmp_path / "killed") == expected

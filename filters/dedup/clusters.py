@@ -34,10 +34,10 @@ class Embedded(NamedTuple):
 class Buckets:
     """Takes embeddings in any order and returns them cluster by cluster."""
 
-    def __init__(self, folder: Path, num_pictures: int, num_clusters: int) -> None:
+    def __init__(self, folder: Path, num_images: int, num_clusters: int) -> None:
         self._folder = folder
         self._num_clusters = num_clusters
-        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_pictures // _ROWS_PER_BUCKET)
+        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_images // _ROWS_PER_BUCKET)
         self._width = 0
         self._stack = ExitStack()
 
@@ -88,11 +88,11 @@ _TRAINING_ROWS_PER_CLUSTER, _MAX_TRAINING_BYTES = 64, 1 << 31
 Vectors = NDArray[np.float32]
 
 
-def num_clusters_for(num_pictures: int, wanted: int | None) -> int:
+def num_clusters_for(num_images: int, wanted: int | None) -> int:
     """Returns the wanted number of clusters, by default one for few images, else the square root of their number."""
     if wanted is None:
-        wanted = 1 if num_pictures <= MAX_ONE_CLUSTER else round(math.sqrt(num_pictures))
-    return max(1, min(wanted, num_pictures))
+        wanted = 1 if num_images <= MAX_ONE_CLUSTER else round(math.sqrt(num_images))
+    return max(1, min(wanted, num_images))
 
 
 def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:

@@ -45,7 +45,7 @@ class Found:
     `removed` counts by searched level, `dropped` by kind for the written groups.
     """
 
-    num_pictures: int
+    num_images: int
     removed: dict[str, int] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from sdtrain.redaction import without_secrets
 from sdtrain.training.run_dir import RunStatus, is_run_dir, run_status
 
 # The log's name of a metric -> Prometheus's name and description.
-_FIGURES = {
+_METRICS = {
     "loss": ("sdtrain_training_loss", "mean squared error of the last line of the log"),
     "lr": ("sdtrain_training_learning_rate", "learning rate"),
     "grad_norm": ("sdtrain_training_gradient_norm", "norm of the gradient over all ranks, before clipping"),
@@ -93,7 +93,7 @@ def _of_datasets(datasets: Iterable[DatasetStatus]) -> Iterator[Metric]:
     work = CounterMetricFamily("sdtrain_stage_work_seconds", "work on finished shards", labels=labels)
     rate = GaugeMetricFamily("sdtrain_stage_samples_per_second", "over the last hour of its work", labels=labels)
     left = GaugeMetricFamily("sdtrain_stage_left_seconds", "until a stage's end at that rate", labels=labels)
-    users = GaugeMetricFamily("sdtrain_dataset_users", "commands at work on a dataset", labels=["dataset"])
+    users = GaugeMetricFamily("sdtrain_dataset_users", "commands that use a dataset", labels=["dataset"])
     free = GaugeMetricFamily("sdtrain_dataset_free_bytes", "free on its disk", labels=["dataset"])
     for dataset in datasets:
         name = dataset.place
@@ -122,7 +122,7 @@ def _of_runs(runs: Iterable[RunStatus]) -> Iterator[Metric]:
     beats = GaugeMetricFamily(
         "sdtrain_training_heartbeat_age_seconds", "since a rank's last sign of life", labels=["run", "rank"]
     )
-    figures = {name: GaugeMetricFamily(*named, labels=["run"]) for name, named in _FIGURES.items()}
+    logged = {name: GaugeMetricFamily(*named, labels=["run"]) for name, named in _METRICS.items()}
     for run in runs:
         name = str(run.path)
         _add(step, [name], run.step)
@@ -131,9 +131,9 @@ def _of_runs(runs: Iterable[RunStatus]) -> Iterator[Metric]:
         _add(free, [name], run.free_bytes)
         for rank, age_s in run.heartbeats_s.items():
             _add(beats, [name, str(rank)], age_s)
-        for figure, value in run.metrics.items():
-            _add(figures[figure], [name], value)
-    yield from (step, steps, left, free, beats, *figures.values())
+        for metric, value in run.metrics.items():
+            _add(logged[metric], [name], value)
+    yield from (step, steps, left, free, beats, *logged.values())
 
 
 def _add(metric: Any, labels: list[str], value: float | None) -> None:

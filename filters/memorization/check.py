@@ -1,6 +1,6 @@
 """Comparison of samples with their nearest training images, to find memorised ones.
 
-- **Near-duplicate** (recorded as `alike`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
+- **Near-duplicate** (`near-duplicate`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
   CLIP encodes an image's content, not whether it was copied, so images of one motif are also similar. The default is
   0.95, the default of `duplicates.semantic_threshold`. (Somepalli et al. 2022, arXiv 2212.03860, use 0.5 with SSCD, a
   copy-detection network; its cosines are not comparable to CLIP's.) `calibrate` measures the limit on the dataset's own
@@ -39,7 +39,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 
-KINDS = ("same", "alike", "new")
+KINDS = ("same", "near-duplicate", "new")
 _AT_ONCE, _ROWS_SHOWN = 64, 24
 
 
@@ -114,22 +114,22 @@ def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits) -> Iter
         neighbours = [compare(image, hit, image_of(search.dataset, hit)) for hit in hits]
         same = [neighbour for neighbour in neighbours if neighbour.is_same(limits)]
         others = [neighbour for neighbour in neighbours if not neighbour.is_same(limits)]
-        alike = any(neighbour.is_near_duplicate(limits) for neighbour in neighbours)
-        yield Verdict(sample, same + others, "same" if same else "alike" if alike else "new")
+        similar = any(neighbour.is_near_duplicate(limits) for neighbour in neighbours)
+        yield Verdict(sample, same + others, "same" if same else "near-duplicate" if similar else "new")
 
 
 def _notes(search: Search, limits: Limits) -> list[str]:
     notes = [
-        f"Alike: the cosine of CLIP embeddings is at least {limits.threshold:g}; a proxy, since CLIP judges what is "
-        "shown and not whether it was copied.",
+        f"Near-duplicate: the cosine of CLIP embeddings is at least {limits.threshold:g}; a proxy, since CLIP judges "
+        "what is shown and not whether it was copied.",
         f"Same: perceptual hashes differ in at most {limits.radius} bits, and pixels by at most {MAX_PIXEL_DISTANCE} "
         "(root mean square of 0 to 1; Carlini et al. 2023).",
-        "Compared with the images that were kept; dropped copies count through the one that stayed.",
+        "Compared with the images that were kept; dropped duplicates count through the one that stayed.",
     ]
     if search.is_stand_in:
         notes.append(
             "CLIP is a demo network with random weights here, to which all images are near: that a sample is "
-            "alike says nothing. The pixel check holds."
+            "near-duplicate says nothing. The pixel check holds."
         )
     if not search.is_exact:
         notes.append("The nearest lists of the index are compared and not all images, so a neighbour may be missed.")
@@ -145,8 +145,8 @@ def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list
     with publish(paths[0]) as temporary:
         rows = [verdict.row() for verdict in found.verdicts]
         temporary.write_text(json.dumps(found.summary() | {"samples": rows}, indent=1, ensure_ascii=False) + "\n")
-    same, alike = found.count("same"), found.count("alike")
-    title = f"{len(found.verdicts):,} samples: {same:,} same as a training image, {alike:,} alike"
+    same, similar = found.count("same"), found.count("near-duplicate")
+    title = f"{len(found.verdicts):,} samples: {same:,} same as a training image, {similar:,} near-duplicates"
     shown = [_row(found, verdict, dataset) for verdict in found.verdicts[:_ROWS_SHOWN]]
     for path in paths[1:3]:
         write_sheet(path, title, found.notes, shown)

@@ -91,7 +91,7 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """Returns a summary for JSON."""
         return {
-            "num_pictures": len(self.nearest),
+            "num_images": len(self.nearest),
             "nearest_other": quantiles(self.nearest),
             "nearest_other_flagged": self.share(self.nearest),
             "num_pairs": len(self.pairs),

@@ -49,8 +49,8 @@ class Removal:
         by: the kind of the list's entries.
         num_listed: samples that an entry names.
         num_same_bytes: others with identical bytes.
-        num_alike: other near-duplicates.
-        num_copies_left: others that stay, although the dataset groups them with a removed one as duplicates.
+        num_near_duplicates: others that are near-duplicates of these.
+        num_duplicates_left: others that stay, although the dataset groups them with a removed one as duplicates.
         rows: additions to the ledger.
         touched: by stage, the shards whose files hold any of these samples.
     """
@@ -59,15 +59,15 @@ class Removal:
     num_entries: int
     num_listed: int
     num_same_bytes: int
-    num_alike: int
-    num_copies_left: int
+    num_near_duplicates: int
+    num_duplicates_left: int
     rows: pa.Table
     touched: dict[str, list[int]]
 
     @property
     def num_samples(self) -> int:
         """The number of samples to remove."""
-        return self.num_listed + self.num_same_bytes + self.num_alike
+        return self.num_listed + self.num_same_bytes + self.num_near_duplicates
 
     @property
     def has_effect(self) -> bool:
@@ -80,7 +80,7 @@ class Removal:
             f"{number:,} {what}"
             for number, what in (
                 (self.num_same_bytes, "others with the same bytes"),
-                (self.num_alike, "others that look alike"),
+                (self.num_near_duplicates, "others that are near-duplicates"),
             )
             if number
         ]
@@ -89,13 +89,13 @@ class Removal:
         )
         shards = ", ".join(f"{stage} {len(shards):,}" for stage, shards in self.touched.items() if shards)
         rewritten = [f"shards to rewrite: {shards}"] if shards else ["Nothing of it is in the dataset."]
-        copies = (
-            [f"{self.num_copies_left:,} others count as copies of these and stay; --radius takes what looks alike."]
-            if self.num_copies_left
+        duplicates = (
+            [f"{self.num_duplicates_left:,} duplicates of these stay; --radius removes near-duplicates too."]
+            if self.num_duplicates_left
             else []
         )
         blocked = [] if len(self.rows) else ["All of it is blocked already."]
-        return [found, *rewritten, *copies, *blocked]
+        return [found, *rewritten, *duplicates, *blocked]
 
 
 def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None = None) -> Removal:
@@ -112,15 +112,15 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         listed = search.blocked(blocks)
         same = search.same_bytes(listed)
         near = _ledger([_hash_row(phash, radius) for phash in search.hashes(listed)]) if radius is not None else None
-        alike = search.blocked(near) - listed - same if near is not None else set[str]()
-        found = listed | same | alike
+        similar = search.blocked(near) - listed - same if near is not None else set[str]()
+        found = listed | same | similar
         follows = [_row("uid", digest=key_digest("uid", uid)) for uid in found]
         follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
         rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
-        num_copies = len(search.copies(found) - found)
+        num_duplicates = len(search.duplicates(found) - found)
         touched = _touched_shards(connection, dataset, found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
-    return Removal(by, len(entries), len(listed), len(same), len(alike), num_copies, unknown, touched)
+    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
@@ -172,7 +172,7 @@ class _Search:
         sha256s = "SELECT sha256 FROM seen WHERE sha256 IS NOT NULL AND uid IN (SELECT unnest(?))"
         return self._uids(f"SELECT uid FROM seen WHERE sha256 IN ({sha256s})", [sorted(uids)]) - uids  # noqa: S608
 
-    def copies(self, uids: set[str]) -> set[str]:
+    def duplicates(self, uids: set[str]) -> set[str]:
         """Returns uids in the same groups of duplicates."""
         if not self._duplicates.exists():
             return set()

@@ -14,7 +14,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
-from sdtrain.dataset.s3.files import discard
+from sdtrain.dataset.s3.sync import discard
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, Table, record
 
@@ -67,7 +67,7 @@ class StageRewrite:
     def restamp(self, stage: Stage[Any]) -> None:
         """Updates the fingerprints of finished shards to the rewritten files of earlier stages."""
         if stage.inputs.keys() <= {stage.name}:
-            return  # no other stage is in its fingerprint, and what is may be out of reach by now
+            return  # no other stage is in its fingerprint, and its inputs may be out of reach by now
         for shard in self.finished.get(stage.name, []):
             entry = read_entry(self.dataset, stage.name, shard)
             if entry is None:

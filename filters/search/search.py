@@ -62,7 +62,7 @@ class Search:
         return is_stand_in(self._config)
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         """The number of searchable images."""
         return self._index.info.num_vectors
 
@@ -104,9 +104,9 @@ class Search:
         self._require_decisions(kept_only)
         fetched = top
         while True:
-            cosines, numbers = self._index.nearest(vectors, min(fetched, self.num_pictures))
+            cosines, numbers = self._index.nearest(vectors, min(fetched, self.num_images))
             found = self._hits(cosines, numbers, kept_only)
-            ends = fetched >= min(self.num_pictures, _MAX_LOOKED_AT) or bool((numbers < 0).any())
+            ends = fetched >= min(self.num_images, _MAX_LOOKED_AT) or bool((numbers < 0).any())
             if ends or not kept_only or all(len(hits) >= top for hits in found):
                 return [hits[:top] for hits in found]
             fetched *= 4

@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from filters.search.hits import KEY, Hit, image_of, picture_bytes
+from filters.search.hits import KEY, Hit, image_bytes, image_of
 from filters.search.search import MAX_PICTURE_BYTES, Search, read_image
 from filters.search.sheet import PAGES, environment, small
 from sdtrain.errors import UserError
@@ -85,7 +85,7 @@ class SearchPage:
         by = asked["by"] or ("words" if self.search.is_stand_in else "meaning")
         context: dict[str, Any] = {"question": asked["q"][:_MAX_CHARS], "by": by, "only": asked["only"], "error": ""}
         context |= {"hits": None, "asked": "", "name": self.search.dataset.root.name}
-        context |= {"num_pictures": self.search.num_pictures, "is_exact": self.search.is_exact}
+        context |= {"num_images": self.search.num_images, "is_exact": self.search.is_exact}
         try:
             context["hits"], context["asked"] = self._find(asked, by)
             self._remember_shown(context["hits"] or [])
@@ -142,7 +142,7 @@ class SearchPage:
     async def _image(self, request: Request) -> Response:
         hit = await asyncio.to_thread(self._hit, request.path_params["key"])
         try:
-            content = await asyncio.to_thread(picture_bytes, self.search.dataset, hit) if hit else b""
+            content = await asyncio.to_thread(image_bytes, self.search.dataset, hit) if hit else b""
         except OSError:
             content = b""
         except UserError as error:
@@ -188,7 +188,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     loopback = host in ("127.0.0.1", "::1", "localhost")
     hosts = ["127.0.0.1", "localhost", "[::1]"] if loopback else ["*"]
     app = SearchPage(search, top).app(hosts)
-    print(f"{search.num_pictures:,} images of {search.dataset}", flush=True)
+    print(f"{search.num_images:,} images of {search.dataset}", flush=True)
     if not loopback:
         print("Everyone who reaches this address sees the images; there is no password.", flush=True)
     print(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/  (Ctrl-C ends it)", flush=True)

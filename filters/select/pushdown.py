@@ -59,11 +59,11 @@ def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator
         if kind == "VARCHAR":
             yield f"list_contains(?, lower({column}))", lower_case(value)
     elif kind in _WHOLE:
-        border = _nearest_whole(operator, value)
+        bound = _nearest_whole(operator, value)
         limit = 2 ** (_WHOLE[kind] - 1)
-        inside = max(-limit, min(limit - 1, border))
+        inside = max(-limit, min(limit - 1, bound))
         # Nothing passes a limit beyond the type's range.
-        beyond = border > inside if operator[0] == ">" else border < inside
+        beyond = bound > inside if operator[0] == ">" else bound < inside
         yield f"{column} {operator[0]}{'' if beyond else '='} CAST(? AS {kind})", inside
     elif kind in ("FLOAT", "DOUBLE"):
         yield f"{column} {operator[0]}= CAST(? AS {kind})", _nearest_float(operator, value, kind)
@@ -71,8 +71,8 @@ def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator
 
 def _nearest_whole(operator: str, value: float) -> int:
     """Returns the first whole number that satisfies `operator value`, for a comparison with "or equal"."""
-    borders = {">=": math.ceil(value), ">": math.floor(value) + 1, "<=": math.floor(value), "<": math.ceil(value) - 1}
-    return borders[operator]
+    bounds = {">=": math.ceil(value), ">": math.floor(value) + 1, "<=": math.floor(value), "<": math.ceil(value) - 1}
+    return bounds[operator]
 
 
 def _nearest_float(operator: str, value: float, kind: str) -> float:

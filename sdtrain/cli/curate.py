@@ -141,7 +141,7 @@ def remove(
     radius: Annotated[
         int | None,
         typer.Option(
-            help="What looks alike too: perceptual hashes that differ in at most this many bits.", min=0, max=16
+            help="Near-duplicates too: perceptual hashes that differ in at most this many bits.", min=0, max=16
         ),
     ] = None,
     dry_run: DryRun = False,

@@ -139,7 +139,7 @@ def _show(asked: Search, hits: list[Hit], title: str, output: Path | None, as_js
     if as_json:
         print(lines, end="")
     elif output is None:
-        names = ("nearness", "caption", "url", "key", "fate", "image")
+        names = ("similarity", "caption", "url", "key", "status", "image")
         print_table([{name: row[name] for name in names} for row in rows] or [{"nothing": "was found"}])
     if output is not None:
         print(output)

@@ -26,7 +26,7 @@ def status(
     directory: Annotated[str, typer.Argument(help="A dataset (its directory, or s3://…), or a training run.")],
     watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds, until Ctrl-C.")] = None,
 ) -> None:
-    """Show how far a dataset or a training run is, who is at work on it, and how long it will take."""
+    """Show how far a dataset or a training run is, which commands use it, and how long it will take."""
     from sdtrain.dataset.s3.url import is_s3
     from sdtrain.training.run_dir import is_run_dir
 
@@ -65,7 +65,7 @@ def _show_dataset(name: str) -> None:
     found: DatasetStatus = dataset_status(open_dataset(name))
     print(f"recipe: {found.recipe}")
     print_table([_row(stage) for stage in found.stages])
-    for sentence in found.users or ["Nobody is at work on it."]:
+    for sentence in found.users or ["No command uses it."]:
         print(sentence)
     print(f"{sum(stage.num_bytes for stage in found.stages) / 1e9:,.2f} GB written, {found.free_bytes / 1e9:,.0f} free")
 

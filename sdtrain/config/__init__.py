@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -78,8 +79,10 @@ class TrainConfig(Settings):
     overflow."""
     global_batch_size: DecidesSamples[int] = Field(default=2048, ge=1)
     """Samples in one optimizer step, over all ranks."""
-    micro_batch_size: Free[int] = Field(default=32, ge=1)
-    """Samples in one forward pass on one rank."""
+    micro_batch_size: Free[Annotated[int, Field(ge=1)] | Literal["auto"]] = 32
+    """Samples in one forward pass on one rank; changes the speed, not what a step computes. auto: the largest that
+    divides a rank's share of the global batch and fits: tried on GPUs before training, computed from the free memory on
+    CPUs; kept on resume wherever it fits."""
     steps: Free[int] = Field(ge=1)
     caption_dropout: DecidesSamples[float] = Field(default=0.0, ge=0, le=1)
     """Share of captions replaced by the empty string, for classifier-free guidance."""
@@ -106,6 +109,24 @@ class TrainConfig(Settings):
             raise ValueError(f"schedule.min_lr {self.schedule.min_lr} is above optimizer.lr {self.optimizer.lr}")
         return self
 
+    @model_validator(mode="after")
+    def _auto_can_be_found(self) -> TrainConfig:
+        if self.micro_batch_size == "auto" and self.speed.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"micro_batch_size: auto cannot foresee the memory that the CUDA graphs of speed.compile_mode: "
+                f"{self.speed.compile_mode} keep; give a number"
+            )
+        if self.micro_batch_size == "auto" and self.data.online_vae:
+            raise ValueError("micro_batch_size: auto does not count the VAE that data.online_vae runs; give a number")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """`micro_batch_size` as a number, once "auto" is decided (`sdtrain.training.micro_batch`)."""
+        if self.micro_batch_size == "auto":
+            raise AssertionError("the micro-batch is not decided yet")
+        return self.micro_batch_size
+
     @property
     def latent_size(self) -> int:
         """Height and width of the latents."""
@@ -116,27 +137,41 @@ class TrainConfig(Settings):
 
         UserError, with the nearest that do, if the global batch does not divide evenly.
         """
-        share = self.micro_batch_size * world_size
+        self.require_share(world_size)
+        return self.global_batch_size // (self.micro_batch * world_size)
+
+    def require_share(self, world_size: int) -> None:
+        """Refuses a global batch that so many ranks cannot share.
+
+        Raises:
+            UserError: names the nearest batches that they can.
+        """
+        auto = self.micro_batch_size == "auto"
+        share = world_size if auto else self.micro_batch * world_size
         if self.global_batch_size % share == 0:
-            return self.global_batch_size // share
+            return
         below = self.global_batch_size // share * share
         choices = " or ".join(str(size) for size in (below, below + share) if size)
+        sizes = "" if auto else f" in micro-batches of {self.micro_batch}"
         raise UserError(
-            f"global_batch_size {self.global_batch_size} cannot be shared by {world_size} ranks in micro-batches of "
-            f"{self.micro_batch_size}. Use global_batch_size {choices}, or {self._micro_choices(world_size)}."
+            f"global_batch_size {self.global_batch_size} cannot be shared by {world_size} ranks{sizes}. Use "
+            f"global_batch_size {choices}, or {self._micro_choices(world_size)}."
         )
 
     def micro_batches(self, world_size: int) -> list[int]:
-        """Sizes that divide a rank's share of the global batch, smallest first; none if there is no equal share."""
+        """Sizes that divide a rank's share of the global batch, smallest first; none if there is no equal share.
+
+        With aspect-ratio buckets they also divide `data.bucket_group`.
+        """
         if self.global_batch_size % world_size:
             return []
-        share = self.global_batch_size // world_size
-        return [size for size in range(1, share + 1) if share % size == 0]
+        whole = math.gcd(self.global_batch_size // world_size, self.data.bucket_group)
+        return [size for size in range(1, whole + 1) if whole % size == 0]
 
     def _micro_choices(self, world_size: int) -> str:
         if not (sizes := self.micro_batches(world_size)):
             return "another number of ranks"
-        return f"micro_batch_size {min(sizes, key=lambda size: (abs(size - self.micro_batch_size), size))}"
+        return f"micro_batch_size {min(sizes, key=lambda size: (abs(size - self.micro_batch), size))}"
 
     def digest(self) -> str:
         """Hex digest of all settings that distinguish runs."""

@@ -112,7 +112,7 @@ def lock_to_read(dataset: DatasetDir, command: str) -> DatasetLock:
 
 
 def _opened_to_read(path: Path) -> IO[str] | None:
-    """None for a read-only dataset without a lock file: nobody changes it from here."""
+    """None for a read-only dataset without a lock file, which cannot be changed from here."""
     for mode in ("a+", "r"):
         with suppress(OSError):
             return path.open(mode)
@@ -150,7 +150,7 @@ def _users(file: IO[str]) -> Iterator[str]:
             signed: dict[str, Any] = json.loads(line)
             if signed["host"] != socket.gethostname() or psutil.pid_exists(signed["pid"]):
                 yield (
-                    f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since "
+                    f"{signed['command']} is running (process {signed['pid']} on {signed['host']}, since "
                     f"{signed['since']})."
                 )
 

@@ -38,7 +38,7 @@ class Agreement:
     color: float
     shape: float
     both: float
-    num_pictures: int
+    num_images: int
 
 
 def classify(image: Image.Image) -> Verdict:

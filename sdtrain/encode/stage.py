@@ -22,7 +22,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
-from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
@@ -40,7 +40,7 @@ from sdtrain.encode.info import (
 from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
-from sdtrain.images.crops import Crop, bucket_of, chance, cut
+from sdtrain.images.crops import Crop, bucket_of, resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.images.prefetch import prefetch
 from sdtrain.models.device import cores_of_process
@@ -122,9 +122,11 @@ class _ShardEncoder:
             ) from error
         size, number = bucket_of(image.size, self._sizes), self._config.num_crops
         if number == 1 and self._config.crop == "centre":
-            return [cut(image, size, None)]
-        # One in each of `number` equal intervals, so that no two are alike by chance.
-        return [cut(image, size, (crop + chance("crop", key, crop)) / number) for crop in range(number)]
+            return [resize_and_crop(image, size, None)]
+        # One in each of `number` equal intervals, so that no two coincide.
+        return [
+            resize_and_crop(image, size, (crop + seeded_uniform("crop", key, crop)) / number) for crop in range(number)
+        ]
 
     def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
         """The moments of each crop of each sample; each batch has one size."""
@@ -267,5 +269,5 @@ ENCODE: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="crops", rate="encode_pictures", on="GPUs", writes=("crops", "latent_bytes")),
+    work=Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
 )

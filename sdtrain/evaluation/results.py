@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
@@ -33,7 +33,14 @@ class Results(Settings):
     """Name -> description."""
     notes: list[str]
     rows: list[dict[str, Any]]
-    """Per model and scale: `model`, `guidance_scale`, `num_pictures`, and each number with its spread."""
+    """Per model and scale: `model`, `guidance_scale`, `num_images`, and each number with its spread."""
+
+    @field_validator("rows")
+    @classmethod
+    def _former_count(cls, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Reads `num_pictures`, as earlier versions called `num_images`."""
+        former = {"num_pictures": "num_images"}
+        return [{former.get(name, name): value for name, value in row.items()} for row in rows]
 
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
@@ -73,7 +80,7 @@ def table_of(results: Results) -> list[dict[str, object]]:
     several = len({row["model"] for row in results.rows}) > 1
     return [
         ({"model": row["model"]} if several else {})
-        | {"guidance": f"{row['guidance_scale']:g}", "images": row["num_pictures"]}
+        | {"guidance": f"{row['guidance_scale']:g}", "images": row["num_images"]}
         | {name: _cell(row, name) for name in results.metrics}
         for row in results.rows
     ]

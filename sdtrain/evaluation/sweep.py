@@ -98,7 +98,7 @@ class Sweep:
         for model in self.models:
             for scale in self.protocol.scales:
                 drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
-                about = {"model": model.label, "guidance_scale": scale, "num_pictures": self.protocol.num_prompts}
+                about = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
                 rows.append(about | numbers(metrics, drawn, captions))
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
         results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)

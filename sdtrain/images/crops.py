@@ -26,7 +26,7 @@ class Crop:
     source_px: Size
 
 
-def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
+def resize_and_crop(image: Image.Image, size_px: Size, place: float | None) -> Crop:
     """Resizes an RGB image (bicubic, antialiased) to just cover a width and height, then crops it.
 
     `place` is the relative offset along the excess side, from 0 (left or top) up to 1; None for the centre. The
@@ -42,7 +42,7 @@ def cut(image: Image.Image, size_px: Size, place: float | None) -> Crop:
     return Crop(pixels, tuple(round(edge / scale, 2) for edge in edges), image.size)  # type: ignore[arg-type]
 
 
-def chance(*names: object) -> float:
+def seeded_uniform(*names: object) -> float:
     """A number in [0, 1) determined by the names."""
     digest = hashlib.blake2b(" ".join(str(name) for name in names).encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
-from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.errors import UserError
-from sdtrain.images.crops import chance, cut
+from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
@@ -70,7 +70,8 @@ class ImageStore(SampleStore):
                 fetched.uids[position], fetched.captions[position] = uid, members["txt"].decode()
                 if rows is not None:
                     image = decode_rgb(members[image_extension(members)])
-                    crop = cut(image, (self._resolution,) * 2, chance("crop", seed, uid, int(epochs[position])))
+                    place = seeded_uniform("crop", seed, uid, int(epochs[position]))
+                    crop = resize_and_crop(image, (self._resolution,) * 2, place)
                     rows[position] = crop.pixels.transpose(2, 0, 1)
             except (UserError, OSError, KeyError, ValueError, tarfile.TarError, pa.ArrowException) as error:
                 shard = int(np.searchsorted(self._ends, index, side="right"))

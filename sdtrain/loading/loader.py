@@ -94,7 +94,7 @@ class BatchMaker:
     def make(self, step: int, micro_step: int) -> MicroBatch:
         """The rank's share of micro-step `micro_step` of optimizer step `step`."""
         config = self._config
-        samples = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch_size)
+        samples = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch)
         return self.assemble(samples, step, config.caption_dropout)
 
     def assemble(self, samples: SampleIndices, step: int, caption_dropout: float) -> MicroBatch:
@@ -145,7 +145,7 @@ class BatchMaker:
         return self.make(step, micro_step).pinned()
 
     def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
-        """Reads samples into `rows`, replacing damaged ones if `data.on_corrupt` says so.
+        """Reads samples into `rows`; `data.on_corrupt: skip` replaces damaged ones.
 
         A substitute is drawn from (seed, sample, attempt) within its dataset and size: equal on every rank and resume.
         """

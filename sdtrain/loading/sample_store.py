@@ -45,7 +45,7 @@ class Fetched:
 
 
 class SampleStore(ABC):
-    """Samples by number, which go by size.
+    """Samples, numbered size by size.
 
     Attributes:
         sizes: height and width of the latents.

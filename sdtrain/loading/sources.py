@@ -142,7 +142,8 @@ def _hold_out(shard_sizes: NDArray[np.int64], num_samples: int) -> None:
 
 
 def _group(store: SampleStore, config: TrainConfig) -> int:
-    group, micro, whole = config.data.bucket_group, config.micro_batch_size, config.global_batch_size
+    group, whole = config.data.bucket_group, config.global_batch_size
+    micro = 1 if config.micro_batch_size == "auto" else config.micro_batch  # auto takes one that divides the group
     if len(store.sizes) > 1 and not group:
         raise UserError(
             f"The latents in {config.data.name} have {len(store.sizes)} sizes. Set data.bucket_group to a multiple of "

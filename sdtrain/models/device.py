@@ -1,4 +1,4 @@
-"""Spreads a machine's GPUs evenly over its processes."""
+"""Spreads a machine's GPUs evenly over its processes, and tells the host memory left to this one."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+import psutil
+
 if TYPE_CHECKING:
     import torch
 
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _claims: list[IO[str]] = []  # open while the process lives: the lock ends with the file
 
 
@@ -23,6 +26,37 @@ def cores_of_process() -> int:
 
     num_gpus = torch.cuda.device_count()
     return max(2, len(os.sched_getaffinity(0)) // num_gpus) if num_gpus else 2
+
+
+def available_memory_bytes() -> int:
+    """Host memory that this process may still take: the machine's, or what its control group (a container) leaves."""
+    free = psutil.virtual_memory().available
+    left = [limit - used for limit, used in (_limit(folder) for folder in _control_groups()) if limit is not None]
+    return max(0, min([free, *left]))
+
+
+def _control_groups() -> list[Path]:
+    """This process's group and those around it; of version 2, else version 1's for memory."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    names = {kind: name for _, kind, name in (line.split(":", 2) for line in lines)}
+    root, name = (_CGROUPS / "memory", names["memory"]) if "memory" in names else (_CGROUPS, names.get("", "/"))
+    own = root / name.lstrip("/")
+    return [own, *(parent for parent in own.parents if parent.is_relative_to(root))]
+
+
+def _limit(folder: Path) -> tuple[int | None, int]:
+    """A control group's limit and use, without the file cache that it could drop; no limit where there is none."""
+    for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            bound, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return None if bound == "max" else int(bound), taken - int(stat.get("inactive_file", 0))
+    return None, 0
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,7 @@
 """Convolution weights that stay channels_last in a flat optimizer state: stored as (O, kH, kW, I), used permuted.
 
-An optimizer that keeps all parameters in one flat vector (DeepSpeed's ZeRO) drops their strides, so a weight that shall
-reach the convolution in channels_last must be contiguous in that order. State dicts have the usual (O, I, kH, kW).
+An optimizer that keeps all parameters in one flat vector (DeepSpeed's ZeRO) drops their strides, so a weight must be
+contiguous in channels_last order to reach the convolution that way. State dicts have the usual (O, I, kH, kW).
 """
 
 from __future__ import annotations

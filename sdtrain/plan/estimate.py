@@ -14,6 +14,8 @@ from sdtrain.impact.gpus import board_watts
 from sdtrain.plan.rates import Rates, find_rate, stated_speed
 from sdtrain.plan.speeds import Load, SpeedEstimate, estimate_speed, require_gpu
 
+_LARGE_MICRO_BATCH = 32
+
 
 @dataclass(frozen=True)
 class Machines:
@@ -70,7 +72,7 @@ class Planner:
         """The stages of a dataset but for those of `not_counted`; UserError if a recipe or size has no rates."""
         amounts = self._amounts(job)
         sizes = {
-            "picture_bytes": self._value(_nearest_size(job.image_px)),
+            "image_bytes": self._value(_nearest_size(job.image_px)),
             "latent_bytes": latent_bytes(job.resolution),
         }
         lines = []
@@ -99,7 +101,7 @@ class Planner:
         stated = self._rates.get(stated_speed(machines.gpu, resolution))
         speed = estimate_speed(load) if stated is None else SpeedEstimate(stated.value, str(stated))
         remarks = [*speed.remarks]
-        if load.micro_batch < config.micro_batch_size and stated is None:
+        if load.micro_batch < _wanted_micro_batch(config) and stated is None:
             remarks.insert(0, _small_micro_batch(config, load))
         num = config.steps * config.global_batch_size
         line = self._on_gpus(config.name, "train", num, 0.0, speed.images_per_s, speed.source)
@@ -166,8 +168,13 @@ def total(lines: Sequence[Line]) -> Line:
 
 def _micro_batch(config: TrainConfig, num_gpus: int) -> int:
     if not (sizes := config.micro_batches(num_gpus)):
-        config.accumulation(num_gpus)  # raises if they cannot
-    return max(size for size in sizes if size <= config.micro_batch_size)
+        config.require_share(num_gpus)  # raises
+    return max(size for size in sizes if size <= _wanted_micro_batch(config))
+
+
+def _wanted_micro_batch(config: TrainConfig) -> int:
+    """The config's; for auto, as large as those of most published speeds."""
+    return _LARGE_MICRO_BATCH if config.micro_batch_size == "auto" else config.micro_batch
 
 
 def _small_micro_batch(config: TrainConfig, load: Load) -> str:
@@ -180,4 +187,4 @@ def _small_micro_batch(config: TrainConfig, load: Load) -> str:
 
 def _nearest_size(image_px: int) -> str:
     sizes = (256, 512, 1024)
-    return f"picture_bytes_{min(sizes, key=lambda size: abs(size - image_px))}"
+    return f"image_bytes_{min(sizes, key=lambda size: abs(size - image_px))}"

@@ -33,7 +33,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this process writes the files that all ranks share."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
@@ -51,6 +51,10 @@ class Ranks:
             total = total.clone()
             dist.all_reduce(total, group=self.group)
         return total
+
+    def smallest(self, value: int) -> int:
+        """The smallest of the ranks' values."""
+        return min(self.gather([value]))
 
     def gather(self, values: list[ItemT]) -> list[ItemT]:
         """Interleaves the ranks' lists, which hold the results of `work[rank::world_size]`."""

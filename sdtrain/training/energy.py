@@ -1,4 +1,4 @@
-"""Counts what a training run spends, on all of its ranks."""
+"""Measures the energy of a training run on all of its ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Meter:
             read = [counter.joules() for counter in self._counters]
             known = [joules for joules in read if joules is not None]
             if len(known) < len(read):
-                self._counters = None  # what it missed cannot be known any more
+                self._counters = None  # what it missed is lost
                 return None
             return sum(known)
 
@@ -72,7 +72,7 @@ class EnergyRecorder:
         self._started, self._core_s = time.monotonic(), _core_seconds()
 
     def add(self, step: int) -> None:
-        """Writes what was spent until `step`."""
+        """Writes the energy spent until `step`."""
         hours = (time.monotonic() - self._started) / 3600
         gpu, cpu = self._gpu.joules(), self._cpu.joules()
         host_hours = hours * self._leads_host
@@ -92,7 +92,7 @@ class EnergyRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the threads that read."""
+        """Ends the polling threads."""
         self._gpu.close()
         self._cpu.close()
 

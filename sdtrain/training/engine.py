@@ -37,7 +37,7 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
     """
     bucket = min(_BUCKET_NUMEL, num_parameters)
     settings: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.max_grad_norm,
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": bucket},

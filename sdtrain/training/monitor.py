@@ -108,7 +108,7 @@ class Trackers:
     """Writes to all trackers, on the first rank; discards points after `first_step`, where training resumes."""
 
     def __init__(self, folder: Path, config: TrainConfig, first_step: int):
-        # The import takes a second, which ranks that write nothing need not spend.
+        # The import takes a second, which ranks that write nothing can save.
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
@@ -132,7 +132,7 @@ class Trackers:
             self._wandb.log({name: wandb.Image(image)}, step=step)
 
     def close(self) -> None:
-        """Ends all of them; what was written stays."""
+        """Ends all trackers; written points stay."""
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

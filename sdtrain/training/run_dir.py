@@ -77,6 +77,10 @@ class RunDir:
             return config
         return config.model_copy(update={"precision": load_settings(TrainConfig, self._config).precision})
 
+    def kept_micro_batch(self) -> int | None:
+        """The micro-batch of the run so far, if there is one."""
+        return load_settings(TrainConfig, self._config).micro_batch if self._config.exists() else None
+
     def lock(self) -> DatasetLock:
         """Locks the directory until closed or until this process ends, kill -9 included.
 

@@ -191,6 +191,6 @@ class TrainingState:
         return (
             f"{config.name}: {self.engine.module.num_parameters():,} parameters, {len(self._batches):,} latents, "
             f"{ranks.world_size} x {device}, batch {config.global_batch_size} = {ranks.world_size} ranks x "
-            f"{self.accumulation} micro-steps x {config.micro_batch_size}, ZeRO-{config.zero_stage}, "
+            f"{self.accumulation} micro-steps x {config.micro_batch}, ZeRO-{config.zero_stage}, "
             f"{config.precision}, from step {step} to {config.steps}, output {self._run_dir.path}"
         )

@@ -1,8 +1,8 @@
-"""The loss on held-out samples, at fixed timesteps with fixed noise: one number that can be compared between steps.
+"""Measures the loss on held-out samples at fixed timesteps with fixed noise, comparable between steps.
 
-Training loss is mostly noise of the timesteps that a batch happens to draw. Here every sample is tried at the same
-timesteps, with the same noise and its own caption, as in MLPerf's text-to-image benchmark (mlcommons/training,
-text_to_image/README.md: loss averaged over 8 equidistant timesteps).
+Training loss is mostly noise from a batch's random timesteps. Here every sample has the same timesteps, the same noise
+and its own caption, as in MLPerf's text-to-image benchmark (mlcommons/training, text_to_image/README.md: loss averaged
+over 8 equidistant timesteps).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Validation:
 
         Calls `moved` before each batch, because validation may exceed the watchdog's timeout.
         """
-        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch_size
+        rank, world_size, size = self._ranks.rank, self._ranks.world_size, self._config.micro_batch
         found = torch.zeros(len(self.timesteps), len(self._indices), dtype=torch.float64)
         mine = np.arange(rank, len(self._indices), world_size)
         most = -(-len(self._indices) // world_size)

@@ -36,13 +36,13 @@ class Heartbeat(Settings):
     host: str
     pid: int
     started: float
-    """When the process was created; tells it from a later one with the same number."""
+    """Creation time of the process, which distinguishes it from a later one with the same id."""
     pulse: int
-    """Goes up as long as the process lives, whatever its main thread does."""
+    """Grows while the process lives, whatever its main thread does."""
     num_moves: int
-    """Goes up with every phase of every step; all ranks go through the same ones, in the same order."""
+    """Grows with every phase of every step; all ranks pass the same ones, in the same order."""
     place: str
-    """Where the main thread is, for people."""
+    """The main thread's position, for messages."""
 
 
 class Watchdog:
@@ -65,7 +65,7 @@ class Watchdog:
         self._num_moves += 1
 
     def follow(self, batches: Iterator[ItemT], step: int) -> Iterator[ItemT]:
-        """Passes the micro-batches of a step on, and marks the waiting for each and the work on it."""
+        """Passes on a step's micro-batches, marking the wait for each and the work on it."""
         self.at(step, "waiting for data")
         for batch in batches:
             self.at(step, "a pass through the network")
@@ -102,7 +102,7 @@ class Watchdog:
                 return
 
     def _give_up(self) -> None:
-        """Tells who is behind, once for all ranks; ends this process, and those on this machine that do not answer."""
+        """Names the ranks behind, once for all ranks; ends this process and unresponsive ones on this machine."""
         before = self._all_beats()
         for _ in range(3):
             time.sleep(self._pulse_s)
@@ -179,7 +179,7 @@ def _describe(rank: int, beat: Heartbeat | None) -> str:
 
 
 def _kill_if_here(beat: Heartbeat) -> None:
-    """Ends a process that does not answer: a stopped one does not hear the launcher's SIGTERM."""
+    """Kills an unresponsive process: a stopped one does not react to the launcher's SIGTERM."""
     if beat.host == socket.gethostname():
         with suppress(psutil.Error):
             process = psutil.Process(beat.pid)

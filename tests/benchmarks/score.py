@@ -38,7 +38,7 @@ from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from tests.benchmarks.image_server import draw_photo
+from tests.benchmarks.photos import draw_photo
 from tests.image_fixtures import Fetched, write_downloads
 
 SIDE_PX, QUALITY, NUM_DRAWN = 512, 95, 64
@@ -46,12 +46,12 @@ TURNS, QUICK_TURNS = 3, 2
 CUDA = torch.cuda.is_available()
 
 
-def make_shards(folder: Path, num_pictures: int, per_shard: int) -> DatasetDir:
+def make_shards(folder: Path, num_images: int, per_shard: int) -> DatasetDir:
     """Downloaded shards of photo-like images; drawn ones come again and again, which no decoder can know."""
     with ProcessPoolExecutor() as processes:
-        contents = list(processes.map(_image, range(min(NUM_DRAWN, num_pictures)), chunksize=4))
-    print(f"{num_pictures:,} images of {SIDE_PX} px, {statistics.mean(map(len, contents)) / 1e3:.0f} kB on average")
-    captions = [f"photo number {i} of a house by the sea, summer {i % 90}" for i in range(num_pictures)]
+        contents = list(processes.map(_image, range(min(NUM_DRAWN, num_images)), chunksize=4))
+    print(f"{num_images:,} images of {SIDE_PX} px, {statistics.mean(map(len, contents)) / 1e3:.0f} kB on average")
+    captions = [f"photo number {i} of a house by the sea, summer {i % 90}" for i in range(num_images)]
     rows = [Fetched(contents[i % len(contents)], caption=caption) for i, caption in enumerate(captions)]
     return write_downloads(folder, rows, per_shard)
 
@@ -97,13 +97,13 @@ def run_plain(dataset: DatasetDir, config: ScoreConfig, models: Models, shards: 
                 scores.cpu()
 
 
-def run_networks(models: Models, batch_size: int, num_pictures: int) -> None:
+def run_networks(models: Models, batch_size: int, num_images: int) -> None:
     """The networks on one batch in the device's memory, until they have seen as many images."""
     assert models.preprocess is not None
     side = models.preprocess.size_px
     clip, watermark = (torch.randn(batch_size, 3, px, px, device=models.device) for px in (side, WATERMARK_PX))
     tokens = models.tokenizer(["photo of a house by the sea"] * batch_size).to(models.device)
-    for _ in range(num_pictures // batch_size):
+    for _ in range(num_images // batch_size):
         scores = _forward(models, clip, watermark, tokens)
     scores[0].cpu()
 
@@ -137,15 +137,15 @@ def _timed(work: Callable[[], object]) -> float:
 
 def measure(folder: Path, quick: bool) -> dict[str, float]:
     """All rates, side by side, and their ratios."""
-    config, num_pictures, num_shards = settings(quick)
-    dataset, shards = make_shards(folder, num_pictures, num_pictures // num_shards), list(range(num_shards))
+    config, num_images, num_shards = settings(quick)
+    dataset, shards = make_shards(folder, num_images, num_images // num_shards), list(range(num_shards))
     models = load_models(config)
     print(
         f"{config.clip_model}, {config.dtype}, batches of {config.batch_size} on {models.device}; decode: "
         f"{config.decode}, {num_threads()} threads of {os.cpu_count()} cores; torch: {torch.get_num_threads()} threads"
     )
     contenders = {
-        "networks": lambda: run_networks(models, config.batch_size, num_pictures),
+        "networks": lambda: run_networks(models, config.batch_size, num_images),
         "ours": lambda: run_ours(dataset, config, shards),
         "plain": lambda: run_plain(dataset, config, models, shards),
     }
@@ -158,10 +158,10 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     for _ in range(QUICK_TURNS if quick else TURNS):
         for name, work in contenders.items():
             seconds[name].append(_timed(work))
-            print(f"{name:9} {num_pictures / seconds[name][-1]:8.1f} images/s", flush=True)
+            print(f"{name:9} {num_images / seconds[name][-1]:8.1f} images/s", flush=True)
     decoded = decode_rate(dataset, models)
     if not CUDA:
-        shared = min(seconds["networks"]) / num_pictures + 1 / (decoded * num_threads())
+        shared = min(seconds["networks"]) / num_images + 1 / (decoded * num_threads())
         print(f"the best that networks and decoders can do on the same cores: {1 / shared:.1f} images/s")
     ratios = {
         name: statistics.median(a / b for a, b in zip(seconds[name], seconds["ours"], strict=True))
@@ -170,7 +170,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
     return {
         "vs_model_rate": round(ratios["networks"], 3),
         "vs_plain_loop": round(ratios["plain"], 2),
-        "images_per_s": round(num_pictures / min(seconds["ours"]), 1),
+        "images_per_s": round(num_images / min(seconds["ours"]), 1),
         "decode_per_s_per_core": round(decoded, 1),
     }
 

@@ -80,7 +80,7 @@ def test_a_second_build_of_one_dataset_ends_with_the_name_of_the_first(tmp_path:
         ended = build_dataset.fn(recipe="demo", metadata="x", output=str(tmp_path))
     assert isinstance(ended, State)
     assert ended.is_failed()
-    assert "sdtrain remove is at work" in str(ended.message)
+    assert "sdtrain remove is running" in str(ended.message)
 
 
 def test_deployments_that_the_readme_names_exist() -> None:

@@ -51,10 +51,10 @@ def test_on_two_ranks_the_rate_counts_optimizer_steps_and_every_rank_saves(confi
 
 
 def test_killed_at_any_moment_two_ranks_go_on_bit_for_bit(config, undisturbed, tmp_path):
-    chance, output, torn = random.Random(KILLS), tmp_path / "run", []
+    rng, output, torn = random.Random(KILLS), tmp_path / "run", []
     for number in range(KILLS):
         process = start(deepspeed(2, WATCHED), config, output, SLOW_DISK_S="0.3")
-        torn.append(kill_at_random(process, output, chance, in_a_write=number % 2 == 0))
+        torn.append(kill_at_random(process, output, rng, in_a_write=number % 2 == 0))
         assert not (output / "DONE").exists()
     code, text = finish(start(deepspeed(2), config, output))
     assert code == 0, text
@@ -66,7 +66,7 @@ def test_killed_at_any_moment_two_ranks_go_on_bit_for_bit(config, undisturbed, t
     assert not list((output / "checkpoints").glob(".*"))
 
 
-def kill_at_random(process, output, chance, in_a_write):
+def kill_at_random(process, output, rng, in_a_write):
     """Kills all once a new checkpoint is there: while the next is written, or some time later.
 
     Says whether the kill tore one.
@@ -78,7 +78,7 @@ def kill_at_random(process, output, chance, in_a_write):
             break
         time.sleep(0.002)
     if not in_a_write:
-        time.sleep(chance.uniform(0, 0.6))
+        time.sleep(rng.uniform(0, 0.6))
     os.killpg(process.pid, signal.SIGKILL)
     finish(process)
     return bool(list(folder.glob(".step-*.partial")))
@@ -154,5 +154,5 @@ def test_a_port_and_a_run_directory_that_another_job_has_are_told_in_a_sentence(
     with RunDir(tmp_path / "run").lock():
         code, text = finish(start(deepspeed(2), config, tmp_path / "run"))
     assert code != 0
-    assert f"error: {tmp_path / 'run'} is in use: training is at work (process {os.getpid()} on " in text
+    assert f"error: {tmp_path / 'run'} is in use: training is running (process {os.getpid()} on " in text
     assert "Traceback" not in text

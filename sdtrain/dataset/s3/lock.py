@@ -149,7 +149,7 @@ def holder(store: ObjectStore) -> str | None:
 def _said(content: bytes) -> str:
     with suppress(ValueError, KeyError, TypeError):
         signed = json.loads(content)
-        return f"{signed['command']} is at work (process {signed['pid']} on {signed['host']}, since {signed['since']})."
+        return f"{signed['command']} is running (process {signed['pid']} on {signed['host']}, since {signed['since']})."
     return "Another command uses it."
 
 
@@ -173,5 +173,5 @@ def check_lock_token(store: ObjectStore) -> None:
     if not token or held is None or token.encode() not in held.content:
         raise UserError(
             f"{store.url}: the command that this work is for has ended, or another one has taken the dataset over. "
-            "What was finished is kept; run the command again when nobody is at work."
+            "What was finished is kept; run the command again when no other command uses it."
         )

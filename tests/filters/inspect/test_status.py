@@ -86,7 +86,7 @@ def test_rate_and_time_left_come_from_when_shards_were_finished(dataset):
 def test_who_is_at_work_is_named_and_not_held_up(dataset):
     assert not dataset_status(dataset).users
     with lock_to_change(dataset, "sdtrain build"):
-        assert "sdtrain build is at work" in dataset_status(dataset).users[0]
+        assert "sdtrain build is running" in dataset_status(dataset).users[0]
         shown = CliRunner().invoke(app, ["status", str(dataset.root)])
     assert re.search(r"download +3/4 +300 +270 +30", shown.output)
     assert f"process {os.getpid()}" in shown.output

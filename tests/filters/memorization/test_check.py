@@ -45,7 +45,7 @@ def drawn(tmp_path):
 
 def test_the_planted_image_is_the_only_one_that_is_the_same(search, drawn):
     found = check_samples(search, read_samples(drawn), STRICT)
-    assert [found.count(kind) for kind in ("same", "alike", "new")] == [1, 0, len(NEW)]
+    assert [found.count(kind) for kind in ("same", "near-duplicate", "new")] == [1, 0, len(NEW)]
     first = found.verdicts[0]
     assert (first.sample.name, first.sample.prompt, first.kind) == ("00000.png", "a planted one", "same")
     assert first.neighbours[0].hit.caption == caption_of(PLANTED)
@@ -67,9 +67,9 @@ def test_samples_in_the_tars_of_an_evaluation_are_judged_alike(search, drawn, tm
     assert found.verdicts[0].sample.prompt == "a caption"
 
 
-def test_the_threshold_alone_calls_images_alike_and_the_notes_say_what_it_flags_by_itself(search, drawn):
+def test_the_threshold_alone_calls_images_near_duplicates_and_the_notes_say_what_it_flags_by_itself(search, drawn):
     found = check_samples(search, read_samples(drawn), Limits(threshold=-1.0))
-    assert (found.count("same"), found.count("alike")) == (1, len(NEW))
+    assert (found.count("same"), found.count("near-duplicate")) == (1, len(NEW))
     assert found.calibration.summary()["nearest_other_flagged"] == 1
     assert "100.0% have another one at -1 or nearer" in found.notes[-1]
 
@@ -116,11 +116,11 @@ def test_the_command_writes_sheets_and_figures(embedded_dataset, drawn, tmp_path
         cli.main()
     assert not ended.value.code
     said = capsys.readouterr().out
-    assert "4 samples: 1 same, 0 alike, 3 new" in said
+    assert "4 samples: 1 same, 0 near-duplicate, 3 new" in said
     figures = json.loads((out / "memorised.json").read_text())
     assert (figures["num_samples"], figures["same"], figures["limits"]["threshold"]) == (4, 1, 0.9999)
     assert figures["samples"][0]["neighbours"][0]["caption"] == caption_of(PLANTED)
-    assert figures["calibration"]["num_pictures"] > 30
+    assert figures["calibration"]["num_images"] > 30
     with Image.open(out / "memorised.png") as sheet:
         assert sheet.height > 4 * 192
     assert "same: a planted one" in (out / "memorised.html").read_text()

@@ -88,15 +88,15 @@ def test_rows_without_an_image_go_too(dataset, photo_site):
     check_consistent(dataset, 2)
 
 
-def test_with_a_radius_what_looks_alike_goes_too_and_without_it_stays(dataset, photo_site):
+def test_with_a_radius_near_duplicates_go_too_and_without_it_stay(dataset, photo_site):
     (copy, original), port = next(iter(ALIKE.items())), photo_site[1]
     list_of = dataset.root.parent / "list.txt"
     list_of.write_text(uid_of(original, port))
     assert find_removal(dataset, list_of, "uid").num_samples == 1
-    assert "1 others count as copies of these and stay" in find_removal(dataset, list_of, "uid").sentences()[2]
+    assert "1 duplicates of these stay" in find_removal(dataset, list_of, "uid").sentences()[2]
     found = find_removal(dataset, list_of, "uid", radius=4)
-    assert found.num_copies_left == 0
-    assert (found.num_listed, found.num_alike) == (1, 1)
+    assert found.num_duplicates_left == 0
+    assert (found.num_listed, found.num_near_duplicates) == (1, 1)
     before = rows_of(dataset), members_of(dataset)
     remove(dataset, "uid", [uid_of(original, port)], radius=4)
     check_gone(before, dataset, port, {original, copy})

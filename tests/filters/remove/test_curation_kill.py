@@ -106,11 +106,11 @@ def contents(dataset: DatasetDir) -> dict[str, bytes]:
 
 
 def kill_again_and_again(forks, what, make, seconds):
-    """Datasets whose work was killed once and then done again; and how often the kill met it at work."""
-    chance, num_met = random.Random(3), 0
+    """Datasets whose work was killed once and then done again; and how often the kill met it running."""
+    rng, num_met = random.Random(3), 0
     for _ in range(KILLS):
         dataset = make("killed")
-        is_met = not forks.do(what, dataset, chance.uniform(0, seconds))
+        is_met = not forks.do(what, dataset, rng.uniform(0, seconds))
         num_met += is_met
         seconds *= 1 if is_met else 0.7  # the machine was busier when the time was taken
         assert forks.do(what, dataset)

@@ -72,7 +72,7 @@ def test_a_search_that_is_killed_while_it_writes_leaves_no_index_and_the_next_ma
         with pytest.raises(KeyboardInterrupt):
             open_index(dataset)
     assert not dataset.search.exists()
-    assert Search(dataset).num_pictures > 30
+    assert Search(dataset).num_images > 30
 
 
 def _interrupted(*_args, **_options):

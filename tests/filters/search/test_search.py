@@ -93,7 +93,7 @@ def test_the_index_is_made_once_and_anew_after_a_removal_which_leaves_nothing_of
     assert not dataset.search.exists()
     after = Search(dataset)
     found = after.by_images([photo(30)], top=100)[0]
-    assert after.num_pictures == before.num_pictures - 1 == len(found)
+    assert after.num_images == before.num_images - 1 == len(found)
     assert hits[0].uid not in {hit.uid for hit in found}
     assert after.by_words(hits[0].caption, 1)[0].uid != hits[0].uid
     assert after.by_key(hits[0].key) is None

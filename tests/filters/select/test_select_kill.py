@@ -65,10 +65,10 @@ def test_kill_9_at_random_moments_of_a_selection_then_rerun_gives_the_same_bytes
     expected = digests(tmp_path / "undisturbed")
     assert len(expected) > 100
 
-    root, chance, num_killed = tmp_path / "killed", random.Random(11), 0
+    root, rng, num_killed = tmp_path / "killed", random.Random(11), 0
     for _ in range(KILLS):
         process = start(root, metadata)
-        time.sleep(chance.uniform(0, ended - began))
+        time.sleep(rng.uniform(0, ended - began))
         num_killed += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -65,10 +65,10 @@ def test_the_second_to_change_it_is_told_who_is_at_work(dataset, hold):
     with pytest.raises(UserError) as error:
         lock_to_change(dataset, "sdtrain remove")
     found = str(error.value)
-    assert f"sdtrain build is at work (process {pid} on {socket.gethostname()}, since 20" in found
+    assert f"sdtrain build is running (process {pid} on {socket.gethostname()}, since 20" in found
     assert found.startswith(f"{dataset.root} is in use: ")
     assert found.endswith("Wait for the end, and run sdtrain remove again.")
-    with pytest.raises(UserError, match="sdtrain build is at work"):
+    with pytest.raises(UserError, match="sdtrain build is running"):
         lock_to_read(dataset, "training")
 
 
@@ -76,8 +76,8 @@ def test_readers_stand_beside_each_other_and_nobody_changes_it_meanwhile(dataset
     pid = hold("lock_to_read", "training")
     with lock_to_read(dataset, "sdtrain report"), pytest.raises(UserError) as error:
         lock_to_change(dataset, "sdtrain build")
-    assert f"training is at work (process {pid} " in str(error.value)
-    assert f"sdtrain report is at work (process {os.getpid()} " in str(error.value)
+    assert f"training is running (process {pid} " in str(error.value)
+    assert f"sdtrain report is running (process {os.getpid()} " in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["lock_to_change", "lock_to_read"])
@@ -137,4 +137,4 @@ def test_every_command_that_changes_it_asks(dataset, monkeypatch, capsys, argume
     with lock_to_change(dataset, "another"), pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
-    assert f"error: {dataset.root} is in use: another is at work" in capsys.readouterr().err
+    assert f"error: {dataset.root} is in use: another is running" in capsys.readouterr().err

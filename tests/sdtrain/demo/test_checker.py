@@ -27,7 +27,7 @@ def test_judges_clean_and_blurred_images(
     images: list[Image.Image], wanted: list[tuple[str, str]], radius_px: float
 ) -> None:
     found = agreement([image.filter(ImageFilter.GaussianBlur(radius_px)) for image in images], wanted)
-    assert found.num_pictures == 360
+    assert found.num_images == 360
     assert found.color >= 0.99
     assert found.shape >= 0.97
 

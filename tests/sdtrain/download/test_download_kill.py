@@ -48,12 +48,12 @@ def digests(build: Build) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths}
 
 
-def kill_again_and_again(build: Build, what: str, seconds: float, chance: random.Random) -> int:
+def kill_again_and_again(build: Build, what: str, seconds: float, rng: random.Random) -> int:
     """Starts the work some times, each time killed at a random moment; returns how often it was still running."""
     kills = 0
     for _ in range(KILLS_EACH):
         process = start(build, what)
-        time.sleep(chance.uniform(0.2, 0.8) * seconds)
+        time.sleep(rng.uniform(0.2, 0.8) * seconds)
         if process.poll() is None:
             kills += 1
             os.killpg(process.pid, signal.SIGKILL)
@@ -86,14 +86,14 @@ def finish(build: Build) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_download_killed_at_random_moments_gives_the_bytes_of_an_undisturbed_one(site, tmp_path):
-    urls, chance, kills = [*map(site.url, site.bodies), site.url("missing/1")], random.Random(3), 0
+    urls, rng, kills = [*map(site.url, site.bodies), site.url("missing/1")], random.Random(3), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     seconds = timed(undisturbed, "build")
     for number in range(4 * NUM_KILLS):
         if kills >= NUM_KILLS:
             break
         build = prepare(tmp_path / f"killed-{number}", urls, per_shard=8)
-        kills += kill_again_and_again(build, "build", seconds, chance)
+        kills += kill_again_and_again(build, "build", seconds, rng)
         finish(build)
         assert digests(build) == digests(undisturbed)
     assert kills >= NUM_KILLS
@@ -102,7 +102,7 @@ def test_a_download_killed_at_random_moments_gives_the_bytes_of_an_undisturbed_o
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_retry_killed_at_random_moments_loses_nothing(site, tmp_path):
-    urls, chance, kills = [*map(site.url, site.bodies)], random.Random(5), 0
+    urls, rng, kills = [*map(site.url, site.bodies)], random.Random(5), 0
     undisturbed = prepare(tmp_path / "undisturbed", urls, per_shard=8)
     undisturbed.run()
     failing = {path: 404 for number, path in enumerate(site.bodies) if number % 3 == 0}
@@ -117,7 +117,7 @@ def test_a_retry_killed_at_random_moments_loses_nothing(site, tmp_path):
         if kills >= NUM_KILLS:
             break
         copy = Build(DatasetDir(shutil.copytree(kept, tmp_path / f"killed-{number}")), build.recipe)
-        kills += kill_again_and_again(copy, "retry", seconds, chance)
+        kills += kill_again_and_again(copy, "retry", seconds, rng)
         finish(copy)
         retry_failed(copy.dataset, copy.recipe, reasons=["http_404"])
         assert digests(copy) == digests(undisturbed)

@@ -17,7 +17,7 @@ from sdtrain.encode.check import DecodeQuality, psnr_bound_db, require_good
 from sdtrain.encode.stage import ENCODE, drop_latents
 from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_vae
-from sdtrain.images.crops import bucket_sizes, chance, cut
+from sdtrain.images.crops import bucket_sizes, resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.latent_store import LatentStore
 from tests.sdtrain.encode.packed_fixtures import NUM_SAMPLES, RESOLUTION, Recipe, encode, write_packed
@@ -182,9 +182,9 @@ def test_the_bound_is_that_of_the_vae_unless_it_is_set():
 
 def test_a_place_along_the_side_reaches_both_ends():
     wide = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (50, 1, 3)))
-    assert cut(wide, (50, 50), 0.0).box == (0, 0, 50, 50)
-    assert cut(wide, (50, 50), 0.9999).box == (50, 0, 100, 50)
-    places = [chance("crop", number) for number in range(2000)]
+    assert resize_and_crop(wide, (50, 50), 0.0).box == (0, 0, 50, 50)
+    assert resize_and_crop(wide, (50, 50), 0.9999).box == (50, 0, 100, 50)
+    places = [seeded_uniform("crop", number) for number in range(2000)]
     assert abs(np.mean(places) - 0.5) < 0.02
     assert 0 <= min(places) < max(places) < 1
 

@@ -25,7 +25,7 @@ from sdtrain.encode.vae import encode_pixels
 from sdtrain.errors import UserError
 from sdtrain.formats import digests
 from sdtrain.formats.frozen import load_vae, vae_digest
-from sdtrain.images.crops import cut
+from sdtrain.images.crops import resize_and_crop
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.models.weights import DEMO_WEIGHTS
@@ -118,7 +118,7 @@ def test_each_latent_carries_caption_identity_crop_and_source_size(dataset):
     ],
 )
 def test_the_crop_is_the_centre_in_pixels_of_the_source(size, box):
-    crop = cut(Image.new("RGB", size), (RESOLUTION, RESOLUTION), None)
+    crop = resize_and_crop(Image.new("RGB", size), (RESOLUTION, RESOLUTION), None)
     assert crop.pixels.shape == (RESOLUTION, RESOLUTION, 3)
     assert crop.box == box
     assert crop.source_px == size
@@ -127,7 +127,7 @@ def test_the_crop_is_the_centre_in_pixels_of_the_source(size, box):
 @pytest.mark.parametrize("width", [65, 97, 131, 400])
 @pytest.mark.parametrize("height", [64, 99, 1000])
 def test_every_size_gives_a_full_crop(width, height):
-    assert cut(Image.new("RGB", (width, height)), (RESOLUTION, RESOLUTION), None).pixels.shape == (
+    assert resize_and_crop(Image.new("RGB", (width, height)), (RESOLUTION, RESOLUTION), None).pixels.shape == (
         RESOLUTION,
         RESOLUTION,
         3,
@@ -195,7 +195,9 @@ def test_a_vae_whose_latents_are_not_finite_is_refused(vae):
 
 def test_the_demos_vae_gives_images_back_from_their_latents():
     network = load_vae("demo")
-    pixels = np.stack([cut(scene_image(i, 512, 600), (RESOLUTION, RESOLUTION), None).pixels for i in range(8)])
+    pixels = np.stack(
+        [resize_and_crop(scene_image(i, 512, 600), (RESOLUTION, RESOLUTION), None).pixels for i in range(8)]
+    )
     means = torch.from_numpy(encode_pixels(network, pixels)[:, :4]).float()
     with torch.inference_mode():
         decoded = network.decode(means).sample.clamp(-1, 1).permute(0, 2, 3, 1).numpy()

@@ -48,7 +48,7 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
     assert [row["guidance_scale"] for row in written["rows"]] == [1.0, 3.0]
     assert set(written["metrics"]) == {"fid_demo_features", "kid_demo_features", "agreement_demo_checker"}
     for row in written["rows"]:
-        assert row["num_pictures"] == 6
+        assert row["num_images"] == 6
         for name in written["metrics"]:
             assert np.isfinite(row[name])
             assert np.isfinite(row[f"{name}_ci95" if not name.startswith("kid") else f"{name}_std"])
@@ -56,6 +56,9 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
     assert wanted | {"network_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
     assert "Only 6 images were drawn and 12 real images were taken for 96 features" in written["notes"][0]
     assert read_results(done.folder / "results.json") == done.results
+    former = (done.folder / "results.json").read_text().replace('"num_images"', '"num_pictures"')
+    (done.folder / "former.json").write_text(former)
+    assert read_results(done.folder / "former.json") == done.results
     with (done.folder / "results.csv").open() as file:
         assert [float(row["guidance_scale"]) for row in csv.DictReader(file)] == [1.0, 3.0]
     assert Image.open(done.folder / "curve.png").width > 500

@@ -12,7 +12,7 @@ from sdtrain.dataset.tars import read_samples
 from sdtrain.encode.vae import encode_pixels
 from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
-from sdtrain.images.crops import chance, cut
+from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import MixedStore, open_samples, require_samples
@@ -192,10 +192,10 @@ def test_the_vae_in_the_loop_sees_random_crops_of_packed_images(tmp_path, config
         assert type(there) is MicroBatch
         for place, (index, epoch) in enumerate(zip(picks.indices, picks.epochs, strict=True)):
             image = decode_rgb(packed[index][1]["webp"])
-            place_of_crop = chance("crop", config.seed, f"{index:032x}", int(epoch))
-            expected = encode_pixels(network, cut(image, (64, 64), place_of_crop).pixels[None].copy())[0]
+            place_of_crop = seeded_uniform("crop", config.seed, f"{index:032x}", int(epoch))
+            expected = encode_pixels(network, resize_and_crop(image, (64, 64), place_of_crop).pixels[None].copy())[0]
             np.testing.assert_allclose(there.moments[place].numpy(), expected, atol=0.02, rtol=0.02)
-    boxes = {chance("crop", config.seed, "a", epoch) for epoch in range(5)}
+    boxes = {seeded_uniform("crop", config.seed, "a", epoch) for epoch in range(5)}
     assert len(boxes) == 5
     assert len(list(maker.prefetch(0, 3, False))) == 6
 

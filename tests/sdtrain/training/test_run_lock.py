@@ -39,7 +39,7 @@ def holder(tmp_path):
 
 def test_a_second_process_is_refused_and_told_of_the_first(tmp_path, holder):
     host = re.escape(socket.gethostname())
-    with pytest.raises(UserError, match=rf"run is in use: training is at work \(process {holder.pid} on {host}, since"):
+    with pytest.raises(UserError, match=rf"run is in use: training is running \(process {holder.pid} on {host}, since"):
         RunDir(tmp_path / "run").lock()
 
 
@@ -53,7 +53,7 @@ def test_the_lock_goes_with_a_killed_process(tmp_path, holder):
 def test_the_command_refuses_before_it_joins_anything(tmp_path, world, holder, monkeypatch):
     monkeypatch.setattr("sdtrain.training.distributed.join", lambda *_: pytest.fail("the ranks were joined"))
     config = write_config(tmp_path / "c.yaml", *world)
-    with pytest.raises(UserError, match=r"run is in use: training is at work"):
+    with pytest.raises(UserError, match=r"run is in use: training is running"):
         run(parse_arguments(["--config", str(config), "--output", str(tmp_path / "run")]))
 
 

@@ -89,14 +89,14 @@ def kill_after(server, process: subprocess.Popen, prefix: str, stage: str, delay
 def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identical_objects(
     server, store, recipe, tmp_path
 ):
-    log, chance = tmp_path / "log", random.Random(3)
+    log, rng = tmp_path / "log", random.Random(3)
     run(server, ["build", str(recipe), "--output", f"s3://{BUCKET}/whole"], tmp_path / "a", log)
     whole = server.objects("whole")
 
     arguments = ["build", str(recipe), "--output", f"s3://{BUCKET}/killed"]
     for number, stage in enumerate(("download", "pack")):
         process = start(server, [*arguments, *(LEAN if number else [])], tmp_path / f"machine-{number}", log)
-        kill_after(server, process, "killed", stage, chance.uniform(0, 0.2))
+        kill_after(server, process, "killed", stage, rng.uniform(0, 0.2))
         time.sleep(3.5)  # until the lock of the killed one has expired
     run(server, [*arguments, *LEAN], tmp_path / "machine-last", log)
     killed = server.objects("killed")
@@ -139,12 +139,12 @@ def check_questions(target: str, folder: Path) -> None:
         return done.output
 
     status = asked("status")
-    assert "Nobody is at work on it." in status
+    assert "No command uses it." in status
     num_packed = int(asked("query", "SELECT count(*) FROM packed", "--format", "csv").split()[-1])
     assert re.search(rf"(?m)^ *pack\b.*\b{num_packed}\b", status)
     assert "http_404" in asked("funnel")
     words = [json.loads(line) for line in asked("search", "red", "--words", "--json", "--top", "3").splitlines()]
-    assert [word["nearness"] for word in words] == [1.0] * 3
+    assert [word["similarity"] for word in words] == [1.0] * 3
     asked("report")
     (work,) = (folder / "work").iterdir()
     assert list(work.glob("pictures/*.jpg")), "thumbnails of images that were never brought here whole"

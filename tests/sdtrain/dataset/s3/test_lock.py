@@ -28,9 +28,9 @@ def objects(name: str) -> ObjectStore:
 def test_a_second_machine_is_told_who_is_at_work_and_gets_the_dataset_afterwards(store, tmp_path):
     here, there = (dataset_at(f"s3://{BUCKET}/two", tmp_path / name) for name in ("here", "there"))
     with lock_to_change(here, "sdtrain build"):
-        with pytest.raises(UserError, match=r"in use: sdtrain build is at work \(process \d+ on .*run sdtrain remove"):
+        with pytest.raises(UserError, match=r"in use: sdtrain build is running \(process \d+ on .*run sdtrain remove"):
             lock_to_change(there, "sdtrain remove")
-        assert "sdtrain build is at work" in holder(objects("two"))
+        assert "sdtrain build is running" in holder(objects("two"))
     assert holder(objects("two")) is None
     lock_to_change(there, "sdtrain remove").close()
 
@@ -191,7 +191,7 @@ def test_without_a_holder_nothing_is_written(dataset):
         check_lock_token(objects)
     mirror = mirror_of(dataset)
     (dataset.root / "report.html").write_text("a report")
-    with pytest.raises(UserError, match="run the command again when nobody is at work"):
+    with pytest.raises(UserError, match="run the command again when no other command uses it"):
         mirror.push_files([dataset.root / "report.html"])
 
 

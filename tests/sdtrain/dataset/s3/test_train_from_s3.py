@@ -74,6 +74,6 @@ def test_training_is_told_who_changes_the_dataset(written, tmp_path):
     url, _ = written
     with (
         lock_to_change(dataset_at(url, tmp_path / "writer"), "sdtrain remove"),
-        pytest.raises(UserError, match=r"in use: sdtrain remove is at work .* start the training again"),
+        pytest.raises(UserError, match=r"in use: sdtrain remove is running .* start the training again"),
     ):
         training_root(url)
