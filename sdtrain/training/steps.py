@@ -17,7 +17,7 @@ from sdtrain.precision import torch_dtype
 from sdtrain.training.ema import Ema
 from sdtrain.training.gradients import FlatGradients
 from sdtrain.training.guards import StepGuard
-from sdtrain.training.update import PartitionUpdate
+from sdtrain.training.optimizer import PartitionUpdate
 from sdtrain.training.zero_partition import ZeroPartition
 
 

@@ -9,10 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtrain.config.sections import EmaConfig, GuardConfig
-from sdtrain.training import update
+from sdtrain.training import optimizer as optimizer_module
 from sdtrain.training.ema import Ema
-from sdtrain.training.optimizer import make_adamw, set_learning_rate
-from sdtrain.training.update import PartitionUpdate
+from sdtrain.training.optimizer import PartitionUpdate, make_adamw, set_learning_rate
 from tests.benchmarks.engine_traffic import python_calls
 from tests.sdtrain.training.toy_steps import ACCUMULATION, batch_of, config_of, loss_of, network, steps_of, train
 
@@ -74,7 +73,7 @@ def test_the_boundary_runs_as_many_operations_for_many_parameters_as_for_few(tmp
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_pass_in_chunks_is_adamw_then_the_average_then_the_copy(tmp_path, monkeypatch, fused):
-    monkeypatch.setattr(update, "_CPU_CHUNK", 64)
+    monkeypatch.setattr(optimizer_module, "_CPU_CHUNK", 64)
     size, config = 64 * 5 + 17, config_of(tmp_path, speed={"fused_adamw": fused})
     start, ema_config = torch.randn(size), EmaConfig(decay=0.9)
     ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
