@@ -14,7 +14,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
-from sdtrain.dataset.s3.files import discard
+from sdtrain.dataset.s3.sync import discard
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, Table, record
 

@@ -171,5 +171,5 @@ SCORE: Stage[Recipe] = Stage(
     ),
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="images", rate="score_pictures", on="GPUs", writes=("images", "score_row_bytes")),
+    work=Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
 )

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.manifest import bulk_reads, forget_entry, is_whole, read_entry, write_entry
 from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
 from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
@@ -72,13 +72,13 @@ Amount = Literal["metadata", "rows", "images", "kept", "crops"]
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a stage has to do, for `sdtrain plan` and the room on the disk, by the rates in sdtrain/plan/rates.yaml.
+    """A stage's work, for estimates of time and disk space by the rates in sdtrain/plan/rates.yaml.
 
     Attributes:
-        num: what goes in.
-        rate: how many of these a core or GPU does in a second.
+        num: the unit of its input.
+        rate: of these per second and core or GPU.
         on: what shares the work.
-        writes: what comes out, and the bytes of each; None if they are not worth counting.
+        writes: its output, and the bytes of each; None if negligible.
     """
 
     num: Amount
@@ -88,22 +88,22 @@ class Work:
 
 
 Openers = dict[str, Callable[[], str]]
-"""By setting: opens it as the stage will, and says in a few words what it found; UserError if the stage would fail."""
+"""By setting: opens it as the stage will, and describes what it found; UserError if the stage would fail."""
 
 
 def no_openers(recipe: object, num_rows: int = 0) -> Openers:
-    """For a stage that opens nothing of a recipe's."""
+    """For a stage that opens nothing named by the recipe."""
     return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs(Generic[RecipeT]):
-    """What is opened before a build begins, so that hours of work do not end at a mistyped name.
+    """Checks before a build begins, so that hours of work do not end at a mistyped name.
 
     Attributes:
         files: on this machine, or listed in a moment.
         networks: whose published weights are fetched if they are not here.
-        sized: what depends on the number of selected rows, which is the second argument.
+        sized: those that depend on the number of selected rows, the second argument.
     """
 
     files: Callable[[RecipeT], Openers]
@@ -200,7 +200,9 @@ def _declared(module: str, name: str) -> Any:
 
 def pending(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> list[int]:
     """Shards without finished output of this very configuration."""
-    return [shard for shard in stage.shards(dataset, recipe) if not is_finished(stage, dataset, recipe, shard)]
+    shards = stage.shards(dataset, recipe)
+    with bulk_reads():
+        return [shard for shard in shards if not is_finished(stage, dataset, recipe, shard)]
 
 
 def is_finished(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT, shard: int) -> bool:

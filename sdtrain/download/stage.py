@@ -138,5 +138,5 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,
     needs=NOTHING,
-    work=Work(num="rows", rate="download_pictures", on="cores", writes=("images", "picture_bytes")),
+    work=Work(num="rows", rate="download_images", on="cores", writes=("images", "image_bytes")),
 )

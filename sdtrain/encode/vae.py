@@ -81,8 +81,7 @@ def _loaded_vae(name: str, device: str, precision: str) -> AutoencoderKL:
 def check_vae(name: str) -> str:
     """Encodes and decodes a small image.
 
-    Raises:
-        UserError: no such VAE, or its latents are not four channels of an eighth of the image's side.
+    UserError if there is no such VAE, or its latents are not four channels of an eighth of the image's side.
     """
     import torch
 

@@ -17,7 +17,7 @@ from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.manifest import read_entry
-from sdtrain.dataset.s3.files import fetch_shard_file
+from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore
@@ -31,10 +31,11 @@ _EXPONENT = np.uint16(0x7C00)
 
 
 class LatentStore(SampleStore):
-    """The latents of one dataset.
+    """The latents of one dataset, for training on images of `resolution` pixels a side.
 
-    Opening reads only the tables' footers; a shard's rows are read when first needed, and few shards are open at once.
-    So start-up and memory depend on the number of shards, not of samples.
+    Opening reads only the tables' footers; a shard's rows are read when first needed, and at most `open_shards` are
+    open at once. So start-up and memory depend on the number of shards, not of samples. `verify` compares each tar with
+    its digest in the manifest before reading from it.
 
     Attributes:
         info: how the latents were made (`latents/info.json`).
@@ -42,12 +43,6 @@ class LatentStore(SampleStore):
         sizes: height and width of the latents; several with aspect-ratio buckets. Samples are numbered by size, and
             within a size in shard order.
         num_crops: crops of each image.
-
-    Args:
-        root: the dataset directory.
-        resolution: side of the training images, in pixels.
-        verify: compare each tar with its digest in the manifest before reading from it.
-        open_shards: most shards open at once.
     """
 
     def __init__(self, root: Path, resolution: int, verify: bool = False, open_shards: int = OPEN_SHARDS):

@@ -31,14 +31,12 @@ _DIGEST = b"table_digest"
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One shard's table, from its footer.
+    """One shard's table, from its footer, and the number of samples of each size.
 
     Attributes:
-        table: the Parquet file's name.
         stamp: its size in bytes and time of change, which show whether the rest is still valid.
         digest: sha256 of its footer, which holds counts, sizes, statistics and the digest of the rows.
         made_by: digest of the VAE.
-        samples: number of samples of each size.
     """
 
     table: str

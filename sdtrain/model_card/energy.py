@@ -9,7 +9,7 @@ from sdtrain.config.card import CardConfig
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.energy import Spent
 from sdtrain.impact.gpus import board_watts
-from sdtrain.model_card.dataset import DatasetFacts
+from sdtrain.model_card.records import DatasetFacts
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.rewriting import in_tar
-from sdtrain.dataset.s3.files import discard, read_part
+from sdtrain.dataset.s3.sync import discard, read_part
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Stage, Table, Work, nothing_beside
 from sdtrain.dataset.storage import storage_of
@@ -194,5 +194,5 @@ PACK: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=False,
     needs=NOTHING,
-    work=Work(num="kept", rate="pack_pictures", on="cores", writes=("kept", "picture_bytes")),
+    work=Work(num="kept", rate="pack_images", on="cores", writes=("kept", "image_bytes")),
 )

@@ -1,4 +1,4 @@
-"""Fetches a dataset's files from S3 before they are read, and evicts them from a work folder that is to stay small.
+"""Fetches and stores a dataset's files on S3, and evicts them from a work folder that is to stay small.
 
 Tables are fetched before a stage begins, tars when they are opened. A file in the work folder records whether large
 files are evicted, so that all workers of a build agree; tables stay.
@@ -7,6 +7,7 @@ files are evicted, so that all workers of a build agree; tables stay.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from sdtrain.dataset.layout import DatasetDir
@@ -53,9 +54,9 @@ def fetch_outputs(
     if not storage.is_remote:
         return
     if shards is None:
-        finished = entries(dataset, stage)
+        finished: Iterable[ShardReport] = entries(dataset, stage)
     else:
-        finished = [entry for shard in shards if (entry := read_entry(dataset, stage, shard))]
+        finished = (entry for shard in shards if (entry := read_entry(dataset, stage, shard)))
     wanted: dict[str, Stored | None] = {}
     for entry in finished:
         for name, output in entry.outputs.items():
@@ -108,3 +109,32 @@ def _evict(dataset: DatasetDir, entry: ShardReport) -> None:
         path = dataset.root / name
         if name.endswith(".tar") and path.exists() and storage.has_copy(name, output.sha256):
             path.unlink()
+
+
+def discard(dataset: DatasetDir, path: Path) -> None:
+    """Deletes a file of a dataset, on S3 first."""
+    storage_of(dataset).discard(path)
+
+
+def push_files(dataset: DatasetDir, *paths: Path) -> None:
+    """Stores on S3 files that no manifest entry lists."""
+    storage_of(dataset).push_files(paths)
+
+
+def read_part(dataset: DatasetDir, path: Path, offset: int, num_bytes: int) -> bytes:
+    """Reads part of a dataset's file; from S3, without fetching the whole."""
+    return storage_of(dataset).read_part(path, offset, num_bytes)
+
+
+def fetch_shard_file(root: Path, path: Path, stage: str) -> None:
+    """Fetches a file, named by its shard, of a stage's output if it is missing; does nothing for a local dataset.
+
+    `root` is the dataset's work folder. UserError if the file does not match the local manifest, or no longer does.
+    """
+    if path.exists():
+        return
+    dataset = DatasetDir(root)
+    storage = storage_of(dataset)
+    if storage.is_remote:
+        entry, name = read_entry(dataset, stage, int(path.stem)), dataset.relative(path)
+        storage.pull({name: entry.outputs.get(name) if entry else None})

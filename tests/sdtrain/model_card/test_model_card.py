@@ -11,7 +11,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.model_card import write_card
-from sdtrain.model_card.dataset import dataset_facts
+from sdtrain.model_card.records import dataset_facts
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config

@@ -2,16 +2,18 @@
 
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from filters.score.stage import SCORE
+from sdtrain.dataset.files import FINGERPRINT
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, is_whole, write_entry
 from sdtrain.dataset.open import dataset_at
-from sdtrain.dataset.s3.files import fetch_shard_file, read_part
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.sync import fetch_tables, keep_local
+from sdtrain.dataset.s3.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
@@ -90,6 +92,23 @@ def test_a_dataset_on_disk_alone_has_nowhere_to_let_files_go(tmp_path):
     keep_local(DatasetDir(tmp_path), kept=True)
     with pytest.raises(UserError, match=r"Only files of a dataset on s3:// .* Leave out --no-keep-local"):
         keep_local(DatasetDir(tmp_path), kept=False)
+
+
+def test_of_shards_that_another_machine_took_back_those_stay_that_say_what_they_are(dataset, store):
+    schema = pa.schema([("uid", pa.string())])
+    for path, metadata in ((dataset.images_table(0), {FINGERPRINT: "1"}), (dataset.scores(0), {})):
+        path.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"uid": ["a"]}, schema.with_metadata(metadata)), path)
+    dataset.images_tar(0).write_bytes(b"tar")
+    images, scores = [dataset.images_tar(0), dataset.images_table(0)], [dataset.scores(0)]
+    for stage, paths in (("download", images), ("score", scores)):
+        outputs = describe_outputs(dataset, paths)
+        write_entry(dataset, ShardReport(stage=stage, shard=0, num_in=1, num_out=1, outputs=outputs))
+        key = f"{parse_url(dataset.url).prefix}/manifest/{stage}/00000.json"
+        store.client.delete_object(Bucket=BUCKET, Key=key)
+    mirror_of(dataset).sync()
+    assert [entries(dataset, stage) for stage in ("download", "score")] == [[], []]
+    assert [path.exists() for path in (*images, *scores)] == [True, True, False]
 
 
 def test_a_process_that_has_an_old_list_deletes_what_came_since(dataset):
