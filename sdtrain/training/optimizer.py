@@ -14,6 +14,7 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.config.sections import OptimizerConfig, ScheduleConfig
 from sdtrain.preflight.training import check_moments
+from sdtrain.training.ema import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
