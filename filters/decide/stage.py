@@ -17,9 +17,9 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry, selected_shards, selection
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
-from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 

@@ -18,9 +18,9 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
 from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
-from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.storage import storage_of
+from sdtrain.dataset.sync import Part, evict_after, fetch_inputs, fetch_outputs
 
 
 @dataclass(frozen=True, kw_only=True)
