@@ -20,6 +20,7 @@ from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -210,5 +211,5 @@ DECIDE: Stage[Recipe] = Stage(
     ),
     uses_gpu=False,
     needs=NOTHING,
-    work=None,
+    work=WORK["decide"],
 )
