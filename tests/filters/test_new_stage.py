@@ -24,9 +24,9 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.open import open_to_ask
 from sdtrain.dataset.rewriting import in_tar
-from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Stage, Table, no_openers, nothing_beside, pending
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import write_samples
 from sdtrain.dataset.work import WORK, Work
 from sdtrain.errors import UserError
