@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _GENERAL = {
     *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
-    *("picture_bytes_256", "picture_bytes_512", "picture_bytes_1024"),
+    *("image_bytes_256", "image_bytes_512", "image_bytes_1024"),
 }
 """Rates shown with every plan; others are shown with their stages."""
 

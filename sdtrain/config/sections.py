@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdtrain.config.resuming import DecidesNetwork, DecidesObjective, DecidesSamples, Free, Tunable
 from sdtrain.settings import Settings
@@ -111,6 +111,12 @@ class ScheduleConfig(Settings):
         return self
 
 
+LONGEST_AVERAGE = 0.28
+"""Just below 1 / sqrt(12), the length of the plain mean of all weights."""
+AverageLength = Annotated[float, Field(ge=0.001, le=LONGEST_AVERAGE)]
+"""Standard deviation of an average's profile over the updates, relative to their number."""
+
+
 class EmaConfig(Settings):
     """Exponential moving average of the fp32 weights, updated once per optimizer step."""
 
@@ -118,13 +124,28 @@ class EmaConfig(Settings):
     """Largest decay, per optimizer step; the original code updates on every micro-batch."""
     warmup: Tunable[bool] = True
     """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
+    post_hoc: Free[tuple[AverageLength, ...]] = ()
+    """Lengths of more averages, such as [0.05, 0.1], of which a snapshot is kept beside each checkpoint for ever: from
+    them `sdtrain export --ema-length` makes an average of any length (EDM2: Karras et al. 2024, arXiv:2312.02696). Each
+    takes 4 bytes a parameter, shared by the ranks. They begin with the run."""
+    snapshots: Free[Literal["fp16", "fp32"]] = "fp16"
+    """Precision of those snapshots on disk."""
+
+    @field_validator("post_hoc")
+    @classmethod
+    def _lengths_differ(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{length:g}" for length in lengths}) < len(lengths):
+            raise ValueError("post_hoc names a length twice")
+        return lengths
 
 
 class SpeedConfig(Settings):
     """Settings that change a step's speed, and its result only by rounding; the defaults are safe everywhere."""
 
-    compile: Free[Literal["off", "regional", "whole"]] = "off"
-    """torch.compile: each transformer and residual block (a minute or two), or the whole UNet as one graph (longer)."""
+    compile: Free[Literal["off", "fused", "regional", "whole"]] = "off"
+    """torch.compile: only GroupNorm with its SiLU, and GEGLU, each fused (`fused`, the quickest to compile); each
+    transformer and residual block (`regional`, a minute or two); or the UNet as one graph (`whole`, longer). Off, norms
+    on CUDA leave channels_last, which costs two transposes each. Not measured on a GPU yet."""
     compile_mode: Free[Literal["default", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune"]] = "default"
     """`reduce-overhead` and `max-autotune` replay CUDA graphs."""
     channels_last: Free[bool | None] = None
@@ -178,6 +199,11 @@ class SpeedConfig(Settings):
     def _mode_has_effect(self) -> SpeedConfig:
         if self.compile == "off" and self.compile_mode != "default":
             raise ValueError("compile_mode has no effect while compile is off; set compile to regional or whole")
+        if self.compile == "fused" and self.compile_mode in ("reduce-overhead", "max-autotune"):
+            raise ValueError(
+                f"compile_mode: {self.compile_mode} replays CUDA graphs, which copy their inputs: too much for such "
+                "small parts as of compile: fused. Set compile to regional or whole, or compile_mode to default"
+            )
         return self
 
 

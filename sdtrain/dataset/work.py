@@ -28,11 +28,11 @@ class Work:
 
 WORK: dict[str, Work | None] = {
     "select": Work(num="metadata", rate="select_rows", on="cores", writes=("rows", "metadata_row_bytes")),
-    "download": Work(num="rows", rate="download_pictures", on="cores", writes=("images", "picture_bytes")),
-    "score": Work(num="images", rate="score_pictures", on="GPUs", writes=("images", "score_row_bytes")),
-    "dedup": Work(num="images", rate="dedup_pictures", on="one core", writes=None),
+    "download": Work(num="rows", rate="download_images", on="cores", writes=("images", "image_bytes")),
+    "score": Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
+    "dedup": Work(num="images", rate="dedup_images", on="one core", writes=None),
     "decide": None,
-    "pack": Work(num="kept", rate="pack_pictures", on="cores", writes=("kept", "picture_bytes")),
-    "encode": Work(num="crops", rate="encode_pictures", on="GPUs", writes=("crops", "latent_bytes")),
+    "pack": Work(num="kept", rate="pack_images", on="cores", writes=("kept", "image_bytes")),
+    "encode": Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
 }
 """The stages that `sdtrain plan` shows; None: their rates are not known."""

@@ -19,7 +19,11 @@ from sdtrain.images.decode import image_extension
 
 _TAR_SHA256 = b"sdtrain.tar_sha256"
 PLACE = pa.schema([("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())])
-"""Columns that locate a row's image in the tar without scanning its headers."""
+"""Columns that locate a row's image in the tar without scanning its headers.
+
+Their names are older than our word `image`. A shard made again must have the bytes of the one it replaces, or all that
+was made from it counts as changed, so the names stay.
+"""
 TABLE = pa.unify_schemas([SCHEMA, PLACE])
 
 

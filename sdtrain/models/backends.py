@@ -6,12 +6,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.errors import UserError
+from sdtrain.models.group_norm import GroupNormSilu
+from sdtrain.models.unet import memory_format
 
 _KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -48,8 +52,9 @@ def attention_kernels(config: SpeedConfig) -> AbstractContextManager[None]:
 def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
     """Compiles the UNet in place, on its first forward pass; its class and its parameters' names stay.
 
-    All batches have one shape, so every graph is specialised for it. UserError if the run must be deterministic, which
-    this PyTorch cannot promise for compiled code.
+    All batches have one shape, so every graph is specialised for it. Inductor is forced to keep channels_last: alone
+    it would not where a 3 x 3 convolution narrows by half or more, as in all of SD v1's up blocks. UserError if the run
+    must be deterministic, which this PyTorch cannot promise for compiled code.
     """
     if config.compile == "off":
         return
@@ -58,10 +63,21 @@ def compile_unet(unet: UNet2DConditionModel, config: SpeedConfig) -> None:
     elif config.deterministic:
         raise UserError("speed.deterministic holds for compiled code from PyTorch 2.10 on; set speed.compile to off.")
     torch._dynamo.config.recompile_limit = max(_MAX_SHAPES, torch._dynamo.config.recompile_limit)
+    torch._inductor.config.force_layout_optimization = memory_format(unet.device, config) is torch.channels_last
     mode = None if config.compile_mode == "default" else config.compile_mode
-    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
-    for module in [unet] if config.compile == "whole" else blocks:
+    for module in _compiled_parts(unet, config):
         module.compile(mode=mode, dynamic=False)
+
+
+def _compiled_parts(unet: UNet2DConditionModel, config: SpeedConfig) -> list[nn.Module]:
+    """The largest parts of `unet` that `config` wants compiled; none lies within another."""
+    if config.compile == "whole":
+        return [unet]
+    wanted = (GroupNormSilu, GEGLU) if config.compile == "fused" else (BasicTransformerBlock, ResnetBlock2D)
+    blocks = [module for module in unet.modules() if isinstance(module, wanted)]
+    inside = {part for block in blocks for part in block.modules()}
+    # `regional` leaves none of them to PyTorch, whose own norm is faster than the form that is compiled.
+    return blocks + [norm for norm in unet.modules() if isinstance(norm, GroupNormSilu) and norm not in inside]
 
 
 def begin_graphs(config: SpeedConfig) -> None:

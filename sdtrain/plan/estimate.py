@@ -71,7 +71,7 @@ class Planner:
         """The stages of a dataset but for those of `not_counted`; UserError if a recipe or size has no rates."""
         amounts = self._amounts(job)
         sizes = {
-            "picture_bytes": self._value(_nearest_size(job.image_px)),
+            "image_bytes": self._value(_nearest_size(job.image_px)),
             "latent_bytes": latent_bytes(job.resolution),
         }
         lines = []
@@ -186,4 +186,4 @@ def _small_micro_batch(config: TrainConfig, load: Load) -> str:
 
 def _nearest_size(image_px: int) -> str:
     sizes = (256, 512, 1024)
-    return f"picture_bytes_{min(sizes, key=lambda size: abs(size - image_px))}"
+    return f"image_bytes_{min(sizes, key=lambda size: abs(size - image_px))}"

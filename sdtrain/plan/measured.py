@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
@@ -30,11 +31,16 @@ class MeasuredSpeed(Settings):
     commit: str = ""
 
 
+def current_rate(name: str) -> str:
+    """The name of a rate that earlier versions called `encode_pictures` or `picture_bytes_512`."""
+    return name.replace("picture", "image")
+
+
 class MeasuredRate(Settings):
-    """Another stage's rate on a GPU, by its name in rates.yaml: `encode_pictures`, `score_pictures`."""
+    """Another stage's rate on a GPU, by its name in rates.yaml: `encode_images`, `score_images`."""
 
     gpu: str
-    name: str
+    name: Annotated[str, AfterValidator(current_rate)]
     value: float = Field(gt=0)
     """In the unit of rates.yaml."""
     source: str

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from sdtrain.errors import UserError
-from sdtrain.plan.measured import read_measured
+from sdtrain.plan.measured import current_rate, read_measured
 from sdtrain.plan.speeds import TFLOP_PER_IMAGE, published_speeds
 from sdtrain.settings import Settings, nearest
 
@@ -51,10 +51,11 @@ def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
         if ours.gpu == gpu:
             unit = find_rate(ours.name, rates).unit
             rates[ours.name] = Rate(value=ours.value, unit=unit, kind="measured", source=ours.source)
-    speeds = {stated_speed(known, px): "pictures/GPU/s" for known in published_speeds() for px in TFLOP_PER_IMAGE}
+    speeds = {stated_speed(known, px): "images/GPU/s" for known in published_speeds() for px in TFLOP_PER_IMAGE}
     units = speeds | {name: rate.unit for name, rate in rates.items()}
     for text in assumed:
         name, _, value = text.partition("=")
+        name = current_rate(name)
         if name not in units:
             raise UserError(f"There is no assumption '{name}'.{nearest(name, list(units))}")
         rates[name] = Rate(value=_number(text, value, units[name]), unit=units[name], kind="stated", source="yours")

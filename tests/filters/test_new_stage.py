@@ -30,7 +30,7 @@ from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import write_samples
 from sdtrain.dataset.work import WORK, Work
 from sdtrain.errors import UserError
-from sdtrain.model_card.dataset import dataset_facts
+from sdtrain.model_card.records import dataset_facts
 from sdtrain.preflight.checks import findings
 from tests.filters.removal_fixtures import NUM_ROWS, make_recipe, write_metadata
 from tests.sdtrain.dataset.s3.conftest import server  # noqa: F401 (a fixture)
@@ -89,7 +89,7 @@ TANG = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=no_openers, sized=no_openers),
-    work=Work(num="images", rate="score_pictures", on="GPUs", writes=("images", "score_row_bytes")),
+    work=Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
 )
 BEFORE = [stage.name for stage in STAGES].index("decide")
 RULE = Rule("sourness", "sourness <= ?", "sourer than {value}", stage="tang")

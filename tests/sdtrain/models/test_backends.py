@@ -70,9 +70,10 @@ def traced(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("how", ["regional", "whole"])
-def test_compiled_networks_give_the_same_gradients_under_the_same_names(traced, how):
-    assert_same_gradients(SpeedConfig(compile=how))
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("how", ["fused", "regional", "whole"])
+def test_compiled_networks_give_the_same_gradients_under_the_same_names(traced, how, channels_last):
+    assert_same_gradients(SpeedConfig(compile=how, channels_last=channels_last))
 
 
 @pytest.mark.long
@@ -141,6 +142,12 @@ def test_a_training_step_never_reads_from_the_device(tmp_path, world, ranks):
     assert reads.count > 0, "the counter counts"
 
 
+def test_small_parts_are_not_given_graphs():
+    content = {"name": "mine", "steps": 9, "speed": {"compile": "fused", "compile_mode": "reduce-overhead"}}
+    with pytest.raises(UserError, match="replays CUDA graphs, which copy their inputs: too much for such small parts"):
+        parse_settings(TrainConfig, content, "mine.yaml")
+
+
 def test_a_mode_without_compilation_is_refused():
     content = {"name": "mine", "steps": 9, "speed": {"compile_mode": "max-autotune"}}
     with pytest.raises(UserError, match="compile_mode has no effect while compile is off; set compile to regional"):
@@ -200,11 +207,11 @@ def test_deterministic_reaches_pytorch_and_is_taken_back(backends):
 
 def test_compiled_code_is_deterministic_or_refused(monkeypatch):
     for wanted in (True, False):
-        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=wanted))
+        compile_unet(build_unet(unet_config(), 8), SpeedConfig(compile="regional", deterministic=wanted))
         assert torch._inductor.config.deterministic is wanted
     monkeypatch.setattr("torch._inductor.config", object())
     with pytest.raises(UserError, match=r"holds for compiled code from PyTorch 2\.10 on; set speed\.compile to off"):
-        compile_unet(torch.nn.Module(), SpeedConfig(compile="regional", deterministic=True))
+        compile_unet(build_unet(unet_config(), 8), SpeedConfig(compile="regional", deterministic=True))
 
 
 def test_cublas_is_told_before_cuda_starts_unless_the_environment_forbids_it(monkeypatch):

@@ -47,7 +47,9 @@ def test_every_other_rate_says_where_it_is_from():
 
 
 def test_hours_disk_money_and_emissions_follow_from_the_rates():
-    rates = load_rates(["link_rot=0.5", "score_pictures=100", "encode_pictures=50", "cpu_cores=10"])
+    rates = load_rates(
+        ["link_rot=0.5", "score_images=100", "encode_pictures=50", "cpu_cores=10"]
+    )  # one by its old name
     machines = Machines(4, "h200", kg_per_kwh=0.5, price_per_gpu_hour=2.0)
     lines = {
         line.stage: line for line in Planner(rates, machines).dataset(DatasetJob("mine", 512, 512, 2, 3_600_000), WORK)

@@ -104,7 +104,7 @@ def test_a_gpu_that_only_we_have_measured_can_be_planned_with(ours):
 
 
 def test_measured_rates_of_other_stages_count_for_their_gpu_alone(ours):
-    rate = MeasuredRate(gpu="h200", name="encode_pictures", value=500, source="made up")
+    rate = MeasuredRate(gpu="h200", name="encode_pictures", value=500, source="made up")  # as earlier versions wrote
     record_measured(Measured(rates=(rate,)), ours)
     lines = {
         gpu: Planner(load_rates((), gpu), Machines(1, gpu)).dataset(DatasetJob("mine", 512, 512, 1, 1000), WORK)[-1]
