@@ -10,7 +10,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +31,14 @@ from sdtrain.encode.info import (
     CHECK_KEY,
     ROWS_KEY,
     SIZES_KEY,
+    TEXT_KEY,
     VAE_KEY,
     describe_rows,
     sizes_px,
     vae_digest_in,
     write_info,
 )
+from sdtrain.encode.text import check_text_embedder, shared_text_embedder
 from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
@@ -51,8 +53,9 @@ T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
+_TEXT = "text.npy"
 _DECODED_AHEAD = 2
-_DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_DECIDE_BYTES = {"text_embeddings", "precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -77,13 +80,17 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
         index = write_samples(temporary, encoder.encoded(read_samples(source)))
         placed = [row | latent_offset(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
         quality = _checked(temporary, placed, encoder, config)
-    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, quality)))
+    table = pa.Table.from_pylist(placed, _schema(config).with_metadata(_described(dataset, placed, config, quality)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     delete_index(dataset.latents_table(shard))
     write_info(dataset, config)
     outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
     return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
+
+
+def _schema(config: EncodeConfig) -> pa.Schema:
+    return _TABLE if config.text_embeddings == "none" else _TABLE.append(pa.field("text_offset", pa.int64()))
 
 
 class _ShardEncoder:
@@ -103,8 +110,10 @@ class _ShardEncoder:
         """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
-                for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
-                    yield self._member(sample, cut_out, moments)
+                texts = self._texts(part)
+                for sample, cut_out, moments, text in zip(part, crops, self._moments(crops), texts, strict=True):
+                    key, members = self._member(sample, cut_out, moments)
+                    yield key, members | text
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
@@ -127,6 +136,15 @@ class _ShardEncoder:
         return [
             resize_and_crop(image, size, (crop + seeded_uniform("crop", key, crop)) / number) for crop in range(number)
         ]
+
+    def _texts(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
+        """The member with each caption's embedding, where the recipe asks for it."""
+        if self._config.text_embeddings == "none":
+            return [{} for _ in samples]
+        embed = shared_text_embedder(self._config.text_encoder, self._config.text_embeddings)
+        captions = [json.loads(members["json"])["caption"] or "" for _, members in samples]
+        batches = (embed(batch) for batch in _parts(captions, self._config.batch_size))
+        return [{_TEXT: _npy(bits)} for batch in batches for bits in batch]
 
     def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
         """The moments of each crop of each sample; each batch has one size."""
@@ -176,6 +194,8 @@ def _described(
     """The table's own metadata."""
     columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
     described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: describe_rows(*columns)}
+    if digests := _text_digests(config):
+        described[TEXT_KEY] = digests[0]
     if len(sizes := sizes_px(config)) > 1:
         sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
         described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
@@ -191,12 +211,15 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
-    """The offset of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
-    member = sample.members[_MOMENTS]
+    """The offsets of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
+    columns = {"offset": _MOMENTS} | ({"text_offset": _TEXT} if _TEXT in sample.members else {})
     with tar.open("rb") as file:
-        file.seek(member.offset + 8)
-        header_bytes = int.from_bytes(file.read(2), "little")
-    return {"offset": member.offset + 10 + header_bytes}
+        return {column: _behind_header(file, sample.members[name].offset) for column, name in columns.items()}
+
+
+def _behind_header(file: IO[bytes], offset: int) -> int:
+    file.seek(offset + 8)
+    return offset + 10 + int.from_bytes(file.read(2), "little")
 
 
 def drop_latents(table: Path, uids: Collection[str]) -> None:
@@ -205,7 +228,7 @@ def drop_latents(table: Path, uids: Collection[str]) -> None:
     delete_index(table)
 
 
-def _npy(array: NDArray[np.float16]) -> bytes:
+def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -223,9 +246,17 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     # Only set options: those added later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
-    return fingerprint(
-        "encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest_in(dataset, recipe.encode.vae)]
-    )
+    digests = [vae_digest_in(dataset, recipe.encode.vae), *_text_digests(recipe.encode)]
+    return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], digests)
+
+
+def _text_digests(config: EncodeConfig) -> list[str]:
+    """The digest of the text encoder, where it is used."""
+    if config.text_embeddings == "none":
+        return []
+    from sdtrain.formats.frozen import text_encoder_digest  # late: it brings torch
+
+    return [text_encoder_digest(config.text_encoder)]
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -243,7 +274,11 @@ def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed
 
 
 def _networks(recipe: ImageRecipe) -> Openers:
-    return {"encode.vae": partial(check_vae, recipe.encode.vae)}
+    encode = recipe.encode
+    openers: Openers = {"encode.vae": partial(check_vae, encode.vae)}
+    if encode.text_embeddings != "none":
+        openers["encode.text_encoder"] = partial(check_text_embedder, encode.text_encoder, encode.text_embeddings)
+    return openers
 
 
 ENCODE: Stage[ImageRecipe] = Stage(
