@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 TESTS := -p xdist -n 2
 
-.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench docs lock clean
+.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench gpu-check docs lock clean
 
 setup: $(STAMP)
 
@@ -59,6 +59,10 @@ check: setup
 bench: setup
 	for name in $$(ls tests/benchmarks/*.py | xargs -n1 basename | grep -v '^_' | sed 's/\.py//'); do \
 		$(BIN)/python -m tests.benchmarks.$$name --quick || exit 1; done
+
+# For the few minutes in which a GPU is at hand; without one, the same at small size. ARGS="--budget 300 --only profile"
+gpu-check: setup
+	$(BIN)/python -m tests.gpu_check $(ARGS)
 
 docs: setup
 	$(BIN)/python -m tests.infra.architecture

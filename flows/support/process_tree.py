@@ -1,10 +1,12 @@
 """Runs a child process and leaves no process of its tree behind."""
 
+import math
 import os
 import queue
 import signal
 import subprocess
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,12 +29,16 @@ def run_tree(
     on_line: Callable[[str], None] = lambda line: None,
     environment: Mapping[str, str] | None = None,
     grace_s: float = GRACE_S,
+    timeout_s: float = math.inf,
 ) -> int:
     """Runs `command` in the main thread and returns its exit code; UserError if there is no such program.
 
     Output is redacted, appended to `log_file` and passed by line to `on_line`. When this returns or raises (as Prefect
     does in the main thread on cancellation) no process of the tree is left, orphans included. The child stays in our
     process group, so that a signal to the group reaches it even if we are killed.
+
+    Raises:
+        TimeoutError: it ran for `timeout_s`.
     """
     mark = uuid.uuid4().hex
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +47,7 @@ def run_tree(
     reader = threading.Thread(target=_read_lines, args=(process, log_file, lines), daemon=True)
     reader.start()
     try:
-        _forward_until_exit(process, lines, on_line)
+        _forward_until_exit(process, lines, on_line, time.monotonic() + timeout_s)
     finally:
         with _signals_wait():
             end_processes(_family(process, mark), grace_s)
@@ -104,17 +110,29 @@ def _read_lines(process: "subprocess.Popen[str]", log_file: Path, lines: "queue.
 
 
 def _forward_until_exit(
-    process: "subprocess.Popen[str]", lines: "queue.SimpleQueue[str | None]", on_line: Callable[[str], None]
+    process: "subprocess.Popen[str]",
+    lines: "queue.SimpleQueue[str | None]",
+    on_line: Callable[[str], None],
+    deadline: float,
 ) -> None:
     """Returns when the child has ended, even if its children hold the pipe open."""
     while process.poll() is None:
+        if time.monotonic() >= deadline:
+            raise TimeoutError
         with suppress(queue.Empty):
             line = lines.get(timeout=0.2)
             if line is None:
-                process.wait()
+                _wait(process, deadline)
                 lines.put(None)
                 return
             on_line(line)
+
+
+def _wait(process: "subprocess.Popen[str]", deadline: float) -> None:
+    try:
+        process.wait(None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError from error
 
 
 def _family(process: "subprocess.Popen[str]", mark: str) -> set[psutil.Process]:

@@ -15,7 +15,7 @@ from typing import Any, Generic, Literal
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.manifest import bulk_reads, forget_entry, is_whole, read_entry, write_entry
 from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
 from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
@@ -200,7 +200,9 @@ def _declared(module: str, name: str) -> Any:
 
 def pending(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> list[int]:
     """Shards without finished output of this very configuration."""
-    return [shard for shard in stage.shards(dataset, recipe) if not is_finished(stage, dataset, recipe, shard)]
+    shards = stage.shards(dataset, recipe)
+    with bulk_reads():
+        return [shard for shard in shards if not is_finished(stage, dataset, recipe, shard)]
 
 
 def is_finished(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT, shard: int) -> bool:

@@ -34,7 +34,8 @@ from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
 from sdtrain.dataset.tars import index_samples
 from sdtrain.download.stage import DOWNLOAD
-from tests.benchmarks.image_server import draw_photos, serve_photos
+from tests.benchmarks.image_server import serve_photos
+from tests.benchmarks.photos import draw_photos
 
 CONNECTIONS, PROCESSES, SHARDS_PER_PROCESS = 32, 2, 4
 NUM_SHARDS = PROCESSES * SHARDS_PER_PROCESS

@@ -18,6 +18,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -36,25 +38,45 @@ from sdtrain.dataset.tars import write_samples
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import posterior_moments, shared_vae
 from sdtrain.training.throughput import peak_flops
-from tests.benchmarks.image_server import draw_photo
+from tests.benchmarks.photos import draw_photo
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops
 from tests.full_size_vae import write_full_size_vae
 
-RESOLUTION = 512 if CUDA else 256
 PRECISION: Literal["fp16", "fp32"] = "fp16" if CUDA else "fp32"  # as the card multiplies fastest
-NUM_SHARDS, TURNS = 2, 3
+NUM_SHARDS = 2
 NUM_DRAWN = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is encoded.
+
+    Attributes:
+        resolution: of the latents' images, in pixels.
+        turns: of both sides.
+        write_vae: writes the network into a folder.
+    """
+
+    resolution: int
+    num_images: int
+    batch_size: int
+    turns: int = 1
+    write_vae: Callable[[Path], Path] = write_full_size_vae
+
+
+FULL = Size(512, 4096, 32, turns=3) if CUDA else Size(256, 8, 2, turns=3)
+QUICK = Size(512, 1024, 32) if CUDA else Size(256, 4, 2)
 
 
 class Recipe:
     """The part of a recipe that encoding reads."""
 
-    def __init__(self, vae: Path, batch_size: int):
+    def __init__(self, vae: Path, size: Size):
         self.pack = PackConfig()
         self.encode = EncodeConfig(
             vae=str(vae),
-            resolution=RESOLUTION,
-            batch_size=batch_size,
+            resolution=size.resolution,
+            batch_size=size.batch_size,
             precision=PRECISION,
             check_samples=0,
             min_psnr_db=0,
@@ -64,7 +86,8 @@ class Recipe:
 def write_packed(root: Path, num_images: int) -> DatasetDir:
     """A packed dataset of photo-like JPEG images; drawn ones come again and again."""
     dataset, per_shard = DatasetDir(root), num_images // NUM_SHARDS
-    images = [draw_photo(seed) for seed in range(min(NUM_DRAWN, num_images))]
+    with ProcessPoolExecutor() as processes:
+        images = list(processes.map(draw_photo, range(min(NUM_DRAWN, num_images)), chunksize=4))
     for shard in range(NUM_SHARDS):
         samples = []
         for number in range(shard * per_shard, (shard + 1) * per_shard):
@@ -82,10 +105,10 @@ def write_packed(root: Path, num_images: int) -> DatasetDir:
     return dataset
 
 
-def encoder_flops(vae: AutoencoderKL) -> int:
+def encoder_flops(vae: AutoencoderKL, resolution: int) -> int:
     """Floating-point operations of the encoder for one image."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        AutoencoderKL.from_config(vae.config).encode(torch.empty(1, 3, RESOLUTION, RESOLUTION))
+        AutoencoderKL.from_config(vae.config).encode(torch.empty(1, 3, resolution, resolution))
     return int(counter.get_total_flops())
 
 
@@ -100,32 +123,30 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(folder: Path, quick: bool) -> dict[str, float]:
+def measure(folder: Path, size: Size) -> dict[str, float | int | str]:
     """Rates of the stage and of its VAE."""
-    num_images, batch_size = (1024 if quick else 4096, 32) if CUDA else (4 if quick else 8, 2)
-    dataset, recipe = (
-        write_packed(folder / "data", num_images),
-        Recipe(write_full_size_vae(folder / "vae"), batch_size),
-    )
+    dataset = write_packed(folder / "data", size.num_images)
+    recipe = Recipe(size.write_vae(folder / "vae"), size)
+    side = size.resolution
     vae = shared_vae(recipe.encode.vae, precision=PRECISION)
-    pixels = torch.randint(0, 256, (batch_size, 3, RESOLUTION, RESOLUTION), dtype=torch.uint8, device=vae.device)
+    pixels = torch.randint(0, 256, (size.batch_size, 3, side, side), dtype=torch.uint8, device=vae.device)
     posterior_moments(vae, pixels)
     contenders: dict[str, Callable[[], object]] = {
         "stage": lambda: run_batch(ENCODE, dataset, recipe, list(range(NUM_SHARDS))),
-        "vae": lambda: [posterior_moments(vae, pixels) for _ in range(num_images // batch_size)],
+        "vae": lambda: [posterior_moments(vae, pixels) for _ in range(size.num_images // size.batch_size)],
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(1 if quick else TURNS):
+    for _ in range(size.turns):
         for name, work in contenders.items():
             seconds[name].append(timed(work))
-            print(f"{name:6} {num_images / seconds[name][-1]:8.2f} images/s of {RESOLUTION} px", flush=True)
-    rate, flops, ceiling = num_images / min(seconds["stage"]), encoder_flops(vae), matmul_flops()
+            print(f"{name:6} {size.num_images / seconds[name][-1]:8.2f} images/s of {side} px", flush=True)
+    rate, flops, ceiling = size.num_images / min(seconds["stage"]), encoder_flops(vae, side), matmul_flops()
     return {
         "images_per_s": round(rate, 2),
         "mfu": round(rate * flops / (peak_flops(DEVICE) or ceiling), 3),
         "mfu_measured": round(rate * flops / ceiling, 3),
         "vs_vae_alone": round(statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)), 3),
-        "resolution": RESOLUTION,
+        "resolution": side,
         "precision": PRECISION,
     }
 
@@ -135,7 +156,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer images, once")
     quick = parser.parse_args().quick
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), quick)))
+        print(json.dumps(measure(Path(folder), QUICK if quick else FULL)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import webdataset as wds
 
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.layout import DatasetDir
@@ -96,13 +95,13 @@ def rate(batches: Iterable[Any], num_batches: int) -> tuple[float, float]:
     return count / (time.perf_counter() - started), count / (time.process_time() - spent)
 
 
-def training_batches(dataset: DatasetDir, resolution: int, num_batches: int) -> Iterator[Any]:
+def training_batches(dataset: DatasetDir, resolution: int, num_batches: int, num_workers: int = CORES) -> Iterator[Any]:
     """What training gets, from `num_workers` threads."""
     config = TrainConfig(
         name="loader",
         vae="demo",
         text_encoder="demo",
-        data={"root": str(dataset.root), "resolution": resolution, "num_workers": CORES},
+        data={"root": str(dataset.root), "resolution": resolution, "num_workers": num_workers},
         global_batch_size=BATCH,
         micro_batch_size=BATCH,
         steps=num_batches,
@@ -131,6 +130,8 @@ def moments_and_captions(dataset: DatasetDir, resolution: int, num_batches: int)
 
 def webdataset_batches(dataset: DatasetDir) -> Iterator[Any]:
     """The same tars in webdataset, with one worker process a core."""
+    import webdataset as wds
+
     tars = sorted(str(path) for path in dataset.latents_info.parent.glob("*.tar"))
     stream = (
         wds.WebDataset(tars, shardshuffle=len(tars), seed=1)

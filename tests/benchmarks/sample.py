@@ -23,8 +23,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
@@ -35,35 +36,48 @@ from sdtrain.config.sections import SpeedConfig, UNetConfig
 from sdtrain.formats.compvis_layout import sd_v1
 from sdtrain.formats.frozen import load_tokenizer
 from sdtrain.models.schedulers import sampling_scheduler
-from sdtrain.models.unet import build_unet
 from sdtrain.precision import fast_dtype, resolve
 from sdtrain.sampling.batch import Job, Model, make_jobs
 from sdtrain.sampling.output_folder import SampleFolder, Writer
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
+from tests.benchmarks.random_unet import build_random_unet
 from tests.benchmarks.training_loops import CUDA, DEVICE
 
-SIDE_PX = 512 if CUDA else 128
 SCALE = 7.5
 # On a CPU the peer has the precision that `auto` gives us, and float32, in which diffusers loads by default.
 PEERS = {"fp16": torch.float16} if CUDA else {resolve("auto"): fast_dtype(), "fp32": torch.float32}
 Draw = Callable[[Sequence[Job], int], None]
 
 
-def write_model(folder: Path) -> Path:
+@dataclass(frozen=True)
+class Size:
+    """The networks, and what they draw.
+
+    Attributes:
+        side_px: of an image.
+        unet: channels of the UNet's levels; the rest is SD v1's.
+        vae: the same of the VAE.
+        text_layers: of the text encoder.
+    """
+
+    side_px: int
+    unet: tuple[int, ...] = UNetConfig().block_out_channels
+    vae: tuple[int, ...] = (128, 256, 512, 512)
+    text_layers: int = 12
+
+
+SIZE = Size(512) if CUDA else Size(128, (64, 128, 256, 256), (32, 64, 128, 128), 2)
+
+
+def write_model(folder: Path, size: Size = SIZE) -> Path:
     """A pipeline with random weights that do not make the output zero."""
     torch.manual_seed(0)
     tokenizer, real = load_tokenizer("demo"), sd_v1()
     tokenizer.model_max_length = real.text_encoder["max_position_embeddings"]
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text, vae = dict(real.text_encoder) | ends, dict(real.vae)
-    widths = UNetConfig().block_out_channels if CUDA else (64, 128, 256, 256)
-    if not CUDA:
-        text |= {"num_hidden_layers": 2}
-        vae |= {"block_out_channels": [32, 64, 128, 128]}
-    unet = build_unet(UNetConfig(block_out_channels=widths), SIDE_PX // 8)
-    for parameter in unet.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.02)
+    text = dict(real.text_encoder) | ends | {"num_hidden_layers": size.text_layers}
+    vae = dict(real.vae) | {"block_out_channels": list(size.vae)}
+    unet = build_random_unet(UNetConfig(block_out_channels=size.unet), size.side_px // 8)
     StableDiffusionPipeline(
         vae=AutoencoderKL.from_config(vae),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(text)),
@@ -77,9 +91,9 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def ours(model: Path, output: Path, batch_size: int) -> Draw:
-    """Batches through our sampler."""
-    speed = SpeedConfig(compile="regional" if CUDA else "off")
+def ours(model: Path, output: Path, batch_size: int, compiling: Literal["off", "regional"] | None = None) -> Draw:
+    """Batches through our sampler; on CUDA it compiles unless told otherwise."""
+    speed = SpeedConfig(compile=compiling or ("regional" if CUDA else "off"))
     chosen = Model(model, speed=speed)
     sampler = Sampler(load_networks(model, dtype=chosen.dtype, speed=speed))
 
@@ -131,7 +145,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float | str | int]:
     for first in range(0, len(jobs), batch_size):
         for name, draw in sides.items():
             seconds[name].append(timed(draw, jobs[first : first + batch_size], num_steps))
-            print(f"{name:14} {batch_size / seconds[name][-1][0]:8.3f} images/s of {SIDE_PX} px", flush=True)
+            print(f"{name:14} {batch_size / seconds[name][-1][0]:8.3f} images/s of {SIZE.side_px} px", flush=True)
     figures: dict[str, float | str | int] = {
         "images_per_s": round(len(jobs) / sum(wall for wall, _ in seconds["ours"]), 3)
     }
@@ -141,7 +155,7 @@ def measure(folder: Path, quick: bool) -> dict[str, float | str | int]:
         figures[key] = round(statistics.median(theirs[0] / own[0] for own, theirs in pairs), 3)
         if not CUDA:
             figures[f"{key}_by_processor_time"] = round(statistics.median(t[1] / own[1] for own, t in pairs), 3)
-    return figures | {"side_px": SIDE_PX, "num_steps": num_steps, "batch_size": batch_size, "device": str(DEVICE)}
+    return figures | {"side_px": SIZE.side_px, "num_steps": num_steps, "batch_size": batch_size, "device": str(DEVICE)}
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_PX, WATERMARK_STD
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from tests.benchmarks.image_server import draw_photo
+from tests.benchmarks.photos import draw_photo
 from tests.image_fixtures import Fetched, write_downloads
 
 SIDE_PX, QUALITY, NUM_DRAWN = 512, 95, 64

@@ -8,7 +8,7 @@ has a process of its own, and its clock starts after a warm-up. `tflops` counts 
 counted, recomputation and the text encoder not); `mfu` is its share of 989 TFLOP/s on an H100 or H200, and where the
 data sheet is not known of the best matrix product measured here, which is `mfu_measured` in both cases.
 
---ladder starts without any lever and tries one after the other, keeping those that pay.
+--ladder starts with almost no optimization and tries one after the other (`ladder.py`), keeping those that pay.
 """
 
 from __future__ import annotations
@@ -23,40 +23,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdtrain.config import TrainConfig
 from sdtrain.training.throughput import TRAIN_FACTOR, forward_flops, peak_flops
+from tests.benchmarks.ladder import LARGEST_MICRO_BATCH, Rung, climb
 from tests.benchmarks.training_loops import CUDA, DEVICE, matmul_flops, run_ours, run_stock
-from tests.benchmarks.training_world import settings_of, write_settings, write_world
+from tests.benchmarks.training_world import endless, settings_of, write_settings, write_world
 
 ACCUMULATION = 2
 NUM_WARM = 10 if CUDA else 2
 NUM_TOKENS = 77
-
-WITHOUT = {
-    "attention": "plain",
-    "channels_last": False,
-    "cudnn_benchmark": False,
-    "fused_adamw": False,
-    "tf32": False,
-}
-LEVERS: list[dict[str, Any]] = [
-    {"attention": "sdpa"},
-    {"channels_last": True},
-    {"fused_adamw": True},
-]
-CUDA_LEVERS: list[dict[str, Any]] = [
-    {"cudnn_benchmark": True},
-    {"tf32": True},
-    {"compile": "fused"},
-    {"compile": "regional"},
-    {"compile": "whole"},
-    {"compile": "whole", "compile_mode": "max-autotune-no-cudagraphs"},
-    {"compile": "whole", "compile_mode": "reduce-overhead"},
-    {"attention": "flash"},
-    {"attention": "cudnn"},
-]
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -79,22 +54,18 @@ class Bench:
         self._folder, self._seconds, self._runs = folder, seconds, 0
         self._content = write_world(folder, settings_of(name, resolution))
 
-    def config(self, speed: dict[str, Any] | None = None) -> tuple[Path, TrainConfig]:
-        """A settings file, and what it says, with some levers set."""
+    def config(self) -> tuple[Path, TrainConfig]:
+        """A settings file, and what it says."""
         self._runs += 1
-        content = self._content | {
-            "steps": 10**6,
-            "log_every": NUM_WARM,
-            "checkpoint": {"every": 10**6},
-            "global_batch_size": ACCUMULATION * self._content["micro_batch_size"],
-            "speed": self._content["speed"] | (speed or {}),
+        content = endless(self._content, NUM_WARM) | {
+            "global_batch_size": ACCUMULATION * self._content["micro_batch_size"]
         }
         path = self._folder / f"run-{self._runs}.yaml"
         return path, write_settings(path, content)
 
-    def speed_of(self, work: Callable[..., Any], speed: dict[str, Any] | None = None) -> dict[str, float]:
+    def speed_of(self, work: Callable[..., Any]) -> dict[str, float]:
         """Runs one contender and says how fast it was."""
-        path, _ = self.config(speed)
+        path, _ = self.config()
         result: dict[str, float] = alone(work, str(path), str(self._folder / f"run-{self._runs}"), self._seconds)
         print(f"{work.__name__[4:]:6} {result['images_per_s']:9.2f} images/s  {result}", flush=True)
         return result
@@ -118,21 +89,18 @@ class Bench:
         }
 
     def ladder(self) -> dict[str, Any]:
-        """Lever after lever, each kept if it makes training faster."""
-        kept, rungs = dict(WITHOUT), {}
-        best = first = self.speed_of(run_ours, kept)["images_per_s"]
-        for lever in [*LEVERS, *(CUDA_LEVERS if CUDA else [])]:
-            name = " ".join(f"{key}={value}" for key, value in lever.items())
-            try:
-                rate = self.speed_of(run_ours, kept | lever)["images_per_s"]
-            except (RuntimeError, torch.OutOfMemoryError) as error:
-                print(f"{name}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-                continue
-            rungs[name] = round(rate / best, 3)
-            print(f"{name}: {rungs[name]} of the best before", flush=True)
-            if rate > best:
-                best, kept = rate, kept | lever
-        return {"images_per_s": round(best, 2), "vs_without": round(best / first, 2), "rungs": rungs, "kept": kept}
+        """Rung after rung, each in a process of its own, with the micro-batch of the config as the largest but one."""
+        _, config = self.config()
+        self._content |= {"micro_batch_size": max(1, config.micro_batch_size // 4)}
+        return climb(self._rung).figures()
+
+    def _rung(self, rung: Rung) -> dict[str, float]:
+        images = LARGEST_MICRO_BATCH * self._content["micro_batch_size"]
+        self._runs += 1
+        path = self._folder / f"run-{self._runs}.yaml"
+        write_settings(path, rung.content(endless(self._content, NUM_WARM), images))
+        result: dict[str, float] = alone(run_ours, str(path), str(path.with_suffix("")), self._seconds)
+        return result
 
 
 def main() -> None:
@@ -141,7 +109,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, help="side of the images in pixels")
     parser.add_argument("--seconds", type=float, help="of each timed run (default: 60 on CUDA, else 20)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the time, one turn")
-    parser.add_argument("--ladder", action="store_true", help="levers of speed one by one")
+    parser.add_argument("--ladder", action="store_true", help="optimizations one by one")
     chosen = parser.parse_args()
     names = [chosen.config] if chosen.config else ["sd-v1-3"] if CUDA else ["tiny", "mid"]
     seconds = chosen.seconds or (60 if CUDA else 20) / (4 if chosen.quick else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,27 @@ def _now() -> float:
 def run_ours(settings: str, folder: str, seconds: float) -> dict[str, float]:
     """Our training, as `deepspeed sdtrain/train.py` runs it, with its checks and its log."""
     from sdtrain.config import load_config
-    from sdtrain.train import train
     from sdtrain.training.distributed import join
-    from sdtrain.training.run_dir import RunDir
 
-    config, run_dir = load_config(settings), RunDir(Path(folder) / "ours")
-    clock, ranks = Clock(config.log_every, seconds), join(None)
+    config = load_config(settings)
+    ranks = join(None)
     try:
-        train(config, run_dir, ranks, stop_requested=clock)
-    except TimeUpError:
-        pass
+        return time_training(config, Path(folder) / "ours", ranks, Clock(config.log_every, seconds))
     finally:
         ranks.close()
+
+
+def time_training(config: Any, folder: Path, ranks: Any, clock: Clock) -> dict[str, Any]:
+    """Trains in this process until the clock ends it; `data_wait` is None if it logged once or never."""
+    from sdtrain.train import train
+    from sdtrain.training.run_dir import RunDir
+
+    run_dir = RunDir(folder)
+    with suppress(TimeUpError):
+        train(config, run_dir, ranks, stop_requested=clock)
     waits = [float(row["data_wait"]) for row in run_dir.log.rows()[1:]]
-    return _speed(clock, config.global_batch_size) | {"data_wait": round(float(np.mean(waits or [0.0])), 4)}
+    data_wait = round(float(np.mean(waits)), 4) if waits else None
+    return _speed(clock, config.global_batch_size) | {"data_wait": data_wait}
 
 
 def run_stock(settings: str, folder: str, seconds: float) -> dict[str, float]:

@@ -37,20 +37,26 @@ def settings_of(name: str, resolution: int | None) -> dict[str, Any]:
     return content
 
 
+def endless(content: dict[str, Any], log_every: int) -> dict[str, Any]:
+    """Settings of a run that only a clock ends, and that writes no checkpoint."""
+    return content | {"steps": 10**6, "log_every": log_every, "checkpoint": {"every": 10**6}}
+
+
 def write_world(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Puts networks and latents into `folder`; returns settings that use them.
+    """Puts networks and latents into `folder`, if they are not there; returns settings that use them.
 
     The text encoder has the size that goes with the UNet: CLIP ViT-L/14's for SD v1. The VAE is only asked for its
     digest and its scale, so it is a small one.
     """
-    models = write_models(folder / "models")
-    width = content["unet"]["cross_attention_dim"]
-    if width != 64:  # the fixture's own
-        _write_text_encoder(models / "text_encoder", width)
-        tokenizer = CLIPTokenizer.from_pretrained(models / "tokenizer", model_max_length=77)
-        tokenizer.save_pretrained(models / "tokenizer")
-    side = content["data"]["resolution"] // 8
-    data = write_latents(folder / "data", models, NUM_SAMPLES, SAMPLES_PER_SHARD, side)
+    models, data = folder / "models", folder / "data"
+    if not data.exists():
+        write_models(models)
+        width = content["unet"]["cross_attention_dim"]
+        if width != 64:  # the fixture's own
+            _write_text_encoder(models / "text_encoder", width)
+            tokenizer = CLIPTokenizer.from_pretrained(models / "tokenizer", model_max_length=77)
+            tokenizer.save_pretrained(models / "tokenizer")
+        write_latents(data, models, NUM_SAMPLES, SAMPLES_PER_SHARD, content["data"]["resolution"] // 8)
     return content | {
         "vae": str(models),
         "text_encoder": str(models),

@@ -60,7 +60,7 @@ def watch():
 
 def digest(batch, i):
     parts = [batch.moments, batch.posterior, batch.noise, batch.timesteps, batch.token_ids]
-    return hashlib.sha256(b"".join(part[i].numpy().tobytes() for part in parts)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(part[i].cpu().numpy().tobytes() for part in parts)).hexdigest()[:16]
 
 
 def slow_down_disk(seconds):
@@ -105,5 +105,5 @@ if __name__ == "__main__":
         slow_down_disk(float(os.environ.get("SLOW_DISK_S", "0")))
         return joined
 
-    train.join = join_and_watch
+    distributed.join = join_and_watch
     sys.exit(train.main())

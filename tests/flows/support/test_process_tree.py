@@ -150,3 +150,17 @@ def start_and_raise(error: BaseException, started: list[subprocess.Popen[bytes]]
     with ends_new_children():
         started.append(subprocess.Popen([*python(SLEEPS), mark]))
         raise error
+
+
+@pytest.mark.parametrize("closing", ["", "os.close(1); os.close(2)"], ids=["with output", "output closed"])
+def test_a_tree_that_runs_too_long_is_ended(tmp_path: Path, mark: str, closing: str) -> None:
+    child = f"""
+import os, subprocess, sys, time
+quiet = {{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}}
+subprocess.Popen([sys.executable, "-c", {SLEEPS!r}, {mark!r}], **quiet)
+{closing}
+time.sleep(600)
+"""
+    with pytest.raises(TimeoutError):
+        run_tree([*python(child), mark], tmp_path / "log", grace_s=0.3, timeout_s=1.5)
+    assert not processes_with(mark)
