@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -38,7 +39,7 @@ from sdtrain.encode.info import (
     vae_digest_in,
     write_info,
 )
-from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
+from sdtrain.encode.vae import PendingMoments, check_vae, shared_vae, start_encoding
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, resize_and_crop, seeded_uniform
@@ -52,7 +53,7 @@ T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
-_DECODED_AHEAD = 2
+_DECODED_AHEAD, _STARTED_AHEAD = 2, 1
 _DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
@@ -101,11 +102,18 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
+        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes.
+
+        A GPU has the next chunk before the last one's moments are read, so that neither copies nor writing stop it.
+        """
+        started: deque[tuple[Any, ...]] = deque()
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
-                for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
-                    yield self._member(sample, cut_out, moments)
+                started.append((part, crops, self._started(crops)))
+                if len(started) > _STARTED_AHEAD:
+                    yield from self._finished(*started.popleft())
+        for chunk in started:
+            yield from self._finished(*chunk)
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
@@ -129,16 +137,25 @@ class _ShardEncoder:
             resize_and_crop(image, size, (crop + seeded_uniform("crop", key, crop)) / number) for crop in range(number)
         ]
 
-    def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
-        """The moments of each crop of each sample; each batch has one size."""
-        found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
+    def _started(self, crops: Sequence[Sequence[Crop]]) -> list[tuple[list[int], PendingMoments]]:
+        """Begins to encode all crops of all samples; each batch has one size, and the samples' numbers."""
+        started = []
         for size in self._sizes:
             wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
             for batch in _parts(wanted, self._config.batch_size):
-                moments = encode_pixels(self.vae, np.stack([crop.pixels for _, crop in batch]))
-                for (number, _), array in zip(batch, moments, strict=True):
-                    found[number].append(array)
-        return found
+                pixels = np.stack([crop.pixels for _, crop in batch])
+                started.append(([number for number, _ in batch], start_encoding(self.vae, pixels)))
+        return started
+
+    def _finished(
+        self, part: Sequence[Sample], crops: Sequence[Sequence[Crop]], started: list[tuple[list[int], PendingMoments]]
+    ) -> Iterator[Sample]:
+        found: list[list[NDArray[np.float16]]] = [[] for _ in part]
+        for numbers, pending in started:
+            for number, array in zip(numbers, pending.wait(), strict=True):
+                found[number].append(array)
+        for sample, cut_out, moments in zip(part, crops, found, strict=True):
+            yield self._member(sample, cut_out, moments)
 
     def _member(self, sample: Sample, crops: Sequence[Crop], moments: Sequence[NDArray[np.float16]]) -> Sample:
         key, members = sample
