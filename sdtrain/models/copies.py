@@ -32,9 +32,10 @@ class Copies:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._into, self._out = (
-            (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
-        )
+        self._into: torch.cuda.Stream | None = None
+        self._out: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._into, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def to_device(self, host: torch.Tensor) -> torch.Tensor:
         """Copies a tensor from host memory; on a CPU it is returned itself."""
