@@ -76,10 +76,9 @@ def train(
             for batch in watchdog.follow(state.micro_batches(batches), step):
                 weighted, unweighted = state.losses(batch)  # samples z_0, adds noise, predicts and compares
                 state.engine.backward(weighted.mean())
-                state.engine.step()
+                state.engine.step()  # the last of them renews weights and average
                 seen.append((unweighted, batch.timesteps))
-            if was_applied := state.step_was_applied(step):
-                state.ema.update()
+            was_applied = state.step_was_applied(step)
             progress.add(seen[-state.accumulation :], was_applied)  # fp16 may have repeated the step
             step += 1
             watchdog.at(step, "logging")

@@ -39,8 +39,10 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
     for stage in stages:
         if stage.drops is None:
             continue
-        shown = [decided] if decided and decided.stage == stage.name else _finished(stage, dataset, recipe)
-        dropped, num_out = _counts(shown)
+        if decided and decided.stage == stage.name:
+            dropped, num_out = Counter(decided.dropped), decided.num_out
+        else:
+            dropped, num_out = _counts(stage, dataset, recipe)
         if stage.drops.repeats:
             dropped.subtract(dropped_before)
         elif stage is not stages[0]:  # the first stage's drops are not selected, so no later stage counts them
@@ -54,20 +56,17 @@ def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     selected = selection(dataset)
     ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    noted = (note for stage in stages for entry in entries(dataset, stage.name) for note in entry.notes)
+    noted = (note for stage in stages for note in entries(dataset, stage.name).listed("notes"))
     return [ours + published, *dict.fromkeys(noted)]
 
 
-def _finished(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
-    num_shards = stage.num_shards(dataset, recipe)
-    return [require_entry(dataset, stage.name, shard) for shard in range(num_shards or 1)]
-
-
-def _counts(reports: Sequence[ShardReport]) -> tuple[Counter[str], int]:
-    dropped = Counter[str]()
-    for report in reports:
-        dropped.update(report.dropped)
-    return dropped, sum(report.num_out for report in reports)
+def _counts(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> tuple[Counter[str], int]:
+    num_shards = stage.num_shards(dataset, recipe) or 1
+    finished = entries(dataset, stage.name).below(num_shards)
+    if len(finished) < num_shards:
+        missing = next(shard for shard in range(num_shards) if finished.get(shard) is None)
+        require_entry(dataset, stage.name, missing)
+    return finished.dropped(), finished.total("num_out")
 
 
 def _append(

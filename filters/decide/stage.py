@@ -14,12 +14,20 @@ from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words,
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, entries, require_entry, selected_shards, selection
+from sdtrain.dataset.manifest import (
+    describe_outputs,
+    entries,
+    require_entries,
+    require_entry,
+    selected_shards,
+    selection,
+)
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
-from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.sync import fetch_outputs
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -97,7 +105,7 @@ def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[str] 
     return found
 
 
-def _finished(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
     """Returns the entries of a stage of which at least the first shard is finished."""
     require_entry(dataset, stage, 0)
     return entries(dataset, stage)
@@ -139,7 +147,7 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     # The selection too: only it holds LAION's scores, which may decide.
     select = selection(dataset)
     shards = selected_shards(dataset)
-    inputs = [require_entry(dataset, stage, shard) for stage in ("download", "score") for shard in shards]
+    inputs = (entry for stage in ("download", "score") for entry in require_entries(dataset, stage, shards))
     # As pairs, because the order of the rules decides the reasons.
     # The stage and the value were once called "keep" and "picture"; finished datasets record their digest.
     decide_by = "picture" if recipe.decide.decide_by == "image" else recipe.decide.decide_by
@@ -210,5 +218,5 @@ DECIDE: Stage[Recipe] = Stage(
     ),
     uses_gpu=False,
     needs=NOTHING,
-    work=None,
+    work=WORK["decide"],
 )

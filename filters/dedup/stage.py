@@ -16,10 +16,11 @@ from filters.dedup.removal import recount, regroup
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entry, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
@@ -28,7 +29,7 @@ _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of 
 def scored_images(dataset: DatasetDir) -> Images:
     """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
     shards = list(selected_shards(dataset))
-    num = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
+    num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
     schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
     has_embeddings = bool(schemas) and all("embedding" in schema.names for schema in schemas)
     networks = {tuple((schema.metadata or {}).get(name) for name in _NETWORK) for schema in schemas}
@@ -77,7 +78,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
-    inputs = [require_entry(dataset, "score", shard) for shard in selected_shards(dataset)]
+    inputs = require_entries(dataset, "score", selected_shards(dataset))
     return fingerprint("dedup/2", recipe.duplicates.model_dump(mode="json"), inputs)
 
 
@@ -132,5 +133,5 @@ DEDUP: Stage[Recipe] = Stage(
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
     needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
-    work=Work(num="images", rate="dedup_images", on="one core", writes=None),
+    work=WORK["dedup"],
 )

@@ -12,6 +12,7 @@ from filters.recipe import NETWORKS, Recipe
 from filters.rules import RULES, Rule, decide_item, select_item, stage_item
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import newest_change_ns, recorded_stages
 from sdtrain.dataset.storage import storage_of
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
 from sdtrain.pack.plan import forget_plan
@@ -26,8 +27,7 @@ def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
     forget_plan(dataset)
     write_index(dataset)
     write_views(dataset, recipe)
-    entries = (dataset.root / "manifest").rglob("*.json")
-    newest = max((path.stat().st_mtime_ns for path in entries), default=0)
+    newest = max((newest_change_ns(dataset, stage) for stage in recorded_stages(dataset)), default=0)
     if not dataset.report.exists() or dataset.report.stat().st_mtime_ns < newest:
         report_on(dataset, recipe)
     push_rest(dataset)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from filters import pipeline
 from filters.recipe import Recipe
@@ -13,7 +14,7 @@ from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import active_commands
 from sdtrain.dataset.manifest import entries
-from sdtrain.dataset.shard_report import ShardReport
+from sdtrain.dataset.manifest_table import StageEntries
 from sdtrain.dataset.stage import Stage
 
 _WINDOW_S = 3600.0
@@ -72,10 +73,7 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
 def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageStatus:
     done = entries(dataset, stage.name)
     num_shards, rate = stage.num_shards(dataset, recipe), _rate(done)
-    dropped: Counter[str] = Counter()
-    for entry in done:
-        dropped.update(entry.dropped)
-    num_in = sum(entry.num_in for entry in done)
+    num_in = done.total("num_in")
     left_s = None
     if rate and num_shards is not None:
         left_s = (num_shards - len(done)) * num_in / len(done) / rate
@@ -84,18 +82,19 @@ def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageS
         num_done=len(done),
         num_shards=num_shards,
         num_in=num_in,
-        num_out=sum(entry.num_out for entry in done),
-        dropped=dict(dropped),
-        num_bytes=sum(output.bytes for entry in done for output in entry.outputs.values()),
-        seconds=sum(entry.seconds for entry in done),
+        num_out=done.total("num_out"),
+        dropped=dict(done.dropped()),
+        num_bytes=done.total("num_bytes"),
+        seconds=float(done.table["seconds"].to_numpy().sum()),
         samples_per_s=rate,
         left_s=left_s,
     )
 
 
-def _rate(done: Sequence[ShardReport]) -> float | None:
-    times = sorted((entry.finished_at, entry.num_in) for entry in done if entry.finished_at)
-    recent = [(at, num) for at, num in times if at >= times[-1][0] - _WINDOW_S]
-    if len(recent) < 2 or recent[-1][0] == recent[0][0]:
+def _rate(done: StageEntries) -> float | None:
+    times, nums = (done.table[name].to_numpy() for name in ("finished_at", "num_in"))
+    recent = np.flatnonzero((times > 0) & (times >= times.max(initial=0) - _WINDOW_S))
+    recent = recent[np.argsort(times[recent])]
+    if len(recent) < 2 or times[recent[-1]] == times[recent[0]]:
         return None
-    return sum(num for _, num in recent[1:]) / (recent[-1][0] - recent[0][0])
+    return float(nums[recent[1:]].sum() / (times[recent[-1]] - times[recent[0]]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -12,15 +11,15 @@ import duckdb
 from filters import pipeline
 from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
+from filters.inspect.table_columns import TableColumns
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
 from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
-from sdtrain.dataset.s3.sync import fetch_tables
-from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.sync import fetch_tables
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 
@@ -80,27 +79,34 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
 
 
 def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    tables = TableColumns(dataset)
     yield "metadata", _metadata(connection, recipe)
     for stage in pipeline.STAGES:
         if stage.table:
-            yield stage.table.view, _over(connection, _files(stage, dataset, recipe), stage.table.columns)
+            groups = tables.groups(_files(stage, dataset, recipe))
+            yield stage.table.view, _over(connection, groups, stage.table.columns)
+    tables.save()
     yield from DERIVED.items()
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
     """Returns a stage's finished Parquet files, without leftovers of an earlier, larger selection."""
-    limit = stage.num_shards(dataset, recipe) or 0
-    names = {name for entry in entries(dataset, stage.name) if entry.shard < limit for name in entry.outputs}
-    paths = (dataset.root / name for name in sorted(names) if name.endswith(".parquet"))
+    finished = entries(dataset, stage.name).below(stage.num_shards(dataset, recipe) or 0)
+    paths = (dataset.root / name for name in finished.listed("tables"))
     return [path for path in paths if path.exists()]
 
 
-def _over(connection: duckdb.DuckDBPyConnection, paths: list[Path], columns: Mapping[str, str]) -> str:
-    if not paths:
-        nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
-        return f"SELECT {nothing} WHERE false"
-    files = ", ".join(_literal(str(path)) for path in paths)
-    read = f"SELECT * FROM read_parquet([{files}], filename = true, union_by_name = true)"  # noqa: S608
+def _nothing(columns: Mapping[str, str]) -> str:
+    nothing = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in columns.items())
+    return f"SELECT {nothing} WHERE false"
+
+
+def _over(connection: duckdb.DuckDBPyConnection, groups: list[list[Path]], columns: Mapping[str, str]) -> str:
+    if not groups:
+        return _nothing(columns)
+    listed = (", ".join(_literal(str(path)) for path in paths) for paths in groups)
+    each = (f"SELECT * FROM read_parquet([{paths}], filename = true)" for paths in listed)  # noqa: S608
+    read = f"SELECT * FROM ({' UNION ALL BY NAME '.join(each)})"  # noqa: S608
     known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
     # Files of older versions, and selections of metadata with fewer columns, may lack columns.
     absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
@@ -113,9 +119,9 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
         files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
         prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is useful without its metadata
-        return _over(connection, [], TYPES)
+        return _nothing(TYPES)
     if any(holds_secret(file.path) for file in files):  # a view would store the secrets
-        return _over(connection, [], TYPES)
+        return _nothing(TYPES)
     statement, groups = normalised_sql(files)
     for paths in groups:
         listed = ", ".join(map(_literal, paths))
@@ -160,17 +166,14 @@ def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) ->
         "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN)"
     )
     on_gpu = {stage.name for stage in pipeline.STAGES if stage.uses_gpu}
-    rows = [
-        [e.stage, e.shard, e.num_in, e.num_out, e.seconds, _num_bytes(e), json.dumps(e.dropped), stage in on_gpu]
-        for stage in recorded_stages(dataset)
-        for e in entries(dataset, stage)
-    ]
-    if rows:
-        connection.executemany("INSERT INTO stages VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
-
-
-def _num_bytes(entry: ShardReport) -> int:
-    return sum(output.bytes for output in entry.outputs.values())
+    for stage in recorded_stages(dataset):
+        connection.register("finished", entries(dataset, stage).table)
+        connection.execute(
+            "INSERT INTO stages SELECT ?, shard, num_in, num_out, seconds, num_bytes, to_json(dropped), ? "
+            "FROM finished",
+            [stage, stage in on_gpu],
+        )
+        connection.unregister("finished")
 
 
 def _literal(text: str) -> str:

@@ -18,7 +18,8 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, Work, no_openers, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.models.weights import clip_digest
 
@@ -171,5 +172,5 @@ SCORE: Stage[Recipe] = Stage(
     ),
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
+    work=WORK["score"],
 )

@@ -19,7 +19,7 @@ from filters.dedup.columns import Images
 from filters.dedup.stage import scored_images
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import require_entry, selected_shards
+from sdtrain.dataset.manifest import require_entries, selected_shards
 from sdtrain.errors import UserError
 
 _FORMAT = "search/1"
@@ -85,7 +85,7 @@ def embeddings_of(dataset: DatasetDir) -> Embeddings:
 
 def embeddings_digest(dataset: DatasetDir) -> str:
     """Digests all files with embeddings, from the manifest alone; raises `UserError` if a shard is unscored."""
-    outputs = [require_entry(dataset, "score", shard).outputs for shard in selected_shards(dataset)]
+    outputs = (entry.outputs for entry in require_entries(dataset, "score", selected_shards(dataset)))
     files = [[(name, output.sha256) for name, output in sorted(shard.items())] for shard in outputs]
     return hashlib.sha256(json.dumps([_FORMAT, files]).encode()).hexdigest()
 

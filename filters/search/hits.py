@@ -15,7 +15,7 @@ from PIL import Image
 
 from filters.columns import SCORE_COLUMNS
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.sync import read_part
+from sdtrain.dataset.sync import read_part
 from sdtrain.images.decode import IMAGE_EXTENSIONS, decode_rgb
 
 KEY = re.compile(r"[0-9]{1,18}")
@@ -69,7 +69,7 @@ class Hit:
         return named | dict(self.scores) | dict(self.others)
 
 
-def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
+def image_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
     """Reads the stored image; raises `OSError` if it is gone."""
     if hit.offset is None or hit.num_bytes is None or hit.extension not in IMAGE_EXTENSIONS:
         raise FileNotFoundError(f"{hit.place} has no image")
@@ -79,7 +79,7 @@ def picture_bytes(dataset: DatasetDir, hit: Hit) -> bytes:
 def image_of(dataset: DatasetDir, hit: Hit) -> Image.Image | None:
     """Decodes the image; None if it is lost or damaged."""
     try:
-        return decode_rgb(picture_bytes(dataset, hit))
+        return decode_rgb(image_bytes(dataset, hit))
     except OSError:
         return None
 

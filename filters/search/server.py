@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from filters.search.hits import KEY, Hit, image_of, picture_bytes
+from filters.search.hits import KEY, Hit, image_bytes, image_of
 from filters.search.search import MAX_PICTURE_BYTES, Search, read_image
 from filters.search.sheet import PAGES, environment, small
 from sdtrain.errors import UserError
@@ -142,7 +142,7 @@ class SearchPage:
     async def _image(self, request: Request) -> Response:
         hit = await asyncio.to_thread(self._hit, request.path_params["key"])
         try:
-            content = await asyncio.to_thread(picture_bytes, self.search.dataset, hit) if hit else b""
+            content = await asyncio.to_thread(image_bytes, self.search.dataset, hit) if hit else b""
         except OSError:
             content = b""
         except UserError as error:

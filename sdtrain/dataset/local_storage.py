@@ -66,8 +66,10 @@ class LocalStorage:
 
     def has(self, name: str, num_bytes: int) -> bool:
         """Whether a file of that size exists."""
-        path = self.dataset.root / name
-        return path.exists() and path.stat().st_size == num_bytes
+        try:
+            return (self.dataset.root / name).stat().st_size == num_bytes
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def has_copy(self, name: str, sha256: str) -> bool:
         """Whether a file with that content is also stored remotely now."""

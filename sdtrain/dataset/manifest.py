@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir, current_stage
+from sdtrain.dataset.manifest_table import StageEntries, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
+
+_read_in_bulk: ContextVar[dict[tuple[DatasetDir, str], StageEntries] | None] = ContextVar("read_in_bulk", default=None)
 
 
 def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Output]:
@@ -37,8 +44,29 @@ def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
     """The entry of a finished shard, or None; UserError if another version wrote it, or it is damaged."""
+    if (read := _read_in_bulk.get()) is not None:
+        return _bulk(read, dataset, stage).get(shard)
     path = dataset.manifest_entry(stage, shard)
     return parse_entry(path.read_bytes(), path) if path.exists() else None
+
+
+@contextmanager
+def bulk_reads() -> Iterator[None]:
+    """Answers `read_entry` from one reading of a stage's entries: for questions about all shards, by one thread.
+
+    What is recorded inside the block is not seen.
+    """
+    token = _read_in_bulk.set({})
+    try:
+        yield
+    finally:
+        _read_in_bulk.reset(token)
+
+
+def _bulk(read: dict[tuple[DatasetDir, str], StageEntries], dataset: DatasetDir, stage: str) -> StageEntries:
+    if (dataset, stage) not in read:
+        read[dataset, stage] = entries(dataset, stage)
+    return read[dataset, stage]
 
 
 def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
@@ -52,11 +80,28 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
     return entry
 
 
-def entries(dataset: DatasetDir, stage: str) -> list[ShardReport]:
+def entries(dataset: DatasetDir, stage: str) -> StageEntries:
     """The entries of a stage's finished shards, in order."""
-    folders = dataset.manifest_folders(stage)
-    shards = {int(path.stem) for folder in folders for path in folder.glob("[0-9]*.json")}
-    return [require_entry(dataset, stage, shard) for shard in sorted(shards)]
+    found, *former = map(stage_entries, dataset.manifest_folders(stage))
+    for other in former:
+        found = found.with_others(other)
+    return found
+
+
+def newest_change_ns(dataset: DatasetDir, stage: str) -> int:
+    """When an entry of a stage was last written or copied here, in ns since 1970; 0 for a stage without entries."""
+    newest = 0
+    for folder in dataset.manifest_folders(stage):
+        with suppress(FileNotFoundError), os.scandir(folder) as files:
+            newest = max([newest, *(file.stat().st_mtime_ns for file in files if file.name.endswith(".json"))])
+    return newest
+
+
+def require_entries(dataset: DatasetDir, stage: str, shards: Iterable[int]) -> Iterator[ShardReport]:
+    """The entries of many upstream shards; UserError if that stage has not finished one of them."""
+    finished = entries(dataset, stage)
+    for shard in shards:
+        yield finished.get(shard) or require_entry(dataset, stage, shard)
 
 
 def recorded_stages(dataset: DatasetDir) -> list[str]:
@@ -75,25 +120,35 @@ def selection(dataset: DatasetDir) -> ShardReport:
 
     There is the first selection, and one more each time metadata files were added.
     """
-    folder = dataset.manifest_entry("select", 0).parent
-    changed_ns = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
-    return _selection(dataset, changed_ns)
+    return _selection(dataset, _changed_ns(dataset))
 
 
-def selected_shards(dataset: DatasetDir) -> dict[int, Output]:
+def selected_shards(dataset: DatasetDir) -> Mapping[int, Output]:
     """Shard number -> its selection file's digest, in order."""
-    return {int(Path(name).stem): output for name, output in selection(dataset).outputs.items()}
+    return _selected_shards(dataset, _changed_ns(dataset))
 
 
 def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
     """The number of selected shards, for later stages' `Stage.num_shards`; None before the first selection."""
-    selected = entries(dataset, "select")
-    return sum(len(entry.outputs) for entry in selected) if selected else None
+    return len(selected_shards(dataset)) if dataset.manifest_entry("select", 0).exists() else None
+
+
+def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:
+    folder = dataset.manifest_entry("select", 0).parent
+    return tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.json")))
+
+
+# Both are cached, because every shard's fingerprint asks for them, and at scale they list over 100,000 files.
+
+
+@lru_cache(maxsize=4)
+def _selected_shards(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> Mapping[int, Output]:
+    outputs = _selection(dataset, changed_ns).outputs
+    return MappingProxyType({int(Path(name).stem): output for name, output in outputs.items()})
 
 
 @lru_cache(maxsize=4)
 def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
-    # Cached, because every shard's fingerprint asks for it, and at scale it lists tens of thousands of files.
     require_entry(dataset, "select", 0)
     reports = entries(dataset, "select")
     dropped, outputs = Counter[str](), dict[str, Output]()

@@ -22,10 +22,11 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
-from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
+from sdtrain.dataset.work import WORK
 from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
     CHECK_KEY,
@@ -269,5 +270,5 @@ ENCODE: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
+    work=WORK["encode"],
 )

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from filters.search.hits import picture_bytes
+from filters.search.hits import image_bytes
 from filters.search.search import MAX_PICTURE_BYTES, Search
 from filters.search.server import SearchPage
 from tests.filters.removal_fixtures import caption_of, copy_of, make_photo
@@ -40,7 +40,7 @@ def test_the_page_shows_what_is_known_of_an_image(page, search):
     text = page("/", params={"q": hit.caption, "by": "words"}).text
     for shown in (hit.url, hit.uid, hit.key, hit.sha256, "duplicate_exact", hit.caption):
         assert shown in text
-    assert page(f"/image/{hit.key}").content == picture_bytes(search.dataset, hit)
+    assert page(f"/image/{hit.key}").content == image_bytes(search.dataset, hit)
     assert Image.open(io.BytesIO(page(f"/thumb/{hit.key}").content)).format == "JPEG"
 
 

@@ -54,9 +54,9 @@ def fetch_outputs(
     if not storage.is_remote:
         return
     if shards is None:
-        finished = entries(dataset, stage)
+        finished: Iterable[ShardReport] = entries(dataset, stage)
     else:
-        finished = [entry for shard in shards if (entry := read_entry(dataset, stage, shard))]
+        finished = (entry for shard in shards if (entry := read_entry(dataset, stage, shard)))
     wanted: dict[str, Stored | None] = {}
     for entry in finished:
         for name, output in entry.outputs.items():

@@ -1,0 +1,208 @@
+"""Answers questions about all entries of a stage from one table, which follows the entries' files.
+
+The JSON files are the record; the table beside them (`manifest/STAGE.parquet`) is a copy that may be deleted, damaged
+or behind at any time. A row counts as long as size and time of its file are the same, so asking costs one listing and
+reads the files that changed since.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from sdtrain.dataset.files import publish
+from sdtrain.dataset.shard_report import ShardReport, parse_entry
+from sdtrain.errors import UserError
+
+_SCHEMA = pa.schema(
+    [
+        ("shard", pa.int32()),
+        *((name, pa.int64()) for name in ("mtime_ns", "file_bytes", "num_in", "num_out", "num_bytes")),
+        *((name, pa.float64()) for name in ("seconds", "finished_at")),
+        ("dropped", pa.map_(pa.string(), pa.int64())),
+        *((name, pa.list_(pa.string())) for name in ("notes", "tables")),
+        ("entry", pa.large_binary()),
+    ]
+)
+_WORTH_WRITING = 256
+"""Entries that the table must lack before it is written again: fewer are read faster than it is written."""
+_SHARE_WORTH_WRITING = 0.05
+"""And the share of all, so that a build that is watched writes the table a few dozen times, not once a look."""
+_STILL_CHANGING_NS = 2_000_000_000
+"""A file that changed twice within one tick of its file system's clock looks unchanged: younger ones are read again."""
+_CACHED_STAGES = 16
+
+_cached: dict[Path, pa.Table] = {}
+_lock = Lock()
+
+
+class StageEntries(Sequence[ShardReport]):
+    """The entries of a stage's finished shards, in the shards' order; each is parsed when it is asked for.
+
+    Attributes:
+        table: a row for each: `shard`, counts, `num_bytes` of the outputs, `seconds`, `dropped`, `notes`, `tables`.
+        shards: their numbers, (N,), rising.
+    """
+
+    def __init__(self, folder: Path, table: pa.Table) -> None:
+        self._folder, self.table = folder, table
+        self.shards: NDArray[np.int32] = table["shard"].to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @overload
+    def __getitem__(self, index: int) -> ShardReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardReport]: ...
+    def __getitem__(self, index: int | slice) -> ShardReport | list[ShardReport]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        shard = int(self.shards[index])
+        return parse_entry(self.table["entry"][index].as_py(), _path(self._folder, shard))
+
+    def __iter__(self) -> Iterator[ShardReport]:
+        return (self[number] for number in range(len(self)))
+
+    def get(self, shard: int) -> ShardReport | None:
+        """The entry of a shard; None if it is not finished."""
+        row = int(np.searchsorted(self.shards, shard))
+        return self[row] if row < len(self) and self.shards[row] == shard else None
+
+    def below(self, limit: int) -> StageEntries:
+        """Those of the shards with lower numbers."""
+        return StageEntries(self._folder, self.table.slice(0, int(np.searchsorted(self.shards, limit))))
+
+    def with_others(self, others: StageEntries) -> StageEntries:
+        """With the entries of shards that only `others` has."""
+        if not len(others):
+            return self
+        own = pc.is_in(others.table["shard"], value_set=self.table["shard"])
+        table = pa.concat_tables([self.table, others.table.filter(pc.invert(own))])
+        return StageEntries(self._folder, table.sort_by("shard").combine_chunks())
+
+    def total(self, column: str) -> int:
+        """The sum of a column of whole numbers."""
+        return pc.sum(self.table[column]).as_py() or 0
+
+    def dropped(self) -> Counter[str]:
+        """Samples dropped, by reason."""
+        maps = self.table["dropped"].combine_chunks()
+        if not len(maps):
+            return Counter()
+        counted = pa.table({"reason": maps.keys, "num": maps.items}).group_by("reason").aggregate([("num", "sum")])
+        return Counter(dict(zip(counted["reason"].to_pylist(), counted["num_sum"].to_pylist(), strict=True)))
+
+    def listed(self, column: str) -> list[str]:
+        """The different elements of a column of lists, in the shards' order."""
+        found: list[str] = pc.unique(pc.list_flatten(self.table[column])).to_pylist()
+        return found
+
+
+def stage_entries(folder: Path) -> StageEntries:
+    """Brings the table of a stage's entries up to date; `folder` is `manifest/STAGE`.
+
+    Raises:
+        UserError: an entry was written by another version, or is damaged.
+    """
+    with _lock:
+        listed = _listing(folder)
+        before = _cached.get(folder)
+        kept = _read(folder) if before is None and len(listed) >= _WORTH_WRITING else before
+        table = _refreshed(folder, listed, _SCHEMA.empty_table() if kept is None else kept)
+        if before is None and len(_cached) >= _CACHED_STAGES:
+            _cached.clear()
+        _cached[folder] = table
+        return StageEntries(folder, table)
+
+
+def _listing(folder: Path) -> NDArray[np.int64]:
+    """Shard, time and size of each entry's file, (N, 3), by shard."""
+    with suppress(FileNotFoundError), os.scandir(folder) as files:
+        found = [(int(file.name[:-5]), _stamp(file)) for file in files if _is_entry(file.name)]
+        listed = np.array([(shard, *stamp) for shard, stamp in found if stamp], np.int64).reshape(-1, 3)
+        return listed[np.argsort(listed[:, 0])]
+    return np.empty((0, 3), np.int64)
+
+
+def _is_entry(name: str) -> bool:
+    return name.endswith(".json") and name[:-5].isdecimal()
+
+
+def _stamp(file: os.DirEntry[str]) -> tuple[int, int] | None:
+    try:
+        status = file.stat()
+    except FileNotFoundError:  # deleted since it was listed
+        return None
+    is_settled = time.time_ns() - status.st_mtime_ns > _STILL_CHANGING_NS
+    return status.st_mtime_ns if is_settled else -1, status.st_size
+
+
+def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Table:
+    stamps = np.stack([kept[name].to_numpy().astype(np.int64) for name in ("shard", "mtime_ns", "file_bytes")], axis=1)
+    if np.array_equal(stamps, listed) and not (listed[:, 1] < 0).any():
+        return kept
+    rows = np.searchsorted(stamps[:, 0], listed[:, 0]).clip(max=max(len(stamps) - 1, 0))
+    is_same = (stamps[rows] == listed).all(axis=1) & (listed[:, 1] >= 0) if len(stamps) else np.zeros(len(listed), bool)
+    fresh = _parsed(folder, listed[~is_same])
+    table = pa.concat_tables([kept.take(rows[is_same]), fresh]).sort_by("shard").combine_chunks()
+    num_settled = int((fresh["mtime_ns"].to_numpy() >= 0).sum())
+    if num_settled >= max(_WORTH_WRITING, _SHARE_WORTH_WRITING * len(table)):
+        _write(folder, table)
+    return table
+
+
+def _parsed(folder: Path, listed: NDArray[np.int64]) -> pa.Table:
+    rows = []
+    for shard, mtime_ns, file_bytes in listed.tolist():
+        path = _path(folder, shard)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:  # deleted since it was listed
+            continue
+        entry = parse_entry(content, path)
+        rows.append(
+            {
+                **{"shard": shard, "mtime_ns": mtime_ns, "file_bytes": file_bytes, "entry": content},
+                **{"num_in": entry.num_in, "num_out": entry.num_out, "seconds": entry.seconds},
+                "finished_at": entry.finished_at,
+                "num_bytes": sum(output.bytes for output in entry.outputs.values()),
+                **{"dropped": list(entry.dropped.items()), "notes": entry.notes},
+                "tables": [name for name in entry.outputs if name.endswith(".parquet")],
+            }
+        )
+    return pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _path(folder: Path, shard: int) -> Path:
+    return folder / f"{shard:05d}.json"
+
+
+def _file(folder: Path) -> Path:
+    return folder.with_suffix(".parquet")
+
+
+def _read(folder: Path) -> pa.Table | None:
+    try:
+        table = pq.read_table(_file(folder))
+    except (OSError, pa.ArrowException):
+        return None
+    return table if table.schema.equals(_SCHEMA) else None
+
+
+def _write(folder: Path, table: pa.Table) -> None:
+    # Who may only read the dataset, or finds its disk full, is answered all the same.
+    with suppress(OSError, UserError), publish(_file(folder)) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

@@ -1,0 +1,158 @@
+"""The table of a stage's entries says what their files say, whatever happened to it."""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from sdtrain.dataset import manifest_table
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, require_entries, write_entry
+from sdtrain.dataset.shard_report import Output, ShardReport
+from sdtrain.errors import UserError
+
+STAGE, LONG_AGO = "download", time.time() - 3600
+
+
+@pytest.fixture(autouse=True)
+def small_tables(monkeypatch):
+    monkeypatch.setattr(manifest_table, "_WORTH_WRITING", 1)
+    monkeypatch.setattr(manifest_table, "_cached", {})
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    dataset = DatasetDir(tmp_path)
+    for shard in range(5):
+        write(dataset, shard)
+    return dataset
+
+
+def report(shard: int, num_out: int = 7, **changed) -> ShardReport:
+    outputs = {f"images/{shard:05d}.parquet": Output(sha256="a" * 64, bytes=10 + shard)}
+    content = {"num_in": 10, "num_out": num_out, "dropped": {"timeout": 10 - num_out}, "outputs": outputs}
+    return ShardReport(stage=STAGE, shard=shard, **content | {"notes": [f"note {shard % 2}"]} | changed)
+
+
+def write(dataset: DatasetDir, shard: int, at: float | None = LONG_AGO, **changed) -> None:
+    write_entry(dataset, report(shard, **changed))
+    if at is not None:
+        os.utime(dataset.manifest_entry(STAGE, shard), (at, at))
+
+
+def table_file(dataset: DatasetDir) -> Path:
+    return dataset.root / "manifest" / f"{STAGE}.parquet"
+
+
+def forget_memory() -> None:
+    """As another process begins."""
+    manifest_table._cached.clear()
+
+
+def count_reads(monkeypatch) -> list[Path]:
+    read, original = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or original(path))
+    return read
+
+
+def test_it_gives_what_the_files_say(dataset):
+    found = entries(dataset, STAGE)
+    assert list(found) == [report(shard) for shard in range(5)]
+    assert (found[-1], found[1:3]) == (report(4), [report(1), report(2)])
+    assert (found.get(3), found.get(5), found.get(-1)) == (report(3), None, None)
+    assert (found.total("num_in"), found.total("num_out"), found.total("num_bytes")) == (50, 35, 60)
+    assert found.dropped() == Counter(timeout=15)
+    assert found.listed("notes") == ["note 0", "note 1"]
+    assert found.listed("tables") == [f"images/{shard:05d}.parquet" for shard in range(5)]
+    assert list(found.below(2)) == [report(0), report(1)]
+
+
+def test_a_stage_without_entries_has_none(tmp_path):
+    found = entries(DatasetDir(tmp_path), STAGE)
+    assert (list(found), found.total("num_in"), found.dropped(), found.listed("notes")) == ([], 0, Counter(), [])
+    assert list(found.below(3)) == []
+
+
+def test_another_process_reads_no_entry_again(dataset, monkeypatch):
+    entries(dataset, STAGE)
+    forget_memory()
+    read = count_reads(monkeypatch)
+    assert list(entries(dataset, STAGE)) == [report(shard) for shard in range(5)]
+    assert read == []
+
+
+@pytest.mark.parametrize("other_process", [False, True])
+def test_what_changed_is_read_and_nothing_else(dataset, monkeypatch, other_process):
+    entries(dataset, STAGE)
+    write(dataset, 1, at=LONG_AGO + 60, num_out=2)
+    write(dataset, 7)
+    dataset.manifest_entry(STAGE, 3).unlink()
+    if other_process:
+        forget_memory()
+    read = count_reads(monkeypatch)
+    expected = [report(0), report(1, num_out=2), report(2), report(4), report(7)]
+    assert list(entries(dataset, STAGE)) == expected
+    assert [path.name for path in read] == ["00001.json", "00007.json"]
+    forget_memory()
+    assert list(entries(dataset, STAGE)) == expected
+
+
+def test_an_entry_that_was_written_a_moment_ago_is_read_again(dataset):
+    """Its file may change within the same tick of the clock, to the same size."""
+    write(dataset, 2, at=None, num_out=5)
+    entries(dataset, STAGE)
+    status = dataset.manifest_entry(STAGE, 2).stat()
+    write(dataset, 2, at=None, num_out=6)
+    os.utime(dataset.manifest_entry(STAGE, 2), ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):
+        assert entries(dataset, STAGE).get(2) == report(2, num_out=6)
+        forget_memory()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"\0" * 1000], ids=["empty", "cut", "zeros"])
+def test_a_damaged_table_is_written_again(dataset, content):
+    entries(dataset, STAGE)
+    table_file(dataset).write_bytes(content)
+    forget_memory()
+    assert list(entries(dataset, STAGE)) == [report(shard) for shard in range(5)]
+    assert table_file(dataset).stat().st_size > 1000
+
+
+def test_a_table_that_cannot_be_written_is_done_without(dataset, monkeypatch):
+    def full(path):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(manifest_table, "publish", full)
+    assert list(entries(dataset, STAGE)) == [report(shard) for shard in range(5)]
+    assert not table_file(dataset).exists()
+
+
+def test_the_order_is_that_of_numbers_from_100_000_on(dataset):
+    write(dataset, 100_000)
+    write(dataset, 99_999)
+    assert entries(dataset, STAGE).shards.tolist() == [0, 1, 2, 3, 4, 99_999, 100_000]
+
+
+def test_a_damaged_entry_is_named(dataset):
+    path = dataset.manifest_entry(STAGE, 1)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"00001\.json is not a manifest entry"):
+        entries(dataset, STAGE)
+
+
+def test_bulk_reads_read_no_file_twice(dataset, monkeypatch):
+    entries(dataset, STAGE)
+    read = count_reads(monkeypatch)
+    with bulk_reads():
+        assert [read_entry(dataset, STAGE, shard) for shard in range(6)] == [*map(report, range(5)), None]
+    assert read == []
+    assert read_entry(dataset, STAGE, 0) == report(0)  # afterwards the file is asked again
+    assert len(read) == 1
+
+
+def test_a_shard_that_is_not_finished_is_named(dataset):
+    assert list(require_entries(dataset, STAGE, [3, 0])) == [report(3), report(0)]
+    with pytest.raises(UserError, match="Shard 00005 of stage 'download' is not finished"):
+        list(require_entries(dataset, STAGE, [0, 5]))
