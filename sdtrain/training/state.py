@@ -19,9 +19,9 @@ from sdtrain.loading.sources import open_samples
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
-from sdtrain.precision import torch_dtype
+from sdtrain.precision import decoder_dtype, torch_dtype
 from sdtrain.preflight.networks import require_width
-from sdtrain.sampling.sampler import Networks
+from sdtrain.sampling.sampler import Networks, place_decoder
 from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
@@ -107,8 +107,9 @@ class TrainingState:
 
     def validation_losses(self, batch: MicroBatch) -> torch.Tensor:
         """Each sample's unweighted loss, (B,), without gradients."""
+        size = len(batch.moments) if self._config.speed.compile == "off" else self._config.micro_batch
         with torch.no_grad():
-            return self.losses(batch)[1]
+            return self.losses(batch.filled(size))[1][: len(batch.moments)]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -122,15 +123,18 @@ class TrainingState:
 
     def networks(self) -> Networks:
         """The networks that sample previews: the UNet in training, and the VAE, which training itself does not need."""
+        device, speed = self._ranks.device, self._config.speed
         return Networks(
             unet=self.engine.module,
-            vae=load_vae(self._config.vae).to(self._ranks.device),
+            vae=place_decoder(load_vae(self._config.vae), device, decoder_dtype(self._dtype, device), speed),
             tokenizer=self._tokenizer,
             text_encoder=self._text_encoder,
             scheduler_config=sampling_scheduler(self._config.diffusion).config,
             latent_size=self._config.latent_size,
             dtype=self._dtype,
             source=str(self._run_dir.path),
+            speed=speed,
+            num_rows=self._config.micro_batch,
         )
 
     def batches(self, first_step: int) -> Iterator[MicroBatch]:
