@@ -49,7 +49,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
     """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
-    from filters import pipeline
+    from sdtrain.dataset.work import WORK
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import PHASES, configs_of, find_chain
     from sdtrain.plan.estimate import Machines, Planner, not_counted, total
@@ -67,9 +67,9 @@ def plan(
     if recipe:  # with the first run on that dataset
         phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]
     runs = configs_of(phases)
-    lines = [line for job in jobs for line in planner.dataset(job, pipeline.STAGES)]
+    lines = [line for job in jobs for line in planner.dataset(job, WORK)]
     lines += [planner.training(run) for run in runs]
-    left_out = not_counted(pipeline.STAGES)
+    left_out = not_counted(WORK)
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
         shown = [asdict(line) for line in (*lines, total(lines))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -22,10 +23,11 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
-from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
+from sdtrain.dataset.work import WORK
 from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
     CHECK_KEY,
@@ -39,7 +41,7 @@ from sdtrain.encode.info import (
     write_info,
 )
 from sdtrain.encode.text import check_text_embedder, shared_text_embedder
-from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
+from sdtrain.encode.vae import PendingMoments, check_vae, shared_vae, start_encoding
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, resize_and_crop, seeded_uniform
@@ -54,7 +56,7 @@ Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
 _TEXT = "text.npy"
-_DECODED_AHEAD = 2
+_DECODED_AHEAD, _STARTED_AHEAD = 2, 1
 _DECIDE_BYTES = {"text_embeddings", "precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
@@ -107,13 +109,18 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
+        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes.
+
+        A GPU has the next chunk before the last one's moments are read, so that neither copies nor writing stop it.
+        """
+        started: deque[tuple[Any, ...]] = deque()
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
-                texts = self._texts(part)
-                for sample, cut_out, moments, text in zip(part, crops, self._moments(crops), texts, strict=True):
-                    key, members = self._member(sample, cut_out, moments)
-                    yield key, members | text
+                started.append((part, crops, self._started(crops)))
+                if len(started) > _STARTED_AHEAD:
+                    yield from self._finished(*started.popleft())
+        for chunk in started:
+            yield from self._finished(*chunk)
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
@@ -146,16 +153,26 @@ class _ShardEncoder:
         batches = (embed(batch) for batch in _parts(captions, self._config.batch_size))
         return [{_TEXT: _npy(bits)} for batch in batches for bits in batch]
 
-    def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
-        """The moments of each crop of each sample; each batch has one size."""
-        found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
+    def _started(self, crops: Sequence[Sequence[Crop]]) -> list[tuple[list[int], PendingMoments]]:
+        """Begins to encode all crops of all samples; each batch has one size, and the samples' numbers."""
+        started = []
         for size in self._sizes:
             wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
             for batch in _parts(wanted, self._config.batch_size):
-                moments = encode_pixels(self.vae, np.stack([crop.pixels for _, crop in batch]))
-                for (number, _), array in zip(batch, moments, strict=True):
-                    found[number].append(array)
-        return found
+                pixels = np.stack([crop.pixels for _, crop in batch])
+                started.append(([number for number, _ in batch], start_encoding(self.vae, pixels)))
+        return started
+
+    def _finished(
+        self, part: Sequence[Sample], crops: Sequence[Sequence[Crop]], started: list[tuple[list[int], PendingMoments]]
+    ) -> Iterator[Sample]:
+        found: list[list[NDArray[np.float16]]] = [[] for _ in part]
+        for numbers, pending in started:
+            for number, array in zip(numbers, pending.wait(), strict=True):
+                found[number].append(array)
+        for sample, cut_out, moments, text in zip(part, crops, found, self._texts(part), strict=True):
+            key, members = self._member(sample, cut_out, moments)
+            yield key, members | text
 
     def _member(self, sample: Sample, crops: Sequence[Crop], moments: Sequence[NDArray[np.float16]]) -> Sample:
         key, members = sample
@@ -304,5 +321,5 @@ ENCODE: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
+    work=WORK["encode"],
 )

@@ -17,7 +17,7 @@ from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.manifest import read_entry
-from sdtrain.dataset.s3.sync import fetch_shard_file
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore

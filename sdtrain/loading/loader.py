@@ -23,6 +23,7 @@ from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
+from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.text import CaptionTokens
 
 _SUBSTITUTES = 16
@@ -53,6 +54,10 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """The batch in pinned memory, for asynchronous copies to the GPU."""
         return self._each(torch.Tensor.pin_memory)
+
+    def filled(self, size: int) -> MicroBatch:
+        """As many samples as a compiled network expects, the last one repeated."""
+        return self._each(lambda tensor: fill_rows(tensor, size))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
