@@ -18,9 +18,9 @@ from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
-from sdtrain.dataset.s3.sync import discard, evict_finished, fetch_outputs, push_files
 from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
+from sdtrain.dataset.sync import discard, evict_finished, fetch_outputs, push_files
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
 

@@ -14,9 +14,9 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
-from sdtrain.dataset.s3.sync import discard
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Stage, Table, record
+from sdtrain.dataset.sync import discard
 
 
 def touched_entries(

@@ -22,6 +22,8 @@ _OURS = (
     "communication_data_type",
     "data_types",
 )
+_HEEDED = ("fp16", "gradient_clipping")
+"""What our own optimizer step does as a DeepSpeed JSON says."""
 _BUCKET_NUMEL = 200_000_000
 
 
@@ -57,10 +59,15 @@ def _gradient_dtype(config: TrainConfig) -> str:
     """The dtype in which DeepSpeed accumulates gradients.
 
     Asked for float32 under bf16 and ZeRO-1, DeepSpeed would switch to an optimizer without the partitions that
-    checkpoints consist of; ZeroInternals.add_up_in_fp32 sets it later instead.
+    checkpoints consist of; the optimizer steps in sdtrain.training.steps see to it instead.
     """
     is_set_later = config.precision == "bf16" and config.zero_stage == 1
     return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision
+
+
+def needs_deepspeed_steps(config: TrainConfig, extra: Path | None) -> bool:
+    """Whether only DeepSpeed's own optimizer step does all that the config, or the JSON file `extra`, asks for."""
+    return config.zero_stage != 1 or any(name not in _HEEDED for name in (_read_extra(extra) if extra else ()))
 
 
 def start_engine(unet: torch.nn.Module, config: TrainConfig, settings: dict[str, Any]) -> deepspeed.DeepSpeedEngine:

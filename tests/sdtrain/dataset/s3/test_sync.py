@@ -13,10 +13,10 @@ from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, is_whole, write_entry
 from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
+from sdtrain.dataset.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
