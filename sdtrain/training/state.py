@@ -13,6 +13,7 @@ import torch
 
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
+from sdtrain.encode.text import embed_empty
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
@@ -58,9 +59,11 @@ class TrainingState:
         self._tokenizer = tokenizer
         self.num_repeated = 0
         require_width(config.text_encoder, text_encoder.config.hidden_size, config.unet.cross_attention_dim)
-        self._text_encoder = text_encoder.to(ranks.device, self._dtype)
+        empty = embed_empty(tokenizer, text_encoder, ranks.device, store.text_dtype) if store.text_dtype else None
+        is_needed = store.text_dtype is None or config.previews.every
+        self._text_encoder = text_encoder.to(ranks.device if is_needed else "cpu", self._dtype)
         self._objective = Objective(config.diffusion, ranks.device)
-        self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size)
+        self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size, empty)
         self.accumulation = self._batches.accumulation
         self.guard = StepGuard(config.guard)
         self._start_engine(deepspeed_json)
@@ -87,14 +90,20 @@ class TrainingState:
         """Samples z_0, adds noise, predicts and compares: each sample's weighted and unweighted loss, (B,), float32."""
         latents = sample_posterior(batch.moments, batch.posterior, self.scaling_factor)
         noisy, target = self._objective.inputs(latents, batch.noise, batch.timesteps)
-        predicted = self.predict(noisy, batch.timesteps, batch.token_ids)
+        predicted = self.predict(noisy, batch.timesteps, self._context(batch))
         return self._objective.losses(predicted, target, batch.timesteps)
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    def _context(self, batch: MicroBatch) -> torch.Tensor:
+        """The captions' embeddings, (B, L, width), read or encoded."""
+        if batch.context is not None:
+            return batch.context.to(self._dtype)
+        with torch.no_grad():
+            encoded: torch.Tensor = self._text_encoder(batch.token_ids).last_hidden_state
+        return encoded
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction, noise or velocity as configured, (B, 4, h, w)."""
         begin_graphs(self._config.speed)
-        with torch.no_grad():
-            context = self._text_encoder(token_ids).last_hidden_state
         with attention_kernels(self._config.speed):
             layout = memory_format(self._ranks.device, self._config.speed)
             inputs = noisy.to(self._dtype, memory_format=layout)
