@@ -87,7 +87,9 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
 def _estimate(recipe: Recipe, num_rows: int, stages: Stages) -> float:
     planner = Planner(load_rates(), Machines(1, "h200"))
     sizes = recipe.download.image_size, recipe.encode.resolution, recipe.encode.num_crops
-    lines = planner.dataset(DatasetJob(recipe.name, *sizes, num_rows), _work(stages)) if num_rows else []
+    has_texts = recipe.encode.text_embeddings != "none"
+    job = DatasetJob(recipe.name, *sizes, num_rows, has_texts)
+    lines = planner.dataset(job, _work(stages)) if num_rows else []
     return sum(line.disk_bytes for line in lines)
 
 

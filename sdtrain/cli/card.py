@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdtrain.plan.rates import Rates
 
 _GENERAL = {
-    *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
+    *("text_embedding_bytes", "link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
     *("image_bytes_256", "image_bytes_512", "image_bytes_1024"),
 }
 """Rates shown with every plan; others are shown with their stages."""
@@ -87,7 +87,8 @@ def _job(name: str, rows: int | None) -> DatasetJob:
 
     recipe = load_recipe(name)
     num_crops = getattr(recipe.encode, "num_crops", 1)
-    return DatasetJob(recipe.name, recipe.download.image_size, recipe.encode.resolution, num_crops, rows)
+    sizes = recipe.download.image_size, recipe.encode.resolution, num_crops
+    return DatasetJob(recipe.name, *sizes, rows, getattr(recipe.encode, "text_embeddings", "none") != "none")
 
 
 def _shown(line: Line) -> dict[str, object]:

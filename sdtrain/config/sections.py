@@ -282,8 +282,10 @@ class GuardConfig(Settings):
     max_skips_in_a_row: Free[int] = Field(default=10, ge=1)
     """Training stops after this many."""
     stall_timeout_s: Free[float] = Field(default=600, ge=0)
-    """Seconds without progress after which a rank names those that are behind and ends the job; 0: never. Leave room
-    for the slow first steps, which compile."""
+    """Seconds without progress after which a rank names those that are behind and ends the job; 0: never."""
+    compile_timeout_s: Free[float] = Field(default=3600, ge=0)
+    """The same where `speed.compile` may be at work: in the first pass with each shape of batch, the first validation
+    and the first previews. Taken if larger than `stall_timeout_s`."""
 
     @property
     def reads_every_norm(self) -> bool:

@@ -38,6 +38,8 @@ class DatasetJob:
     resolution: int
     num_crops: int = 1
     num_rows: int | None = None
+    has_texts: bool = False
+    """Whether text embeddings are stored beside the latents."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Planner:
         amounts = self._amounts(job)
         sizes = {
             "image_bytes": self._value(_nearest_size(job.image_px)),
-            "latent_bytes": latent_bytes(job.resolution),
+            "latent_bytes": latent_bytes(job.resolution) + self._text_bytes(job) / job.num_crops,
         }
         lines = []
         for name, work in stages.items():
@@ -81,6 +83,9 @@ class Planner:
                 each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
                 lines.append(self._stage(job.recipe, name, work, amounts[work.num], amounts[written] * each))
         return lines
+
+    def _text_bytes(self, job: DatasetJob) -> float:
+        return self._value("text_embedding_bytes") if job.has_texts else 0.0
 
     def _amounts(self, job: DatasetJob) -> dict[Amount, float]:
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")

@@ -150,14 +150,15 @@ def _loss(
 def state_bytes(config: TrainConfig, num_parameters: int, world_size: int) -> int:
     """Memory that a rank keeps beside the network, its gradients and its activations.
 
-    Its share of master weights, average and moments, float32; the sum of gradients, if in float32; and under ZeRO-2 the
-    bucket in which DeepSpeed reduces them.
+    Its share of master weights, averages and moments; the vector in which gradients are added up, which stands beside
+    those of a backward pass; and with ZeRO-2 the bucket in which they are reduced.
     """
     moments = 8 if config.optimizer.moments == "fp32" else 2
-    sum_of_gradients = 4 if config.speed.fp32_gradients and config.precision != "fp32" else 0
-    bucket = 4 if config.zero_stage == 2 else 0
+    is_wider = config.speed.fp32_gradients and config.precision != "fp32"
     shared = (4 + 4 + moments + 4 * len(config.ema.post_hoc)) * num_parameters // world_size
-    return shared + (sum_of_gradients + bucket) * num_parameters
+    vector = 4 if config.speed.fp32_gradients else torch_dtype(config.precision).itemsize
+    gradients = vector if config.zero_stage == 1 else (4 if is_wider else 0) + 4
+    return shared + gradients * num_parameters
 
 
 def _largest_by_memory(config: TrainConfig, ranks: Ranks, sizes: Sequence[int]) -> Choice | None:
