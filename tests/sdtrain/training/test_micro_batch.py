@@ -146,7 +146,7 @@ def test_the_state_takes_as_much_as_the_readme_says(tmp_path, world, changes, by
     config = config_of(tmp_path, world, **changes)
     assert state_bytes(config, 1000, 1) == 1000 * bytes_each
     assert state_bytes(config, 1000, 4) < 1000 * bytes_each
-    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) > 1000 * bytes_each
+    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) >= 1000 * bytes_each
 
 
 def test_what_it_cannot_foresee_is_refused(tmp_path, world):
