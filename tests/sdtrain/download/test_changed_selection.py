@@ -18,6 +18,7 @@ from sdtrain.download import publish
 from sdtrain.download.publish import drop_images
 from sdtrain.download.stage import DOWNLOAD
 from tests.sdtrain.download.download_fixtures import Build, prepare, serve_site
+from tests.sdtrain.download.test_retry import build_command  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,13 @@ def test_statistics_taken_away_by_a_killed_run_come_back(build, site):
     build.dataset.images_stats(0).replace(build.dataset.images_stats(0).with_name(".00000_stats.json.former"))
     publish.recover_images(build.dataset, 0)
     assert json.loads(build.dataset.images_stats(0).read_bytes()) == before
+
+
+def test_a_raised_limit_fetches_only_what_it_adds(build_command, site, tmp_path):  # noqa: F811
+    build_command("--limit", "6")
+    assert len(site.asked) == 6
+    before = {row["uid"] for row in Build(DatasetDir(tmp_path / "data"), None).rows()}
+    build_command("--limit", "11")
+    after = {row["uid"] for row in Build(DatasetDir(tmp_path / "data"), None).rows()}
+    assert before < after
+    assert (len(site.asked), site.asked.total()) == (11, 11)
