@@ -12,8 +12,8 @@ from filters.recipe import Recipe
 from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
-from sdtrain.dataset.s3.sync import keep_local
 from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.sync import keep_local
 
 if TYPE_CHECKING:
     from filters.preflight import BuildPreflight

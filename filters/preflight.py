@@ -11,6 +11,7 @@ from filters.select.metadata_files import find_metadata
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.stage import Openers, Stage
+from sdtrain.dataset.work import Work
 from sdtrain.plan.estimate import DatasetJob, Machines, Planner, not_counted
 from sdtrain.plan.rates import load_rates
 from sdtrain.preflight.checks import ROOM_IS_SURELY_TOO_SMALL, Check, check_room, check_writable, require
@@ -86,10 +87,16 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
 def _estimate(recipe: Recipe, num_rows: int, stages: Stages) -> float:
     planner = Planner(load_rates(), Machines(1, "h200"))
     sizes = recipe.download.image_size, recipe.encode.resolution, recipe.encode.num_crops
-    lines = planner.dataset(DatasetJob(recipe.name, *sizes, num_rows), stages) if num_rows else []
+    has_texts = recipe.encode.text_embeddings != "none"
+    job = DatasetJob(recipe.name, *sizes, num_rows, has_texts)
+    lines = planner.dataset(job, _work(stages)) if num_rows else []
     return sum(line.disk_bytes for line in lines)
 
 
 def _left_out(stages: Stages) -> str:
-    names = not_counted(stages)
+    names = not_counted(_work(stages))
     return f"; not counted: {', '.join(names)}" if names else ""
+
+
+def _work(stages: Stages) -> dict[str, Work | None]:
+    return {stage.name: stage.work for stage in stages}

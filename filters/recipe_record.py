@@ -10,8 +10,8 @@ from filters.recipe import Recipe
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.open import dataset_at
-from sdtrain.dataset.s3.sync import push_files
 from sdtrain.dataset.s3.url import is_s3
+from sdtrain.dataset.sync import push_files
 from sdtrain.errors import UserError
 from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow
 from sdtrain.redaction import as_recorded

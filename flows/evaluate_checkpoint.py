@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import TaskRunner
 from pydantic import Field
 
+from flows.support.batches import ShardsPerTask
 from flows.support.decorators import records_no_secrets, report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import Engine, start_engine
@@ -22,7 +23,6 @@ from sdtrain.settings import parse_settings
 if TYPE_CHECKING:
     from sdtrain.evaluation.sweep import Step
 
-Count = Annotated[int, Field(ge=1)]
 Several = Annotated[int, Field(ge=2)]
 Workers = Annotated[int, Field(ge=1, le=256)]
 Scale = Annotated[float, Field(ge=0)]
@@ -47,7 +47,7 @@ def evaluate_checkpoint(
     engine: Engine = "threads",
     engine_address: Location | None = None,
     workers: Workers = 1,
-    parts_per_task: Count = 1,
+    parts_per_task: ShardsPerTask = "auto",
     retries: Annotated[int, Field(ge=0, le=10)] = 1,
 ) -> str:
     """Draws images of the prompts at each guidance scale and measures them; what is finished is not done again.
@@ -63,7 +63,7 @@ def evaluate_checkpoint(
         engine: What runs the parts: threads or processes of this machine, or Dask or Ray.
         engine_address: A running Dask or Ray cluster's; without, one is started on this machine.
         workers: Parts at once, unless a running cluster decides that. One a GPU, with `processes`.
-        parts_per_task: Parts in one task; a task should be a minute of work or more.
+        parts_per_task: Parts in one task: a number, or auto for about a minute of work, by what parts took so far.
         retries: How often a step begins again with the parts that failed, for another reason than a user's mistake.
 
     Returns:

@@ -31,6 +31,7 @@ from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
     from sdtrain.training.distributed import Ranks
+    from sdtrain.training.watchdog import Watchdog
 
 # Imports that need torch are inside functions: flows import `configure`, and mistakes are reported at once.
 
@@ -55,7 +56,6 @@ def train(
     from sdtrain.training.optimizer import learning_rate, set_learning_rate
     from sdtrain.training.state import TrainingState
     from sdtrain.training.throughput import Progress
-    from sdtrain.training.watchdog import Watchdog
 
     config = _with_precision(config, run_dir, ranks)
     _require(late_checks(config, run_dir.path), ranks)
@@ -68,18 +68,17 @@ def train(
     batches = progress.timed(state.batches(first_step))
     step = first_step
 
-    with energy, state.checkpoints, Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s) as watchdog:
+    with energy, state.checkpoints, _watchdog(config, run_dir, ranks) as watchdog:
         while step < config.steps and not ranks.any(stop_requested() or state.checkpoints.have_failed()):
             lr = learning_rate(step, config.optimizer, config.schedule)
             set_learning_rate(state.engine.optimizer, lr)
             seen = []
-            for batch in watchdog.follow(state.micro_batches(batches), step):
+            for batch in watchdog.follow(state.micro_batches(batches), step, lambda batch: batch.moments.shape):
                 weighted, unweighted = state.losses(batch)  # samples z_0, adds noise, predicts and compares
                 state.engine.backward(weighted.mean())
-                state.engine.step()
+                state.engine.step()  # the last of them renews weights and average
                 seen.append((unweighted, batch.timesteps))
-            if was_applied := state.step_was_applied(step):
-                state.ema.update()
+            was_applied = state.step_was_applied(step)
             progress.add(seen[-state.accumulation :], was_applied)  # fp16 may have repeated the step
             step += 1
             watchdog.at(step, "logging")
@@ -103,6 +102,13 @@ def train(
     if ranks.is_first:
         _write_card(run_dir.path)
     return step
+
+
+def _watchdog(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> Watchdog:
+    from sdtrain.training.watchdog import Watchdog
+
+    compile_timeout_s = 0.0 if config.speed.compile == "off" else config.guard.compile_timeout_s
+    return Watchdog(run_dir.path, ranks, config.guard.stall_timeout_s, compile_timeout_s=compile_timeout_s)
 
 
 def _require(checks: Sequence[Check], ranks: Ranks) -> None:

@@ -24,9 +24,10 @@ from sdtrain.dataset.manifest import (
 )
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
-from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.sync import fetch_outputs
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
 
@@ -217,5 +218,5 @@ DECIDE: Stage[Recipe] = Stage(
     ),
     uses_gpu=False,
     needs=NOTHING,
-    work=None,
+    work=WORK["decide"],
 )

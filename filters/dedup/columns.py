@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from sdtrain.dataset.mixing import GAMMA, mix64
 from sdtrain.dataset.progress import report_progress
+from sdtrain.mixing import GAMMA, mix64
 
 Words = NDArray[np.uint64]
 

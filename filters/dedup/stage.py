@@ -19,7 +19,8 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
@@ -132,5 +133,5 @@ DEDUP: Stage[Recipe] = Stage(
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,
     needs=Needs(files=no_openers, networks=no_openers, sized=_sized),
-    work=Work(num="images", rate="dedup_images", on="one core", writes=None),
+    work=WORK["dedup"],
 )

@@ -18,8 +18,8 @@ from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
-from sdtrain.dataset.s3.sync import fetch_tables
 from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.sync import fetch_tables
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 

@@ -1,23 +1,26 @@
 """Preprocessing of image batches with JPEG decoding and resizing on the GPU.
 
-nvJPEG (through torchvision) and the GPU's resizing round differently from libjpeg and Pillow: most pixels are equal,
-the others differ by a few levels, so scores and hashes differ slightly from the CPU's. Anything but a plain JPEG (8-bit
-RGB, upright, whole) goes to the CPU.
+nvJPEG (through TorchCodec or torchvision) and the GPU's resizing round differently from libjpeg and Pillow: most pixels
+are equal, the others differ by a few levels, so scores and hashes differ slightly from the CPU's. Anything but a plain
+JPEG (8-bit RGB, upright, whole) goes to the CPU.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from filters.score.jpeg_decoder import JpegDecoder
 from filters.score.preprocess import (
     WATERMARK_PX,
     PreprocessedImage,
@@ -30,23 +33,45 @@ from filters.score.preprocess import (
 from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
 from sdtrain.models.clip import Preprocess
+from sdtrain.models.copies import PendingCopy, copies_of
 
 
 def preprocess_on_device(
-    samples: Sequence[Sample], required: RequiredViews, device: torch.device, pool: Executor
+    samples: Sequence[Sample], required: RequiredViews, decoder: JpegDecoder, pool: Executor
 ) -> list[PreprocessedImage]:
-    """Preprocesses a batch; the views stay on `device`, and `pool` handles the CPU's share."""
-    plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.image)]
-    pixels = _decoded([samples[i].image for i in plain], device)
+    """Preprocesses a batch; the views stay on the decoder's device, and `pool` handles the CPU's share.
+
+    A GPU works on a stream of its own, beside the networks'.
+    """
     found: dict[int, Future[PreprocessedImage]] = {}
-    for group in _by_shape(pixels):
-        views = _views(torch.stack([pixels[i] for i in group]), required)
-        for i, seen in zip(group, views, strict=True):
-            found[plain[i]] = pool.submit(_described, samples[plain[i]], required, *seen)
-    for position, sample in enumerate(samples):
-        if position not in found:
-            found[position] = pool.submit(preprocess, sample, required)
+    plain = [i for i, sample in enumerate(samples) if _is_plain_jpeg(sample.image)]
+    with _beside_the_networks(decoder.device):
+        pixels = dict(zip(plain, decoder.decode([samples[i].image for i in plain]), strict=True))
+        for position, sample in enumerate(samples):
+            if pixels.get(position) is None:
+                found[position] = pool.submit(preprocess, sample, required)
+        decoded = {position: image for position, image in pixels.items() if image is not None}
+        groups = [
+            (group, _Views.of(torch.stack([decoded[i] for i in group]), required)) for group in _by_shape(decoded)
+        ]
+    for group, views in groups:
+        for i, seen in zip(group, views.wait(), strict=True):
+            found[i] = pool.submit(_described, samples[i], required, *seen)
     return [found[position].result() for position in range(len(samples))]
+
+
+@contextmanager
+def _beside_the_networks(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.stream(_stream(device)):
+        yield
+
+
+@lru_cache(maxsize=8)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _is_plain_jpeg(content: bytes) -> bool:
@@ -57,31 +82,38 @@ def _is_plain_jpeg(content: bytes) -> bool:
     return header.is_plain and header.extension == "jpg"
 
 
-def _decoded(contents: list[bytes], device: torch.device) -> list[Tensor]:
-    """Decodes to (3, H, W) uint8 each; to nothing if any is damaged, because the decoder does not say which."""
-    if not contents:
-        return []
-    try:
-        data = [torch.frombuffer(bytearray(content), dtype=torch.uint8) for content in contents]
-        decoded: list[Tensor] = decode_jpeg(data, ImageReadMode.RGB, device=device)
-    except RuntimeError:
-        return []
-    return decoded
-
-
-def _by_shape(pixels: Sequence[Tensor]) -> list[list[int]]:
+def _by_shape(pixels: Mapping[int, Tensor]) -> list[list[int]]:
     groups: dict[torch.Size, list[int]] = {}
-    for position, image in enumerate(pixels):
+    for position, image in pixels.items():
         groups.setdefault(image.shape, []).append(position)
     return list(groups.values())
 
 
-def _views(pixels: Tensor, required: RequiredViews) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
-    """Of (B, 3, H, W), yields CLIP's view, the watermark detector's, and on the CPU the latter and the whole image."""
-    squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
-    clip = list(_clip_view(pixels, required.clip)) if required.clip else [None] * len(pixels)
-    squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
-    return zip(clip, squashed, squashed.cpu(), whole.cpu(), strict=True)
+@dataclass(frozen=True)
+class _Views:
+    """Views of images of one shape: CLIP's, the watermark detector's, and copies of the latter and the whole images."""
+
+    clip: Sequence[Tensor | None]
+    watermark: Tensor
+    squashed: PendingCopy
+    whole: PendingCopy
+
+    @classmethod
+    def of(cls, pixels: Tensor, required: RequiredViews) -> _Views:
+        """Begins to make those of (B, 3, H, W) uint8."""
+        squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
+        squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
+        clip = _clip_view(pixels, required.clip) if required.clip else None
+        copies = copies_of(pixels.device)
+        for kept in (squashed, clip):
+            if kept is not None and kept.is_cuda:  # the networks read it on another stream than it was allocated on
+                kept.record_stream(torch.cuda.default_stream(kept.device))
+        views = [None] * len(pixels) if clip is None else list(clip)
+        return cls(views, squashed, copies.to_host(squashed), copies.to_host(whole))
+
+    def wait(self) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
+        """Yields an image's views, once its copies have arrived; all that was queued before them is done then."""
+        return zip(self.clip, self.watermark, self.squashed.wait(), self.whole.wait(), strict=True)
 
 
 def _clip_view(pixels: Tensor, preprocess: Preprocess) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from filters.score.jpeg_decoder import Fallbacks, JpegDecoder
 from filters.score.models import Models, score_batch
 from filters.score.preprocess import PreprocessedImage, Sample, preprocess, read_shard
 from sdtrain.dataset.layout import DatasetDir
@@ -75,7 +76,8 @@ def _batches(
 
 @contextmanager
 def _preprocessing(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Sample]], Pending]]:
-    pool, decoder = ThreadPoolExecutor(num_threads()), ThreadPoolExecutor(1)
+    pool, decoding = ThreadPoolExecutor(num_threads()), ThreadPoolExecutor(1)
+    decoder = JpegDecoder(models.device, Fallbacks())
 
     def by_cpu(samples: list[Sample]) -> Pending:
         futures = [pool.submit(preprocess, sample, models.required_views) for sample in samples]
@@ -84,13 +86,14 @@ def _preprocessing(models: Models, on_gpu: bool) -> Iterator[Callable[[list[Samp
     def by_gpu(samples: list[Sample]) -> Pending:
         from filters.score.gpu_decode import preprocess_on_device
 
-        return decoder.submit(preprocess_on_device, samples, models.required_views, models.device, pool).result
+        return decoding.submit(preprocess_on_device, samples, models.required_views, decoder, pool).result
 
     try:
         yield by_gpu if on_gpu else by_cpu
     finally:
-        decoder.shutdown(cancel_futures=True)
+        decoding.shutdown(cancel_futures=True)
         pool.shutdown(cancel_futures=True)
+        decoder.fallbacks.report()
 
 
 def num_threads() -> int:

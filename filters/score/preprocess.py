@@ -16,7 +16,7 @@ from torch import Tensor
 
 from filters.columns import UNDECODABLE
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.sync import fetch_shard_file
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension

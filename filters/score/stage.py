@@ -18,7 +18,8 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, Work, no_openers, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.models.weights import clip_digest
 
@@ -38,12 +39,13 @@ _TABLE = pa.schema(
 def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
     """Writes one row per downloaded image, damaged ones included; raises `UserError` for bad weights or shards."""
     # Lazy, so that checking whether a shard is finished does not wait for torch, open_clip and timm.
+    from filters.score.jpeg_decoder import require_decoder
     from filters.score.models import load_models
     from filters.score.pipeline import score_rows
 
     weight_digests(config)  # first, to fail on weights other than the recipe pins before loading them
     models = load_models(config)
-    on_gpu = config.decode != "cpu" and models.device.type == "cuda"
+    on_gpu = require_decoder(models.device, config.decode)
     schema = _schema(config).with_metadata(_described(config, models.device.type, on_gpu))
     for shard, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
         yield _write(dataset, shard, rows, schema)
@@ -171,5 +173,5 @@ SCORE: Stage[Recipe] = Stage(
     ),
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
+    work=WORK["score"],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from filters.columns import SCORE_COLUMNS
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.sync import read_part
+from sdtrain.dataset.sync import read_part
 from sdtrain.images.decode import IMAGE_EXTENSIONS, decode_rgb
 
 KEY = re.compile(r"[0-9]{1,18}")

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sdtrain.dataset.mixing import GAMMA, mix64
+from sdtrain.mixing import GAMMA, mix64
 
 _UID_BYTES = 32
 Keys = npt.NDArray[np.uint64]

@@ -27,7 +27,8 @@ from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Stage, Table, Work, no_openers, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
@@ -250,5 +251,5 @@ SELECT: Stage[Recipe] = Stage(
     ),
     uses_gpu=False,
     needs=Needs(files=open_files, networks=no_openers, sized=no_openers),
-    work=Work(num="metadata", rate="select_rows", on="cores", writes=("rows", "metadata_row_bytes")),
+    work=WORK["select"],
 )

@@ -93,6 +93,27 @@ def needs_of(stage: Stage[Any]) -> AbstractContextManager[Any]:
     return remote_options(num_gpus=1, max_calls=0)
 
 
+def num_workers(stage: Stage[Any], runner: TaskRunner[Any], otherwise: int) -> int:
+    """Batches that run at once: a cluster's threads or CPUs now, or its GPUs for a stage that asks for one.
+
+    `otherwise` is the answer for threads and processes, and for a cluster without workers or that does not answer.
+    """
+    try:
+        return _num_slots(stage, runner) or otherwise
+    except Exception:  # of Ray or Dask, or the connection's: the batches themselves tell how they fail
+        return otherwise
+
+
+def _num_slots(stage: Stage[Any], runner: TaskRunner[Any]) -> int:
+    package = type(runner).__module__.partition(".")[0]
+    if package == "prefect_ray":
+        there = sys.modules["ray"].cluster_resources()
+        return int(stage.uses_gpu and there.get("GPU", 0)) or int(there.get("CPU", 0))
+    if package == "prefect_dask":
+        return sum(runner.client.nthreads().values())  # type: ignore[attr-defined]
+    return 0
+
+
 def is_given_up() -> bool:
     """Whether this Dask batch's flow has ended; Dask does not stop running batches."""
     distributed = sys.modules.get("distributed")

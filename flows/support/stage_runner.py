@@ -1,20 +1,22 @@
 """Runs the pending shards of a stage in batches, each a Prefect task."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.futures import PrefectFuture, as_completed
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 from prefect.states import Failed, State
 from prefect.task_runners import TaskRunner
 
-from flows.support.clusters import is_given_up, needs_of
+from flows.support.batches import Batches, ShardsPerTask, measured_before
+from flows.support.clusters import is_given_up, needs_of, num_workers
 from flows.support.progress import ProgressArtifact
 from flows.support.task_runners import Engine, lost_its_worker, start_engine
 from sdtrain.dataset.layout import DatasetDir
@@ -37,8 +39,10 @@ class StageOptions:
     workers: Annotated[int, Ge(1), Le(256)] = option(
         2, "Batches of shards at once, unless a running cluster decides that."
     )
-    shards_per_task: Annotated[int, Ge(1)] = option(
-        1, "Shards in one batch; a batch should be a minute of work or more."
+    shards_per_task: ShardsPerTask = option(
+        "auto",
+        "Shards in one batch: a number, or auto for about a minute of work by what shards took so far, with at most "
+        "2,000 batches a stage and at least two for each worker.",
     )
     engine: Engine = option(
         "threads", "What runs the batches of shards: threads or processes of this machine, or Dask or Ray."
@@ -83,52 +87,92 @@ def run_stage(
             nullcontext(runner) if runner else start_engine(options.engine, options.engine_address, options.workers)
         )
         with engine as running:
-            reports = _run_batches(stage, dataset, recipe, _batches(shards, options.shards_per_task), running)
+            batches = Batches(shards, options.shards_per_task, measured_before(dataset, stage.name))
+            reports = _run_batches(stage, dataset, recipe, batches, options.workers, running)
     totals = add_up(stage.name, reports, len(all_shards) - len(shards), time.monotonic() - started)
     logger.info("%s", totals)
     return totals
 
 
-def _batches(shards: Sequence[int], size: int) -> list[list[int]]:
-    return [list(shards[i : i + size]) for i in range(0, len(shards), size)]
-
-
 def _run_batches(
-    stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: list[list[int]], runner: TaskRunner[Any]
+    stage: Stage[Any], dataset: DatasetDir, recipe: Any, batches: Batches, workers: int, runner: TaskRunner[Any]
 ) -> list[ShardReport]:
     batch_task = _run_batch.with_options(name=stage.name, task_run_name=f"{stage.name}-{{first}}")
     common = {"stage": stage, "dataset": dataset, "recipe": recipe, "lock_token": lock_token_of(dataset)}
-    with ProgressArtifact(stage.name, sum(map(len, batches)), "shards") as progress:
-        with needs_of(stage):
-            futures = [runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}) for b in batches]
-        reports, failures = _collect(futures, progress)
-    if failures:
-        raise _error(stage.name, failures, len(batches))
-    return reports
+    submitted = _Submitted(lambda b: runner.submit(batch_task, {**common, "shards": b, "first": f"{b[0]:05d}"}))
+    with ProgressArtifact(stage.name, batches.num_left, "shards") as progress, needs_of(stage):
+        try:
+            while True:
+                workers = num_workers(stage, runner, workers)
+                _fill(submitted, batches, workers, stage.name)
+                if not len(submitted):
+                    break
+                batches.measured([report.seconds for report in submitted.next_reports()])
+                progress.show(len(submitted.reports))
+        except BaseException:  # cancelled
+            submitted.cancel()
+            raise
+    if submitted.failures:
+        raise _error(stage.name, submitted.failures, batches.num_taken)
+    return submitted.reports
 
 
-def _collect(
-    futures: list[PrefectFuture[Any]], progress: ProgressArtifact
-) -> tuple[list[ShardReport], list[Exception]]:
-    """The reports of successful batches, and the errors of the others."""
-    reports: list[ShardReport] = []
-    failures: list[Exception] = []
-    try:
-        for future in as_completed(futures):
-            try:
-                reports += future.result()
-            except Exception as error:
-                failures.append(error)
-            else:
-                progress.show(len(reports))
-    except BaseException:
-        # Cancelled: no waiting batch may start when the running ones end. On Ray they end with the connection.
-        for future in futures:
+def _fill(submitted: "_Submitted", batches: Batches, workers: int, name: str) -> None:
+    """Submits batches up to the window's size, unless the engine takes no more."""
+    while batches.num_left and submitted.is_open and len(submitted) < batches.window(workers):
+        submitted.add(batches.take(workers))
+        if batches.remark:
+            get_run_logger().info("%s: %s", name, batches.remark)
+
+
+class _Submitted:
+    """The batches on an engine: submitted one by one, and collected as they finish.
+
+    Attributes:
+        reports: of the shards of successful batches.
+        failures: the errors of the others.
+        is_open: whether the engine took the last batch.
+    """
+
+    def __init__(self, submit: Callable[[list[int]], PrefectFuture[Any]]) -> None:
+        self.reports: list[ShardReport] = []
+        self.failures: list[Exception] = []
+        self.is_open = True
+        self._submit, self._running = submit, set[PrefectFuture[Any]]()
+        self._finished = SimpleQueue[PrefectFuture[Any]]()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def add(self, batch: list[int]) -> None:
+        """Submits a batch; it has failed if the engine does not take it."""
+        try:
+            future = self._submit(batch)
+        except Exception as error:
+            self.failures.append(error)
+            self.is_open = False
+            return
+        self._running.add(future)
+        future.add_done_callback(self._finished.put)
+
+    def next_reports(self) -> list[ShardReport]:
+        """Waits for a batch to finish; its reports, none if it failed."""
+        future = self._finished.get()
+        self._running.remove(future)
+        try:
+            reports: list[ShardReport] = future.result()
+        except Exception as error:
+            self.failures.append(error)
+            return []
+        self.reports += reports
+        return reports
+
+    def cancel(self) -> None:
+        """Lets no waiting batch start when the running ones end. On Ray they end with the connection."""
+        for future in self._running:
             cancel = getattr(getattr(future, "wrapped_future", None), "cancel", None)
             if cancel:
                 cancel()
-        raise
-    return reports, failures
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sdtrain.plan.rates import Rates
 
 _GENERAL = {
-    *("link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
+    *("text_embedding_bytes", "link_rot", "kept_share", "cpu_cores", "metadata_row_bytes", "score_row_bytes"),
     *("image_bytes_256", "image_bytes_512", "image_bytes_1024"),
 }
 """Rates shown with every plan; others are shown with their stages."""
@@ -49,7 +49,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
 ) -> None:
     """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
-    from filters import pipeline
+    from sdtrain.dataset.work import WORK
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import PHASES, configs_of, find_chain
     from sdtrain.plan.estimate import Machines, Planner, not_counted, total
@@ -67,9 +67,9 @@ def plan(
     if recipe:  # with the first run on that dataset
         phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]
     runs = configs_of(phases)
-    lines = [line for job in jobs for line in planner.dataset(job, pipeline.STAGES)]
+    lines = [line for job in jobs for line in planner.dataset(job, WORK)]
     lines += [planner.training(run) for run in runs]
-    left_out = not_counted(pipeline.STAGES)
+    left_out = not_counted(WORK)
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
         shown = [asdict(line) for line in (*lines, total(lines))]
@@ -87,7 +87,8 @@ def _job(name: str, rows: int | None) -> DatasetJob:
 
     recipe = load_recipe(name)
     num_crops = getattr(recipe.encode, "num_crops", 1)
-    return DatasetJob(recipe.name, recipe.download.image_size, recipe.encode.resolution, num_crops, rows)
+    sizes = recipe.download.image_size, recipe.encode.resolution, num_crops
+    return DatasetJob(recipe.name, *sizes, rows, getattr(recipe.encode, "text_embeddings", "none") != "none")
 
 
 def _shown(line: Line) -> dict[str, object]:

@@ -114,7 +114,7 @@ def decide(
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_interrupted_removal
     from sdtrain.dataset.open import open_dataset
-    from sdtrain.dataset.s3.sync import fetch_inputs
+    from sdtrain.dataset.sync import fetch_inputs
 
     directory = open_dataset(dataset)
     limits = {"min_side": min_side, "min_aesthetic": min_aesthetic, "max_watermark": max_watermark}
@@ -151,7 +151,7 @@ def remove(
     from filters.remove.apply import finish_removal, start_removal
     from filters.remove.plan import find_removal
     from sdtrain.dataset.open import open_dataset
-    from sdtrain.dataset.s3.sync import fetch_tables
+    from sdtrain.dataset.sync import fetch_tables
 
     directory = open_dataset(dataset)
     read_recipe(directory)  # raises if there is no dataset

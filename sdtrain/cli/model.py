@@ -81,11 +81,15 @@ def export(
     tokenizer: Annotated[
         str | None, typer.Option(help="For a CompVis file, which holds none: folder, hub id or `demo`; else CLIP's.")
     ] = None,
+    ema_length: Annotated[
+        float | None,
+        typer.Option(help="Average of this length, as in 0.08, made from those of ema.post_hoc."),
+    ] = None,
 ) -> None:
     """Write a model as a diffusers folder or as a CompVis file; either can be read again, here and elsewhere."""
     from sdtrain.formats.export import ExportSettings, export_model
 
-    print(export_model(model, output, ExportSettings(weights, dtype, tokenizer)))
+    print(export_model(model, output, ExportSettings(weights, dtype, tokenizer, ema_length)))
 
 
 def _fill(folder: SampleFolder, jobs: Sequence[Job], keep: bool, processes: int | None) -> None:

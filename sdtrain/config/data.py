@@ -39,6 +39,10 @@ class DataConfig(Settings):
     batch; 0 for latents of one size."""
     online_vae: DecidesSamples[bool] = False
     """Without latents: read the packed images, crop them at random and encode them in the training loop."""
+    text_embeddings: Free[Literal["online", "cached"]] = "online"
+    """online: encode captions in the training loop. cached: read the embeddings that `encode.text_embeddings` stored
+    beside the latents, which saves 2.5 % of a step's FLOP at 256 px and 0.6 % at 512, and reads 118 kB a sample besides
+    the latent's 16 or 66. Dropped captions get the embedding of ""; losses differ by rounding at most."""
     verify: Free[bool] = False
     """Compare each shard with its digest in the manifest before its first read."""
     on_corrupt: Free[Literal["stop", "skip"]] = "stop"
@@ -54,6 +58,8 @@ class DataConfig(Settings):
             raise ValueError("online_vae crops squares and has no aspect-ratio buckets: set bucket_group to 0")
         if self.online_vae and self.verify:
             raise ValueError("verify compares shards of latents, which online_vae does not read: set one of them only")
+        if self.online_vae and self.text_embeddings == "cached":
+            raise ValueError("text embeddings are cached beside latents, which online_vae does not read: set one only")
         return self
 
     @property

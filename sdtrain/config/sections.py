@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdtrain.config.resuming import DecidesNetwork, DecidesObjective, DecidesSamples, Free, Tunable
 from sdtrain.settings import Settings
@@ -111,6 +111,12 @@ class ScheduleConfig(Settings):
         return self
 
 
+LONGEST_AVERAGE = 0.28
+"""Just below 1 / sqrt(12), the length of the plain mean of all weights."""
+AverageLength = Annotated[float, Field(ge=0.001, le=LONGEST_AVERAGE)]
+"""Standard deviation of an average's profile over the updates, relative to their number."""
+
+
 class EmaConfig(Settings):
     """Exponential moving average of the fp32 weights, updated once per optimizer step."""
 
@@ -118,6 +124,19 @@ class EmaConfig(Settings):
     """Largest decay, per optimizer step; the original code updates on every micro-batch."""
     warmup: Tunable[bool] = True
     """Use min(decay, (1 + n) / (10 + n)) at update n, so that the first weights are forgotten."""
+    post_hoc: Free[tuple[AverageLength, ...]] = ()
+    """Lengths of more averages, such as [0.05, 0.1], of which a snapshot is kept beside each checkpoint for ever: from
+    them `sdtrain export --ema-length` makes an average of any length (EDM2: Karras et al. 2024, arXiv:2312.02696). Each
+    takes 4 bytes a parameter, shared by the ranks. They begin with the run."""
+    snapshots: Free[Literal["fp16", "fp32"]] = "fp16"
+    """Precision of those snapshots on disk."""
+
+    @field_validator("post_hoc")
+    @classmethod
+    def _lengths_differ(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{length:g}" for length in lengths}) < len(lengths):
+            raise ValueError("post_hoc names a length twice")
+        return lengths
 
 
 class SpeedConfig(Settings):
@@ -143,8 +162,8 @@ class SpeedConfig(Settings):
     """Use only bit-reproducible algorithms, some of them slower: a run repeats exactly on the same kind and number of
     GPUs with the same library versions. CPUs do not need it."""
     fp32_gradients: Free[bool] = True
-    """Accumulate and reduce gradients in float32, as the original runs did. False uses the network's precision: 4 bytes
-    per parameter less, and half of the traffic."""
+    """Accumulate and reduce gradients in float32, as the original runs did. False uses the network's precision: 2 bytes
+    per parameter less under ZeRO-1, and half of the traffic."""
     tf32: Free[bool] = True
     """TF32 for the remaining float32 matrix products on CUDA, as in the original runs."""
 
@@ -263,8 +282,10 @@ class GuardConfig(Settings):
     max_skips_in_a_row: Free[int] = Field(default=10, ge=1)
     """Training stops after this many."""
     stall_timeout_s: Free[float] = Field(default=600, ge=0)
-    """Seconds without progress after which a rank names those that are behind and ends the job; 0: never. Leave room
-    for the slow first steps, which compile."""
+    """Seconds without progress after which a rank names those that are behind and ends the job; 0: never."""
+    compile_timeout_s: Free[float] = Field(default=3600, ge=0)
+    """The same where `speed.compile` may be at work: in the first pass with each shape of batch, the first validation
+    and the first previews. Taken if larger than `stall_timeout_s`."""
 
     @property
     def reads_every_norm(self) -> bool:

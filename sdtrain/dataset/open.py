@@ -9,9 +9,9 @@ from pathlib import Path
 
 from sdtrain.dataset.files import refuse_url
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.s3.sync import fetch_outputs, fetch_tables
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.dataset.storage import storage_of
+from sdtrain.dataset.sync import fetch_outputs, fetch_tables
 from sdtrain.errors import UserError
 
 

@@ -11,16 +11,17 @@ from dataclasses import KW_ONLY, dataclass
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal
+from typing import Any, Generic
 
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, forget_entry, is_whole, read_entry, write_entry
 from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
-from sdtrain.dataset.s3.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.storage import storage_of
+from sdtrain.dataset.sync import Part, evict_after, fetch_inputs, fetch_outputs
+from sdtrain.dataset.work import Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,27 +65,6 @@ class Drops(Generic[RecipeT]):
     rules: Callable[[RecipeT], Mapping[str, Any]]
     last: Mapping[str, str]
     explain: Callable[[str], str]
-
-
-Amount = Literal["metadata", "rows", "images", "kept", "crops"]
-"""Rows of the metadata, selected rows, downloaded images, kept samples, crops of these."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """A stage's work, for estimates of time and disk space by the rates in sdtrain/plan/rates.yaml.
-
-    Attributes:
-        num: the unit of its input.
-        rate: of these per second and core or GPU.
-        on: what shares the work.
-        writes: its output, and the bytes of each; None if negligible.
-    """
-
-    num: Amount
-    rate: str
-    on: Literal["cores", "one core", "GPUs"]
-    writes: tuple[Amount, str] | None
 
 
 Openers = dict[str, Callable[[], str]]

@@ -10,9 +10,9 @@ from sdtrain.dataset.config import ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, forget_entry, read_entry
-from sdtrain.dataset.s3.sync import fetch_outputs
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
+from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.download.http.failures import is_transient
 from sdtrain.download.image_shards import read_shard_table
 from sdtrain.download.publish import discard_next_table, final_files

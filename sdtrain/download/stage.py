@@ -12,7 +12,8 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, num_selected_shards, selected_shards
 from sdtrain.dataset.rewriting import Removed, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, Work
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table
+from sdtrain.dataset.work import WORK
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
 from sdtrain.download.publish import drop_images, earlier_images, publish_images, report_images, reuse_images
@@ -153,5 +154,5 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,
     needs=NOTHING,
-    work=Work(num="rows", rate="download_images", on="cores", writes=("images", "image_bytes")),
+    work=WORK["download"],
 )

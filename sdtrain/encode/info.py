@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.encode.text import describe_text
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import vae_digest
 from sdtrain.images.crops import Size, bucket_sizes
@@ -28,6 +29,8 @@ CHECK_KEY = "sdtrain.check"
 """In the tables' metadata, JSON: how well the checked latents reproduce their images."""
 VAE_KEY = "sdtrain.vae_sha256"
 """In the tables' metadata: digest of the VAE that encoded the shard."""
+TEXT_KEY = "sdtrain.text_encoder_sha256"
+"""In the tables' metadata: digest of the text encoder that made the shard's embeddings; absent if it has none."""
 ROWS_KEY = "sdtrain.rows_sha256"
 """In the tables' metadata: digest of the rows, so that the footer identifies the table."""
 SIZES_KEY = "sdtrain.samples_of_size"
@@ -87,6 +90,8 @@ def latents_info(dataset: DatasetDir, config: EncodeConfig) -> dict[str, Any]:
         content["num_crops"] = config.num_crops
     if sizes != [(config.resolution, config.resolution)]:
         content["buckets"] = sizes
+    if config.text_embeddings != "none":
+        content["text_embeddings"] = describe_text(config.text_encoder, config.text_embeddings)
     return content
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections import deque
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,22 +23,25 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
-from sdtrain.dataset.s3.sync import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, Work, no_openers
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import SampleIndex, read_samples, write_samples
+from sdtrain.dataset.work import WORK
 from sdtrain.encode.check import DecodeQuality, chosen_rows, measure, require_good
 from sdtrain.encode.info import (
     CHECK_KEY,
     ROWS_KEY,
     SIZES_KEY,
+    TEXT_KEY,
     VAE_KEY,
     describe_rows,
     sizes_px,
     vae_digest_in,
     write_info,
 )
-from sdtrain.encode.vae import check_vae, encode_pixels, shared_vae
+from sdtrain.encode.text import check_text_embedder, shared_text_embedder
+from sdtrain.encode.vae import PendingMoments, check_vae, shared_vae, start_encoding
 from sdtrain.errors import UserError
 from sdtrain.formats.digests import compute_vae_digest
 from sdtrain.images.crops import Crop, bucket_of, resize_and_crop, seeded_uniform
@@ -51,8 +55,9 @@ T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
 
 _MOMENTS = "moments.npy"
-_DECODED_AHEAD = 2
-_DECIDE_BYTES = {"precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
+_TEXT = "text.npy"
+_DECODED_AHEAD, _STARTED_AHEAD = 2, 1
+_DECIDE_BYTES = {"text_embeddings", "precision", "crop", "num_crops", "buckets", "bucket_step_px", "bucket_max_aspect"}
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "caption", "url")),
@@ -77,13 +82,17 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
         index = write_samples(temporary, encoder.encoded(read_samples(source)))
         placed = [row | latent_offset(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
         quality = _checked(temporary, placed, encoder, config)
-    table = pa.Table.from_pylist(placed, _TABLE.with_metadata(_described(dataset, placed, config, quality)))
+    table = pa.Table.from_pylist(placed, _schema(config).with_metadata(_described(dataset, placed, config, quality)))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     delete_index(dataset.latents_table(shard))
     write_info(dataset, config)
     outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
     return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
+
+
+def _schema(config: EncodeConfig) -> pa.Schema:
+    return _TABLE if config.text_embeddings == "none" else _TABLE.append(pa.field("text_offset", pa.int64()))
 
 
 class _ShardEncoder:
@@ -100,11 +109,18 @@ class _ShardEncoder:
         self.pixels: dict[int, NDArray[np.uint8]] = {}
 
     def encoded(self, samples: Iterable[Sample]) -> Iterator[Sample]:
-        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes."""
+        """Yields the latents' tar members in chunks; the next images are decoded while the VAE encodes.
+
+        A GPU has the next chunk before the last one's moments are read, so that neither copies nor writing stop it.
+        """
+        started: deque[tuple[Any, ...]] = deque()
         with closing(prefetch(self._decoded(samples), _DECODED_AHEAD)) as parts:
             for part, crops in parts:
-                for sample, cut_out, moments in zip(part, crops, self._moments(crops), strict=True):
-                    yield self._member(sample, cut_out, moments)
+                started.append((part, crops, self._started(crops)))
+                if len(started) > _STARTED_AHEAD:
+                    yield from self._finished(*started.popleft())
+        for chunk in started:
+            yield from self._finished(*chunk)
 
     def _decoded(self, samples: Iterable[Sample]) -> Iterator[tuple[list[Sample], list[list[Crop]]]]:
         with ThreadPoolExecutor(cores_of_process()) as pool:
@@ -128,16 +144,35 @@ class _ShardEncoder:
             resize_and_crop(image, size, (crop + seeded_uniform("crop", key, crop)) / number) for crop in range(number)
         ]
 
-    def _moments(self, crops: Sequence[Sequence[Crop]]) -> list[list[NDArray[np.float16]]]:
-        """The moments of each crop of each sample; each batch has one size."""
-        found: list[list[NDArray[np.float16]]] = [[] for _ in crops]
+    def _texts(self, samples: Sequence[Sample]) -> list[dict[str, bytes]]:
+        """The member with each caption's embedding, where the recipe asks for it."""
+        if self._config.text_embeddings == "none":
+            return [{} for _ in samples]
+        embed = shared_text_embedder(self._config.text_encoder, self._config.text_embeddings)
+        captions = [json.loads(members["json"])["caption"] or "" for _, members in samples]
+        batches = (embed(batch) for batch in _parts(captions, self._config.batch_size))
+        return [{_TEXT: _npy(bits)} for batch in batches for bits in batch]
+
+    def _started(self, crops: Sequence[Sequence[Crop]]) -> list[tuple[list[int], PendingMoments]]:
+        """Begins to encode all crops of all samples; each batch has one size, and the samples' numbers."""
+        started = []
         for size in self._sizes:
             wanted = [(n, crop) for n, own in enumerate(crops) for crop in own if crop.pixels.shape[1::-1] == size]
             for batch in _parts(wanted, self._config.batch_size):
-                moments = encode_pixels(self.vae, np.stack([crop.pixels for _, crop in batch]))
-                for (number, _), array in zip(batch, moments, strict=True):
-                    found[number].append(array)
-        return found
+                pixels = np.stack([crop.pixels for _, crop in batch])
+                started.append(([number for number, _ in batch], start_encoding(self.vae, pixels)))
+        return started
+
+    def _finished(
+        self, part: Sequence[Sample], crops: Sequence[Sequence[Crop]], started: list[tuple[list[int], PendingMoments]]
+    ) -> Iterator[Sample]:
+        found: list[list[NDArray[np.float16]]] = [[] for _ in part]
+        for numbers, pending in started:
+            for number, array in zip(numbers, pending.wait(), strict=True):
+                found[number].append(array)
+        for sample, cut_out, moments, text in zip(part, crops, found, self._texts(part), strict=True):
+            key, members = self._member(sample, cut_out, moments)
+            yield key, members | text
 
     def _member(self, sample: Sample, crops: Sequence[Crop], moments: Sequence[NDArray[np.float16]]) -> Sample:
         key, members = sample
@@ -176,6 +211,8 @@ def _described(
     """The table's own metadata."""
     columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
     described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: describe_rows(*columns)}
+    if digests := _text_digests(config):
+        described[TEXT_KEY] = digests[0]
     if len(sizes := sizes_px(config)) > 1:
         sides = [(8 * row["width"], 8 * row["height"]) for row in rows]
         described[SIZES_KEY] = json.dumps([sides.count(size) for size in sizes])
@@ -191,12 +228,15 @@ def _parts(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def latent_offset(tar: Path, sample: SampleIndex) -> dict[str, int]:
-    """The offset of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
-    member = sample.members[_MOMENTS]
+    """The offsets of the raw numbers, after the npy header, whose length is in its bytes 8 and 9."""
+    columns = {"offset": _MOMENTS} | ({"text_offset": _TEXT} if _TEXT in sample.members else {})
     with tar.open("rb") as file:
-        file.seek(member.offset + 8)
-        header_bytes = int.from_bytes(file.read(2), "little")
-    return {"offset": member.offset + 10 + header_bytes}
+        return {column: _behind_header(file, sample.members[name].offset) for column, name in columns.items()}
+
+
+def _behind_header(file: IO[bytes], offset: int) -> int:
+    file.seek(offset + 8)
+    return offset + 10 + int.from_bytes(file.read(2), "little")
 
 
 def drop_latents(table: Path, uids: Collection[str]) -> None:
@@ -205,7 +245,7 @@ def drop_latents(table: Path, uids: Collection[str]) -> None:
     delete_index(table)
 
 
-def _npy(array: NDArray[np.float16]) -> bytes:
+def _npy(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
@@ -223,9 +263,17 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     # Only set options: those added later must not make finished shards pending.
     config = {"resolution": recipe.encode.resolution, "batch_size": recipe.encode.batch_size}
     config |= recipe.encode.model_dump(mode="json", include=_DECIDE_BYTES, exclude_defaults=True)
-    return fingerprint(
-        "encode/1", config, [require_entry(dataset, "pack", shard)], [vae_digest_in(dataset, recipe.encode.vae)]
-    )
+    digests = [vae_digest_in(dataset, recipe.encode.vae), *_text_digests(recipe.encode)]
+    return fingerprint("encode/1", config, [require_entry(dataset, "pack", shard)], digests)
+
+
+def _text_digests(config: EncodeConfig) -> list[str]:
+    """The digest of the text encoder, where it is used."""
+    if config.text_embeddings == "none":
+        return []
+    from sdtrain.formats.frozen import text_encoder_digest  # late: it brings torch
+
+    return [text_encoder_digest(config.text_encoder)]
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -243,7 +291,11 @@ def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed
 
 
 def _networks(recipe: ImageRecipe) -> Openers:
-    return {"encode.vae": partial(check_vae, recipe.encode.vae)}
+    encode = recipe.encode
+    openers: Openers = {"encode.vae": partial(check_vae, encode.vae)}
+    if encode.text_embeddings != "none":
+        openers["encode.text_encoder"] = partial(check_text_embedder, encode.text_encoder, encode.text_embeddings)
+    return openers
 
 
 ENCODE: Stage[ImageRecipe] = Stage(
@@ -269,5 +321,5 @@ ENCODE: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=_networks, sized=no_openers),
-    work=Work(num="crops", rate="encode_images", on="GPUs", writes=("crops", "latent_bytes")),
+    work=WORK["encode"],
 )

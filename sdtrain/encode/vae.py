@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
 
+    from sdtrain.models.copies import PendingCopy
+
 # A process may encode shards in several threads: they decode in parallel and take turns at the VAE.
 _ONE_AT_A_TIME = Lock()
 _CHECKED_PX = 64
@@ -40,18 +42,37 @@ def posterior_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return moments.float()
 
 
+class PendingMoments:
+    """Posterior moments that a GPU may still be computing."""
+
+    def __init__(self, copy: PendingCopy):
+        self._copy = copy
+
+    def wait(self) -> NDArray[np.float16]:
+        """(B, 8, H/8, W/8), mean and log-variance, unscaled; UserError if float16 cannot hold the VAE's numbers."""
+        encoded: NDArray[np.float16] = self._copy.wait().numpy().astype(np.float16)
+        if not np.isfinite(encoded).all():
+            raise UserError("The VAE gives latents that are not finite; its weights are damaged or not for this use.")
+        return encoded
+
+
+def start_encoding(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> PendingMoments:
+    """Begins to encode (B, H, W, 3) uint8 images: a GPU while the host goes on, a CPU at once."""
+    import torch
+
+    from sdtrain.models.copies import copies_of
+
+    copies = copies_of(vae.device)
+    images = copies.to_device(torch.from_numpy(pixels)).permute(0, 3, 1, 2)
+    return PendingMoments(copies.to_host(posterior_moments(vae, images)))
+
+
 def encode_pixels(vae: AutoencoderKL, pixels: NDArray[np.uint8]) -> NDArray[np.float16]:
     """Posterior moments of (B, H, W, 3) uint8 images: (B, 8, H/8, W/8), mean and log-variance, unscaled.
 
     UserError if float16 cannot hold the VAE's numbers.
     """
-    import torch
-
-    moments = posterior_moments(vae, torch.from_numpy(pixels).to(vae.device).permute(0, 3, 1, 2))
-    encoded: NDArray[np.float16] = moments.cpu().numpy().astype(np.float16)
-    if not np.isfinite(encoded).all():
-        raise UserError("The VAE gives latents that are not finite; its weights are damaged or not for this use.")
-    return encoded
+    return start_encoding(vae, pixels).wait()
 
 
 def decode_latent(vae: AutoencoderKL, latent: NDArray[np.float32]) -> NDArray[np.float32]:

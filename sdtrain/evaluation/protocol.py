@@ -49,6 +49,8 @@ class Protocol(Settings):
     """Averaged weights, or raw ones."""
     dtype: Precision = "auto"
     """Of UNet and text encoder. auto: as the evaluation began, or bf16 where it is faster here, else fp32."""
+    vae_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the VAE that decodes. auto: as the evaluation began, or bf16 if the UNet is on a GPU in bf16, else fp32."""
     tokenizer: str | None = None
     """For a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's."""
     batch_size: int = Field(default=16, ge=1)

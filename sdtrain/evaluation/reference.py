@@ -22,10 +22,10 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries
 from sdtrain.dataset.open import open_to_ask
 from sdtrain.dataset.progress import report_progress
-from sdtrain.dataset.s3.sync import read_part
 from sdtrain.dataset.s3.url import is_s3
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, plain_stage
+from sdtrain.dataset.sync import read_part
 from sdtrain.dataset.tars import index_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian

@@ -94,6 +94,8 @@ def _draw_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
         "scale": job.scale,
         **protocol.model_dump(include={"num_steps", "sampler", "dtype", "batch_size"}),
     }
+    if protocol.vae_dtype == "bf16":  # what was drawn before there was a choice stays
+        config["vae_dtype"] = "bf16"
     return fingerprint("draw/1", config, weights=[job.model.digest])
 
 
@@ -174,13 +176,18 @@ class _StoredContexts:
 
 def _networks(job: SampleJob) -> Networks:
     protocol = job.protocol
-    return _load(job.model.path, job.model.digest, protocol.weights, resolve(protocol.dtype), protocol.tokenizer)
+    dtypes = resolve(protocol.dtype), None if protocol.vae_dtype == "auto" else protocol.vae_dtype
+    return _load(job.model.path, job.model.digest, protocol.weights, *dtypes, protocol.tokenizer)
 
 
 @lru_cache(maxsize=1)
-def _load(path: Path, digest: str, weights: Any, dtype: Fixed, tokenizer: str | None) -> Networks:
+def _load(
+    path: Path, digest: str, weights: Any, dtype: Fixed, vae_dtype: Fixed | None, tokenizer: str | None
+) -> Networks:
     """Loads the networks and keeps them for the next part; the digest distinguishes a run's checkpoints."""
-    return load_networks(path, str(claim_device()), torch_dtype(dtype), weights, tokenizer=tokenizer)
+    decoding = torch_dtype(vae_dtype) if vae_dtype else None
+    device = str(claim_device())
+    return load_networks(path, device, torch_dtype(dtype), weights, tokenizer=tokenizer, vae_dtype=decoding)
 
 
 def caption_stage(job: SampleJob) -> Stage[SampleJob]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
@@ -28,7 +28,7 @@ from sdtrain.evaluation.reference import (
 from sdtrain.evaluation.results import Axis, Results, write_results
 from sdtrain.evaluation.stages import SampleJob, caption_stage, context_stage, draw_stage, feature_stage
 from sdtrain.formats.any_model import resolve_checkpoint
-from sdtrain.precision import Fixed, resolve
+from sdtrain.precision import Fixed, decoder_dtype, resolve, torch_dtype
 from sdtrain.preflight.checks import Check, check_room, check_writable
 from sdtrain.redaction import as_recorded
 
@@ -152,6 +152,7 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
+    protocol = protocol.model_copy(update={"vae_dtype": _vae_dtype(protocol, directory)})
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
     features_digest(protocol), agreement_digest(protocol)  # checks that the weights exist
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
@@ -167,11 +168,26 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:
     """The precision; for `auto` the one this evaluation started with, perhaps on another machine."""
-    if protocol.dtype == "auto":
-        for file, settings in ((directory.protocol, lambda it: it), (directory.results, lambda it: it["protocol"])):
-            if file.exists():
-                return cast(Fixed, settings(json.loads(file.read_text()))["dtype"])
+    if protocol.dtype == "auto" and (before := _protocol_before(directory)) is not None:
+        return cast(Fixed, before["dtype"])
     return resolve(protocol.dtype)
+
+
+def _vae_dtype(protocol: Protocol, directory: EvaluationDir) -> Literal["fp32", "bf16"]:
+    """The VAE's precision, likewise; evaluations from before there was a choice are in fp32."""
+    if protocol.vae_dtype != "auto":
+        return protocol.vae_dtype
+    if (before := _protocol_before(directory)) is not None:
+        return cast(Literal["fp32", "bf16"], before.get("vae_dtype", "fp32"))
+    return "bf16" if decoder_dtype(torch_dtype(protocol.dtype)) is torch_dtype("bf16") else "fp32"
+
+
+def _protocol_before(directory: EvaluationDir) -> dict[str, Any] | None:
+    """What an evaluation in `directory` was begun with."""
+    for file, protocol_in in ((directory.protocol, lambda it: it), (directory.results, lambda it: it["protocol"])):
+        if file.exists():
+            return dict(protocol_in(json.loads(file.read_text())))
+    return None
 
 
 def _output(models: Sequence[Path], output: Path | None) -> Path:

@@ -81,6 +81,8 @@ class Layout(Settings):
     guard: GuardState = GuardState()
     loss_scaler: dict[str, float] = Field(default={})
     """fp16's dynamic loss scaler; empty for other precisions."""
+    post_hoc: tuple[float, ...] = ()
+    """Lengths of the averages besides `ema`, under `average_name`; a snapshot holds these alone."""
     num_ema_updates: int | None = Field(default=None, ge=0)
     """Updates of the average, including those of the runs it continues; None in old checkpoints."""
 
@@ -127,7 +129,7 @@ class Checkpoint:
                 raise UserError(f"{file} is missing or damaged.")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of one of STATE's flat vectors, however sharded; zeros past its end."""
+        """Elements [start, stop) of one flat vector, fp32, however sharded; zeros past its end."""
         result, size = torch.zeros(stop - start), self.layout.partition_numel
         last_slot = self.layout.parameters[-1]
         stop = min(stop, last_slot.offset + last_slot.numel)
@@ -169,6 +171,16 @@ class Checkpoint:
 def folder_of(run_dir: Path) -> Path:
     """The folder of a run's checkpoints."""
     return run_dir / "checkpoints"
+
+
+def snapshots_of(run_dir: Path) -> Path:
+    """The folder of a run's snapshots of averages; each is written as a checkpoint is, and never purged."""
+    return run_dir / "averages"
+
+
+def average_name(length: float) -> str:
+    """A power-function average's vector in checkpoints and snapshots, by its length."""
+    return f"ema_{length:g}"
 
 
 def finished(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,9 +17,10 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.errors import UserError
-from sdtrain.formats.any_model import RAW_VARIANT, open_model
+from sdtrain.formats.any_model import RAW_VARIANT, is_run, open_model
 from sdtrain.formats.compvis import write_compvis
 from sdtrain.formats.frozen import load_frozen
+from sdtrain.formats.post_hoc import reconstruct
 from sdtrain.formats.stored_model import FrozenModels, StoredModel, Weights, cast
 from sdtrain.formats.tensor_file import SUFFIXES
 from sdtrain.models.schedulers import make_scheduler, sampling_scheduler
@@ -34,12 +35,14 @@ class ExportSettings:
 
     `weights` are averaged, raw or `both`: then a CompVis file holds the averaged ones as `model_ema.*`, and a diffusers
     folder the raw ones as variant `non_ema`, as in public files and folders. `tokenizer`, for a model in one file,
-    which holds none, is a folder, a hub id or `demo`; by default CLIP's.
+    which holds none, is a folder, a hub id or `demo`; by default CLIP's. `ema_length` takes, as averaged ones, the
+    average of that length, reconstructed from a run's snapshots (`sdtrain.formats.post_hoc`).
     """
 
     weights: Literal["ema", "raw", "both"] = "ema"
     dtype: Fixed = "fp32"
     tokenizer: str | None = None
+    ema_length: float | None = None
 
 
 def export_model(source: Path, output: Path, settings: ExportSettings | None = None) -> Path:
@@ -59,11 +62,24 @@ def export_model(source: Path, output: Path, settings: ExportSettings | None = N
     elif output.is_dir():
         raise UserError(f"{output} is a folder; choose another name for the file.")
     model = open_model(source, settings.tokenizer)
+    if settings.ema_length is not None:
+        model = _with_average(model, source, settings)
     if output.suffix in SUFFIXES:
         _export_compvis(model, output, settings)
     else:
         _export_diffusers(model, output, settings)
     return output
+
+
+def _with_average(model: StoredModel, source: Path, settings: ExportSettings) -> StoredModel:
+    """The model with the reconstructed average in the place of its own."""
+    if settings.weights == "raw" or settings.ema_length is None:
+        raise UserError("The length of an average says nothing about raw weights. Leave --weights or --ema-length out.")
+    if not is_run(source):
+        raise UserError(f"{source} is no run, and only runs store averages to make others from (ema.post_hoc).")
+    found = reconstruct(source, settings.ema_length)
+    print(f"average of length {settings.ema_length:g}, made of {len(found.parts)}, its profile {found.error:.2%} off")
+    return replace(model, states={**model.states, "ema": lambda: dict(found.weights())}, average=None)
 
 
 def _export_compvis(model: StoredModel, output: Path, settings: ExportSettings) -> None:

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,21 @@ def _digest(tensors: Mapping[str, torch.Tensor], spelling: Callable[[str], str],
         digest.update(f"{there} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@cache
+def text_encoder_digest(name: str) -> str:
+    """Identifies a text encoder with its tokenizer: hex sha256 over tensors, config, vocabulary and merges.
+
+    Tensor names in the file and its format do not matter. UserError if there is no such text encoder.
+    """
+    tokenizer, encoder = load_text_encoder(name)
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = {part: rules[part] for part in ("model", "normalizer", "pre_tokenizer", "added_tokens")}
+    config = encoder.config
+    shape = [config.num_attention_heads, config.hidden_act, config.layer_norm_eps, tokenizer.model_max_length]
+    described = json.dumps([_digest(encoder.state_dict(), str, None), shape, tokens], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def vae_scaling_factor(name: str) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
-from sdtrain.dataset.s3.sync import fetch_shard_file
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.errors import UserError
 from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension

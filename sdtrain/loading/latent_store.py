@@ -17,7 +17,7 @@ from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.manifest import read_entry
-from sdtrain.dataset.s3.sync import fetch_shard_file
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.sample_store import Fetched, SampleStore
@@ -35,7 +35,7 @@ class LatentStore(SampleStore):
 
     Opening reads only the tables' footers; a shard's rows are read when first needed, and at most `open_shards` are
     open at once. So start-up and memory depend on the number of shards, not of samples. `verify` compares each tar with
-    its digest in the manifest before reading from it.
+    its digest in the manifest before reading from it. `reads_texts` reads cached text embeddings too.
 
     Attributes:
         info: how the latents were made (`latents/info.json`).
@@ -45,8 +45,15 @@ class LatentStore(SampleStore):
         num_crops: crops of each image.
     """
 
-    def __init__(self, root: Path, resolution: int, verify: bool = False, open_shards: int = OPEN_SHARDS):
-        self._dataset, self._verify = DatasetDir(root), verify
+    def __init__(
+        self,
+        root: Path,
+        resolution: int,
+        verify: bool = False,
+        open_shards: int = OPEN_SHARDS,
+        reads_texts: bool = False,
+    ):
+        self._dataset, self._verify, self._reads_texts = DatasetDir(root), verify, reads_texts
         self._folder = self._dataset.latents_info.parent
         self.info = _read_info(self._dataset)
         # Held as long as this lives, because shards are opened when needed.
@@ -54,6 +61,8 @@ class LatentStore(SampleStore):
         pixels = self.info.get("buckets") or [(resolution, resolution)]
         self.sizes = [(height // 8, width // 8) for width, height in pixels]
         self.num_crops = int(self.info.get("num_crops", 1))
+        stored = self.info.get("text_embeddings") if reads_texts else None
+        self.text_dtype = stored and stored["dtype"]
         self._catalogue = Catalogue(self._folder, self.sizes)
         self.digest = self._catalogue.digest
         self.counts = self._catalogue.counts()
@@ -80,6 +89,11 @@ class LatentStore(SampleStore):
                     f"{self._folder / 'info.json'} says. Run the build again to its end: it redoes what is not of the "
                     "present recipe."
                 )
+            if self._reads_texts and shard.text_by != self.info["text_embeddings"]["sha256"]:
+                raise UserError(
+                    f"{(self._folder / shard.table).with_suffix('.tar')} has text embeddings of another encoder than "
+                    f"{self._folder / 'info.json'} says, or none. Run the build again to its end."
+                )
 
     def size_number(self, index: int) -> int:
         """The index of a sample's size."""
@@ -102,6 +116,8 @@ class LatentStore(SampleStore):
                 if rows is not None:
                     crop = _crop(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
                     self._read(shard, described, row, crop, rows[position])
+                    if self._reads_texts:
+                        fetched.texts[position] = self._read_text(shard, described, row)
             except UserError as error:
                 fetched.damaged[position] = str(error)
         return fetched
@@ -142,6 +158,15 @@ class LatentStore(SampleStore):
                 f"{file.name}: the latent of {index.uid(row)} is not finite. Delete the file and run the build again: "
                 "it redoes lost shards."
             )
+
+    def _read_text(self, shard: int, index: ShardIndex, row: int) -> NDArray[np.uint16]:
+        """The bits of a caption's embedding."""
+        file, bits = self._tar(shard), np.empty(self.info["text_embeddings"]["shape"], np.uint16)
+        if os.preadv(file.fileno(), [bits.data], index.text_offset(row)) < bits.nbytes:
+            raise UserError(
+                f"{file.name} is shorter than its table says. Run the build again: it redoes damaged shards."
+            )
+        return bits
 
     def _read_index(self, shard: int) -> ShardIndex:
         described = self._catalogue.shards[shard]

@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
+from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.text import CaptionTokens
 
 _SUBSTITUTES = 16
@@ -43,6 +44,8 @@ class MicroBatch:
     """(B,) int64."""
     token_ids: torch.Tensor
     """(B, L) int64; dropped captions are the tokens of ""."""
+    context: torch.Tensor | None = field(default=None, kw_only=True)
+    """(B, L, width): the captions' cached embeddings, with that of "" for dropped ones; None: to be encoded."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """The batch on `device`, without waiting for the copy."""
@@ -51,6 +54,10 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """The batch in pinned memory, for asynchronous copies to the GPU."""
         return self._each(torch.Tensor.pin_memory)
+
+    def filled(self, size: int) -> MicroBatch:
+        """As many samples as a compiled network expects, the last one repeated."""
+        return self._each(lambda tensor: fill_rows(tensor, size))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
         tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -78,7 +85,16 @@ class BatchMaker:
         num_substituted: damaged samples replaced in the batches made so far (`data.on_corrupt: skip`).
     """
 
-    def __init__(self, store: SampleStore, tokenizer: CLIPTokenizer, config: TrainConfig, rank: int, world_size: int):
+    def __init__(
+        self,
+        store: SampleStore,
+        tokenizer: CLIPTokenizer,
+        config: TrainConfig,
+        rank: int,
+        world_size: int,
+        empty_text: torch.Tensor | None = None,
+    ):
+        self._empty_text = empty_text
         self._store, self._config = store, config
         self._rank, self._world_size = rank, world_size
         self._plan = make_plan(store, config, config.validation.num_samples)
@@ -114,8 +130,18 @@ class BatchMaker:
             noise=offset_noise(torch.from_numpy(noise), offsets, config.diffusion.offset_noise),
             timesteps=torch.tensor([draw.timestep for draw in draws]),
             token_ids=self._tokens(captions),
+            context=self._context(captions, fetched),
         )
         return PixelBatch(**vars(batch), encoder=OnlineVae(config.vae)) if config.data.online_vae else batch
+
+    def _context(self, captions: Sequence[str], fetched: Fetched) -> torch.Tensor | None:
+        """The cached embeddings of captions, some of which were dropped."""
+        if self._empty_text is None:
+            return None
+        bits = torch.from_numpy(np.stack([fetched.texts[position] for position in range(len(captions))]))
+        context = bits.view(self._empty_text.dtype)
+        context[[position for position, caption in enumerate(captions) if not caption]] = self._empty_text
+        return context
 
     def _draws(
         self, step: int, uids: Sequence[str], posterior: NDArray[np.float32], noise: NDArray[np.float32]

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sdtrain.dataset.mixing import mix64
+from sdtrain.mixing import mix64
 
 Ints = NDArray[np.int64]
 _ROUNDS = 8

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ class Fetched:
     uids: list[str]
     captions: list[str]
     damaged: dict[int, str]
+    texts: dict[int, NDArray[np.uint16]] = field(default_factory=dict)
+    """By position, the captions' cached embeddings, (L, width) bits, where the store reads them."""
 
     @staticmethod
     def blank(num_samples: int) -> Fetched:
@@ -35,6 +37,8 @@ class Fetched:
         for number, position in enumerate(positions):
             self.uids[position], self.captions[position] = other.uids[number], other.captions[number]
             self.damaged.pop(position, None)
+            if number in other.texts:
+                self.texts[position] = other.texts[number]
             if number in other.damaged:
                 self.damaged[position] = other.damaged[number]
 
@@ -51,11 +55,13 @@ class SampleStore(ABC):
         sizes: height and width of the latents.
         counts: samples of each size in each shard, (shards, sizes).
         digest: identifies the dataset.
+        text_dtype: of the cached text embeddings that `fetch` reads; None if it reads none.
     """
 
     sizes: Sequence[tuple[int, int]]
     counts: NDArray[np.int64]
     digest: str
+    text_dtype: Literal["fp16", "bf16"] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -18,14 +18,16 @@ from numpy.typing import NDArray
 
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import delete_index, index_path
-from sdtrain.encode.info import SIZES_KEY, VAE_KEY
+from sdtrain.encode.info import SIZES_KEY, TEXT_KEY, VAE_KEY
 from sdtrain.errors import UserError
 
 _FILE = "catalogue.json"
-_VERSION = 1
+_VERSION = 2
 _WORTH_KEEPING = 256
 _READERS = 16
 _COLUMNS = ["uid", "caption", "offset", "num_bytes", "height", "width"]
+_TEXT_OFFSET = "text_offset"
+"""Only in tables of shards with text embeddings."""
 _DIGEST = b"table_digest"
 
 
@@ -37,12 +39,14 @@ class Shard:
         stamp: its size in bytes and time of change, which show whether the rest is still valid.
         digest: sha256 of its footer, which holds counts, sizes, statistics and the digest of the rows.
         made_by: digest of the VAE.
+        text_by: digest of the text encoder, empty without cached embeddings.
     """
 
     table: str
     stamp: tuple[int, int]
     digest: str
     made_by: str
+    text_by: str
     samples: tuple[int, ...]
 
 
@@ -105,7 +109,8 @@ def _read(path: Path, stamp: tuple[int, int], sizes: Sequence[tuple[int, int]]) 
             samples = _count(path, sizes)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error
-    return Shard(path.name, stamp, digest, metadata.get(VAE_KEY.encode(), b"").decode(), tuple(samples))
+    made_by, text_by = (metadata.get(key.encode(), b"").decode() for key in (VAE_KEY, TEXT_KEY))
+    return Shard(path.name, stamp, digest, made_by, text_by, tuple(samples))
 
 
 def _count(path: Path, sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -121,13 +126,13 @@ def _count(path: Path, sizes: Sequence[tuple[int, int]]) -> list[int]:
 def _kept(path: Path) -> list[Shard]:
     try:
         version, rows = json.loads(path.read_bytes())
-        return [Shard(t, tuple(s), d, m, tuple(n)) for t, s, d, m, n in rows] if version == _VERSION else []
+        return [Shard(t, tuple(s), d, m, x, tuple(n)) for t, s, d, m, x, n in rows] if version == _VERSION else []
     except (OSError, ValueError, TypeError):
         return []
 
 
 def _keep(path: Path, shards: list[Shard]) -> None:
-    rows = [[shard.table, shard.stamp, shard.digest, shard.made_by, shard.samples] for shard in shards]
+    rows = [[s.table, s.stamp, s.digest, s.made_by, s.text_by, s.samples] for s in shards]
     with suppress(OSError), publish(path) as temporary:  # a read-only folder only costs time
         temporary.write_text(json.dumps([_VERSION, rows]))
 
@@ -151,7 +156,7 @@ class ShardIndex:
     def rows_of(self, size: tuple[int, int]) -> NDArray[np.int64]:
         """The rows whose latents have this height and width, in order."""
         if size not in self._rows_of:
-            height, width = (self._rows[name].to_numpy() for name in _COLUMNS[4:])
+            height, width = (self._rows[name].to_numpy() for name in _COLUMNS[4:6])
             self._rows_of[size] = np.flatnonzero((height == size[0]) & (width == size[1]))
         return self._rows_of[size]
 
@@ -162,6 +167,10 @@ class ShardIndex:
     def caption(self, row: int) -> str:
         """The sample's caption."""
         return self._captions[row].as_py() or ""
+
+    def text_offset(self, row: int) -> int:
+        """The offset of a caption's embedding in the tar; KeyError if the shard has none."""
+        return int(self._rows[_TEXT_OFFSET][row].as_py())
 
     def extent(self, row: int) -> tuple[int, int]:
         """A latent's offset in the tar, and its number of bytes."""
@@ -188,8 +197,9 @@ def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:
 def _rows_of_table(table: Path) -> pa.RecordBatch:
     try:
         with pq.ParquetFile(table) as file:
-            rows = file.read(_COLUMNS)
-        return pa.RecordBatch.from_arrays([pa.concat_arrays(rows[name].chunks) for name in _COLUMNS], _COLUMNS)
+            columns = [*_COLUMNS, *({_TEXT_OFFSET} & set(file.schema_arrow.names))]
+            rows = file.read(columns)
+        return pa.RecordBatch.from_arrays([pa.concat_arrays(rows[name].chunks) for name in columns], columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise UserError(f"{table} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error
 

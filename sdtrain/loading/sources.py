@@ -29,7 +29,7 @@ class MixedStore(SampleStore):
     """Several datasets of the same sizes as one, their samples numbered in turn; the digest includes the weights."""
 
     def __init__(self, stores: Sequence[SampleStore], weights: Sequence[float]) -> None:
-        self.stores, self.sizes = tuple(stores), stores[0].sizes
+        self.stores, self.sizes, self.text_dtype = tuple(stores), stores[0].sizes, stores[0].text_dtype
         self.counts = np.concatenate([store.counts for store in stores])
         described = [[store.digest, weight] for store, weight in zip(stores, weights, strict=True)]
         self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
@@ -88,6 +88,11 @@ def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
             raise UserError(
                 f"The latents in {source.root} have other sizes than those in {data.sources[0].root}. Encode all "
                 "datasets with the same encode.resolution and encode.buckets."
+            )
+        if store.text_dtype != stores[0].text_dtype:
+            raise UserError(
+                f"The text embeddings in {source.root} are in {store.text_dtype}, and those in {data.sources[0].root} "
+                f"in {stores[0].text_dtype}. Encode all datasets with the same encode.text_embeddings."
             )
     return MixedStore(stores, [source.weight for source in data.sources])
 
@@ -159,13 +164,31 @@ def _group(store: SampleStore, config: TrainConfig) -> int:
     return max(1, group)
 
 
+def _require_texts(store: LatentStore, config: TrainConfig, root: Path) -> None:
+    """Refuses latents without text embeddings, or with those of another text encoder or tokenizer."""
+    from sdtrain.formats.frozen import text_encoder_digest  # late, as below
+
+    stored = store.info.get("text_embeddings")
+    if stored is None:
+        raise UserError(
+            f"The latents in {root} have no text embeddings. Encode with `encode: {{text_embeddings: bf16}}`, or set "
+            "data.text_embeddings to online."
+        )
+    if stored["sha256"] != text_encoder_digest(config.text_encoder):
+        raise UserError(
+            f"The text embeddings in {root} are of another text encoder or tokenizer ({stored['text_encoder']}) than "
+            f"the config's text_encoder, {config.text_encoder}. Encode again, or set data.text_embeddings to online."
+        )
+
+
 def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> LatentStore:
     from sdtrain.formats.frozen import (
         recorded_vae_digest,  # late: DeepSpeed must not be imported before the ranks join
     )
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
-    store = LatentStore(root, config.data.resolution, config.data.verify, open_shards)
+    is_cached = config.data.text_embeddings == "cached"
+    store = LatentStore(root, config.data.resolution, config.data.verify, open_shards, is_cached)
     expected = {
         "vae_sha256": recorded_vae_digest(config.vae, store.info.get("vae_sha256")),
         "resolution": config.data.resolution,
@@ -173,5 +196,7 @@ def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> Lat
         "normalisation": NORMALISATION,
     }
     check_cache(store.info, expected, root / "latents")
+    if is_cached:
+        _require_texts(store, config, root)
     store.check_shards()
     return store

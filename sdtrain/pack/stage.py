@@ -19,11 +19,12 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.rewriting import in_tar
-from sdtrain.dataset.s3.sync import discard, read_part
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Stage, Table, Work, nothing_beside
+from sdtrain.dataset.stage import NOTHING, Stage, Table, nothing_beside
 from sdtrain.dataset.storage import storage_of
+from sdtrain.dataset.sync import discard, read_part
 from sdtrain.dataset.tars import SampleIndex, write_samples
+from sdtrain.dataset.work import WORK
 from sdtrain.download.image_shards import PLACE, image_location
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import PROVENANCE, expected_shards, planned, shard_sizes
@@ -194,5 +195,5 @@ PACK: Stage[ImageRecipe] = Stage(
     drops=None,
     uses_gpu=False,
     needs=NOTHING,
-    work=Work(num="kept", rate="pack_images", on="cores", writes=("kept", "image_bytes")),
+    work=WORK["pack"],
 )

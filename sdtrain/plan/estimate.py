@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from sdtrain.config import TrainConfig
-from sdtrain.dataset.stage import Amount, Stage, Work
+from sdtrain.dataset.work import Amount, Work
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.gpus import board_watts
@@ -39,6 +38,8 @@ class DatasetJob:
     resolution: int
     num_crops: int = 1
     num_rows: int | None = None
+    has_texts: bool = False
+    """Whether text embeddings are stored beside the latents."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,23 @@ class Planner:
     def __init__(self, rates: Rates, machines: Machines):
         self._rates, self._machines = rates, machines
 
-    def dataset(self, job: DatasetJob, stages: Sequence[Stage[Any]]) -> list[Line]:
+    def dataset(self, job: DatasetJob, stages: Mapping[str, Work | None]) -> list[Line]:
         """The stages of a dataset but for those of `not_counted`; UserError if a recipe or size has no rates."""
         amounts = self._amounts(job)
         sizes = {
             "image_bytes": self._value(_nearest_size(job.image_px)),
-            "latent_bytes": latent_bytes(job.resolution),
+            "latent_bytes": latent_bytes(job.resolution) + self._text_bytes(job) / job.num_crops,
         }
         lines = []
-        for stage in stages:
-            if (work := stage.work) is not None:
+        for name, work in stages.items():
+            if work is not None:
                 written, size = work.writes or (work.num, "")
                 each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
-                lines.append(self._stage(job.recipe, stage.name, work, amounts[work.num], amounts[written] * each))
+                lines.append(self._stage(job.recipe, name, work, amounts[work.num], amounts[written] * each))
         return lines
+
+    def _text_bytes(self, job: DatasetJob) -> float:
+        return self._value("text_embedding_bytes") if job.has_texts else 0.0
 
     def _amounts(self, job: DatasetJob) -> dict[Amount, float]:
         rows = job.num_rows or self._value_of_recipe("rows", job, "--rows N")
@@ -139,9 +143,9 @@ class Planner:
         return Line(part, stage, num, disk, hours, gpu_h, core_h, cost, kg, source)
 
 
-def not_counted(stages: Iterable[Stage[Any]]) -> list[str]:
+def not_counted(stages: Mapping[str, Work | None]) -> list[str]:
     """The stages whose rates are not known."""
-    return [stage.name for stage in stages if stage.work is None]
+    return [name for name, work in stages.items() if work is None]
 
 
 def latent_bytes(resolution: int) -> int:

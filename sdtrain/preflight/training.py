@@ -97,5 +97,10 @@ def _check_room(config: TrainConfig, output: Path) -> str:
     present = output / "checkpoints"
     there = len(list(present.iterdir())) if present.is_dir() else 0
     number = max(1, min(chosen.keep_last + 1 + kept, config.steps // chosen.every + 1) - there)
-    wanted = number * _STATE_BYTES * _num_parameters(config)
-    return check_room(output, wanted, f"{number} more checkpoints")
+    lengths, size = len(config.ema.post_hoc), _num_parameters(config)
+    wanted = number * (_STATE_BYTES + 4 * lengths) * size
+    if not lengths:
+        return check_room(output, wanted, f"{number} more checkpoints")
+    snapshots = config.steps // chosen.every + 1 - len(list((output / "averages").glob("step-*")))
+    wanted += max(0, snapshots) * lengths * (2 if config.ema.snapshots == "fp16" else 4) * size
+    return check_room(output, wanted, f"{number} more checkpoints and {max(0, snapshots)} snapshots of averages")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import RemovedRows, read_ledger
-from sdtrain.dataset.s3.sync import read_part
+from sdtrain.dataset.sync import read_part
 from sdtrain.images.decode import decode_rgb
 from sdtrain.redaction import without_secrets
 

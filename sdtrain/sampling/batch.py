@@ -23,7 +23,7 @@ from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
 from sdtrain.options import Weights
-from sdtrain.precision import fast_dtype
+from sdtrain.precision import decoder_dtype, fast_dtype
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
 
@@ -44,6 +44,11 @@ class Model:
     dtype: torch.dtype = field(default_factory=fast_dtype)
     tokenizer: str | None = None
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The dtype in which images are decoded on this machine."""
+        return decoder_dtype(self.dtype)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -146,6 +151,8 @@ def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, A
     made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
     made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
+    # float32 is left out, as in records from before there was a choice
+    made |= {"vae_dtype": str(model.vae_dtype)} if model.vae_dtype is not torch.float32 else {}
     return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
 
 
@@ -166,7 +173,9 @@ def save_image(
 
 
 def _load(model: Model, device: str) -> Sampler:
-    return Sampler(load_networks(model.path, device, model.dtype, model.weights, model.speed, model.tokenizer))
+    return Sampler(
+        load_networks(model.path, device, model.dtype, model.weights, model.speed, model.tokenizer, model.vae_dtype)
+    )
 
 
 def _sample(sampler: Sampler, batch: Sequence[Job], settings: SampleSettings) -> list[Image.Image]:

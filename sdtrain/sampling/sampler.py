@@ -18,11 +18,12 @@ from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
+from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.schedulers import make_scheduler
 from sdtrain.models.text import tokenize
-from sdtrain.models.unet import LATENT_CHANNELS, prepare_for
+from sdtrain.models.unet import LATENT_CHANNELS, memory_format, prepare_for
 from sdtrain.options import SamplerName, Weights
-from sdtrain.precision import fast_dtype
+from sdtrain.precision import decoder_dtype, fast_dtype
 
 _DECODED_AT_ONCE = 8
 """Bounds the memory for decoding, whatever the batch."""
@@ -33,7 +34,8 @@ class Networks:
     """The networks of a text-to-image pipeline.
 
     `unet` maps latents, timesteps and context to an output whose `sample` is the prediction. It and the text encoder
-    compute in `dtype`; the sampler's steps and the VAE are float32. `source` names the weights' origin in messages.
+    compute in `dtype`; the sampler's steps are float32, and the VAE has a dtype of its own. A compiled `unet` gets
+    batches of `num_rows` only, or of as many as its first. `source` names the weights' origin in messages.
     """
 
     unet: Callable[..., Any]
@@ -45,6 +47,7 @@ class Networks:
     dtype: torch.dtype
     source: str
     speed: SpeedConfig = field(default_factory=SpeedConfig)
+    num_rows: int = 0
 
 
 def load_networks(
@@ -54,6 +57,7 @@ def load_networks(
     weights: Weights = "ema",
     speed: SpeedConfig | None = None,
     tokenizer: str | None = None,
+    vae_dtype: torch.dtype | None = None,
 ) -> Networks:
     """Loads the networks of a model.
 
@@ -64,6 +68,7 @@ def load_networks(
         weights: averaged or raw; a published model mostly has one kind, which counts as averaged.
         speed: attention kernel, memory layout, compilation.
         tokenizer: for a CompVis file, which holds none: a folder, a hub id or `demo`; by default CLIP's.
+        vae_dtype: of the VAE; by default `decoder_dtype`.
 
     Raises:
         UserError: there is no such model.
@@ -80,7 +85,7 @@ def load_networks(
     compile_unet(unet, speed)
     return Networks(
         unet=unet,
-        vae=frozen.vae.to(place),
+        vae=place_decoder(frozen.vae, place, vae_dtype or decoder_dtype(dtype, place), speed),
         tokenizer=frozen.tokenizer,
         text_encoder=frozen.text_encoder.to(place, dtype),
         scheduler_config=model.scheduler_config,
@@ -89,6 +94,12 @@ def load_networks(
         source=str(path),
         speed=speed,
     )
+
+
+def place_decoder(vae: AutoencoderKL, device: torch.device, dtype: torch.dtype, speed: SpeedConfig) -> AutoencoderKL:
+    """Moves a VAE to where and how it decodes."""
+    placed: AutoencoderKL = torch.nn.Module.to(vae, device, dtype).to(memory_format=memory_format(device, speed))
+    return placed
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Sampler:
     def __init__(self, networks: Networks):
         self._networks = networks
         self._device = networks.vae.device
-        self._compiled_for = 0
+        self._num_rows = networks.num_rows
 
     @torch.no_grad()
     def sample(
@@ -135,14 +146,9 @@ class Sampler:
         return images
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
-        missing = 0
-        if self._networks.speed.compile != "off":  # a smaller batch would be compiled again: pad it
-            self._compiled_for = self._compiled_for or len(prompts)
-            missing = max(0, self._compiled_for - len(prompts))
-        filled = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
         with attention_kernels(self._networks.speed):
-            latents = self._denoise(filled[0], self._initial_noise(filled[1]), settings)
-        return self._decode(latents[: len(prompts)])
+            latents = self._denoise(prompts, self._initial_noise(seeds), settings)
+        return self._decode(latents)
 
     def _initial_noise(self, seeds: Sequence[int]) -> torch.Tensor:
         shape = (LATENT_CHANNELS, self._networks.latent_size, self._networks.latent_size)
@@ -159,8 +165,7 @@ class Sampler:
         # On the device at once: copies in the loop would make the host wait.
         for timestep, at in zip(scheduler.timesteps, scheduler.timesteps.to(self._device), strict=True):
             inputs = torch.cat([latents, latents]) if guided else latents
-            begin_graphs(self._networks.speed)
-            predicted = self._networks.unet(inputs.to(self._networks.dtype), at, context).sample.float()
+            predicted = self._predict(inputs, at, context)
             if guided:
                 unconditional, conditional = predicted.chunk(2)
                 predicted = guide(unconditional, conditional, settings.guidance_scale)
@@ -172,6 +177,24 @@ class Sampler:
             )
         return latents
 
+    def _predict(self, latents: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """The UNet's predictions, (B, 4, h, w) float32.
+
+        A compiled one is given batches of one size, in the form that training has: others would be compiled again.
+        """
+        networks = self._networks
+        inputs = latents.to(networks.dtype, memory_format=memory_format(self._device, networks.speed))
+        if networks.speed.compile == "off":
+            return networks.unet(inputs, timestep, context).sample.float()
+        self._num_rows = self._num_rows or len(inputs)
+        timesteps, predicted = timestep.repeat(self._num_rows), []
+        for part, words in zip(inputs.split(self._num_rows), context.split(self._num_rows), strict=True):
+            begin_graphs(networks.speed)
+            whole = networks.unet(fill_rows(part, self._num_rows), timesteps, fill_rows(words, self._num_rows)).sample
+            # The next graph writes over this one's output, which the sampler keeps for several steps: copy it.
+            predicted.append(whole[: len(part)].to(torch.float32, copy=True))
+        return torch.cat(predicted)
+
     def _encode(self, captions: Sequence[str]) -> torch.Tensor:
         token_ids = tokenize(self._networks.tokenizer, captions).to(self._device)
         return self._networks.text_encoder(token_ids).last_hidden_state
@@ -179,7 +202,7 @@ class Sampler:
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
         vae, images = self._networks.vae, list[Image.Image]()
         for part in latents.split(_DECODED_AT_ONCE):
-            pixels = vae.decode(part / vae.config.scaling_factor).sample
+            pixels = vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
             if not pixels.isfinite().all():
                 raise UserError(
                     f"The VAE of {self._networks.source} gives images that are not finite; its weights are damaged."

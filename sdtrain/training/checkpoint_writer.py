@@ -24,7 +24,17 @@ import torch.distributed as dist
 from sdtrain.config.sections import CheckpointConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
-from sdtrain.formats.checkpoint import STATE, Checkpoint, Layout, ParameterSlot, finished, folder_of, newest_whole
+from sdtrain.formats.checkpoint import (
+    STATE,
+    Checkpoint,
+    Layout,
+    ParameterSlot,
+    average_name,
+    finished,
+    folder_of,
+    newest_whole,
+    snapshots_of,
+)
 from sdtrain.training.guards import ADVICE
 
 _CHUNK = 2**24
@@ -34,6 +44,7 @@ _MEANINGS = {
     "exp_avg_sq": "Adam's second moment",
     "ema": "The average",
 }
+_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
 _CHUNK_BYTES = 16 * 2**20
 _ALIGNMENT = 8
 
@@ -44,8 +55,16 @@ class CheckpointStore:
     `group` is a gloo group for this class alone, because its threads communicate while the main threads do.
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, rank: int, world_size: int, group: Any = None):
-        self.run_dir = run_dir
+    def __init__(
+        self,
+        run_dir: Path,
+        config: CheckpointConfig,
+        rank: int,
+        world_size: int,
+        group: Any = None,
+        snapshots: torch.dtype = torch.float16,
+    ):
+        self.run_dir, self._snapshots = run_dir, snapshots
         self._config, self._group = config, group
         self._rank, self._world_size = rank, world_size
 
@@ -55,16 +74,45 @@ class CheckpointStore:
         UserError for a value that is not finite, or a full disk, on any rank; the previous checkpoint stays.
         """
         self._all_ranks(lambda: self._require_finite(state, layout["parameters"]))
-        final = folder_of(self.run_dir) / f"step-{step:08d}"
+        names = [average_name(length) for length in layout.get("post_hoc", ())]
+        if names:  # first, so that every checkpoint has its snapshot
+            self._write_folder(snapshots_of(self.run_dir), step, lambda: self._rounded(state, names), layout)
+        order = (*STATE, *names)
+        final = self._write_folder(folder_of(self.run_dir), step, lambda: {name: state[name] for name in order}, layout)
+        self._on_first_rank(lambda: self._announce(final))
+        return final
+
+    def forget_snapshots_after(self, step: int) -> None:
+        """Removes snapshots of later steps, which are trained again."""
+
+        def forget() -> None:
+            for path in finished(snapshots_of(self.run_dir)):
+                if int(path.name.removeprefix("step-")) > step:
+                    _remove(path)
+
+        self._on_first_rank(forget)
+
+    def _write_folder(
+        self, folder: Path, step: int, state: Callable[[], Mapping[str, torch.Tensor]], layout: Mapping[str, Any]
+    ) -> Path:
+        """Writes this rank's part, and a layout when all have; returns the finished folder."""
+        final = folder / f"step-{step:08d}"
         partial = _partial(final)
         self._on_first_rank(lambda: _fresh(partial))
         names = [f"rank-{rank:05d}-of-{self._world_size:05d}.safetensors" for rank in range(self._world_size)]
-        digests = self._all_ranks(lambda: _write(partial / names[self._rank], state))
-        files = dict(zip(names, digests, strict=True))
-        size = len(state["master"])
+        parts = self._all_ranks(lambda: _write(partial / names[self._rank], state()))
+        files = {name: digest for name, (digest, _) in zip(names, parts, strict=True)}
+        size = parts[self._rank][1]
         description = Layout(step=step, world_size=self._world_size, partition_numel=size, files=files, **layout)
-        self._on_first_rank(lambda: self._finish(partial, final, description))
+        self._on_first_rank(lambda: _finish(partial, final, description))
         return final
+
+    def _rounded(self, state: Mapping[str, torch.Tensor], names: Sequence[str]) -> dict[str, torch.Tensor]:
+        rounded = {name: state[name].to(self._snapshots) for name in names}
+        for name, tensor in rounded.items():
+            if first_nonfinite(tensor) is not None:
+                raise UserError(f"{name} has numbers that fp16 cannot hold. Set ema.snapshots to fp32.")
+        return rounded
 
     def newest(self) -> Checkpoint | None:
         """The newest intact checkpoint, or None; warns of damaged ones."""
@@ -77,21 +125,17 @@ class CheckpointStore:
         return Checkpoint(Path(path)) if path else None
 
     def _require_finite(self, state: Mapping[str, torch.Tensor], parameters: Sequence[ParameterSlot]) -> None:
-        for name in STATE:
+        for name in state:
             if (position := first_nonfinite(state[name])) is not None:
                 place = position + self._rank * len(state[name])
                 inside = (slot.name for slot in parameters if slot.offset <= place < slot.offset + slot.numel)
+                what = _MEANINGS.get(name, "The average")
                 raise UserError(
-                    f"{_MEANINGS[name]} of {next(inside, 'the padding')} is {float(state[name][position])}, so this "
+                    f"{what} of {next(inside, 'the padding')} is {float(state[name][position])}, so this "
                     f"state was not written; the checkpoint before it is whole. {ADVICE}"
                 )
 
-    def _finish(self, partial: Path, final: Path, layout: Layout) -> None:
-        with publish(partial / "layout.json") as temporary:
-            temporary.write_text(layout.model_dump_json(indent=1) + "\n")
-        if final.exists():  # damaged, or it would have been resumed from
-            _remove(final)
-        partial.replace(final)
+    def _announce(self, final: Path) -> None:
         with publish(self.run_dir / "latest") as temporary:
             temporary.write_text(f"{final.name}\n")
         self._purge(final)
@@ -156,7 +200,8 @@ class CheckpointSaver:
             return
         self._step = step
         if not self._is_async:
-            self._path = self._store.save(step, {name: state[name].detach().cpu() for name in STATE}, **layout)
+            on_host = {name: tensor.detach().cpu() for name, tensor in state.items()}
+            self._path = self._store.save(step, on_host, **layout)
             return
         copied = self._copy(state)
         work = threading.Thread(target=self._save, args=(step, copied, layout), name="checkpoint", daemon=True)
@@ -190,8 +235,8 @@ class CheckpointSaver:
         Copies from a GPU are queued before the next step's kernels: they see this step's state without waiting.
         """
         on_gpu = state["master"].is_cuda
-        for name in STATE:
-            source = state[name].detach()
+        for name, tensor in state.items():
+            source = tensor.detach()
             if name not in self._host:
                 self._host[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=on_gpu)
             self._host[name].copy_(source, non_blocking=on_gpu)
@@ -219,15 +264,24 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _write(path: Path, state: Mapping[str, torch.Tensor]) -> str:
+def _write(path: Path, state: Mapping[str, torch.Tensor]) -> tuple[str, int]:
+    """Returns the file's digest, and the number of elements in each of its vectors."""
     with publish(path) as temporary:
-        return write_tensors(temporary, {name: state[name] for name in STATE})
+        return write_tensors(temporary, state), len(next(iter(state.values())))
+
+
+def _finish(partial: Path, final: Path, layout: Layout) -> None:
+    with publish(partial / "layout.json") as temporary:
+        temporary.write_text(layout.model_dump_json(indent=1) + "\n")
+    if final.exists():  # damaged, or it would have been resumed from
+        _remove(final)
+    partial.replace(final)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Writes flat fp32 tensors and syncs them to disk; returns the file's intended sha256, which exposes disk errors.
+    """Writes flat fp32 or fp16 tensors and syncs them to disk.
 
-    OSError if the disk is full, or fails.
+    Returns the file's intended sha256, which exposes disk errors. OSError if the disk is full, or fails.
     """
     with ThreadPoolExecutor(1) as hasher, path.open("wb") as file:
         digest = hasher.submit(_sha256, tensors)
@@ -257,10 +311,10 @@ def _pieces(tensors: Mapping[str, torch.Tensor]) -> Iterator[bytes | memoryview]
 def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     entries, offset = {}, 0
     for name, tensor in tensors.items():
-        if tensor.dtype is not torch.float32 or tensor.dim() != 1 or not tensor.is_contiguous():
-            raise ValueError(f"{name} is not a flat fp32 tensor")
-        end = offset + 4 * tensor.numel()
-        entries[name] = {"dtype": "F32", "shape": [tensor.numel()], "data_offsets": [offset, end]}
+        if tensor.dtype not in _DTYPES or tensor.dim() != 1 or not tensor.is_contiguous():
+            raise ValueError(f"{name} is not a flat fp32 or fp16 tensor")
+        end = offset + tensor.nbytes
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -11,8 +11,9 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import is_run, training_weights
-from sdtrain.formats.checkpoint import Checkpoint, find_checkpoint
+from sdtrain.formats.checkpoint import Checkpoint, average_name, find_checkpoint
 from sdtrain.loading.sample_store import SampleStore
+from sdtrain.precision import torch_dtype
 from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore, first_nonfinite
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
@@ -37,13 +38,19 @@ class CheckpointManager:
         self._config, self._run_dir, self._ranks, self._samples = config, run_dir, ranks, samples
         self._partition, self._ema, self._guard = partition, ema, guard
         self._store = CheckpointStore(
-            run_dir.path, config.checkpoint, ranks.rank, ranks.world_size, ranks.checkpoint_group
+            run_dir.path,
+            config.checkpoint,
+            ranks.rank,
+            ranks.world_size,
+            ranks.checkpoint_group,
+            torch_dtype(config.ema.snapshots),
         )
         self._saver = CheckpointSaver(self._store, config.checkpoint.mode)
 
     def restore(self) -> int:
         """Loads the newest checkpoint, else the weights of `init_from`; returns the steps done."""
         checkpoint = self._store.newest()
+        self._store.forget_snapshots_after(checkpoint.layout.step if checkpoint else 0)
         if checkpoint is None:
             self._begin_from_other_model()
             return 0
@@ -59,7 +66,20 @@ class CheckpointManager:
         self._partition.restore_loss_scaler(layout.loss_scaler)
         self._guard.state = layout.guard
         self._ema.go_on_from(self._part(checkpoint, "ema"), layout.ema_updates)
+        self._restore_post_hoc(checkpoint)
         return layout.step
+
+    def _restore_post_hoc(self, checkpoint: Checkpoint) -> None:
+        layout = checkpoint.layout
+        if missing := set(self._ema.post_hoc) - set(layout.post_hoc):
+            lengths = ", ".join(f"{length:g}" for length in sorted(missing))
+            raise UserError(
+                f"The averages of ema.post_hoc span a whole run, and {self._run_dir.path} trained {layout.step} steps "
+                f"without that of length {lengths}. Leave it out, or choose another --output, with --init_from "
+                f"{self._run_dir.path}."
+            )
+        parts = {length: self._part(checkpoint, average_name(length)) for length in self._ema.post_hoc}
+        self._ema.go_on_post_hoc(parts, layout.num_applied)
 
     def _begin_from_other_model(self) -> None:
         """Loads raw and averaged weights of another run or model, with a fresh optimizer.
@@ -80,7 +100,7 @@ class CheckpointManager:
         if self._ranks.any(any(first_nonfinite(part) is not None for part in (raw, average))):
             raise UserError(f"{path} holds weights that are not finite. Begin with another model.")
         self._partition.load_master(raw)
-        self._ema.go_on_from(average, num_updates)
+        self._ema.go_on_from(average, num_updates)  # those of ema.post_hoc begin with their run: update 1 forgets all
 
     def _shard(self, state: Mapping[str, torch.Tensor], path: Path) -> torch.Tensor:
         wanted = {slot.name: slot.shape for slot in self._partition.slots}
@@ -104,10 +124,13 @@ class CheckpointManager:
         self._guard.check(step)
         self._saver.start(
             step,
-            {"master": self._partition.master, "ema": self._ema.average} | self._partition.moments(),
+            {"master": self._partition.master, "ema": self._ema.average}
+            | self._partition.moments()
+            | {average_name(length): average for length, average in self._ema.post_hoc.items()},
             config_digest=self._config.digest(),
             data_digest=self._samples.digest,
             parameters=self._partition.slots,
+            post_hoc=tuple(self._ema.post_hoc),
             guard=self._guard.state,
             loss_scaler=self._partition.loss_scaler(),
             num_ema_updates=self._ema.num_updates,

@@ -29,9 +29,13 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "update_lp_params": ("self",),
 }
 _ATTRIBUTES = (
+    "_grad_acc_hooks",
     "bit16_groups",
+    "bit16_groups_flat",
     "check_grad_overflow",
+    "clip_grad",
     "cpu_offload",
+    "dp_process_group",
     "dtype",
     "gradient_accumulation_dtype",
     "ipg_buckets",
@@ -39,6 +43,7 @@ _ATTRIBUTES = (
     "loss_scaler",
     "optimizer",
     "overflow",
+    "parallel_partitioned_bit16_groups",
     "param_groups",
     "partition_gradients",
     "reduce_scatter",
@@ -107,7 +112,8 @@ def import_deepspeed() -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into_tensor`", FutureWarning)
+    newer_names = "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)`"
+    warnings.filterwarnings("ignore", newer_names, FutureWarning)
     # Its shared-memory all-reduce for CPU ranks would be compiled on first use (20 s, needs g++); gloo does as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -116,7 +122,8 @@ def import_deepspeed() -> Any:
 class ZeroInternals:
     """DeepSpeed's optimizer for ZeRO-1 and 2; UserError for another optimizer, or other internals.
 
-    `master` is this rank's flat part of the fp32 weights; `offsets` are the parameters' starts in the whole vector.
+    `master` is this rank's flat part of the fp32 weights. `network` has the network's own weights, flat and padded, and
+    its `parameters` are views of it, in its order; `offsets` are their starts. `group` has all ranks.
     """
 
     def __init__(self, engine: Any):
@@ -138,6 +145,31 @@ class ZeroInternals:
             raise UserError(
                 "Training needs one group of parameters with fp32 weights; --deepspeed_config changes that."
             )
+        self.network: torch.Tensor = zero.bit16_groups_flat[0]
+        self.parameters: list[torch.nn.Parameter] = zero.bit16_groups[0]
+        self.group: Any = zero.dp_process_group
+
+    @property
+    def network_part(self) -> torch.Tensor:
+        """The part of `network` that belongs to `master`."""
+        parts: list[torch.Tensor] = self._zero.parallel_partitioned_bit16_groups[0]
+        return parts[torch.distributed.get_rank(self.group)].detach()
+
+    def gather_network(self) -> None:
+        """Fills `network` with the parts of all ranks, who all take part."""
+        if torch.distributed.get_world_size(self.group) > 1:
+            torch.distributed.all_gather_into_tensor(self.network, self.network_part, self.group)
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The norm to which gradients are clipped; 0: they are not."""
+        return float(self._zero.clip_grad)
+
+    def release_gradients(self) -> None:
+        """Takes DeepSpeed's hooks off the parameters: from now on their gradients are somebody else's."""
+        for hook in self._zero._grad_acc_hooks:
+            hook.remove()
+        self._zero._grad_acc_hooks.clear()
 
     @property
     def adam(self) -> torch.optim.Optimizer:
@@ -199,10 +231,7 @@ class ZeroInternals:
             zero.overflow = not may_apply(float(judged[0]) / zero.loss_scale)
 
         def update_scale(has_overflow: bool = False) -> None:
-            # A spike is not the scaler's business; one that cannot go lower would raise a bare Exception.
-            lowers = has_overflow and is_overflow()
-            if zero.loss_scaler.dynamic and (self.can_rescale or not lowers):
-                zero.loss_scaler.update_scale(lowers)
+            self.update_loss_scale(has_overflow and is_overflow())  # a spike is not the scaler's business
 
         zero.check_grad_overflow, zero.check_overflow = True, check_overflow
         zero.scaled_global_norm = lambda norm_type=2: judged[0]
@@ -213,6 +242,16 @@ class ZeroInternals:
         """Whether there is a loss scaler that can still lower its scale."""
         scaler = self._zero.loss_scaler
         return bool(scaler.dynamic and scaler.cur_scale > scaler.min_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied by before the backward pass; 1 but in fp16."""
+        return float(self._zero.loss_scale)
+
+    def update_loss_scale(self, has_overflowed: bool) -> None:
+        """Lowers a dynamic loss scale after an overflow, raises it after many steps without."""
+        if self._zero.loss_scaler.dynamic and (self.can_rescale or not has_overflowed):
+            self._zero.loss_scaler.update_scale(has_overflowed)  # one at its minimum would raise a bare Exception
 
     @property
     def loss_scaler(self) -> dict[str, float]:

@@ -155,7 +155,7 @@ def state_bytes(config: TrainConfig, num_parameters: int, world_size: int) -> in
     """
     moments = 8 if config.optimizer.moments == "fp32" else 2
     sum_of_gradients = 4 if config.speed.fp32_gradients and config.precision != "fp32" else 0
-    shared = (4 + 4 + moments) * num_parameters // world_size
+    shared = (4 + 4 + moments + 4 * len(config.ema.post_hoc)) * num_parameters // world_size
     return shared + (sum_of_gradients + 4) * num_parameters
 
 

@@ -1,4 +1,4 @@
-"""AdamW, with moments in float32 or 8 bits, and its learning rate.
+"""AdamW, with moments in float32 or 8 bits, its learning rate, and the pass that renews weights and average.
 
 The rate is a pure function of the optimizer step, so neither the number of ranks nor a resume can shift it.
 """
@@ -14,6 +14,7 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.config.sections import OptimizerConfig, ScheduleConfig
 from sdtrain.preflight.training import check_moments
+from sdtrain.training.ema import Ema
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,6 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 _CODES = {"exp_avg": ("state1", "absmax1", "qmap1"), "exp_avg_sq": ("state2", "absmax2", "qmap2")}
 _BLOCK = 256
 _CHUNK = 2**24
+_CPU_CHUNK = 2**19
 _FIRST_SHARE = 1e-6
 
 
@@ -65,6 +67,15 @@ def read_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> d
     return {name: _decoded(*(state[part] for part in parts if part in state)) for name, parts in _CODES.items()}
 
 
+def begin_moments(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    """State of torch's AdamW for `parameter`: made, as its first step would, where there is none."""
+    state: dict[str, torch.Tensor] = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state.update({name: torch.zeros_like(parameter, requires_grad=False) for name in MOMENTS})
+    return state
+
+
 @torch.no_grad()
 def restore_moments(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, moments: Mapping[str, torch.Tensor], step: int
@@ -73,7 +84,8 @@ def restore_moments(
     state, device = optimizer.state[parameter], parameter.device
     if isinstance(optimizer, torch.optim.AdamW):
         state.update({name: moments[name].to(device, copy=True) for name in MOMENTS})
-        state["step"] = torch.tensor(float(step), device=device)
+        # Only the fused kernel reads it on the device; the others would make the host wait for it in each step.
+        state["step"] = torch.tensor(float(step), device=device if optimizer.defaults["fused"] else "cpu")
         return
     group: dict[str, Any] = optimizer.param_groups[0]
     optimizer.init_state(group, parameter, 0, 0)  # type: ignore[attr-defined]
@@ -111,6 +123,70 @@ def _encode(moment: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, mea
         first = number * _CHUNK
         codes[first : first + len(part)] = nearest.flatten()[: len(part)]
         scales[first // _BLOCK : first // _BLOCK + len(largest)] = largest
+
+
+class PartitionUpdate:
+    """Applies gradients to one rank's partition.
+
+    On CPUs it goes chunk by chunk, so that the average and the network's copy read weights that AdamW has just left in
+    the cache. A GPU's cache is too small for that to outweigh the launches.
+
+    Args:
+        adam: the optimizer of `master`.
+        master: flat fp32 weights, (N,).
+        network: the network's own weights of that partition, (N,).
+        ema: what averages them.
+    """
+
+    def __init__(self, adam: torch.optim.Optimizer, master: torch.Tensor, network: torch.Tensor, ema: Ema):
+        self._adam, self._master, self._network, self._ema = adam, master, network, ema
+        self._is_fused = isinstance(adam, torch.optim.AdamW) and bool(adam.defaults["fused"])
+
+    @torch.no_grad()
+    def apply(self, gradient: torch.Tensor, factor: torch.Tensor | float | None) -> None:
+        """Does a step with `gradient`, (N,), times `factor`, and leaves zeros there."""
+        if not self._is_fused:
+            self._step_of_the_optimizer(gradient, factor)
+        settings = self._fused_settings() if self._is_fused else None
+        averages = self._ema.averages()
+        for chunk in self._chunks():
+            master = self._master[chunk]
+            if settings is not None:
+                self._fused_step(chunk, _scaled(gradient[chunk], factor), settings)
+            for average, weight in averages:
+                average[chunk].lerp_(master, weight)
+            self._network[chunk].copy_(master)
+            gradient[chunk].zero_()
+        self._ema.count_update()
+
+    def _chunks(self) -> list[slice]:
+        size = self._master.numel() if self._master.is_cuda else _CPU_CHUNK
+        return [slice(first, first + size) for first in range(0, self._master.numel(), size)]
+
+    def _step_of_the_optimizer(self, gradient: torch.Tensor, factor: torch.Tensor | float | None) -> None:
+        self._master.grad = _scaled(gradient, factor)
+        self._adam.step()
+        self._master.grad = None
+
+    def _fused_settings(self) -> dict[str, Any]:
+        """Arguments of the kernel behind `torch.optim.AdamW(fused=True)`, for one more step."""
+        group = self._adam.param_groups[0]
+        self._moments = begin_moments(self._adam, self._master)
+        self._moments["step"] += 1
+        beta1, beta2 = group["betas"]
+        same = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        return same | {"beta1": beta1, "beta2": beta2, "grad_scale": None, "found_inf": None}
+
+    def _fused_step(self, chunk: slice, gradient: torch.Tensor, settings: dict[str, Any]) -> None:
+        first, second = self._moments["exp_avg"][chunk], self._moments["exp_avg_sq"][chunk]
+        step = [self._moments["step"]]
+        torch._fused_adamw_([self._master[chunk]], [gradient], [first], [second], [], step, **settings)
+
+
+def _scaled(gradient: torch.Tensor, factor: torch.Tensor | float | None) -> torch.Tensor:
+    """The gradient in float32, in its own memory where it is float32 already."""
+    whole = gradient.float()
+    return whole if factor is None else whole.mul_(factor)
 
 
 def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig) -> float:

@@ -13,22 +13,24 @@ import torch
 
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import sample_posterior
+from sdtrain.encode.text import embed_empty
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
-from sdtrain.precision import torch_dtype
+from sdtrain.precision import decoder_dtype, torch_dtype
 from sdtrain.preflight.networks import require_width
-from sdtrain.sampling.sampler import Networks
+from sdtrain.sampling.sampler import Networks, place_decoder
 from sdtrain.training.checkpointing import CheckpointManager
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.ema import Ema
-from sdtrain.training.engine import deepspeed_config, start_engine
+from sdtrain.training.engine import deepspeed_config, needs_deepspeed_steps, start_engine
 from sdtrain.training.guards import StepGuard
 from sdtrain.training.loss import Objective
 from sdtrain.training.run_dir import RunDir
+from sdtrain.training.steps import DeepSpeedSteps, FlatSteps, Steps
 from sdtrain.training.throughput import StepMetrics
 from sdtrain.training.validation import Validation
 from sdtrain.training.zero_partition import ZeroPartition
@@ -38,7 +40,7 @@ class TrainingState:
     """The network in training, and everything it is trained with.
 
     Attributes:
-        engine: the UNet under DeepSpeed.
+        engine: the UNet under ZeRO, and its optimizer steps.
         partition, ema: this rank's part of the fp32 weights, and its average.
         scaling_factor: of the VAE; applied once, in `losses`.
         accumulation: micro-batches of one optimizer step.
@@ -57,9 +59,11 @@ class TrainingState:
         self._tokenizer = tokenizer
         self.num_repeated = 0
         require_width(config.text_encoder, text_encoder.config.hidden_size, config.unet.cross_attention_dim)
-        self._text_encoder = text_encoder.to(ranks.device, self._dtype)
+        empty = embed_empty(tokenizer, text_encoder, ranks.device, store.text_dtype) if store.text_dtype else None
+        is_needed = store.text_dtype is None or config.previews.every
+        self._text_encoder = text_encoder.to(ranks.device if is_needed else "cpu", self._dtype)
         self._objective = Objective(config.diffusion, ranks.device)
-        self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size)
+        self._batches = BatchMaker(store, tokenizer, config, ranks.rank, ranks.world_size, empty)
         self.accumulation = self._batches.accumulation
         self.guard = StepGuard(config.guard)
         self._start_engine(deepspeed_json)
@@ -74,27 +78,32 @@ class TrainingState:
         torch.nn.Module.to(unet, self._dtype)  # diffusers' own `to` warns of float32 modules, of which there are none
         compile_unet(unet, config.speed)
         settings = deepspeed_config(config, self.accumulation, unet.num_parameters(), deepspeed_json)
-        self.engine = start_engine(unet, config, settings)
-        self.partition = ZeroPartition(self.engine, ranks.rank)
-        if config.speed.fp32_gradients:
-            self.partition.add_up_in_fp32()
-        self.partition.install_step_guard(self.guard, config.guard.reads_every_norm)
+        engine = start_engine(unet, config, settings)
+        self.partition = ZeroPartition(engine, ranks.rank)
         if initial:  # DeepSpeed made its fp32 weights from the rounded ones
             self.partition.load_master(self.partition.shard(initial))
         self.ema = Ema(self.partition.master, config.ema)
+        kind = DeepSpeedSteps if needs_deepspeed_steps(config, deepspeed_json) else FlatSteps
+        self.engine: Steps = kind(engine, self.partition, self.ema, self.guard, config)
 
     def losses(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples z_0, adds noise, predicts and compares: each sample's weighted and unweighted loss, (B,), float32."""
         latents = sample_posterior(batch.moments, batch.posterior, self.scaling_factor)
         noisy, target = self._objective.inputs(latents, batch.noise, batch.timesteps)
-        predicted = self.predict(noisy, batch.timesteps, batch.token_ids)
+        predicted = self.predict(noisy, batch.timesteps, self._context(batch))
         return self._objective.losses(predicted, target, batch.timesteps)
 
-    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    def _context(self, batch: MicroBatch) -> torch.Tensor:
+        """The captions' embeddings, (B, L, width), read or encoded."""
+        if batch.context is not None:
+            return batch.context.to(self._dtype)
+        with torch.no_grad():
+            encoded: torch.Tensor = self._text_encoder(batch.token_ids).last_hidden_state
+        return encoded
+
+    def predict(self, noisy: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """The UNet's prediction, noise or velocity as configured, (B, 4, h, w)."""
         begin_graphs(self._config.speed)
-        with torch.no_grad():
-            context = self._text_encoder(token_ids).last_hidden_state
         with attention_kernels(self._config.speed):
             layout = memory_format(self._ranks.device, self._config.speed)
             inputs = noisy.to(self._dtype, memory_format=layout)
@@ -107,8 +116,9 @@ class TrainingState:
 
     def validation_losses(self, batch: MicroBatch) -> torch.Tensor:
         """Each sample's unweighted loss, (B,), without gradients."""
+        size = len(batch.moments) if self._config.speed.compile == "off" else self._config.micro_batch
         with torch.no_grad():
-            return self.losses(batch)[1]
+            return self.losses(batch.filled(size))[1][: len(batch.moments)]
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -122,15 +132,18 @@ class TrainingState:
 
     def networks(self) -> Networks:
         """The networks that sample previews: the UNet in training, and the VAE, which training itself does not need."""
+        device, speed = self._ranks.device, self._config.speed
         return Networks(
             unet=self.engine.module,
-            vae=load_vae(self._config.vae).to(self._ranks.device),
+            vae=place_decoder(load_vae(self._config.vae), device, decoder_dtype(self._dtype, device), speed),
             tokenizer=self._tokenizer,
             text_encoder=self._text_encoder,
             scheduler_config=sampling_scheduler(self._config.diffusion).config,
             latent_size=self._config.latent_size,
             dtype=self._dtype,
             source=str(self._run_dir.path),
+            speed=speed,
+            num_rows=self._config.micro_batch,
         )
 
     def batches(self, first_step: int) -> Iterator[MicroBatch]:
@@ -162,7 +175,7 @@ class TrainingState:
         """Norm of the last step's gradient over all ranks, before clipping; NaN where it was not finite."""
         if self.guard.norm is not None:
             return self.guard.norm
-        norm = float(self.engine.get_global_grad_norm())
+        norm = self.engine.grad_norm()
         return norm if math.isfinite(norm) and norm >= 0 else math.nan  # DeepSpeed says infinity, or -1
 
     def step_was_applied(self, step: int) -> bool:

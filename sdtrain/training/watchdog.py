@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -26,6 +26,8 @@ from sdtrain.training.distributed import Ranks
 
 ItemT = TypeVar("ItemT")
 EXIT_CODE = 3
+_FORWARD = "a pass through the network"
+_PHASES_THAT_COMPILE = (_FORWARD, "validation", "previews")
 _PULSE_S = 5.0
 
 
@@ -43,32 +45,49 @@ class Heartbeat(Settings):
     """Grows with every phase of every step; all ranks pass the same ones, in the same order."""
     place: str
     """The main thread's position, for messages."""
+    may_compile: bool = False
+    """The network may be compiled there, which takes longer than any step."""
 
 
 class Watchdog:
     """Watches this rank and, when it hangs for `timeout_s` (0: never), the others, around the training loop.
 
-    `end` is os._exit by default, because the main thread does not respond.
+    While any rank may be compiling the network, all wait for `compile_timeout_s` (0: the network is not compiled). That
+    is in a rank's first pass with each shape of batch, its first validation and its first previews. `end` is os._exit
+    by default, because the main thread does not respond.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, timeout_s: float, end: Callable[[int], None] = os._exit):
+    def __init__(
+        self,
+        run_dir: Path,
+        ranks: Ranks,
+        timeout_s: float,
+        end: Callable[[int], None] = os._exit,
+        compile_timeout_s: float = 0.0,
+    ):
         self._beats, self._stalled = run_dir / "heartbeats", run_dir / "stalled"
         self._ranks, self._timeout_s, self._end = ranks, timeout_s, end
+        self._compile_timeout_s = compile_timeout_s
         self._pulse_s = min(_PULSE_S, timeout_s / 4)
         self._place, self._num_moves, self._pulse = "before the first step", 0, 0
+        self._may_compile, self._compiled = False, set[tuple[str, Hashable]]()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def at(self, step: int, phase: str) -> None:
-        """The main thread begins `phase` of the optimizer step after `step`."""
+    def at(self, step: int, phase: str, shape: Hashable = None) -> None:
+        """The main thread begins `phase` of the optimizer step after `step`, with batches of one `shape`."""
         self._place = f"{phase} after step {step}"
+        self._may_compile = phase in _PHASES_THAT_COMPILE and (phase, shape) not in self._compiled
+        self._compiled.add((phase, shape))
         self._num_moves += 1
 
-    def follow(self, batches: Iterator[ItemT], step: int) -> Iterator[ItemT]:
+    def follow(
+        self, batches: Iterator[ItemT], step: int, shape_of: Callable[[ItemT], Hashable] = lambda _: None
+    ) -> Iterator[ItemT]:
         """Passes on a step's micro-batches, marking the wait for each and the work on it."""
         self.at(step, "waiting for data")
         for batch in batches:
-            self.at(step, "a pass through the network")
+            self.at(step, _FORWARD, shape_of(batch))
             yield batch
             self.at(step, "waiting for data")
 
@@ -97,9 +116,13 @@ class Watchdog:
             last_look = now
             if seen != self._num_moves or was_suspended:
                 seen, moved_at = self._num_moves, now
-            elif now - moved_at > self._timeout_s:
+            elif now - moved_at > self._timeout_s and now - moved_at > self._limit_s(self._all_beats()):
                 self._give_up()
                 return
+
+    def _limit_s(self, beats: dict[int, Heartbeat]) -> float:
+        waits = any(beat.may_compile for beat in beats.values())
+        return max(self._timeout_s, self._compile_timeout_s) if waits else self._timeout_s
 
     def _give_up(self) -> None:
         """Names the ranks behind, once for all ranks; ends this process and unresponsive ones on this machine."""
@@ -137,8 +160,12 @@ class Watchdog:
             what = f"all ranks are at the same place ({beats[behind[0]].place}) and do not come back from it"
             hosts = sorted({beat.host for beat in beats.values()})
             what += f"; perhaps the network between {', '.join(hosts)} is cut" if len(hosts) > 1 else ""
+        limit_s = self._limit_s(beats)
+        setting = "guard.stall_timeout_s"
+        if limit_s > self._timeout_s:
+            setting = "guard.compile_timeout_s, which holds while the network may be compiled: raise it if it was"
         return (
-            f"Training made no progress for {self._timeout_s:g} s (guard.stall_timeout_s). Behind: {what}. "
+            f"Training made no progress for {limit_s:g} s ({setting}). Behind: {what}. "
             f"The job ends here; {self._stalled} holds where each rank is. Start it again to go on from the last "
             "checkpoint."
         )
@@ -154,6 +181,7 @@ class Watchdog:
             pulse=self._pulse,
             num_moves=self._num_moves,
             place=self._place,
+            may_compile=self._may_compile,
         )
         with suppress(OSError):
             self._beats.mkdir(parents=True, exist_ok=True)

@@ -15,20 +15,22 @@ from typer.testing import CliRunner
 from filters.inspect.report import rule_thresholds
 from filters.inspect.status import dataset_status
 from filters.pipeline import STAGES, in_order
-from filters.preflight import local_checks
+from filters.preflight import local_checks, sized_checks
 from filters.recipe_record import read_recipe
 from filters.rules import RULES, Rule
 from sdtrain.cli import app
 from sdtrain.dataset.files import publish, read_parquet
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.open import open_to_ask
 from sdtrain.dataset.rewriting import in_tar
-from sdtrain.dataset.s3.files import fetch_shard_file
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Stage, Table, Work, no_openers, nothing_beside, pending
+from sdtrain.dataset.stage import Needs, Stage, Table, no_openers, nothing_beside, pending
+from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import write_samples
+from sdtrain.dataset.work import WORK, Work
 from sdtrain.errors import UserError
-from sdtrain.model_card.dataset import dataset_facts
+from sdtrain.model_card.records import dataset_facts
 from sdtrain.preflight.checks import findings
 from tests.filters.removal_fixtures import NUM_ROWS, make_recipe, write_metadata
 from tests.sdtrain.dataset.s3.conftest import server  # noqa: F401 (a fixture)
@@ -87,7 +89,7 @@ TANG = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=no_openers, networks=no_openers, sized=no_openers),
-    work=Work(num="images", rate="score_pictures", on="GPUs", writes=("images", "score_row_bytes")),
+    work=Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
 )
 BEFORE = [stage.name for stage in STAGES].index("decide")
 RULE = Rule("sourness", "sourness <= ?", "sourer than {value}", stage="tang")
@@ -182,15 +184,17 @@ def test_the_model_card_counts_its_gpu_hours(built):
     assert only.kwh("NVIDIA H200", 1.0) > 10 * only.kwh(None, 1.0)
 
 
-def test_a_plan_counts_it_or_says_that_it_does_not(machine, monkeypatch):
-    arguments = ("plan", "--recipe", "laion-aesthetics", "--rows", 1_000_000, "--gpus", 1)
-    line = next(line.split() for line in sdtrain(*arguments).splitlines() if " tang " in line)
-    assert "650,000" in line
-    stages = (*STAGES[:BEFORE], replace(TANG, work=None), *STAGES[BEFORE:])
-    monkeypatch.setattr("filters.pipeline.STAGES", stages)
-    told = sdtrain(*arguments)
-    assert "not counted, as their rates are not known: tang, decide" in told
-    assert not [line for line in told.splitlines() if " tang " in line]
+def test_the_room_on_the_disk_counts_it_or_says_that_it_does_not(machine, tmp_path):
+    recipe, dataset = make_recipe(tmp_path / "a.parquet"), DatasetDir(tmp_path)
+    without = sized_checks(dataset, recipe, 10**6, STAGES, 1.0)
+    counted = sized_checks(dataset, recipe, 10**6, [*STAGES, TANG], 1.0)
+    assert counted[0].open() != without[0].open()
+    told = sized_checks(dataset, recipe, 10**6, [*STAGES, replace(TANG, work=None)], 1.0)[0].open()
+    assert told.endswith("; not counted: decide, tang")
+
+
+def test_a_plan_shows_every_stage_of_the_pipeline():
+    assert {stage.name: stage.work for stage in STAGES} == WORK
 
 
 def test_what_it_needs_is_opened_before_a_build(machine, built, monkeypatch):

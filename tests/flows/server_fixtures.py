@@ -41,6 +41,7 @@ TEST_FLOWS = """
 import subprocess, sys
 from pathlib import Path
 from prefect import flow
+from flows.support.batches import ShardsPerTask
 from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.train_unet import train
@@ -66,9 +67,9 @@ SIX = plain_stage("six", lambda *_: list(range(6)), lambda *_: fingerprint("six/
 
 @flow(name="six-shards")
 @report_user_errors
-def six_shards(output: str, bad_shard: int = -1) -> str:
+def six_shards(output: str, bad_shard: int = -1, shards_per_task: ShardsPerTask = "auto") -> str:
     for _ in range(2):
-        run_stage(SIX, DatasetDir(Path(output)), bad_shard, StageOptions(workers=2, shards_per_task=2))
+        run_stage(SIX, DatasetDir(Path(output)), bad_shard, StageOptions(workers=2, shards_per_task=shards_per_task))
     return output
 
 def sleep(dataset, recipe, shards):
@@ -84,7 +85,7 @@ SLEEP = plain_stage("sleep", lambda *_: list(range(6)), lambda *_: fingerprint("
 @flow(name="sleeping-stage")
 @report_user_errors
 def sleeping_stage(output: str) -> str:
-    run_stage(SLEEP, DatasetDir(Path(output)), None, StageOptions(workers=2))
+    run_stage(SLEEP, DatasetDir(Path(output)), None, StageOptions(workers=2, shards_per_task=1))
     return output
 
 @flow(name="sleeping-training")

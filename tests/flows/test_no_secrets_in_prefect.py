@@ -87,7 +87,7 @@ with get_client(sync_client=True) as client:
 
 def bounds(schema: dict[str, Any]) -> list[dict[str, Any]]:
     options = [option.get("items", option) for option in schema.get("anyOf", [schema])]
-    return [option for option in options if option.get("type") == "string" and "enum" not in option]
+    return [option for option in options if option.get("type") == "string" and not {"enum", "const"} & set(option)]
 
 
 def test_of_every_parameter_it_is_known_whether_it_can_hold_a_url() -> None:

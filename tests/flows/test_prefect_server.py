@@ -105,17 +105,25 @@ def test_deploy_registers_every_deployment_of_the_repository(deployed: Environme
 
 
 def test_stages_run_in_batches_with_progress_and_are_not_run_again(deployed: Environment, tmp_path: Path) -> None:
-    run = run_deployment(deployed, "six-shards", "-p", f"output={tmp_path}", "--watch")
+    run = run_deployment(deployed, "six-shards", "-p", f"output={tmp_path}", "-p", "shards_per_task=2", "--watch")
     log = logs_of(deployed, run)
     assert "six: 6 shards, 60 in, 48 out, 12 dropped (http_404 12)" in log
     assert "six: finished before, nothing to do" in log
     tasks = api(deployed, "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
     assert sorted(task["name"] for task in tasks) == ["six-00000", "six-00002", "six-00004"]
+    assert "six: 6 shards to do, 2 per task (as set)" in log
     assert artifacts_of(deployed, run) == {"progress-six": 100.0}
 
 
+def test_size_of_a_batch_is_chosen_and_logged_unless_it_is_given(deployed: Environment, tmp_path: Path) -> None:
+    run = run_deployment(deployed, "six-shards", "-p", f"output={tmp_path}", "-p", "shards_per_task=auto", "--watch")
+    assert "six: 6 shards to do, 1 per task (to see how long one takes)" in logs_of(deployed, run)
+    tasks = api(deployed, "/task_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+    assert sorted(task["name"] for task in tasks) == [f"six-{shard:05d}" for shard in range(6)]
+
+
 def test_failed_batch_is_a_sentence_and_the_others_finish(deployed: Environment, tmp_path: Path) -> None:
-    options = ("-p", f"output={tmp_path}", "--watch")
+    options = ("-p", f"output={tmp_path}", "-p", "shards_per_task=2", "--watch")
     run = run_deployment(deployed, "six-shards", *options, "-p", "bad_shard=3", fails=True)
     assert state_of(deployed, run) == ("FAILED", "Shard 3 is bad: mend it.")
     assert "test_flows.py" not in logs_of(deployed, run)  # no traceback from the depths
@@ -167,6 +175,7 @@ def test_unknown_name_is_answered_with_close_ones(deployed: Environment) -> None
         ("limit=0", "minimum"),
         ("min_aesthetic=65", "maximum of 10"),
         ("max_watermark=0", "minimum"),
+        ("shards_per_task=0", "not valid under any of the given schemas"),
         ("workers=zero", "integer"),
         ("minimum_side=512", "min_side"),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdtrain.config import load_config
 from sdtrain.config.sections import SpeedConfig
-from sdtrain.models.backends import attention_kernels, set_backends
+from sdtrain.models.backends import attention_kernels, compile_unet, set_backends
 from sdtrain.models.layout import channels_last_names, usual_layout
 from sdtrain.models.unet import memory_format, prepare_for
 from tests.benchmarks.random_unet import build_random_unet
@@ -31,6 +31,7 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 NUM_SAMPLES, NUM_TOKENS = 2, 77
+_COMPILING_S = 40
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,22 @@ class Variant:
     precision: str
     attention: str
     channels_last: bool
+    compile: Literal["off", "fused"] = "off"
 
     @property
     def name(self) -> str:
-        return f"{self.precision} {self.attention} {'channels_last' if self.channels_last else 'contiguous'}"
+        compiled = "" if self.compile == "off" else f" {self.compile}"
+        return f"{self.precision} {self.attention} {'channels_last' if self.channels_last else 'contiguous'}{compiled}"
 
     @property
     def speed(self) -> SpeedConfig:
         """Its settings; TF32 and the choice of convolutions by speed would hide what is compared."""
         return SpeedConfig(
-            attention=self.attention, channels_last=self.channels_last, cudnn_benchmark=False, tf32=False
+            attention=self.attention,
+            channels_last=self.channels_last,
+            compile=self.compile,
+            cudnn_benchmark=False,
+            tf32=False,
         )
 
 
@@ -62,6 +69,8 @@ def variants() -> Iterator[Variant]:
     for precision, names in kernels.items():
         for name in names:
             yield from (Variant(precision, name, channels_last) for channels_last in (False, True))
+    if CUDA:  # a CPU compiles it for minutes
+        yield Variant("bf16", "sdpa", True, compile="fused")
 
 
 def compare(check: Check) -> None:
@@ -74,6 +83,9 @@ def compare(check: Check) -> None:
     reference = {name: values.to(DEVICE) for name, values in reference.items()}
     check.record(kernels={name: _head_sizes(backend, config) for name, backend in _BACKENDS.items()})
     for variant in variants():
+        if variant.compile != "off" and check.seconds_left() < _COMPILING_S:
+            check.record(**{variant.name: f"skipped: {check.seconds_left():.0f} s were left"})
+            continue
         try:
             found = _run(copy.deepcopy(unet), variant, inputs, DEVICE)
         except RuntimeError as error:
@@ -116,6 +128,7 @@ def _run(unet: Any, variant: Variant, inputs: dict[str, torch.Tensor], device: t
     """Prediction, and gradient of its mean squared error by all parameters, as flat float32 vectors."""
     dtype = _DTYPES[variant.precision]
     unet = torch.nn.Module.to(prepare_for(unet, device, variant.speed, for_training=True), dtype)
+    compile_unet(unet, variant.speed)
     layout = memory_format(device, variant.speed)
     noisy = inputs["noisy"].to(device, dtype).to(memory_format=layout)
     timesteps = torch.tensor([100, 900], device=device)

@@ -16,7 +16,7 @@ from tests.gpu_check.child import Check
 from tests.sdtrain.launching import SCRIPT, finish, free_port, log_of, start, wait_for_step
 from tests.training_fixtures import write_config, write_latents, write_models
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = (60, 10) if CUDA else (24, 6)
 SLOW_DISK_S = 1.0
 """A checkpoint's write takes this long, and the next one waits for it: the kill finds the run at work."""
 WATCHED = "tests/sdtrain/watched_train.py"

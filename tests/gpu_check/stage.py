@@ -33,7 +33,7 @@ class Stage:
     target: str
     modules: tuple[str, ...] = ()
     on_gpu: Limits = Limits(20, 60)
-    small: Limits = Limits(20, 200)
+    small: Limits = Limits(20, 400)
 
     def missing(self) -> list[str]:
         """Modules that are not installed."""

@@ -1,5 +1,6 @@
-"""The whole check at small size, as it runs where there is no GPU."""
+"""The whole check at small size, as it runs where there is no GPU, and without Prefect."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,17 @@ REPOSITORY = Path(__file__).parents[2]
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("check")
     command = [sys.executable, "-m", "tests.gpu_check", "--budget", "600", "--out", folder]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": f"{without_prefect(folder / 'blocked')}:{REPOSITORY}"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (folder / "log.txt").read_text()[-6000:]
     return read_result(folder)
+
+
+def without_prefect(folder: Path) -> Path:
+    """A folder for PYTHONPATH whose `prefect` cannot be imported, in whichever process."""
+    (folder / "prefect").mkdir(parents=True)
+    (folder / "prefect" / "__init__.py").write_text("raise ModuleNotFoundError('blocked', name='prefect')\n")
+    return folder
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]

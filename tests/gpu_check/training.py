@@ -52,7 +52,7 @@ def profile(check: Check) -> None:
     content["global_batch_size"] = accumulation * content["micro_batch_size"]
     config = _written(check, content)
     clock = WatchingClock(num_warm=1, seconds=size.seconds, log_every=LOG_EVERY)
-    with _alone() as ranks, mock.patch(WATCHED_STATE, clock.state_class()), _built_on_device():
+    with alone() as ranks, mock.patch(WATCHED_STATE, clock.state_class()), _built_on_device():
         measured = time_training(config, check.work / "profile", ranks, clock)
     check.record(**_rates(config, measured, check), micro_batch=config.micro_batch_size, accumulation=accumulation)
     flops = flops_by_class(config.unet, config.latent_size)
@@ -67,7 +67,7 @@ def climb_ladder(check: Check) -> None:
     size = _size(check)
     content = endless(_world(check, size), log_every=10**6) | {"micro_batch_size": size.micro_batch}
     seconds = 0.1 if check.is_small else 3.0
-    with _alone() as ranks, _built_on_device():
+    with alone() as ranks, _built_on_device():
 
         def measure(rung: Rung) -> dict[str, float]:
             config = _written(check, rung.content(content, _images(check) * size.micro_batch))
@@ -96,7 +96,7 @@ def run_best(check: Check) -> None:
         content["micro_batch_size"] = factor * size.micro_batch
         images = _images(check) * content["micro_batch_size"]
         config = _written(check, best.content(content, images))
-        with _alone() as ranks, _built_on_device():
+        with alone() as ranks, _built_on_device():
             measured = time_training(config, _new_folder(check, "best"), ranks, Clock(2, size.seconds * 0.75))
         check.record(**{f"{resolution}px": _rates(config, measured, check) | {"micro_batch": config.micro_batch_size}})
         free_memory()
@@ -158,7 +158,7 @@ def _new_folder(check: Check, name: str) -> Path:
 
 
 @contextmanager
-def _alone() -> Iterator[Ranks]:
+def alone() -> Iterator[Ranks]:
     """This process as the only rank."""
     ranks = join(None)
     try:

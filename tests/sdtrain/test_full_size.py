@@ -63,7 +63,6 @@ def main(folder: Path) -> None:
         weighted, unweighted = state.losses(batch)
         state.engine.backward(weighted.mean())
         state.engine.step()
-    state.ema.update()
     batches.close()
     print(f"parameters={state.engine.module.num_parameters()}")
     print(f"loss={float(unweighted.detach().mean())}")

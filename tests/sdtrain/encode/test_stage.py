@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import require_entry, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples
 from sdtrain.demo.train_vae import build_vae
+from sdtrain.encode import stage
 from sdtrain.encode import vae as vae_at_work
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import encode_pixels
@@ -250,3 +252,37 @@ def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_dige
     assert pending(ENCODE, dataset, recipe) == []
     assert json.loads(dataset.latents_info.read_text())["vae_sha256"] == earlier.hexdigest()
     LatentStore(dataset.root, RESOLUTION).check_shards()
+
+
+def test_the_vae_has_the_next_chunk_before_the_last_ones_moments_are_read(dataset, vae, monkeypatch):
+    """So that a GPU need not wait for copies and files; and the bytes are those of one chunk after the other."""
+    log, images = [], []
+    start = stage.start_encoding
+
+    class Pending:
+        def __init__(self, number, moments):
+            self._number, self._moments = number, moments
+
+        def wait(self):
+            log.append(f"read {self._number}")
+            return self._moments.wait()
+
+    def start_encoding(vae, pixels):
+        log.append(f"start {len(images)}")
+        images.append(pixels)
+        return Pending(len(images) - 1, start(vae, pixels))
+
+    monkeypatch.setattr(stage, "start_encoding", start_encoding)
+    config, source = EncodeConfig(vae=str(vae), resolution=RESOLUTION, batch_size=2), dataset.packed_tar(0)
+    samples = list(read_samples(source))
+    assert len(samples) >= 5
+    found = dict(stage._ShardEncoder(config, source, ()).encoded(samples))
+    chunks = -(-len(samples) // 2)
+    expected = ["start 0"]
+    for number in range(1, chunks):
+        expected += [f"start {number}", f"read {number - 1}"]
+    assert log == [*expected, f"read {chunks - 1}"]
+    stored = dict(read_samples(dataset.latents_tar(0)))
+    assert {key: dict(members) for key, members in found.items()} == {
+        key: dict(members) for key, members in stored.items()
+    }

@@ -291,6 +291,28 @@ def test_auto_is_decided_once_for_an_evaluation_even_before_it_has_results(littl
     assert plan(automatic, [run], tmp_path / "out").protocol.dtype == "fp16"
 
 
+def test_the_vaes_precision_stays_that_of_the_evaluation_and_marks_what_was_drawn(tmp_path, run, little, monkeypatch):
+    def planned(name):
+        return plan(little, [run], tmp_path / name)
+
+    def drawn(sweep):
+        step = next(step for step in sweep.steps() if step.stage.name.startswith("draw"))
+        return step.stage.fingerprint(step.directory, step.job, 0)
+
+    assert planned("cpu").protocol.vae_dtype == "fp32"
+    precisions = [little.model_copy(update={"vae_dtype": name}) for name in ("auto", "fp32", "bf16")]
+    found = [drawn(plan(chosen, [run], tmp_path / "prints")) for chosen in precisions]
+    assert found[0] == found[1] != found[2]
+    monkeypatch.setattr("sdtrain.evaluation.sweep.decoder_dtype", lambda dtype: torch.bfloat16)  # as on a GPU
+    assert planned("gpu").protocol.vae_dtype == "bf16"
+    assert planned("cpu").protocol.vae_dtype == "fp32"
+    recorded = tmp_path / "cpu" / "protocol.json"
+    content = json.loads(recorded.read_text())
+    del content["vae_dtype"]  # from before there was a choice
+    recorded.write_text(json.dumps(content))
+    assert planned("cpu").protocol.vae_dtype == "fp32"
+
+
 def test_the_noted_protocol_holds_no_credential(little, run, tmp_path):
     sweep = plan(little, [run], tmp_path / "out")
     signed = replace(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from filters.pipeline import STAGES
 from filters.recipe import known_recipes
 from sdtrain import cli
 from sdtrain.config import load_config
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.plan import measured
 from sdtrain.plan.chain import CHAINS, chain, configs_of, find_chain
@@ -52,8 +52,7 @@ def test_hours_disk_money_and_emissions_follow_from_the_rates():
     )  # one by its old name
     machines = Machines(4, "h200", kg_per_kwh=0.5, price_per_gpu_hour=2.0)
     lines = {
-        line.stage: line
-        for line in Planner(rates, machines).dataset(DatasetJob("mine", 512, 512, 2, 3_600_000), STAGES)
+        line.stage: line for line in Planner(rates, machines).dataset(DatasetJob("mine", 512, 512, 2, 3_600_000), WORK)
     }
     assert lines["score"].num == 1_800_000
     assert (lines["score"].gpu_hours, lines["score"].hours, lines["score"].cost) == (5, 1.25, 10)
@@ -72,7 +71,7 @@ def test_latents_are_as_large_as_the_encode_stage_writes_them():
 
 
 def test_without_price_and_region_there_is_neither_money_nor_co2():
-    line = total(Planner(load_rates(), Machines(8, "h100")).dataset(DatasetJob("mine", 256, 256, 1, 10), STAGES))
+    line = total(Planner(load_rates(), Machines(8, "h100")).dataset(DatasetJob("mine", 256, 256, 1, 10), WORK))
     assert (line.cost, line.kg) == (None, None)
 
 

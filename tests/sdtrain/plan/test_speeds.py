@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from filters.pipeline import STAGES
+from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.plan import measured
 from sdtrain.plan.estimate import DatasetJob, Machines, Planner
@@ -107,7 +107,7 @@ def test_measured_rates_of_other_stages_count_for_their_gpu_alone(ours):
     rate = MeasuredRate(gpu="h200", name="encode_pictures", value=500, source="made up")  # as earlier versions wrote
     record_measured(Measured(rates=(rate,)), ours)
     lines = {
-        gpu: Planner(load_rates((), gpu), Machines(1, gpu)).dataset(DatasetJob("mine", 512, 512, 1, 1000), STAGES)[-1]
+        gpu: Planner(load_rates((), gpu), Machines(1, gpu)).dataset(DatasetJob("mine", 512, 512, 1, 1000), WORK)[-1]
         for gpu in ("h200", "a100")
     }
     assert lines["h200"].source == "measured: made up"

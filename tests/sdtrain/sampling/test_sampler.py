@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sdtrain.errors import UserError
 from sdtrain.formats.export import write_pipeline
 from sdtrain.models.schedulers import make_scheduler
 from sdtrain.models.unet import build_unet
+from sdtrain.precision import decoder_dtype
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks, make_grid
 from tests.training_fixtures import write_config, write_models
 
@@ -107,17 +109,57 @@ def test_an_image_does_not_depend_on_its_batch(sampler):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
 
 
-def test_a_compiled_network_sees_batches_of_one_size(sampler):
-    """Else it would be compiled anew for the last one. The images are the same."""
-    plain = sampler.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=3, batch_size=2))
-    told = Sampler(replace(sampler._networks, speed=SpeedConfig(compile="regional")))  # says so, and is not compiled
-    sizes = []
-    hook = sampler._networks.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    filled = told.sample(PROMPTS, [1, 2, 3], SampleSettings(num_steps=3, batch_size=2))
-    hook.remove()
-    assert sizes == [4] * 8
+class Graph:
+    """A UNet as a CUDA graph replays it: every pass leaves its output in the same memory, once it was marked."""
+
+    def __init__(self, unet, monkeypatch):
+        self._unet, self._memory, self._is_marked = unet, None, False
+        self.sizes = []
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", self._mark)
+
+    def _mark(self):
+        self._is_marked = True
+        if self._memory is not None:
+            self._memory.fill_(float("nan"))
+
+    def __call__(self, latents, timesteps, context):
+        assert self._is_marked, "a pass that is not marked runs while the last one's results count as in use"
+        self.sizes.append((len(latents), len(timesteps), len(context)))
+        predicted = self._unet(latents, timesteps, context).sample
+        self._memory = torch.empty_like(predicted) if self._memory is None else self._memory
+        self._memory.copy_(predicted)
+        self._is_marked = False
+        return SimpleNamespace(sample=self._memory)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+@pytest.mark.parametrize(("num_rows", "size"), [(0, None), (4, 4), (1, 1), (16, 16)])
+def test_a_graph_gets_batches_of_one_size_and_marks_and_loses_nothing(
+    sampler, monkeypatch, guidance_scale, num_rows, size
+):
+    settings = SampleSettings(guidance_scale, num_steps=3, batch_size=2)
+    plain = sampler.sample(PROMPTS, [1, 2, 3], settings)
+    graph, speed = Graph(sampler._networks.unet, monkeypatch), SpeedConfig(compile="whole", compile_mode="max-autotune")
+    networks = replace(sampler._networks, unet=graph, speed=speed, num_rows=num_rows)
+    filled = Sampler(networks).sample(PROMPTS, [1, 2, 3], settings)
+    first = 2 if guidance_scale == 1 else 4
+    assert set(graph.sizes) == {(size or first,) * 3}
     for a, b in zip(plain, filled, strict=True):
         assert np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16)).max() <= 1
+
+
+def test_the_vae_decodes_in_the_networks_bf16_on_a_gpu_only(sampler, folder):
+    assert decoder_dtype(torch.bfloat16, "cuda:1") is torch.bfloat16
+    assert {decoder_dtype(dtype, "cuda") for dtype in (torch.float16, torch.float32)} == {torch.float32}
+    assert load_networks(folder, "cpu", torch.bfloat16).vae.dtype == torch.float32
+    half = Sampler(load_networks(folder, "cpu", torch.float32, vae_dtype=torch.bfloat16))
+    assert half._networks.vae.dtype == torch.bfloat16
+    settings = SampleSettings(num_steps=3)
+    for a, b in zip(
+        sampler.sample(PROMPTS, [1, 2, 3], settings), half.sample(PROMPTS, [1, 2, 3], settings), strict=True
+    ):
+        difference = np.abs(np.asarray(a, np.int16) - np.asarray(b, np.int16))
+        assert 0 < difference.max() <= 8
 
 
 def test_many_images_are_decoded_in_parts(sampler, monkeypatch):

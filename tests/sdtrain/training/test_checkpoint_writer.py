@@ -133,5 +133,8 @@ def test_files_are_as_the_library_writes_them(tmp_path):
     assert ours.stat().st_size == theirs.stat().st_size
     loaded = load_file(ours)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
-    with pytest.raises(ValueError, match="not a flat fp32 tensor"):
-        write_tensors(tmp_path / "bad.safetensors", {"half": torch.zeros(2, dtype=torch.float16)})
+    with pytest.raises(ValueError, match="not a flat fp32 or fp16 tensor"):
+        write_tensors(tmp_path / "double.safetensors", {"master": torch.zeros(3, dtype=torch.float64)})
+    half = {name: tensor[:7].half() for name, tensor in tensors.items()}  # as snapshots are
+    write_tensors(tmp_path / "half.safetensors", half)
+    assert all(torch.equal(load_file(tmp_path / "half.safetensors")[name], tensor) for name, tensor in half.items())

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdtrain.config import load_config
 from sdtrain.config.sections import GuardConfig
@@ -36,27 +37,40 @@ def value_of(rank, k):
 
 def toy_engine(ranks, config, extra=None):
     from sdtrain.precision import torch_dtype
-    from sdtrain.training.engine import deepspeed_config, start_engine
+    from sdtrain.training.ema import Ema
+    from sdtrain.training.engine import deepspeed_config, needs_deepspeed_steps, start_engine
+    from sdtrain.training.steps import DeepSpeedSteps, FlatSteps
     from sdtrain.training.zero_partition import ZeroPartition
 
     toy = Toy().to(torch_dtype(config.precision))
     engine = start_engine(toy, config, deepspeed_config(config, ACCUMULATION, sum(SIZES), extra))
     partition = ZeroPartition(engine, ranks.rank)
-    if config.speed.fp32_gradients:
-        partition.add_up_in_fp32()
-    return engine, partition
+    kind = DeepSpeedSteps if needs_deepspeed_steps(config, extra) else FlatSteps
+    return kind(engine, partition, Ema(partition.master, config.ema), StepGuard(config.guard), config), partition
+
+
+class GradientsOfAdam(TorchDispatchMode):
+    """Keeps what the kernel of AdamW is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._fused_adamw_.default:
+            self.seen.append(torch.cat(args[1]))
+        return func(*args, **(kwargs or {}))
 
 
 def gradient_seen_by_adam(ranks, config):
     engine, partition = toy_engine(ranks, config)
-    seen = []
-    partition._zero.adam.register_step_pre_hook(lambda adam, *_: seen.append(partition.master.grad.clone()))
-    for k in range(ACCUMULATION):
-        value = torch.tensor(value_of(ranks.rank, k), dtype=next(engine.module.parameters()).dtype)
-        engine.backward(engine(value))
-        engine.step()
+    with GradientsOfAdam() as kernel:
+        for k in range(ACCUMULATION):
+            value = torch.tensor(value_of(ranks.rank, k), dtype=next(engine.module.parameters()).dtype)
+            engine.backward(engine(value))
+            engine.step()
     inside = max(0, min(len(partition.master), sum(SIZES) - partition.start))
-    return len(seen), seen[0][:inside].tolist()
+    return len(kernel.seen), kernel.seen[0][:inside].tolist()
 
 
 def refusal(ranks, config, extra):
@@ -69,9 +83,8 @@ def refusal(ranks, config, extra):
 
 def guarded(ranks, config, bad, at):
     """Three steps, in the second of which micro-step `at` (rank, number) is bad; then what the guard says."""
-    engine, partition = toy_engine(ranks, config)
-    guard, weights, applied = StepGuard(config.guard), [], []
-    partition.install_step_guard(guard, config.guard.reads_every_norm)
+    (engine, partition), weights, applied = toy_engine(ranks, config), [], []
+    guard = engine._guard
     for step in range(3):
         set_learning_rate(engine.optimizer, 0.125)
         for k in range(ACCUMULATION):

@@ -201,3 +201,23 @@ def test_without_a_login_weights_and_biases_is_refused_with_a_sentence(tmp_path,
     monkeypatch.setattr("wandb.init", refuses)
     with pytest.raises(UserError, match="wandb login"):
         Trackers(tmp_path, config_of(tmp_path, tracking={"wandb_project": "toy"}), 0)
+
+
+def test_previews_and_validation_mark_graphs_and_give_them_the_training_shape(world, ranks, tmp_path, monkeypatch):
+    """The network says that it is compiled, and is not: nothing of that is to be seen but marks and shapes."""
+    seen = []
+    speed = {"compile": "whole", "compile_mode": "reduce-overhead"}
+    config = load_config(str(write_config(tmp_path / "c.yaml", *world, **WATCHED, speed=speed, steps=4)))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda module, **_: module.register_forward_pre_hook(
+            lambda module, inputs: seen.append(tuple(tuple(tensor.shape) for tensor in inputs))
+        ),
+    )
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: seen.append("mark"))
+    train(config, RunDir(tmp_path / "run"), ranks)
+    assert len(seen) > 2 * 8
+    assert seen[::2] == ["mark"] * (len(seen) // 2)
+    size = config.micro_batch_size
+    assert set(seen[1::2]) == {((size, 4, 8, 8), (size,), (size, 16, 64))}

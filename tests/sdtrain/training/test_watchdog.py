@@ -86,3 +86,72 @@ def test_a_run_that_hangs_alone_says_where(tmp_path, capsys):
             time.sleep(0.02)
     assert ended == [EXIT_CODE]
     assert "all ranks are at the same place (a checkpoint after step 3)" in capsys.readouterr().err
+
+
+def hang_after(folder, moves, **limits):
+    """What a lone rank says that hangs after `moves`, and for how long it was left alone, in seconds."""
+    ended = []
+    began = time.monotonic()
+    with Watchdog(folder, ranks_of(0, 1), 0.2, ended.append, **limits) as watchdog:
+        moves(watchdog)
+        while not ended and time.monotonic() < began + 60:
+            time.sleep(0.02)
+    assert ended == [EXIT_CODE]
+    return (folder / "stalled" / "verdict.txt").read_text(), time.monotonic() - began
+
+
+def passes(*shapes):
+    """Moves that stay in the last pass."""
+    return lambda watchdog: [next(watchdog.follow(iter([shape]), 0, lambda shape: shape)) for shape in shapes]
+
+
+def test_a_first_pass_may_compile_for_longer_and_the_message_says_so(tmp_path):
+    text, waited_s = hang_after(tmp_path, passes((4, 8)), compile_timeout_s=1.5)
+    assert waited_s > 1.5
+    assert "no progress for 1.5 s (guard.compile_timeout_s, which holds while the network may be compiled" in text
+    assert "all ranks are at the same place (a pass through the network after step 0)" in text
+
+
+def test_what_was_compiled_has_the_usual_limit_again_until_another_shape_comes(tmp_path):
+    for name, shapes in {"same": ((4, 8), (4, 8)), "other": ((4, 8), (4, 8), (4, 9))}.items():
+        text, _ = hang_after(tmp_path / name, passes(*shapes), compile_timeout_s=1.5)
+        setting = {"same": "0.2 s (guard.stall_timeout_s)", "other": "1.5 s (guard.compile_timeout_s"}[name]
+        assert f"Training made no progress for {setting}" in text
+    for phase, setting in {"previews": "1.5 s (guard.compile_timeout_s", "a checkpoint": "0.2 s (guard.stall"}.items():
+        text, _ = hang_after(
+            tmp_path / phase, lambda watchdog, phase=phase: watchdog.at(3, phase), compile_timeout_s=1.5
+        )
+        assert f"Training made no progress for {setting}" in text
+
+
+def test_a_network_that_is_not_compiled_has_the_usual_limit_from_the_start(tmp_path):
+    text, _ = hang_after(tmp_path, passes((4, 8)))
+    assert "Training made no progress for 0.2 s (guard.stall_timeout_s). Behind" in text
+
+
+def test_a_rank_waits_for_another_that_may_be_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr("sdtrain.training.watchdog._kill_if_here", lambda beat: None)  # both are this process
+    ended, other = [], Watchdog(tmp_path, ranks_of(1, 2), 0.2, compile_timeout_s=60)
+    other.at(0, "a pass through the network")
+    other._beat()
+    with Watchdog(tmp_path, ranks_of(0, 2), 0.2, ended.append, compile_timeout_s=60) as watchdog:
+        watchdog.at(0, "logging")
+        time.sleep(1.2)
+        assert not ended
+        other.at(0, "logging")
+        other._beat()
+        deadline = time.monotonic() + 60
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert ended == [EXIT_CODE]
+
+
+def test_training_takes_the_longer_limit_only_if_it_compiles(tmp_path):
+    from sdtrain.config.sections import SpeedConfig
+    from sdtrain.train import _watchdog, configure
+    from sdtrain.training.run_dir import RunDir
+
+    config = configure("tiny")
+    for how, limit_s in {"off": 0.0, "regional": 3600.0}.items():
+        chosen = config.model_copy(update={"speed": SpeedConfig(compile=how)})
+        assert _watchdog(chosen, RunDir(tmp_path), ranks_of(0, 1))._compile_timeout_s == limit_s

@@ -13,10 +13,10 @@ from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, is_whole, write_entry
 from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.mirror import Mirror, mirror_of
-from sdtrain.dataset.s3.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.dataset.s3.url import parse_url
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import run_batch
+from sdtrain.dataset.sync import fetch_shard_file, fetch_tables, keep_local, read_part
 from sdtrain.errors import UserError
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 
@@ -107,7 +107,7 @@ def test_of_shards_that_another_machine_took_back_those_stay_that_say_what_they_
         key = f"{parse_url(dataset.url).prefix}/manifest/{stage}/00000.json"
         store.client.delete_object(Bucket=BUCKET, Key=key)
     mirror_of(dataset).sync()
-    assert [entries(dataset, stage) for stage in ("download", "score")] == [[], []]
+    assert [list(entries(dataset, stage)) for stage in ("download", "score")] == [[], []]
     assert [path.exists() for path in (*images, *scores)] == [True, True, False]
 
 

@@ -1,0 +1,64 @@
+"""Counts the work of a piece of training without a clock: bytes that operations move, functions that Python calls."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ONLY_WRITTEN = ("copy_", "zero_", "fill_", "empty")
+
+
+class BytesMoved(TorchDispatchMode):
+    """Adds up the sizes of what every operation reads and writes, whether from memory or from a cache.
+
+    Attributes:
+        num_bytes: the sum so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs the operation, and counts it unless it only makes a view."""
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.num_bytes += _moved(func, args, kwargs or {}, result)
+        return result
+
+
+def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    name, given = func.overloadpacket.__name__, dict(kwargs)
+    given |= {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+    changed = {
+        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
+    }
+    read = {argument for argument in given if not (argument in changed and name in _ONLY_WRITTEN)}
+    total = sum(_size(given[argument]) for argument in read) + sum(_size(given.get(argument)) for argument in changed)
+    return total + (0 if changed or name.startswith("empty") else _size(result))
+
+
+def _size(value: Any) -> int:
+    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def python_calls(work: Callable[[], Any]) -> int:
+    """Functions, Python's and C's, that Python calls during `work`, on this thread."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
