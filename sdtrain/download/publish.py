@@ -17,8 +17,8 @@ from pathlib import Path
 from sdtrain.dataset.files import publish, scratch, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, selected_shards
-from sdtrain.dataset.s3.sync import fetch_if_stored
 from sdtrain.dataset.shard_report import Output, ShardReport
+from sdtrain.dataset.sync import fetch_if_stored
 from sdtrain.download.image_shards import (
     ImageShard,
     ShardTable,

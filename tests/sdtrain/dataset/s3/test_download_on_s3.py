@@ -6,7 +6,7 @@ import pytest
 
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.open import dataset_at
-from sdtrain.dataset.s3.sync import keep_local
+from sdtrain.dataset.sync import keep_local
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 from tests.sdtrain.download.download_fixtures import prepare, serve_site
 
