@@ -39,6 +39,6 @@ def recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> 
     """Recounts: all members of a group but one are dropped, by the level that found them."""
     with duckdb.connect() as connection:
         dropped = dict(connection.execute(_COUNTED, [str(tables[0])]).fetchall())
-    num_in = sum(score.num_out for score in entries(dataset, "score"))
+    num_in = entries(dataset, "score").total("num_out")
     counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
     return described_again(dataset, entry, counts)

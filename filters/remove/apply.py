@@ -16,7 +16,7 @@ from filters.remove.plan import Removal
 from filters.remove.rewrite import StageRewrite, touched_entries
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, write_entry
+from sdtrain.dataset.manifest import bulk_reads, entries, write_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
 from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
@@ -135,10 +135,11 @@ def _finished_shards(dataset: DatasetDir, recipe: Recipe) -> tuple[dict[str, lis
     found: dict[str, list[int]] = {}
     notes = []
     for stage in pipeline.STAGES:
-        recorded = {entry.shard for entry in entries(dataset, stage.name)}
+        recorded = set(entries(dataset, stage.name).shards.tolist())
         try:
-            shards = stage.shards(dataset, recipe) if recorded else []
-            found[stage.name] = [s for s in shards if s in recorded and is_finished(stage, dataset, recipe, s)]
+            shards = [s for s in stage.shards(dataset, recipe) if s in recorded] if recorded else []
+            with bulk_reads():
+                found[stage.name] = [s for s in shards if is_finished(stage, dataset, recipe, s)]
         except UserError as error:
             found[stage.name] = []
             notes.append(f"The next build does stage '{stage.name}' again, since it could not be checked here: {error}")

@@ -11,7 +11,7 @@ import duckdb
 
 from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, read_entry
+from sdtrain.dataset.manifest import bulk_reads, entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
 from sdtrain.dataset.shard_report import ShardReport
@@ -68,13 +68,14 @@ class StageRewrite:
         """Updates the fingerprints of finished shards to the rewritten files of earlier stages."""
         if stage.inputs.keys() <= {stage.name}:
             return  # no other stage is in its fingerprint, and its inputs may be out of reach by now
-        for shard in self.finished.get(stage.name, []):
-            entry = read_entry(self.dataset, stage.name, shard)
-            if entry is None:
-                continue
-            digest = stage.fingerprint(self.dataset, self.recipe, shard)
-            if digest != entry.fingerprint:
-                record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
+        with bulk_reads():
+            for shard in self.finished.get(stage.name, []):
+                entry = read_entry(self.dataset, stage.name, shard)
+                if entry is None:
+                    continue
+                digest = stage.fingerprint(self.dataset, self.recipe, shard)
+                if digest != entry.fingerprint:
+                    record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
 
     def _rewrite_shard(self, name: str, shard: int, table: Table[Any]) -> None:
         dataset, path = self.dataset, table.path(self.dataset, shard)

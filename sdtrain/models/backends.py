@@ -80,7 +80,12 @@ def _compiled_parts(unet: UNet2DConditionModel, config: SpeedConfig) -> list[nn.
     return blocks + [norm for norm in unet.modules() if isinstance(norm, GroupNormSilu) and norm not in inside]
 
 
+def replays_graphs(config: SpeedConfig) -> bool:
+    """Whether CUDA graphs are replayed, each time into the same memory."""
+    return config.compile_mode in _WITH_GRAPHS
+
+
 def begin_graphs(config: SpeedConfig) -> None:
     """Marks a new forward pass, so that CUDA graphs may reuse the memory of the last one's results."""
-    if config.compile_mode in _WITH_GRAPHS:
+    if replays_graphs(config):
         torch.compiler.cudagraph_mark_step_begin()

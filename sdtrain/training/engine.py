@@ -11,6 +11,7 @@ import torch
 
 from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
+from sdtrain.models.backends import replays_graphs
 from sdtrain.training.optimizer import make_adamw
 
 _OURS = (
@@ -33,8 +34,9 @@ def deepspeed_config(config: TrainConfig, accumulation: int, num_parameters: int
     ZeRO-1 by default: it reduces gradients once per optimizer step, stages 2 and 3 on every micro-step. In bf16 the
     loop stops on a loss that is not finite, so DeepSpeed's check, which waits for the device and silently skips steps,
     is off; so is its throughput timer, which waits twice in each step. `num_parameters` caps the gradient buckets.
-    UserError if the file is not JSON, or sets what the training config decides.
+    UserError if the file is not JSON, sets what the training config decides, or does not go with its CUDA graphs.
     """
+    _require_own_gradients(config, extra)
     bucket = min(_BUCKET_NUMEL, num_parameters)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.micro_batch,
@@ -63,6 +65,16 @@ def _gradient_dtype(config: TrainConfig) -> str:
     """
     is_set_later = config.precision == "bf16" and config.zero_stage == 1
     return "fp32" if config.speed.fp32_gradients and not is_set_later else config.precision
+
+
+def _require_own_gradients(config: TrainConfig, extra: Path | None) -> None:
+    """Our own steps add gradients to memory of their own, in any precision; DeepSpeed's may keep them as they come."""
+    if replays_graphs(config.speed) and needs_deepspeed_steps(config, extra):
+        raise UserError(
+            f"speed.compile_mode: {config.speed.compile_mode} replays CUDA graphs, which leave gradients in memory "
+            "that the next replay overwrites, and DeepSpeed's own optimizer step may keep them there. Set zero_stage "
+            "to 1 and leave --deepspeed_config out, or set compile_mode to default or max-autotune-no-cudagraphs."
+        )
 
 
 def needs_deepspeed_steps(config: TrainConfig, extra: Path | None) -> bool:

@@ -84,7 +84,8 @@ def restore_moments(
     state, device = optimizer.state[parameter], parameter.device
     if isinstance(optimizer, torch.optim.AdamW):
         state.update({name: moments[name].to(device, copy=True) for name in MOMENTS})
-        state["step"] = torch.tensor(float(step), device=device)
+        # Only the fused kernel reads it on the device; the others would make the host wait for it in each step.
+        state["step"] = torch.tensor(float(step), device=device if optimizer.defaults["fused"] else "cpu")
         return
     group: dict[str, Any] = optimizer.param_groups[0]
     optimizer.init_state(group, parameter, 0, 0)  # type: ignore[attr-defined]

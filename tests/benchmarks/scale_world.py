@@ -3,38 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.inspect.report import finish_dataset
 from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
+from filters.score.stage import _TABLE as SCORES
 from filters.score.stage import SCORE
 from filters.select.stage import SELECT
+from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
 from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.dataset.stage import Stage, run_batch
-from sdtrain.download.rows import SCHEMA as IMAGES
+from sdtrain.dataset.tars import SampleIndex, write_samples
+from sdtrain.download.image_shards import TABLE as IMAGES
+from sdtrain.download.image_shards import image_location
 from sdtrain.download.stage import DOWNLOAD
 from sdtrain.encode.info import VAE_KEY, vae_digest_in, write_info
-from sdtrain.encode.stage import ENCODE
+from sdtrain.encode.stage import _TABLE as LATENTS
+from sdtrain.encode.stage import ENCODE, latent_offset
+from sdtrain.pack.plan import planned
+from sdtrain.pack.stage import _TABLE as PACKED
 from sdtrain.pack.stage import PACK
 from sdtrain.settings import parse_settings
 from tests.training_fixtures import write_models
 
 ROWS_PER_SHARD = 2
 _TAR_BYTES = 1 << 20
-_MOMENTS_BYTES = 8 * 8 * 8 * 2
-_NO_DIGEST = hashlib.sha256(b"sparse").hexdigest()
+_MOMENTS = np.full((8, 8, 8), -1, np.float16)
+NUM_REAL = 100
+"""Samples of the first shards whose tars are real wherever they lie, so that they can be removed and encoded."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,6 @@ class World:
     dataset: DatasetDir
     recipe: Recipe
     models: Path
-    _seconds: dict[str, float] = field(default_factory=dict)
 
 
 def write_world(folder: Path, num_shards: int) -> World:
@@ -71,6 +82,13 @@ def write_world(folder: Path, num_shards: int) -> World:
     _finish(ENCODE, world, _latents(world))
     finish_dataset(dataset, recipe)
     return world
+
+
+@lru_cache(maxsize=1)
+def real_uids(dataset: DatasetDir) -> tuple[str, ...]:
+    """The uids of the samples whose tars are real, in order."""
+    shards = range(NUM_REAL // ROWS_PER_SHARD)
+    return tuple(uid for shard in shards for uid in pq.read_table(dataset.selection(shard))["uid"].to_pylist())
 
 
 def _recipe(metadata: Path, models: Path) -> Recipe:
@@ -127,86 +145,116 @@ def _finish(stage: Stage[Recipe], world: World, files: Iterator[tuple[int, int, 
 
 
 def _digest(stage: Stage[Recipe], path: Path) -> str:
-    return hashlib.sha256(f"{stage.name} {path.name}".encode()).hexdigest()
+    return (
+        sha256_of(path) if path.stat().st_blocks else hashlib.sha256(f"{stage.name} {path.name}".encode()).hexdigest()
+    )
 
 
-def _sparse(path: Path) -> Path:
+Rows = list[dict[str, Any]]
+
+
+def _write_tar(
+    path: Path, rows: Rows, real: set[str], members: Callable[[dict[str, Any]], dict[str, bytes]]
+) -> list[SampleIndex]:
+    """A tar with the samples if one of them must be real; else an empty one of the same length, and no index."""
     path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.truncate(_TAR_BYTES)
-    return path
+    if real.isdisjoint(row["uid"] for row in rows):
+        with path.open("wb") as file:
+            file.truncate(_TAR_BYTES)
+        return []
+    return write_samples(path, ((row["key"], members(row)) for row in rows))
 
 
-def _table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> Path:
+def _with_places(rows: Rows, index: list[SampleIndex]) -> Rows:
+    nominal = [
+        {"extension": "jpg", "picture_offset": 512 + 200_000 * n, "picture_bytes": 150_000} for n in range(len(rows))
+    ]
+    places = [image_location(sample) for sample in index] or nominal
+    return [row | place for row, place in zip(rows, places, strict=True)]
+
+
+def _table(path: Path, rows: Rows, schema: pa.Schema | None = None) -> Path:
     path.parent.mkdir(exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows, schema), path)
     return path
 
 
-def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
+def _jpeg(uid: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), f"#{uid[:6]}").save(file, "JPEG")
+    return file.getvalue()
 
+
+def _members(row: dict[str, Any]) -> dict[str, bytes]:
+    return {"jpg": _jpeg(row["uid"]), "txt": row["caption"].encode(), "json": json.dumps(row, default=str).encode()}
+
+
+def _images(world: World) -> Iterator[tuple[int, int, list[Path]]]:
     dataset = world.dataset
-    schema = IMAGES
-    for name, kind in (("extension", pa.string()), ("picture_offset", pa.int64()), ("picture_bytes", pa.int64())):
-        schema = schema.append(pa.field(name, kind))
-    for shard in list(selected_shards(dataset)):
-        rows = []
-        for number, row in enumerate(pq.read_table(dataset.selection(shard)).to_pylist()):
-            size = dict.fromkeys(("width", "original_width"), 640) | dict.fromkeys(("height", "original_height"), 512)
-            named = {name: row[name] for name in ("uid", "key", "url", "caption")}
-            place = {"extension": "jpg", "picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
-            digest = hashlib.sha256(row["uid"].encode()).hexdigest()
-            rows.append(
-                dict.fromkeys(schema.names)
-                | named
-                | size
-                | place
-                | {"status": "success", "sha256": digest, "size_in_metadata": "same"}
-                | {"phash": int.from_bytes(bytes.fromhex(digest[:16]), "big", signed=True)}
-            )
-        yield shard, len(rows), [_sparse(dataset.images_tar(shard)), _table(dataset.images_table(shard), rows, schema)]
+    for shard in selected_shards(dataset):
+        rows = [_image_row(row) for row in pq.read_table(dataset.selection(shard)).to_pylist()]
+        tar = dataset.images_tar(shard)
+        index = _write_tar(tar, rows, set(real_uids(world.dataset)), _members)
+        yield shard, len(rows), [tar, _table(dataset.images_table(shard), _with_places(rows, index), IMAGES)]
+
+
+def _image_row(row: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.sha256(row["uid"].encode()).hexdigest()
+    return {
+        **dict.fromkeys(IMAGES.names),
+        **{name: row[name] for name in ("uid", "key", "url", "caption")},
+        **dict.fromkeys(("width", "original_width"), 640),
+        **dict.fromkeys(("height", "original_height"), 512),
+        **{"status": "success", "sha256": digest, "size_in_metadata": "same"},
+        "phash": int.from_bytes(bytes.fromhex(digest[:16]), "big", signed=True),
+    }
 
 
 def _scores(world: World) -> Iterator[tuple[int, int, list[Path]]]:
-    from filters.score.stage import _TABLE
-
     dataset = world.dataset
-    for shard in list(selected_shards(dataset)):
-        rows = []
-        for row in pq.read_table(dataset.images_table(shard)).to_pylist():
-            rows.append(
-                dict.fromkeys(_TABLE.names)
-                | {"uid": row["uid"], "key": row["key"], "pixel_sha256": row["sha256"], "phash": row["phash"]}
-                | {"thumbnail": bytes(48), "image_width": 640, "image_height": 512}
-            )
-        yield shard, len(rows), [_table(dataset.scores(shard), rows, _TABLE)]
+    for shard in selected_shards(dataset):
+        rows = [
+            {**dict.fromkeys(SCORES.names), "uid": row["uid"], "key": row["key"], "pixel_sha256": row["sha256"]}
+            | {"phash": row["phash"], "thumbnail": bytes(48), "image_width": 640, "image_height": 512}
+            for row in pq.read_table(dataset.images_table(shard)).to_pylist()
+        ]
+        yield shard, len(rows), [_table(dataset.scores(shard), rows, SCORES)]
 
 
 def _packed(world: World) -> Iterator[tuple[int, int, list[Path]]]:
-    from sdtrain.pack.plan import _plan
-
     dataset = world.dataset
-    plan = pq.read_table(_plan(dataset, world.recipe.pack), columns=["uid", "key", "extension", "caption", "url"])
-    for shard, first in enumerate(range(0, len(plan), ROWS_PER_SHARD)):
-        rows = [
-            {"uid": row["uid"], "key": row["key"], "extension": row["extension"]}
-            | {"picture_offset": 512 + 200_000 * number, "picture_bytes": 150_000}
-            for number, row in enumerate(plan.slice(first, ROWS_PER_SHARD).to_pylist())
-        ]
-        yield shard, len(rows), [_sparse(dataset.packed_tar(shard)), _table(dataset.packed_table(shard), rows)]
+    for shard, rows in _planned(world):
+        tar = dataset.packed_tar(shard)
+        index = _write_tar(tar, rows, set(real_uids(world.dataset)), _members)
+        own = [{name: row[name] for name in PACKED.names} for row in _with_places(rows, index)]
+        yield shard, len(rows), [tar, _table(dataset.packed_table(shard), own, PACKED)]
 
 
 def _latents(world: World) -> Iterator[tuple[int, int, list[Path]]]:
-    from sdtrain.pack.plan import _plan
-
-    dataset, recipe = world.dataset, world.recipe
-    plan = pq.read_table(_plan(dataset, recipe.pack), columns=["uid", "key", "caption", "url"])
-    described = {VAE_KEY: vae_digest_in(dataset, recipe.encode.vae)}
-    for shard, first in enumerate(range(0, len(plan), ROWS_PER_SHARD)):
-        rows = [
-            row | {"offset": 640 + 8192 * number, "num_bytes": _MOMENTS_BYTES, "height": 8, "width": 8}
-            for number, row in enumerate(plan.slice(first, ROWS_PER_SHARD).to_pylist())
+    dataset = world.dataset
+    schema = LATENTS.with_metadata({VAE_KEY: vae_digest_in(dataset, world.recipe.encode.vae)})
+    for shard, rows in _planned(world):
+        tar = dataset.latents_tar(shard)
+        index = _write_tar(tar, rows, set(real_uids(world.dataset)), _moments)
+        nominal = [{"offset": 640 + 8192 * number} for number in range(len(rows))]
+        places = [latent_offset(tar, sample) for sample in index] or nominal
+        size = {"num_bytes": _MOMENTS.nbytes, "height": 8, "width": 8}
+        own = [
+            {name: row.get(name) for name in LATENTS.names} | place | size
+            for row, place in zip(rows, places, strict=True)
         ]
-        table = pa.Table.from_pylist(rows).replace_schema_metadata(described)
-        pq.write_table(table, dataset.latents_table(shard))
-        yield shard, len(rows), [_sparse(dataset.latents_tar(shard)), dataset.latents_table(shard)]
+        yield shard, len(rows), [tar, _table(dataset.latents_table(shard), own, schema)]
+
+
+def _moments(row: dict[str, Any]) -> dict[str, bytes]:
+    file = io.BytesIO()
+    np.save(file, _MOMENTS)
+    return _members(row) | {"moments.npy": file.getvalue()}
+
+
+def _planned(world: World) -> Iterator[tuple[int, Rows]]:
+    """The rows of each packed shard, as the plan has them; read once, because the real one is asked shard by shard."""
+    planned(world.dataset, world.recipe.pack, 0)
+    plan = pq.read_table(world.dataset.pack_plan)
+    for shard, first in enumerate(range(0, len(plan), ROWS_PER_SHARD)):
+        yield shard, plan.slice(first, ROWS_PER_SHARD).to_pylist()

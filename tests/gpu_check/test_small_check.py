@@ -41,6 +41,8 @@ def test_every_stage_passes_without_a_gpu(result: dict) -> None:
     assert figures["resume"]["deterministic"]["weights_relative"] == 0
     assert figures["networks"]["bf16 sdpa channels_last"]["prediction"] > 1e-4, "bf16 was not bf16"
     assert {"convolution", "matmul", "norm"} <= set(figures["profile"]["profile"]["by_class_ms"])
+    assert "optimizer" in figures["profile"]["last_micro_step_with_optimizer_step"]["by_class_ms"]
+    assert "optimizer" not in figures["profile"]["profile"]["by_class_ms"], "two micro-steps before the last"
     assert all("images_per_s" in rung for rung in figures["ladder"]["rungs"].values()), figures["ladder"]["rungs"]
     assert figures["best"]["64px"]["images_per_s"] > 0
 

@@ -9,6 +9,7 @@ import torch
 from sdtrain.dataset.config import EncodeConfig
 from sdtrain.dataset.stage import pending
 from sdtrain.dataset.tars import read_samples
+from sdtrain.dataset.work import WORK
 from sdtrain.encode.stage import ENCODE, drop_latents
 from sdtrain.encode.text import embed_empty, embeddings_of
 from sdtrain.errors import UserError
@@ -121,11 +122,9 @@ def test_the_empty_captions_embedding_leaves_the_encoder_as_it_was():
 
 
 def test_a_plan_counts_them():
-    from filters.pipeline import STAGES
-
     rates, bytes_each = load_rates(), 77 * 768 * 2
     plain, texts = (
-        Planner(rates, Machines(1, "h200")).dataset(DatasetJob("mine", 512, 512, 2, 1000, has), STAGES)[-1]
+        Planner(rates, Machines(1, "h200")).dataset(DatasetJob("mine", 512, 512, 2, 1000, has), WORK)[-1]
         for has in (False, True)
     )
     assert texts.disk_bytes - plain.disk_bytes == pytest.approx(650 * bytes_each)  # a sample, not a crop

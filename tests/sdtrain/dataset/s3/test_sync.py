@@ -107,7 +107,7 @@ def test_of_shards_that_another_machine_took_back_those_stay_that_say_what_they_
         key = f"{parse_url(dataset.url).prefix}/manifest/{stage}/00000.json"
         store.client.delete_object(Bucket=BUCKET, Key=key)
     mirror_of(dataset).sync()
-    assert [entries(dataset, stage) for stage in ("download", "score")] == [[], []]
+    assert [list(entries(dataset, stage)) for stage in ("download", "score")] == [[], []]
     assert [path.exists() for path in (*images, *scores)] == [True, True, False]
 
 

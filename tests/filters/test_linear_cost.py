@@ -1,0 +1,72 @@
+"""No command's cost grows faster than the number of shards. Calls are counted: seconds depend on the machine."""
+
+import cProfile
+import pstats
+
+import pytest
+from typer.testing import CliRunner
+
+from filters import pipeline
+from sdtrain.cli import app
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import entries
+from tests.benchmarks.scale_world import real_uids, write_world
+
+SIZES = (50, 125, 200)
+"""At equal distances: where cost is linear both steps cost the same, where quadratic the second 1.9 times the first."""
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    return {size: write_world(tmp_path_factory.mktemp(f"world-{size}"), size) for size in SIZES}
+
+
+def run(*arguments: object) -> None:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+
+
+def remove_ten(dataset: DatasetDir) -> None:
+    first = 10 * len(entries(dataset, "remove"))  # not those of the call that warmed up
+    listed = dataset.root.parent / "removed.txt"
+    listed.write_text("\n".join(real_uids(dataset)[first : first + 10]))
+    run("remove", dataset.root, "--list", listed, "--by", "uid")
+
+
+def all_fingerprints(dataset: DatasetDir) -> None:
+    """As the workers of a build ask for them, shard by shard."""
+    from filters.recipe_record import read_recipe
+
+    recipe = read_recipe(dataset)
+    for stage in pipeline.STAGES:
+        if stage.num_shards(dataset, recipe) != 1:
+            for shard in stage.shards(dataset, recipe):
+                stage.fingerprint(dataset, recipe, shard)
+
+
+COMMANDS = {
+    "build with nothing to do": lambda d: run("build", d.recipe, "--output", d.root),
+    "status": lambda d: run("status", d.root),
+    "funnel": lambda d: run("funnel", d.root),
+    "decide": lambda d: run("decide", d.root, "--dry-run"),
+    "query": lambda d: run("query", d.root, "SELECT * FROM images LIMIT 1"),
+    "views": lambda d: run("views", d.root),
+    "report": lambda d: run("report", d.root),
+    "fingerprints": all_fingerprints,
+    "remove": remove_ten,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_calls_grow_no_faster_than_shards(worlds, command):
+    count_calls(command, worlds[SIZES[0]].dataset)  # imports, and what is cached for the process
+    few, more, most = (count_calls(command, world.dataset) for world in worlds.values())
+    noise = 0.1 * few  # of drawing diagrams
+    assert most - more < 1.3 * max(more - few, 0) + noise, (few, more, most)
+
+
+def count_calls(command: str, dataset: DatasetDir) -> int:
+    with cProfile.Profile() as profile:
+        COMMANDS[command](dataset)
+    return pstats.Stats(profile).total_calls
