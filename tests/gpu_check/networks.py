@@ -21,9 +21,9 @@ from tests.benchmarks.training_loops import CUDA, DEVICE
 from tests.gpu_check.child import Check
 
 LIMITS = {"fp32": 1e-4, "bf16": 2e-2}
-"""Largest relative error of the prediction."""
+"""Largest relative error of the prediction. On a CPU, SD v1 at 16x16 latents in bf16 is off by 0.014."""
 GRADIENT_FACTOR = 10
-"""A gradient has gone through the network twice, and sums over more numbers."""
+"""A gradient has gone through the network twice: there, those of single weights are off by up to 0.055."""
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

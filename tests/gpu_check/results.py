@@ -98,12 +98,13 @@ def _losses(profile: dict[str, Any]) -> str:
     wall, lost = profile["profile"]["wall_ms"], profile["lost_ms"]
     largest = [f"{name} {ms:.1f} ms ({ms / wall:.0%})" for name, ms in list(lost.items())[:_NUM_LOSSES]]
     classes = ", ".join(f"{name} {ms:.1f}" for name, ms in profile["profile"]["by_class_ms"].items())
-    syncs = profile["syncs"]
+    syncs, last = profile["syncs"], profile.get("last_micro_step_with_optimizer_step")
+    with_step = f" The last one with the optimizer step took {last['wall_ms']:.1f} ms." if last else ""
     counted = f"{syncs['per_optimizer_step']} ({syncs['places']})" if syncs else "not counted on a CPU"
     return (
         f"{profile['num_micro_steps']} micro-steps of the defaults took {wall:.1f} ms: {classes}, idle "
         f"{profile['profile']['idle_ms']:.1f}. Largest losses against the peak: {'; '.join(largest)}. Host syncs in an "
-        f"optimizer step: {counted}."
+        f"optimizer step: {counted}.{with_step}"
     )
 
 

@@ -23,7 +23,7 @@ STAGES = (
         "The UNet on the device next to the CPU, for each attention kernel and memory layout",
         "tests.gpu_check.networks:compare",
         _NETWORKS,
-        on_gpu=Limits(30, 75),
+        on_gpu=Limits(30, 90),
     ),
     Stage(
         "resume",
@@ -44,7 +44,7 @@ STAGES = (
         "Optimizations, one after the other",
         "tests.gpu_check.training:climb_ladder",
         _TRAINING,
-        on_gpu=Limits(60, 150),
+        on_gpu=Limits(60, 180),
     ),
     Stage(
         "best",

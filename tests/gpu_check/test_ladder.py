@@ -33,10 +33,9 @@ def test_what_pays_is_kept_and_a_failing_rung_is_told_and_left_out() -> None:
     assert climbed.rungs["attention=cudnn"] == {"error": "RuntimeError: no such kernel"}
     assert climbed.rungs["micro_batch=x8"] == {"error": "MemoryError: out of memory"}
     assert climbed.best.speed["channels_last"] is True
-    assert climbed.best.speed["cudnn_benchmark"] is True
-    assert climbed.best.speed["fused_adamw"] is False
+    assert climbed.best.speed["fused_adamw"] is False, "slower, together with the two that it comes with"
     assert (climbed.best.micro_batch, climbed.best.checkpointing) == (4, False)
-    assert (climbed.first, climbed.images_per_s) == (60, 153)
+    assert (climbed.first, climbed.images_per_s) == (60, 150)
     assert told == list(range(1, len(RUNGS) + 2)), "each rung is told as soon as it is known"
 
 

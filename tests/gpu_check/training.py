@@ -60,6 +60,7 @@ def profile(check: Check) -> None:
     flops = {name: images * value for name, value in flops.items()}
     lost = losses(clock.profile["by_class_ms"], clock.profile["idle_ms"], flops, _peak(check))
     check.record(profile=clock.profile, num_micro_steps=clock.num_profiled, lost_ms=lost, syncs=clock.syncs)
+    check.record(last_micro_step_with_optimizer_step=clock.last_profile)
 
 
 def climb_ladder(check: Check) -> None:

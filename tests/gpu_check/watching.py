@@ -24,14 +24,16 @@ class WatchingClock(Clock):
 
     Attributes:
         log_every: steps with a log line, whose syncs do not count.
-        num_profiled: micro-steps in the profile.
-        profile: as `summed` gives it.
+        num_profiled: micro-steps in the first profile.
+        profile: of the first micro-steps, as `summed` gives it.
+        last_profile: of the last micro-step with the optimizer step.
         syncs: number and places of host syncs in an optimizer step without a log line; None on a CPU.
     """
 
     log_every: int = 1
     num_profiled: int = 2
     profile: dict[str, Any] = field(default_factory=dict)
+    last_profile: dict[str, Any] = field(default_factory=dict)
     syncs: dict[str, Any] | None = None
     _phase: str = "timing"
     _profiler: Any = None
@@ -71,27 +73,36 @@ class WatchingClock(Clock):
         class Watched(TrainingState):
             def micro_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
                 for number, batch in enumerate(super().micro_batches(batches)):
-                    clock.before_micro_step(number)
+                    clock.before_micro_step(number, self.accumulation)
                     yield batch
-                clock.before_micro_step(self.accumulation)
+                clock.before_micro_step(self.accumulation, self.accumulation)
 
         return Watched
 
-    def before_micro_step(self, number: int) -> None:
-        """Begins and ends the profile."""
+    def before_micro_step(self, number: int, accumulation: int) -> None:
+        """Begins and ends the profiles; `number` of `accumulation` micro-steps are done."""
         if self._phase != "profiling":
             return
-        if number == 0:
-            activities = [torch.profiler.ProfilerActivity.CPU]
-            activities += [torch.profiler.ProfilerActivity.CUDA] if CUDA else []
-            self._profiler = torch.profiler.profile(activities=activities)
-            self._profiler.start()
-            self._began = _now()
-        elif number == self.num_profiled:
-            wall_s = _now() - self._began
-            self._profiler.stop()
-            self.profile = summed(self._profiler, wall_s)
-            self._profiler = None
+        if number == self.num_profiled:
+            self.profile = self._end_profile()
+        elif number == accumulation:
+            self.last_profile = self._end_profile()
+        if number in (0, accumulation - 1):
+            self._begin_profile()
+
+    def _begin_profile(self) -> None:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [torch.profiler.ProfilerActivity.CUDA] if CUDA else []
+        self._profiler = torch.profiler.profile(activities=activities)
+        self._profiler.start()
+        self._began = _now()
+
+    def _end_profile(self) -> dict[str, Any]:
+        wall_s = _now() - self._began
+        self._profiler.stop()
+        profile = summed(self._profiler, wall_s)
+        self._profiler = None
+        return profile
 
     def _count_syncs(self) -> None:
         self._warnings = warnings.catch_warnings(record=True)
