@@ -107,20 +107,41 @@ def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequenc
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def write_info(dataset: DatasetDir, config: EncodeConfig) -> None:
-    """Writes latents/info.json, with the decode quality of the first finished shard."""
+def write_info(dataset: DatasetDir, config: EncodeConfig, shard: int) -> None:
+    """Writes latents/info.json once a shard's table is there, with the decode quality of the first finished shard."""
     with _alone(dataset.latents_info.parent):
-        quality = _first_quality(dataset.latents_info.parent)
+        quality = _quality(_first_table(dataset, shard))
         content = latents_info(dataset, config) | ({"check": quality} if quality else {})
         with publish(dataset.latents_info) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _first_quality(folder: Path) -> dict[str, Any] | None:
-    for table in sorted(folder.glob("[0-9]*.parquet"))[:1]:
-        stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
-        return {"shard": table.stem, **json.loads(stated)} if stated else None
-    return None
+def _first_table(dataset: DatasetDir, shard: int) -> Path:
+    """The first shard's table of those on disk, one of which is `shard`'s.
+
+    Listing them for every shard would make the cost of all quadratic; the shard recorded before was the first then.
+    """
+    if (first := dataset.latents_table(0)).exists():
+        return first
+    recorded = _recorded_first(dataset.latents_info)
+    if recorded is not None and dataset.latents_table(recorded).exists():
+        return dataset.latents_table(min(recorded, shard))
+    tables = first.parent.glob("[0-9]*.parquet")
+    return min(tables, key=lambda table: int(table.stem), default=dataset.latents_table(shard))
+
+
+def _recorded_first(path: Path) -> int | None:
+    try:
+        return int(json.loads(path.read_text())["check"]["shard"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None  # not there yet, damaged, or the first one had nothing to check
+
+
+def _quality(table: Path) -> dict[str, Any] | None:
+    if not table.exists():
+        return None
+    stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
+    return {"shard": table.stem, **json.loads(stated)} if stated else None
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     delete_index(dataset.latents_table(shard))
-    write_info(dataset, config)
+    write_info(dataset, config, shard)
     outputs = describe_outputs(dataset, [dataset.latents_tar(shard), dataset.latents_table(shard)])
     return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
 

@@ -49,10 +49,21 @@ _ONE_AT_A_TIME = Lock()
 
 def shard_sizes(dataset: DatasetDir, config: PackConfig) -> list[int]:
     """The number of samples in each packed shard: N, or the rest in the last one, less those removed."""
+    num_kept, decisions, changed_ns = _decided(dataset)
+    return list(_sizes(num_kept, config.samples_per_shard, decisions, changed_ns))
+
+
+def _decided(dataset: DatasetDir) -> tuple[int, Path, int]:
+    """Samples kept, the decisions, and when they last changed."""
     decisions = dataset.decisions
     num_kept = require_entry(dataset, "decide", 0).num_out
-    changed_ns = decisions.stat().st_mtime_ns if decisions.exists() else 0
-    return list(_sizes(num_kept, config.samples_per_shard, decisions, changed_ns))
+    return num_kept, decisions, decisions.stat().st_mtime_ns if decisions.exists() else 0
+
+
+@lru_cache(maxsize=2)
+def _ends(num_kept: int, size: int, decisions: Path, mtime_ns: int) -> tuple[int, ...]:
+    """Up to each packed shard's last sample: all samples before; made once, as every shard asks."""
+    return tuple(accumulate(_sizes(num_kept, size, decisions, mtime_ns)))
 
 
 @lru_cache(maxsize=2)
@@ -79,9 +90,9 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
     """The samples of one packed shard in order: provenance, source shard and offset of the image."""
-    sizes = shard_sizes(dataset, config)
-    begin = sum(sizes[:shard])
-    return _rows(_plan(dataset, config), begin, begin + sizes[shard])
+    num_kept, decisions, changed_ns = _decided(dataset)
+    ends = _ends(num_kept, config.samples_per_shard, decisions, changed_ns)
+    return _rows(_plan(dataset, config), ends[shard - 1] if shard else 0, ends[shard])
 
 
 def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> Counter[int]:
@@ -110,7 +121,7 @@ def _plan(dataset: DatasetDir, config: PackConfig) -> Path:
     digest = fingerprint("plan/1", {"seed": config.seed, "keep": decided.fingerprint}, [decided])
     with _ONE_AT_A_TIME:
         path = dataset.pack_plan
-        if not path.exists() or (pq.read_schema(path).metadata or {}).get(_DIGEST) != digest.encode():
+        if not path.exists() or (_groups(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
             _write_plan(dataset, config, digest)
         return path
 
@@ -148,15 +159,23 @@ def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:
 
 def _rows(plan: Path, begin: int, end: int) -> list[dict[str, Any]]:
     """Rows [begin, end), reading only the row groups that hold them."""
-    rows, first = list[dict[str, Any]](), 0
-    with pq.ParquetFile(plan) as file:
-        for number, size in enumerate(_group_sizes(file)):
-            low, high = max(begin - first, 0), min(end - first, size)
-            if low < high:
-                rows += file.read_row_group(number).slice(low, high - low).to_pylist()
-            first += size
+    metadata, ends = _groups(plan, *_stamp(plan))
+    rows, number = list[dict[str, Any]](), bisect_right(ends, begin)
+    with pq.ParquetFile(plan, metadata=metadata) as file:
+        while number < len(ends) and (first := ends[number - 1] if number else 0) < end:
+            low = max(begin - first, 0)
+            rows += file.read_row_group(number).slice(low, end - first - low).to_pylist()
+            number += 1
     return rows
 
 
-def _group_sizes(file: pq.ParquetFile) -> Sequence[int]:
-    return [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+@lru_cache(maxsize=1)
+def _groups(plan: Path, inode: int, mtime_ns: int) -> tuple[pq.FileMetaData, Sequence[int]]:
+    """The plan's footer, and the rows up to each group's end; read once, as both grow with the number of shards."""
+    metadata = pq.read_metadata(plan)
+    return metadata, list(accumulate(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)))

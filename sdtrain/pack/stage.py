@@ -157,7 +157,8 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
-    _delete_beyond(dataset, len(_shards(dataset, recipe)))
+    if 0 in shards:  # once, not for each batch: other decisions make all shards pending
+        _delete_beyond(dataset, len(_shards(dataset, recipe)))
     for shard in shards:
         yield pack_shard(dataset, recipe.pack, shard)
 

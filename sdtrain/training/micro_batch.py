@@ -114,7 +114,9 @@ class _Trial:
         unet = unet.to_empty(device=ranks.device)
         for parameter in unet.parameters():
             parameter.data.zero_()
-        self._unet = prepare_for(unet, ranks.device, config.speed, for_training=True)
+        # Nothing is compiled here, and the norms that a compiler fuses would keep more without one.
+        speed = config.speed.model_copy(update={"compile": "off"})
+        self._unet = prepare_for(unet, ranks.device, speed, for_training=True)
         torch.nn.Module.to(self._unet, self._dtype)
         beside = state_bytes(config, unet.num_parameters(), ranks.world_size) + reserve_bytes
         self._ballast = torch.empty(beside, dtype=torch.uint8, device=ranks.device)
@@ -185,7 +187,8 @@ def activation_bytes(config: TrainConfig, size: int) -> int:
     with meta:
         unet = build_unet(config.unet, config.latent_size)
     attention = "plain" if config.speed.attention == "auto" else config.speed.attention  # as on a CPU
-    prepare_for(unet, meta, config.speed.model_copy(update={"channels_last": False, "attention": attention}))
+    plain = {"channels_last": False, "attention": attention, "compile": "off"}
+    prepare_for(unet, meta, config.speed.model_copy(update=plain))
     unet = torch.nn.Module.to(unet, dtype).train()
     own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -78,7 +78,7 @@ def write_world(folder: Path, num_shards: int) -> World:
         run_batch(stage, dataset, recipe, [0])
     _finish(PACK, world, _packed(world))
     dataset.latents_info.parent.mkdir(exist_ok=True)
-    write_info(dataset, recipe.encode)
+    write_info(dataset, recipe.encode, 0)
     _finish(ENCODE, world, _latents(world))
     finish_dataset(dataset, recipe)
     return world

@@ -21,6 +21,7 @@ from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
+from sdtrain.pack import plan
 from sdtrain.pack.plan import planned
 from sdtrain.pack.stage import PACK, SourceTars, write_index
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
@@ -214,6 +215,30 @@ def test_fewer_shards_leave_nothing_of_the_earlier_ones_nor_of_their_latents(dat
     assert left == set()
     assert dataset.latents_table(0).exists()
     assert [shard["nsamples"] for shard in json.loads(write_index(dataset).read_text())["shardlist"]] == [10, 10, 3]
+
+
+def test_cost_of_a_batch_does_not_grow_with_the_number_of_shards(dataset, monkeypatch):
+    read, listed, read_metadata, glob = [], [], pq.read_metadata, Path.glob
+    monkeypatch.setattr(plan.pq, "read_metadata", lambda path: (read.append(path), read_metadata(path))[1])
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: (listed.append(path), glob(path, pattern))[1])
+    for shard in pending(PACK, dataset, Recipe(2)):
+        run_batch(PACK, dataset, Recipe(2), [shard])
+    assert len(list(dataset.packed_tar(0).parent.glob("*.tar"))) == 12
+    assert read == [dataset.pack_plan], "the plan's footer, once"
+    assert listed.count(dataset.manifest_entry("pack", 0).parent) == 1
+
+
+def test_plan_made_anew_is_read_anew(dataset):
+    pack(dataset, Recipe(5))
+    write_decisions(dataset, {0, 1, 2}, fingerprint="others")
+    pack(dataset, Recipe(5))
+    packed = [key for path in dataset.packed_table(0).parent.glob("*.parquet") for key in keys_of(path)]
+    reasons = dict(zip(keys_of(dataset.decisions), pq.read_table(dataset.decisions)["reason"].to_pylist(), strict=True))
+    assert sorted(packed) == sorted(key for key, reason in reasons.items() if reason is None)
+
+
+def keys_of(table: Path) -> list[str]:
+    return pq.read_table(table)["key"].to_pylist()
 
 
 def test_the_index_lists_every_shard_as_wids_wants_it(dataset, digests):

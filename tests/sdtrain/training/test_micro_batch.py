@@ -8,6 +8,7 @@ from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.models import device as device_module
 from sdtrain.models.device import available_memory_bytes
+from sdtrain.models.group_norm import GroupNormSilu
 from sdtrain.models.unet import build_unet, prepare_for
 from sdtrain.settings import dump_settings, load_settings
 from sdtrain.train import train
@@ -87,6 +88,15 @@ def test_activations_are_counted_without_memory_as_they_are_with_it(tmp_path, wo
     assert activation_bytes(config, 3) == pytest.approx(real, rel=0.01)  # bf16's GroupNorm keeps some in float32
     one, two, three = (activation_bytes(config, size) for size in (1, 2, 3))
     assert three - two == two - one > 0
+
+
+def test_norms_for_a_compiler_are_not_tried_without_one(tmp_path, world, ranks):
+    plain, fused = (
+        config_of(tmp_path, world, speed=speed) for speed in ({}, {"compile": "fused", "channels_last": True})
+    )
+    assert activation_bytes(fused, 2) == activation_bytes(plain, 2)
+    unet = micro_batch._Trial(fused, ranks, reserve_bytes=0)._unet
+    assert not any(norm.is_fused for norm in unet.modules() if isinstance(norm, GroupNormSilu))
 
 
 def test_a_cpus_free_memory_bounds_the_size(tmp_path, world, ranks, monkeypatch, capsys):
