@@ -65,6 +65,11 @@ def fetch_outputs(
     storage.pull(wanted)
 
 
+def fetch_if_stored(dataset: DatasetDir, *paths: Path) -> None:
+    """Fetches missing files that no manifest entry lists (any more), if they are stored at all."""
+    storage_of(dataset).pull({dataset.relative(path): None for path in paths})
+
+
 def keep_local(dataset: DatasetDir, kept: bool) -> None:
     """Sets whether large files of finished shards stay in the work folder; nothing else for a local dataset.
 

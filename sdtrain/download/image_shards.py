@@ -1,10 +1,9 @@
-"""Reads and writes image shards in img2dataset's layout: a tar, a table of all rows, and statistics."""
+"""Reads and writes image shards in img2dataset's layout: a tar, and a table of all rows."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,28 +101,6 @@ def new_members(row: Row, extension: str, content: bytes) -> dict[str, bytes]:
         "txt": (row["caption"] or "").encode(),
         "json": json.dumps(row, indent=4).encode(),
     }
-
-
-def write_stats(path: Path, rows: Sequence[Row], start_time: float, end_time: float) -> None:
-    """Writes img2dataset's statistics, with our reasons in place of its messages."""
-    status = Counter(row["status"] for row in rows)
-    stats = {
-        "count": len(rows),
-        "successes": status["success"],
-        "failed_to_download": status["failed_to_download"],
-        "failed_to_resize": status["failed_to_resize"],
-        "duration": end_time - start_time,
-        "start_time": start_time,
-        "end_time": end_time,
-        "status_dict": dict(sorted(Counter(row["reason"] or "success" for row in rows).items())),
-    }
-    path.write_text(json.dumps(stats, indent=4))
-
-
-def rewrite_stats(old: Path, new: Path, rows: Sequence[Row]) -> None:
-    """Rewrites the statistics for changed rows, keeping the download's times."""
-    times = json.loads(old.read_text()) if old.exists() else {}
-    write_stats(new, rows, times.get("start_time", 0.0), times.get("end_time", 0.0))
 
 
 @dataclass(frozen=True)

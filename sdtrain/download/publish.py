@@ -2,29 +2,32 @@
 
 If the writer is killed before `publish_images`, its scratch folder is deleted by the next run and the shard is
 downloaded again. If it is killed while publishing, `recover_images` completes or discards the replacement. If it is
-killed before the manifest entry is written, `reuse_images` finds the whole shard and downloads nothing.
+killed before the manifest entry is written, `reuse_images` finds the whole shard and downloads nothing. A shard whose
+selection has changed stays in place until its replacement is made, so that `earlier_images` finds it however often that
+is interrupted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from sdtrain.dataset.files import publish, scratch, sha256_of
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs
+from sdtrain.dataset.manifest import describe_outputs, selected_shards
 from sdtrain.dataset.shard_report import Output, ShardReport
+from sdtrain.dataset.sync import fetch_if_stored
 from sdtrain.download.image_shards import (
     ImageShard,
     ShardTable,
     TarMembers,
     read_rows,
     read_shard_table,
-    rewrite_stats,
     write_shard,
-    write_stats,
 )
+from sdtrain.download.shard_stats import Origin, read_origin, write_stats
 from sdtrain.errors import UserError
 
 
@@ -36,10 +39,12 @@ def publish_images(dataset: DatasetDir, shard: int, made: ImageShard, tar_sha256
     """
     final = final_files(dataset, shard)
     _move(made.table, _next_table(final))
-    final.stats.unlink(missing_ok=True)  # other tools take it for the mark of a finished shard
+    if final.stats.exists():  # other tools take it for the mark of a finished shard
+        final.stats.replace(_former_stats(final))
     _move(made.tar, final.tar)
     _move(_next_table(final), final.table)
     _move(made.stats, final.stats)
+    _former_stats(final).unlink(missing_ok=True)
     table = read_shard_table(final.table)
     if table is None:
         raise AssertionError(f"{final.table} was written a moment ago")
@@ -59,9 +64,28 @@ def reuse_images(dataset: DatasetDir, shard: int, keys: Sequence[str], fingerpri
             if path != final.table:
                 _move(path, final.table)
             discard_next_table(dataset, shard)
-            _write_missing_stats(final)
+            _restore_stats(final, selected_shards(dataset)[shard].sha256)
             return _report(dataset, shard, final, table, table.tar_sha256)
     return None
+
+
+def earlier_images(dataset: DatasetDir, shard: int, fingerprint_of: Callable[[str], str]) -> ImageShard | None:
+    """A whole, published version of the shard, made of another selection with the same settings; None if there is none.
+
+    `fingerprint_of` gives the fingerprint of a shard made with these settings of a selection file with the given
+    sha256.
+    """
+    recover_images(dataset, shard)
+    final = final_files(dataset, shard)
+    fetch_if_stored(dataset, final.stats)
+    origin = read_origin(final.stats)
+    if origin is None or origin.selection_sha256 is None:
+        return None
+    fetch_if_stored(dataset, final.table, final.tar)
+    table = read_shard_table(final.table)
+    if table is None or table.fingerprint != fingerprint_of(origin.selection_sha256) or not final.tar.exists():
+        return None
+    return final if sha256_of(final.tar) == table.tar_sha256 else None
 
 
 def recover_images(dataset: DatasetDir, shard: int) -> None:
@@ -71,8 +95,7 @@ def recover_images(dataset: DatasetDir, shard: int) -> None:
     if waiting and final.tar.exists() and sha256_of(final.tar) == waiting.tar_sha256:
         _move(_next_table(final), final.table)
     discard_next_table(dataset, shard)
-    if final.tar.exists():
-        _write_missing_stats(final)
+    _restore_stats(final)
 
 
 def drop_images(dataset: DatasetDir, shard: int, uids: Collection[str], fingerprint: str | None) -> None:
@@ -88,7 +111,8 @@ def drop_images(dataset: DatasetDir, shard: int, uids: Collection[str], fingerpr
         with scratch(dataset.root, f"remove-{shard:05d}") as folder:
             made = ImageShard.in_folder(folder, shard)
             digest = write_shard(made, rows, lambda row: members(row["key"]), fingerprint or table.fingerprint)
-            rewrite_stats(final.stats, made.stats, rows)
+            selection = selected_shards(dataset)[shard].sha256 if fingerprint else None
+            write_stats(made.stats, rows, _origin(final, selection))
             publish_images(dataset, shard, made, digest)
     finally:
         members.close()
@@ -120,17 +144,30 @@ def _next_table(final: ImageShard) -> Path:
     return final.table.with_name(f".{final.table.name}.next")
 
 
+def _former_stats(final: ImageShard) -> Path:
+    return final.stats.with_name(f".{final.stats.name}.former")
+
+
 def _move(source: Path, target: Path) -> None:
     with publish(target) as temporary:
         source.rename(temporary)
 
 
-def _write_missing_stats(final: ImageShard) -> None:
-    if final.stats.exists():
-        return
-    finished = final.tar.stat().st_mtime  # the start time is lost
-    with publish(final.stats) as temporary:
-        write_stats(temporary, read_rows(final.table), finished, finished)
+def _restore_stats(final: ImageShard, selection_sha256: str | None = None) -> None:
+    """Writes statistics that a killed change took away; those of before are given up."""
+    if not final.stats.exists() and read_shard_table(final.table) and final.tar.exists():
+        with publish(final.stats) as temporary:
+            write_stats(temporary, read_rows(final.table), _origin(final, selection_sha256))
+    _former_stats(final).unlink(missing_ok=True)
+
+
+def _origin(final: ImageShard, selection_sha256: str | None) -> Origin:
+    """The origin of a shard that has changed or lost its statistics, made of that selection, by default as before."""
+    known = read_origin(final.stats) or read_origin(_former_stats(final))
+    if known is None:
+        finished = final.tar.stat().st_mtime  # the start time is lost
+        known = Origin(finished, finished, None)
+    return replace(known, selection_sha256=selection_sha256 or known.selection_sha256)
 
 
 def _report(dataset: DatasetDir, shard: int, final: ImageShard, table: ShardTable, tar_sha256: str) -> ShardReport:

@@ -15,9 +15,9 @@ from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
 from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.download.http.failures import is_transient
 from sdtrain.download.image_shards import read_shard_table
-from sdtrain.download.publish import discard_next_table
+from sdtrain.download.publish import discard_next_table, final_files
 from sdtrain.download.stage import DOWNLOAD, new_request, publish_checked
-from sdtrain.download.worker_process import Finished, Request, RetryRequest, ShardRequest, download_process
+from sdtrain.download.worker_process import EarlierShard, Finished, Request, ShardRequest, download_process
 
 
 def is_retryable(reason: str) -> bool:
@@ -64,9 +64,10 @@ def _ask(dataset: DatasetDir, recipe: ImageRecipe, shard: int, reasons: Collecti
     if not wanted:
         return None
     fetch_outputs(dataset, "select")
-    retry = RetryRequest(tar=dataset.images_tar(shard), table=dataset.images_table(shard), reasons=sorted(wanted))
+    files = final_files(dataset, shard)
+    earlier = EarlierShard(tar=files.tar, table=files.table, retried=sorted(wanted), selection_changed=False)
     digest = DOWNLOAD.fingerprint(dataset, recipe, shard)
-    return ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest, retry=retry)
+    return ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest, earlier=earlier)
 
 
 def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) -> Iterator[ShardReport]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ SCHEMA = pa.schema(
 )
 Row = dict[str, Any]
 _SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256")
+_OF_METADATA = ("uid", "caption", "url", "key")
 _DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
@@ -60,6 +62,7 @@ def failed_row(selected: Selected, error: FetchError | ImageError) -> Row:
 
 def image_row(selected: Selected, image: StoredImage, sha256: str, exif: str | None) -> Row:
     """The row of a stored image; `sha256` is of the fetched bytes, `exif` is JSON."""
+    original_size = image.original_width, image.original_height
     return _row(
         selected,
         status="success",
@@ -69,22 +72,43 @@ def image_row(selected: Selected, image: StoredImage, sha256: str, exif: str | N
         original_height=image.original_height,
         exif=exif,
         sha256=sha256,
-        size_in_metadata=_size_in_metadata(selected, image),
+        size_in_metadata=_size_in_metadata(selected, original_size),
         phash=image.phash,
     )
 
 
-def check_digests(selected: Selected, body: bytes, sha256: str) -> None:
-    """Compares a body with the metadata's digests, ignoring malformed ones; FetchError "hash_mismatch"."""
+def moved_row(selected: Selected, row: Row) -> Row:
+    """An earlier `row` of the same uid, as that of a row selected again."""
+    outcome = {name: row.get(name) for name in SCHEMA.names if name not in _OF_METADATA}
+    if row["reason"] is None:
+        outcome["size_in_metadata"] = _size_in_metadata(selected, (row["original_width"], row["original_height"]))
+    return _row(selected, **outcome)
+
+
+def digest_mismatch(selected: Selected, body: bytes, sha256: str) -> FetchError | None:
+    """The "hash_mismatch" of a body without the metadata's digests, of which malformed ones are ignored."""
     if _digest("sha256", selected.sha256) not in (None, sha256):
-        raise FetchError("hash_mismatch", "the sha256 is not the metadata's")
+        return FetchError("hash_mismatch", "the sha256 is not the metadata's")
     md5 = _digest("md5", selected.md5)
     if md5 and md5 != hashlib.md5(body, usedforsecurity=False).hexdigest():
-        raise FetchError("hash_mismatch", "the md5 is not the metadata's")
+        return FetchError("hash_mismatch", "the md5 is not the metadata's")
+    return None
+
+
+def is_known_to_match(selected: Selected, sha256: str, stored: Callable[[], bytes]) -> bool:
+    """Whether an image, fetched earlier as bytes with this sha256, certainly has the metadata's digests.
+
+    `stored` reads the image as stored. No md5 of the fetched bytes was recorded, so where the metadata has one, they
+    must have been stored as they came.
+    """
+    if _digest("md5", selected.md5) is None:
+        return _digest("sha256", selected.sha256) in (None, sha256)
+    content = stored()
+    return hashlib.sha256(content).hexdigest() == sha256 and digest_mismatch(selected, content, sha256) is None
 
 
 def _row(selected: Selected, **values: Any) -> Row:
-    known = {name: getattr(selected, name) for name in ("uid", "caption", "url", "key")}
+    known = {name: getattr(selected, name) for name in _OF_METADATA}
     return dict.fromkeys(SCHEMA.names) | known | values
 
 
@@ -93,11 +117,11 @@ def _digest(kind: str, value: str | None) -> str | None:
     return cleaned if _DIGESTS[kind].fullmatch(cleaned) else None
 
 
-def _size_in_metadata(selected: Selected, image: StoredImage) -> str | None:
+def _size_in_metadata(selected: Selected, original_size: tuple[int, int]) -> str | None:
     """How the metadata's size compares with the image's: "same", "swapped" or "other"; None if it gives none."""
     stated = (selected.width, selected.height)
     if None in stated:
         return None
-    if stated == (image.original_width, image.original_height):
+    if stated == original_size:
         return "same"
-    return "swapped" if stated == (image.original_height, image.original_width) else "other"
+    return "swapped" if stated == original_size[::-1] else "other"

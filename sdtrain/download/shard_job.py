@@ -6,29 +6,37 @@ import hashlib
 import io
 import json
 import time
+from collections.abc import Callable, Sequence
 
 import exifread
+from yarl import URL
 
 from sdtrain.dataset.config import DownloadConfig
+from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.removal_ledger import REMOVED, key_digest, refused_images
 from sdtrain.dataset.tars import Member
+from sdtrain.download.earlier_rows import EarlierRows
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.image_shards import (
-    ImageShard,
-    TarMembers,
-    TemporaryBlobFile,
-    new_members,
-    read_rows,
-    write_shard,
-    write_stats,
+from sdtrain.download.http.urls import request_url
+from sdtrain.download.image_shards import ImageShard, TemporaryBlobFile, new_members, write_shard
+from sdtrain.download.rows import (
+    Row,
+    Selected,
+    digest_mismatch,
+    failed_row,
+    image_row,
+    is_known_to_match,
+    read_selected,
 )
-from sdtrain.download.rows import Row, Selected, check_digests, failed_row, image_row, read_selected
+from sdtrain.download.shard_stats import Origin, write_stats
 from sdtrain.download.worker_process import Finished, Request, ShardRequest
 from sdtrain.images.decode import ImageError
 from sdtrain.images.store import ImageMaker
 
 _MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may be as long as the file
 UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
+Outcome = tuple[Row, tuple[str, Member] | None]
+"""A row, and its image's extension and location in the temporary file; None without an image."""
 
 
 class ShardJob:
@@ -40,61 +48,91 @@ class ShardJob:
         self._refused = refused_images(request.removed)
         self._files = ImageShard.in_folder(request.output, asked.shard)
         self._started = time.time()
-        self._rows: dict[str, Row] = {row["key"]: row for row in read_rows(asked.retry.table)} if asked.retry else {}
-        self._due = [selected for selected in read_selected(asked.selection) if self._is_due(selected)]
+        self._earlier = EarlierRows(asked.earlier, self._may_keep) if asked.earlier else None
+        self._rows: dict[str, Row] = {}
+        self._due: list[Selected] = []
+        for selected in read_selected(asked.selection):
+            if kept := self._earlier.kept(selected) if self._earlier else None:
+                self._rows[selected.key] = kept
+            else:
+                self._due.append(selected)
         self._waiting = len(self._due)
         self._blobs = TemporaryBlobFile(request.output / f"{asked.shard:05d}.blobs")
         self._places: dict[str, tuple[str, Member]] = {}
 
-    def due(self) -> list[Selected]:
-        """The rows to fetch."""
-        return self._due
+    def due(self) -> list[list[Selected]]:
+        """The rows to fetch, together where they name the same URL."""
+        return _by_url(self._due, self._config.allow_private_hosts)
 
-    def make(self, selected: Selected, body: bytes) -> tuple[Row, tuple[str, Member] | None]:
-        """Makes and stores the image of a fetched body; returns its row and location."""
-        try:
-            sha256 = hashlib.sha256(body).hexdigest()
-            if self._config.verify_hashes:
-                check_digests(selected, body, sha256)
-            if self._refused and key_digest("sha256", sha256) in self._refused:
-                raise FetchError(REMOVED, "the image was taken out of this dataset")
-            image = self._maker(body)
-        except (FetchError, ImageError) as error:
-            return failed_row(selected, error), None
-        place = (image.extension, self._blobs.add(image.content))
-        return image_row(selected, image, sha256, exif_of(body)), place
+    def make(self, rows: Sequence[Selected], body: bytes) -> list[Outcome]:
+        """Makes and stores the image of a fetched body once, for all rows whose digests it has."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        outcomes, matching = list[Outcome](), list[Selected]()
+        for selected in rows:
+            error = digest_mismatch(selected, body, sha256) if self._config.verify_hashes else None
+            if error:
+                outcomes.append((failed_row(selected, error), None))
+            else:
+                matching.append(selected)
+        return outcomes + self._make(matching, body, sha256) if matching else outcomes
 
-    def add(self, row: Row, place: tuple[str, Member] | None = None) -> bool:
-        """Records the row's outcome; returns whether it was the last."""
-        self._rows[row["key"]] = row
-        if place is not None:
-            self._places[row["key"]] = place
-        self._waiting -= 1
+    def add(self, outcomes: Sequence[Outcome]) -> bool:
+        """Records the outcomes of a URL's rows; returns whether they were the last."""
+        for row, place in outcomes:
+            self._rows[row["key"]] = row
+            if place is not None:
+                self._places[row["key"]] = place
+        self._waiting -= len(outcomes)
         return self._waiting == 0
 
     def finish(self) -> Finished:
         """Writes the shard's files."""
         rows = [self._rows[key] for key in sorted(self._rows)]
-        finished_before = TarMembers(self._asked.retry.tar) if self._asked.retry else None
-
-        def members_of(row: Row) -> dict[str, bytes]:
-            if row["key"] not in self._places and finished_before:
-                return finished_before(row["key"])
-            extension, member = self._places[row["key"]]
-            return new_members(row, extension, self._blobs.read(member))
-
         try:
-            digest = write_shard(self._files, rows, members_of, self._asked.fingerprint)
+            digest = write_shard(self._files, rows, self._members, self._asked.fingerprint)
         finally:
             self._blobs.close()
-            if finished_before:
-                finished_before.close()
-        write_stats(self._files.stats, rows, self._started, time.time())
+            if self._earlier:
+                self._earlier.close()
+        write_stats(self._files.stats, rows, Origin(self._started, time.time(), sha256_of(self._asked.selection)))
         unreached = sum(self._rows[selected.key]["reason"] in UNREACHED for selected in self._due)
         return Finished(shard=self._asked.shard, tar_sha256=digest, num_fetched=len(self._due), num_unreached=unreached)
 
-    def _is_due(self, selected: Selected) -> bool:
-        return self._asked.retry is None or self._rows[selected.key]["reason"] in self._asked.retry.reasons
+    def _make(self, rows: Sequence[Selected], body: bytes, sha256: str) -> list[Outcome]:
+        try:
+            if self._is_removed(sha256):
+                raise FetchError(REMOVED, "the image was taken out of this dataset")
+            image = self._maker(body)
+        except (FetchError, ImageError) as error:
+            return [(failed_row(selected, error), None) for selected in rows]
+        exif, place = exif_of(body), (image.extension, self._blobs.add(image.content))
+        return [(image_row(selected, image, sha256, exif), place) for selected in rows]
+
+    def _members(self, row: Row) -> dict[str, bytes]:
+        if row["key"] not in self._places and self._earlier:
+            return self._earlier.members(row)
+        extension, member = self._places[row["key"]]
+        return new_members(row, extension, self._blobs.read(member))
+
+    def _may_keep(self, selected: Selected, sha256: str, stored: Callable[[], bytes]) -> bool:
+        if self._is_removed(sha256):
+            return False
+        return not self._config.verify_hashes or is_known_to_match(selected, sha256, stored)
+
+    def _is_removed(self, sha256: str) -> bool:
+        return bool(self._refused) and key_digest("sha256", sha256) in self._refused
+
+
+def _by_url(rows: Sequence[Selected], allow_private: bool) -> list[list[Selected]]:
+    """Groups rows by the URL to request, in the order of their first rows."""
+    groups: dict[URL | str, list[Selected]] = {}
+    for selected in rows:
+        try:
+            url: URL | str = request_url(selected.url, allow_private)
+        except FetchError:
+            url = selected.url  # fails by its text alone, as the fetch will say
+        groups.setdefault(url, []).append(selected)
+    return list(groups.values())
 
 
 def exif_of(body: bytes) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from sdtrain.dataset.config import ImageRecipe
@@ -15,8 +16,8 @@ from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table
 from sdtrain.dataset.work import WORK
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
-from sdtrain.download.publish import drop_images, publish_images, report_images, reuse_images
-from sdtrain.download.worker_process import Finished, Request, ShardRequest, download_process
+from sdtrain.download.publish import drop_images, earlier_images, publish_images, report_images, reuse_images
+from sdtrain.download.worker_process import EarlierShard, Finished, Request, ShardRequest, download_process
 from sdtrain.errors import UserError
 
 # Settings of how images are fetched, which do not change the images: changing one redoes nothing.
@@ -35,8 +36,12 @@ def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
 def download_fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     """Digest of all that decides a shard's bytes, except the web's answers."""
     # Of the selection, this shard alone: others may change without affecting it.
+    return _fingerprint_of(recipe, selected_shards(dataset)[shard].sha256)
+
+
+def _fingerprint_of(recipe: ImageRecipe, selection_sha256: str) -> str:
     config = recipe.download.model_dump(mode="json", exclude=_HOW)
-    return fingerprint("download/2", config | {"rows": selected_shards(dataset)[shard].sha256})
+    return fingerprint("download/2", config | {"rows": selection_sha256})
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -49,7 +54,8 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         if report is not None:
             yield report
         else:
-            asked[shard] = ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest)
+            selection, earlier = dataset.selection(shard), _earlier(dataset, recipe, shard)
+            asked[shard] = ShardRequest(shard=shard, selection=selection, fingerprint=digest, earlier=earlier)
     if not asked:
         return
     with scratch(dataset.root, f"download-{shards[0]:05d}") as folder:
@@ -58,6 +64,15 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
             for done in finished:
                 _check_network(done)
                 yield publish_checked(dataset, request, done)
+
+
+def _earlier(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> EarlierShard | None:
+    """The shard's version of an earlier selection, if it was made with the same settings."""
+    found = earlier_images(dataset, shard, partial(_fingerprint_of, recipe))
+    if found is None:
+        return None
+    # The metadata's digests may have changed too: an image that had not the former ones may have the new ones.
+    return EarlierShard(tar=found.tar, table=found.table, retried=["hash_mismatch"], selection_changed=True)
 
 
 def new_request(dataset: DatasetDir, recipe: ImageRecipe, folder: Path, shards: list[ShardRequest]) -> Request:

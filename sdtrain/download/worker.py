@@ -30,8 +30,8 @@ from sdtrain.download.worker_process import Finished, Request
 from sdtrain.images.store import ImageMaker
 from sdtrain.redaction import hide_secrets_in_logs
 
-_ROWS_PER_CONNECTION = 2
-"""Rows in flight for each connection: one is fetched while another is made into an image."""
+_URLS_PER_CONNECTION = 2
+"""URLs in flight for each connection: one is fetched while another is made into an image."""
 _MAX_THREADS = 4
 Report = Callable[[Finished], None]
 
@@ -51,39 +51,39 @@ def main() -> None:
 
 async def _download(request: Request, report: Report) -> None:
     maker = ImageMaker(request.config)
-    rows = _rows(request, maker)
+    urls = _urls(request, maker)
     num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(num_threads) as threads:
         try:
             async with Fetcher(request.config) as fetcher, asyncio.TaskGroup() as group:
-                for _ in range(_ROWS_PER_CONNECTION * request.config.connections):
-                    group.create_task(_work(rows, fetcher, threads, report))
+                for _ in range(_URLS_PER_CONNECTION * request.config.connections):
+                    group.create_task(_work(urls, fetcher, threads, report))
         except ExceptionGroup as several:
             raise several.exceptions[0] from None  # the log's last words are what the user sees
 
 
-def _rows(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, Selected | None]]:
-    """The rows to fetch, or one None for a shard whose rows were all removed."""
+def _urls(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, list[Selected]]]:
+    """The rows of each URL to fetch, or once no rows for a shard that needs none."""
     for asked in request.shards:
         work = ShardJob(request, asked, maker)
-        for selected in work.due() or (None,):
-            yield work, selected
+        for rows in work.due() or ([],):
+            yield work, rows
 
 
 async def _work(
-    rows: Iterator[tuple[ShardJob, Selected | None]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
+    urls: Iterator[tuple[ShardJob, list[Selected]]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
 ) -> None:
-    for work, selected in rows:  # shared: each task takes the next
-        if selected is None or await _do_row(work, selected, fetcher, threads):
+    for work, rows in urls:  # shared: each task takes the next
+        if not rows or await _do_url(work, rows, fetcher, threads):
             report(await asyncio.get_running_loop().run_in_executor(threads, work.finish))
 
 
-async def _do_row(work: ShardJob, selected: Selected, fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
+async def _do_url(work: ShardJob, rows: list[Selected], fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
     try:
-        body = (await fetcher.fetch(selected.url)).body
+        body = (await fetcher.fetch(rows[0].url)).body
     except FetchError as error:
-        return work.add(failed_row(selected, error))
-    return work.add(*await asyncio.get_running_loop().run_in_executor(threads, work.make, selected, body))
+        return work.add([(failed_row(selected, error), None) for selected in rows])
+    return work.add(await asyncio.get_running_loop().run_in_executor(threads, work.make, rows, body))
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):

@@ -20,12 +20,17 @@ _LOG_LINES = 5
 _END_S = 10
 
 
-class RetryRequest(BaseModel):
-    """Fetches only a finished shard's rows with these reasons, and copies the rest."""
+class EarlierShard(BaseModel):
+    """A shard's published version, whose rows keep their outcomes, but for failures with a reason in `retried`.
+
+    Where the `selection_changed`, rows that it lacks are fetched, and images are compared again with the metadata's
+    digests.
+    """
 
     tar: Path
     table: Path
-    reasons: list[str]
+    retried: list[str]
+    selection_changed: bool
 
 
 class ShardRequest(BaseModel):
@@ -34,7 +39,7 @@ class ShardRequest(BaseModel):
     shard: int
     selection: Path
     fingerprint: str
-    retry: RetryRequest | None = None
+    earlier: EarlierShard | None = None
 
 
 class Request(BaseModel):

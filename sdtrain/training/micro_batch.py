@@ -114,7 +114,9 @@ class _Trial:
         unet = unet.to_empty(device=ranks.device)
         for parameter in unet.parameters():
             parameter.data.zero_()
-        self._unet = prepare_for(unet, ranks.device, config.speed, for_training=True)
+        # Nothing is compiled here, and the norms that a compiler fuses would keep more without one.
+        speed = config.speed.model_copy(update={"compile": "off"})
+        self._unet = prepare_for(unet, ranks.device, speed, for_training=True)
         torch.nn.Module.to(self._unet, self._dtype)
         beside = state_bytes(config, unet.num_parameters(), ranks.world_size) + reserve_bytes
         self._ballast = torch.empty(beside, dtype=torch.uint8, device=ranks.device)
@@ -150,13 +152,14 @@ def _loss(
 def state_bytes(config: TrainConfig, num_parameters: int, world_size: int) -> int:
     """Memory that a rank keeps beside the network, its gradients and its activations.
 
-    Its share of master weights, averages and moments; what a sum of gradients in float32 takes beyond gradients in the
-    network's precision; and with ZeRO-2, which keeps both, the bucket in which they are reduced.
+    Its share of master weights, averages and moments; the vector in which gradients are added up, which stands beside
+    those of a backward pass; and with ZeRO-2 the bucket in which they are reduced.
     """
     moments = 8 if config.optimizer.moments == "fp32" else 2
     is_wider = config.speed.fp32_gradients and config.precision != "fp32"
     shared = (4 + 4 + moments + 4 * len(config.ema.post_hoc)) * num_parameters // world_size
-    gradients = (2 if is_wider else 0) if config.zero_stage == 1 else (4 if is_wider else 0) + 4
+    vector = 4 if config.speed.fp32_gradients else torch_dtype(config.precision).itemsize
+    gradients = vector if config.zero_stage == 1 else (4 if is_wider else 0) + 4
     return shared + gradients * num_parameters
 
 
@@ -185,7 +188,8 @@ def activation_bytes(config: TrainConfig, size: int) -> int:
     with meta:
         unet = build_unet(config.unet, config.latent_size)
     attention = "plain" if config.speed.attention == "auto" else config.speed.attention  # as on a CPU
-    prepare_for(unet, meta, config.speed.model_copy(update={"channels_last": False, "attention": attention}))
+    plain = {"channels_last": False, "attention": attention, "compile": "off"}
+    prepare_for(unet, meta, config.speed.model_copy(update=plain))
     unet = torch.nn.Module.to(unet, dtype).train()
     own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

@@ -46,10 +46,6 @@ class Check:
         self._write()
         print(f"recorded {json.dumps(figures)}", flush=True)
 
-    def figure(self, name: str) -> Any:
-        """A figure that this stage recorded."""
-        return self._figures[name]
-
     def expect(self, holds: bool, what: str) -> None:
         """Notes what does not hold; the stage goes on, and fails at its end."""
         if not holds:

@@ -26,7 +26,7 @@ _DISTRIBUTIONS = {
 
 
 def measure(check: Check) -> None:
-    modules = sorted({module for stage in STAGES for module in stage.modules} | {"torch", "triton"})
+    modules = sorted({module for stage in STAGES for module in stage.modules} | {"torch", "torchcodec", "triton"})
     check.record(versions=_system() | {name: _version(name) for name in modules})
     if CUDA:
         check.record(gpu=_gpu())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from unittest import mock
 
+from filters.score.jpeg_decoder import Fallbacks, find_decoder, why_no_decoder
 from filters.score.models import Models, load_models
 from filters.score.pipeline import num_threads, score_rows
-from filters.score.preprocess import read_shard
-from sdtrain.dataset.layout import DatasetDir
 from tests.benchmarks.score import make_shards, run_networks, settings
 from tests.benchmarks.training_loops import CUDA
 from tests.gpu_check.child import Check
@@ -23,39 +22,35 @@ def score(check: Check) -> None:
     dataset, shards = make_shards(check.work / "score", num_images, num_images // num_shards), list(range(num_shards))
     models = load_models(config)
     check.record(model=config.clip_model, dtype=config.dtype, images=num_images, decoding_threads=num_threads())
+    fallbacks = Fallbacks()
 
     def run(on_gpu: bool) -> None:
-        for _, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
-            assert all(row["reason"] is None for row in rows)
+        with mock.patch("filters.score.pipeline.Fallbacks", return_value=fallbacks):
+            for _, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
+                assert all(row["reason"] is None for row in rows)
 
+    run_networks(models, config.batch_size, num_images)  # so that nothing is chosen or allocated for the first time
     contenders: dict[str, Callable[[], None]] = {
         "networks_alone": lambda: run_networks(models, config.batch_size, num_images),
         "cpu_decoding": lambda: run(on_gpu=False),
     }
-    if CUDA:
-        check.record(gpu_decoder=_gpu_decoder(dataset, models))
+    if _has_gpu_decoder(check, models):
         contenders["gpu_decoding"] = lambda: run(on_gpu=True)
-    else:
-        check.record(gpu_decoder="none: there is no GPU")
     for name, work in contenders.items():
-        if name == "networks_alone":
-            work()  # once, so that nothing is chosen or allocated for the first time
         started = time.perf_counter()
         work()
         check.record(**{f"{name}_images_per_s": round(num_images / (time.perf_counter() - started), 1)})
-    if CUDA:
-        check.expect(check.figure("gpu_decoder") == "nvJPEG", "the GPU did not decode")
+    if "gpu_decoding" in contenders:
+        check.record(decoded_by_gpu=fallbacks.num_decoded, left_to_cpu=dict(fallbacks.counts))
+        check.expect(fallbacks.num_decoded == num_images, f"the GPU decoded {fallbacks.num_decoded} of {num_images}")
 
 
-def _gpu_decoder(dataset: DatasetDir, models: Models) -> str:
-    """What decodes when the GPU is told to: nvJPEG, or what stands in its way."""
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    sample: Any = next(iter(read_shard(dataset, 0)))
-    data = torch.frombuffer(bytearray(sample.image), dtype=torch.uint8)
-    try:
-        (decoded,) = decode_jpeg([data], ImageReadMode.RGB, device=models.device)
-    except RuntimeError as error:
-        return f"CPU, for the GPU's decoder says: {str(error)[:300]}"
-    return "nvJPEG" if decoded.device.type == "cuda" else f"a decoder on {decoded.device}"
+def _has_gpu_decoder(check: Check, models: Models) -> bool:
+    """Records which library decodes on the GPU, or why none does."""
+    if not CUDA:
+        check.record(gpu_decoder="none: there is no GPU")
+        return False
+    why = why_no_decoder(models.device)
+    check.record(gpu_decoder=find_decoder()[0] if why is None else f"none: {why}")
+    check.expect(why is None, f"JPEGs are decoded on the CPU: {why}")
+    return why is None

@@ -123,3 +123,30 @@ def test_a_retry_killed_at_random_moments_loses_nothing(site, tmp_path):
         assert digests(copy) == digests(undisturbed)
     assert set(site.asked) == set(failing)  # what was had is never fetched again
     assert kills >= NUM_KILLS
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_grown_shards_killed_at_random_moments_fetch_only_new_rows(site, tmp_path):
+    paths, rng, kills = [*site.bodies], random.Random(7), 0
+
+    def selected(folder: Path, paths: list[str], per_shard: int) -> Build:
+        rows = [{"uid": path, "caption": path} for path in paths]
+        return prepare(folder, [*map(site.url, paths)], per_shard=per_shard, rows=rows)
+
+    undisturbed = selected(tmp_path / "undisturbed", paths, per_shard=8)
+    seconds = timed(undisturbed, "build")
+    new = {path for number, path in enumerate(paths) if number % 8 in (2, 5, 7)}
+    small = selected(tmp_path / "small", [path for path in paths if path not in new], per_shard=5)
+    small.run()
+    site.asked.clear()
+    for number in range(4 * NUM_KILLS):
+        if kills >= NUM_KILLS:
+            break
+        folder = shutil.copytree(small.dataset.root, tmp_path / f"killed-{number}")
+        build = selected(folder, paths, per_shard=8)
+        kills += kill_again_and_again(build, "build", seconds / 2, rng)
+        finish(build)
+        assert digests(build) == digests(undisturbed)
+    assert set(site.asked) == new
+    assert kills >= NUM_KILLS

@@ -105,14 +105,17 @@ def test_tars_hold_image_caption_and_row_of_every_success_in_the_order_of_keys(c
         assert rows[key]["sha256"] == hashlib.sha256(GOOD[name]).hexdigest()
 
 
-def test_statistics_are_img2datasets(cases):
+def test_statistics_are_img2datasets_and_the_selection(cases):
     build, reports = cases[0]
     for report in reports:
         stats = json.loads(build.dataset.images_stats(report.shard).read_bytes())
         assert list(stats) == [
             *("count", "successes", "failed_to_download", "failed_to_resize", "duration", "start_time", "end_time"),
             "status_dict",
+            "selection_sha256",
         ]
+        selected = build.dataset.selection(report.shard)
+        assert stats["selection_sha256"] == hashlib.sha256(selected.read_bytes()).hexdigest()
         assert stats["count"] == report.num_in == sum(stats["status_dict"].values())
         assert stats["successes"] == report.num_out == stats["status_dict"].get("success", 0)
         assert stats["failed_to_download"] + stats["failed_to_resize"] == sum(report.dropped.values())
@@ -206,7 +209,8 @@ def test_a_child_that_fails_says_why(site, tmp_path, monkeypatch):
 
 
 def test_the_child_dies_with_its_parent_and_its_leftovers_are_swept(site, tmp_path):
-    build = prepare(tmp_path / "data", [site.url("jpeg")] * 200, requests_per_host_s=5, connections_per_host=1)
+    urls = [site.url(f"jpeg?{number}") for number in range(200)]
+    build = prepare(tmp_path / "data", urls, requests_per_host_s=5, connections_per_host=1)
     program = (
         "import sys; from pathlib import Path\n"
         "from tests.sdtrain.download.download_fixtures import BuildRecipe, DownloadConfig\n"

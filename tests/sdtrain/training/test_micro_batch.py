@@ -8,6 +8,7 @@ from sdtrain.config import TrainConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.models import device as device_module
 from sdtrain.models.device import available_memory_bytes
+from sdtrain.models.group_norm import GroupNormSilu
 from sdtrain.models.unet import build_unet, prepare_for
 from sdtrain.settings import dump_settings, load_settings
 from sdtrain.train import train
@@ -89,6 +90,15 @@ def test_activations_are_counted_without_memory_as_they_are_with_it(tmp_path, wo
     assert three - two == two - one > 0
 
 
+def test_norms_for_a_compiler_are_not_tried_without_one(tmp_path, world, ranks):
+    plain, fused = (
+        config_of(tmp_path, world, speed=speed) for speed in ({}, {"compile": "fused", "channels_last": True})
+    )
+    assert activation_bytes(fused, 2) == activation_bytes(plain, 2)
+    unet = micro_batch._Trial(fused, ranks, reserve_bytes=0)._unet
+    assert not any(norm.is_fused for norm in unet.modules() if isinstance(norm, GroupNormSilu))
+
+
 def test_a_cpus_free_memory_bounds_the_size(tmp_path, world, ranks, monkeypatch, capsys):
     config = config_of(tmp_path, world, micro_batch_size="auto", global_batch_size=64)
     run, each = RunDir(tmp_path / "run"), 1.6 * activation_bytes(config, 1)
@@ -135,18 +145,18 @@ def test_a_run_that_decides_for_itself_trains_on_the_same_samples(tmp_path, worl
 @pytest.mark.parametrize(
     ("changes", "bytes_each"),
     [
-        ({"precision": "bf16"}, 18),  # with 2 for the network and 2 for its gradients: 22 a parameter
-        ({"precision": "fp32"}, 16),
-        ({"precision": "bf16", "optimizer": {"moments": "int8"}}, 12),
-        ({"precision": "bf16", "speed": {"fp32_gradients": False}}, 16),
-        ({"precision": "bf16", "ema": {"post_hoc": [0.05, 0.1]}}, 26),
+        ({"precision": "bf16"}, 20),  # with 2 for the network 22 a parameter; 2 more while a backward pass ends
+        ({"precision": "fp32"}, 20),
+        ({"precision": "bf16", "optimizer": {"moments": "int8"}}, 14),
+        ({"precision": "bf16", "speed": {"fp32_gradients": False}}, 18),
+        ({"precision": "bf16", "ema": {"post_hoc": [0.05, 0.1]}}, 28),
     ],
 )
 def test_the_state_takes_as_much_as_the_readme_says(tmp_path, world, changes, bytes_each):
     config = config_of(tmp_path, world, **changes)
     assert state_bytes(config, 1000, 1) == 1000 * bytes_each
     assert state_bytes(config, 1000, 4) < 1000 * bytes_each
-    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) > 1000 * bytes_each
+    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) >= 1000 * bytes_each
 
 
 def test_what_it_cannot_foresee_is_refused(tmp_path, world):
