@@ -152,13 +152,14 @@ def _loss(
 def state_bytes(config: TrainConfig, num_parameters: int, world_size: int) -> int:
     """Memory that a rank keeps beside the network, its gradients and its activations.
 
-    Its share of master weights, averages and moments; what a sum of gradients in float32 takes beyond gradients in the
-    network's precision; and with ZeRO-2, which keeps both, the bucket in which they are reduced.
+    Its share of master weights, averages and moments; the vector in which gradients are added up, which stands beside
+    those of a backward pass; and with ZeRO-2 the bucket in which they are reduced.
     """
     moments = 8 if config.optimizer.moments == "fp32" else 2
     is_wider = config.speed.fp32_gradients and config.precision != "fp32"
     shared = (4 + 4 + moments + 4 * len(config.ema.post_hoc)) * num_parameters // world_size
-    gradients = (2 if is_wider else 0) if config.zero_stage == 1 else (4 if is_wider else 0) + 4
+    vector = 4 if config.speed.fp32_gradients else torch_dtype(config.precision).itemsize
+    gradients = vector if config.zero_stage == 1 else (4 if is_wider else 0) + 4
     return shared + gradients * num_parameters
 
 

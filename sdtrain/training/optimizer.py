@@ -144,7 +144,7 @@ class PartitionUpdate:
 
     @torch.no_grad()
     def apply(self, gradient: torch.Tensor, factor: torch.Tensor | float | None) -> None:
-        """Does a step with `gradient`, (N,), times `factor`, and leaves zeros there."""
+        """Does a step with `gradient`, (N,), which is multiplied by `factor` where it lies."""
         if not self._is_fused:
             self._step_of_the_optimizer(gradient, factor)
         settings = self._fused_settings() if self._is_fused else None
@@ -156,7 +156,6 @@ class PartitionUpdate:
             for average, weight in averages:
                 average[chunk].lerp_(master, weight)
             self._network[chunk].copy_(master)
-            gradient[chunk].zero_()
         self._ema.count_update()
 
     def _chunks(self) -> list[slice]:

@@ -75,6 +75,8 @@ class FlatSteps(Steps):
     def backward(self, loss: torch.Tensor) -> None:
         """Adds up the gradients of a micro-batch's mean loss."""
         (loss / self._accumulation * self._zero.loss_scale).backward()
+        if self._num_added == 0:
+            self._gradients.take_first()
 
     def step(self) -> None:
         """Ends a micro-step; with the last one, does the optimizer step. All ranks take part."""
@@ -86,13 +88,11 @@ class FlatSteps(Steps):
     def _optimizer_step(self) -> None:
         self._gradients.reduce()
         scale = self._zero.loss_scale
-        self._norm = self._gradients.norm() / scale
-        if not self._may_apply():
-            self._gradients.clear()
-            return
-        self._update.apply(self._gradients.part, _factor(self._norm, scale, self._zero.max_grad_norm))
-        self._gradients.clear_others()
-        self._zero.gather_network()
+        self._norm = self._gradients.norm(exact=self._zero.max_grad_norm > 0) / scale
+        if self._may_apply():
+            self._update.apply(self._gradients.part, _factor(self._norm, scale, self._zero.max_grad_norm))
+            self._zero.gather_network()
+        self._gradients.begin()
 
     def _may_apply(self) -> bool:
         """Asks the guard, or only notes the norm for it, so that the host need not wait for the device."""

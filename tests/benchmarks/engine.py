@@ -2,13 +2,14 @@
 
     python -m tests.benchmarks.engine [--quick] [--precision bf16|fp32] [--clock wall|processor]
 
-Each repetition times, one after the other on the same inputs, a micro-step (forward, backward) and the boundary of an
-optimizer step, of the contenders in turn; figures are of the medians, for 8 and for 1 micro-steps a step.
+Contenders take turns with whole steps on the same inputs, of 1 and of 3 micro-steps; from the medians of their parts
+follow steps of 1 and of 8.
 
-- `engine_overhead`: our complete step (fp32 gradients, norm, guard, AdamW, average, the network's copy) beside the bare
-  one: forward, backward with gradients in the network's dtype, and torch's fused AdamW on one flat fp32 vector.
+- `engine_overhead`: our complete step (fp32 gradients, norm, guard, AdamW, average, the network's copy) beside the
+  bare one: forward, backward with gradients added up in the network's dtype, fused AdamW on one flat fp32 vector.
 - `python_calls_per_micro_step`: calls of Python functions in a backward pass, those of `Tensor.backward` among them.
-- `bytes_per_parameter`: what the operations of the boundary read and write, counted by a dispatch mode, cache or not.
+- `bytes_per_parameter`: what the operations after the last backward pass read and write, counted by a dispatch mode,
+  whether from memory or from a cache.
 - `vs_ddp_fused_adamw`: how many times as fast as DistributedDataParallel on 2 gloo ranks with one thread each: fp32
   weights under bf16 autocast (or fp32), `no_sync` between boundaries, fp32 gradients in bucket views, fused AdamW, no
   average.
@@ -26,10 +27,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,8 +41,10 @@ from tests.benchmarks.engine_traffic import BytesMoved, python_calls
 from tests.benchmarks.training_world import MID
 
 ACCUMULATIONS = (8, 1)
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
-Times = dict[str, list[float]]
+_SHORT = 3
+"""Micro-steps measured for an accumulation of 8: the first, one in between, the last."""
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 class Network:
@@ -62,10 +66,20 @@ class Network:
         return torch.nn.functional.mse_loss(predicted, self._target)
 
 
-class Ours:
-    """The network under ZeRO-1 with accumulation 1, stepped by us, or by DeepSpeed as `extra` makes it."""
+class Contender(Protocol):
+    """A network with its optimizer."""
 
-    def __init__(self, config: TrainConfig, rank: int, extra: Path | None = None):
+    def micro_step(self, is_last: bool) -> None:
+        """Forward and backward."""
+
+    def boundary(self) -> None:
+        """All that follows the last of them."""
+
+
+class Ours:
+    """The network under ZeRO-1, stepped by us, or by DeepSpeed as `extra` makes it."""
+
+    def __init__(self, config: TrainConfig, accumulation: int, rank: int, extra: Path | None = None):
         from sdtrain.precision import torch_dtype
         from sdtrain.training.ema import Ema
         from sdtrain.training.engine import deepspeed_config, needs_deepspeed_steps, start_engine
@@ -74,25 +88,33 @@ class Ours:
         from sdtrain.training.zero_partition import ZeroPartition
 
         self._network = Network(config, torch_dtype(config.precision))
-        self.num_parameters = self._network.unet.num_parameters()
-        engine = start_engine(self._network.unet, config, deepspeed_config(config, 1, self.num_parameters, extra))
+        self._num_parameters = self._network.unet.num_parameters()
+        settings = deepspeed_config(config, accumulation, self._num_parameters, extra)
+        engine = start_engine(self._network.unet, config, settings)
         partition = ZeroPartition(engine, rank)
         kind = DeepSpeedSteps if needs_deepspeed_steps(config, extra) else FlatSteps
         self._steps = kind(engine, partition, Ema(partition.master, config.ema), StepGuard(config.guard), config)
 
-    def micro_step(self) -> None:
+    def micro_step(self, is_last: bool) -> None:
+        """Forward and backward."""
         self._steps.backward(self._network.loss(self._steps))
+        if not is_last:
+            self._steps.step()
 
     def boundary(self) -> None:
+        """The optimizer step."""
         self._steps.step()
 
     def counts(self) -> dict[str, float]:
-        """Python calls of a backward pass, and bytes that a boundary moves for each parameter."""
+        """Python calls of a later micro-step's backward pass, and bytes that a boundary moves for each parameter."""
+        self.micro_step(is_last=False)
         loss = self._network.loss(self._steps)
         calls = python_calls(lambda: self._steps.backward(loss))
+        self._steps.step()
+        self.micro_step(is_last=True)
         with BytesMoved() as moved:
             self.boundary()
-        bytes_each = round(moved.num_bytes / self.num_parameters, 1)
+        bytes_each = round(moved.num_bytes / self._num_parameters, 1)
         return {"python_calls_per_micro_step": calls, "bytes_per_parameter": bytes_each}
 
 
@@ -107,13 +129,13 @@ class Bare:
         flat.grad = 1e-3 * torch.randn_like(flat)
         self._adam = torch.optim.AdamW([flat], lr=config.optimizer.lr, fused=True)
 
-    def micro_step(self) -> None:
+    def micro_step(self, is_last: bool) -> None:
+        """Forward and backward."""
         self._network.loss(self._network.unet).backward()
 
     def boundary(self) -> None:
+        """AdamW."""
         self._adam.step()
-
-    def clear(self) -> None:
         self._network.unet.zero_grad()
 
 
@@ -126,62 +148,70 @@ class Ddp:
         self._adam = torch.optim.AdamW(self._ddp.parameters(), lr=config.optimizer.lr, fused=True)
         self._autocast = config.precision == "bf16"
 
-    def micro_step(self) -> None:
-        with self._ddp.no_sync():
-            self._backward()
+    def micro_step(self, is_last: bool) -> None:
+        """Forward and backward; the last one reduces gradients."""
+        with nullcontext() if is_last else self._ddp.no_sync():
+            with torch.autocast("cpu", torch.bfloat16) if self._autocast else nullcontext():
+                loss = self._network.loss(self._ddp)
+            loss.backward()
 
     def boundary(self) -> None:
-        """The last micro-step too, for it is what sends gradients."""
-        self._backward()
+        """AdamW."""
         self._adam.step()
         self._adam.zero_grad()
 
-    def _backward(self) -> None:
-        with torch.autocast("cpu", torch.bfloat16) if self._autocast else nullcontext():
-            loss = self._network.loss(self._ddp)
-        loss.backward()
 
-
-def measure(config: TrainConfig, rank: int, num: int, clock: Callable[[], float]) -> dict[str, Any]:
+def measure(config: TrainConfig, rank: int, num: int, clock: Clock) -> dict[str, Any]:
     """Overhead and counts on one rank."""
+    seconds: dict[str, dict[int, float]] = {"bare": {}, "ours": {}, "deepspeed": {}}
+    counts = {}
     with tempfile.TemporaryDirectory() as folder:
         extra = Path(folder) / "deepspeed.json"
         extra.write_text('{"wall_clock_breakdown": false}')  # changes nothing, but is DeepSpeed's to do
-        contenders = {"bare": Bare(config), "ours": Ours(config, rank), "deepspeed": Ours(config, rank, extra)}
-        times = _timed(contenders, num, clock)
-    bare, ours, theirs = ({n: _step(times[name], n) for n in ACCUMULATIONS} for name in contenders)
-    overhead, others = ({str(n): round(steps[n] / bare[n] - 1, 4) for n in ACCUMULATIONS} for steps in (ours, theirs))
-    counts = {name: contenders[name].counts() for name in ("ours", "deepspeed")}
-    return {
-        "engine_overhead": overhead,
-        **counts["ours"],
-        "deepspeed": {"engine_overhead": others, **counts["deepspeed"]},
-    }
+        for n in ACCUMULATIONS:
+            short = min(n, _SHORT)
+            contenders: dict[str, Any] = {
+                "bare": Bare(config),
+                "ours": Ours(config, short, rank),
+                "deepspeed": Ours(config, short, rank, extra),
+            }
+            for name, taken in _timed(contenders, short, num, clock).items():
+                seconds[name][n] = _step(taken, n)
+            if short > 1:
+                counts = {name: contenders[name].counts() for name in ("ours", "deepspeed")}
+    for name, found in counts.items():
+        found["engine_overhead"] = {n: round(seconds[name][n] / seconds["bare"][n] - 1, 4) for n in ACCUMULATIONS}
+    return counts["ours"] | {"deepspeed": counts["deepspeed"]}
 
 
-def measure_beside_ddp(config: TrainConfig, rank: int, num: int, clock: Callable[[], float]) -> dict[str, Any]:
+def measure_beside_ddp(config: TrainConfig, rank: int, num: int, clock: Clock) -> dict[str, Any]:
     """Speed beside DDP, on several ranks."""
-    times = _timed({"ours": Ours(config, rank), "ddp": Ddp(config)}, num, clock)
-    ratios = {n: _step(times["ddp"], n - 1) / _step(times["ours"], n) for n in ACCUMULATIONS}
-    return {"vs_ddp_fused_adamw": {str(n): round(ratio, 3) for n, ratio in ratios.items()}}
+    ratios = {}
+    for n in ACCUMULATIONS:
+        short = min(n, _SHORT)
+        taken = _timed({"ours": Ours(config, short, rank), "ddp": Ddp(config)}, short, num, clock)
+        ratios[n] = round(_step(taken["ddp"], n) / _step(taken["ours"], n), 3)
+    return {"vs_ddp_fused_adamw": ratios}
 
 
-def _timed(contenders: dict[str, Any], num: int, clock: Callable[[], float]) -> dict[str, Times]:
-    times: dict[str, Times] = {name: {"micro_step": [], "boundary": []} for name in contenders}
-    for repetition in range(num + 1):
+def _timed(contenders: Mapping[str, Contender], short: int, num: int, clock: Clock) -> dict[str, list[float]]:
+    """Medians of each contender's micro-steps and boundary."""
+    taken: dict[str, list[list[float]]] = {name: [] for name in contenders}
+    for _ in range(num + 1):
         for name, contender in contenders.items():
-            for part, seconds in times[name].items():
-                began = clock()
-                getattr(contender, part)()
-                if repetition:  # the first warms up
-                    seconds.append(clock() - began)
-            if isinstance(contender, Bare):
-                contender.clear()
-    return times
+            marks = [clock()]
+            for k in range(short):
+                contender.micro_step(is_last=k == short - 1)
+                marks.append(clock())
+            contender.boundary()
+            marks.append(clock())
+            taken[name].append([end - begin for begin, end in pairwise(marks)])
+    return {name: [statistics.median(part) for part in zip(*runs[1:], strict=True)] for name, runs in taken.items()}
 
 
-def _step(times: Times, num_micro_steps: int) -> float:
-    return num_micro_steps * statistics.median(times["micro_step"]) + statistics.median(times["boundary"])
+def _step(parts: Sequence[float], num_micro_steps: int) -> float:
+    """Seconds of a step, from those of its micro-steps and its boundary."""
+    return sum(parts) + (num_micro_steps - min(num_micro_steps, _SHORT)) * parts[1]
 
 
 def on_ranks(num_ranks: int, work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

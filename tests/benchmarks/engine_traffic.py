@@ -35,17 +35,18 @@ class BytesMoved(TorchDispatchMode):
 def _moved(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     name, given = func.overloadpacket.__name__, dict(kwargs)
     given |= {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-    changed = {
-        argument.name for argument in func._schema.arguments if argument.alias_info and argument.alias_info.is_write
-    }
-    read = {argument for argument in given if not (argument in changed and name in _ONLY_WRITTEN)}
-    total = sum(_size(given[argument]) for argument in read) + sum(_size(given.get(argument)) for argument in changed)
-    return total + (0 if changed or name.startswith("empty") else _size(result))
+    changed = {taken.name for taken in func._schema.arguments if taken.alias_info and taken.alias_info.is_write}
+    if name == "_fused_adamw_" and given.get("grad_scale") is None:
+        changed.remove("grads")  # it writes them only without their scale
+    read = [value for argument, value in given.items() if not (argument in changed and name in _ONLY_WRITTEN)]
+    written = [given.get(argument) for argument in changed] if changed or name.startswith("empty") else result
+    return _size(read) + _size(written)
 
 
-def _size(value: Any) -> int:
-    tensors = (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _size(values: Any) -> int:
+    """Bytes of all tensors in there; one that is given twice counts once."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return sum({(t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def python_calls(work: Callable[[], Any]) -> int:

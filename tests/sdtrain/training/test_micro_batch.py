@@ -145,18 +145,18 @@ def test_a_run_that_decides_for_itself_trains_on_the_same_samples(tmp_path, worl
 @pytest.mark.parametrize(
     ("changes", "bytes_each"),
     [
-        ({"precision": "bf16"}, 18),  # with 2 for the network and 2 for its gradients: 22 a parameter
-        ({"precision": "fp32"}, 16),
-        ({"precision": "bf16", "optimizer": {"moments": "int8"}}, 12),
-        ({"precision": "bf16", "speed": {"fp32_gradients": False}}, 16),
-        ({"precision": "bf16", "ema": {"post_hoc": [0.05, 0.1]}}, 26),
+        ({"precision": "bf16"}, 20),  # with 2 for the network 22 a parameter; 2 more while a backward pass ends
+        ({"precision": "fp32"}, 20),
+        ({"precision": "bf16", "optimizer": {"moments": "int8"}}, 14),
+        ({"precision": "bf16", "speed": {"fp32_gradients": False}}, 18),
+        ({"precision": "bf16", "ema": {"post_hoc": [0.05, 0.1]}}, 28),
     ],
 )
 def test_the_state_takes_as_much_as_the_readme_says(tmp_path, world, changes, bytes_each):
     config = config_of(tmp_path, world, **changes)
     assert state_bytes(config, 1000, 1) == 1000 * bytes_each
     assert state_bytes(config, 1000, 4) < 1000 * bytes_each
-    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) > 1000 * bytes_each
+    assert state_bytes(config.model_copy(update={"zero_stage": 2}), 1000, 1) >= 1000 * bytes_each
 
 
 def test_what_it_cannot_foresee_is_refused(tmp_path, world):

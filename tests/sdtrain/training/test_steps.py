@@ -12,7 +12,7 @@ from sdtrain.config.sections import EmaConfig, GuardConfig
 from sdtrain.training import optimizer as optimizer_module
 from sdtrain.training.ema import Ema
 from sdtrain.training.optimizer import PartitionUpdate, make_adamw, set_learning_rate
-from tests.benchmarks.engine_traffic import python_calls
+from tests.benchmarks.engine_traffic import BytesMoved, python_calls
 from tests.sdtrain.training.toy_steps import ACCUMULATION, batch_of, config_of, loss_of, network, steps_of, train
 
 
@@ -28,30 +28,38 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def without_views(counts):
+    return Counter({name: number for name, number in counts.items() if name not in ("detach", "alias", "view")})
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_micro_step_runs_as_much_python_for_many_parameters_as_for_few(tmp_path, ranks, precision):
     found, bare = [], network(1, precision)
     batch = batch_of(0, 0, dtype=next(bare.parameters()).dtype)
     for depth in (1, 50):
         engine, *_ = steps_of(ranks, config_of(tmp_path, precision=precision), depth)
-        loss = loss_of(engine, batch)
-        found.append(python_calls(lambda engine=engine, loss=loss: (engine.backward(loss), engine.step())))
-    assert found[0] == found[1] < python_calls(loss_of(bare, batch).backward) + 20
+        for _ in range(2):  # the first of a step takes another way than those that follow
+            loss = loss_of(engine, batch)
+            found.append(python_calls(lambda engine=engine, loss=loss: (engine.backward(loss), engine.step())))
+    assert found[:2] == found[2:]
+    assert max(found) < python_calls(loss_of(bare, batch).backward) + 30
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_micro_step_casts_and_adds_each_gradient_once_and_copies_none(tmp_path, ranks, precision):
-    depth = 5
+def test_each_gradient_is_copied_once_or_added_once(tmp_path, ranks, precision):
+    depth, counts = 5, []
     engine, *_ = steps_of(ranks, config_of(tmp_path, precision=precision), depth)
-    bare, found = network(depth, precision), []
-    for module, backward in ((bare, torch.Tensor.backward), (engine, engine.backward)):
-        loss = loss_of(module, batch_of(0, 0, dtype=next(bare.parameters()).dtype))
+    bare = network(depth, precision)
+    for backward in (bare, engine, engine):
+        loss = loss_of(backward, batch_of(0, 0, dtype=next(bare.parameters()).dtype))
         with Operations() as operations:
-            backward(loss)
-        found.append(operations.counts)
+            loss.backward() if backward is bare else (engine.backward(loss), engine.step())
+        counts.append(operations.counts)
+    plain, first, second = counts
     scaled = Counter(div=2, mul=2)  # of the loss and of its gradient
+    assert without_views(first - plain) == Counter(_foreach_copy_=1) + scaled
     cast = Counter(_to_copy=2 * depth if precision == "bf16" else 0)
-    assert found[1] - found[0] == Counter(add_=2 * depth) + scaled + cast
+    assert without_views(second - plain) == Counter(add_=2 * depth) + scaled + cast
     kept = [parameter.grad for parameter in engine.module.parameters()]
     assert all(gradient.dtype is torch.float32 for gradient in kept)
     assert len({gradient.untyped_storage().data_ptr() for gradient in kept}) == 1, "one vector has them all"
@@ -64,11 +72,14 @@ def test_the_boundary_runs_as_many_operations_for_many_parameters_as_for_few(tmp
         train(engine, 1)
         engine.backward(loss_of(engine, batch_of(1, 0, dtype=torch.bfloat16)))
         engine._num_added = ACCUMULATION - 1
-        with Operations() as operations:
+        with Operations() as operations, BytesMoved() as moved:
             engine.step()
         found.append(operations.counts)
     assert found[0] == found[1]
-    assert (found[0]["_fused_adamw_"], found[0]["lerp_"], found[0]["copy_"], found[0]["zero_"]) == (1, 1, 1, 1)
+    assert [found[0][name] for name in ("_fused_adamw_", "lerp_", "copy_", "dot")] == [1, 1, 1, 1]
+    num_parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    norm, adam, average, copy = 4, 4 * 4 + 3 * 4, 2 * 4 + 4, 4 + 2
+    assert moved.num_bytes / num_parameters == pytest.approx(norm + adam + average + copy, abs=0.1)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -91,7 +102,6 @@ def test_a_pass_in_chunks_is_adamw_then_the_average_then_the_copy(tmp_path, monk
         reference.step()
         expected.update()
         renewed.apply(gradient, 0.5)
-        assert not gradient.any()
     assert torch.equal(ours, theirs)
     assert torch.equal(ema.average, expected.average)
     assert ema.num_updates == expected.num_updates == 4
@@ -139,9 +149,23 @@ def test_fp16_gradients_are_freed_of_the_scale_they_were_computed_with(tmp_path,
 
 def test_a_gradient_that_went_elsewhere_is_not_lost_silently(tmp_path, ranks):
     engine, *_ = steps_of(ranks, config_of(tmp_path))
+    engine.backward(loss_of(engine, batch_of(0, 0, dtype=torch.bfloat16)))
+    engine.step()
     engine.module.zero_grad()  # sets them to None
     with pytest.raises(RuntimeError, match="something replaced the gradient"):
         train(engine, 1)
+
+
+def test_a_parameter_without_a_gradient_keeps_nothing_of_the_step_before(tmp_path, ranks):
+    engine, partition, _ = steps_of(ranks, config_of(tmp_path, precision="fp32"))
+    train(engine, 1)
+    before = partition.moments()["exp_avg"].clone()
+    for k in range(ACCUMULATION):
+        engine.backward(loss_of(engine.module[0], batch_of(1, k)))
+        engine.step()
+    half = partition.slots[2].offset
+    torch.testing.assert_close(partition.moments()["exp_avg"][half:], 0.9 * before[half:])
+    assert not torch.allclose(partition.moments()["exp_avg"][:half], 0.9 * before[:half])
 
 
 def test_what_a_json_asks_of_deepspeed_is_left_to_deepspeed(tmp_path):
