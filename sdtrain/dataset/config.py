@@ -20,6 +20,9 @@ class DownloadConfig(Settings):
     encode_quality: int = Field(default=95, ge=0, le=100)
     reencode: Literal["never", "if_changed", "always"] = "if_changed"
     """Keep the original bytes always (resize_mode must be "no"), if nothing had to change, or never."""
+    scaled_decoding: bool = False
+    """Let the JPEG decoder halve images, once or more, that are at least twice too large: cheaper than to decode all
+    pixels and then scale down, and not quite the same pixels."""
     max_pixels: int = Field(default=2**27, ge=1)
     """Larger images are refused before decoding: a small file can hold an image that fills the memory."""
     verify_hashes: bool = True
@@ -60,6 +63,8 @@ class DownloadConfig(Settings):
                 'images cannot be resized and keep their bytes: with reencode: never, set resize_mode: "no", or '
                 "choose reencode: if_changed"
             )
+        if self.scaled_decoding and self.resize_mode == "no":
+            raise ValueError('scaled_decoding is for images that are scaled down: with resize_mode: "no", leave it out')
         return self
 
 

@@ -40,7 +40,9 @@ def download_fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -
 
 
 def _fingerprint_of(recipe: ImageRecipe, selection_sha256: str) -> str:
-    config = recipe.download.model_dump(mode="json", exclude=_HOW)
+    # Where it is off, the digest is that of earlier versions, which had no such setting.
+    unset = set[str]() if recipe.download.scaled_decoding else {"scaled_decoding"}
+    config = recipe.download.model_dump(mode="json", exclude=_HOW | unset)
     return fingerprint("download/2", config | {"rows": selection_sha256})
 
 

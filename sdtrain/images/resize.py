@@ -29,7 +29,9 @@ from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError
 
 Pixels = NDArray[np.uint8]
-_CANNOT_DECODE = "Image decoding error"  # img2dataset's words
+_ERROR_OF_DECODING = "Image decoding error"  # img2dataset's words
+_CANNOT_DECODE = "the image cannot be decoded"
+_REDUCED = {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 _ALBUMENTATIONS = "albumentations"
 _AUGMENTATIONS = f"{_ALBUMENTATIONS}.augmentations"
 _PACKAGES = ("img2dataset", _ALBUMENTATIONS, _AUGMENTATIONS, f"{_AUGMENTATIONS}.geometric", f"{_AUGMENTATIONS}.crops")
@@ -96,12 +98,24 @@ class ResizeEngine:
             encoded, _, _, width, height, error = self._resizer(io.BytesIO(content))
         finally:
             _jobs.current = None
-        if error == _CANNOT_DECODE:
-            raise ImageError("not_an_image", "the image cannot be decoded")
+        if error == _ERROR_OF_DECODING:
+            raise ImageError("not_an_image", _CANNOT_DECODE)
         if error is not None or job.final is None:
             # Without OpenCV's message, which names its version and source file.
             raise ImageError("resize_failed", "the image cannot be resized or encoded")
         return Resized(None if job.stays else encoded, job.final, width, height)
+
+
+def decode_scaled(content: bytes, denominator: int) -> Pixels:
+    """A JPEG, decoded at 1 / `denominator` (2, 4 or 8) of its size, (H, W, 3), BGR, as its EXIF does not turn it.
+
+    libjpeg leaves out the high frequencies of each 8 x 8 block and computes as many pixels as remain. ImageError
+    "not_an_image" if it is damaged.
+    """
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), _REDUCED[denominator] | cv2.IMREAD_IGNORE_ORIENTATION)
+    if pixels is None:
+        raise ImageError("not_an_image", _CANNOT_DECODE)
+    return pixels  # type: ignore[return-value]
 
 
 class _Jobs(threading.local):

@@ -15,7 +15,7 @@ from sdtrain.dataset.config import DownloadConfig
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import Header, read_header
 from sdtrain.images.perceptual_hash import perceptual_hash
-from sdtrain.images.resize import Pixels, ResizeEngine
+from sdtrain.images.resize import Pixels, ResizeEngine, decode_scaled
 
 _BIG_PIXELS = 2**24
 _HASH_REDUCING_GAP = 3.0  # a full filter would add 15% to an image's time
@@ -79,8 +79,13 @@ class ImageMaker:
         may_stay = (
             self._config.reencode == "if_changed" and header.is_plain and header.extension == self._config.encode_format
         )
-        pixels = None if header.is_plain else _bgr(header)
-        resized = self._engine(content, pixels, may_stay=may_stay, must_stay=never)
+        denominator = self._denominator(header) if self._config.scaled_decoding else 1
+        if denominator > 1:
+            resized = self._engine(content, decode_scaled(content, denominator))
+            resized.original_width, resized.original_height = header.image.size
+        else:
+            pixels = None if header.is_plain else _bgr(header)
+            resized = self._engine(content, pixels, may_stay=may_stay, must_stay=never)
         height, width = resized.pixels.shape[:2]
         return StoredImage(
             content=content if resized.content is None else resized.content,
@@ -91,6 +96,17 @@ class ImageMaker:
             original_height=resized.original_height,
             phash=_hash_of(resized.pixels),
         )
+
+    def _denominator(self, header: Header) -> int:
+        """What the JPEG decoder may divide both sides by, so that the stored image has the same size."""
+        if not (header.is_plain and header.extension == "jpg"):
+            return 1
+        width, height = header.image.size
+        side = (min if self._config.resize_mode in ("keep_ratio", "center_crop") else max)(width, height)
+        # The resizer crops and pads only what it scales.
+        smallest = self._config.image_size + (self._config.resize_mode in ("center_crop", "border"))
+        numbers = (number for number in (2, 4, 8) if width % number == height % number == 0)
+        return max((number for number in numbers if side >= number * smallest), default=1)
 
 
 def _bgr(header: Header) -> Pixels:

@@ -156,9 +156,18 @@ class ZeroInternals:
         return parts[torch.distributed.get_rank(self.group)].detach()
 
     def gather_network(self) -> None:
-        """Fills `network` with the parts of all ranks, who all take part."""
-        if torch.distributed.get_world_size(self.group) > 1:
+        """Fills `network` with the parts of all ranks, who all take part.
+
+        Gloo's all-gather takes three times the processor time of a broadcast for each part.
+        """
+        parts = self._zero.parallel_partitioned_bit16_groups[0]
+        if len(parts) == 1:
+            return
+        if torch.distributed.get_backend(self.group) == "nccl":
             torch.distributed.all_gather_into_tensor(self.network, self.network_part, self.group)
+            return
+        for rank, part in enumerate(parts):
+            torch.distributed.broadcast(part.detach(), group=self.group, group_src=rank)
 
     @property
     def max_grad_norm(self) -> float:

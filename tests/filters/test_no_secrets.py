@@ -35,7 +35,7 @@ MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.evaluation.protocol")
 LOCATIONS = {
     "DataConfig": {"root"},
     "DownloadConfig": {"contact"},
-    "EncodeConfig": {"vae"},
+    "EncodeConfig": {"vae", "text_encoder"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
     "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "clip_weights"},

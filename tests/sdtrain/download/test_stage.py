@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from sdtrain.dataset.files import sweep
+from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.dataset.stage import pending
 from sdtrain.dataset.tars import read_samples
 from sdtrain.download.image_shards import TABLE
@@ -174,7 +175,20 @@ def test_a_second_run_does_nothing_and_only_what_changes_images_redoes_them(site
     assert pending_of(build.with_settings(**how)) == []
     assert pending_of(build.with_settings(image_size=32)) == [0, 1, 2]
     assert pending_of(build.with_settings(reencode="always")) == [0, 1, 2]
+    assert pending_of(build.with_settings(scaled_decoding=True)) == [0, 1, 2]
     assert site.asked.total() == asked
+
+
+def test_a_setting_of_a_later_version_does_not_change_the_digest_where_it_is_off(tmp_path):
+    build = prepare(tmp_path, ["http://a.example/b.jpg"])
+    names = (
+        "image_size resize_mode resize_only_if_bigger encode_format encode_quality reencode max_pixels verify_hashes "
+    )
+    names += "max_bytes max_redirects robots_header robots_txt tdm_reservation allow_private_hosts"
+    config = {name: getattr(build.recipe.download, name) for name in names.split()}
+    rows = hashlib.sha256(build.dataset.selection(0).read_bytes()).hexdigest()
+    expected = fingerprint("download/2", config | {"rows": rows})
+    assert DOWNLOAD.fingerprint(build.dataset, build.recipe, 0) == expected
 
 
 def pending_of(build):

@@ -7,6 +7,7 @@ import cv2
 import imagehash
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import ValidationError
 
 from sdtrain.dataset.config import DownloadConfig
@@ -17,6 +18,7 @@ from tests.sdtrain.images.hostile_images import GOOD, HOSTILE, exif_turned, open
 
 MODES = ("no", "keep_ratio", "center_crop", "border", "keep_ratio_largest")
 REFERENCES = Path(__file__).parents[4] / "shared" / "data" / "resize_reference"
+PHOTOS = REFERENCES.parent / "photos"
 
 
 def maker(**settings):
@@ -107,6 +109,7 @@ def test_never_refuses_what_cannot_be_stored_as_it_is(name):
     ("settings", "words"),
     [
         ({"reencode": "never"}, 'resize_mode: "no"'),
+        ({"resize_mode": "no", "scaled_decoding": True}, "scaled_decoding is for images that are scaled down"),
         ({"encode_format": "png"}, "compression level from 0 to 9, not 95"),
     ],
 )
@@ -165,3 +168,59 @@ def test_the_perceptual_hash_is_close_to_imagehash_of_the_stored_image():
         distances.append(((stored.phash % 2**64) ^ expected).bit_count())
     assert max(distances) <= 6
     assert np.mean(distances) < 1.5
+
+
+def psnr_db(content, other):
+    return cv2.PSNR(bgr(content), bgr(other))
+
+
+def size_of(stored):
+    return stored.width, stored.height, stored.original_width, stored.original_height
+
+
+@pytest.mark.skipif(not PHOTOS.exists(), reason="no photographs beside the checkout")
+@pytest.mark.parametrize(("image_size", "least_db"), [(256, 41), (200, 31), (128, 41)])
+def test_scaled_decoding_of_photographs_is_close_to_the_exact_pixels(image_size, least_db):
+    exact, scaled = (maker(image_size=image_size, scaled_decoding=on) for on in (False, True))
+    for path in sorted(PHOTOS.glob("kodak_*.png")):
+        body = encoded(Image.open(path).convert("RGB"))
+        expected, found = exact(body), scaled(body)
+        assert found.content != expected.content
+        assert size_of(found) == size_of(expected)
+        assert psnr_db(found.content, expected.content) > least_db
+        assert ((found.phash ^ expected.phash) & (2**64 - 1)).bit_count() <= 4
+
+
+@pytest.mark.parametrize("mode", MODES[1:])
+@pytest.mark.parametrize("size", [(192, 128), (96, 96), (98, 130), (384, 512), (96, 800), (104, 96)])
+def test_scaled_decoding_gives_images_of_the_same_size(mode, size):
+    body = encoded(photo(5, *size))
+    expected, found = (maker(resize_mode=mode, scaled_decoding=on)(body) for on in (False, True))
+    assert size_of(found) == size_of(expected)
+    assert psnr_db(found.content, expected.content) > 30
+
+
+OTHERS = {
+    "smaller than twice": encoded(photo(5, 94, 94)),
+    "odd": encoded(photo(5, 193, 128)),
+    "png": encoded(photo(5, 192, 128), "png"),
+    "gray": encoded(photo(5, 192, 128, "L")),
+    "turned": exif_turned(6),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_scaled_decoding_leaves_other_images_as_they_are(name):
+    assert maker(scaled_decoding=True)(OTHERS[name]).content == maker()(OTHERS[name]).content
+
+
+def test_a_damaged_jpeg_is_none_with_scaled_decoding_either():
+    body = bytearray(encoded(photo(5, 192, 128)))
+    body[200:400] = bytes(200)
+    outcomes = []
+    for on in (False, True):
+        try:
+            outcomes.append(size_of(maker(scaled_decoding=on)(bytes(body))))
+        except ImageError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
