@@ -175,7 +175,7 @@ def test_unknown_name_is_answered_with_close_ones(deployed: Environment) -> None
         ("limit=0", "minimum"),
         ("min_aesthetic=65", "maximum of 10"),
         ("max_watermark=0", "minimum"),
-        ("shards_per_task=0", "not valid under any of the given schemas"),
+        ("shards_per_task=0", "less than the minimum of 1"),
         ("workers=zero", "integer"),
         ("minimum_side=512", "min_side"),
     ],
