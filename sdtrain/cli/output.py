@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 _ROWS_SHOWN = 100
+_WIDEST = 10_000
 
 
 class Form(StrEnum):
@@ -108,8 +109,9 @@ def _first(answer: pa.RecordBatchReader) -> list[dict[str, object]]:
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """Prints rows with equal keys."""
+    """Prints rows with equal keys; where no terminal limits the width, as in a pipe, nothing is cut."""
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
     table = Table(box=None)
@@ -117,4 +119,8 @@ def print_table(rows: list[dict[str, object]]) -> None:
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        widest = console.options.update(max_width=_WIDEST)
+        console.width = max(console.width, Measurement.get(console, widest, table).maximum)
+    console.print(table)

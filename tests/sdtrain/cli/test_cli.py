@@ -13,6 +13,7 @@ from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe
 from filters.select.stage import SELECT
 from sdtrain import cli
+from sdtrain.cli.output import print_table
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs
@@ -129,3 +130,10 @@ def test_mistake_is_one_sentence_and_exit_code_2(
     assert sentence in done.err
     assert done.err.startswith("error: ")
     assert done.err.count("\n") == 1
+
+
+def test_a_table_in_a_pipe_is_not_cut(capsys):
+    row = {"caption": "a long caption " * 20, "url": f"https://host.example/{'x' * 200}.jpg", "num": 1234567}
+    print_table([row])
+    printed = capsys.readouterr().out
+    assert all(value in printed for value in (str(row["caption"]).strip(), row["url"], "1,234,567"))

@@ -21,8 +21,8 @@ def weights_after(folder, world, ranks, replays, **changes):
 
     def in_the_graphs_memory(name):
         def hook(gradient):
-            memory.setdefault(name, torch.empty_like(gradient)).copy_(gradient)
-            return memory[name]
+            # Later micro-batches' gradients have been cast to the dtype that they are added up in.
+            return memory.setdefault((name, gradient.dtype), torch.empty_like(gradient)).copy_(gradient)
 
         return hook
 
