@@ -68,7 +68,7 @@ def main() -> None:
     sizes = (BASE, SMALL, LARGE) if arguments.quick else (BASE, SMALL, LARGE, LAION)
     with _folder(arguments.folder) as folder:
         costs = {size: _measure_size(folder, size) for size in sizes}
-    print(json.dumps(figures(costs, arguments.cpu), indent=1))
+    print(json.dumps(figures(costs, arguments.cpu)))
 
 
 def figures(costs: Mapping[int, Mapping[str, Cost]], is_cpu: bool = False) -> dict[str, object]:
@@ -97,7 +97,6 @@ def figures(costs: Mapping[int, Mapping[str, Cost]], is_cpu: bool = False) -> di
         **{f"{command.replace(' ', '_')}_s": at_laion(command) for command in commands if command != "build"},
         "peak_rss_mb": round(max(cost.rss_mb for cost in costs[max(costs)].values())),
         "extrapolated": LAION not in costs,
-        "measured": {size: {name: vars(cost) for name, cost in own.items()} for size, own in costs.items()},
     }
 
 
