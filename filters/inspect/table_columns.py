@@ -29,8 +29,8 @@ _READERS = 16
 class TableColumns:
     """The columns of a dataset's tables.
 
-    DuckDB's `union_by_name` opens every file whenever a view is bound, which takes a minute for 100,000 of them. Here a
-    file is opened once, and again when its size or time has changed.
+    DuckDB's `union_by_name` opens every file whenever a view is bound. Here a file is opened once, and again when its
+    size or time has changed.
     """
 
     def __init__(self, dataset: DatasetDir) -> None:

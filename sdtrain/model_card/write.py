@@ -88,7 +88,7 @@ def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:
 def _crops(config: TrainConfig, datasets: Sequence[DatasetFacts]) -> str:
     """How images were cropped for the network."""
     if config.data.online_vae:
-        return "resized, then one at random, anew whenever an image is seen"
+        return "resized, then a random crop, new whenever an image is seen"
     return "; ".join(dict.fromkeys(facts.crops for facts in datasets if facts.crops)) or "not recorded"
 
 

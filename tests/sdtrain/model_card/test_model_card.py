@@ -59,7 +59,7 @@ def row_of(card, name):
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_where_the_run_differs_from_the_original_is_said(tmp_path):
+def test_differences_from_the_original_run_are_listed(tmp_path):
     write_dataset(tmp_path / "data")
     (tmp_path / "data" / "latents").mkdir()
     info = {"resize": "shorter side, bicubic, random crops", "num_crops": 4}
@@ -70,10 +70,10 @@ def test_where_the_run_differs_from_the_original_is_said(tmp_path):
     assert "fp32, with TF32 matrix products" in theirs
     ours, theirs = row_of(card, "crops")
     assert ours == "shorter side, bicubic, random crops (4 of each image, one an epoch)"
-    assert theirs == "resized, then one at random, anew whenever an image was seen"
+    assert theirs == "resized, then a random crop, new whenever an image was seen"
     again = write_card(make_run(tmp_path, name="online", precision="fp32", data={"online_vae": True}))
     assert "fp32 (TF32 matrix products on GPUs)" in row_of(again, "precision")[0]
-    assert row_of(again, "crops")[0] == "resized, then one at random, anew whenever an image is seen"
+    assert row_of(again, "crops")[0] == "resized, then a random crop, new whenever an image is seen"
 
 
 def test_the_hub_reads_what_it_expects(tmp_path):
