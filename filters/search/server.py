@@ -183,6 +183,7 @@ def serve(search: Search, host: str, port: int, top: int) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # before the address is printed: whoever reads it may connect at once
     except OSError as error:
         raise UserError(f"{host} port {port} is not available ({error.strerror}). Choose another --port.") from error
     loopback = host in ("127.0.0.1", "::1", "localhost")

@@ -2,14 +2,17 @@
 
 import asyncio
 import io
+import socket
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from PIL import Image
 
 from filters.search.hits import image_bytes
 from filters.search.search import MAX_PICTURE_BYTES, Search
-from filters.search.server import SearchPage
+from filters.search.server import SearchPage, serve
 from tests.filters.removal_fixtures import caption_of, copy_of, make_photo
 
 BINARY = {"Content-Type": "application/octet-stream"}
@@ -122,3 +125,13 @@ def test_a_bomb_of_pixels_is_refused_before_it_is_decoded(page):
 def test_a_forgotten_image_is_a_sentence(page):
     assert "That image is forgotten. Drop it again." in page("/", params={"image": "0" * 32}).text
     assert "There is no such image." in page("/", params={"like": "12345"}).text
+
+
+def test_the_address_takes_connections_from_the_moment_it_is_printed(search, monkeypatch, capsys):
+    def connect(server, sockets):
+        address = urlsplit(capsys.readouterr().out.split()[-4])
+        socket.create_connection((address.hostname, address.port), timeout=60).close()
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", connect)
+    serve(search, "127.0.0.1", 0, 12)
