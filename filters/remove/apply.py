@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
 
-import duckdb
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
@@ -14,6 +12,7 @@ from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
 from filters.remove.rewrite import StageRewrite, touched_entries
+from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, write_entry
@@ -89,7 +88,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
         touched = touched_entries(dataset, stage, journal.touched.get(stage.name, []))
         # As they are: an earlier run may have replaced some of them already.
         fetch_outputs(dataset, stage.name, [entry.shard for entry, _ in touched], as_they_are=True)
-    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
+    with connected(spill=scratch_path(dataset.root, "remove")) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in pipeline.STAGES:
             rewrite.rewrite(stage)

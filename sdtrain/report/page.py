@@ -12,6 +12,7 @@ from typing import Any
 import duckdb
 import jinja2
 
+from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
@@ -76,7 +77,7 @@ def write_report(report: Report, path: Path) -> Path:
     images = path.parent / "pictures"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
+    with connected(report.dataset.database, read_only=True) as connection:
         report.prepare(connection)
         funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
         if not funnel:
