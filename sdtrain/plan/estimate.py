@@ -101,8 +101,8 @@ class Planner:
         images = rows * (1 - self._value("link_rot"))
         kept = images * self._value("kept_share")
         urls = rows * self._value("urls_per_row") if job.has_urls_together else rows
-        made = {"images": images, "kept": kept, "crops": kept * job.num_crops}
-        return {"metadata": metadata, "rows": rows, "urls": urls, **made}
+        selected: dict[Amount, float] = {"metadata": metadata, "rows": rows, "urls": urls}
+        return selected | {"images": images, "kept": kept, "crops": kept * job.num_crops}
 
     def training(self, config: TrainConfig) -> Line:
         """A training run, with the largest micro-batch up to the config's that divides each GPU's share.
