@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 from filters.recipe import DecideConfig, Recipe
 from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words, reason_case, stage_item, stage_rules
 from filters.select.removed_rows import near_duplicate_uids
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import (
@@ -29,7 +28,8 @@ from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
-from sdtrain.dataset.table_columns import TableColumns
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened

@@ -11,8 +11,8 @@ import pyarrow as pa
 
 from filters.recipe_record import read_recipe
 from filters.select.metadata_files import find_metadata, first_line, prepare
-from sdtrain.dataset.connection import forget_files
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.tables.connection import forget_files
 from sdtrain.errors import UserError
 from sdtrain.redaction import holds_secret
 

@@ -19,7 +19,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.sync import fetch_tables
-from sdtrain.dataset.table_columns import TableColumns
+from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from filters.search.search import read_image, read_image_file
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
-from sdtrain.dataset.table_columns import TableColumns
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
 

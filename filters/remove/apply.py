@@ -12,7 +12,6 @@ from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
 from filters.remove.rewrite import StageRewrite, touched_entries
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, write_entry
@@ -20,6 +19,7 @@ from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
 from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.dataset.sync import discard, evict_finished, fetch_outputs, push_files
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
 

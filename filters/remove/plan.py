@@ -32,11 +32,11 @@ from filters import pipeline
 from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, near_duplicate_uids
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
-from sdtrain.dataset.table_columns import TableColumns
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}

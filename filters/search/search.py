@@ -19,11 +19,11 @@ from filters.recipe_record import read_recipe
 from filters.search.embeddings import kept_vectors
 from filters.search.hits import Hit, look_up
 from filters.search.index import ImageIndex, IndexInfo, open_index
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
-from sdtrain.dataset.table_columns import Scan, TableColumns
+from sdtrain.dataset.tables.columns import Scan, TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header

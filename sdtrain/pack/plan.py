@@ -17,11 +17,11 @@ import duckdb
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import ImageRecipe, PackConfig
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")

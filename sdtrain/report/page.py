@@ -12,9 +12,9 @@ from typing import Any
 import duckdb
 import jinja2
 
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.report.examples import FindImage, Gallery, RuleThreshold, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram

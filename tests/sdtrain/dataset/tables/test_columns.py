@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sdtrain.dataset import table_columns
-from sdtrain.dataset.connection import connected
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.table_columns import TableColumns
+from sdtrain.dataset.tables import columns
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 LONG_AGO = time.time() - 3600
@@ -19,7 +19,7 @@ WIDE, NARROW = {"uid": "a", "score": 1.5}, {"uid": "b"}
 
 @pytest.fixture(autouse=True)
 def small_tables(monkeypatch):
-    monkeypatch.setattr(table_columns, "_WORTH_WRITING", 1)
+    monkeypatch.setattr(columns, "_WORTH_WRITING", 1)
 
 
 @pytest.fixture
