@@ -30,9 +30,11 @@ def scored_images(dataset: DatasetDir) -> Images:
     """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
     shards = list(selected_shards(dataset))
     num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
-    schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
-    has_embeddings = bool(schemas) and all("embedding" in schema.names for schema in schemas)
-    networks = {tuple((schema.metadata or {}).get(name) for name in _NETWORK) for schema in schemas}
+    # None is kept: each takes about 10 kB.
+    schemas = (pq.read_schema(dataset.scores(shard)) for shard in shards)
+    kinds = {("embedding" in s.names, *((s.metadata or {}).get(name) for name in _NETWORK)) for s in schemas}
+    has_embeddings = bool(kinds) and all(has for has, *_ in kinds)
+    networks = {kind[1:] for kind in kinds}
     if has_embeddings and len(networks) > 1:
         raise UserError(
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
