@@ -111,8 +111,8 @@ def draw_samples(
     from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
 
-    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
     jobs = make_jobs(prompts, seed, per_prompt)
+    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings).placed(jobs)
     pending = samples.pending(split_batches(jobs, settings))
     with Writer(samples) as writer:
         for job, image in draw_batches(samples.model, pending, settings, all_devices()):
