@@ -106,7 +106,7 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws missing images into a folder, like `sdtrain sample --keep`; raises `UserError` without the model."""
+    """Draws missing images into a folder, like `sdtrain sample`; raises `UserError` without the model."""
     from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
