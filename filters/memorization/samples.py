@@ -23,7 +23,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from sdtrain.sampling.sampler import SampleSettings
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 _SHEET = "grid"  # of `sdtrain sample --grid`
 _PART = re.compile(r"[0-9]+\.tar")
 
