@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field
 from enum import StrEnum
@@ -16,7 +17,10 @@ from sdtrain.cli.output import print_table
 from sdtrain.options import with_options
 
 if TYPE_CHECKING:
+    from filters.recipe import Recipe
     from sdtrain.dataset.layout import DatasetDir
+    from sdtrain.dataset.progress import StageTotals
+    from sdtrain.dataset.stage import Stage
 
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
@@ -70,9 +74,16 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
     with open_build(load_recipe(recipe, options), options, "sdtrain build") as build:
         if build.changes:
             print(f"Not the recipe of the run before; what this touches is redone: {build.changes}")
+
+        def run_stage(stage: Stage[Recipe]) -> StageTotals:
+            totals = run_with_bar(stage, build.dataset, build.recipe, build.preflight)
+            print(totals, flush=True)
+            return totals
+
         build.run(
-            lambda stage: print(run_with_bar(stage, build.dataset, build.recipe, build.preflight), flush=True),
+            run_stage,
             lambda: print(retry_and_count(build.dataset, build.recipe), flush=True),
+            lambda sentence: print(f"warning: {sentence}", file=sys.stderr, flush=True),
         )
     print(f"{build.recipe.name}: {build.dataset}")
 
