@@ -29,7 +29,7 @@ from sdtrain.dataset.manifest import entries
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
-from sdtrain.errors import UserError
+from sdtrain.errors import user_error_of
 from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -197,8 +197,11 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         figures = run_demo(arguments.output, arguments.rows, arguments.steps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        problem = user_error_of(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     # Prefect logs at exit, but the metrics must be the last line.
     logging.getLogger("prefect").setLevel(logging.WARNING)

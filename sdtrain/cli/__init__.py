@@ -10,7 +10,7 @@ import typer
 
 from sdtrain.cli import card, check, curate, evaluate, model, search, status
 from sdtrain.cli.output import Form, print_table
-from sdtrain.errors import UserError
+from sdtrain.errors import user_error_of
 from sdtrain.redaction import hide_secrets_in_logs, print_error
 
 if TYPE_CHECKING:
@@ -27,16 +27,17 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script; a user error is one sentence and exit code 2."""
+    """The console script; exits with 2 and a sentence for what the user can mend, 1 and a traceback for the rest."""
     hide_secrets_in_logs()
     try:
         app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except Exception as error:  # typer would print it unredacted
-        print_error(type(error), error, error.__traceback__)
-        sys.exit(1)
+        problem = user_error_of(error)
+        if problem is None:
+            print_error(type(error), error, error.__traceback__)
+            sys.exit(1)
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
 
 
 app.command()(curate.build)
