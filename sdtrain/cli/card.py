@@ -87,7 +87,8 @@ def _job(name: str, rows: int | None) -> DatasetJob:
     recipe = load_recipe(name)
     num_crops = getattr(recipe.encode, "num_crops", 1)
     sizes = recipe.download.image_size, recipe.encode.resolution, num_crops
-    return DatasetJob(recipe.name, *sizes, rows, getattr(recipe.encode, "text_embeddings", "none") != "none")
+    has_texts = getattr(recipe.encode, "text_embeddings", "none") != "none"
+    return DatasetJob(recipe.name, *sizes, rows, has_texts, recipe.select.shuffle_by == "url")
 
 
 def _shown(line: Line) -> dict[str, object]:

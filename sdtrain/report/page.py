@@ -14,6 +14,7 @@ import jinja2
 
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.report.examples import FindImage, Gallery, RuleThreshold, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
@@ -79,7 +80,7 @@ def write_report(report: Report, path: Path) -> Path:
     images = path.parent / "pictures"
     shutil.rmtree(images, ignore_errors=True)
     images.mkdir(parents=True)
-    with duckdb.connect(str(report.dataset.database), read_only=True) as connection:
+    with connected(report.dataset.database, read_only=True) as connection:
         report.prepare(connection)
         funnel = connection.view("funnel").select(*map(duckdb.ColumnExpression, _FUNNEL)).fetchall()
         if not funnel:
