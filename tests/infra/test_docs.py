@@ -94,7 +94,7 @@ def check_sdtrain(rest: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     own = rest[0].startswith("-")
     found = group if own else group.commands[rest[0]]
-    check_options(rest if own else rest[1:], {option for parameter in found.params for option in parameter.opts})
+    check_options(rest if own else rest[1:], {"--help"} | {name for option in found.params for name in option.opts})
 
 
 def check_options(rest: list[str], known: set[str]) -> None:
