@@ -57,7 +57,7 @@ class Shuffle:
 
     def add(self, rows: pa.RecordBatch) -> None:
         """Distributes rows, which need column `uid` and the same columns each time, over the buckets."""
-        buckets = self._bucket_of(shuffle_keys(rows["uid"], self.seed))
+        buckets = self._bucket_of(self.keys_of(rows))
         order = np.argsort(buckets, kind="stable")
         spread = rows.take(pa.array(order))
         ends = np.searchsorted(buckets[order], np.arange(self.num_buckets), side="right")
@@ -86,15 +86,35 @@ class Shuffle:
         if not batches:
             return Bucket(pa.table({}), 0, np.empty(0, np.int64))
         rows = pa.Table.from_batches(batches).combine_chunks()
-        keys = shuffle_keys(rows["uid"].chunk(0), self.seed)
+        keys = self.keys_of(rows)
         order, first = _order(rows, keys)
         if is_selected:
             first &= ~is_selected(rows["uid"].chunk(0).take(pa.array(order)), keys[order])
         return Bucket(rows.take(pa.array(order[first])), len(rows), np.flatnonzero(first))
 
+    def keys_of(self, rows: pa.RecordBatch | pa.Table) -> Keys:
+        """Returns the uint64 of each row, (B,), by which rows are sorted."""
+        uids = rows["uid"]
+        return shuffle_keys(uids.chunk(0) if isinstance(uids, pa.ChunkedArray) else uids, self.seed)
+
     def _bucket_of(self, keys: Keys) -> npt.NDArray[np.uint16]:
         # The upper 32 bits times the number of buckets give ranges of keys, so that buckets are in order.
         return (((keys >> np.uint64(32)) * np.uint64(self.num_buckets)) >> np.uint64(32)).astype(np.uint16)
+
+
+class SourceOrder(Shuffle):
+    """Rows of imported images in the order of their source, whose tars and tables are then read from front to back.
+
+    `pack` shuffles them.
+    """
+
+    def __init__(self, folder: Path, num_buckets: int, last_row: int) -> None:
+        super().__init__(folder, num_buckets, seed=0)
+        self._scale = np.uint64((2**64 - 1) // (last_row + 1))
+
+    def keys_of(self, rows: pa.RecordBatch | pa.Table) -> Keys:
+        """Returns uint64s in the order of column `source_row`, spread over the whole range."""
+        return rows["source_row"].to_numpy().astype(np.uint64) * self._scale
 
 
 class _File:

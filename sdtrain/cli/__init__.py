@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain.cli import card, check, curate, evaluate, model, search, status
+from sdtrain.cli import card, check, curate, evaluate, importing, model, search, status
 from sdtrain.cli.output import Form, print_table
 from sdtrain.errors import UserError
 from sdtrain.redaction import hide_secrets_in_logs, print_error
@@ -39,6 +39,7 @@ def main() -> None:
         sys.exit(1)
 
 
+app.command("import")(importing.import_images)
 app.command()(curate.build)
 app.command()(curate.recipes)
 app.command()(curate.recipe)
