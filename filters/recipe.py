@@ -86,6 +86,8 @@ class SelectConfig(Settings):
     limit: int | None = Field(default=None, ge=1)
     """At most this many rows, the first in shuffled order."""
     seed: int = 42
+    shuffle_by: Literal["uid", "url"] = "uid"
+    """The order is of single rows, or of URLs, whose rows with other captions come together: one fetch serves them."""
     samples_per_shard: int = Field(default=10_000, ge=1)
     new_files: Literal["append", "reshuffle"] = "append"
     """Metadata files that were added since give shards after the finished ones, or a new shuffle of everything."""

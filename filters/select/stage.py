@@ -19,7 +19,7 @@ from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
-from filters.select.shuffle import Shuffle, SourceOrder
+from filters.select.shuffle import Order, Shuffle, SourceOrder
 from filters.select.side_inputs import identify_side_inputs
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
@@ -79,7 +79,7 @@ class Selection:
             with open_passing_rows(source) as passing:
                 num_passed, dropped = passing.count()
                 num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
-                shuffle = self._order(folder, num_buckets)
+                shuffle = Shuffle(folder, num_buckets, self._order)
                 late = passing.each(shuffle.add)
                 remarks = passing.side_inputs.remarks if passing.side_inputs else ()
             paths, num_out, repeated = self._write(shuffle)
@@ -97,16 +97,11 @@ class Selection:
             notes=[*(_import_remarks(self.files) if self.is_import else remarks_on(self.files, self.select)), *remarks],
         )
 
-    def _order(self, folder: Path, num_buckets: int) -> Shuffle:
-        if not self.is_import:
-            return Shuffle(folder, num_buckets, self.select.seed)
-        return SourceOrder(folder, num_buckets, max(last_source_row(Path(file.path)) for file in self.files))
-
     def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
         """Writes the shards; returns them, their number of rows, and drop counts by reason."""
         limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
         # An import lists only what is new, and finished ones are in another order.
-        selected = SelectedUids(() if self.is_import else self.before.files, self.select.seed)
+        selected = SelectedUids(() if self.is_import else self.before.files, self._order)
         num_out = num_repeated = num_over = 0
         # Two more than there are processors, because each thread ends by waiting for the disk.
         with ThreadPoolExecutor(self.num_threads + 2) as threads:
@@ -120,6 +115,13 @@ class Selection:
                 shards.add(bucket.rows.slice(0, left))
             paths = shards.finish()
         return paths, num_out, +Counter({"duplicate_row": num_repeated, "over_limit": num_over})
+
+    @property
+    def _order(self) -> Order:
+        if self.is_import:
+            last_row = max(last_source_row(Path(file.path)) for file in self.files)
+            return SourceOrder(self.select.seed, last_row=last_row)
+        return Order(self.select.seed, self.select.shuffle_by)
 
     def _check_sum(self, num_out: int, dropped: Counter[str]) -> None:
         num_in = sum(file.num_rows for file in self.files)
@@ -176,6 +178,8 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
 def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
     config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS})
+    if config["shuffle_by"] == "uid":  # as it was before there was a choice
+        del config["shuffle_by"]
     # As pairs, because the order of the rules decides the reasons.
     config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
     if recipe.source:

@@ -18,7 +18,7 @@ from sdtrain.dataset.stage import begin, pending, run_batch
 from sdtrain.download.source.update import Update
 from tests.sdtrain.download.download_fixtures import encoded, photo
 
-WILD = Path(__file__).parents[3] / "shared" / "data" / "wild"
+WILD = Path(__file__).parents[4] / "shared" / "data" / "wild"
 
 
 def write_files(folder: Path, files: dict[str, bytes | str]) -> Path:
