@@ -22,7 +22,7 @@ from sdtrain.cli import app
 from sdtrain.config import known_configs
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/operating.md", "docs/resuming.md", "infra/README.md", "docs/takedown.md")
+PAGES = ("docs/operating.md", "docs/resuming.md", "infra/README.md", "docs/takedown.md", "docs/commands.md")
 PAGES += ("docs/adding-a-rule.md", "docs/adding-a-head.md", "docs/adding-a-stage.md")
 FLOWS = {flow.name: flow for flow in (build_dataset, build_demo, train_unet, reproduce_sd_v1)}
 PREFECT = {
@@ -92,8 +92,9 @@ def check_make(rest: list[str]) -> None:
 
 def check_sdtrain(rest: list[str]) -> None:
     group: Any = typer.main.get_command(app)
-    found = group.commands[rest[0]]
-    check_options(rest[1:], {option for parameter in found.params for option in parameter.opts})
+    own = rest[0].startswith("-")
+    found = group if own else group.commands[rest[0]]
+    check_options(rest if own else rest[1:], {"--help"} | {name for option in found.params for name in option.opts})
 
 
 def check_options(rest: list[str], known: set[str]) -> None:
