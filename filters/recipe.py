@@ -122,6 +122,8 @@ class ScoreConfig(Settings):
     pixels differ slightly, and so do their digests, by which exact duplicates are found: never mix the two."""
     store_embeddings: bool = False
     """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB an image for ViT-L/14."""
+    store_miniatures: bool = False
+    """Keep small planes of pixels, by which altered copies are found, as a column `miniature`: 1.7 kB an image."""
 
     @property
     def pins(self) -> dict[str, str]:
@@ -130,8 +132,12 @@ class ScoreConfig(Settings):
         return {name: digest for name, digest in pinned.items() if digest}
 
     def described(self) -> dict[str, Any]:
-        """The settings that determine the scores: all but the pins, which only forbid changes."""
-        return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
+        """The settings that determine the scores: all but the pins, which only forbid changes.
+
+        A setting that came later counts only where it is set, so that datasets of earlier versions stay finished.
+        """
+        pins = {f"{name}_sha256" for name in NETWORKS}
+        return self.model_dump(mode="json", exclude=pins | (set() if self.store_miniatures else {"store_miniatures"}))
 
     @model_validator(mode="after")
     def _pins_are_of_files(self) -> ScoreConfig:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filters import pipeline
+from filters.decide.losses import heavy_losses
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
 from filters.rules import RULES, Rule, decide_item, select_item, stage_item
@@ -54,6 +56,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         thresholds=list(rule_thresholds(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
         scores_note=scores_note(recipe),
+        warn=partial(heavy_losses, recipe=recipe),
     )
     return write_report(report, dataset.report)
 

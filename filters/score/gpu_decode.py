@@ -134,5 +134,5 @@ def _described(
     sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
 ) -> PreprocessedImage:
     image, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
-    row = describe(sample, image, small)
+    row = describe(sample, image, small, required)
     return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)

@@ -20,6 +20,7 @@ from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.miniature import miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
 from sdtrain.models.clip import Preprocess, clip_view, pixels_of
 
@@ -49,10 +50,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class RequiredViews:
-    """The views of an image that the networks need."""
+    """The views of an image that the networks and the score table need."""
 
     clip: Preprocess | None
     watermark: bool
+    miniature: bool = False
+    """For the search for altered copies, not for a network."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,16 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
         return damaged(sample)
     squashed = watermark_view(image)
     return PreprocessedImage(
-        describe(sample, image, squashed),
+        describe(sample, image, squashed, required),
         caption_of(sample),
         pixels_of(clip_view(image, required.clip)) if required.clip else None,
         pixels_of(squashed) if required.watermark else None,
     )
 
 
-def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[str, Any]:
+def describe(sample: Sample, image: Image.Image, squashed: Image.Image, required: RequiredViews) -> dict[str, Any]:
     """Returns a decoded image's row without network scores; `squashed` is the watermark detector's view."""
-    return {
+    row = {
         "uid": sample.uid,
         "key": sample.key,
         "pixel_sha256": pixel_sha256(image),
@@ -116,6 +119,7 @@ def describe(sample: Sample, image: Image.Image, squashed: Image.Image) -> dict[
         **measure(gray_of(squashed)),
         "reason": None,
     }
+    return row | {"miniature": miniature(squashed)} if required.miniature else row
 
 
 def damaged(sample: Sample) -> PreprocessedImage:
