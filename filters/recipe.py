@@ -80,7 +80,8 @@ class SelectConfig(Settings):
 
     metadata: str = ""
     """Parquet, CSV, TSV or JSON lines (also .gz, .zst) with LAION's columns: a file, a folder or a glob; local, or on
-    s3://, gs://, hf:// or https://. Records keep no query or password of a URL: give it again, or write ${NAME} and set that environment variable."""
+    s3://, gs://, hf:// or https://. Records keep no query or password of a URL: give it again, or write ${NAME} and set
+    that environment variable."""
     swapped_sizes: SwappedSizes = "auto"
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
     columns: Columns = Field(default={})

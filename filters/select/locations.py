@@ -34,7 +34,9 @@ def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,
         path = Path(pattern).expanduser()
         found, is_folder = [str(p.absolute()) for p in _matching(path, suffixes)], path.is_dir()
     if not found:
-        kind = f"no {' or '.join(suffixes)} file in the folder" if is_folder else "no file or folder"
+        plain = [suffix for suffix in suffixes if not suffix.endswith(tuple(COMPRESSIONS))]
+        listed = " or ".join(filter(None, [", ".join(plain[:-1]), plain[-1]]))
+        kind = f"no {listed} file in the folder" if is_folder else "no file or folder"
         raise UserError(f"There is {kind} {pattern}, which the recipe names as {purpose}.")
     return sorted(found)
 
