@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from filters.build_options import BuildOptions
 from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
-from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
@@ -35,7 +35,7 @@ DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_r
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
 """The networks of `score`, by their settings' prefix."""
 
-JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
+JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
 
 
 def _joinable(columns: list[str] | None) -> list[str] | None:
@@ -195,6 +195,8 @@ class Recipe(Settings):
     description: str = ""
     expected_rows: str = ""
     """The published size of the subset, shown beside ours."""
+    source: SourceConfig | None = None
+    """The user's own images that `sdtrain import` reads; `select.metadata` is then the dataset's list of them."""
     select: SelectConfig = SelectConfig()
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()

@@ -35,6 +35,8 @@ from sdtrain.images.header import read_header
 from sdtrain.models.clip import Preprocess
 from sdtrain.models.copies import PendingCopy, copies_of
 
+_MAX_RATIO = 32
+
 
 def preprocess_on_device(
     samples: Sequence[Sample], required: RequiredViews, decoder: JpegDecoder, pool: Executor
@@ -79,7 +81,9 @@ def _is_plain_jpeg(content: bytes) -> bool:
         header = read_header(content, sys.maxsize)
     except ImageError:
         return False
-    return header.is_plain and header.extension == "jpg"
+    # Its view would be as long as the sides' ratio.
+    is_thin = max(header.image.size) > _MAX_RATIO * min(header.image.size)
+    return header.is_plain and header.extension == "jpg" and not is_thin
 
 
 def _by_shape(pixels: Mapping[int, Tensor]) -> list[list[int]]:
