@@ -24,7 +24,7 @@ Pixels = NDArray[np.uint8]
 _Reals = NDArray[np.float64]
 _PRECISION = 22  # bits of a weight, Pillow's PRECISION_BITS for 8-bit channels
 _HALF = 1 << (_PRECISION - 1)
-_VALUES_AT_ONCE = 1 << 20  # more would not be faster, and take gigabytes for a large image
+_VALUES_AT_ONCE = 1 << 18  # a megabyte: more is no faster, and would be gigabytes for a large image
 _TALL_IMAGES_BY_HEIGHT = int(PIL.__version__.split(".")[0]) >= 13
 
 
@@ -80,23 +80,26 @@ def _filtered(pixels: Pixels, sides: Sequence[tuple[_Side, _Side]]) -> list[Pixe
     first = _filter_first(pixels, tuple(n for n, _ in sides))
     edges = np.cumsum([n.stop - n.start for n, _ in sides])[:-1]
     parts = zip(np.split(first, edges), sides, strict=True)
-    return [_product(_weights(pixels.shape[1], (m,)), _turned(part)) for part, (_, m) in parts]
+    return [_filter_first(_turned(part), (m,)) for part, (_, m) in parts]
 
 
 def _filter_first(pixels: Pixels, sides: tuple[_Side, ...]) -> Pixels:
-    """(N, M, C) -> (n, M, C), those of all sides below one another; some of the M at a time."""
+    """(N, M, C) -> (n, M, C), those of all sides below one another."""
     weights = _weights(len(pixels), sides)
     at_once = max(1, _VALUES_AT_ONCE // (len(pixels) * pixels.shape[2]))
-    bands = range(0, pixels.shape[1], at_once)
-    return np.concatenate([_product(weights, pixels[:, start : start + at_once]) for start in bands], axis=1)
+    filtered = np.empty((weights.shape[0], *pixels.shape[1:]), np.uint8)
+    for start in range(0, pixels.shape[1], at_once):
+        band = pixels[:, start : start + at_once].astype(np.int32)
+        sums = weights @ band.reshape(len(pixels), -1)
+        filtered[:, start : start + at_once] = _rounded(sums).reshape(-1, *band.shape[1:])
+    return filtered
 
 
-def _product(weights: Any, pixels: Pixels) -> Pixels:
-    """(n, N) weights, (N, M, C) -> (n, M, C), rounded half up as Pillow does, and clipped to 8 bits."""
-    sums: NDArray[np.int32] = weights @ pixels.astype(np.int32).reshape(len(pixels), -1)
+def _rounded(sums: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Half up as Pillow does, and clipped to 8 bits; in place."""
     sums += _HALF
     sums >>= _PRECISION
-    return np.clip(sums, 0, 255, out=sums).astype(np.uint8).reshape(-1, *pixels.shape[1:])
+    return np.clip(sums, 0, 255, out=sums)
 
 
 def _turned(pixels: Pixels) -> Pixels:
