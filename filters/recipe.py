@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from filters.build_options import BuildOptions
 from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
-from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
@@ -35,7 +35,7 @@ DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_r
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
 """The networks of `score`, by their settings' prefix."""
 
-JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
+JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
 
 
 def _joinable(columns: list[str] | None) -> list[str] | None:
@@ -86,6 +86,8 @@ class SelectConfig(Settings):
     limit: int | None = Field(default=None, ge=1)
     """At most this many rows, the first in shuffled order."""
     seed: int = 42
+    shuffle_by: Literal["uid", "url"] = "uid"
+    """The order is of single rows, or of URLs, whose rows with other captions come together: one fetch serves them."""
     samples_per_shard: int = Field(default=10_000, ge=1)
     new_files: Literal["append", "reshuffle"] = "append"
     """Metadata files that were added since give shards after the finished ones, or a new shuffle of everything."""
@@ -120,6 +122,8 @@ class ScoreConfig(Settings):
     pixels differ slightly, and so do their digests, by which exact duplicates are found: never mix the two."""
     store_embeddings: bool = False
     """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB an image for ViT-L/14."""
+    store_miniatures: bool = False
+    """Keep small planes of pixels, by which altered copies are found, as a column `miniature`: 1.7 kB an image."""
 
     @property
     def pins(self) -> dict[str, str]:
@@ -128,8 +132,12 @@ class ScoreConfig(Settings):
         return {name: digest for name, digest in pinned.items() if digest}
 
     def described(self) -> dict[str, Any]:
-        """The settings that determine the scores: all but the pins, which only forbid changes."""
-        return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
+        """The settings that determine the scores: all but the pins, which only forbid changes.
+
+        A setting that came later counts only where it is set, so that datasets of earlier versions stay finished.
+        """
+        pins = {f"{name}_sha256" for name in NETWORKS}
+        return self.model_dump(mode="json", exclude=pins | (set() if self.store_miniatures else {"store_miniatures"}))
 
     @model_validator(mode="after")
     def _pins_are_of_files(self) -> ScoreConfig:
@@ -174,6 +182,8 @@ class Recipe(Settings):
     description: str = ""
     expected_rows: str = ""
     """The published size of the subset, shown beside ours."""
+    source: SourceConfig | None = None
+    """The user's own images that `sdtrain import` reads; `select.metadata` is then the dataset's list of them."""
     select: SelectConfig = SelectConfig()
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()

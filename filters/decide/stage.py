@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
@@ -35,17 +38,14 @@ from sdtrain.pack.plan import shortened
 _JOINED = """
 SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
        i.original_width::BIGINT * i.original_height AS area, b.uid IS NOT NULL AS is_removed, {columns}
-FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard
-      FROM read_parquet($selection, filename = true, union_by_name = true)) s
+FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard FROM ({selection})) s
 LEFT JOIN read_parquet($images) i USING (uid)
 LEFT JOIN read_parquet($scores) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
 LEFT JOIN blocked b USING (uid)
 {joins}
 """
-_HASHES = """
-SELECT uid, phash FROM read_parquet(?) UNION ALL SELECT uid, phash FROM read_parquet(?, union_by_name = true)
-"""
+_HASHES = "SELECT uid, phash FROM read_parquet($images) UNION ALL SELECT uid, phash FROM ({scores})"
 # Of each group, the largest image that passes every rule stays, then the best scored, then the smallest uid.
 _DECIDED = """
 WITH judged AS (SELECT *, {case} AS rule_reason FROM joined),
@@ -70,12 +70,16 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
     case, values = reason_case(recipe.decide.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
     columns, measured = ", ".join(_columns(dataset, recipe.decide)), _measured(dataset, recipe.decide)
-    joins = "\n".join(f"LEFT JOIN read_parquet(${name}, union_by_name = true) {name} USING (uid)" for name in measured)
-    # Otherwise DuckDB spills to the working directory.
-    with duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "decide"))}) as connection:
-        connection.register("blocked", _near_duplicates_of_removed(connection, dataset))
-        joined = _JOINED.format(columns=columns, joins=joins)
-        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | measured)
+    tables = TableColumns(dataset)
+    selected = tables.scan(_selections(dataset), "selection")
+    scans = {name: tables.scan(paths, name) for name, paths in measured.items()}
+    joins = "\n".join(f"LEFT JOIN ({scan.sql}) {name} USING (uid)" for name, scan in scans.items())
+    with connected(spill=scratch_path(dataset.root, "decide")) as connection:
+        connection.register("blocked", _near_duplicates_of_removed(connection, dataset, tables))
+        joined = _JOINED.format(columns=columns, joins=joins, selection=selected.sql)
+        tables.save()
+        bound = [selected.values, *(scan.values for scan in scans.values())]
+        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -95,13 +99,13 @@ def _columns(dataset: DatasetDir, decide: DecideConfig) -> Iterator[str]:
         yield from (stage_item(rule, f"measured_{number}") for rule in found)
 
 
-def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[str] | str]:
+def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[Path]]:
     """Returns the tables of the stages that rules name, by their alias."""
-    found: dict[str, list[str] | str] = {}
+    found: dict[str, list[Path]] = {}
     for number, stage in enumerate(stage_rules(decide.rules)):
         fetch_outputs(dataset, stage, tars=False)
         names = [name for entry in _finished(dataset, stage) for name in entry.outputs if name.endswith(".parquet")]
-        found[f"measured_{number}"] = [str(dataset.root / name) for name in names]
+        found[f"measured_{number}"] = [dataset.root / name for name in names]
     return found
 
 
@@ -113,7 +117,7 @@ def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
 
 def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:
     """Refuses rules on V1's scores without their column, the only one that selections may lack."""
-    files = _sources(dataset)["selection"] if column == "aesthetic_v1" and decide.decide_by == "metadata" else []
+    files = _selections(dataset) if column == "aesthetic_v1" and decide.decide_by == "metadata" else []
     if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(
             f"decide.rules: min_aesthetic_v1 looks at the scores of LAION's first predictor, which the metadata of "
@@ -121,18 +125,26 @@ def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None
         )
 
 
-def _near_duplicates_of_removed(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> pa.Table:
+def _near_duplicates_of_removed(
+    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, tables: TableColumns
+) -> pa.Table:
     """Returns uids of images similar to one that was removed with a radius."""
+    ledger = read_ledger(dataset.removed)
+    if not len(removed_hashes(ledger)):
+        return pa.table({"uid": pa.array([], pa.string())})
     sources = _sources(dataset)
-    return near_duplicate_uids(
-        connection, _HASHES, [sources["images"], sources["scores"]], read_ledger(dataset.removed)
-    )
+    scores = tables.scan([Path(path) for path in sources["scores"]], "scores")
+    hashes = _HASHES.format(scores=scores.sql)
+    return near_duplicate_uids(connection, hashes, {"images": sources["images"], **scores.values}, ledger)
+
+
+def _selections(dataset: DatasetDir) -> list[Path]:
+    return [dataset.selection(shard) for shard in selected_shards(dataset)]
 
 
 def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
     shards = selected_shards(dataset)
     return {
-        "selection": [str(dataset.selection(shard)) for shard in shards],
         "images": [str(dataset.images_table(shard)) for shard in shards],
         "scores": [str(dataset.scores(shard)) for shard in shards],
         "duplicates": str(dataset.duplicates),

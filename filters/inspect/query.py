@@ -12,6 +12,7 @@ import pyarrow as pa
 from filters.recipe_record import read_recipe
 from filters.select.metadata_files import find_metadata, first_line, prepare
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.tables.connection import forget_files
 from sdtrain.errors import UserError
 from sdtrain.redaction import holds_secret
 
@@ -106,6 +107,7 @@ def _open(dataset: DatasetDir) -> duckdb.DuckDBPyConnection:
         metadata = []
     connection = duckdb.connect(dataset.database, read_only=True)
     prepare(connection, metadata)
+    forget_files(connection)
     connection.execute("SET allowed_directories = ?", [[f"{dataset.root.absolute()}/"]])
     connection.execute("SET allowed_paths = ?", [metadata])
     connection.execute("SET enable_external_access = false")

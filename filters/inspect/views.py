@@ -11,7 +11,6 @@ import duckdb
 from filters import pipeline
 from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
-from filters.inspect.table_columns import TableColumns
 from filters.recipe import Recipe
 from filters.select.metadata_files import find_metadata, prepare
 from filters.select.schema import normalised_sql
@@ -20,6 +19,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.sync import fetch_tables
+from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.errors import UserError
 from sdtrain.redaction import LEFT_OUT, as_recorded, holds_secret
 

@@ -5,32 +5,32 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import duckdb
 from PIL import Image
 
 from filters.search.search import read_image, read_image_file
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.dataset.tars import Member, index_samples
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
     from sdtrain.sampling.sampler import SampleSettings
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 _SHEET = "grid"  # of `sdtrain sample --grid`
 _PART = re.compile(r"[0-9]+\.tar")
 
 # A model memorises the images of the most repeated prompts first.
 _CAPTIONS = """
-SELECT caption, count(*) AS num FROM read_parquet($images, union_by_name = true) JOIN read_parquet($decisions) d
-USING (uid) WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDER BY num DESC, caption LIMIT $num
+SELECT caption, count(*) AS num FROM ({images}) JOIN read_parquet($decisions) d USING (uid)
+WHERE d.reason IS NULL AND trim(caption) != '' GROUP BY caption ORDER BY num DESC, caption LIMIT $num
 """
 
 
@@ -92,12 +92,15 @@ def _prompt_of(path: Path) -> str:
 
 def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
     """Returns the most common captions of kept images, with counts; raises `UserError` if none are kept."""
-    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    images = [path for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
     if not dataset.decisions.exists() or not images:
         raise UserError(f"{dataset.root} is not built as far as `decide`. Run `sdtrain build` again.")
-    with closing(duckdb.connect()) as connection:
-        asked = {"images": images, "decisions": str(dataset.decisions), "num": num}
-        rows = connection.execute(_CAPTIONS, asked).fetchall()
+    tables = TableColumns(dataset)
+    scan = tables.scan(images, "images")
+    tables.save()
+    with connected() as connection:
+        asked = {"decisions": str(dataset.decisions), "num": num, **scan.values}
+        rows = connection.execute(_CAPTIONS.format(images=scan.sql), asked).fetchall()
     if not rows:
         raise UserError(f"{dataset.root} holds no captions of kept images.")
     return rows
@@ -106,13 +109,13 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws missing images into a folder, like `sdtrain sample --keep`; raises `UserError` without the model."""
+    """Draws missing images into a folder, like `sdtrain sample`; raises `UserError` without the model."""
     from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
 
-    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
     jobs = make_jobs(prompts, seed, per_prompt)
+    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings).placed(jobs)
     pending = samples.pending(split_batches(jobs, settings))
     with Writer(samples) as writer:
         for job, image in draw_batches(samples.model, pending, settings, all_devices()):

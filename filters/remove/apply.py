@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import closing
 
-import duckdb
 import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
@@ -21,6 +19,7 @@ from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
 from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.dataset.sync import discard, evict_finished, fetch_outputs, push_files
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
 
@@ -89,7 +88,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
         touched = touched_entries(dataset, stage, journal.touched.get(stage.name, []))
         # As they are: an earlier run may have replaced some of them already.
         fetch_outputs(dataset, stage.name, [entry.shard for entry, _ in touched], as_they_are=True)
-    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "remove"))})) as connection:
+    with connected(spill=scratch_path(dataset.root, "remove")) as connection:
         rewrite = StageRewrite(dataset, recipe, connection, journal.touched, journal.finished)
         for stage in pipeline.STAGES:
             rewrite.rewrite(stage)

@@ -17,8 +17,7 @@ first completes it; nothing else may use the dataset meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,9 +35,15 @@ from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
+from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}
+
+_SEEN = {"url": "VARCHAR", "sha256": "VARCHAR", "phash": "BIGINT"}
+# One file may serve all shards.
+_SHARD = "coalesce(TRY_CAST(parse_filename(filename, true) AS INTEGER), 0)"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,14 @@ class Removal:
         """Whether anything is removed or newly blocked."""
         return bool(self.num_samples or len(self.rows))
 
+    def counts(self) -> dict[str, Any]:
+        """The same in numbers, with the shards by stage."""
+        numbers = ("by", "num_entries", "num_listed", "num_same_bytes", "num_near_duplicates", "num_duplicates_left")
+        return {name: getattr(self, name) for name in numbers} | {
+            "touched": {stage: sorted(shards) for stage, shards in self.touched.items()},
+            "num_newly_blocked": len(self.rows),
+        }
+
     def sentences(self) -> list[str]:
         """Describes the removal for the terminal."""
         others = [
@@ -107,7 +120,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
     read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
     blocks = _ledger([_entry_row(by, entry, radius or 0) for entry in entries], by)
-    with TemporaryDirectory() as folder, closing(duckdb.connect(Path(folder) / "seen.duckdb")) as connection:
+    with TemporaryDirectory() as folder, connected(Path(folder) / "seen.duckdb") as connection:
         search = _Search(connection, dataset)
         listed = search.blocked(blocks)
         same = search.same_bytes(listed)
@@ -118,7 +131,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
         rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
         num_duplicates = len(search.duplicates(found) - found)
-        touched = _touched_shards(connection, dataset, found)
+        touched = search.touched_shards(found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
     return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
 
@@ -154,7 +167,7 @@ class _Search:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
         self._connection, self._duplicates = connection, dataset.duplicates
-        rows, values = _rows_sql(dataset, ("url", "sha256", "phash"))
+        rows, values = _rows_sql(dataset)
         connection.execute("SET preserve_insertion_order = false")
         # Materialised, because each query would read all of it again.
         connection.execute(f"CREATE TABLE seen AS {rows}", values)
@@ -164,7 +177,7 @@ class _Search:
         known = Blocked(self._connection, ledger).sql("SELECT * FROM seen", uid="uid")
         found = self._uids(f"SELECT uid FROM ({known}) WHERE is_removed")  # noqa: S608
         return found | set(
-            near_duplicate_uids(self._connection, "SELECT uid, phash FROM seen", [], ledger)["uid"].to_pylist()
+            near_duplicate_uids(self._connection, "SELECT uid, phash FROM seen", {}, ledger)["uid"].to_pylist()
         )
 
     def same_bytes(self, uids: set[str]) -> set[str]:
@@ -188,6 +201,14 @@ class _Search:
         """Returns the uids' perceptual hashes."""
         return self._values("phash", uids)
 
+    def touched_shards(self, uids: set[str]) -> dict[str, list[int]]:
+        """Returns by stage the shards whose tables hold any of the uids, in order."""
+        query = "SELECT DISTINCT stage, shard FROM seen WHERE uid IN (SELECT unnest(?)) ORDER BY ALL"
+        touched: dict[str, list[int]] = {stage.name: [] for stage in pipeline.STAGES}
+        for stage, shard in self._connection.execute(query, [sorted(uids)]).fetchall():
+            touched[stage].append(shard)
+        return touched
+
     def _values(self, column: str, uids: set[str]) -> list[Any]:
         query = (
             f"SELECT DISTINCT {column} FROM seen WHERE {column} IS NOT NULL AND uid IN (SELECT unnest(?)) ORDER BY 1"  # noqa: S608
@@ -198,40 +219,28 @@ class _Search:
         return {uid for (uid,) in self._connection.execute(query, values).fetchall()}
 
 
-def _rows_sql(dataset: DatasetDir, columns: Sequence[str]) -> tuple[str, list[Any]]:
-    """Returns SQL for `uid` and `columns` of all tables' rows, NULL where a table lacks one, and the values to bind."""
-    parts, values = ["SELECT NULL::VARCHAR AS uid, " + ", ".join(_null(name) for name in columns)], list[Any]()
-    for table in filter(None, (stage.table for stage in pipeline.STAGES)):
-        paths = list(table.files(dataset).values())
-        if paths:
-            had = pq.read_schema(paths[0]).names
-            selected = ", ".join(name if name in had else _null(name) for name in columns)
-            parts.append(f"SELECT uid, {selected} FROM read_parquet(?, union_by_name = true)")  # noqa: S608
-            values.append([str(path) for path in paths])
-    everything = " UNION ALL ".join(parts)
-    return f"SELECT * FROM ({everything}) WHERE uid IS NOT NULL", values  # noqa: S608
+def _rows_sql(dataset: DatasetDir) -> tuple[str, dict[str, list[str]]]:
+    """Returns SQL for all tables' rows with their stage and shard, and the values to bind.
 
-
-def _touched_shards(
-    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, uids: Collection[str]
-) -> dict[str, list[int]]:
-    connection.register("wanted", pa.table({"uid": pa.array(sorted(uids), pa.string())}))
-    touched = {}
+    A column that a table lacks is NULL.
+    """
+    tables, values = TableColumns(dataset), dict[str, list[str]]()
+    parts = [f"SELECT NULL::VARCHAR AS uid, {', '.join(map(_null, _SEEN))}, NULL::VARCHAR, NULL::INTEGER"]
     for stage in pipeline.STAGES:
-        files = stage.table.files(dataset) if stage.table else {}
-        shards = {str(path): shard for shard, path in files.items()}
-        query = (
-            "SELECT DISTINCT filename FROM read_parquet(?, filename = true, union_by_name = true) "
-            "WHERE uid IN (SELECT uid FROM wanted)"
-        )
-        found = connection.execute(query, [list(shards)]).fetchall() if shards and uids else []
-        touched[stage.name] = sorted(shards[name] for (name,) in found)
-    connection.unregister("wanted")
-    return touched
+        paths = list(stage.table.files(dataset).values()) if stage.table else []
+        if paths:
+            scan = tables.scan(paths, stage.name)
+            values |= scan.values
+            had = {name for files in scan.values.values() for name in pq.read_schema(files[0]).names}
+            selected = ", ".join(name if name in had else _null(name) for name in _SEEN)
+            parts.append(f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
+    tables.save()
+    names, everything = ", ".join(_SEEN), " UNION ALL ".join(parts)
+    return f"SELECT * FROM ({everything}) rows (uid, {names}, stage, shard) WHERE uid IS NOT NULL", values  # noqa: S608
 
 
 def _null(name: str) -> str:
-    return f"NULL::{'BIGINT' if name == 'phash' else 'VARCHAR'} AS {name}"
+    return f"NULL::{_SEEN[name]} AS {name}"
 
 
 def _entry_row(by: Kind, entry: Entry, radius: int) -> dict[str, Any]:

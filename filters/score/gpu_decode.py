@@ -37,6 +37,8 @@ from sdtrain.images.header import read_header
 from sdtrain.models.clip import Preprocess
 from sdtrain.models.copies import PendingCopy, copies_of
 
+_MAX_RATIO = 32
+
 
 def preprocess_on_device(
     samples: Sequence[Sample], required: RequiredViews, decoder: JpegDecoder, pool: Executor
@@ -81,7 +83,9 @@ def _is_plain_jpeg(content: bytes) -> bool:
         header = read_header(content, sys.maxsize)
     except ImageError:
         return False
-    return header.is_plain and header.extension == "jpg"
+    # Its view would be as long as the sides' ratio.
+    is_thin = max(header.image.size) > _MAX_RATIO * min(header.image.size)
+    return header.is_plain and header.extension == "jpg" and not is_thin
 
 
 def _by_shape(pixels: Mapping[int, Tensor]) -> list[list[int]]:
@@ -136,6 +140,6 @@ def _described(
     sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
 ) -> PreprocessedImage:
     pixels = whole.numpy()
-    measured = Measured(pixels, thumbnail(pixels), squashed.numpy())
-    row = describe(sample, Image.fromarray(pixels), measured)
+    measured = Measured(pixels, thumbnail(pixels), Image.fromarray(squashed.numpy()))
+    row = describe(sample, Image.fromarray(pixels), measured, required)
     return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)

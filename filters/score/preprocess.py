@@ -21,6 +21,7 @@ from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.images.miniature import miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
 from sdtrain.images.resample import Pixels, View, resample
 from sdtrain.models.clip import Preprocess
@@ -53,10 +54,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class RequiredViews:
-    """The views of an image that the networks need."""
+    """The views of an image that the networks and the score table need."""
 
     clip: Preprocess | None
     watermark: bool
+    miniature: bool = False
+    """For the search for altered copies, not for a network."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,9 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
     pixels = np.asarray(image)
     clip = [clip_view(required.clip, *image.size)] if required.clip else []
     small, squashed, *seen = resample(pixels, [THUMBNAIL, WATERMARK_VIEW, *clip])
+    measured = Measured(pixels, small.tobytes(), Image.fromarray(squashed))
     return PreprocessedImage(
-        describe(sample, image, Measured(pixels, small.tobytes(), squashed)),
+        describe(sample, image, measured, required),
         caption_of(sample),
         torch.from_numpy(seen[0]) if seen else None,
         torch.from_numpy(squashed) if required.watermark else None,
@@ -110,19 +114,16 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
 
 
 class Measured(NamedTuple):
-    """What an image's row is computed from, besides the image: its pixels, `thumbnail` and the watermark view.
-
-    `pixels` and `squashed` are (H, W, 3) uint8.
-    """
+    """What an image's row is computed from, besides the image: its pixels (H, W, 3), thumbnail and watermark view."""
 
     pixels: Pixels
     thumbnail: bytes
-    squashed: Pixels
+    squashed: Image.Image
 
 
-def describe(sample: Sample, image: Image.Image, measured: Measured) -> dict[str, Any]:
+def describe(sample: Sample, image: Image.Image, measured: Measured, required: RequiredViews) -> dict[str, Any]:
     """Returns a decoded RGB image's row without network scores."""
-    return {
+    row = {
         "uid": sample.uid,
         "key": sample.key,
         "pixel_sha256": pixel_sha256(measured.pixels),
@@ -133,6 +134,7 @@ def describe(sample: Sample, image: Image.Image, measured: Measured) -> dict[str
         **measure(gray_of(measured.squashed)),
         "reason": None,
     }
+    return row | {"miniature": miniature(measured.squashed)} if required.miniature else row
 
 
 def damaged(sample: Sample) -> PreprocessedImage:
@@ -172,9 +174,9 @@ def thumbnail(image: Image.Image | Pixels) -> bytes:
     return resample(np.asarray(image), [THUMBNAIL])[0].tobytes()
 
 
-def gray_of(pixels: Pixels) -> NDArray[np.uint8]:
+def gray_of(image: Image.Image) -> NDArray[np.uint8]:
     """Returns an RGB image's brightness (ITU-R 601 luma), (H, W)."""
-    return np.asarray(Image.fromarray(pixels).convert("L"))
+    return np.asarray(image.convert("L"))
 
 
 def measure(gray: NDArray[np.uint8]) -> dict[str, float]:

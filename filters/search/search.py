@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
 
-import duckdb
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,6 +22,8 @@ from filters.search.index import ImageIndex, IndexInfo, open_index
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
+from sdtrain.dataset.tables.columns import Scan, TableColumns
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.images.decode import ImageError, upright_rgb
 from sdtrain.images.header import read_header
@@ -37,9 +37,9 @@ _MAX_LOOKED_AT = 1 << 14
 _WORD = re.compile(r"\w+")
 # Captions are split at anything but letters, digits and underscores, as `\w` has it.
 _MATCHED = """
-SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{L}\\p{N}_]+'), $words)) AS matched, shard, uid
+SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{{L}}\\p{{N}}_]+'), $words)) AS matched, shard, uid
 FROM (SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard
-      FROM read_parquet($images, filename = true, union_by_name = true) WHERE reason IS NULL AND caption IS NOT NULL)
+      FROM ({images}) WHERE reason IS NULL AND caption IS NOT NULL)
 WHERE matched > 0"""
 _KEPT = " AND uid IN (SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL)"
 _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
@@ -171,25 +171,37 @@ def read_image_file(path: Path) -> Image.Image:
 def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
     """Returns (share of the words, shard, uid) of downloaded images, most words first, then the shortest caption."""
     words = sorted(set(_WORD.findall(text.lower())))
-    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
-    if not words or not images:
+    images = _images(dataset) if words else None
+    if images is None:
         return []
-    with closing(duckdb.connect()) as connection:
-        asked = {"words": words, "images": images, "top": top}
+    with connected() as connection:
+        asked = {"words": words, "top": top, **images.values}
         asked |= {"decisions": str(dataset.decisions)} if kept_only else {}
-        rows = connection.execute(_MATCHED + (_KEPT if kept_only else "") + _FIRST, asked).fetchall()
+        query = _MATCHED.format(images=images.sql) + (_KEPT if kept_only else "") + _FIRST
+        rows = connection.execute(query, asked).fetchall()
     return [(matched / len(words), shard, uid) for matched, shard, uid in rows]
 
 
 def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:
     """Returns (1, shard, uid) of the downloaded image with this key, if any."""
-    images = [str(path) for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    images = _images(dataset)
+    if images is None:
+        return []
     query = (
-        "SELECT 1.0, parse_filename(filename, true)::INTEGER, uid FROM read_parquet(?, filename = true, "
-        "union_by_name = true) WHERE key = ? AND reason IS NULL"
+        "SELECT 1.0, parse_filename(filename, true)::INTEGER, uid "  # noqa: S608 - values are bound
+        f"FROM ({images.sql}) WHERE key = $key AND reason IS NULL"
     )
-    with closing(duckdb.connect()) as connection:
-        return connection.execute(query, [images, key]).fetchall() if images else []
+    with connected() as connection:
+        return connection.execute(query, {"key": key, **images.values}).fetchall()
+
+
+def _images(dataset: DatasetDir) -> Scan | None:
+    """Returns the tables of downloaded images; None if there are none."""
+    paths = [path for shard in selected_shards(dataset) if (path := dataset.images_table(shard)).exists()]
+    tables = TableColumns(dataset)
+    scan = tables.scan(paths, "images") if paths else None
+    tables.save()
+    return scan
 
 
 class Encoder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import duckdb
 import numpy as np
 import pyarrow as pa
@@ -43,7 +45,7 @@ class Blocked:
 
 
 def near_duplicate_uids(
-    connection: duckdb.DuckDBPyConnection, rows: str, values: list[object], ledger: pa.Table
+    connection: duckdb.DuckDBPyConnection, rows: str, values: Mapping[str, object], ledger: pa.Table
 ) -> pa.Table:
     """Returns distinct uids in `rows` (a SELECT of `uid` and `phash`) whose hash is near a removed one."""
     hashes = removed_hashes(ledger)
@@ -51,7 +53,7 @@ def near_duplicate_uids(
     if len(hashes):
         removed, radius = hashes["phash"].to_numpy(), hashes["radius"].to_numpy()
         known = f"SELECT uid, phash FROM ({rows}) WHERE phash IS NOT NULL"  # noqa: S608
-        for batch in connection.execute(known, values).to_arrow_reader(_BATCH):
+        for batch in connection.execute(known, values or None).to_arrow_reader(_BATCH):
             near = _are_near(batch["phash"].to_numpy(), removed, radius)
             found += batch["uid"].filter(pa.array(near)).to_pylist()
     return pa.table({"uid": pa.array(sorted(set(found)), pa.string())})

@@ -23,6 +23,7 @@ from filters.select.pushdown import Pushdown
 from filters.select.schema import MetadataFile, check_columns, normalised_sql
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
+from sdtrain.dataset.addresses import IMPORT
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.dataset.removal_ledger import LEDGER
 from sdtrain.dataset.uid import uid_sql
@@ -42,7 +43,8 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 class Source:
     """Metadata files and the configuration that filters their rows.
 
-    `folder` is scratch space for what does not fit into memory; `removed` the ledger of samples that must not return.
+    `folder` is scratch space for what does not fit into memory; `removed` the ledger of samples that must not return;
+    `is_import` says that the rows are of the user's own images, not of the web's.
     """
 
     files: Sequence[MetadataFile]
@@ -51,6 +53,7 @@ class Source:
     allow_private_hosts: bool
     num_threads: int
     removed: pa.Table = field(default_factory=LEDGER.empty_table)
+    is_import: bool = False
 
     @property
     def has_side_inputs(self) -> bool:
@@ -154,13 +157,17 @@ class PassingRows:
         if self.side_inputs:
             listed = self.side_inputs.listed_sql(passed)
         # URLs come after the rules, because checking them all takes longer than everything else together.
-        late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
+        late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", self._allowed())])
         query = f"""
             SELECT coalesce({late}, list_reason) AS reason, {uid_sql()} AS uid,
                 {", ".join(self.columns)}
             FROM ({listed})
         """  # noqa: S608 - names are from ALIASES and RULES, values are bound
         return query, [*values, *bound]
+
+    def _allowed(self) -> str:
+        # Only an import reads files: metadata from elsewhere must not name any.
+        return f"starts_with(url, '{IMPORT}')" if self.source.is_import else allowed_sql("url")
 
     def _rows(
         self, files: Sequence[MetadataFile], pushdown: Pushdown | None, numbers: tuple[int, int] | None = None

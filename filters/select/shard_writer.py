@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from filters.select.shuffle import Keys, shuffle_keys
+from filters.select.shuffle import Keys, Order
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 
@@ -102,11 +102,11 @@ def _write_shard(rows: pa.Table, shard: int, samples_per_shard: int, path: Path)
 
 
 class SelectedUids:
-    """The uids of finished selections, each a sequence of files shuffled with `seed`."""
+    """The uids of finished selections, each a sequence of files in that order."""
 
-    def __init__(self, selections: Sequence[Sequence[Path]], seed: int) -> None:
+    def __init__(self, selections: Sequence[Sequence[Path]], order: Order) -> None:
         self._selections = [files for files in selections if files]
-        self._seed = seed
+        self._order = order
         self._first_key = lru_cache(maxsize=None)(self._read_first_key)
 
     def are_selected(self, uids: pa.Array, keys: Keys) -> npt.NDArray[np.bool_]:
@@ -122,8 +122,8 @@ class SelectedUids:
         return known
 
     def _read_first_key(self, file: Path) -> int:
-        first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid"]), None)
+        first = next(pq.ParquetFile(file).iter_batches(batch_size=1, columns=["uid", "url"]), None)
         if first is None:  # all its rows were removed: treat it as beginning where the next one does
             following = next(files[files.index(file) + 1 :] for files in self._selections if file in files)
             return self._first_key(following[0]) if following else 2**64 - 1
-        return int(shuffle_keys(first["uid"], self._seed)[0])
+        return int(self._order.keys(first)[0])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +33,36 @@ def shuffle_keys(uids: pa.StringArray, seed: int) -> Keys:
     return mixed
 
 
+def url_keys(urls: pa.StringArray, seed: int) -> Keys:
+    """Returns a pseudorandom uint64 per URL, (B,), from its md5."""
+    digests = (hashlib.md5(url.encode(), usedforsecurity=False).digest()[:8] for url in urls.to_pylist())
+    return mix64((np.frombuffer(b"".join(digests), "<u8") ^ np.uint64(seed % 2**64)) + GAMMA)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The shuffled order: of rows, or of URLs, whose rows come together, by uid."""
+
+    seed: int
+    by: Literal["uid", "url"] = "uid"
+
+    def keys(self, rows: pa.RecordBatch) -> Keys:
+        """Returns a uint64 per row, (B,); rows are in order by key and uid."""
+        return url_keys(rows["url"], self.seed) if self.by == "url" else shuffle_keys(rows["uid"], self.seed)
+
+
+@dataclass(frozen=True)
+class SourceOrder(Order):
+    """The order of an imported source, whose tars and tables are then read from front to back; `pack` shuffles."""
+
+    last_row: int = 0
+
+    def keys(self, rows: pa.RecordBatch) -> Keys:
+        """Returns uint64s in the order of column `source_row`, spread over the whole range."""
+        scale = np.uint64((2**64 - 1) // (self.last_row + 1))
+        return rows["source_row"].to_numpy().astype(np.uint64) * scale
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Rows of one key range in shuffled order, each uid once.
@@ -50,14 +82,14 @@ class Shuffle:
     fresh memory costs more than the system's file cache.) More buckets are smaller ones.
     """
 
-    def __init__(self, folder: Path, num_buckets: int, seed: int) -> None:
+    def __init__(self, folder: Path, num_buckets: int, order: Order) -> None:
         self.num_buckets = num_buckets
-        self.seed = seed
+        self.order = order
         self._files = [_File(folder / f"{number}.arrows") for number in range(num_buckets)]
 
     def add(self, rows: pa.RecordBatch) -> None:
-        """Distributes rows, which need column `uid` and the same columns each time, over the buckets."""
-        buckets = self._bucket_of(shuffle_keys(rows["uid"], self.seed))
+        """Distributes rows, which need columns `uid` and `url` and the same columns each time, over the buckets."""
+        buckets = self._bucket_of(self.order.keys(rows))
         order = np.argsort(buckets, kind="stable")
         spread = rows.take(pa.array(order))
         ends = np.searchsorted(buckets[order], np.arange(self.num_buckets), side="right")
@@ -86,7 +118,7 @@ class Shuffle:
         if not batches:
             return Bucket(pa.table({}), 0, np.empty(0, np.int64))
         rows = pa.Table.from_batches(batches).combine_chunks()
-        keys = shuffle_keys(rows["uid"].chunk(0), self.seed)
+        keys = self.order.keys(rows.to_batches()[0])
         order, first = _order(rows, keys)
         if is_selected:
             first &= ~is_selected(rows["uid"].chunk(0).take(pa.array(order)), keys[order])
@@ -127,7 +159,7 @@ def _order(rows: pa.Table, keys: Keys) -> tuple[npt.NDArray[np.int64], npt.NDArr
     first = np.ones(len(order), bool)
     if same.any():
         tied = np.flatnonzero(np.r_[same, False] | np.r_[False, same])
-        # Rows with one uid share a key; sorting by all columns makes the result independent of arrival order.
+        # Rows with one uid, or URL, share a key; sorting by all columns makes the result independent of arrival order.
         some = rows.take(pa.array(order[tied])).append_column("shuffle key", pa.array(ordered[tied]))
         names = ["shuffle key", "uid", *(name for name in rows.column_names if name != "uid")]
         sorted_ = pc.sort_indices(some, sort_keys=[(name, "ascending") for name in names]).to_numpy()

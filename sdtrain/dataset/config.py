@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sdtrain.precision import Precision
 from sdtrain.settings import Settings
+
+
+class SourceConfig(Settings):
+    """A user's own images, imported by `sdtrain import` in place of metadata and the web."""
+
+    path: str
+    """A folder of images, tars or Parquet files, or one such file, on this machine."""
+    name: str
+    """Stands for `path` in the images' URLs, `import://NAME/…`, so that the source may move."""
+    columns: dict[Literal["image", "caption"], str] = Field(default={})
+    """Names of the columns, or keys of JSON, that hold image and caption; the usual names by default."""
+    encoding: str = "utf-8"
+    """Of caption files; a byte-order mark overrides it."""
+    follow_links: bool = False
+    """Read symbolic links that lead out of `path` too, as those of Hugging Face's cache do."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _is_known(cls, encoding: str) -> str:
+        try:
+            codecs.lookup(encoding)
+        except LookupError:
+            raise ValueError("not an encoding that Python knows, such as utf-8 or latin-1") from None
+        return encoding
 
 
 class DownloadConfig(Settings):
@@ -125,6 +150,10 @@ class EncodeConfig(Settings):
 
 class ImageRecipe(Protocol):
     """The part of a recipe that the stages in `sdtrain.dataset` read."""
+
+    @property
+    def source(self) -> SourceConfig | None:
+        """Where the images come from; None: from the web."""
 
     @property
     def download(self) -> DownloadConfig:

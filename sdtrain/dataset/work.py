@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Amount = Literal["metadata", "rows", "images", "kept", "crops"]
-"""Rows of the metadata, selected rows, downloaded images, kept samples, crops of these."""
+Amount = Literal["metadata", "rows", "urls", "images", "kept", "crops"]
+"""Rows of the metadata, selected rows, URLs to fetch, downloaded images, kept samples, crops of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Work:
 
 WORK: dict[str, Work | None] = {
     "select": Work(num="metadata", rate="select_rows", on="cores", writes=("rows", "metadata_row_bytes")),
-    "download": Work(num="rows", rate="download_images", on="cores", writes=("images", "image_bytes")),
+    "download": Work(num="urls", rate="download_images", on="cores", writes=("images", "image_bytes")),
     "score": Work(num="images", rate="score_images", on="GPUs", writes=("images", "score_row_bytes")),
     "dedup": Work(num="images", rate="dedup_images", on="one core", writes=None),
     "decide": None,

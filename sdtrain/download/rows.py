@@ -29,14 +29,17 @@ SCHEMA = pa.schema(
     ]
 )
 Row = dict[str, Any]
-_SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256")
+_SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256", "source_row")
 _OF_METADATA = ("uid", "caption", "url", "key")
 _DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A selected row, with the metadata's `width`, `height` and digests, if any."""
+    """A selected row, with the metadata's `width`, `height` and digests, if any.
+
+    `source_row` is of imported images (`sdtrain.download.source.catalogue`).
+    """
 
     key: str
     uid: str
@@ -46,6 +49,7 @@ class Selected:
     height: int | None = None
     md5: str | None = None
     sha256: str | None = None
+    source_row: int | None = None
 
 
 def read_selected(path: Path) -> list[Selected]:

@@ -34,7 +34,7 @@ from sdtrain.images.decode import ImageError
 from sdtrain.images.store import ImageMaker
 
 _MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may be as long as the file
-UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout"})
+UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout", "source_missing"})
 Outcome = tuple[Row, tuple[str, Member] | None]
 """A row, and its image's extension and location in the temporary file; None without an image."""
 

@@ -17,6 +17,7 @@ from sdtrain.dataset.work import WORK
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.image_shards import ImageShard, read_shard_table
 from sdtrain.download.publish import drop_images, earlier_images, publish_images, report_images, reuse_images
+from sdtrain.download.source.reader import SourceRequest
 from sdtrain.download.worker_process import EarlierShard, Finished, Request, ShardRequest, download_process
 from sdtrain.errors import UserError
 
@@ -64,7 +65,7 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
         request = new_request(dataset, recipe, folder, list(asked.values()))
         with download_process(request) as finished:
             for done in finished:
-                _check_network(done)
+                _check_reached(done, recipe)
                 yield publish_checked(dataset, request, done)
 
 
@@ -80,7 +81,12 @@ def _earlier(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> EarlierSha
 def new_request(dataset: DatasetDir, recipe: ImageRecipe, folder: Path, shards: list[ShardRequest]) -> Request:
     """The request to a download process, which writes to `folder`."""
     removed = dataset.removed if dataset.removed.exists() else None
-    return Request(config=recipe.download, output=folder, removed=removed, shards=shards)
+    source = None
+    if recipe.source:
+        path, limit = Path(recipe.source.path), recipe.download.max_bytes
+        follow = recipe.source.follow_links
+        source = SourceRequest(path=path, catalogues=dataset.catalogues, follow_links=follow, max_bytes=limit)
+    return Request(config=recipe.download, output=folder, removed=removed, source=source, shards=shards)
 
 
 def publish_checked(dataset: DatasetDir, request: Request, done: Finished) -> ShardReport:
@@ -104,8 +110,13 @@ def selected_keys(dataset: DatasetDir, shard: int) -> list[str]:
     return keys
 
 
-def _check_network(done: Finished) -> None:
+def _check_reached(done: Finished, recipe: ImageRecipe) -> None:
     if done.num_fetched >= _MIN_ROWS_TO_TELL and done.num_unreached == done.num_fetched:
+        if recipe.source:
+            raise UserError(
+                f"None of the {done.num_fetched:,} images of shard {done.shard:05d} is in {recipe.source.path} now. Is "
+                "it mounted? The shard is not recorded; run the same command again when it is."
+            )
         raise UserError(
             f"Nothing could be reached: of the {done.num_fetched:,} rows of shard {done.shard:05d}, every one failed "
             "because no name was found, or nobody answered. Is the network up, and the name server? The shard is not "

@@ -26,7 +26,7 @@ class Protocol(Settings):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     prompts: str
-    """Text file with one prompt a line, or COCO's captions (.json)."""
+    """One prompt a line, a table with a column `prompt` (.csv, .tsv, .jsonl, .parquet), or COCO's captions (.json)."""
     num_prompts: int = Field(default=10_000, ge=2)
     """Prompts, and so images for each scale; a seeded choice."""
     prompt_seed: int = Field(default=0, ge=0)

@@ -37,7 +37,7 @@ from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.models.clip import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
 _PART_SIZE = 512
 _PLACE = ["picture_offset", "picture_bytes"]
 

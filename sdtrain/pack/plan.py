@@ -7,7 +7,6 @@ import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import closing
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -22,6 +21,7 @@ from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
@@ -99,7 +99,7 @@ def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> 
     """The number of the given samples in each packed shard, ignoring samples not kept."""
     ends = list(accumulate(shard_sizes(dataset, config)))
     values = {"decisions": str(dataset.decisions), "seed": str(config.seed), "uids": list(uids)}
-    with closing(duckdb.connect(config={"temp_directory": str(scratch_path(dataset.root, "places"))})) as connection:
+    with connected(spill=scratch_path(dataset.root, "places")) as connection:
         places = connection.execute(_PLACES, values).fetchall()
     return Counter(bisect_right(ends, place) for (place,) in places)
 
@@ -136,7 +136,7 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
     with (
         publish(dataset.pack_plan) as temporary,
         scratch(dataset.root, "plan") as folder,
-        closing(duckdb.connect(config={"temp_directory": str(folder)})) as connection,
+        connected(spill=folder) as connection,
     ):
         values["target"] = str(temporary)
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"

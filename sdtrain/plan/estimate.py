@@ -40,6 +40,8 @@ class DatasetJob:
     num_rows: int | None = None
     has_texts: bool = False
     """Whether text embeddings are stored beside the latents."""
+    has_urls_together: bool = False
+    """Whether the rows of a URL are in one shard (`select.shuffle_by: url`), so that it is fetched once."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,13 @@ class Planner:
             if work is not None:
                 written, size = work.writes or (work.num, "")
                 each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
-                lines.append(self._stage(job.recipe, name, work, amounts[work.num], amounts[written] * each))
+                line = self._stage(job.recipe, name, work, amounts[work.num], amounts[written] * each)
+                fetches_once = work.num == "urls" and job.has_urls_together
+                lines.append(replace(line, remarks=(self._fetched_once(),)) if fetches_once else line)
         return lines
+
+    def _fetched_once(self) -> str:
+        return f"a URL is fetched once: urls_per_row {self._value('urls_per_row'):g}, {self._rates['urls_per_row']}"
 
     def _text_bytes(self, job: DatasetJob) -> float:
         return self._value("text_embedding_bytes") if job.has_texts else 0.0
@@ -93,7 +100,9 @@ class Planner:
         metadata = known_metadata.value if known_metadata else rows
         images = rows * (1 - self._value("link_rot"))
         kept = images * self._value("kept_share")
-        return {"metadata": metadata, "rows": rows, "images": images, "kept": kept, "crops": kept * job.num_crops}
+        urls = rows * self._value("urls_per_row") if job.has_urls_together else rows
+        selected: dict[Amount, float] = {"metadata": metadata, "rows": rows, "urls": urls}
+        return selected | {"images": images, "kept": kept, "crops": kept * job.num_crops}
 
     def training(self, config: TrainConfig) -> Line:
         """A training run, with the largest micro-batch up to the config's that divides each GPU's share.

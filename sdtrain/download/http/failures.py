@@ -23,7 +23,7 @@ MEANINGS: dict[str, str] = {
     "blocked_address": "the host's address is private or reserved",
     "connection_failed": "no connection to the host",
     "dns_failed": "the host's name is not known",
-    "empty_body": "the answer is empty",
+    "empty_body": "the answer or file is empty",
     "hash_mismatch": "the file is not the one whose md5 or sha256 the metadata gives",
     "http_403": "the server refuses (403)",
     "http_404": "the page does not exist (404)",
@@ -36,6 +36,9 @@ MEANINGS: dict[str, str] = {
     "resize_failed": "the image's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
     "robots_txt": "the site opts out by robots.txt",
+    "source_changed": "the file has changed since it was listed for the import",
+    "source_missing": "the imported file is gone, or its row holds no image",
+    "source_unreadable": "the imported file cannot be read",
     "tdm_reserved": "the site reserves text and data mining (TDMRep)",
     "timeout": "the server was too slow",
     "tls_failed": "the server's certificate or TLS is not valid",
@@ -53,7 +56,8 @@ INVALID_HTTP = "the answer is against the rules of HTTP"
 _CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 _CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
 # Not "timeout": dead hosts are many, each has had its full time, and a shard ends with its slowest row.
-_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
+_OF_SOURCES = {"source_missing", "source_unreadable"}
+_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"} | _OF_SOURCES
 
 
 class FetchError(Exception):

@@ -108,7 +108,7 @@ def squashed(image):
 
 
 def measures_of(image):
-    return measure(gray_of(np.asarray(squashed(image))))
+    return measure(gray_of(squashed(image)))
 
 
 def framed(top=0, bottom=0, left=0, right=0, level=255):

@@ -18,6 +18,7 @@ from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples, write_samples
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
+from sdtrain.images.miniature import miniature
 from sdtrain.models.clip import Preprocess, clip_view, load_clip, normalised, pixels_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
@@ -92,7 +93,7 @@ def test_scores_are_what_the_networks_say_of_the_image_and_its_caption(tmp_path)
 def test_the_measures_of_quality_are_those_of_the_decoded_image(tmp_path):
     dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(5)))])
     (row,) = score(dataset, NO_MODELS)
-    wanted = measure(gray_of(np.asarray(squashed(decode_rgb(encoded(scene_image(5)))))))
+    wanted = measure(gray_of(squashed(decode_rgb(encoded(scene_image(5))))))
     assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
@@ -146,6 +147,19 @@ def test_embeddings_are_kept_where_they_are_wanted_in_half_precision(tmp_path):
     assert head.tolist() == pytest.approx([row["aesthetic"] for row in rows if row["embedding"] is not None], abs=0.02)
     norm = f"SELECT max(abs(list_sum(list_transform(embedding, x -> x * x)) - 1)) FROM '{dataset.scores(0)}'"
     assert duckdb.sql(norm).fetchone()[0] < 1e-2, "and DuckDB reads them"
+
+
+def test_miniatures_are_kept_where_they_are_wanted_and_change_no_other_dataset(tmp_path):
+    dataset = write_downloads(tmp_path, make_rows())
+    before, plain = SCORE.fingerprint(dataset, recipe_of(NO_MODELS), 0), NO_MODELS.described()
+    assert "miniature" not in score(dataset, NO_MODELS)[0]
+    assert not {name for name in plain if "miniature" in name}, "finished datasets record the digest of these"
+    wanted = NO_MODELS.model_copy(update={"store_miniatures": True})
+    assert SCORE.fingerprint(dataset, recipe_of(wanted), 0) != before
+    rows = score(dataset, wanted)
+    assert pq.read_schema(dataset.scores(0)).metadata[b"sdtrain.miniature"] == b"1"
+    assert [row["miniature"] is None for row in rows] == [row["reason"] is not None for row in rows]
+    assert rows[0]["miniature"] == miniature(squashed(decode_rgb(encoded(scene_image(0)))))
 
 
 def rewrite(dataset, change):

@@ -40,6 +40,16 @@ def test_their_rows_come_after_the_finished_shards_and_known_rows_do_not_come_ag
     assert list(selected_shards(dataset)) == list(range(6))
 
 
+def test_by_url_known_rows_do_not_come_again_either(build, tmp_path):
+    dataset, (first,) = build(shuffle_by="url")
+    assert first.shard == 0
+    rows = {"URL": list(map(url, [*range(50, 160), *range(160)])), "TEXT": ["t"] * 110 + ["another"] * 160}
+    write(tmp_path / "metadata" / "a.parquet", **rows)
+    _, (added,) = build(shuffle_by="url")
+    assert (added.shard, added.num_in, added.num_out, added.dropped) == (1, 270, 220, {"duplicate_row": 50})
+    assert len({row["uid"] for row in rows_of(dataset)}) == 320
+
+
 def test_the_limit_holds_for_all_together(build, tmp_path):
     dataset, _ = build(limit=110)
     write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(100, 150))), TEXT=["t"] * 50)

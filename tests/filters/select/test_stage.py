@@ -12,7 +12,7 @@ import pytest
 
 from filters.recipe import Recipe, SelectConfig
 from filters.select.shard_writer import shard_key
-from filters.select.stage import SELECT
+from filters.select.stage import SELECT, _digest
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
@@ -163,6 +163,26 @@ def test_the_order_does_not_depend_on_how_much_memory_it_takes(tmp_path, monkeyp
     assert (small.outputs, small.dropped) == (whole.outputs, whole.dropped)
     assert small.num_out == 1000
     assert sum(small.dropped.values()) == 800
+
+
+@pytest.mark.parametrize("rows_per_bucket", [7, 2**16])
+def test_by_url_the_captions_of_a_url_come_together_and_their_urls_are_shuffled(tmp_path, monkeypatch, rows_per_bucket):
+    numbers, captions = [n for n in range(300) for _ in range(4)], [f"caption {n}" for n in range(4)] * 300
+    write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, numbers)), TEXT=captions)
+    monkeypatch.setattr("filters.select.stage._ROWS_PER_BUCKET", rows_per_bucket)
+    dataset, report = select(tmp_path, samples_per_shard=100, shuffle_by="url")
+    urls = [row["url"] for row in rows_of(dataset)]
+    assert (report.num_out, len(set(urls))) == (1200, 300)
+    first = urls[::4]
+    assert urls == [url for url in first for _ in range(4)]
+    assert sorted(first) != first
+    assert first[:20] != [row["url"] for row in rows_of(select(tmp_path, "b", shuffle_by="url", seed=7)[0])][:80:4]
+    assert len({row["caption"] for row in rows_of(dataset)[:4]}) == 4
+
+
+def test_by_url_shards_of_other_bytes_are_made_and_the_digest_of_the_default_is_what_it_was(tmp_path):
+    assert _digest(Recipe(name="r"), ["a"]) == "5faf80c38c9ede92dbbf9094c1d3a7a25938ad605687e6e937a453f983b6151c"
+    assert _digest(Recipe(name="r", select=SelectConfig(shuffle_by="url")), ["a"]) != _digest(Recipe(name="r"), ["a"])
 
 
 def test_with_a_limit_only_repeats_that_come_before_it_count_as_repeats(tmp_path):

@@ -64,6 +64,20 @@ def test_hours_disk_money_and_emissions_follow_from_the_rates():
     assert total(list(lines.values())).gpu_hours == 5 + lines["encode"].gpu_hours
 
 
+def test_rows_of_a_url_that_lie_together_are_fetched_once():
+    planner = Planner(load_rates(["urls_per_row=0.8"]), Machines(1, "h200"))
+    apart, together = (
+        planner.dataset(DatasetJob("mine", 512, 512, 1, 1_000_000, has_urls_together=has), WORK)
+        for has in (False, True)
+    )
+    changed = [(before, line) for before, line in zip(apart, together, strict=True) if before != line]
+    ((before, line),) = changed
+    assert (before.num, line.stage, line.num) == (1_000_000, "download", 800_000)
+    assert line.core_hours == pytest.approx(0.8 * before.core_hours)
+    assert line.disk_bytes == before.disk_bytes
+    assert "urls_per_row 0.8" in line.remarks[0]
+
+
 def test_latents_are_as_large_as_the_encode_stage_writes_them():
     import numpy as np
 

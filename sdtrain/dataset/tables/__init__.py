@@ -1,0 +1,1 @@
+"""Tables of a whole dataset, one file a shard: read in one scan, in memory that hardly grows with their number."""
