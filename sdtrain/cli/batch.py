@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sdtrain.config import TrainConfig
-    from sdtrain.training.batch_view import ShownSample
+    from sdtrain.sampling.batch_view import ShownSample
 
 # Our own code is imported inside the command, so that help does not wait for torch.
 
@@ -28,7 +28,7 @@ def batch(
     as_json: AsJson = False,
 ) -> None:
     """Show a training batch as the network sees it: images, crops, captions, dropped or not, timesteps, noise."""
-    from sdtrain.training.batch_view import show_batch
+    from sdtrain.sampling.batch_view import show_batch
     from sdtrain.training.run_dir import is_run_dir
 
     run = Path(name) if is_run_dir(Path(name)) else None

@@ -18,8 +18,8 @@ from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_fact
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import open_samples
+from sdtrain.sampling.batch_view import show_batch
 from sdtrain.sampling.sampler import decode_latents
-from sdtrain.training.batch_view import show_batch
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config, write_latents, write_models, write_run
 
