@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -272,3 +273,13 @@ def test_a_reader_beside_a_command_of_its_machine_does_not_bring_old_entries_bac
 def open_dataset_of(dataset: DatasetDir) -> None:
     """As another process of this machine opens it."""
     Mirror(dataset, parse_url(dataset.url)).sync(may_delete=False)
+
+
+def test_a_shard_costs_the_same_requests_however_many_there_are(machine):
+    asked = {}
+    for num in (4, 8, 12):
+        here = replace(machine(f"work {num}"), url=f"{machine('here').url}-{num}")
+        with counted() as seen:
+            build(here, num)
+        asked[num] = seen.total()
+    assert asked[12] - asked[8] == asked[8] - asked[4] <= 10 * 4 * len(FOLDERS)
