@@ -23,12 +23,14 @@ from torchvision.transforms.v2.functional import resize
 from filters.score.jpeg_decoder import JpegDecoder
 from filters.score.preprocess import (
     WATERMARK_PX,
+    Measured,
     PreprocessedImage,
     RequiredViews,
     Sample,
     caption_of,
     describe,
     preprocess,
+    thumbnail,
 )
 from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
@@ -137,6 +139,7 @@ def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
 def _described(
     sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
 ) -> PreprocessedImage:
-    image, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
-    row = describe(sample, image, small, required)
+    pixels = whole.numpy()
+    measured = Measured(pixels, thumbnail(pixels), Image.fromarray(squashed.numpy()))
+    row = describe(sample, Image.fromarray(pixels), measured, required)
     return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)

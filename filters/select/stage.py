@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
-from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.metadata_files import metadata_of, num_rows_of, remarks_on
 from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
@@ -34,6 +34,7 @@ from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
 _SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # identified by their contents, not their location
+_ADDED = ("columns",)  # settings younger than finished datasets, whose fingerprint they do not change unless set
 _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 
@@ -78,6 +79,7 @@ class Selection:
             source = Source(self.files, self.select, folder, private, num_threads, removed, self.is_import)
             with open_passing_rows(source) as passing:
                 num_passed, dropped = passing.count()
+                num_in = num_passed + dropped.total()
                 num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
                 shuffle = Shuffle(folder, num_buckets, self._order)
                 late = passing.each(shuffle.add)
@@ -85,7 +87,7 @@ class Selection:
             paths, num_out, repeated = self._write(shuffle)
         _delete_from(self.dataset, self.before.num_shards + len(paths))
         dropped += late + repeated
-        self._check_sum(num_out, dropped)
+        self._check_sum(num_in, num_out, dropped)
         return ShardReport(
             stage="select",
             shard=self.before.number,
@@ -123,12 +125,17 @@ class Selection:
             return SourceOrder(self.select.seed, last_row=last_row)
         return Order(self.select.seed, self.select.shuffle_by)
 
-    def _check_sum(self, num_out: int, dropped: Counter[str]) -> None:
-        num_in = sum(file.num_rows for file in self.files)
-        if num_in != num_out + sum(dropped.values()):
+    def _check_sum(self, num_counted: int, num_out: int, dropped: Counter[str]) -> None:
+        num_rows = num_rows_of(self.files)
+        num_in = num_counted if num_rows is None else num_rows
+        if num_in != num_out + dropped.total():
             raise UserError(
-                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows by its footers, "
-                f"{num_out + sum(dropped.values()):,} were seen. Run the same command again."
+                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows at first, "
+                f"{num_out + dropped.total():,} were seen. Run the same command again."
+            )
+        if not num_in:
+            raise UserError(
+                f"The metadata in {self.select.metadata} has no rows ({len(self.files)} file(s), all empty)."
             )
         if not num_out and not self.before.number:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
@@ -141,7 +148,7 @@ def select_rows(
     dataset: DatasetDir, select: SelectConfig, allow_private_hosts: bool = False, num_threads: int | None = None
 ) -> ShardReport:
     """Writes the selection `select` into a dataset that has none; see `Selection.run`."""
-    files = find_metadata(select.metadata, select.swapped_sizes)
+    files = metadata_of(select)
     num_threads = num_threads or len(os.sched_getaffinity(0))
     return Selection(dataset, select, files, allow_private_hosts, num_threads=num_threads).run()
 
@@ -163,7 +170,7 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
     If a finished one no longer fits (its recipe or one of its files changed), returns one selection of everything.
     """
-    files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+    files = metadata_of(recipe.select)
     left = {_named(file): file for file in files}
     if len(left) < len(files) or recipe.select.new_files == "reshuffle":
         return [files]
@@ -177,7 +184,8 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
 
 def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
-    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS})
+    unset = {name for name in _ADDED if not getattr(recipe.select, name)}
+    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS, *unset})
     if config["shuffle_by"] == "uid":  # as it was before there was a choice
         del config["shuffle_by"]
     # As pairs, because the order of the rules decides the reasons.

@@ -180,7 +180,7 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         see_through = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), see_through).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
