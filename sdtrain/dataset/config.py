@@ -19,7 +19,7 @@ class SourceConfig(Settings):
 
     path: str
     """A folder of images, tars or Parquet files, or one such file, on this machine."""
-    name: str
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
     """Stands for `path` in the images' URLs, `import://NAME/…`, so that the source may move."""
     columns: dict[Literal["image", "caption"], str] = Field(default={})
     """Names of the columns, or keys of JSON, that hold image and caption; the usual names by default."""
