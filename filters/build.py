@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from filters.build_options import BuildOptions
+from filters.decide.funnel import funnel
+from filters.decide.losses import heavy_losses
 from filters.recipe import Recipe
-from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
+from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision, with_source
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
+from sdtrain.dataset.progress import StageTotals
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.sync import keep_local
 
@@ -33,14 +36,25 @@ class Build:
     changes: str
     preflight: BuildPreflight
 
-    def run(self, run_stage: Callable[[Stage[Recipe]], object], retry_failed: Callable[[], object]) -> None:
-        """Runs the stages in order with `run_stage`; the options may ask for `retry_failed` before the download."""
+    def run(
+        self,
+        run_stage: Callable[[Stage[Recipe]], StageTotals],
+        retry_failed: Callable[[], object],
+        warn: Callable[[str], object],
+    ) -> None:
+        """Runs the stages in order with `run_stage`; the options may ask for `retry_failed` before the download.
+
+        `warn` is called with a sentence for each reason that dropped nearly all samples, once its stage has ended.
+        """
         from filters.pipeline import STAGES
 
-        for stage in STAGES:
+        for number, stage in enumerate(STAGES, 1):
             if self.options.retry_failed and stage.name == "download":
                 retry_failed()
-            run_stage(stage)
+            if run_stage(stage).num_shards and stage.drops:
+                rows = funnel(self.dataset, self.recipe, STAGES[:number])
+                for sentence in heavy_losses(rows, self.recipe, stage.name):
+                    warn(sentence)
 
 
 @contextmanager
@@ -54,10 +68,12 @@ def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[
     from filters.preflight import BuildPreflight
     from filters.remove.apply import finish_interrupted_removal
 
-    require_metadata(recipe)
     dataset = output_dataset(options.output, recipe, options.work_dir)
+    if not (recipe.source or dataset.url or dataset.recipe.exists()):  # which may say that it was imported
+        require_metadata(recipe)
     with lock_to_change(dataset, command):
         finish_interrupted_removal(dataset)
+        recipe = with_source(dataset, recipe)
         recipe = with_precision(dataset, recipe)
         changes = "; ".join(record_recipe(dataset, recipe))
         keep_local(dataset, options.keep_local)

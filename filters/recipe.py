@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from filters.build_options import BuildOptions
 from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
-from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
@@ -35,7 +35,7 @@ DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_r
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
 """The networks of `score`, by their settings' prefix."""
 
-JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
+JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
 
 
 def _joinable(columns: list[str] | None) -> list[str] | None:
@@ -49,7 +49,7 @@ class JoinConfig(Settings):
     """Separate files of scores, which fill gaps in the metadata."""
 
     files: str
-    """Parquet: a file, a folder or a glob."""
+    """Parquet, CSV, TSV or JSON lines: a file, a folder or a glob."""
     by: Literal["hash", "url_caption"] = "hash"
     """The key of a score's row in the metadata: LAION's `hash` of URL and TEXT, or these themselves."""
     columns: Annotated[list[str] | None, AfterValidator(_joinable)] = None
@@ -65,14 +65,27 @@ class ListConfig(Settings):
     """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
 
 
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in ALIASES:
+            raise ValueError(f"'{name}' is none of our columns.{nearest(name, list(ALIASES))}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
+
+
 class SelectConfig(Settings):
     """Selection of the metadata rows that are worth downloading."""
 
     metadata: str = ""
-    """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://. Records
-    keep no query or password of a URL: give it again, or write ${NAME} and set that environment variable."""
+    """Parquet, CSV, TSV or JSON lines (also .gz, .zst) with LAION's columns: a file, a folder or a glob; local, or on
+    s3://, gs://, hf:// or https://. Records keep no query or password of a URL: give it again, or write ${NAME} and set
+    that environment variable."""
     swapped_sizes: SwappedSizes = "auto"
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
+    columns: Columns = Field(default={})
+    """Our names of columns -> the files', where they are none of the usual: {url: image_url, caption: raw_caption}."""
     joins: list[JoinConfig] = Field(default=[])
     """Files with scores for the rows, joined before the rules; the first that has a score wins."""
     rules: Rules = Field(default={})
@@ -122,6 +135,8 @@ class ScoreConfig(Settings):
     pixels differ slightly, and so do their digests, by which exact duplicates are found: never mix the two."""
     store_embeddings: bool = False
     """Keep CLIP's embeddings, as a column `embedding` of float16 lists: 1.5 kB an image for ViT-L/14."""
+    store_miniatures: bool = False
+    """Keep small planes of pixels, by which altered copies are found, as a column `miniature`: 1.7 kB an image."""
 
     @property
     def pins(self) -> dict[str, str]:
@@ -130,8 +145,12 @@ class ScoreConfig(Settings):
         return {name: digest for name, digest in pinned.items() if digest}
 
     def described(self) -> dict[str, Any]:
-        """The settings that determine the scores: all but the pins, which only forbid changes."""
-        return self.model_dump(mode="json", exclude={f"{name}_sha256" for name in NETWORKS})
+        """The settings that determine the scores: all but the pins, which only forbid changes.
+
+        A setting that came later counts only where it is set, so that datasets of earlier versions stay finished.
+        """
+        pins = {f"{name}_sha256" for name in NETWORKS}
+        return self.model_dump(mode="json", exclude=pins | (set() if self.store_miniatures else {"store_miniatures"}))
 
     @model_validator(mode="after")
     def _pins_are_of_files(self) -> ScoreConfig:
@@ -176,6 +195,8 @@ class Recipe(Settings):
     description: str = ""
     expected_rows: str = ""
     """The published size of the subset, shown beside ours."""
+    source: SourceConfig | None = None
+    """The user's own images that `sdtrain import` reads; `select.metadata` is then the dataset's list of them."""
     select: SelectConfig = SelectConfig()
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()

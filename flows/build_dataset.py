@@ -63,6 +63,7 @@ def build(recipe: Recipe, options: BuildOptions, engine_options: StageOptions) -
             build.run(
                 lambda stage: run_stage(stage, build.dataset, build.recipe, engine_options, runner, build.preflight),
                 lambda: _retry_failed(build.dataset, build.recipe),
+                get_run_logger().warning,
             )
     _show(build.dataset, build.recipe)
     return str(build.dataset)

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from sdtrain.dataset.manifest import entries
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
-from sdtrain.errors import UserError
+from sdtrain.errors import user_error_of
 from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 
 def look_closer(demo: DemoDir) -> "list[ImageSection]":
-    """Evaluates the model, searches the data, and looks for memorised images."""
+    """Evaluates the model, modifies an image, searches the data, and looks for memorised images."""
     from flows import demo_report
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
@@ -133,6 +134,7 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
     write_card(demo.training.path)  # now with the evaluation
     return [
         evaluated,
+        demo_report.modify_image(demo.samples / "model", demo.data, demo.samples),
         demo_report.search(demo.data, demo.root / "search.png"),
         demo_report.look_for_memorised(demo.samples / "model", demo.data, memorised),
     ]
@@ -140,6 +142,7 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
 
 def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "list[ImageSection]") -> Path:
     """Writes the demo's report page."""
+    from filters.decide.losses import heavy_losses
     from filters.inspect.report import limits_of, rule_thresholds, scores_note
     from sdtrain.report.page import Report, SampleSection, write_report
 
@@ -162,6 +165,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         limits=limits_of(demo_recipe(demo)),
         thresholds=list(rule_thresholds(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
+        warn=partial(heavy_losses, recipe=demo_recipe(demo)),
         training=demo.training,
         samples=samples,
         sections=sections,
@@ -194,8 +198,11 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         figures = run_demo(arguments.output, arguments.rows, arguments.steps)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        problem = user_error_of(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     # Prefect logs at exit, but the metrics must be the last line.
     logging.getLogger("prefect").setLevel(logging.WARNING)

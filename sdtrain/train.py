@@ -21,7 +21,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from sdtrain.config import TrainConfig, load_config
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, user_error_of
 from sdtrain.precision import choose, warning_if_slow
 from sdtrain.preflight.checks import Check, require
 from sdtrain.preflight.training import late_checks
@@ -224,8 +224,9 @@ def run(arguments: argparse.Namespace) -> None:
     if config.speed.deterministic:
         make_cublas_deterministic()
     with run_dir.lock() if rank_from_environment() == 0 else nullcontext():
-        stop_requested = StopRequest()
         ranks = join(arguments.local_rank)
+        # Not before: waiting for a first rank that has failed, a process would not hear the launcher's SIGTERM.
+        stop_requested = StopRequest()
         try:
             train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
         finally:
@@ -237,11 +238,14 @@ def main() -> int:
     hide_secrets_in_logs()
     try:
         run(parse_arguments())
-    except UserError as error:
+    except Exception as error:
         from sdtrain.training.distributed import rank_from_environment
 
+        problem = user_error_of(error)
+        if problem is None:
+            raise
         if rank_from_environment() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {problem}", file=sys.stderr, flush=True)
         return 2
     finally:
         # Another signal while Python shuts down would turn success into failure.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -32,3 +35,20 @@ def digests() -> Callable[[DatasetDir], dict[str, str]]:
         return {dataset.relative(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(files)}
 
     return of
+
+
+@pytest.fixture
+def document(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A function that runs a command with --json; what it prints, parsed as strictly as other languages do."""
+
+    def run(*arguments: object, code: int = 0) -> Any:
+        from sdtrain import cli
+
+        monkeypatch.setattr(sys, "argv", ["sdtrain", *map(str, arguments), "--json"])
+        capsys.readouterr()  # what fixtures have said
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == code
+        return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+    return run

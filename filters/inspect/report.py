@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filters import pipeline
+from filters.decide.losses import heavy_losses
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
 from filters.rules import RULES, Rule, decide_item, select_item, stage_item
@@ -48,12 +50,13 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
 
     report = Report(
         title=f"Dataset {recipe.name}",
-        lead=recipe.description,
+        lead=f"{recipe.description}; imported from {recipe.source.path}" if recipe.source else recipe.description,
         dataset=dataset,
         limits=limits_of(recipe),
         thresholds=list(rule_thresholds(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
         scores_note=scores_note(recipe),
+        warn=partial(heavy_losses, recipe=recipe),
     )
     return write_report(report, dataset.report)
 

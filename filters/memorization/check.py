@@ -78,6 +78,10 @@ class Memorised:
         """Returns the number of samples of a kind."""
         return Counter(verdict.kind for verdict in self.verdicts)[kind]
 
+    def document(self) -> dict[str, Any]:
+        """Returns the summary with a row for each sample."""
+        return self.summary() | {"samples": [verdict.row() for verdict in self.verdicts]}
+
     def summary(self) -> dict[str, Any]:
         """Returns counts, limits and cosine distributions for JSON."""
         kinds = {kind: self.count(kind) for kind in KINDS}
@@ -143,8 +147,7 @@ def write_memorised(found: Memorised, dataset: DatasetDir, folder: Path) -> list
     """
     paths = [folder / name for name in ("memorised.json", "memorised.png", "memorised.html", "similarities.png")]
     with publish(paths[0]) as temporary:
-        rows = [verdict.row() for verdict in found.verdicts]
-        temporary.write_text(json.dumps(found.summary() | {"samples": rows}, indent=1, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(found.document(), indent=1, ensure_ascii=False) + "\n")
     same, similar = found.count("same"), found.count("near-duplicate")
     title = f"{len(found.verdicts):,} samples: {same:,} same as a training image, {similar:,} near-duplicates"
     shown = [_row(found, verdict, dataset) for verdict in found.verdicts[:_ROWS_SHOWN]]

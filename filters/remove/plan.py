@@ -79,6 +79,14 @@ class Removal:
         """Whether anything is removed or newly blocked."""
         return bool(self.num_samples or len(self.rows))
 
+    def counts(self) -> dict[str, Any]:
+        """The same in numbers, with the shards by stage."""
+        numbers = ("by", "num_entries", "num_listed", "num_same_bytes", "num_near_duplicates", "num_duplicates_left")
+        return {name: getattr(self, name) for name in numbers} | {
+            "touched": {stage: sorted(shards) for stage, shards in self.touched.items()},
+            "num_newly_blocked": len(self.rows),
+        }
+
     def sentences(self) -> list[str]:
         """Describes the removal for the terminal."""
         others = [

@@ -47,11 +47,12 @@ class Models:
     heads: tuple[tuple[str, Any], ...] = ()
     watermark: Any | None = None
     store_embeddings: bool = False
+    store_miniatures: bool = False
 
     @property
     def required_views(self) -> RequiredViews:
-        """The views of an image that the networks need."""
-        return RequiredViews(self.preprocess, self.watermark is not None)
+        """The views of an image that the networks and the score table need."""
+        return RequiredViews(self.preprocess, self.watermark is not None, self.store_miniatures)
 
 
 @dataclass(frozen=True)
@@ -168,13 +169,13 @@ def _load_models(config: ScoreConfig) -> Models:
     if config.decode == "gpu" and device.type != "cuda":
         raise UserError("score.decode: gpu needs an NVIDIA GPU, and none is seen here. Set it to auto or cpu.")
     watermark = load_watermark(config.watermark_weights).to(device) if config.watermark_weights else None
-    models = Models(device, torch_dtype(config.dtype), watermark=watermark)
+    models = Models(device, torch_dtype(config.dtype), watermark=watermark, store_miniatures=config.store_miniatures)
     if config.clip_weights is None:
         return models
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights)
     preprocess = clip_preprocess(clip, config.clip_model, config.clip_weights)
     heads = tuple((name, load(weights).to(device)) for name, load, weights in _heads(config) if weights)
-    rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings)
+    rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings, config.store_miniatures)
     return Models(device, torch_dtype(config.dtype), *rest)
 
 

@@ -21,6 +21,8 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers, nothing_beside
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
+from sdtrain.images.miniature import MINIATURE_BYTES
+from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
 from sdtrain.models.weights import clip_digest
 
 _TABLE = pa.schema(
@@ -66,17 +68,21 @@ def _write(dataset: DatasetDir, shard: int, rows: list[dict[str, Any]], schema: 
 
 
 def _schema(config: ScoreConfig) -> pa.Schema:
-    """Returns the table's columns; embeddings, many times the size of all others together, only if requested."""
+    """Returns the table's columns; miniatures and embeddings, many times the size of the others, only if requested."""
+    table = _TABLE
+    if config.store_miniatures:
+        table = table.append(pa.field("miniature", pa.binary(MINIATURE_BYTES)))
     if not config.store_embeddings or config.clip_weights is None:
-        return _TABLE
+        return table
     from sdtrain.models.clip import embedding_size
 
-    return _TABLE.append(pa.field("embedding", pa.list_(pa.float16(), embedding_size(config.clip_model))))
+    return table.append(pa.field("embedding", pa.list_(pa.float16(), embedding_size(config.clip_model))))
 
 
 def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]:
     """Returns the models and settings behind the scores, for the file's metadata."""
     settings = config.described() | {"decode": "gpu" if on_gpu else "cpu", "device": device}
+    settings |= {"miniature": MINIATURE_VERSION} if config.store_miniatures else {}
     digests = {f"{name}_digest": digest for name, digest in weight_digests(config)}
     return {f"sdtrain.{name}": str(value) for name, value in (settings | digests).items()}
 
@@ -113,6 +119,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     config = recipe.score.described()
+    config |= {"miniature": MINIATURE_VERSION} if recipe.score.store_miniatures else {}
     weights = [digest for _, digest in weight_digests(recipe.score)]
     return fingerprint("score/2", config, [require_entry(dataset, "download", shard)], weights)
 

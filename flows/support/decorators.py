@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Failed
 from pydantic import Field
 
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, user_error_of
 from sdtrain.redaction import as_recorded, safe_error
 
 ParamsT = ParamSpec("ParamsT")
@@ -48,10 +48,11 @@ def report_user_errors(function: Callable[ParamsT, Any]) -> Callable[ParamsT, An
     def wrapped(*arguments: ParamsT.args, **named: ParamsT.kwargs) -> Any:
         try:
             return function(*arguments, **named)
-        except UserError as error:
-            get_run_logger().error("%s", error)
-            return Failed(message=str(error), data=UserError(str(error)))  # a new one: Prefect prints its traceback
         except Exception as error:
-            raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
+            problem = user_error_of(error)
+            if problem is None:
+                raise safe_error(error)  # noqa: B904  # with its cause, unless that holds a secret
+            get_run_logger().error("%s", problem)
+            return Failed(message=str(problem), data=UserError(str(problem)))  # a new one: Prefect prints its traceback
 
     return wrapped

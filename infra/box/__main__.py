@@ -14,7 +14,7 @@ from infra.box.layout import ROOT, Box, box_of_environment, supervisor_pid
 from infra.box.programs import run_bootstrap
 from infra.box.services import FAMILY_GRACE_S, marked
 from infra.box.supervisor import Supervisor
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, user_error_of
 
 _UP_S, _DOWN_S = 300.0, 180.0
 
@@ -110,8 +110,11 @@ def main() -> int:
     parser.add_argument("command", choices=COMMANDS)
     try:
         COMMANDS[parser.parse_args().command](box_of_environment())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        problem = user_error_of(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     return 0
 

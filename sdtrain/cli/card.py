@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain.cli.output import print_table
+from sdtrain.cli.output import AsJson, print_json, print_table
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def plan(
     region: Annotated[str | None, typer.Option(help="Where the electricity is from, as in aws/us-east-1.")] = None,
     price_per_gpu_hour: Annotated[float | None, typer.Option(help="In your money.", min=0)] = None,
     assume: Annotated[list[str] | None, typer.Option(help="Another rate, as in link_rot=0.4.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print lines and rates as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
     from sdtrain.dataset.work import WORK
@@ -73,7 +72,7 @@ def plan(
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
         shown = [asdict(line) for line in (*lines, total(lines))]
-        print(json.dumps({"lines": shown, "rates": described, "not_counted": left_out}))
+        print_json({"lines": shown, "rates": described, "not_counted": left_out})
         return
     print_table([_shown(line) for line in (*lines, total(lines))])
     print(*_remarks(lines, rates, machines, chain), sep="\n")

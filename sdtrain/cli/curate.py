@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import Field
 from enum import StrEnum
@@ -12,15 +13,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from filters.build_options import BuildOptions
-from sdtrain.cli.output import print_table
+from sdtrain.cli.output import AsJson, print_json, print_table
 from sdtrain.options import with_options
 
 if TYPE_CHECKING:
+    from filters.recipe import Recipe
     from sdtrain.dataset.layout import DatasetDir
+    from sdtrain.dataset.progress import StageTotals
+    from sdtrain.dataset.stage import Stage
 
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.")]
+
+def _complete_recipe(begun: str) -> list[str]:
+    from filters.recipe import known_recipes
+
+    return [name for name in known_recipes() if name.startswith(begun)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="A recipe's name (see `sdtrain recipes`) or a YAML file.", autocompletion=_complete_recipe),
+]
 NamedDataset = Annotated[str, typer.Argument(help="A dataset: its directory, or s3://…")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would become of it, and write nothing.")]
 
@@ -70,27 +84,42 @@ def build(recipe: RecipeArgument, options: BuildOptions) -> None:
     with open_build(load_recipe(recipe, options), options, "sdtrain build") as build:
         if build.changes:
             print(f"Not the recipe of the run before; what this touches is redone: {build.changes}")
+
+        def run_stage(stage: Stage[Recipe]) -> StageTotals:
+            totals = run_with_bar(stage, build.dataset, build.recipe, build.preflight)
+            print(totals, flush=True)
+            return totals
+
         build.run(
-            lambda stage: print(run_with_bar(stage, build.dataset, build.recipe, build.preflight), flush=True),
+            run_stage,
             lambda: print(retry_and_count(build.dataset, build.recipe), flush=True),
+            lambda sentence: print(f"warning: {sentence}", file=sys.stderr, flush=True),
         )
     print(f"{build.recipe.name}: {build.dataset}")
 
 
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """List the recipes that come with sdtrain."""
     from filters.recipe import known_recipes, load_recipe
 
-    for name in known_recipes():
-        print(f"{name:24} {load_recipe(name).description}")
+    described = {name: load_recipe(name).description for name in known_recipes()}
+    if as_json:
+        print_json(described)
+        return
+    for name, description in described.items():
+        print(f"{name:24} {description}")
 
 
-def recipe(name: RecipeArgument) -> None:
+def recipe(name: RecipeArgument, as_json: AsJson = False) -> None:
     """Show a recipe whole, defaults included; saved to a file it is a recipe of your own to edit."""
     from filters.recipe import load_recipe
     from sdtrain.settings import dump_settings
 
-    print(dump_settings(load_recipe(name)), end="")
+    shown = load_recipe(name)
+    if as_json:
+        print_json(shown.model_dump(mode="json"))
+    else:
+        print(dump_settings(shown), end="")
 
 
 def decide(
@@ -106,6 +135,7 @@ def decide(
         ),
     ] = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Decide again which downloaded images stay, by other rules; no image is touched."""
     from filters.decide.stage import DECIDE
@@ -123,13 +153,17 @@ def decide(
         if not dry_run:
             finish_interrupted_removal(directory)
         fetch_inputs(directory, DECIDE.inputs, [0])
-        print_table(compare(directory, recipe, STAGES))
-        if dry_run:
-            print("Nothing was written.")
-            return
-        changes = decide_again(directory, recipe)
-    print("; ".join(changes) or "The recipe stays as it was.")
-    print(f"To pack by this: sdtrain build {directory.recipe} --output {directory}")
+        rows = compare(directory, recipe, STAGES)
+        if not as_json:
+            print_table(rows)
+        changes = [] if dry_run else decide_again(directory, recipe)
+    if as_json:
+        print_json({"reasons": rows, "changes": changes, "written": not dry_run})
+    elif dry_run:
+        print("Nothing was written.")
+    else:
+        print("; ".join(changes) or "The recipe stays as it was.")
+        print(f"To pack by this: sdtrain build {directory.recipe} --output {directory}")
 
 
 def remove(
@@ -145,6 +179,7 @@ def remove(
         ),
     ] = None,
     dry_run: DryRun = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take samples out for good: from images, scores, dataset and latents; they do not come back."""
     from filters.recipe_record import read_recipe
@@ -156,16 +191,32 @@ def remove(
     directory = open_dataset(dataset)
     read_recipe(directory)  # raises if there is no dataset
     with _to_change(directory, "sdtrain remove", dry_run):
+        said = _Sentences(are_kept=as_json)
         if not dry_run and finish_removal(directory):
-            print("A removal that had been interrupted is finished now.")
+            said.add("A removal that had been interrupted is finished now.")
         fetch_tables(directory)
         removal = find_removal(directory, entries, by.value, radius)
-        print(*removal.sentences(), sep="\n")
+        said.add(*removal.sentences())
         if dry_run:
-            print("Nothing was written.")
+            said.add("Nothing was written.")
         elif removal.has_effect:
             start_removal(directory, removal)
-            print(*finish_removal(directory), sep="\n")
+            said.add(*finish_removal(directory))
+    if as_json:
+        print_json(removal.counts() | {"written": not dry_run and removal.has_effect, "said": said.lines})
+
+
+class _Sentences:
+    """Prints sentences as they come, or keeps them for a JSON document."""
+
+    def __init__(self, are_kept: bool) -> None:
+        self.lines: list[str] = []
+        self._are_kept = are_kept
+
+    def add(self, *sentences: str) -> None:
+        self.lines += sentences
+        if not self._are_kept:
+            print(*sentences, sep="\n")
 
 
 def _to_change(directory: DatasetDir, command: str, dry_run: bool) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from sdtrain.cli.output import print_table
+from sdtrain.cli.output import print_json, print_table, prints_to_stderr
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,7 +24,11 @@ _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
     "processes": Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)],
+    "as_json": Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")],
 }
+
+
+_OWN_DEFAULTS = {"output": None, "processes": None, "as_json": False}
 
 
 class FromProtocol(TyperCommand):
@@ -51,7 +55,7 @@ def evaluate() -> None:
     """Draw images over guidance scales and measure them; started again, it goes on where it was."""
 
 
-def _evaluate(models: list[Path], output: Path | None, processes: int | None, **settings: Any) -> None:
+def _evaluate(models: list[Path], output: Path | None, processes: int | None, as_json: bool, **settings: Any) -> None:
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of
     from sdtrain.evaluation.sweep import plan
@@ -62,7 +66,11 @@ def _evaluate(models: list[Path], output: Path | None, processes: int | None, **
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
     sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
-    results = run_sweep(sweep, num_processes, lambda line: print(line, flush=True))
+    with prints_to_stderr(as_json):
+        results = run_sweep(sweep, num_processes, lambda line: print(line, flush=True))
+    if as_json:
+        print_json(results.model_dump(mode="json"))
+        return
     print(*protocol_lines(results), sep="\n")
     print_table(table_of(results))
     print(*(path for path in (sweep.directory.results, sweep.directory.curve) if path.exists()), sep="\n")
@@ -76,7 +84,7 @@ def _with_options() -> Callable[..., None]:
         _evaluate(**given)
 
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind) for name, kind in _OWN.items()]
-    own[1:] = [parameter.replace(default=None) for parameter in own[1:]]
+    own[1:] = [parameter.replace(default=_OWN_DEFAULTS[parameter.name]) for parameter in own[1:]]
     parameters = [own[0], *(_option(name, field) for name, field in Protocol.model_fields.items()), *own[1:]]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

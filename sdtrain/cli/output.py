@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from sdtrain.errors import UserError
 
@@ -18,6 +22,35 @@ if TYPE_CHECKING:
 
 _ROWS_SHOWN = 100
 _WIDEST = 10_000
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+"""For commands whose output is data."""
+
+
+def print_json(document: object) -> None:
+    """Prints one JSON document, in one line; paths and dates become text, and numbers that JSON lacks (NaN) null."""
+    print(_as_json(document))
+
+
+def prints_to_stderr(is_so: bool) -> AbstractContextManager[object]:
+    """Within the block, what we and libraries print goes to standard error, so that a JSON document stays alone."""
+    return redirect_stdout(sys.stderr) if is_so else nullcontext()
+
+
+def _as_json(value: object) -> str:
+    try:
+        return json.dumps(value, default=_text, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), default=_text, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Form(StrEnum):
@@ -79,7 +112,7 @@ def _write_text(answer: pa.RecordBatchReader, file: IO[str], form: Form) -> int:
         table.writerow(answer.schema.names)
         write = lambda row: table.writerow(_text(value) for value in row.values())  # noqa: E731
     else:
-        write = lambda row: file.write(json.dumps(row, default=_text, ensure_ascii=False) + "\n")  # noqa: E731
+        write = lambda row: file.write(_as_json(row) + "\n")  # noqa: E731
     num_rows = 0
     for batch in answer:
         for row in batch.to_pylist():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain.cli.output import print_table
+from sdtrain.cli.output import print_json, print_table, prints_to_stderr
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def memorised(
     radius: Annotated[int, typer.Option(help="Bits in which hashes of one image may differ.", min=0, max=32)] = 10,
     top: Annotated[int, typer.Option(help="Training images beside each sample.", min=1, max=20)] = 4,
     output: Annotated[Path, typer.Option(help="Where sheets and JSON go.")] = Path("memorised"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what memorised.json holds.")] = False,
 ) -> None:
     """Look for samples in the training data: does a model repeat images that it was trained on?"""
     from filters.memorization.check import KINDS, check_samples, write_memorised
@@ -85,13 +86,16 @@ def memorised(
     read_recipe(directory)
     if not source.is_dir() and not repeated_prompts:
         raise UserError(f"There is no folder {source}. Name one with samples, or a model and --repeated-prompts N.")
-    with lock_to_read(directory, "sdtrain memorised"):
+    with prints_to_stderr(as_json), lock_to_read(directory, "sdtrain memorised"):
         samples: Iterable[Sample] = read_samples(source)
         if repeated_prompts:
             prompts, settings = _repeated(directory, repeated_prompts), SampleSettings(guidance, steps)
             samples = draw_samples(source, prompts, per_prompt, seed, output / "samples", settings)
         found = check_samples(Search(directory), samples, Limits(threshold, radius, top))
         paths = write_memorised(found, directory, output)
+    if as_json:
+        print_json(found.document())
+        return
     print(*found.notes, sep="\n")
     print(f"{len(found.verdicts):,} samples: " + ", ".join(f"{found.count(kind):,} {kind}" for kind in KINDS))
     print(*paths, sep="\n")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sdtrain.cli.output import print_table
+from sdtrain.cli.output import AsJson, print_json, print_table
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +26,17 @@ _LIST_EVERY_S = 30.0
 def status(
     directory: Annotated[str, typer.Argument(help="A dataset (its directory, or s3://…), or a training run.")],
     watch: Annotated[float | None, typer.Option(help="Show it again every so many seconds, until Ctrl-C.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far a dataset or a training run is, which commands use it, and how long it will take."""
     from sdtrain.dataset.s3.url import is_s3
-    from sdtrain.training.run_dir import is_run_dir
 
     while True:
-        if is_run_dir(Path(directory)):
-            _show_run(Path(directory))
+        found = _status_of(directory)
+        if as_json:
+            print_json(asdict(found))
         else:
-            _show_dataset(directory)
+            _show(found)
         if watch is None:
             return
         time.sleep(max(_LIST_EVERY_S if is_s3(directory) else 1.0, watch))
@@ -58,11 +60,26 @@ def metrics(
     thread.join()
 
 
-def _show_dataset(name: str) -> None:
+def _status_of(directory: str) -> DatasetStatus | RunStatus:
     from filters.inspect.status import dataset_status
     from sdtrain.dataset.open import open_dataset
+    from sdtrain.training.run_dir import is_run_dir, run_status
 
-    found: DatasetStatus = dataset_status(open_dataset(name))
+    if is_run_dir(Path(directory)):
+        return run_status(Path(directory))
+    return dataset_status(open_dataset(directory))
+
+
+def _show(found: DatasetStatus | RunStatus) -> None:
+    from filters.inspect.status import DatasetStatus
+
+    if isinstance(found, DatasetStatus):
+        _show_dataset(found)
+    else:
+        _show_run(found)
+
+
+def _show_dataset(found: DatasetStatus) -> None:
     print(f"recipe: {found.recipe}")
     print_table([_row(stage) for stage in found.stages])
     for sentence in found.users or ["No command uses it."]:
@@ -86,10 +103,7 @@ def _row(stage: StageStatus) -> dict[str, object]:
     }
 
 
-def _show_run(directory: Path) -> None:
-    from sdtrain.training.run_dir import run_status
-
-    run: RunStatus = run_status(directory)
+def _show_run(run: RunStatus) -> None:
     print(f"{run.name}: step {run.step:,} of {run.num_steps:,}{', finished' if run.is_done else ''}")
     if run.metrics:
         print_table([{name: f"{value:,.4g}" for name, value in run.metrics.items()}])

@@ -23,6 +23,7 @@ from sdtrain.training.run_dir import RunDir
 
 # More do not change a histogram.
 MAX_VALUES = 200_000
+_FUNNEL = ("stage", "reason", "meaning", "dropped", "remaining")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class Report:
     prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
     """Gives a connection access to remote metadata."""
     scores_note: str = ""
+    warn: Callable[[Any], Sequence[str]] = lambda funnel: ()
+    """The warnings that rows of the funnel call for, shown before all numbers."""
 
 
 def write_report(report: Report, path: Path) -> Path:
@@ -79,7 +82,7 @@ def write_report(report: Report, path: Path) -> Path:
     images.mkdir(parents=True)
     with connected(report.dataset.database, read_only=True) as connection:
         report.prepare(connection)
-        funnel = connection.execute("SELECT stage, reason, meaning, dropped, remaining FROM funnel").fetchall()
+        funnel = connection.view("funnel").select(*map(duckdb.ColumnExpression, _FUNNEL)).fetchall()
         if not funnel:
             raise UserError(f"{report.dataset.root} is not built to its decisions yet; run the build again.")
         context: dict[str, Any] = {
@@ -93,6 +96,7 @@ def write_report(report: Report, path: Path) -> Path:
             "galleries": _relative(_galleries(connection, report, images), path.parent),
             "pairs": draw_pairs(connection, report.limits, images),
             "scores_note": report.scores_note,
+            "warnings": report.warn([dict(zip(_FUNNEL, row, strict=True)) for row in funnel]),
             "database": report.dataset.database.name,
         }
     context["training"] = draw_training(report.training, images) if report.training else None
@@ -109,7 +113,7 @@ def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection)
     rows_in = funnel[0][3] + funnel[0][4]
     selected = connection.execute("SELECT count(*) FROM selection").fetchone()
     fetched = connection.execute("SELECT count(*) FROM images WHERE status = 'success'").fetchone()
-    counts = [("rows of metadata", rows_in), ("selected", selected[0] if selected else 0)]
+    counts = [(funnel[0][2], rows_in), ("selected", selected[0] if selected else 0)]
     counts += [("downloaded", fetched[0] if fetched else 0), ("kept", funnel[-1][4])]
     return [(name, f"{count:,}") for name, count in counts]
 

@@ -1,6 +1,7 @@
 """Search for copies: how many planted ones are found, and how its time grows from 1 to 10 million images.
 
     python -m tests.benchmarks.duplicates [--quick]
+    python -m tests.benchmarks.duplicates --generated 100_000_000 [--limit-s 1500]
 
 Speed: a fifth of the images are copies of random others: hashes with 0 to 4 bits flipped, colours a little off, and
 a quarter of these with equal pixels. Time is that of reading Parquet, all levels up to perceptual, and writing the
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import group_images
 from filters.recipe import DuplicatesConfig
 from filters.score.preprocess import pixel_sha256, thumbnail
+from sdtrain.dataset.progress import Step, progress_listener, throttled
 from sdtrain.images.perceptual_hash import perceptual_hash
 from tests.benchmarks.planted import CHANGES, base_images
 
@@ -39,6 +42,8 @@ SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)
 ROWS_PER_FILE = 1_000_000
 ONE_IN = 5  # is a copy
 CONFIG = DuplicatesConfig(level="perceptual")
+_COLUMNS = frozenset({"uid", "pixel_sha256", "sha256", "phash", "thumbnail"})
+_GENERATED_AT_ONCE = 100_000
 
 
 def make_images(folder: Path, num: int) -> None:
@@ -49,7 +54,8 @@ def make_images(folder: Path, num: int) -> None:
         )
 
 
-def _images(numbers: np.ndarray, num: int) -> pa.Table:
+def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS) -> pa.Table:
+    """The wanted columns of some images; a digest takes as long as all others together."""
     copies = numbers % ONE_IN == ONE_IN - 1
     # Of an image anywhere that is none itself.
     original = np.where(copies, _random(numbers, 9) % np.uint64(num // ONE_IN) * np.uint64(ONE_IN), numbers)
@@ -61,15 +67,16 @@ def _images(numbers: np.ndarray, num: int) -> pa.Table:
     colors = np.stack([_random(original, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
     colors += np.where(copies & ~exact, numbers % 7, 0).astype(np.uint8)[:, None]
     same = np.where(exact, original, numbers)
-    return pa.table({
-        "uid": _hex(numbers, 2, 50),
-        "pixel_sha256": _hex(same, 4, 60),
-        "sha256": _hex(numbers, 4, 70),
-        "phash": pa.array(hashes.view(np.int64)),
-        "thumbnail": pa.FixedSizeBinaryArray.from_buffers(
+    columns = {
+        "uid": lambda: _hex(numbers, 2, 50),
+        "pixel_sha256": lambda: _hex(same, 4, 60),
+        "sha256": lambda: _hex(numbers, 4, 70),
+        "phash": lambda: pa.array(hashes.view(np.int64)),
+        "thumbnail": lambda: pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(COLOR_BYTES), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(colors))]
         ).cast(pa.binary()),
-    })  # fmt: skip
+    }
+    return pa.table({name: column() for name, column in columns.items() if name in wanted})
 
 
 def _random(numbers: np.ndarray, stream: int) -> np.ndarray:
@@ -107,9 +114,37 @@ def be_search(folder: Path, num: int) -> None:
                 for batch in file.iter_batches(10_000, columns=list(columns)):
                     yield pa.Table.from_batches([batch])
 
+    print(json.dumps(_search(Images(read, num), folder)))
+
+
+def search_generated(num: int, folder: Path | None, limit_s: int) -> None:
+    """One search over images that are drawn while they are read, which takes the disk only what the search writes.
+
+    Each step's progress goes to standard error with the seconds and the memory so far; after `limit_s` the search is
+    given up by a signal, and its last line says how far it came.
+    """
+
+    def read(columns: Sequence[str]) -> Iterator[pa.Table]:
+        for start in range(0, num, _GENERATED_AT_ONCE):
+            numbers = np.arange(start, min(start + _GENERATED_AT_ONCE, num), dtype=np.uint64)
+            yield _images(numbers, num, frozenset(columns)).select(list(columns))
+
+    started = time.monotonic()
+
+    def say(step: Step) -> None:
+        memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{time.monotonic() - started:7.0f} s, at most {memory_mb:,.0f} MB: {step}", file=sys.stderr, flush=True)
+
+    signal.alarm(limit_s)
+    with tempfile.TemporaryDirectory(dir=folder) as place, progress_listener(throttled(say, 10)):
+        print(json.dumps(_search(Images(read, num), Path(place))))
+
+
+def _search(images: Images, folder: Path) -> dict[str, float]:
+    num = images.num
     with tempfile.TemporaryDirectory(dir=folder) as scratch, own_memory() as own:
         started, began = time.monotonic(), time.process_time()
-        found = group_images(Images(read, num), CONFIG, Path(scratch), folder / "groups")
+        found = group_images(images, CONFIG, Path(scratch), folder / "groups")
         seconds, cpu_s = time.monotonic() - started, time.process_time() - began
         disk_bytes = sum(path.stat().st_size for path in Path(scratch).iterdir())
     copies = num // ONE_IN
@@ -117,7 +152,7 @@ def be_search(folder: Path, num: int) -> None:
     assert found.removed["perceptual"] == sum(found.dropped.values()) == copies, (found, copies)
     peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {"seconds": seconds, "cpu_s": cpu_s, "peak_rss_mb": peak_rss_mb, "own_mb": own[1] - own[0]}
-    print(json.dumps(figures | {"disk_bytes": disk_bytes}))
+    return figures | {"disk_bytes": disk_bytes}
 
 
 @contextmanager
@@ -198,7 +233,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the images' table goes; by default the system's")
     parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--num", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--generated", type=int, metavar="NUM", help="only one search, over so many drawn images")
+    parser.add_argument("--limit-s", type=int, default=1500, help="when that search is given up")
     arguments = parser.parse_args()
+    if arguments.generated:
+        search_generated(arguments.generated, arguments.folder, arguments.limit_s)
+        return
     if arguments.search:
         be_search(arguments.search, arguments.num)
         return

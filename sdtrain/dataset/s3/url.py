@@ -52,13 +52,19 @@ def parse_url(text: str) -> S3Url:
     return S3Url(bucket, "/".join(parts))
 
 
+def work_parent() -> Path:
+    """The folder of work folders: SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache."""
+    if named := os.environ.get("SDTRAIN_WORK_DIR"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdtrain" / "datasets"
+
+
 def work_folder(url: S3Url, parent: Path | None = None) -> Path:
     """The local folder that mirrors a dataset on S3, the same for all processes that name the same dataset.
 
-    `parent` is by default SDTRAIN_WORK_DIR, or `sdtrain/datasets` in the user's cache. UserError if it is a URL.
+    `parent` is by default `work_parent()`. UserError if it is a URL.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parent = parent or Path(os.environ.get("SDTRAIN_WORK_DIR") or cache / "sdtrain" / "datasets")
+    parent = parent or work_parent()
     # Two stores may have buckets of one name.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     digest = hashlib.sha256(f"{endpoint} {url}".encode()).hexdigest()[:12]
