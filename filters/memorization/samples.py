@@ -48,8 +48,9 @@ class Sample:
 
 
 def read_samples(folder: Path) -> Iterator[Sample]:
-    """Yields a folder's samples, but no sheets and no hidden files, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
+    """Yields a folder's samples, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
 
+    Sheets and hidden files are left out.
     UserError if there are none, or one cannot be read.
     """
     images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and not _NO_SAMPLE.fullmatch(p.stem))
