@@ -50,8 +50,7 @@ class Sample:
 def read_samples(folder: Path) -> Iterator[Sample]:
     """Yields a folder's samples, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
 
-    Sheets and hidden files are left out.
-    UserError if there are none, or one cannot be read.
+    Sheets and hidden files are left out. UserError if there are no samples, or one cannot be read.
     """
     images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and not _NO_SAMPLE.fullmatch(p.stem))
     tars = sorted(path for path in folder.rglob("*.tar") if _PART.fullmatch(path.name))
