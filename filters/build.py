@@ -11,7 +11,7 @@ from filters.build_options import BuildOptions
 from filters.decide.funnel import funnel
 from filters.decide.losses import heavy_losses
 from filters.recipe import Recipe
-from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision
+from filters.recipe_record import output_dataset, record_recipe, require_metadata, with_precision, with_source
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.progress import StageTotals
@@ -68,10 +68,12 @@ def open_build(recipe: Recipe, options: BuildOptions, command: str) -> Iterator[
     from filters.preflight import BuildPreflight
     from filters.remove.apply import finish_interrupted_removal
 
-    require_metadata(recipe)
     dataset = output_dataset(options.output, recipe, options.work_dir)
+    if not (recipe.source or dataset.url or dataset.recipe.exists()):  # which may say that it was imported
+        require_metadata(recipe)
     with lock_to_change(dataset, command):
         finish_interrupted_removal(dataset)
+        recipe = with_source(dataset, recipe)
         recipe = with_precision(dataset, recipe)
         changes = "; ".join(record_recipe(dataset, recipe))
         keep_local(dataset, options.keep_local)

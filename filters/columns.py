@@ -21,6 +21,7 @@ _METADATA: dict[str, tuple[str, ...]] = {
     "nsfw": ("VARCHAR", "nsfw"),
     "md5": ("VARCHAR", "md5"),  # of the image's bytes; `hash` is of URL and caption
     "sha256": ("VARCHAR", "sha256"),
+    "source_row": ("BIGINT", "sdtrain_source_row"),  # of an imported image, see `sdtrain.download.source.catalogue`
 }
 TYPES = {ours: sql_type for ours, (sql_type, *_) in _METADATA.items()}
 ALIASES = {ours: tuple(names) for ours, (_, *names) in _METADATA.items()}

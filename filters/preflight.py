@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from filters import pipeline
 from filters.recipe import Recipe
-from filters.select.metadata_files import find_metadata
+from filters.select.metadata_files import metadata_of, num_rows_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.stage import Openers, Stage
@@ -71,10 +71,12 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
     """Checks disk space by the subset's known size or all rows; only warns for all, since part will be selected."""
 
     def check() -> str:
-        files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+        files = metadata_of(recipe.select)
         known = load_rates().get(f"rows_{recipe.name}")
-        numbers = [sum(file.num_rows for file in files), recipe.select.limit, int(known.value) if known else None]
-        expected = min(number for number in numbers if number is not None)
+        numbers = [num_rows_of(files), recipe.select.limit, int(known.value) if known else None]
+        expected = min((number for number in numbers if number is not None), default=None)
+        if expected is None:
+            return f"{len(files)} files of text, whose rows are counted when they are read"
         is_bound = expected == numbers[0]
         wanted = _estimate(recipe, expected, pipeline.STAGES)
         what = f"The build of {'at most ' if is_bound else ''}{expected:,} rows"

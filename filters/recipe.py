@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from filters.build_options import BuildOptions
 from filters.columns import ALIASES, SwappedSizes
 from filters.rules import RuleValue, check_rules
-from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
@@ -35,7 +35,7 @@ DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_r
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
 """The networks of `score`, by their settings' prefix."""
 
-JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash"}
+JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
 
 
 def _joinable(columns: list[str] | None) -> list[str] | None:
@@ -49,7 +49,7 @@ class JoinConfig(Settings):
     """Separate files of scores, which fill gaps in the metadata."""
 
     files: str
-    """Parquet: a file, a folder or a glob."""
+    """Parquet, CSV, TSV or JSON lines: a file, a folder or a glob."""
     by: Literal["hash", "url_caption"] = "hash"
     """The key of a score's row in the metadata: LAION's `hash` of URL and TEXT, or these themselves."""
     columns: Annotated[list[str] | None, AfterValidator(_joinable)] = None
@@ -65,14 +65,27 @@ class ListConfig(Settings):
     """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
 
 
+def _known_columns(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in ALIASES:
+            raise ValueError(f"'{name}' is none of our columns.{nearest(name, list(ALIASES))}")
+    return columns
+
+
+Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
+
+
 class SelectConfig(Settings):
     """Selection of the metadata rows that are worth downloading."""
 
     metadata: str = ""
-    """Parquet with LAION's columns: a file, a folder or a glob; local, or on s3://, gs://, hf:// or https://. Records
-    keep no query or password of a URL: give it again, or write ${NAME} and set that environment variable."""
+    """Parquet, CSV, TSV or JSON lines (also .gz, .zst) with LAION's columns: a file, a folder or a glob; local, or on
+    s3://, gs://, hf:// or https://. Records keep no query or password of a URL: give it again, or write ${NAME} and set
+    that environment variable."""
     swapped_sizes: SwappedSizes = "auto"
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
+    columns: Columns = Field(default={})
+    """Our names of columns -> the files', where they are none of the usual: {url: image_url, caption: raw_caption}."""
     joins: list[JoinConfig] = Field(default=[])
     """Files with scores for the rows, joined before the rules; the first that has a score wins."""
     rules: Rules = Field(default={})
@@ -208,6 +221,8 @@ class Recipe(Settings):
     description: str = ""
     expected_rows: str = ""
     """The published size of the subset, shown beside ours."""
+    source: SourceConfig | None = None
+    """The user's own images that `sdtrain import` reads; `select.metadata` is then the dataset's list of them."""
     select: SelectConfig = SelectConfig()
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
 
-from filters.recipe import Recipe
+from filters.columns import SCORE_COLUMNS
+from filters.recipe import Recipe, SelectConfig
+from filters.rules import RULES, active_rules
+from sdtrain.dataset.config import SourceConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.open import dataset_at
 from sdtrain.dataset.s3.url import is_s3
-from sdtrain.dataset.sync import push_files
+from sdtrain.dataset.sync import fetch_if_stored, push_files
 from sdtrain.errors import UserError
 from sdtrain.precision import Fixed, Precision, choose, default_device, warning_if_slow
 from sdtrain.redaction import as_recorded
@@ -61,12 +65,70 @@ def _begun_in(setting: str, kept: Precision) -> Fixed:
     return kept
 
 
+def with_source(dataset: DatasetDir, recipe: Recipe) -> Recipe:
+    """Returns the recipe for the user's own images, if the dataset was imported (`sdtrain import`); else as it is.
+
+    UserError if it names metadata or another source, or names a source that was not imported here.
+    """
+    recorded = read_recipe(dataset).source if dataset.recipe.exists() else None
+    if recorded is None and recipe.source is None:
+        return recipe
+    if recorded is None:
+        raise UserError(
+            f"Recipe '{recipe.name}' is for images of {recipe.source and recipe.source.path}, and {dataset} does not "
+            "hold them yet. Import them first: sdtrain import SOURCE --output DATASET --recipe RECIPE."
+        )
+    if recipe.source is None and recipe.select.metadata:
+        raise UserError(
+            f"{dataset} holds images of {recorded.path}, and no metadata can be added to them. Choose another "
+            "--output, and train on both (`data.sources`)."
+        )
+    _fetch_catalogues(dataset)
+    return of_source(dataset, recipe, recorded)
+
+
+def of_source(dataset: DatasetDir, recipe: Recipe, source: SourceConfig) -> Recipe:
+    """Returns the recipe for what was imported from `source`: its metadata is the dataset's own list.
+
+    UserError if rules look at columns of the metadata, of which images from a disk have only captions.
+    """
+    _check_select_rules(recipe.select)
+    scored = [name for name in active_rules(recipe.decide.rules) if RULES[name].column in SCORE_COLUMNS]
+    if scored and recipe.decide.decide_by == "metadata":
+        raise UserError(
+            f"Imported images have no scores but those of our own networks, and rule '{scored[0]}' of `decide` looks "
+            "at the metadata's. Set `decide_by: image` in `decide`."
+        )
+    select = recipe.select.model_copy(update={"metadata": str(dataset.catalogues.absolute())})
+    return recipe.model_copy(update={"source": source, "select": select})
+
+
+def _check_select_rules(select: SelectConfig) -> None:
+    later = SCORE_COLUMNS if select.null_policy == "score_later" else ()
+    for name in active_rules(select.rules):
+        lacking = set(RULES[name].sources) - {"url", "caption", *later}
+        if lacking and not select.joins:
+            advice = "Move it to `decide`, with `decide_by: image`." if RULES[name].in_decide else "Leave it out."
+            raise UserError(
+                f"Rule '{name}' of `select` looks at {' and '.join(sorted(lacking))}, which nobody has stated for "
+                f"imported images. {advice}"
+            )
+
+
+def _fetch_catalogues(dataset: DatasetDir) -> None:
+    """Fetches from S3 the lists of what was imported, which are numbered from 0."""
+    for number in itertools.count():
+        fetch_if_stored(dataset, dataset.catalogue(number))
+        if not dataset.catalogue(number).exists():
+            return
+
+
 def require_metadata(recipe: Recipe) -> None:
     """Raises `UserError` if a recipe names no metadata; builds call it before they create a folder."""
     if not recipe.select.metadata:
         raise UserError(
             f"Recipe '{recipe.name}' names no metadata. Give Parquet files with LAION's columns: --metadata FILE, "
-            "FOLDER or GLOB (in Prefect: -p metadata=...)."
+            "FOLDER or GLOB (in Prefect: -p metadata=...). Your own images: sdtrain import SOURCE --output DATASET."
         )
 
 
@@ -74,7 +136,11 @@ def read_recipe(dataset: DatasetDir) -> Recipe:
     """Returns the recipe of the dataset's last build; raises `UserError` if it is missing or damaged."""
     if not dataset.recipe.exists():
         raise UserError(f"{dataset} holds no dataset (no recipe.yaml). Build one with `sdtrain build`.")
-    return load_settings(Recipe, dataset.recipe)
+    recipe = load_settings(Recipe, dataset.recipe)
+    if recipe.source is None:
+        return recipe
+    here = {"metadata": str(dataset.catalogues.absolute())}  # also after the dataset was moved
+    return recipe.model_copy(update={"select": recipe.select.model_copy(update=here)})
 
 
 def dataset_path(output: str, recipe: Recipe) -> Path:

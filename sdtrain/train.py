@@ -224,8 +224,9 @@ def run(arguments: argparse.Namespace) -> None:
     if config.speed.deterministic:
         make_cublas_deterministic()
     with run_dir.lock() if rank_from_environment() == 0 else nullcontext():
-        stop_requested = StopRequest()
         ranks = join(arguments.local_rank)
+        # Not before: waiting for a first rank that has failed, a process would not hear the launcher's SIGTERM.
+        stop_requested = StopRequest()
         try:
             train(config, run_dir, ranks, arguments.deepspeed_config, stop_requested)
         finally:

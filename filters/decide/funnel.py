@@ -34,7 +34,8 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
     samples is not finished, or the counts of two stages do not match.
     """
     num_rows = selection(dataset).num_in
-    rows = [FunnelRow(stage="select", reason="", meaning="rows of the metadata", dropped=0, remaining=num_rows)]
+    meaning = "images of the source" if recipe.source else "rows of the metadata"
+    rows = [FunnelRow(stage="select", reason="", meaning=meaning, dropped=0, remaining=num_rows)]
     dropped_before = Counter[str]()
     for stage in stages:
         if stage.drops is None:
@@ -54,7 +55,8 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     """Returns the subset's published size and remarks on odd input; raises `UserError` before a selection."""
     selected = selection(dataset)
-    ours = f"{selected.num_out:,} of {selected.num_in:,} rows selected"
+    kind = "imported images" if recipe.source else "rows"
+    ours = f"{selected.num_out:,} of {selected.num_in:,} {kind} selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
     noted = (note for stage in stages for note in entries(dataset, stage.name).listed("notes"))
     return [ours + published, *dict.fromkeys(noted)]

@@ -10,7 +10,8 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe_record import read_recipe
-from filters.select.metadata_files import find_metadata, first_line, prepare
+from filters.select.faults import first_line
+from filters.select.metadata_files import metadata_of, prepare
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tables.connection import forget_files
 from sdtrain.errors import UserError
@@ -100,7 +101,7 @@ def _open(dataset: DatasetDir) -> duckdb.DuckDBPyConnection:
     if not dataset.database.exists():
         raise UserError(f"{dataset.root} has no metadata.duckdb yet. Finish the build, or run `sdtrain views`.")
     try:
-        metadata = [file.path for file in find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)]
+        metadata = [file.path for file in metadata_of(recipe.select)]
         if any(map(holds_secret, metadata)):  # then the view is empty, see `filters.inspect.views`
             metadata = []
     except UserError:  # the dataset can be queried without its metadata

@@ -50,7 +50,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
 
     report = Report(
         title=f"Dataset {recipe.name}",
-        lead=recipe.description,
+        lead=f"{recipe.description}; imported from {recipe.source.path}" if recipe.source else recipe.description,
         dataset=dataset,
         limits=limits_of(recipe),
         thresholds=list(rule_thresholds(recipe)),

@@ -65,9 +65,8 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """Returns a dataset's progress; raises `UserError` if it does not exist or its manifest is damaged."""
     recipe = read_recipe(dataset)
     stages = [_status(stage, dataset, recipe) for stage in pipeline.STAGES]
-    return DatasetStatus(
-        str(dataset), recipe.name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free
-    )
+    name = f"{recipe.name}, imported from {recipe.source.path}" if recipe.source else recipe.name
+    return DatasetStatus(str(dataset), name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free)
 
 
 def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageStatus:

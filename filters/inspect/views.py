@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,7 @@ from filters import pipeline
 from filters.columns import SCORE_COLUMNS, TYPES
 from filters.decide.funnel import funnel, remarks
 from filters.recipe import Recipe
-from filters.select.metadata_files import find_metadata, prepare
+from filters.select.metadata_files import metadata_of, prepare
 from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
@@ -116,7 +117,7 @@ def _over(connection: duckdb.DuckDBPyConnection, groups: list[list[Path]], colum
 
 def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
     try:
-        files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+        files = metadata_of(recipe.select)
         prepare(connection, (file.path for file in files))
     except UserError:  # the dataset is useful without its metadata
         return _nothing(TYPES)
@@ -125,7 +126,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
     statement, groups = normalised_sql(files)
     for paths in groups:
         listed = ", ".join(map(_literal, paths))
-        statement = statement.replace("read_parquet(?", f"read_parquet([{listed}]", 1)
+        statement = re.sub(r"(read_parquet|read_csv)\(\?", lambda found: f"{found[1]}([{listed}]", statement, count=1)  # noqa: B023
     return statement
 
 

@@ -23,7 +23,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from sdtrain.sampling.sampler import SampleSettings
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
 _SHEET = "grid"  # of `sdtrain sample --grid`
 _PART = re.compile(r"[0-9]+\.tar")
 
@@ -109,13 +109,13 @@ def repeated_captions(dataset: DatasetDir, num: int) -> list[tuple[str, int]]:
 def draw_samples(
     model: Path, prompts: Sequence[str], per_prompt: int, seed: int, folder: Path, settings: SampleSettings
 ) -> list[Sample]:
-    """Draws missing images into a folder, like `sdtrain sample --keep`; raises `UserError` without the model."""
+    """Draws missing images into a folder, like `sdtrain sample`; raises `UserError` without the model."""
     from sdtrain.formats.any_model import resolve_checkpoint
     from sdtrain.sampling.batch import Model, all_devices, draw_batches, make_jobs, split_batches
     from sdtrain.sampling.output_folder import SampleFolder, Writer
 
-    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings)
     jobs = make_jobs(prompts, seed, per_prompt)
+    samples = SampleFolder(folder, Model(resolve_checkpoint(model)), settings).placed(jobs)
     pending = samples.pending(split_batches(jobs, settings))
     with Writer(samples) as writer:
         for job, image in draw_batches(samples.model, pending, settings, all_devices()):

@@ -23,17 +23,21 @@ from torchvision.transforms.v2.functional import resize
 from filters.score.jpeg_decoder import JpegDecoder
 from filters.score.preprocess import (
     WATERMARK_PX,
+    Measured,
     PreprocessedImage,
     RequiredViews,
     Sample,
     caption_of,
     describe,
     preprocess,
+    thumbnail,
 )
 from sdtrain.images.decode import ImageError
 from sdtrain.images.header import read_header
 from sdtrain.models.clip import Preprocess
 from sdtrain.models.copies import PendingCopy, copies_of
+
+_MAX_RATIO = 32
 
 
 def preprocess_on_device(
@@ -79,7 +83,9 @@ def _is_plain_jpeg(content: bytes) -> bool:
         header = read_header(content, sys.maxsize)
     except ImageError:
         return False
-    return header.is_plain and header.extension == "jpg"
+    # Its view would be as long as the sides' ratio.
+    is_thin = max(header.image.size) > _MAX_RATIO * min(header.image.size)
+    return header.is_plain and header.extension == "jpg" and not is_thin
 
 
 def _by_shape(pixels: Mapping[int, Tensor]) -> list[list[int]]:
@@ -133,6 +139,7 @@ def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
 def _described(
     sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
 ) -> PreprocessedImage:
-    image, small = (Image.fromarray(pixels.numpy()) for pixels in (whole, squashed))
-    row = describe(sample, image, small, required)
+    pixels = whole.numpy()
+    measured = Measured(pixels, thumbnail(pixels), Image.fromarray(squashed.numpy()))
+    row = describe(sample, Image.fromarray(pixels), measured, required)
     return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)

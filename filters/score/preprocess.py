@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -22,11 +23,14 @@ from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.images.miniature import miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
-from sdtrain.models.clip import Preprocess, clip_view, pixels_of
+from sdtrain.images.resample import Pixels, View, resample
+from sdtrain.models.clip import Preprocess
 
-THUMBNAIL_SIDE = 4
-# The watermark detector's, which are ImageNet's.
+# The mean colours of a 4 x 4 grid over the image.
+THUMBNAIL = View((4, 4), Image.Resampling.BOX)
+# The watermark detector sees the whole image, squashed; its mean and deviation are ImageNet's.
 WATERMARK_PX = 256
+WATERMARK_VIEW = View((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
 WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Gray levels by which "one colour" may vary: what JPEG leaves of a flat border.
 _FUZZ = 8
@@ -97,29 +101,40 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
         image = decode_rgb(sample.image)
     except OSError:
         return damaged(sample)
-    squashed = watermark_view(image)
+    pixels = np.asarray(image)
+    clip = [clip_view(required.clip, *image.size)] if required.clip else []
+    small, squashed, *seen = resample(pixels, [THUMBNAIL, WATERMARK_VIEW, *clip])
+    measured = Measured(pixels, small.tobytes(), Image.fromarray(squashed))
     return PreprocessedImage(
-        describe(sample, image, squashed, required),
+        describe(sample, image, measured, required),
         caption_of(sample),
-        pixels_of(clip_view(image, required.clip)) if required.clip else None,
-        pixels_of(squashed) if required.watermark else None,
+        torch.from_numpy(seen[0]) if seen else None,
+        torch.from_numpy(squashed) if required.watermark else None,
     )
 
 
-def describe(sample: Sample, image: Image.Image, squashed: Image.Image, required: RequiredViews) -> dict[str, Any]:
-    """Returns a decoded image's row without network scores; `squashed` is the watermark detector's view."""
+class Measured(NamedTuple):
+    """What an image's row is computed from, besides the image: its pixels (H, W, 3), thumbnail and watermark view."""
+
+    pixels: Pixels
+    thumbnail: bytes
+    squashed: Image.Image
+
+
+def describe(sample: Sample, image: Image.Image, measured: Measured, required: RequiredViews) -> dict[str, Any]:
+    """Returns a decoded RGB image's row without network scores."""
     row = {
         "uid": sample.uid,
         "key": sample.key,
-        "pixel_sha256": pixel_sha256(image),
+        "pixel_sha256": pixel_sha256(measured.pixels),
         "phash": perceptual_hash(image),
-        "thumbnail": thumbnail(image),
+        "thumbnail": measured.thumbnail,
         "image_width": image.width,
         "image_height": image.height,
-        **measure(gray_of(squashed)),
+        **measure(gray_of(measured.squashed)),
         "reason": None,
     }
-    return row | {"miniature": miniature(squashed)} if required.miniature else row
+    return row | {"miniature": miniature(measured.squashed)} if required.miniature else row
 
 
 def damaged(sample: Sample) -> PreprocessedImage:
@@ -137,21 +152,26 @@ def _uids(dataset: DatasetDir, shard: int) -> dict[str, str]:
     return {row["key"]: row["uid"] for row in table.to_pylist() if row["reason"] is None}
 
 
-def watermark_view(image: Image.Image) -> Image.Image:
-    """Returns the watermark detector's view of an RGB image, before normalisation: 256 x 256, squashed."""
-    return image.resize((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
+def clip_view(clip: Preprocess, width: int, height: int) -> View:
+    """Returns what CLIP sees of an image, before normalisation: that of `sdtrain.models.clip.clip_view`, to the bit."""
+    size_px = clip.resized_px(width, height)
+    left, top = clip.centre(*size_px)
+    box = (left, top, left + clip.size_px, top + clip.size_px)
+    return View(size_px, Image.Resampling[clip.resample.upper()], box)
 
 
-def pixel_sha256(image: Image.Image) -> str:
+def pixel_sha256(image: Image.Image | Pixels) -> str:
     """Returns the hex sha256 of an RGB image's size and pixels, independent of its encoding."""
-    digest = hashlib.sha256(b"%d %d " % image.size)
-    digest.update(image.tobytes())
+    pixels = np.ascontiguousarray(image)
+    height, width = pixels.shape[:2]
+    digest = hashlib.sha256(b"%d %d " % (width, height))
+    digest.update(pixels.data)
     return digest.hexdigest()
 
 
-def thumbnail(image: Image.Image) -> bytes:
+def thumbnail(image: Image.Image | Pixels) -> bytes:
     """Returns the mean colours of a 4 x 4 grid over an RGB image: 48 bytes."""
-    return image.resize((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BOX).tobytes()
+    return resample(np.asarray(image), [THUMBNAIL])[0].tobytes()
 
 
 def gray_of(image: Image.Image) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jinja2
 import matplotlib
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
@@ -59,7 +59,8 @@ def environment() -> jinja2.Environment:
 
 def small(image: Image.Image, side: int = _SIDE) -> Image.Image:
     """Returns a copy that fits a square."""
-    return ImageOps.contain(image, (side, side))
+    scale = side / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def _page(title: str, notes: Sequence[str], rows: Sequence[Row]) -> str:

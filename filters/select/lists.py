@@ -11,9 +11,11 @@ import duckdb
 import pyarrow as pa
 
 from filters.recipe import ListConfig, SelectConfig
+from filters.select.faults import first_line
 from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
-from filters.select.metadata_files import PARQUET, find_files, first_line, is_parquet, prepare, read_footers
+from filters.select.locations import PARQUET, find_files, is_parquet
+from filters.select.metadata_files import prepare, read_footers
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
 from filters.select.sql_functions import (
     UID,

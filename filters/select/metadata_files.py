@@ -1,92 +1,74 @@
-"""Metadata Parquet files, local or remote: discovery, footers, and remarks on them."""
+"""Metadata files, local or remote: discovery, columns, and remarks on them."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, SwappedSizes
 from filters.recipe import SelectConfig
 from filters.rules import RULES, active_rules
-from filters.select.httpfs import is_remote, load_remote, whole_location
-from filters.select.schema import MetadataFile, describe_file, turn_sizes
+from filters.select.faults import first_line
+from filters.select.httpfs import is_remote, load_remote
+from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without_texts_beside_parquet
+from filters.select.schema import MetadataFile, describe_file, map_columns, turn_sizes
+from filters.select.text_files import describe_text, is_text
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 
-PARQUET = ".parquet"
 _RELIC = "__index_level_0__"
-_GLOB = frozenset("*?[")
+_PURPOSE = "metadata. Check --metadata"
 
 
-def find_metadata(pattern: str, swapped_sizes: SwappedSizes = "auto") -> list[MetadataFile]:
-    """Returns the Parquet files that a recipe's `select.metadata` matches, sorted by name.
+def metadata_of(select: SelectConfig) -> list[MetadataFile]:
+    """Returns the files of a recipe's metadata, see `find_metadata`."""
+    return find_metadata(select.metadata, select.swapped_sizes, select.columns)
 
-    `pattern` is a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://, where a folder ends with
-    a slash; or one https:// file. `${NAME}` stands for an environment variable. For `swapped_sizes` see `turn_sizes`.
-    UserError if nothing matches, a file is not Parquet, or there are no rows.
+
+def find_metadata(
+    pattern: str, swapped_sizes: SwappedSizes = "auto", columns: Mapping[str, str] | None = None
+) -> list[MetadataFile]:
+    """Returns the files that a recipe's `select.metadata` matches, sorted by name: Parquet, CSV, TSV or JSON lines.
+
+    `pattern` is a file, a folder (with subfolders) or a glob, on disk, s3://, gs:// or hf://; or one https:// file. In
+    a folder that holds Parquet, other files are left out. `${NAME}` stands for an environment variable. `columns` maps
+    our names to the files', see `map_columns`; for `swapped_sizes` see `turn_sizes`. UserError if nothing matches, a
+    file cannot be read, or Parquet files have no rows.
     """
     if not pattern:
-        raise UserError("The recipe names no metadata. Give Parquet files with LAION's columns: --metadata PATH.")
-    files = turn_sizes(read_footers(find_files(pattern, "metadata. Check --metadata")), swapped_sizes)
-    if not sum(file.num_rows for file in files):
-        raise UserError(f"The metadata in {pattern} has no rows ({len(files)} Parquet file(s), all empty).")
-    return files
+        raise UserError("The recipe names no metadata. Give files with LAION's columns: --metadata PATH.")
+    files = map_columns(describe_files(_metadata_paths(pattern)), columns or {})
+    if num_rows_of(files) == 0:
+        raise UserError(f"The metadata in {pattern} has no rows ({len(files)} file(s), all empty).")
+    return turn_sizes(files, swapped_sizes)
 
 
-def find_files(pattern: str, purpose: str, suffixes: Collection[str] = (PARQUET,)) -> list[str]:
-    """Returns the paths or URLs that `pattern` matches, in folders only `suffixes`; raises `UserError` if none do."""
-    pattern = whole_location(pattern, purpose)
-    if is_remote(pattern):
-        found, is_folder = _matching_urls(pattern, suffixes), pattern.endswith("/")
-    else:
-        path = Path(pattern).expanduser()
-        found, is_folder = [str(p.absolute()) for p in _matching(path, suffixes)], path.is_dir()
-    if not found:
-        kind = f"no {' or '.join(suffixes)} file in the folder" if is_folder else "no file or folder"
-        raise UserError(f"There is {kind} {pattern}, which the recipe names as {purpose}.")
-    return sorted(found)
+def _metadata_paths(pattern: str) -> list[str]:
+    return without_texts_beside_parquet(pattern, find_files(pattern, _PURPOSE, (PARQUET, *TEXT_SUFFIXES)))
 
 
-def _matching(path: Path, suffixes: Collection[str]) -> list[Path]:
-    if path.is_dir():
-        return [p for p in path.rglob("*") if p.suffix in suffixes and not p.name.startswith((".", "_"))]
-    if path.is_file():
-        return [path]
-    # Path.glob refuses absolute patterns.
-    return [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]  # noqa: PTH207
+def num_rows_of(files: Iterable[MetadataFile]) -> int | None:
+    """Returns the number of rows of all files; None if one is text, which has to be read for it."""
+    numbers = [file.num_rows for file in files]
+    return None if None in numbers else sum(number for number in numbers if number is not None)
 
 
-def _matching_urls(pattern: str, suffixes: Collection[str]) -> list[str]:
-    if pattern.startswith(("http://", "https://")):
-        # Web servers list nothing, and `?` begins a query there.
-        if _GLOB - {"?"} & set(without_secrets(pattern)) or pattern.endswith("/"):
-            raise UserError(f"{pattern} must be one file: web servers cannot be asked for a list.")
-        return [pattern]
-    patterns = [pattern]
-    if pattern.endswith("/"):
-        patterns = [f"{pattern}**/*{suffix}" for suffix in suffixes]
-    elif not _GLOB & set(pattern):
-        return [pattern]
-    with closing(duckdb.connect()) as connection:
-        load_remote(connection)
-        try:
-            return [
-                file for p in patterns for (file,) in connection.execute("SELECT file FROM glob(?)", [p]).fetchall()
-            ]
-        except duckdb.Error as error:
-            raise UserError(f"{pattern} cannot be listed: {first_line(error)}") from error
-
-
-def is_parquet(path: str) -> bool:
-    """Returns whether a path or URL, possibly with a query, names a Parquet file."""
-    return without_secrets(path).endswith(PARQUET)
+def describe_files(paths: Sequence[str]) -> list[MetadataFile]:
+    """Describes files of Parquet, CSV, TSV or JSON lines, in their order; raises `UserError` if one is none of them."""
+    texts = [path for path in paths if is_text(path)]
+    described = {file.path: file for file in read_footers([path for path in paths if path not in set(texts)])}
+    with closing(duckdb.connect(config={"threads": 1})) as connection:
+        prepare(connection, texts)
+        for path in texts:
+            form, types, identity = describe_text(connection, path)
+            described[path] = replace(describe_file(path, types, None, identity), form=form)
+    return [described[path] for path in paths]
 
 
 def read_footers(paths: Sequence[str]) -> list[MetadataFile]:
@@ -172,18 +154,13 @@ def _remote_digests(connection: duckdb.DuckDBPyConnection, urls: Sequence[str]) 
     return {url: digests.get(url, hashlib.sha256(b"").hexdigest()) for url in urls}  # an empty file has no row group
 
 
-def first_line(error: Any) -> str:
-    """Returns the first line of a DuckDB error; the rest may be advice for SQL authors."""
-    return str(error).strip().partition("\n")[0]
-
-
 def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
     """Returns remarks on swapped sizes, other scales, other names, missing columns and missing values."""
 
     def of(num: int) -> str:
         return f"{num} of {len(files)} files"
 
-    remarks = []
+    remarks = _left_out(files, select)
     swapped = sum(file.swapped for file in files)
     if swapped:
         why = "raw LAION release" if select.swapped_sizes == "auto" else "select.swapped_sizes"
@@ -202,6 +179,14 @@ def remarks_on(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]
         if num_without:
             remarks.append(f"{of(num_without)} have no {column}: NULL there")
     return remarks + _null_policy(select)
+
+
+def _left_out(files: Sequence[MetadataFile], select: SelectConfig) -> list[str]:
+    """Tells of text beside the Parquet files of a folder."""
+    if not select.metadata or any(file.form for file in files):
+        return []
+    num = len(find_files(select.metadata, _PURPOSE, (PARQUET, *TEXT_SUFFIXES))) - len(files)
+    return [f"{num} files of text beside {len(files)} Parquet files not read"] if num > 0 else []
 
 
 def _renamed(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str]:

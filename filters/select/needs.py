@@ -9,7 +9,7 @@ from typing import Any
 from filters.columns import SCORE_COLUMNS
 from filters.recipe import Recipe
 from filters.select.lists import list_files
-from filters.select.metadata_files import find_metadata
+from filters.select.metadata_files import metadata_of, num_rows_of
 from filters.select.schema import check_columns
 from filters.select.score_joins import columns_of, join_files
 from sdtrain.dataset.stage import Openers
@@ -31,7 +31,8 @@ def _num_files(find: Callable[[Any], Sequence[object]], config: Settings) -> str
 
 def _check_metadata(recipe: Recipe) -> str:
     select = recipe.select
-    files = find_metadata(select.metadata, select.swapped_sizes)
+    files = metadata_of(select)
     may_miss = [column for join in select.joins for column in columns_of(join, join_files(join))]
     check_columns(files, select.rules, [*may_miss, *(SCORE_COLUMNS if select.null_policy == "score_later" else ())])
-    return f"{len(files)} files, {sum(file.num_rows for file in files):,} rows"
+    num_rows = num_rows_of(files)
+    return f"{len(files)} files" + ("" if num_rows is None else f", {num_rows:,} rows")

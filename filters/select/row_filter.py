@@ -18,11 +18,14 @@ import pyarrow as pa
 from filters.columns import ALIASES, SCORE_COLUMNS
 from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
-from filters.select.metadata_files import first_line, prepare
+from filters.select.faults import fault
+from filters.select.metadata_files import prepare
 from filters.select.pushdown import Pushdown
 from filters.select.schema import MetadataFile, check_columns, normalised_sql
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
+from filters.select.text_files import first_bad_line
+from sdtrain.dataset.addresses import IMPORT
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.dataset.removal_ledger import LEDGER
 from sdtrain.dataset.uid import uid_sql
@@ -42,7 +45,8 @@ _TRIMMED = "CASE WHEN starts_with(url, ' ') OR ends_with(url, ' ') THEN trim(url
 class Source:
     """Metadata files and the configuration that filters their rows.
 
-    `folder` is scratch space for what does not fit into memory; `removed` the ledger of samples that must not return.
+    `folder` is scratch space for what does not fit into memory; `removed` the ledger of samples that must not return;
+    `is_import` says that the rows are of the user's own images, not of the web's.
     """
 
     files: Sequence[MetadataFile]
@@ -51,6 +55,7 @@ class Source:
     allow_private_hosts: bool
     num_threads: int
     removed: pa.Table = field(default_factory=LEDGER.empty_table)
+    is_import: bool = False
 
     @property
     def has_side_inputs(self) -> bool:
@@ -124,10 +129,15 @@ class PassingRows:
 
         try:
             with ThreadPoolExecutor(self.source.num_threads) as threads:
-                return sum(threads.map(read, self._parts()), Counter[str]())
+                dropped = sum(threads.map(read, self._parts()), Counter[str]())
         finally:
             for connection in connections:
                 connection.__exit__(None, None, None)
+        whole = [file for file in self.source.files if not file.has_row_numbers]
+        if whole:
+            with self._cursor(self.source.num_threads) as connection:
+                dropped += self._read(connection, whole, None, consume)
+        return dropped
 
     def _read(
         self,
@@ -154,13 +164,17 @@ class PassingRows:
         if self.side_inputs:
             listed = self.side_inputs.listed_sql(passed)
         # URLs come after the rules, because checking them all takes longer than everything else together.
-        late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", allowed_sql("url"))])
+        late, _ = reason_case({}, [("url_missing", "url <> ''"), ("url_not_allowed", self._allowed())])
         query = f"""
             SELECT coalesce({late}, list_reason) AS reason, {uid_sql()} AS uid,
                 {", ".join(self.columns)}
             FROM ({listed})
         """  # noqa: S608 - names are from ALIASES and RULES, values are bound
         return query, [*values, *bound]
+
+    def _allowed(self) -> str:
+        # Only an import reads files: metadata from elsewhere must not name any.
+        return f"starts_with(url, '{IMPORT}')" if self.source.is_import else allowed_sql("url")
 
     def _rows(
         self, files: Sequence[MetadataFile], pushdown: Pushdown | None, numbers: tuple[int, int] | None = None
@@ -176,11 +190,11 @@ class PassingRows:
         return reason_case(self.source.select.rules, null_passes=self._null_policy)
 
     def _parts(self) -> Iterator[tuple[MetadataFile, tuple[int, int]]]:
-        """Yields runs of whole row groups with about `_ROWS_AT_ONCE` rows."""
+        """Yields runs of whole row groups with about `_ROWS_AT_ONCE` rows, of files whose rows can be numbered."""
         sizes = self._row_groups()
         for file in self.source.files:
             begin = end = 0
-            for size in sizes[file.path]:
+            for size in sizes.get(file.path, ()):
                 if end > begin and end + size - begin > _ROWS_AT_ONCE:
                     yield file, (begin, end)
                     begin = end
@@ -193,7 +207,9 @@ class PassingRows:
             SELECT file_name, row_group_id, any_value(row_group_num_rows) FROM parquet_metadata(?)
             GROUP BY ALL ORDER BY ALL
         """
-        sizes: dict[str, list[int]] = {file.path: [] for file in self.source.files}
+        sizes: dict[str, list[int]] = {file.path: [] for file in self.source.files if file.has_row_numbers}
+        if not sizes:
+            return {}
         with self._cursor(self.source.num_threads) as connection:
             for path, _, size in connection.execute(query, [list(sizes)]).fetchall():
                 sizes[path].append(size)
@@ -227,4 +243,15 @@ def _readable(source: Source) -> Iterator[None]:
         raise_if_disk_full(error, source.folder)
         if isinstance(error, OSError):
             raise
-        raise UserError(f"The metadata in {source.select.metadata} cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"The metadata in {source.select.metadata} cannot be read: {_at_fault(source, error)}"
+        ) from error
+
+
+def _at_fault(source: Source, error: Exception) -> str:
+    if "Malformed JSON" not in str(error):
+        return fault(error)
+    with closing(duckdb.connect(config={"threads": 1})) as connection:
+        prepare(connection, [file.path for file in source.files])
+        lines = (first_bad_line(connection, file.path, file.form) for file in source.files if file.form)
+        return next((line for line in lines if line), fault(error))

@@ -12,6 +12,7 @@ from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import RULES, sources_of
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.sql_functions import hash_sql, laion_hash
+from filters.select.text_files import NESTED, TextFormat, text_sql
 from sdtrain.errors import UserError
 
 # Rows per file whose `hash` is verified.
@@ -19,6 +20,13 @@ _HASHES_CHECKED = 1000
 _HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
+# Parts of names that tell of a column, the surest first.
+_LIKELY = {
+    "url": ("url", "uri", "link", "href", "src"),
+    "caption": ("caption", "text", "alt", "prompt", "description", "title", "sentence"),
+    "width": ("width",),
+    "height": ("height",),
+}
 # Only LAION's first releases have both columns; there WIDTH holds heights and HEIGHT widths.
 _RAW_RELEASE = {"sample_id", "license"}
 
@@ -31,20 +39,36 @@ class MetadataFile:
         path: absolute, or a URL.
         columns: our name -> the file's, for columns present.
         types: our name -> the file's DuckDB type.
-        identity: name, size and footer digest, which identify the file wherever it is stored.
+        file_types: the file's name -> its DuckDB type, for all columns; "NESTED" for lists and structs.
+        num_rows: None for text, whose rows are known once it is read.
+        identity: name, size and a digest (of the footer of Parquet), which identify the file wherever it is stored.
         swapped: whether `columns` already exchanges WIDTH and HEIGHT.
+        form: of a text file; None for Parquet.
     """
 
     path: str
     columns: dict[str, str]
     types: dict[str, str]
-    all_columns: tuple[str, ...]
-    num_rows: int
+    file_types: dict[str, str]
+    num_rows: int | None
     identity: tuple[str, int, str]
     swapped: bool = False
+    form: TextFormat | None = None
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """The names of all columns."""
+        return tuple(self.file_types)
+
+    @property
+    def has_row_numbers(self) -> bool:
+        """Whether DuckDB can number the rows, to read some of them."""
+        return self.form is None and "file_row_number" not in map(str.lower, self.file_types)
 
 
-def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: tuple[str, int, str]) -> MetadataFile:
+def describe_file(
+    path: str, types: Mapping[str, str], num_rows: int | None, identity: tuple[str, int, str]
+) -> MetadataFile:
     """Describes a file by its column names and types; raises `UserError` if two names differ only in case."""
     by_lower: dict[str, str] = {}
     for name in types:
@@ -57,12 +81,38 @@ def describe_file(path: str, types: Mapping[str, str], num_rows: int, identity: 
         if found:
             columns[ours] = found[0]
     ours_types = {ours: types[name] for ours, name in columns.items()}
-    return MetadataFile(path, columns, ours_types, tuple(types), num_rows, identity)
+    return MetadataFile(path, columns, ours_types, dict(types), num_rows, identity)
 
 
 def _aliases_in(by_lower: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     # Our own selections have both, and call the V2 score `aesthetic`.
     return ALIASES | ({"aesthetic": ("aesthetic",)} if "aesthetic_v1" in by_lower else {})
+
+
+def map_columns(files: Sequence[MetadataFile], columns: Mapping[str, str]) -> list[MetadataFile]:
+    """Reads our columns (keys) from the files' columns that a recipe's `select.columns` names, in either case.
+
+    A file without that column keeps what it has under one of the usual names. UserError if no file has it.
+    """
+    for ours, name in columns.items():
+        if not any(_named_in(file, name) for file in files):
+            listed = ", ".join(files[0].all_columns)
+            raise UserError(f"select.columns: {ours}: {name}: {files[0].path} has no column {name}. It has: {listed}.")
+    return [_mapped(file, columns) for file in files]
+
+
+def _named_in(file: MetadataFile, name: str) -> str | None:
+    """Returns a column's name as the file spells it."""
+    exact = [found for found in file.all_columns if found == name]
+    return next(iter(exact or [found for found in file.all_columns if found.strip().lower() == name.lower()]), None)
+
+
+def _mapped(file: MetadataFile, columns: Mapping[str, str]) -> MetadataFile:
+    found = {ours: name for ours, wanted in columns.items() if (name := _named_in(file, wanted))}
+    if not found:
+        return file
+    names = file.columns | found
+    return replace(file, columns=names, types={ours: file.file_types[name] for ours, name in names.items()})
 
 
 def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
@@ -97,6 +147,11 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
             if column not in file.columns:
                 _refuse_v1(file, column, purpose)
                 raise UserError(_missing(file, column, purpose))
+            if file.types[column] == NESTED:
+                raise UserError(
+                    f"{file.path}: column {file.columns[column]} holds lists or objects, and {column} is one value. "
+                    f"Write it into a column of its own, or name another: select.columns: {{{column}: NAME}}."
+                )
 
 
 def _missing(file: MetadataFile, column: str, purpose: str) -> str:
@@ -108,8 +163,29 @@ def _missing(file: MetadataFile, column: str, purpose: str) -> str:
         advice = " Or set `select.null_policy: score_later` and let the image's own score decide."
     return (
         f"{file.path} has no column {names}{purpose}. It has: {', '.join(file.all_columns)}. "
-        f"Use metadata with that column.{advice}"
+        f"{_suggestion(file, column) or 'Use metadata with that column.'}{advice}"
     )
+
+
+def _suggestion(file: MetadataFile, missing: str) -> str:
+    """Returns the setting that would name the missing columns, if some of the file's look like them."""
+    wanted = [missing, *(ours for ours in ("url", "caption") if ours != missing and ours not in file.columns)]
+    taken, likely = set(file.columns.values()), dict[str, str]()
+    for ours in wanted:
+        name = next((name for name in _by_likeness(file, ours) if name not in taken), None)
+        if name:
+            likely[ours] = name
+            taken.add(name)
+    if missing not in likely:
+        return ""
+    ordered = ", ".join(f"{ours}: {likely[ours]}" for ours in ALIASES if ours in likely)
+    return f"If these are meant, name them in the recipe: select.columns: {{{ordered}}}."
+
+
+def _by_likeness(file: MetadataFile, ours: str) -> list[str]:
+    words = _LIKELY.get(ours, (ours,))
+    flat = [name for name in file.all_columns if file.file_types[name] != NESTED]
+    return [name for word in words for name in flat if word in name.lower()]
 
 
 def _refuse_v1(file: MetadataFile, column: str, purpose: str) -> None:
@@ -138,9 +214,12 @@ def normalised_sql(
             free for queries that do not select `hash`.
         rows: half-open range of row numbers to read from each file.
     """
-    groups: dict[tuple[tuple[str, str], ...], list[MetadataFile]] = {}
+    groups: dict[object, list[MetadataFile]] = {}
     for file in files:
-        groups.setdefault((*file.columns.items(), *file.types.items()), []).append(file)
+        # The columns of text must be named in order to read it.
+        names = file.all_columns if file.form else ()
+        key = (*file.columns.items(), *file.types.items(), file.form, names, file.has_row_numbers)
+        groups.setdefault(key, []).append(file)
     parts, values = [], list[Any]()
     for group in groups.values():
         part, bound = _part_sql(group, pushdown, compute_hash, rows)
@@ -160,8 +239,7 @@ def _part_sql(
     if compute_hash and "hash" not in names:
         items["hash"] = hash_sql(items["url"], items["caption"])
     select = ", ".join(f"{sql} AS {ours}" for ours, sql in items.items())
-    numbered = ", file_row_number = true" if rows else ""
-    part = f"SELECT {select} FROM read_parquet(?, hive_partitioning = false{numbered})"  # noqa: S608 - names are quoted
+    part = f"SELECT {select} FROM {_source_sql(group[0], numbered=rows is not None)}"  # noqa: S608 - names are quoted
     values: list[Any] = [[file.path for file in group]]
     conditions = []
     if rows:
@@ -172,6 +250,12 @@ def _part_sql(
         conditions.append(condition)
         values += bound
     return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
+
+
+def _source_sql(file: MetadataFile, numbered: bool) -> str:
+    if file.form:
+        return text_sql(file.form, file.all_columns, file.columns.values())
+    return f"read_parquet(?, hive_partitioning = false{', file_row_number = true' if numbered else ''})"
 
 
 def column_sql(ours: str, name: str | None, kind: str) -> str:

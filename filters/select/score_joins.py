@@ -9,7 +9,9 @@ import duckdb
 
 from filters.columns import ALIASES
 from filters.recipe import JOINABLE, JoinConfig
-from filters.select.metadata_files import find_files, first_line, prepare, read_footers
+from filters.select.faults import fault
+from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without_texts_beside_parquet
+from filters.select.metadata_files import describe_files, prepare
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, turn_sizes
 from filters.select.sql_functions import URL_CAPTION, Lookup, lookup_sql
 from sdtrain.errors import UserError
@@ -60,15 +62,16 @@ def load_joins(connection: duckdb.DuckDBPyConnection, joins: Sequence[JoinConfig
         try:
             num_rows, num_more = _load(connection, number, join, files, columns)
         except duckdb.Error as error:
-            raise UserError(f"The score files {join.files} cannot be read: {first_line(error)}") from error
+            raise UserError(f"The score files {join.files} cannot be read: {fault(error)}") from error
         remarks.append(_remark(join, columns, num_rows, num_more))
         filled.append(columns)
     return Joins(tuple(join.by for join in joins), tuple(filled), tuple(remarks))
 
 
 def join_files(join: JoinConfig) -> list[MetadataFile]:
-    """Returns a join's score files; raises `UserError` if there are none or one is not Parquet."""
-    return turn_sizes(read_footers(find_files(join.files, "score files (select.joins)")), "auto")
+    """Returns a join's score files; raises `UserError` if there are none or one cannot be read."""
+    paths = find_files(join.files, "score files (select.joins)", (PARQUET, *TEXT_SUFFIXES))
+    return turn_sizes(describe_files(without_texts_beside_parquet(join.files, paths)), "auto")
 
 
 def columns_of(join: JoinConfig, files: Sequence[MetadataFile]) -> tuple[str, ...]:

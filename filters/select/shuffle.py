@@ -52,6 +52,18 @@ class Order:
 
 
 @dataclass(frozen=True)
+class SourceOrder(Order):
+    """The order of an imported source, whose tars and tables are then read from front to back; `pack` shuffles."""
+
+    last_row: int = 0
+
+    def keys(self, rows: pa.RecordBatch) -> Keys:
+        """Returns uint64s in the order of column `source_row`, spread over the whole range."""
+        scale = np.uint64((2**64 - 1) // (self.last_row + 1))
+        return rows["source_row"].to_numpy().astype(np.uint64) * scale
+
+
+@dataclass(frozen=True)
 class Bucket:
     """Rows of one key range in shuffled order, each uid once.
 

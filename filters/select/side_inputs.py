@@ -14,7 +14,8 @@ import pyarrow as pa
 from filters.recipe import SelectConfig
 from filters.select.httpfs import is_remote
 from filters.select.lists import Lists, list_files, load_lists
-from filters.select.metadata_files import is_parquet, prepare, read_footers
+from filters.select.locations import is_parquet
+from filters.select.metadata_files import prepare, read_footers
 from filters.select.removed_rows import Blocked
 from filters.select.schema import MetadataFile, check_hashes
 from filters.select.score_joins import Joins, join_files, load_joins

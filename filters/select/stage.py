@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
-from filters.select.metadata_files import find_metadata, remarks_on
+from filters.select.metadata_files import metadata_of, num_rows_of, remarks_on
 from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
 from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
-from filters.select.shuffle import Order, Shuffle
+from filters.select.shuffle import Order, Shuffle, SourceOrder
 from filters.select.side_inputs import identify_side_inputs
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
@@ -27,12 +27,14 @@ from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers
 from sdtrain.dataset.work import WORK
+from sdtrain.download.source.catalogue import catalogue_files, last_source_row, read_remarks
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
 _SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # identified by their contents, not their location
+_ADDED = ("columns",)  # settings younger than finished datasets, whose fingerprint they do not change unless set
 _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 
@@ -62,6 +64,7 @@ class Selection:
     files: Sequence[MetadataFile]
     allow_private_hosts: bool = False
     before: Before = Before()
+    is_import: bool = False
     num_threads: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
 
     def run(self) -> ShardReport:
@@ -72,9 +75,11 @@ class Selection:
         """
         with scratch(self.dataset.root, "select") as folder:
             removed = read_ledger(self.dataset.removed)
-            source = Source(self.files, self.select, folder, self.allow_private_hosts, self.num_threads, removed)
+            private, num_threads = self.allow_private_hosts, self.num_threads
+            source = Source(self.files, self.select, folder, private, num_threads, removed, self.is_import)
             with open_passing_rows(source) as passing:
                 num_passed, dropped = passing.count()
+                num_in = num_passed + dropped.total()
                 num_buckets = min(_MAX_BUCKETS, 1 + num_passed // _ROWS_PER_BUCKET)
                 shuffle = Shuffle(folder, num_buckets, self._order)
                 late = passing.each(shuffle.add)
@@ -82,7 +87,7 @@ class Selection:
             paths, num_out, repeated = self._write(shuffle)
         _delete_from(self.dataset, self.before.num_shards + len(paths))
         dropped += late + repeated
-        self._check_sum(num_out, dropped)
+        self._check_sum(num_in, num_out, dropped)
         return ShardReport(
             stage="select",
             shard=self.before.number,
@@ -91,13 +96,14 @@ class Selection:
             dropped=dict(sorted(dropped.items())),
             outputs=describe_outputs(self.dataset, paths),
             inputs=[_named(file) for file in self.files],
-            notes=[*remarks_on(self.files, self.select), *remarks],
+            notes=[*(_import_remarks(self.files) if self.is_import else remarks_on(self.files, self.select)), *remarks],
         )
 
     def _write(self, shuffle: Shuffle) -> tuple[list[Path], int, Counter[str]]:
         """Writes the shards; returns them, their number of rows, and drop counts by reason."""
         limit = max(0, (self.select.limit or math.inf) - self.before.num_rows)
-        selected = SelectedUids(self.before.files, self._order)
+        # An import lists only what is new, and finished ones are in another order.
+        selected = SelectedUids(() if self.is_import else self.before.files, self._order)
         num_out = num_repeated = num_over = 0
         # Two more than there are processors, because each thread ends by waiting for the disk.
         with ThreadPoolExecutor(self.num_threads + 2) as threads:
@@ -114,14 +120,22 @@ class Selection:
 
     @property
     def _order(self) -> Order:
+        if self.is_import:
+            last_row = max(last_source_row(Path(file.path)) for file in self.files)
+            return SourceOrder(self.select.seed, last_row=last_row)
         return Order(self.select.seed, self.select.shuffle_by)
 
-    def _check_sum(self, num_out: int, dropped: Counter[str]) -> None:
-        num_in = sum(file.num_rows for file in self.files)
-        if num_in != num_out + sum(dropped.values()):
+    def _check_sum(self, num_counted: int, num_out: int, dropped: Counter[str]) -> None:
+        num_rows = num_rows_of(self.files)
+        num_in = num_counted if num_rows is None else num_rows
+        if num_in != num_out + dropped.total():
             raise UserError(
-                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows by its footers, "
-                f"{num_out + sum(dropped.values()):,} were seen. Run the same command again."
+                f"The metadata in {self.select.metadata} changed while it was read: {num_in:,} rows at first, "
+                f"{num_out + dropped.total():,} were seen. Run the same command again."
+            )
+        if not num_in:
+            raise UserError(
+                f"The metadata in {self.select.metadata} has no rows ({len(self.files)} file(s), all empty)."
             )
         if not num_out and not self.before.number:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
@@ -134,9 +148,17 @@ def select_rows(
     dataset: DatasetDir, select: SelectConfig, allow_private_hosts: bool = False, num_threads: int | None = None
 ) -> ShardReport:
     """Writes the selection `select` into a dataset that has none; see `Selection.run`."""
-    files = find_metadata(select.metadata, select.swapped_sizes)
+    files = metadata_of(select)
     num_threads = num_threads or len(os.sched_getaffinity(0))
     return Selection(dataset, select, files, allow_private_hosts, num_threads=num_threads).run()
+
+
+def _import_remarks(files: Sequence[MetadataFile]) -> list[str]:
+    return [remark for file in files for remark in read_remarks(Path(file.path))]
+
+
+def _catalogue(dataset: DatasetDir, shard: int) -> list[Path]:
+    return catalogue_files(dataset.catalogues)
 
 
 def _named(file: MetadataFile) -> str:
@@ -148,7 +170,7 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
     If a finished one no longer fits (its recipe or one of its files changed), returns one selection of everything.
     """
-    files = find_metadata(recipe.select.metadata, recipe.select.swapped_sizes)
+    files = metadata_of(recipe.select)
     left = {_named(file): file for file in files}
     if len(left) < len(files) or recipe.select.new_files == "reshuffle":
         return [files]
@@ -162,11 +184,14 @@ def _generations(dataset: DatasetDir, recipe: Recipe) -> list[list[MetadataFile]
 
 
 def _digest(recipe: Recipe, inputs: Sequence[str]) -> str:
-    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS})
+    unset = {name for name in _ADDED if not getattr(recipe.select, name)}
+    config = recipe.select.model_dump(mode="json", exclude={"metadata", "rules", "new_files", *_SIDE_INPUTS, *unset})
     if config["shuffle_by"] == "uid":  # as it was before there was a choice
         del config["shuffle_by"]
     # As pairs, because the order of the rules decides the reasons.
     config |= {"rules": list(recipe.select.rules.items()), "private": recipe.download.allow_private_hosts}
+    if recipe.source:
+        config["order"] = "source"
     return fingerprint("select/2", config | {"files": sorted(inputs), "extras": identify_side_inputs(recipe.select)})
 
 
@@ -187,7 +212,8 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
                 forget_entry(dataset, "select", entry.shard)
         before = _before(dataset, number)
         allow_private = recipe.download.allow_private_hosts
-        yield Selection(dataset, recipe.select, generations[number], allow_private, before).run()
+        is_import = recipe.source is not None
+        yield Selection(dataset, recipe.select, generations[number], allow_private, before, is_import).run()
 
 
 def _before(dataset: DatasetDir, number: int) -> Before:
@@ -226,7 +252,7 @@ SELECT: Stage[Recipe] = Stage(
     inputs={"select": "all shards"},
     planned_by=None,
     num_shards=_num_shards,
-    beside=nothing_beside,
+    beside=_catalogue,
     table=Table(
         view="selection",
         comment="Rows chosen from the metadata, in download order",

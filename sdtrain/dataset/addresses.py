@@ -8,6 +8,8 @@ import socket
 from urllib.parse import SplitResult, urlsplit
 
 SCHEMES = ("http", "https")
+IMPORT = "import://"
+"""Begins the URL of an imported image: `import://NAME/path`, and for one in a tar or table `#member` or `#row`."""
 # Ports of mail, remote shells, files, databases and the like, where an HTTP request would do harm or
 # nothing; the web's own ports, and the odd ones that image hosts use, stay open.
 # fmt: off

@@ -33,20 +33,23 @@ def refuse_url(path: Path) -> Path:
 
 
 @contextmanager
-def publish(target: Path) -> Iterator[Path]:
+def publish(target: Path, is_durable: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `target` and renames it to `target` if the block succeeds.
 
     The data is on disk before the rename, so a crash never leaves a short file under a final name. A block that raises
-    leaves nothing. UserError if the disk is full, or the path is a URL.
+    leaves nothing. Not `is_durable`: the caller writes many such files and calls os.sync() once before it relies on
+    them. UserError if the disk is full, or the path is a URL.
     """
     refuse_url(target).parent.mkdir(parents=True, exist_ok=True)
     # Threads that process different shards may write one shared file, such as latents/info.json, concurrently.
     temporary = target.with_name(f".{target.name}.{threading.get_ident()}.{os.getpid()}{_TEMPORARY}")
     try:
         yield temporary
-        _sync(temporary)
+        if is_durable:
+            _sync(temporary)
         temporary.replace(target)
-        _sync(target.parent)
+        if is_durable:
+            _sync(target.parent)
     except Exception as error:
         raise_if_disk_full(error, target)
         raise

@@ -27,6 +27,15 @@ class DatasetDir:
     def __str__(self) -> str:
         return self.url or str(self.root)
 
+    @property
+    def catalogues(self) -> Path:
+        """The folder of what was imported; LAION's metadata in the form of a user's own images."""
+        return self.root / "import"
+
+    def catalogue(self, number: int) -> Path:
+        """One row for every image that the import of this number found in the source."""
+        return self.catalogues / f"{number:05d}.parquet"
+
     def selection(self, shard: int) -> Path:
         """The rows of one shard, chosen from the metadata."""
         return self.root / "selection" / f"{shard:05d}.parquet"

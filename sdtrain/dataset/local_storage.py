@@ -48,6 +48,9 @@ class LocalStorage:
     def sync(self, may_delete: bool = True) -> None:
         """Updates the local manifest; `may_delete` says that no command of this machine is about to record a shard."""
 
+    def finish(self) -> None:
+        """Called at the end of a command that held the lock and did not fail, when nobody writes for it any more."""
+
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
         """Stores a finished shard before its manifest `entry` is written here, with that `content`.
 

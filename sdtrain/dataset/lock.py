@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -33,18 +33,25 @@ class DatasetLock:
     """A lock on a dataset, until the block ends, it is closed or collected, or the process ends, even by kill -9.
 
     It is a kernel lock (flock), and for S3 also an object there (`sdtrain.dataset.s3.lock`), so a crash leaves nothing
-    to clear. Only the process that runs a command takes it, not its threads, workers and other machines.
+    to clear. Only the process that runs a command takes it, not its threads, workers and other machines. `finish` is
+    called at the end of a block that did not fail.
     """
 
-    def __init__(self, file: IO[str] | None, remote: Closable | None = None) -> None:
-        self._file, self.remote = file, remote
+    def __init__(self, file: IO[str] | None) -> None:
+        self._file = file
+        self.remote: Closable | None = None
+        self.finish: Callable[[], None] = _nothing
         _held.add(self)
 
     def __enter__(self) -> DatasetLock:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Releases the lock."""
@@ -58,7 +65,8 @@ def lock_to_change(dataset: DatasetDir, command: str) -> DatasetLock:
     """Locks a dataset, created if missing, for a command that writes; UserError if it is in use or read-only."""
     lock = lock_folder(dataset.root, dataset.lock, command)
     try:
-        lock.remote = storage_of(dataset).lock(command)
+        storage = storage_of(dataset)
+        lock.remote, lock.finish = storage.lock(command), storage.finish
     except UserError:
         lock.close()
         raise
@@ -153,6 +161,10 @@ def _users(file: IO[str]) -> Iterator[str]:
                     f"{signed['command']} is running (process {signed['pid']} on {signed['host']}, since "
                     f"{signed['since']})."
                 )
+
+
+def _nothing() -> None:
+    """For a dataset whose storage has nothing to finish."""
 
 
 def _forget_in_child() -> None:

@@ -43,6 +43,7 @@ _SHARE_WORTH_WRITING = 0.05
 _STILL_CHANGING_NS = 2_000_000_000
 """A file that changed twice within one tick of its file system's clock looks unchanged: younger ones are read again."""
 _CACHED_STAGES = 16
+_BATCH_ROWS = 4096
 
 _cached: dict[Path, pa.Table] = {}
 _lock = Lock()
@@ -126,6 +127,32 @@ def stage_entries(folder: Path) -> StageEntries:
             _cached.clear()
         _cached[folder] = table
         return StageEntries(folder, table)
+
+
+def write_table(folder: Path) -> tuple[Path, int]:
+    """Brings the table's file up to date, however little it lacks; returns it and its number of entries.
+
+    UserError if an entry cannot be read, or the file cannot be written.
+    """
+    table = stage_entries(folder).table
+    written = _read(folder)
+    if written is None or not written.equals(table):
+        with publish(_file(folder)) as temporary:
+            pq.write_table(table, temporary, compression="zstd")
+    return _file(folder), len(table)
+
+
+def stored_entries(folder: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yields shard, time in ns (below 0 if not settled) and content of the entries in the table's file alone.
+
+    UserError if it is missing or damaged; the entries' files may say something else.
+    """
+    try:
+        with pq.ParquetFile(_file(folder)) as file:
+            for batch in file.iter_batches(_BATCH_ROWS, columns=["shard", "mtime_ns", "entry"]):
+                yield from zip(*(batch[name].to_pylist() for name in ("shard", "mtime_ns", "entry")), strict=True)
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise UserError(f"{_file(folder)} is damaged. Delete it and run the same command again.") from error
 
 
 def _listing(folder: Path) -> NDArray[np.int64]:

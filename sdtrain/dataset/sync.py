@@ -6,6 +6,7 @@ files are evicted, so that all workers of a build agree; tables stay.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,9 @@ Part = Literal["all shards", "same shard", "first shard"]
 """The shards of another stage that a shard reads. "same shard": the one of its own number, whose large files
 nothing else reads afterwards but `pack`, in parts."""
 _FILE = ".s3-evict"
+_STILL_CHANGING_NS = 2_000_000_000
+"""A folder that changed twice within one tick of its file system's clock looks unchanged."""
+_fetched_at_ns: dict[tuple[DatasetDir, str], int] = {}
 
 
 def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequence[int]) -> None:
@@ -30,10 +34,24 @@ def fetch_inputs(dataset: DatasetDir, inputs: Mapping[str, Part], shards: Sequen
     if not storage_of(dataset).is_remote:
         return
     for stage, part in inputs.items():
-        if part == "first shard":
-            fetch_outputs(dataset, stage, [entry.shard for entry in entries(dataset, stage)[:1]], tars=False)
+        if part == "all shards":
+            _fetch_all_tables(dataset, stage)
+        elif part == "same shard":
+            fetch_outputs(dataset, stage, shards, tars=False)
         else:
-            fetch_outputs(dataset, stage, shards if part == "same shard" else None, tars=False)
+            first = read_entry(dataset, stage, 0) or next(iter(entries(dataset, stage)), None)
+            fetch_outputs(dataset, stage, [first.shard] if first else [], tars=False)
+
+
+def _fetch_all_tables(dataset: DatasetDir, stage: str) -> None:
+    """Fetches the tables of a stage, unless this process did since its entries last changed: each batch asks."""
+    folders = [folder for folder in dataset.manifest_folders(stage) if folder.exists()]
+    changed_ns = max((folder.stat().st_mtime_ns for folder in folders), default=0)
+    if _fetched_at_ns.get((dataset, stage)) == changed_ns:
+        return
+    fetch_outputs(dataset, stage, tars=False)
+    if time.time_ns() - changed_ns > _STILL_CHANGING_NS:
+        _fetched_at_ns[dataset, stage] = changed_ns
 
 
 def fetch_tables(dataset: DatasetDir) -> None:

@@ -29,14 +29,17 @@ SCHEMA = pa.schema(
     ]
 )
 Row = dict[str, Any]
-_SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256")
+_SELECTED = ("key", "uid", "url", "caption", "width", "height", "md5", "sha256", "source_row")
 _OF_METADATA = ("uid", "caption", "url", "key")
 _DIGESTS = {"md5": re.compile(r"[0-9a-f]{32}"), "sha256": re.compile(r"[0-9a-f]{64}")}
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A selected row, with the metadata's `width`, `height` and digests, if any."""
+    """A selected row, with the metadata's `width`, `height` and digests, if any.
+
+    `source_row` is of imported images (`sdtrain.download.source.catalogue`).
+    """
 
     key: str
     uid: str
@@ -46,6 +49,7 @@ class Selected:
     height: int | None = None
     md5: str | None = None
     sha256: str | None = None
+    source_row: int | None = None
 
 
 def read_selected(path: Path) -> list[Selected]:
@@ -93,6 +97,16 @@ def digest_mismatch(selected: Selected, body: bytes, sha256: str) -> FetchError 
     if md5 and md5 != hashlib.md5(body, usedforsecurity=False).hexdigest():
         return FetchError("hash_mismatch", "the md5 is not the metadata's")
     return None
+
+
+def has_sha256(selected: Selected) -> bool:
+    """Whether the metadata can prove the bytes."""
+    return _digest("sha256", selected.sha256) is not None
+
+
+def is_proven(selected: Selected, sha256: str) -> bool:
+    """Whether bytes with this sha256 are certainly those that the metadata means."""
+    return _digest("sha256", selected.sha256) == sha256
 
 
 def is_known_to_match(selected: Selected, sha256: str, stored: Callable[[], bytes]) -> bool:

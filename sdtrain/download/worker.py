@@ -1,4 +1,4 @@
-"""A child process that downloads shards: concurrent requests, images made in threads, memory bounded by both.
+"""A child process that makes shards of images from the web or a source on disk, in threads and bounded memory.
 
 `python -m sdtrain.download.worker REQUEST.json` does the request's shards and prints a JSON line after each. It ends
 when its standard input closes, which happens however its parent dies.
@@ -15,9 +15,12 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -25,7 +28,8 @@ from sdtrain.dataset.config import DownloadConfig
 from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.rows import Selected, failed_row
-from sdtrain.download.shard_job import ShardJob
+from sdtrain.download.shard_job import Outcome, ShardJob
+from sdtrain.download.source.reader import SourceReader
 from sdtrain.download.worker_process import Finished, Request
 from sdtrain.images.store import ImageMaker
 from sdtrain.redaction import hide_secrets_in_logs
@@ -49,17 +53,51 @@ def main() -> None:
     asyncio.run(_download(request, lambda finished: print(finished.model_dump_json(), file=lines, flush=True)))
 
 
+class Origin(Protocol):
+    """Where the bytes of images come from: the web, or a source on this machine."""
+
+    async def __call__(self, selected: Selected, is_verified: bool = True) -> bytes:
+        """The bytes of a row's image; FetchError says why there are none.
+
+        Without `is_verified`, from a server whose certificate is not.
+        """
+
+
 async def _download(request: Request, report: Report) -> None:
     maker = ImageMaker(request.config)
     urls = _urls(request, maker)
     num_threads = max(1, min(_MAX_THREADS, len(os.sched_getaffinity(0))))
     with ThreadPoolExecutor(num_threads) as threads:
         try:
-            async with Fetcher(request.config) as fetcher, asyncio.TaskGroup() as group:
-                for _ in range(_URLS_PER_CONNECTION * request.config.connections):
-                    group.create_task(_work(urls, fetcher, threads, report))
+            async with _open_origin(request, num_threads) as (origin, num_tasks), asyncio.TaskGroup() as group:
+                for _ in range(num_tasks):
+                    group.create_task(_work(urls, origin, threads, report))
         except ExceptionGroup as several:
             raise several.exceptions[0] from None  # the log's last words are what the user sees
+
+
+@asynccontextmanager
+async def _open_origin(request: Request, num_threads: int) -> AsyncIterator[tuple[Origin, int]]:
+    """Yields the origin, and how many tasks should ask it at a time."""
+    if request.source is None:
+        async with Fetcher(request.config) as fetcher:
+            yield partial(_fetch, fetcher), _URLS_PER_CONNECTION * request.config.connections
+        return
+    # Disks answer sooner than images are made: a few are read ahead, so that few wait in memory.
+    with closing(SourceReader(request.source)) as reader, ThreadPoolExecutor(1) as thread:
+        yield partial(_read, reader, thread), 2 * num_threads
+
+
+async def _fetch(fetcher: Fetcher, selected: Selected, is_verified: bool = True) -> bytes:
+    return (await fetcher.fetch(selected.url, is_verified)).body
+
+
+async def _read(
+    reader: SourceReader, thread: ThreadPoolExecutor, selected: Selected, is_verified: bool = True
+) -> bytes:
+    # One thread takes rows in the order in which the tasks asked, that of the source.
+    row = -1 if selected.source_row is None else selected.source_row
+    return await asyncio.get_running_loop().run_in_executor(thread, reader.read, row, selected.url)
 
 
 def _urls(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, list[Selected]]]:
@@ -71,19 +109,30 @@ def _urls(request: Request, maker: ImageMaker) -> Iterator[tuple[ShardJob, list[
 
 
 async def _work(
-    urls: Iterator[tuple[ShardJob, list[Selected]]], fetcher: Fetcher, threads: ThreadPoolExecutor, report: Report
+    urls: Iterator[tuple[ShardJob, list[Selected]]], origin: Origin, threads: ThreadPoolExecutor, report: Report
 ) -> None:
     for work, rows in urls:  # shared: each task takes the next
-        if not rows or await _do_url(work, rows, fetcher, threads):
+        if not rows or await _do_url(work, rows, origin, threads):
             report(await asyncio.get_running_loop().run_in_executor(threads, work.finish))
 
 
-async def _do_url(work: ShardJob, rows: list[Selected], fetcher: Fetcher, threads: ThreadPoolExecutor) -> bool:
+async def _do_url(work: ShardJob, rows: list[Selected], origin: Origin, threads: ThreadPoolExecutor) -> bool:
+    in_thread = partial(asyncio.get_running_loop().run_in_executor, threads)
     try:
-        body = (await fetcher.fetch(rows[0].url)).body
+        body = await origin(rows[0])
     except FetchError as error:
-        return work.add([(failed_row(selected, error), None) for selected in rows])
-    return work.add(await asyncio.get_running_loop().run_in_executor(threads, work.make, rows, body))
+        if not work.may_prove(rows, error):
+            return work.add(_failed(rows, error))
+        try:
+            body = await origin(rows[0], is_verified=False)
+        except FetchError:
+            return work.add(_failed(rows, error))
+        return work.add(await in_thread(work.make_proven, rows, body, error))
+    return work.add(await in_thread(work.make, rows, body))
+
+
+def _failed(rows: Sequence[Selected], error: FetchError) -> list[Outcome]:
+    return [(failed_row(selected, error), None) for selected in rows]
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):

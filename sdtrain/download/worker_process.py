@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from sdtrain.dataset.config import DownloadConfig
 from sdtrain.dataset.files import raise_if_disk_full
+from sdtrain.download.source.reader import SourceRequest
 from sdtrain.errors import UserError
 
 _LOG_LINES = 5
@@ -49,6 +50,8 @@ class Request(BaseModel):
     output: Path
     removed: Path | None = None
     """The dataset's ledger of removed images, if it has one."""
+    source: SourceRequest | None = None
+    """Where the images are read, if not from the web."""
     shards: list[ShardRequest]
 
 

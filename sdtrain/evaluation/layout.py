@@ -116,3 +116,11 @@ def read_tensors(paths: list[Path], names: list[str] | None = None) -> dict[str,
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is missing or damaged. Delete it and run the evaluation again.") from error
     return {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors in a file that `write_tensors` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return list(file.keys())

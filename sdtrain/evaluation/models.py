@@ -14,6 +14,8 @@ import torch
 from sdtrain.errors import UserError
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.formats.any_model import is_run, open_model
+from sdtrain.formats.stored_model import StoredModel, latent_shape
+from sdtrain.models.schedulers import check_num_steps
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class EvaluatedModel:
 def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
     """Reads all weights once; UserError if there is no such model, or it lacks these weights."""
     model = open_model(path, protocol.tokenizer)
+    check_num_steps(protocol.sampler, model.scheduler_config, protocol.num_steps)
     frozen = model.frozen()
     vocabulary = {"vocabulary": frozen.tokenizer.get_vocab(), "max_length": frozen.tokenizer.model_max_length}
     text_encoder = _digest(frozen.text_encoder.state_dict(), vocabulary)
@@ -50,8 +53,15 @@ def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
         label=f"{_name(path)}{step}{', raw' if protocol.weights == 'raw' else ''}",
         digest=hashlib.sha256("".join(parts).encode()).hexdigest(),
         text_encoder=text_encoder,
-        size_px=int(model.unet_config["sample_size"]) * 2 ** (len(frozen.vae.config.block_out_channels) - 1),
+        size_px=_side(model) * 2 ** (len(frozen.vae.config.block_out_channels) - 1),
     )
+
+
+def _side(model: StoredModel) -> int:
+    height, width = latent_shape(model.unet_config["sample_size"])
+    if height != width:
+        raise UserError(f"{model.source} draws {width} x {height} latents; only models of squares can be evaluated.")
+    return height
 
 
 def identify_all(paths: Sequence[Path], protocol: Protocol) -> list[EvaluatedModel]:

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from sdtrain.errors import UserError
+from sdtrain.sampling.prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def digest_of(texts: Sequence[str]) -> str:
 def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
     """The first `num` of all prompts in the seed's order, so a larger number extends a smaller one.
 
-    A text file has one prompt per line. COCO's captions (e.g. `captions_val2017.json`) give one caption per image, and
-    second ones only after every image has given its first. UserError if the file is unreadable or has fewer prompts.
+    Text files and tables are those of `read_prompts`. COCO's captions (e.g. `captions_val2017.json`) give one caption
+    per image, and second ones only after every image has given its first. UserError if the file is unreadable or
+    has fewer prompts.
     """
     rng = np.random.default_rng(seed)
     if path.suffix == ".json":
@@ -54,8 +56,6 @@ def choose_prompts(path: Path, num: int, seed: int) -> Prompts:
         most = -(-num // num_images)
         source = f"{path.name}: COCO captions of {num_images:,} images, at most {most} an image, seed {seed}"
     else:
-        from sdtrain.sampling.batch import read_prompts  # late: torch
-
         lines = read_prompts(path)
         texts = [lines[place] for place in rng.permutation(len(lines))]
         source = f"{path.name}: {len(lines):,} prompts, seed {seed}"

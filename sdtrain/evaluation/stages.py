@@ -38,7 +38,8 @@ from sdtrain.evaluation.networks import (
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.device import claim_device
-from sdtrain.models.text import tokenize
+from sdtrain.models.text import tokenize, truncated_at
+from sdtrain.models.timesteps import are_respaced
 from sdtrain.precision import Fixed, resolve, torch_dtype
 from sdtrain.sampling.sampler import Networks, Sampler, SampleSettings, load_networks
 
@@ -96,6 +97,8 @@ def _draw_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     }
     if protocol.vae_dtype == "bf16":  # what was drawn before there was a choice stays
         config["vae_dtype"] = "bf16"
+    if are_respaced(protocol.sampler, protocol.num_steps):
+        config["timesteps"] = "spread"
     return fingerprint("draw/1", config, weights=[job.model.digest])
 
 
@@ -110,13 +113,12 @@ def _encode_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> 
             batches = token_ids.to(networks.vae.device).split(_CONTEXT_BATCH)
             contexts = torch.cat([networks.text_encoder(batch).last_hidden_state.cpu() for batch in batches])
         tensors = {"token_ids": token_ids, "contexts": contexts.clone()}
-        write_tensors(path, tensors | {"cut": torch.tensor([_is_truncated(networks, prompt) for prompt in prompts])})
+        places = [truncated_at(networks.tokenizer, prompt) for prompt in prompts]
+        tensors["cut"] = torch.tensor([place is not None for place in places])
+        tensors["cut_at"] = torch.tensor([place or 0 for place in places])
+        write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage=stage, shard=part, num_in=len(prompts), num_out=len(prompts), outputs=outputs)
-
-
-def _is_truncated(networks: Networks, prompt: str) -> bool:
-    return len(networks.tokenizer(prompt).input_ids) > networks.tokenizer.model_max_length
 
 
 def _draw_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
-from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, write_json
+from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
 from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
@@ -123,13 +123,28 @@ class Sweep:
         truncated = {f"the text encoder of {model.label}": self._num_truncated(model) for model in self.models}
         if captions:
             truncated[f"CLIP {self.protocol.clip_model}"] = int(captions["cut"].sum())
+        example = next((found for model in self.models if (found := self._example(model))), "")
         return [
-            f"{num:,} prompts are longer than {who} reads and were truncated." for who, num in truncated.items() if num
+            f"{num:,} prompts are longer than {who} reads and were truncated{example}."
+            for who, num in truncated.items()
+            if num
         ]
 
     def _num_truncated(self, model: EvaluatedModel) -> int:
         paths = [self.directory.contexts(model.text_encoder[:12], part) for part in self.protocol.parts]
         return int(read_tensors(paths, ["cut"])["cut"].sum())
+
+    def _example(self, model: EvaluatedModel) -> str:
+        """What the first truncated prompt lacks, in words; empty if none is, or parts are from before it was kept."""
+        for part in self.protocol.parts:
+            path = self.directory.contexts(model.text_encoder[:12], part)
+            cut = read_tensors([path], ["cut"])["cut"].tolist()
+            if any(cut) and "cut_at" in tensor_names(path):
+                place = cut.index(True)
+                start = int(read_tensors([path], ["cut_at"])["cut_at"][place])
+                prompt = self.prompts.texts[self.protocol.indices(part)[place]]
+                return f"; the first lacks “{prompt[start:].strip()}”"
+        return ""
 
     def _described(self) -> dict[str, Any]:
         return as_recorded(self.protocol.model_dump(mode="json")) | {

@@ -20,7 +20,7 @@ from sdtrain.formats.compvis_layout import Architecture, sd_v1
 from sdtrain.formats.fitting import Fitted, PartOf, one_name_each
 from sdtrain.formats.frozen import load_tokenizer, text_encoder_of, vae_of
 from sdtrain.formats.names import TEXT, TEXT_STAGE, average_name, compvis_name
-from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, cast
+from sdtrain.formats.stored_model import Average, FrozenModels, State, StoredModel, Weights, cast, with_trained_size
 from sdtrain.formats.tensor_file import NOTES, TensorFile
 
 _SMALLEST = 1e-20
@@ -57,13 +57,20 @@ def open_compvis(path: Path, tokenizer: str | None = None) -> StoredModel:
     name = tokenizer or architecture.tokenizer
     return StoredModel(
         source=str(path),
-        unet_config=architecture.unet,
+        unet_config=with_trained_size(architecture.unet),
         scheduler_config=architecture.scheduler,
         states={kind: partial(dict, tensors) for kind, tensors in weights.items()},
         frozen=lambda: _frozen(file, architecture, name),
         average=average,
         tokenizer_name=architecture.tokenizer,
+        tokenizer=lambda: load_tokenizer(_tokenizer_name(name, path)),
     )
+
+
+def _tokenizer_name(name: str | None, path: Path) -> str:
+    if name is None:
+        raise UserError(f"{path} does not say which tokenizer belongs to it; name one with --tokenizer.")
+    return name
 
 
 def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
@@ -79,8 +86,7 @@ def _average_of(file: TensorFile, names: Mapping[str, str]) -> Average | None:
 
 
 def _frozen(file: TensorFile, architecture: Architecture, tokenizer: str | None) -> FrozenModels:
-    if tokenizer is None:
-        raise UserError(f"{file.path} does not say which tokenizer belongs to it; name one with --tokenizer.")
+    tokenizer = _tokenizer_name(tokenizer, file.path)
     text_config = CLIPTextConfig.from_dict(dict(architecture.text_encoder))
     encoder = text_encoder_of(PartOf(file, TEXT_STAGE), text_config, str(file.path))
     found = load_tokenizer(tokenizer)

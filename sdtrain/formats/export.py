@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,11 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.errors import UserError
-from sdtrain.formats.any_model import RAW_VARIANT, is_run, open_model
+from sdtrain.formats.any_model import RAW_VARIANT, is_run, open_model, trained_sizes
 from sdtrain.formats.compvis import write_compvis
 from sdtrain.formats.frozen import load_frozen
 from sdtrain.formats.post_hoc import reconstruct
-from sdtrain.formats.stored_model import FrozenModels, StoredModel, Weights, cast
+from sdtrain.formats.stored_model import TRAINED_PX, FrozenModels, StoredModel, Weights, cast
 from sdtrain.formats.tensor_file import SUFFIXES
 from sdtrain.models.schedulers import make_scheduler, sampling_scheduler
 from sdtrain.precision import Fixed, torch_dtype
@@ -100,6 +100,7 @@ def _export_diffusers(model: StoredModel, output: Path, settings: ExportSettings
         if raw is not None:
             raw.save_pretrained(temporary / "unet", variant=RAW_VARIANT)
         _forget_places(temporary)
+        _record_sizes(temporary, model.trained_px)
 
 
 def _cast(network: Network, dtype: Fixed) -> Network:
@@ -118,6 +119,7 @@ def write_pipeline(unet: UNet2DConditionModel, config: TrainConfig, output: Path
     with _publish_folder(output) as temporary:
         pipeline.save_pretrained(temporary)
         _forget_places(temporary)
+        _record_sizes(temporary, trained_sizes(config))
     return output
 
 
@@ -140,6 +142,14 @@ def _forget_places(folder: Path) -> None:
         content = json.loads(path.read_text())
         if content.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _record_sizes(folder: Path, sizes: Sequence[Sequence[int]]) -> None:
+    """Notes the sizes of the training images, if known, in the UNet's config."""
+    path = folder / "unet" / "config.json"
+    if sizes:
+        content = json.loads(path.read_text()) | {TRAINED_PX: [list(size) for size in sizes]}
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _require_replaceable(target: Path) -> None:

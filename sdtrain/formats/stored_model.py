@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from sdtrain.errors import UserError
 from sdtrain.options import Weights
 
 State = dict[str, torch.Tensor]
+TRAINED_PX = "_trained_px"
+"""Key of a UNet's config in runs and exports: sizes of the training images. Diffusers ignores a name like this."""
+PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class StoredModel:
         average: of the averaged weights, if known.
         step: optimizer steps trained, 0 if unknown.
         tokenizer_name: hub id or `demo`, if the tokenizer has one.
+        tokenizer: loads the tokenizer alone, which takes no time beside the other networks.
     """
 
     source: str
@@ -57,6 +61,12 @@ class StoredModel:
     average: Average | None = None
     step: int = 0
     tokenizer_name: str | None = None
+    tokenizer: Callable[[], CLIPTokenizer] | None = None
+
+    @property
+    def trained_px(self) -> list[tuple[int, int]]:
+        """Widths and heights of the training images, if they are recorded."""
+        return [(width, height) for width, height in self.unet_config.get(TRAINED_PX, ())]
 
     def state(self, weights: Weights) -> State:
         """The UNet's tensors by diffusers' names, in their stored dtype; UserError if damaged or no raw weights."""
@@ -76,6 +86,21 @@ class StoredModel:
         except RuntimeError as error:
             raise UserError(f"The weights of {self.source} do not fit the UNet of its config.") from error
         return unet.requires_grad_(False).eval()
+
+
+def with_trained_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's config whose `sample_size` is its training size where that is recorded, whatever stands there."""
+    sizes = [(height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT) for width, height in config.get(TRAINED_PX, ())]
+    if not sizes or latent_shape(config["sample_size"]) in sizes:
+        return dict(config)
+    height, width = sizes[0]
+    return {**config, "sample_size": height if height == width else [height, width]}
+
+
+def latent_shape(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of the latents, from a UNet's `sample_size`: a side, or both."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return int(height), int(width)
 
 
 def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:

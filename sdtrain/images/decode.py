@@ -11,13 +11,19 @@
 | animated, or of several pages | its first frame |
 | ICC profile | not applied: the numbers are taken as they are, as img2dataset and the models' own pipelines do |
 | 32-bit integers or floats, CIELAB | refused: their range is unknown |
+| without its end marker, or with metadata that Pillow refuses | the same, if no pixel is missing (`completeness`) |
+
+JPEG, PNG, WebP, GIF, BMP, TIFF and AVIF are read, and JPEG XL where the package `pillow-jxl-plugin` is installed.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
+import sys
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 from PIL import (  # by name, or Pillow would look for and import every reader it has
@@ -31,7 +37,9 @@ from PIL import (  # by name, or Pillow would look for and import every reader i
     WebPImagePlugin,
 )
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
+from sdtrain.images.completeness import is_whole, readable
+
+IMAGE_EXTENSIONS = ("jpg", "png", "webp", "avif", "jxl")
 _READERS = (
     JpegImagePlugin.JpegImageFile,  # and MPO, which begins as a JPEG
     PngImagePlugin.PngImageFile,
@@ -40,12 +48,13 @@ _READERS = (
     BmpImagePlugin.BmpImageFile,
     TiffImagePlugin.TiffImageFile,
 )
+JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 _FORMATS = tuple(reader.format for reader in _READERS)
 """Others (SVG, PDF, EPS, ICO ...) are rarely photographs and often dangerous."""
 # Raised by Pillow's readers for damaged bytes, besides OSError; found by damaging files of many formats.
 DAMAGED = (
     *(SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, NotImplementedError, struct.error),
-    *(OverflowError, AttributeError, OSError),
+    *(OverflowError, AttributeError, RuntimeError, OSError),
 )
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,9 +95,22 @@ def decode_rgb(content: bytes) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Opens an image, reading only its header; ImageError "not_an_image", or "too_many_pixels" by Pillow's limit."""
+    """Opens an image, reading only its header.
+
+    ImageError: "not_an_image", "too_many_pixels" by Pillow's limit, or "truncated" for a JPEG without its end, in which
+    Pillow would take junk for data.
+    """
+    whole = readable(content, Image.MAX_IMAGE_PIXELS or sys.maxsize)
+    image = open_readable(whole)
+    if image.format in ("JPEG", "MPO") and not is_whole("JPEG", whole):
+        raise ImageError("truncated", "the file ends early")
+    return image
+
+
+def open_readable(content: bytes) -> Image.Image:
+    """`open_image` for a file that `completeness.readable` returned."""
     try:
-        return Image.open(io.BytesIO(content), formats=_FORMATS)
+        return Image.open(io.BytesIO(content), formats=_formats(content))
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", "more than can be decoded") from error
     except DAMAGED as error:
@@ -111,6 +133,36 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         raise ImageError("truncated" if cut else "not_an_image", "the pixels cannot be decoded") from error
 
 
+def reads(form: str) -> bool:
+    """Whether this machine reads "AVIF" or "JXL"."""
+    return bool(_avif() if form == "AVIF" else _jxl())
+
+
+def _formats(content: bytes) -> tuple[str, ...]:
+    """Those to try, with a reader that is imported only when needed."""
+    if content[4:8] == b"ftyp":
+        return (*_FORMATS, *_avif())
+    return (*_FORMATS, *_jxl()) if content.startswith(JXL_STARTS) else _FORMATS
+
+
+@cache
+def _avif() -> tuple[str, ...]:
+    """Pillow's AVIF, if it was built with it; one thread an image, because images are decoded side by side."""
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    return ("AVIF",) if AvifImagePlugin.SUPPORTED else ()
+
+
+@cache
+def _jxl() -> tuple[str, ...]:
+    try:
+        importlib.import_module("pillow_jxl")
+    except ImportError:
+        return ()
+    return ("JXL",) if "JXL" in Image.OPEN else ()
+
+
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) to 8; 1 if missing or invalid."""
     try:
@@ -128,7 +180,7 @@ def _opaque_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         see_through = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), see_through).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

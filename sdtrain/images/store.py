@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sdtrain.images.perceptual_hash import perceptual_hash
 from sdtrain.images.resize import Pixels, ResizeEngine, decode_scaled
 
 _BIG_PIXELS = 2**24
+_OF_UNPROVEN_SIZE = ("avif", "jxl")
+"""A header may promise less than the data hold; libavif stops at 2**28 pixels."""
 _HASH_REDUCING_GAP = 3.0  # a full filter would add 15% to an image's time
 _log = logging.getLogger(__name__)
 
@@ -26,8 +29,8 @@ _log = logging.getLogger(__name__)
 class StoredImage:
     """An image as stored in the shard; sizes are of the upright image, originals as fetched.
 
-    `extension` is "jpg", "png" or "webp". `phash` is of the pixels before encoding; decoding again for the exact hash
-    would cost twice as much.
+    `extension` is "jpg", "png", "webp", "avif" or "jxl". `phash` is of the pixels before encoding; decoding again for
+    the exact hash would cost twice as much.
     """
 
     content: bytes
@@ -49,7 +52,7 @@ class ImageMaker:
 
     - always: never, as in img2dataset;
     - if_changed: if the image is plain, small enough, and already in `encode_format`;
-    - never: always, whatever their kind and orientation, as long as they are JPEG, PNG or WebP.
+    - never: always, whatever their kind and orientation, as long as they are JPEG, PNG, WebP, AVIF or JPEG XL.
     """
 
     def __init__(self, config: DownloadConfig) -> None:
@@ -63,7 +66,8 @@ class ImageMaker:
         try:
             header = read_header(content, self._config.max_pixels)
             width, height = header.image.size
-            with self._big if width * height > _BIG_PIXELS else nullcontext():
+            is_big = width * height > _BIG_PIXELS or header.extension in _OF_UNPROVEN_SIZE
+            with self._big if is_big else nullcontext():
                 return self._make(content, header)
         except (ImageError, MemoryError):
             raise
@@ -79,6 +83,7 @@ class ImageMaker:
         may_stay = (
             self._config.reencode == "if_changed" and header.is_plain and header.extension == self._config.encode_format
         )
+        self._check_enlarged(header.image.size)
         denominator = self._denominator(header) if self._config.scaled_decoding else 1
         if denominator > 1:
             resized = self._engine(content, decode_scaled(content, denominator))
@@ -96,6 +101,13 @@ class ImageMaker:
             original_height=resized.original_height,
             phash=_hash_of(resized.pixels),
         )
+
+    def _check_enlarged(self, size: tuple[int, int]) -> None:
+        """Refuses a long, thin image that would fill the memory when enlarged."""
+        if self._config.resize_mode in ("keep_ratio", "center_crop") and not self._config.resize_only_if_bigger:
+            scale = self._config.image_size / min(size)
+            if scale > 1 and scale**2 * math.prod(size) > self._config.max_pixels:
+                raise ImageError("resize_failed", "enlarged, it would have more than max_pixels")
 
     def _denominator(self, header: Header) -> int:
         """What the JPEG decoder may divide both sides by, so that the stored image has the same size."""

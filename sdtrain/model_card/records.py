@@ -29,6 +29,8 @@ class DatasetFacts(Settings):
     name: str = ""
     description: str = ""
     metadata: str = ""
+    source: str = ""
+    """Name of the user's own images, if they were imported and no metadata was read."""
     expected_rows: str = ""
     select_rules: dict[str, Any] = Field(default={})
     decide_rules: dict[str, Any] = Field(default={})
@@ -79,6 +81,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     return {
         **{name: recipe.get(name, "") for name in ("name", "description", "expected_rows")},
         "metadata": select.get("metadata", ""),
+        "source": (recipe.get("source") or {}).get("name", ""),
         "select_rules": select.get("rules", {}),
         "decide_rules": decide.get("rules", {}),
         "duplicates": recipe.get("duplicates", {}).get("level", ""),

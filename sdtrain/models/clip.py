@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdtrain.errors import UserError
+from sdtrain.images.crops import resized_part
 from sdtrain.models.weights import find_weights, random_seed, seeded
 
 _CLIP_MODELS = Path(__file__).parent / "clip_models"
@@ -50,9 +51,9 @@ class Preprocess:
 def clip_view(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     """CLIP's view of an RGB image, before normalisation: `size_px` square, resized by Pillow."""
     size = preprocess.resized_px(*image.size)
-    resized = image.resize(size, Image.Resampling[preprocess.resample.upper()])
     left, top = preprocess.centre(*size)
-    return resized.crop((left, top, left + preprocess.size_px, top + preprocess.size_px))
+    edges = (left, top, left + preprocess.size_px, top + preprocess.size_px)
+    return resized_part(image, size, edges, Image.Resampling[preprocess.resample.upper()])
 
 
 def pixels_of(image: Image.Image) -> Tensor:

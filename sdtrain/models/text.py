@@ -1,4 +1,4 @@
-"""Tokenizes captions for CLIP."""
+"""Tokenizes captions for CLIP, and finds what it does not read of them."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> torch.Tensor:
     with _TOKENIZING:
         encoded = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
     return encoded.input_ids
+
+
+def truncated_part(tokenizer: CLIPTokenizer, caption: str) -> str:
+    """The end of a caption that `tokenize` leaves out, empty if the encoder reads all of it."""
+    start = truncated_at(tokenizer, caption)
+    return "" if start is None else caption[start:].strip()
+
+
+def truncated_at(tokenizer: CLIPTokenizer, caption: str) -> int | None:
+    """Offset of the first character that `tokenize` leaves out; None if there is none."""
+    with _TOKENIZING:
+        encoded = tokenizer(caption, return_offsets_mapping=True, verbose=False)
+    if len(encoded.input_ids) <= tokenizer.model_max_length:
+        return None
+    return int(encoded.offset_mapping[tokenizer.model_max_length - 1][0])  # the end token is kept in its place

@@ -113,7 +113,7 @@ def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection)
     rows_in = funnel[0][3] + funnel[0][4]
     selected = connection.execute("SELECT count(*) FROM selection").fetchone()
     fetched = connection.execute("SELECT count(*) FROM images WHERE status = 'success'").fetchone()
-    counts = [("rows of metadata", rows_in), ("selected", selected[0] if selected else 0)]
+    counts = [(funnel[0][2], rows_in), ("selected", selected[0] if selected else 0)]
     counts += [("downloaded", fetched[0] if fetched else 0), ("kept", funnel[-1][4])]
     return [(name, f"{count:,}") for name, count in counts]
 

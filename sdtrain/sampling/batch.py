@@ -22,17 +22,22 @@ from sdtrain import __version__
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.models.timesteps import are_respaced
 from sdtrain.options import Weights
 from sdtrain.precision import decoder_dtype, fast_dtype
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
+RECORD = "sdtrain"
+"""Name of the text chunk in which an image has its record."""
+
 
 @dataclass(frozen=True)
 class Job:
-    """One image to make."""
+    """One image to make; its file has its `number`, or where that is None its seed, if no other image has it."""
 
     prompt: str
     seed: int
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,22 +56,18 @@ class Model:
         return decoder_dtype(self.dtype)
 
 
-def read_prompts(path: Path) -> list[str]:
-    """Reads a text file's prompts, one per non-empty line; UserError if unreadable, not UTF-8 or without a prompt."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a UTF-8 text with one prompt a line: {error}") from error
-    prompts = [line for line in lines if line]
-    if not prompts:
-        raise UserError(f"{path} holds no prompt. Write one a line.")
-    return prompts
-
-
 def make_jobs(prompts: Sequence[str], seed: int, per_prompt: int) -> list[Job]:
     """Makes `per_prompt` jobs for each prompt in turn, with seeds counted up from `seed`."""
     repeated = [prompt for prompt in prompts for _ in range(per_prompt)]
     return [Job(prompt, seed + number) for number, prompt in enumerate(repeated)]
+
+
+def make_seeded_jobs(prompts: Sequence[str], seeds: Sequence[int]) -> list[Job]:
+    """Makes a job for every prompt and seed, numbered from the first seed; a prompt named twice counts once."""
+    pairs = [(prompt, seed) for prompt in dict.fromkeys(prompts) for seed in seeds]
+    if len(pairs) == len(seeds):
+        return [Job(*pair) for pair in pairs]
+    return [Job(*pair, number) for number, pair in enumerate(pairs, seeds[0])]
 
 
 def split_batches(jobs: Sequence[Job], settings: SampleSettings) -> list[Sequence[Job]]:
@@ -151,9 +152,20 @@ def description(job: Job, model: Model, settings: SampleSettings) -> dict[str, A
     made: dict[str, Any] = {"prompt": job.prompt, "seed": job.seed, "guidance_scale": settings.guidance_scale}
     made |= {"num_steps": settings.num_steps, "sampler": settings.sampler or "default", "weights": model.weights}
     made |= {"tokenizer": model.tokenizer} if model.tokenizer else {}
+    made |= _settings_in_use(settings)
     # float32 is left out, as in records from before there was a choice
     made |= {"vae_dtype": str(model.vae_dtype)} if model.vae_dtype is not torch.float32 else {}
     return made | {"dtype": str(model.dtype), "model": str(model.path), "version": __version__}
+
+
+def _settings_in_use(settings: SampleSettings) -> dict[str, Any]:
+    """Settings that records from before there were such have not."""
+    made: dict[str, Any] = {name: getattr(settings, name) for name in ("negative_prompt", "width", "height")}
+    if start := settings.start:
+        made |= {"image": start.path.name, "image_sha256": start.digest, "strength": start.strength}
+    if are_respaced(settings.sampler, settings.num_steps):
+        made["timesteps"] = "spread"
+    return {name: value for name, value in made.items() if value}
 
 
 def save_image(
@@ -164,10 +176,10 @@ def save_image(
     settings: SampleSettings,
     also: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a PNG with `description` and `also` in its text chunk `sdtrain`."""
+    """Writes a PNG with `description` and `also` in its text chunk `RECORD`."""
     made = description(job, model, settings) | dict(also or {})
     text = PngInfo()
-    text.add_itxt("sdtrain", json.dumps(made, ensure_ascii=False))
+    text.add_itxt(RECORD, json.dumps(made, ensure_ascii=False))
     with publish(path) as temporary:
         image.save(temporary, "PNG", pnginfo=text)
 

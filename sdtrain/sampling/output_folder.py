@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from sdtrain.dataset.files import publish
-from sdtrain.sampling.batch import Job, Model, description, save_image
+from sdtrain.sampling.batch import RECORD, Job, Model, description, save_image
 from sdtrain.sampling.safety import Flagged
 from sdtrain.sampling.sampler import SampleSettings, make_grid
 
 _NUM_THREADS, _MAX_WAITING = 4, 64
 SHEET = "grid.png"
+_SHEET_OF = "sdtrain-sheet"
+_VERDICT = ("safety_checker", "flagged")
 
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """A folder of sampled images, each named by its seed.
+    """A folder of sampled images, in which no image takes the place of another one.
 
-    An image flagged by `safety_checker` (a name, or None) is replaced by a black one or by a note.
+    An image flagged by `safety_checker` (a name, or None) is replaced by a black one or by a note. `numbers` are those
+    of files that are not named by their jobs; see `placed`.
     """
 
     folder: Path
@@ -34,28 +39,57 @@ class SampleFolder:
     settings: SampleSettings
     safety_checker: str | None = None
     flagged: Flagged = "black"
+    numbers: Mapping[Job, int] = field(default_factory=dict)
+
+    def placed(self, jobs: Sequence[Job]) -> SampleFolder:
+        """The same folder, with a number for each job that no other image has.
+
+        A job whose image is there, from an earlier start of the same command, has that image's number. The others
+        have their own, unless one of all these is that of another image: then they are counted on from the last of
+        those. Other ranks, which may have drawn some of the jobs meanwhile, find the same numbers.
+        """
+        own, taken = self._found(jobs)
+        missing, used = [job for job in jobs if job not in own], {*taken, *own.values()}
+        numbers = [_own_number(job) for job in missing]
+        if not taken.isdisjoint(map(_own_number, jobs)) or not used.isdisjoint(numbers):
+            unused = (number for number in itertools.count(max(taken, default=-1) + 1) if number not in used)
+            numbers = list(itertools.islice(unused, len(missing)))
+        return replace(self, numbers=own | dict(zip(missing, numbers, strict=True)))
+
+    def _found(self, jobs: Sequence[Job]) -> tuple[dict[Job, int], set[int]]:
+        """Numbers of the jobs' images or refusals that are there, and those of all other images."""
+        wanted = {_without_verdict(description(job, self.model, self.settings)): job for job in jobs}
+        own, taken = dict[Job, int](), set[int]()
+        for path in sorted(itertools.chain(self.folder.glob("[0-9]*.png"), self.folder.glob("[0-9]*.refused.json"))):
+            number, made = path.name.partition(".")[0], self._made(path)
+            if made is None or not number.isdecimal():
+                continue
+            job = wanted.get(_without_verdict(made))
+            if job is None or own.setdefault(job, int(number)) != int(number):
+                taken.add(int(number))
+        return own, taken
 
     def path(self, job: Job) -> Path:
         """Path of a job's image, whether or not it exists."""
-        return self.folder / f"{job.seed:05d}.png"
+        return self.folder / f"{self.numbers.get(job, _own_number(job)):05d}.png"
 
     def has(self, job: Job) -> bool:
         """Whether the image exists, is newer than the model, and was made and checked with the same settings."""
         if self._made(self._refusal(job)) == self._record(job, flagged=True):
             return self.flagged == "refuse"
         accepted = [self._record(job, flagged) for flagged in ([False, True] if self.flagged == "black" else [False])]
-        return self._made(self.path(job)) in accepted
+        return self._made(self.path(job)) in accepted and _is_whole(self.path(job))
 
     def _made(self, path: Path) -> dict[str, Any] | None:
-        """The record in an image or a note; None if it is missing or older than the model."""
+        """The record in an image or a note, empty if it has none or is older than the model; None if unreadable."""
         try:
-            if path.stat().st_mtime < self._model_changed:
-                return None
             if path.suffix == ".json":
-                return dict(json.loads(path.read_text()))
-            with Image.open(path) as image:
-                return dict(json.loads(image.text["sdtrain"]))  # type: ignore[attr-defined]
-        except (OSError, KeyError, ValueError, AttributeError, TypeError):
+                made = dict(json.loads(path.read_text()))
+            else:
+                with Image.open(path) as image:
+                    made = dict(json.loads(image.info.get(RECORD, "{}")))
+            return made if path.stat().st_mtime >= self._model_changed else {}
+        except (OSError, ValueError, TypeError, SyntaxError):
             return None
 
     def _refusal(self, job: Job) -> Path:
@@ -91,15 +125,45 @@ class SampleFolder:
         return [batch for batch in batches if not all(self.has(job) for job in batch)]
 
     def write_sheet(self, jobs: Sequence[Job], columns: int | None) -> Path:
-        """Writes all existing images to a sheet, row by row; UserError if there are none."""
-        images = []
-        for job in jobs:
-            if self.path(job).exists():  # refused images do not
-                with Image.open(self.path(job)) as image:
-                    images.append(image.convert("RGB"))
-        with publish(self.folder / SHEET) as temporary:
-            make_grid(images, columns).save(temporary, "PNG")
-        return self.folder / SHEET
+        """Writes all existing images to a sheet, row by row; UserError if there are none.
+
+        The sheet is `grid.png`, or if that is of other images, `grid-1.png` and so on.
+        """
+        drawn = [job for job in jobs if self.path(job).exists()]  # refused images do not
+        images = [Image.open(self.path(job)).convert("RGB") for job in drawn]
+        sheet, text = make_grid(images, columns), PngInfo()
+        numbers = ",".join(self.path(job).stem for job in drawn)
+        text.add_text(_SHEET_OF, numbers)
+        names = itertools.chain([SHEET], (f"grid-{number}.png" for number in itertools.count(1)))
+        path = next(path for name in names if _may_hold_sheet(path := self.folder / name, numbers))
+        with publish(path) as temporary:
+            sheet.save(temporary, "PNG", pnginfo=text)
+        return path
+
+
+def _own_number(job: Job) -> int:
+    return job.seed if job.number is None else job.number
+
+
+def _without_verdict(made: Mapping[str, Any]) -> str:
+    """The part of a record that says which image it is."""
+    return json.dumps({name: value for name, value in made.items() if name not in _VERDICT}, sort_keys=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _may_hold_sheet(path: Path, numbers: str) -> bool:
+    if not path.exists():
+        return True
+    with Image.open(path) as sheet:
+        return sheet.info.get(_SHEET_OF) == numbers
 
 
 class Writer:

@@ -17,14 +17,18 @@ from sdtrain.config.sections import SpeedConfig
 from sdtrain.diffusion import guide
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
+from sdtrain.formats.stored_model import latent_shape
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
 from sdtrain.models.batch_rows import fill_rows
-from sdtrain.models.schedulers import make_scheduler
+from sdtrain.models.schedulers import begin_steps, num_left
 from sdtrain.models.text import tokenize
 from sdtrain.models.unet import LATENT_CHANNELS, memory_format, prepare_for
 from sdtrain.options import SamplerName, Weights
 from sdtrain.precision import decoder_dtype, fast_dtype
+from sdtrain.sampling.start_image import EncodedImage, StartImage, encode_image
 
+_STEP_PX = 8
+"""Pixels to a latent, in SD v1."""
 _DECODED_AT_ONCE = 8
 """Bounds the memory for decoding, whatever the batch."""
 
@@ -35,7 +39,8 @@ class Networks:
 
     `unet` maps latents, timesteps and context to an output whose `sample` is the prediction. It and the text encoder
     compute in `dtype`; the sampler's steps are float32, and the VAE has a dtype of its own. A compiled `unet` gets
-    batches of `num_rows` only, or of as many as its first. `source` names the weights' origin in messages.
+    batches of `num_rows` only, or of as many as its first. `latent_size` is the latents' side, or height and width.
+    `source` names the weights' origin in messages.
     """
 
     unet: Callable[..., Any]
@@ -43,7 +48,7 @@ class Networks:
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     scheduler_config: Mapping[str, Any]
-    latent_size: int
+    latent_size: int | Sequence[int]
     dtype: torch.dtype
     source: str
     speed: SpeedConfig = field(default_factory=SpeedConfig)
@@ -106,18 +111,44 @@ def place_decoder(vae: AutoencoderKL, device: torch.device, dtype: torch.dtype, 
 class SampleSettings:
     """Sampling settings; the defaults are those of SD v1's samples.
 
-    Guidance scale 1 skips the unconditional half. PLMS calls the UNet `num_steps` + 1 times. `sampler` None takes the
-    one that fits the model. UserError if `num_steps` or `batch_size` is below 1.
+    UserError for settings that are out of range or would have no effect; each sampler's largest number of steps is
+    checked by `Sampler.sample`.
+
+    Attributes:
+        guidance_scale: 1 skips the unconditional half.
+        num_steps: PLMS calls the UNet once more.
+        sampler: None takes the one that fits the model.
+        batch_size: images at once.
+        negative_prompt: takes the empty prompt's place in the unconditional half.
+        width: in pixels; None is the model's own.
+        height: likewise.
+        start: an image to begin from, instead of noise alone.
     """
 
     guidance_scale: float = 7.5
     num_steps: int = 50
     sampler: SamplerName | None = None
     batch_size: int = 16
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    start: StartImage | None = None
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.batch_size < 1:
             raise UserError(f"num_steps ({self.num_steps}) and batch_size ({self.batch_size}) must be at least 1.")
+        for name, side_px in (("width", self.width), ("height", self.height)):
+            if side_px is not None and (side_px < _STEP_PX or side_px % _STEP_PX):
+                raise UserError(f"{name} {side_px} has to be a multiple of {_STEP_PX}; {_nearest_sides(side_px)}.")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise UserError("A negative prompt has no effect at guidance scale 1, which asks for no second half.")
+        if self.start is not None:
+            num_left(self.num_steps, self.start.strength)
+
+
+def _nearest_sides(side_px: int) -> str:
+    below = side_px // _STEP_PX * _STEP_PX
+    return f"{below} and {below + _STEP_PX} are the nearest" if below > 0 else f"{_STEP_PX} is the smallest"
 
 
 class Sampler:
@@ -127,6 +158,7 @@ class Sampler:
         self._networks = networks
         self._device = networks.vae.device
         self._num_rows = networks.num_rows
+        self._encoded: tuple[tuple[str, int, int], EncodedImage] | None = None
 
     @torch.no_grad()
     def sample(
@@ -134,7 +166,8 @@ class Sampler:
     ) -> list[Image.Image]:
         """Samples one image per prompt, with initial noise from its own seed, whatever else is in the batch.
 
-        UserError if prompts and seeds differ in number, or the model's outputs are not finite.
+        UserError if prompts and seeds differ in number, the sampler cannot take so many steps, or the model's outputs
+        are not finite.
         """
         settings = settings or SampleSettings()
         if len(prompts) != len(seeds):
@@ -146,24 +179,56 @@ class Sampler:
         return images
 
     def _batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: SampleSettings) -> list[Image.Image]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        latents = None if settings.start is None else self._start_latents(settings.start, generators, settings)
+        noise = self._noise(generators, settings)
         with attention_kernels(self._networks.speed):
-            latents = self._denoise(prompts, self._initial_noise(seeds), settings)
+            latents = self._denoise(prompts, noise, settings, latents)
         return self._decode(latents)
 
-    def _initial_noise(self, seeds: Sequence[int]) -> torch.Tensor:
-        shape = (LATENT_CHANNELS, self._networks.latent_size, self._networks.latent_size)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self._device)
+    def _noise(self, generators: Sequence[torch.Generator], settings: SampleSettings) -> torch.Tensor:
+        shape = (LATENT_CHANNELS, *self._latent_shape(settings))
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self._device)
 
-    def _denoise(self, prompts: Sequence[str], latents: torch.Tensor, settings: SampleSettings) -> torch.Tensor:
-        scheduler = make_scheduler(settings.sampler, self._networks.scheduler_config)
-        scheduler.set_timesteps(settings.num_steps)
+    def _latent_shape(self, settings: SampleSettings) -> tuple[int, int]:
+        """Height and width of the latents."""
+        size = self._networks.latent_size
+        height, width = latent_shape(size)
+        pixels = _pixels_per_latent(self._networks.vae)
+        return (settings.height or height * pixels) // pixels, (settings.width or width * pixels) // pixels
+
+    def _start_latents(
+        self, start: StartImage, generators: Sequence[torch.Generator], settings: SampleSettings
+    ) -> torch.Tensor:
+        """Latents of the start image, (B, 4, h, w), each a sample of the posterior by its own generator, scaled."""
+        vae, (height, width) = self._networks.vae, self._latent_shape(settings)
+        key = (start.digest, height, width)
+        if self._encoded is None or self._encoded[0] != key:
+            pixels = _pixels_per_latent(vae)
+            self._encoded = key, encode_image(vae, start.pixels(width * pixels, height * pixels))
+        return self._encoded[1].sample(generators) * vae.config.scaling_factor
+
+    def _denoise(
+        self,
+        prompts: Sequence[str],
+        noise: torch.Tensor,
+        settings: SampleSettings,
+        start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        strength = 1.0 if settings.start is None else settings.start.strength
+        config = self._networks.scheduler_config
+        scheduler, timesteps = begin_steps(settings.sampler, config, settings.num_steps, strength)
+        latents = noise
+        if start is not None:
+            signal = float(scheduler.alphas_cumprod[timesteps[0]])  # on the host, where the sampler's steps need it
+            latents = math.sqrt(signal) * start + math.sqrt(1 - signal) * noise
         guided = settings.guidance_scale != 1.0
         context = self._encode(prompts)
         if guided:
-            context = torch.cat([self._encode([""]).expand_as(context), context])
+            context = torch.cat([self._encode([settings.negative_prompt]).expand_as(context), context])
         # On the device at once: copies in the loop would make the host wait.
-        for timestep, at in zip(scheduler.timesteps, scheduler.timesteps.to(self._device), strict=True):
+        at_host = torch.tensor(timesteps)
+        for timestep, at in zip(at_host, at_host.to(self._device), strict=True):
             inputs = torch.cat([latents, latents]) if guided else latents
             predicted = self._predict(inputs, at, context)
             if guided:
@@ -200,16 +265,24 @@ class Sampler:
         return self._networks.text_encoder(token_ids).last_hidden_state
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae, images = self._networks.vae, list[Image.Image]()
-        for part in latents.split(_DECODED_AT_ONCE):
-            pixels = vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-            if not pixels.isfinite().all():
-                raise UserError(
-                    f"The VAE of {self._networks.source} gives images that are not finite; its weights are damaged."
-                )
-            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(image) for image in rounded]
-        return images
+        return decode_latents(self._networks.vae, latents, self._networks.source)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, source: str) -> list[Image.Image]:
+    """The images of scaled latents, (B, 4, h, w); UserError, naming `source`, if the VAE gives no finite ones."""
+    images = list[Image.Image]()
+    for part in latents.split(_DECODED_AT_ONCE):
+        pixels = vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        if not pixels.isfinite().all():
+            raise UserError(f"The VAE of {source} gives images that are not finite; its weights are damaged.")
+        rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        images += [Image.fromarray(image) for image in rounded]
+    return images
+
+
+def _pixels_per_latent(vae: AutoencoderKL) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def make_grid(images: Sequence[Image.Image], columns: int | None = None, gap_px: int = 2) -> Image.Image:

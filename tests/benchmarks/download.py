@@ -68,6 +68,7 @@ class BenchmarkRecipe:
     """The part of a recipe that a download reads."""
 
     download: DownloadConfig = field(default=CONFIG)
+    source: None = None
 
 
 def urls(start: str, size: Size, rows: int) -> list[str]:

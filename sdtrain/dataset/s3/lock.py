@@ -49,6 +49,11 @@ class RemoteLock:
         self._pulse = Thread(target=self._beat, daemon=True, name="dataset lock")
         self._pulse.start()
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it has not been closed."""
+        return not self._ended.is_set()
+
     def check(self) -> None:
         """Call it before each write; UserError if another command has taken over."""
         if not self._is_lost and _now() - self._renewed > EXPIRY_S / 2:
@@ -165,6 +170,11 @@ def with_lock_token(token: str) -> Iterator[None]:
         yield
     finally:
         _token.reset(before)
+
+
+def current_token() -> str:
+    """The token of the command that this process writes for; "" without one."""
+    return _token.get()
 
 
 def check_lock_token(store: ObjectStore) -> None:

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
-from sdtrain.dataset.files import has_fingerprint, publish, sha256_of
+from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.local_storage import LocalStorage, Stored
-from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, holder
+from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, current_token, holder
+from sdtrain.dataset.s3.manifest_copy import ManifestCopy, in_threads, is_entry
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
-from sdtrain.dataset.shard_report import parse_entry
 from sdtrain.errors import UserError
 
-_THREADS = 16
 _SYNC_LOCK = ".s3-sync"
-_MANIFEST = "manifest/"
 _WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "latents/info.json")
-"""Files that no shard outputs and every command reads."""
+"""Files that no shard outputs and every command reads; all but the last lie at the top."""
+_log = logging.getLogger(__name__)
 
 
 class Mirror(LocalStorage):
@@ -41,14 +40,16 @@ class Mirror(LocalStorage):
         super().__init__(dataset)
         self.store = ObjectStore(url)
         self.may_write: Callable[[], None] = lambda: check_lock_token(self.store)
-        self._known: dict[str, Object] | None = None
+        self._held: RemoteLock | None = None
+        self._manifest = ManifestCopy(dataset, self.store)
+        self._known: dict[str, dict[str, Object]] = {}
         self._guard = Lock()
 
     def lock(self, command: str) -> RemoteLock:
         """Locks the dataset against all machines, and syncs its work folder."""
         lock = RemoteLock(self.store, command)
         try:
-            self.may_write, self.lock_token = lock.check, lock.token
+            self._held, self.may_write, self.lock_token = lock, lock.check, lock.token
             self.store.sweep()
             self.sync()
         except UserError:
@@ -62,20 +63,26 @@ class Mirror(LocalStorage):
 
     def sync(self, may_delete: bool = True) -> None:
         """Fetches the manifest, and deletes local files that it no longer lists."""
+        token = self._held.token if self._held and self._held.is_held else ""
         with self._alone():
-            self._known = found = self.store.list()
-            names = {name for name in found if name.startswith(_MANIFEST)}
-            here = {self.dataset.relative(path) for path in (self.dataset.root / "manifest").rglob("*.json")}
-            if may_delete:
-                for name in here - names:
-                    self._drop(self.dataset.root / name)
-                for name in set(_WHOLE) - found.keys():
-                    (self.dataset.root / name).unlink(missing_ok=True)
-            self._each(self._renew, sorted(names | (found.keys() & set(_WHOLE))))
+            if not token or self._manifest.synced_by != token:  # else nobody else can have changed these
+                self._sync_whole(may_delete)
+            self._manifest.sync(may_delete, token)
+            with self._guard:
+                self._known = {}
+
+    def finish(self) -> None:
+        """Seals the manifest, so that the next command need not list it."""
+        try:
+            with self._alone():
+                self._manifest.seal(self.may_write)
+        except UserError as error:
+            _log.warning("All is stored, but the next command has to list the manifest. %s", error)
 
     def push(self, entry: Path, content: bytes, outputs: Mapping[str, Stored], beside: Iterable[Path] = ()) -> None:
         """Uploads a shard's files, its manifest entry last."""
         self.may_write()
+        self._manifest.unseal(self._token)
         name = self.dataset.relative(entry)
         changed = [n for n, output in outputs.items() if self.store.digest(n) != output.sha256]
         # In a removal the old entry stays, because its journal says that files and entries do not match.
@@ -85,13 +92,14 @@ class Mirror(LocalStorage):
         tars = [n for n in changed if n.endswith(".tar")]
         for n in tars:
             self.store.put(self.dataset.root / n, n, outputs[n].sha256)
-        self._each(
+        in_threads(
             lambda n: self.store.put(self.dataset.root / n, n, outputs[n].sha256), [n for n in changed if n not in tars]
         )
         self.push_files(path for path in beside if path.exists())
         self.may_write()
         self.store.put_bytes(content, name)
-        self._note({n: Object(output.bytes, "") for n, output in outputs.items()} | {name: Object(len(content), "")})
+        for n, output in outputs.items():
+            self._note(n, Object(output.bytes, ""))
 
     def push_files(self, paths: Iterable[Path]) -> None:
         """Uploads files that are not there already."""
@@ -102,14 +110,14 @@ class Mirror(LocalStorage):
             if self.store.digest(name) != digest:
                 self.store.put(path, name, digest)
 
-        self._each(put, list(paths))
+        in_threads(put, list(paths))
 
     def push_folder(self, folder: Path) -> None:
-        """Mirrors a local folder to S3."""
-        paths = [path for path in folder.rglob("*") if path.is_file()]
-        self.push_files(paths)
-        kept = {self.dataset.relative(path) for path in paths}
-        self.store.delete(*(self.store.list(f"{self.dataset.relative(folder)}/").keys() - kept))
+        """Mirrors a local folder of small files to S3."""
+        found = self.store.list(f"{self.dataset.relative(folder)}/")
+        paths = {self.dataset.relative(path): path for path in folder.rglob("*") if path.is_file()}
+        self.push_files(path for name, path in paths.items() if name not in found or _md5(path) != found[name].etag)
+        self.store.delete(*(found.keys() - paths.keys()))
 
     def discard(self, path: Path) -> None:
         """Deletes a file, on S3 first."""
@@ -118,17 +126,21 @@ class Mirror(LocalStorage):
 
     def _discard(self, path: Path) -> None:
         name = self.dataset.relative(path)
-        if name.startswith(_MANIFEST) and not path.exists() and name not in self._objects():
+        token = self._token
+        if is_entry(name) and not path.exists() and token and self._manifest.synced_by == token:
             return  # remote entries are all here too; a build asks for all shards before the first is made
         self.may_write()
+        self._manifest.unseal(token)
         self.store.delete(name)
-        self._objects().pop(name, None)
+        self._note(name, None)
 
     def has(self, name: str, num_bytes: int) -> bool:
-        """Whether a file of that size exists here or else on S3."""
+        """Whether a file of that size exists here or else on S3, as far as the manifest's seal or a listing says."""
         if (self.dataset.root / name).exists():
             return super().has(name, num_bytes)
-        seen = self._objects().get(name)
+        if self._manifest.has_outputs:
+            return True
+        seen = self._listed(name)
         return seen is not None and seen.size == num_bytes
 
     def has_copy(self, name: str, sha256: str) -> bool:
@@ -137,25 +149,44 @@ class Mirror(LocalStorage):
 
     def pull(self, wanted: Mapping[str, Stored | None]) -> None:
         """Fetches missing files."""
-        self._each(lambda name: self._pull(name, wanted[name]), list(wanted))
+        missing = [name for name in wanted if not (self.dataset.root / name).exists()]
+        in_threads(lambda name: self._pull(name, wanted[name]), missing)
 
     def read_part(self, path: Path, offset: int, num_bytes: int) -> bytes:
         """Reads part of the local file, or else of the object."""
         if path.exists():
             return super().read_part(path, offset, num_bytes)
-        return self.store.read_part(self.dataset.relative(path), offset, num_bytes)
+        name = self.dataset.relative(path)
+        try:
+            return self.store.read_part(name, offset, num_bytes)
+        except FileNotFoundError:
+            self._manifest.doubt(name, None)
+            raise
 
     def _pull(self, name: str, output: Stored | None) -> None:
         path = self.dataset.root / name
         if path.exists():
             return
         with _one_fetches(path):
-            if not path.exists() and (output is not None or self.store.digest(name) is not None):
-                self.store.fetch(name, path, output.sha256 if output else None)
+            if path.exists() or (output is None and self.store.digest(name) is None):
+                return
+            try:
+                self.store.fetch(name, path, *((output.sha256, output.bytes) if output else ()))
+            except UserError:
+                self._manifest.doubt(name, output.sha256 if output else None)
+                raise
 
-    def _renew(self, name: str) -> None:
+    def _sync_whole(self, may_delete: bool) -> None:
+        """Fetches the files that every command reads."""
+        found = self.store.list(delimiter="/") | self.store.list(_WHOLE[-1])
+        if may_delete:
+            for name in set(_WHOLE) - found.keys():
+                (self.dataset.root / name).unlink(missing_ok=True)
+        in_threads(lambda name: self._renew(name, found[name]), sorted(found.keys() & set(_WHOLE)))
+
+    def _renew(self, name: str, seen: Object) -> None:
         """Fetches a small file if it differs from the local one."""
-        path, seen = self.dataset.root / name, self._objects()[name]
+        path = self.dataset.root / name
         if path.exists() and path.stat().st_size == seen.size and _md5(path) == seen.etag:
             return
         read = self.store.read(name)
@@ -163,37 +194,28 @@ class Mirror(LocalStorage):
             return
         if path.exists() and path.read_bytes() == read.content:  # some stores' ETags are no digests
             return
-        if name.startswith(_MANIFEST):
-            self._forget_others(read.content, name)
         with publish(path) as temporary:
             temporary.write_bytes(read.content)
 
-    def _drop(self, entry: Path) -> None:
-        """Deletes the entry and local files of a shard that another machine has undone."""
-        paths = [self.dataset.root / name for name in parse_entry(entry.read_bytes(), entry).outputs]
-        # Downloaded images stay: they are reused if they are whole, and may not be available a second time.
-        if not any(map(has_fingerprint, paths)):
-            for path in paths:
-                path.unlink(missing_ok=True)
-        entry.unlink()
-
-    def _objects(self) -> dict[str, Object]:
+    def _listed(self, name: str) -> Object | None:
+        """An object, as its folder was listed when it was first asked for, and as this process wrote it since."""
+        folder = _folder(name)
         with self._guard:
-            if self._known is None:
-                self._known = self.store.list()
-            return self._known
+            if folder not in self._known:
+                self._known[folder] = self.store.list(folder)
+            return self._known[folder].get(name)
 
-    def _forget_others(self, entry: bytes, name: str) -> None:
-        """Deletes local files, such as a killed run's, that differ from those of a newly fetched entry."""
-        for output_name, output in parse_entry(entry, self.dataset.root / name).outputs.items():
-            path = self.dataset.root / output_name
-            if path.exists() and (path.stat().st_size != output.bytes or sha256_of(path) != output.sha256):
-                path.unlink()
-
-    def _note(self, written: dict[str, Object]) -> None:
+    def _note(self, name: str, written: Object | None) -> None:
         with self._guard:
-            if self._known is not None:
-                self._known |= written
+            known = self._known.get(_folder(name), {})
+            known.pop(name, None)
+            if written:
+                known[name] = written
+
+    @property
+    def _token(self) -> str:
+        """Of the lock under which this process works; "" without one."""
+        return self._held.token if self._held and self._held.is_held else current_token()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -203,15 +225,10 @@ class Mirror(LocalStorage):
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    @staticmethod
-    def _each(do: Callable[..., None], items: Iterable[object]) -> None:
-        items = list(items)
-        if len(items) < 2:
-            for item in items:
-                do(item)
-            return
-        with ThreadPoolExecutor(_THREADS) as threads:
-            list(threads.map(do, items))
+
+def _folder(name: str) -> str:
+    """What to list for a file: its folder, or itself at the top."""
+    return name[: name.rfind("/") + 1] or name
 
 
 def mirror_of(dataset: DatasetDir) -> Mirror | None:

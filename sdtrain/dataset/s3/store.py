@@ -23,7 +23,9 @@ SHA256 = "sha256"
 """The metadata key of our objects' content digest."""
 _DELETED_AT_ONCE = 1000
 _MULTIPART_BYTES = 64 * 2**20
+_FETCHED_AT_ONCE_BYTES = 8 * 2**20
 _CONNECTIONS = 64
+_NOT_THERE = "it is not there. Run the build again: it makes what is missing."
 _MISSING = ("404", "NoSuchKey", "NotFound")
 # 409: a concurrent conditional write. Missing: the object that the condition names is gone.
 _CONFLICTS = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict", *_MISSING)
@@ -64,12 +66,12 @@ class ObjectStore:
         self.url = url
         self._client = _client(os.getpid())
 
-    def list(self, begin: str = "") -> dict[str, Object]:
-        """All objects whose names start with `begin`."""
+    def list(self, begin: str = "", delimiter: str = "") -> dict[str, Object]:
+        """All objects whose names start with `begin`, without those that have the delimiter after it."""
         found, num_before = dict[str, Object](), len(self.url.key(""))
         with self._sentences("listed"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.url.bucket, Prefix=self.url.key(begin)
+                Bucket=self.url.bucket, Prefix=self.url.key(begin), Delimiter=delimiter
             )
             for page in pages:
                 for item in page.get("Contents", ()):
@@ -125,6 +127,12 @@ class ObjectStore:
         """Part of a large object, shorter if the object ends there; FileNotFoundError if there is none."""
         return self._get(name, Range=f"bytes={offset}-{offset + num_bytes - 1}")[0]
 
+    def _content(self, name: str) -> bytes:
+        try:
+            return self._get(name)[0]
+        except FileNotFoundError:
+            raise UserError(f"{self.url} cannot be read ({name}): {_NOT_THERE}") from None
+
     def _get(self, name: str, **part: str) -> tuple[bytes, dict[str, Any]]:
         """Content and answer; retries connections that end within the content, which boto3 does not."""
         from botocore.exceptions import IncompleteReadError, ReadTimeoutError, ResponseStreamingError
@@ -147,14 +155,18 @@ class ObjectStore:
             raise
         return answer["Body"].read(), answer
 
-    def fetch(self, name: str, path: Path, sha256: str | None = None) -> None:
+    def fetch(self, name: str, path: Path, sha256: str | None = None, num_bytes: int | None = None) -> None:
         """Fetches an object to `path`, its final name, once its content is verified.
 
-        `sha256` is by default the digest stored with it. UserError if it is missing, or has another content.
+        `sha256` is by default the digest stored with it; of known, small `num_bytes` one request is enough. UserError
+        if it is missing, or has another content.
         """
         with self._sentences(f"read ({name})"), publish(path) as temporary:
             wanted = sha256 or self.digest(name)
-            self._client.download_file(self.url.bucket, self.url.key(name), str(temporary))
+            if num_bytes is not None and num_bytes <= _FETCHED_AT_ONCE_BYTES:
+                temporary.write_bytes(self._content(name))
+            else:
+                self._client.download_file(self.url.bucket, self.url.key(name), str(temporary))
             if wanted and sha256_of(temporary) != wanted:
                 raise UserError(
                     f"{self.url}/{name} has another content than the manifest says: it was changed while it was in "
@@ -215,7 +227,7 @@ def _why(error: BaseException) -> str:
     if code in _REFUSED:
         return f"the store refuses these credentials ({code}). Check them, and what they may do in this bucket."
     if code in _MISSING:
-        return "it is not there. Run the build again: it makes what is missing."
+        return _NOT_THERE
     return f"the store answers {code}. Run the same command again; everything finished before is kept."
 
 

@@ -13,7 +13,14 @@ import socket
 import ssl
 from http import HTTPStatus
 
-from aiohttp import ClientError, ClientPayloadError, ClientResponseError, InvalidURL, ServerDisconnectedError
+from aiohttp import (
+    ClientError,
+    ClientHttpProxyError,
+    ClientPayloadError,
+    ClientResponseError,
+    InvalidURL,
+    ServerDisconnectedError,
+)
 from aiohttp.client_exceptions import ClientConnectorCertificateError, ClientConnectorDNSError
 from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError, TransferEncodingError
 
@@ -23,7 +30,7 @@ MEANINGS: dict[str, str] = {
     "blocked_address": "the host's address is private or reserved",
     "connection_failed": "no connection to the host",
     "dns_failed": "the host's name is not known",
-    "empty_body": "the answer is empty",
+    "empty_body": "the answer or file is empty",
     "hash_mismatch": "the file is not the one whose md5 or sha256 the metadata gives",
     "http_403": "the server refuses (403)",
     "http_404": "the page does not exist (404)",
@@ -32,10 +39,14 @@ MEANINGS: dict[str, str] = {
     "invalid_answer": "the server does not speak HTTP properly",
     "not_an_image": "what came is not an image that can be decoded",
     "other_format": "an image of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
+    "proxy_failed": "the proxy refuses, or cannot be reached",
     "removed": "the image was taken out of the dataset for good",
     "resize_failed": "the image's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
     "robots_txt": "the site opts out by robots.txt",
+    "source_changed": "the file has changed since it was listed for the import",
+    "source_missing": "the imported file is gone, or its row holds no image",
+    "source_unreadable": "the imported file cannot be read",
     "tdm_reserved": "the site reserves text and data mining (TDMRep)",
     "timeout": "the server was too slow",
     "tls_failed": "the server's certificate or TLS is not valid",
@@ -53,7 +64,9 @@ INVALID_HTTP = "the answer is against the rules of HTTP"
 _CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 _CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
 # Not "timeout": dead hosts are many, each has had its full time, and a shard ends with its slowest row.
-_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"}
+_OF_SOURCES = {"source_missing", "source_unreadable"}
+_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer", "proxy_failed"}
+_NOT_REACHED_BY_PROXY = {502, 503, 504} | _OF_SOURCES
 
 
 class FetchError(Exception):
@@ -108,6 +121,8 @@ def _tls_failure(error: Exception) -> FetchError:
 def _http_failure(error: ClientError) -> FetchError:
     if isinstance(error, ClientPayloadError):
         return _body_failure(error)
+    if isinstance(error, ClientHttpProxyError):
+        return failure_of_proxy(error.status)
     if isinstance(error, ServerDisconnectedError):
         return FetchError("connection_failed", "closed before an answer")
     if isinstance(error, ClientResponseError):
@@ -127,6 +142,14 @@ def failure_of_status(status: int) -> FetchError:
     """Converts a status other than success, in our own words because servers invent theirs."""
     known = status in set(HTTPStatus)
     return FetchError(f"http_{status}", HTTPStatus(status).phrase if known else "no standard status")
+
+
+def failure_of_proxy(status: int) -> FetchError:
+    """Converts a proxy's own refusal: to log us in, or to connect us with a host."""
+    if status in _NOT_REACHED_BY_PROXY:
+        return FetchError("connection_failed", f"the proxy does not reach the host ({status})")
+    why = "asks for another login" if status == 407 else "refuses"
+    return FetchError("proxy_failed", f"the proxy {why} ({status})", transient=False)
 
 
 def is_transient(reason: str) -> bool:

@@ -6,7 +6,7 @@ import torch
 from filters.recipe import ScoreConfig
 from filters.score import models as module
 from filters.score.models import Models, check_heads, load_models, score_batch
-from filters.score.preprocess import PreprocessedImage, watermark_view
+from filters.score.preprocess import PreprocessedImage
 from sdtrain.errors import UserError
 from sdtrain.models.clip import pixels_of
 from tests.image_fixtures import scene_image
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def preprocessed(number, reason=None):
-    view = None if reason else pixels_of(watermark_view(scene_image(number)))
+    view = None if reason else pixels_of(scene_image(number, 256, 256))
     return PreprocessedImage({"key": number, "reason": reason}, "a caption", watermark=view)
 
 

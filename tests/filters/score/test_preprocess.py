@@ -2,6 +2,7 @@ import io
 import math
 from pathlib import Path
 
+import imagehash
 import numpy as np
 import open_clip
 import pytest
@@ -10,7 +11,16 @@ from PIL import Image, ImageFilter
 from scipy.ndimage import convolve
 
 from filters.columns import QUALITY_COLUMNS
-from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, measure, pixel_sha256, watermark_view
+from filters.score.preprocess import (
+    WATERMARK_MEAN,
+    WATERMARK_STD,
+    RequiredViews,
+    Sample,
+    gray_of,
+    measure,
+    pixel_sha256,
+    preprocess,
+)
 from sdtrain.images.decode import decode_rgb
 from sdtrain.models.clip import Preprocess, clip_view, normalised, pixels_of
 from tests.image_fixtures import encoded, scene_image
@@ -18,41 +28,61 @@ from tests.image_fixtures import encoded, scene_image
 CLIP_ORACLE = Path(__file__).parents[4] / "shared" / "data" / "clip_preprocess"
 
 
-def clip_input(image, preprocess):
+def preprocessed(content, clip):
+    return preprocess(Sample("key", "uid", {"png": content}), RequiredViews(clip, watermark=True))
+
+
+def clip_input(content, clip):
     """(3, H, W) float32."""
-    return normalised(pixels_of(clip_view(image, preprocess))[None], preprocess.mean, preprocess.std)[0].numpy()
+    return normalised(preprocessed(content, clip).clip[None], clip.mean, clip.std)[0].numpy()
 
 
 @pytest.mark.skipif(not CLIP_ORACLE.exists(), reason="the stored tensors are not beside this checkout")
 @pytest.mark.parametrize("name", ["123_456", "208_495", "321_421", "389_535"])
 def test_clips_input_is_bit_for_bit_that_of_clip_retrieval(name):
-    image = decode_rgb((CLIP_ORACLE / f"{name}.jpg").read_bytes())
+    content = (CLIP_ORACLE / f"{name}.jpg").read_bytes()
     stored = np.load(CLIP_ORACLE / f"{name}.clip_preprocess_224_f32.npy").reshape(3, 224, 224)
-    assert np.array_equal(clip_input(image, Preprocess(224)), stored)
+    assert np.array_equal(clip_input(content, Preprocess(224)), stored)
 
 
-@pytest.mark.parametrize("size", [(96, 80), (80, 96), (333, 100), (64, 64), (65, 64)])
+@pytest.mark.parametrize("size", [(96, 80), (80, 96), (333, 100), (100, 333), (64, 64), (65, 64)])
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
 def test_clips_input_is_bit_for_bit_that_of_open_clips_own_preprocessing(size, squash, resample):
     image = scene_image(1, *size)
-    preprocess = Preprocess(64, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), resample, squash)
+    clip = Preprocess(64, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7), resample, squash)
     mode = "squash" if squash else "shortest"
     reference = open_clip.image_transform(
-        64, is_train=False, mean=preprocess.mean, std=preprocess.std, interpolation=resample, resize_mode=mode
+        64, is_train=False, mean=clip.mean, std=clip.std, interpolation=resample, resize_mode=mode
     )
-    assert np.array_equal(clip_input(image, preprocess), reference(image).numpy())
+    found = clip_input(encoded(image, "png"), clip)
+    assert np.array_equal(found, reference(image).numpy())
+    alone = normalised(pixels_of(clip_view(image, clip))[None], clip.mean, clip.std)[0].numpy()
+    assert np.array_equal(found, alone), "the view that search and evaluation make of a single image"
 
 
 def test_the_watermark_input_squashes_the_whole_image():
     halves = Image.new("RGB", (200, 100), "black")
     halves.paste("white", (100, 0, 200, 100))
-    pixels = normalised(pixels_of(watermark_view(halves))[None], WATERMARK_MEAN, WATERMARK_STD)[0].numpy()
+    view = preprocessed(encoded(halves, "png"), None).watermark
+    pixels = normalised(view[None], WATERMARK_MEAN, WATERMARK_STD)[0].numpy()
     assert pixels.shape == (3, 256, 256)
     np.testing.assert_allclose(
         pixels[:, 5, 5], (0 - np.array([0.485, 0.456, 0.406])) / [0.229, 0.224, 0.225], atol=1e-6
     )
     np.testing.assert_allclose(pixels[0, 250, 250], (1 - 0.485) / 0.229, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(733, 447), (447, 733), (30, 700), (90, 60)])
+def test_views_hashes_and_thumbnails_are_those_of_pillow_and_imagehash(size):
+    image = scene_image(8, *size)
+    item = preprocessed(encoded(image, "png"), Preprocess(224))
+    assert np.array_equal(item.watermark.numpy(), np.asarray(squashed(image)))
+    assert np.array_equal(item.clip.numpy(), np.asarray(clip_view(image, Preprocess(224))))
+    assert item.row["thumbnail"] == image.resize((4, 4), Image.Resampling.BOX).tobytes()
+    assert f"{item.row['phash'] % 2**64:016x}" == str(imagehash.phash(image))
+    assert {name: item.row[name] for name in QUALITY_COLUMNS} == measures_of(image)
+    assert (item.row["image_width"], item.row["image_height"]) == size
 
 
 def test_a_batch_is_normalised_like_its_images_one_by_one():
@@ -73,8 +103,12 @@ PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "photos"
 NOISE = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
 
 
+def squashed(image):
+    return image.convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+
+
 def measures_of(image):
-    return measure(gray_of(watermark_view(image)))
+    return measure(gray_of(squashed(image)))
 
 
 def framed(top=0, bottom=0, left=0, right=0, level=255):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from filters.recipe import Recipe, ScoreConfig
 from filters.score.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
-from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, measure, watermark_view
+from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, gray_of, measure
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
@@ -38,6 +38,10 @@ DAMAGED = encoded(scene_image(99))[:700]
 
 def recipe_of(score: ScoreConfig) -> Recipe:
     return Recipe(name="test", score=score)
+
+
+def squashed(image: Image.Image) -> Image.Image:
+    return image.resize((256, 256), Image.Resampling.BILINEAR)
 
 
 def make_rows() -> list[Fetched]:
@@ -82,14 +86,14 @@ def test_scores_are_what_the_networks_say_of_the_image_and_its_caption(tmp_path)
         assert row["aesthetic"] == pytest.approx(load_aesthetic("random:1")(embedding).item(), abs=1e-4)
         assert row["aesthetic_v1"] == pytest.approx(load_aesthetic_v1("random:4")(embedding).item(), abs=1e-4)
         assert row["punsafe"] == pytest.approx(load_safety("random:3")(embedding).item(), abs=1e-5)
-        pixels = normalised(pixels_of(watermark_view(image))[None], WATERMARK_MEAN, WATERMARK_STD)
+        pixels = normalised(pixels_of(squashed(image))[None], WATERMARK_MEAN, WATERMARK_STD)
         assert row["pwatermark"] == pytest.approx(load_watermark("random:2")(pixels).item(), abs=1e-5)
 
 
 def test_the_measures_of_quality_are_those_of_the_decoded_image(tmp_path):
     dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(5)))])
     (row,) = score(dataset, NO_MODELS)
-    wanted = measure(gray_of(watermark_view(decode_rgb(encoded(scene_image(5))))))
+    wanted = measure(gray_of(squashed(decode_rgb(encoded(scene_image(5))))))
     assert {name: row[name] for name in wanted} == pytest.approx(wanted, abs=1e-6)
 
 
@@ -155,7 +159,7 @@ def test_miniatures_are_kept_where_they_are_wanted_and_change_no_other_dataset(t
     rows = score(dataset, wanted)
     assert pq.read_schema(dataset.scores(0)).metadata[b"sdtrain.miniature"] == b"1"
     assert [row["miniature"] is None for row in rows] == [row["reason"] is not None for row in rows]
-    assert rows[0]["miniature"] == miniature(watermark_view(decode_rgb(encoded(scene_image(0)))))
+    assert rows[0]["miniature"] == miniature(squashed(decode_rgb(encoded(scene_image(0)))))
 
 
 def rewrite(dataset, change):

@@ -18,11 +18,11 @@ def write(path, **columns):
     return path
 
 
-def select(tmp_path, name="data", num_threads=None, **settings):
+def select(tmp_path, name="data", num_threads=None, allow_private=False, **settings):
     dataset = DatasetDir(tmp_path / name)
     dataset.root.mkdir(exist_ok=True)
     settings = {"metadata": str(tmp_path / "metadata")} | settings
-    report = select_rows(dataset, SelectConfig(**settings), num_threads=num_threads)
+    report = select_rows(dataset, SelectConfig(**settings), allow_private, num_threads)
     return dataset, report
 
 

@@ -1,5 +1,7 @@
 """Metadata on web servers and object stores, read by DuckDB's httpfs from a server on loopback."""
 
+import gzip
+
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +15,7 @@ from filters.select.schema import normalised_sql
 from filters.select.side_inputs import identify_side_inputs
 from sdtrain.errors import UserError
 from tests.filters.store_fixtures import needs_httpfs, serving
+from tests.sdtrain.download.http.proxy_server import ProxyServer
 
 NUM_ROWS = 20_000
 
@@ -48,6 +51,22 @@ def read(files, select, pushdown=None):
 
 
 @needs_httpfs
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_metadata_are_read_through_a_proxy_with_a_login(store, variable, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    store.files["data/a.parquet"] = parquet()
+    with ProxyServer(login="user:it's@home").running() as proxy:
+        monkeypatch.setenv(variable, f"http://user:it's%40home@127.0.0.1:{proxy.port}/")
+        assert find_metadata(f"{store.url}/data/a.parquet")[0].num_rows == NUM_ROWS
+        assert proxy.asked[0].endswith(f" {store.url}/data/a.parquet")
+        num_asked = len(proxy.asked)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert find_metadata(f"{store.url}/data/a.parquet")[0].num_rows == NUM_ROWS
+        assert len(proxy.asked) == num_asked
+
+
+@needs_httpfs
 def test_a_file_on_a_web_server_is_read_by_ranges_and_only_where_needed(store):
     content = store.files["data/a.parquet"] = parquet()
     files = find_metadata(f"{store.url}/data/a.parquet?signature=s3cr3t")
@@ -59,7 +78,8 @@ def test_a_file_on_a_web_server_is_read_by_ranges_and_only_where_needed(store):
 
 @needs_httpfs
 @pytest.mark.parametrize(
-    "pattern", ["s3://bucket/laion/", "s3://bucket/laion/*.parquet", "s3://bucket/**/part-*.parquet"]
+    "pattern",
+    ["s3://bucket/laion/", "s3://bucket/laion", "s3://bucket/laion/*.parquet", "s3://bucket/**/part-*.parquet"],
 )
 def test_folders_and_globs_of_an_object_store_are_found_in_order(store, pattern):
     for number in (1, 0):
@@ -71,6 +91,16 @@ def test_folders_and_globs_of_an_object_store_are_found_in_order(store, pattern)
     assert files[0].identity != files[1].identity
     assert find_metadata(pattern)[0].identity == files[0].identity
     assert all("Credential=the-key-id/" in authorization for _, authorization in store.seen)
+
+
+@needs_httpfs
+@pytest.mark.parametrize("pattern", ["{url}/rows/b.csv.gz?signature=s3cr3t", "s3://rows", "s3://rows/*.gz"])
+def test_text_may_be_remote_too_and_is_known_by_name_size_and_time(store, pattern):
+    store.files["rows/b.csv.gz"] = gzip.compress(b"url;caption;width\nhttps://e.com/1;a;7\nhttps://e.com/2;;8\n")
+    (file,) = find_metadata(pattern.format(url=store.url))
+    assert read([file], "url, caption, width") == [("https://e.com/1", "a", 7), ("https://e.com/2", None, 8)]
+    assert file.identity[:2] == ("b.csv.gz", len(store.files["rows/b.csv.gz"]))
+    assert find_metadata(pattern.format(url=store.url))[0].identity == file.identity
 
 
 @needs_httpfs
@@ -89,7 +119,7 @@ def test_lists_and_score_files_may_be_remote_too(store):
         ("{url}/data/none.parquet?sig=s3cr3t", "none.parquet cannot be read as Parquet"),
         ("{url}/data/text.parquet", "text.parquet cannot be read as Parquet"),
         ("{url}/data/*.parquet", "must be one file: web servers cannot be asked for a list"),
-        ("s3://bucket/nothing/", "no .parquet file in the folder s3://bucket/nothing/"),
+        ("s3://bucket/nothing/", "or .ndjson file in the folder s3://bucket/nothing/"),
         ("s3://bucket/none-*.parquet", "no file or folder s3://bucket/none"),
         ("s3://bucket/none.parquet", "none.parquet cannot be read as Parquet"),
     ],

@@ -234,7 +234,7 @@ def test_mistakes_in_the_metadata_are_sentences(tmp_path):
         with pytest.raises(UserError, match=words):
             select(tmp_path, **settings)
 
-    refused("no .parquet file in the folder")
+    refused(r"no \.parquet, \.csv, \.tsv, \.jsonl or \.ndjson file in the folder")
     refused("no file or folder", metadata=str(tmp_path / "nowhere-*.parquet"))
     refused("names no metadata", metadata="")
     (folder / "no.parquet").write_text("not Parquet at all")

@@ -109,6 +109,7 @@ class BuildRecipe:
     """The part of a recipe that a download reads."""
 
     download: DownloadConfig
+    source: None = None
 
 
 @dataclass

@@ -1,4 +1,5 @@
 import errno
+import json
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from sdtrain.config import DiffusionConfig, load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.export import ExportSettings, export_model, write_pipeline
+from sdtrain.formats.stored_model import TRAINED_PX
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet
 from sdtrain.precision import torch_dtype
+from sdtrain.sampling.sampler import load_networks
 from tests.training_fixtures import write_run
 
 
@@ -141,3 +144,19 @@ def test_a_full_disk_leaves_no_file(run_dir, tmp_path, monkeypatch):
         export_model(run_dir, tmp_path / "model.ckpt", ExportSettings("raw"))
     assert (tmp_path / "model.ckpt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("through", [None, "model.safetensors"])
+def test_an_export_draws_at_its_training_size_whatever_sample_size_says(run_dir, tmp_path, through, capfd):
+    settings = ExportSettings(tokenizer=str(run_dir.parent / "models"))
+    source = export_model(run_dir, tmp_path / through, settings) if through else run_dir
+    folder = export_model(source, tmp_path / "folder", settings)
+    path = folder / "unet" / "config.json"
+    config = json.loads(path.read_text())
+    assert (config["sample_size"], config[TRAINED_PX]) == (8, [[64, 64]])
+    StableDiffusionPipeline.from_pretrained(folder)
+    assert TRAINED_PX not in "".join(capfd.readouterr())  # diffusers does not mind the note
+    path.write_text(json.dumps(config | {"sample_size": 16}))
+    assert load_networks(folder, "cpu").latent_size == 8
+    path.write_text(json.dumps(config | {"sample_size": 16, TRAINED_PX: []}))
+    assert load_networks(folder, "cpu").latent_size == 16  # nothing that is recorded speaks against it

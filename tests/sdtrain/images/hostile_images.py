@@ -42,12 +42,19 @@ def animation(form: str) -> bytes:
     return encoded(frames[0], form, save_all=True, append_images=frames[1:])
 
 
+def avif_of_size(width: int, height: int) -> bytes:
+    """A small AVIF whose head promises another size."""
+    place = AVIF.index(b"ispe") + 8
+    return AVIF[:place] + struct.pack(">II", width, height) + AVIF[place + 8 :]
+
+
 def iso_file(brand: bytes) -> bytes:
     return struct.pack(">I", 24) + b"ftyp" + brand + b"\0\0\0\0mif1" + bytes(200)
 
 
 PHOTO = encoded(photo(2, 200, 150))
 PNG, WEBP, GIF = (encoded(photo(2, 200, 150), form) for form in ("png", "webp", "gif"))
+AVIF = encoded(photo(2, 200, 150), "avif")
 PAGE = b"<!DOCTYPE html><html><body><h1>Not here any more</h1><svg></svg></body></html>"
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><rect width="9"/></svg>'
 
@@ -70,7 +77,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "jpeg_cut": (PHOTO[:-50], "truncated"),
     "jpeg_cut_in_half": (PHOTO[: len(PHOTO) // 2], "truncated"),
     "jpeg_cut_behind_its_thumbnail": (jpeg_with_thumbnail()[:-200], "truncated"),
-    "png_cut": (PNG[:-20], "truncated"),
+    "png_cut": (PNG[:-40], "truncated"),
     "png_cut_in_half": (PNG[: len(PNG) // 2], "truncated"),
     "webp_cut": (WEBP[:-20], "truncated"),
     "gif_cut": (GIF[:-300], "truncated"),
@@ -87,7 +94,11 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n" + bytes(200), "other_format"),
     "ico": (encoded(photo(1, 32, 32), "ico"), "other_format"),
     "heif": (iso_file(b"heic"), "other_format"),
-    "avif": (iso_file(b"avif"), "other_format"),
+    "avif_head_alone": (iso_file(b"avif"), "not_an_image"),
+    "avif_cut": (AVIF[:-20], "truncated"),
+    "avif_cut_in_its_head": (AVIF[:200], "truncated"),
+    "avif_bomb": (avif_of_size(30_000, 30_000), "too_many_pixels"),
+    "jpeg_xl": (b"\xff\x0a" + bytes(200), "other_format"),
     "jpeg_2000": (encoded(photo(1, 32, 32), "jpeg2000"), "other_format"),
     "photoshop": (b"8BPS\0\1" + bytes(200), "other_format"),
     "float_tiff": (encoded(Image.new("F", (9, 9)), "tiff"), "other_format"),
@@ -114,6 +125,12 @@ GOOD: dict[str, bytes] = {
     "gif": GIF,
     "bmp": encoded(photo(2), "bmp"),
     "tiff": encoded(photo(2), "tiff", compression="tiff_lzw"),
+    "avif": AVIF,
+    "avif_animation": animation("avif"),
+    "clear_avif": encoded(photo(2, mode="RGBA"), "avif"),
+    "without_end_marker": PHOTO[:-2],
+    "png_without_end": PNG[:-12],
+    "profile_bomb": PNG[:33] + png_chunk(b"iCCP", b"P3\0\0" + zlib.compress(bytes(2**22))) + PNG[33:],
     "progressive": encoded(photo(2, 200, 150), progressive=True),
     "gray_jpeg": encoded(photo(2, mode="L")),
     "cmyk_jpeg": encoded(photo(2, mode="CMYK")),

@@ -90,7 +90,9 @@ def test_if_changed_encodes_what_had_to_be_converted(name):
     assert maker(image_size=1000, reencode="if_changed")(GOOD[name]).content != GOOD[name]
 
 
-@pytest.mark.parametrize("name", ["jpeg", "png", "webp", "cmyk_jpeg", "clear_png", "turned_6", "webp_animation"])
+@pytest.mark.parametrize(
+    "name", ["jpeg", "png", "webp", "cmyk_jpeg", "clear_png", "turned_6", "webp_animation", "avif"]
+)
 def test_never_keeps_all_bytes_under_their_true_extension(name):
     stored = maker(reencode="never", resize_mode="no")(GOOD[name])
     assert stored.content is GOOD[name]

@@ -1,4 +1,7 @@
+import hashlib
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from typer.testing import CliRunner
 from sdtrain.cli import app
 from sdtrain.errors import UserError
 from sdtrain.formats.export import export_model
-from sdtrain.sampling.batch import Job, Model, all_devices, draw, make_jobs, rank_and_device, read_prompts
+from sdtrain.sampling.batch import Job, Model, all_devices, draw, make_jobs, make_seeded_jobs, rank_and_device
+from sdtrain.sampling.output_folder import SampleFolder
 from sdtrain.sampling.sampler import SampleSettings
 from tests.sdtrain.launching import deepspeed, finish, launch, torchrun
 from tests.training_fixtures import write_run
@@ -27,19 +31,10 @@ def test_every_image_has_its_own_seed():
     assert make_jobs(["a", "b"], 7, 2) == [Job("a", 7), Job("a", 8), Job("b", 9), Job("b", 10)]
 
 
-def test_prompts_come_one_a_line(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("a red circle\n\n  ein grüner Kreis \n", encoding="utf-8")
-    assert read_prompts(path) == ["a red circle", "ein grüner Kreis"]
-
-
-@pytest.mark.parametrize("content", [b"\n \n", b"\xff\xfe bad", None], ids=["empty", "not_utf8", "missing"])
-def test_a_bad_file_of_prompts_is_a_sentence(tmp_path, content):
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"prompts\.txt .*(one prompt a line|one a line)"):
-        read_prompts(path)
+def test_every_prompt_has_every_seed_once():
+    assert make_seeded_jobs(["a"], [3, 7]) == [Job("a", 3), Job("a", 7)]
+    expected = [Job("a", 3, 3), Job("a", 7, 4), Job("b", 3, 5), Job("b", 7, 6)]
+    assert make_seeded_jobs(["a", "b", "a"], [3, 7]) == expected
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
@@ -135,9 +130,126 @@ def test_an_interrupted_command_goes_on_where_it_was(run, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert "0 images drawn, 5 kept" in sample(run, tmp_path, *prompts, "--grid")
     assert (tmp_path / "grid.png").exists()
-    assert "5 images drawn, 0 kept" in sample(run, tmp_path, *prompts, "--sampler", "ddim")
-    other = ["a red circle", "a blue square", "a", "a green circle", "a blue circle", "--keep", "--sampler", "ddim"]
-    assert "1 images drawn, 4 kept" in sample(run, tmp_path, *other)
+    assert "5 images drawn, 0 kept" in sample(run, tmp_path, *prompts, "--redraw")
+
+
+def records(folder):
+    return {path.name: json.loads(Image.open(path).text["sdtrain"]) for path in sorted(folder.glob("0*.png"))}
+
+
+def test_other_images_are_never_replaced(run, tmp_path):
+    sample(run, tmp_path, "a red circle", "a blue square", "--grid")
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert "2 images drawn, 0 kept" in sample(run, tmp_path, "a star", "a red circle", "--grid")
+    assert "2 images drawn, 0 kept" in sample(run, tmp_path, "a red circle", "a blue square", "--sampler", "ddim")
+    assert "1 images drawn, 1 kept" in sample(run, tmp_path, "a red circle", "a blue circle", "--batch-size", "1")
+    assert "0 images drawn, 2 kept" in sample(run, tmp_path, "a star", "a red circle", "--grid")
+    for name, content in first.items():
+        assert (tmp_path / name).read_bytes() == content
+    made = records(tmp_path)
+    assert [(name[:5], it["prompt"], it["seed"], it["sampler"]) for name, it in made.items()] == [
+        ("00000", "a red circle", 0, "default"),
+        ("00001", "a blue square", 1, "default"),
+        ("00002", "a star", 0, "default"),
+        ("00003", "a red circle", 1, "default"),
+        ("00004", "a red circle", 0, "ddim"),
+        ("00005", "a blue square", 1, "ddim"),
+        ("00006", "a blue circle", 1, "default"),
+    ]
+    assert sorted(path.name for path in tmp_path.glob("grid*")) == ["grid-1.png", "grid.png"]
+
+
+def test_a_users_own_image_and_one_of_an_earlier_model_stay(run, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "00001.png")
+    folder = export_model(run, tmp_path / "folder")
+    output = tmp_path / "out"
+    output.mkdir()
+    (tmp_path / "00001.png").rename(output / "00001.png")
+    sample(folder, output, "a red circle", "a blue square")
+    assert list(records_or_none(output)) == ["00001.png", "00002.png", "00003.png"]
+    old = (output / "00002.png").read_bytes()
+    later = (output / "00003.png").stat().st_mtime + 10
+    os.utime(folder / "model_index.json", (later, later))
+    sample(folder, output, "a red circle")
+    assert (output / "00000.png").exists()
+    assert (output / "00002.png").read_bytes() == old
+
+
+def records_or_none(folder):
+    return sorted(path.name for path in folder.glob("0*.png"))
+
+
+def test_ranks_that_start_late_find_the_same_numbers(run, tmp_path):
+    sample(run, tmp_path, "a", "b", "c")
+    model = Model(run / "checkpoints" / "step-00000005")
+    settings = SampleSettings(2.0, 2, batch_size=2)
+    jobs = make_jobs(["d", "e", "f", "g"], 1, 1)
+    first = SampleFolder(tmp_path, model, settings).placed(jobs)
+    assert [first.path(job).stem for job in jobs] == ["00003", "00004", "00005", "00006"]
+    for drawn in ([2], [0, 2], [3]):
+        for job in (jobs[number] for number in drawn):
+            first.save(job, Image.new("RGB", (8, 8)))
+        late = SampleFolder(tmp_path, model, settings).placed(jobs)
+        assert late.numbers == first.numbers
+
+
+def test_sizes_seeds_negative_prompt_and_start_image_are_recorded(run, tmp_path):
+    Image.new("RGB", (50, 20), "red").save(tmp_path / "start.png")
+    output, (width, height) = tmp_path / "out", (48, 72)
+    options = ["--width", str(width), "--height", str(height), "--negative-prompt", "a star", "--seeds", "3,7-8"]
+    options += ["--image", str(tmp_path / "start.png"), "--strength", "0.5", "--grid"]
+    sample(run, output, "a red circle", "a blue square", *options)
+    made = records(output)
+    assert list(made) == [f"{number:05d}.png" for number in range(3, 9)]
+    assert [it["seed"] for it in made.values()] == [3, 7, 8, 3, 7, 8]
+    last = made["00008.png"]
+    digest = hashlib.sha256((tmp_path / "start.png").read_bytes()).hexdigest()
+    assert {name: last[name] for name in ("prompt", "negative_prompt", "width", "height", "strength")} == {
+        "prompt": "a blue square",
+        "negative_prompt": "a star",
+        "width": width,
+        "height": height,
+        "strength": 0.5,
+    }
+    assert (last["image"], last["image_sha256"]) == ("start.png", digest)
+    assert Image.open(output / "00003.png").size == (width, height)
+    assert Image.open(output / "grid.png").size == (3 * 50 + 2, 2 * 74 + 2)
+    assert "0 images drawn, 6 kept" in sample(run, output, "a red circle", "a blue square", *options)
+    # An image depends on its own seed alone, whatever the batch.
+    sample(run, tmp_path / "alone", "a blue square", *options[:6], "--seeds", "8", *options[8:-1])
+    alone = np.asarray(Image.open(tmp_path / "alone" / "00008.png"), np.int16)
+    assert np.abs(np.asarray(Image.open(output / "00008.png"), np.int16) - alone).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "1000"], "cannot be 1000 sampling steps: .* 1 to 999"),
+        (["--steps", "1500", "--sampler", "dpm"], "1 to 998"),
+        (["--seeds", "0-3", "--seed", "1"], "leave --seed and --per-prompt out"),
+        (["--strength", "0.5"], "made anew, which is missing"),
+        (["--prompt-column", "text"], "--prompts-file, which is missing"),
+        (["--width", "65"], "multiple of 8"),
+        (["--seeds", "9-3"], "write ranges and numbers"),
+    ],
+)
+def test_a_mistaken_option_is_a_sentence_before_anything_is_loaded(run, tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr("sdtrain.sampling.batch.load_networks", None)
+    result = CliRunner().invoke(app, ["sample", str(run), "a", "--output", str(tmp_path), *options])
+    assert isinstance(result.exception, UserError)
+    assert re.search(words, str(result.exception))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_says_the_size_and_what_is_cut_off_prompts(run, tmp_path):
+    long = " ".join(["a red circle"] * 30) + " on grass"
+    arguments = ["sample", str(run), "a", long, "--output", str(tmp_path), "--guidance", "2", "--steps", "2"]
+    said = CliRunner().invoke(app, [*arguments, "--negative-prompt", long, "--width", "48"]).stderr
+    assert "warning: Images of 48 x 64 px, but" in said
+    assert "was trained on 64 x 64: expect worse ones." in said
+    assert "warning: the prompt “a red circle" in said
+    assert "warning: the negative prompt “a red circle" in said
+    assert said.count("on grass”.") == 2
 
 
 def test_the_checkpoint_is_chosen_when_the_command_begins(run, tmp_path):

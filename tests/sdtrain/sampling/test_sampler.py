@@ -8,40 +8,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from sdtrain.config import load_config
 from sdtrain.config.sections import SpeedConfig
 from sdtrain.errors import UserError
-from sdtrain.formats.export import write_pipeline
 from sdtrain.models.schedulers import make_scheduler
-from sdtrain.models.unet import build_unet
 from sdtrain.precision import decoder_dtype
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks, make_grid
-from tests.training_fixtures import write_config, write_models
+from tests.sdtrain.sampling.random_pipeline import write_random
 
 PROMPTS = ["a red circle", "a blue square", "a green circle"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline with random weights whose prediction does depend on latents and caption."""
-    return write_random(tmp_path_factory.mktemp("pipeline"))
-
-
-def write_random(root, **diffusion):
-    models = write_models(root / "models")
-    config = load_config(str(write_config(root / "c.yaml", models, root / "data", diffusion=diffusion)))
-    torch.manual_seed(0)
-    unet = build_unet(config.unet, config.latent_size)
-    with torch.no_grad():
-        for parameter in unet.parameters():
-            if (parameter == 0).all():
-                parameter.normal_(0, 0.05)
-    return write_pipeline(unet, config, root / "out")
-
-
-@pytest.fixture(scope="module")
-def sampler(folder):
-    return Sampler(load_networks(folder, "cpu", torch.float32))
 
 
 def calls_of(sampler, **settings):

@@ -66,7 +66,7 @@ def digests(objects: dict[str, bytes]) -> dict[str, str]:
 
 def outputs(objects: dict[str, bytes]) -> dict[str, str]:
     """What the manifest says of each output."""
-    entries = [json.loads(content) for name, content in objects.items() if name.startswith("manifest/")]
+    entries = [json.loads(content) for name, content in objects.items() if re.fullmatch(r"manifest/\w+/\d+.json", name)]
     return {name: output["sha256"] for entry in entries for name, output in entry["outputs"].items()}
 
 
