@@ -60,17 +60,22 @@ def make_images(folder: Path, num: int) -> None:
         )
 
 
-def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS) -> pa.Table:
-    """The wanted columns of some images; a digest takes as long as all others together."""
+def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS, altered: bool = False) -> pa.Table:
+    """The wanted columns of some images; a digest takes as long as all others together.
+
+    With `altered`, a third of the copies that are not exact are mirrored.
+    """
     copies = numbers % ONE_IN == ONE_IN - 1
     # Of an image anywhere that is none itself.
     original = np.where(copies, _random(numbers, 9) % np.uint64(num // ONE_IN) * np.uint64(ONE_IN), numbers)
     exact = copies & (_random(numbers, 10) % 4 == 0)
-    hashes = _random(original, 0)
+    mirrored = altered & copies & ~exact & (_random(numbers, 11) % 3 == 0)
+    looks = np.where(mirrored, numbers, original)  # another hash and other colours than the original's
+    hashes = _random(looks, 0)
     for flip in range(CONFIG.radius):
         bit = np.uint64(1) << (_random(numbers, 20 + flip) % np.uint64(64))
         hashes = np.where(copies & ~exact & (_random(numbers, 30 + flip) % 2 == 0), hashes ^ bit, hashes)
-    colors = np.stack([_random(original, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
+    colors = np.stack([_random(looks, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
     colors += np.where(copies & ~exact, numbers % 7, 0).astype(np.uint8)[:, None]
     same = np.where(exact, original, numbers)
     columns = {
@@ -81,16 +86,16 @@ def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS) ->
         "thumbnail": lambda: pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(COLOR_BYTES), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(colors))]
         ).cast(pa.binary()),
-        "miniature": lambda: _miniatures(original, copies & ~exact & (_random(numbers, 11) % 3 == 0)),
+        "miniature": lambda: _miniatures(original, mirrored),
     }
     return pa.table({name: column() for name, column in columns.items() if name in wanted})
 
 
 def _miniatures(numbers: np.ndarray, mirrored: np.ndarray) -> pa.Array:
-    """Means of two of a few thousand noises, which are different for each number."""
+    """Means of three of a few thousand noises, which are different for each number."""
     noises = np.random.default_rng(0).integers(0, 256, (_NUM_NOISES, MINIATURE_BYTES), np.uint8)
-    chosen = [noises[_random(numbers, stream) % np.uint64(_NUM_NOISES)] for stream in (80, 81)]
-    found = (chosen[0] >> 1) + (chosen[1] >> 1)
+    chosen = [noises[_random(numbers, stream) % np.uint64(_NUM_NOISES)] for stream in (80, 81, 82)]
+    found = (chosen[0] >> 2) + (chosen[1] >> 2) + (chosen[2] >> 1)
     for plane in planes_of(found):
         plane[mirrored] = plane[mirrored][..., ::-1]
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(MINIATURE_BYTES), len(numbers), [None, pa.py_buffer(found)])
@@ -144,7 +149,7 @@ def search_generated(num: int, config: DuplicatesConfig, folder: Path | None, li
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, num, _GENERATED_AT_ONCE):
             numbers = np.arange(start, min(start + _GENERATED_AT_ONCE, num), dtype=np.uint64)
-            yield _images(numbers, num, frozenset(columns)).select(list(columns))
+            yield _images(numbers, num, frozenset(columns), config.level == "altered").select(list(columns))
 
     started = time.monotonic()
 
@@ -249,8 +254,12 @@ def _described(images: Sequence[Image.Image], first: int) -> pa.Table:
         "sha256": pa.array([None] * len(images), pa.string()),
         "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
         "thumbnail": [thumbnail(p) for p in images],
-        "miniature": pa.array([miniature(p.resize((SOURCE_PX, SOURCE_PX), Image.Resampling.BILINEAR)) for p in images], pa.binary(MINIATURE_BYTES)),
+        "miniature": pa.array([_miniature(p) for p in images], pa.binary(MINIATURE_BYTES)),
     })  # fmt: skip
+
+
+def _miniature(image: Image.Image) -> bytes:
+    return miniature(image.resize((SOURCE_PX, SOURCE_PX), Image.Resampling.BILINEAR))
 
 
 def _groups(table: pa.Table, config: DuplicatesConfig) -> dict[int, int]:
