@@ -1,8 +1,8 @@
 """Threads that decode images ahead of the networks.
 
-Preprocessing takes about 7.5 ms of a core (512-px JPEG), of which Pillow, OpenCV and hashlib hold the GIL for at most a
-fifth: one process peaks at five or six threads, 700 images a second. A faster GPU needs several processes
-(`sdtrain.models.device` spreads them) or decodes itself.
+`python -m tests.benchmarks.score --preprocessing` measures their work, part by part. Pillow, OpenCV, scipy and hashlib
+release the GIL for most of it; when Pillow did the resampling, one process peaked at five or six threads, 700 images a
+second. A faster GPU needs several processes (`sdtrain.models.device` spreads them) or decodes itself.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Protocol(Settings):
     prompt_seed: int = Field(default=0, ge=0)
     """Seed of the choice of prompts."""
     reference: str
-    """Real images: a dataset of sdtrain's (s3://… too), a folder of images, or an .npz with `mu` and `sigma`."""
+    """Real images: a dataset of sdtrain's (s3://… too), a folder of images, WebDataset tars, or an .npz (mu, sigma)."""
     num_reference: int = Field(default=50_000, ge=2)
     """Most real images, a seeded choice; an .npz is used whole."""
     reference_view: Literal["as_samples", "as_is"] = "as_samples"

@@ -26,7 +26,7 @@ from sdtrain.dataset.s3.url import is_s3
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, plain_stage
 from sdtrain.dataset.sync import read_part
-from sdtrain.dataset.tars import index_samples
+from sdtrain.dataset.tars import SampleIndex, index_samples
 from sdtrain.errors import UserError
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, write_json, write_tensors
@@ -38,6 +38,8 @@ from sdtrain.models.clip import Preprocess, clip_view
 from sdtrain.models.weights import cache_dir
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff")
+_THUMBNAILS = "@eaDir"
+"""Where Synology's storage keeps small copies of a folder's images."""
 _PART_SIZE = 512
 _PLACE = ["picture_offset", "picture_bytes"]
 
@@ -82,28 +84,70 @@ class ReferenceJob:
 
 
 def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
-    """At most `num` images of a dataset or folder, or the statistics in an .npz.
+    """At most `num` images of a dataset, a folder, a WebDataset tar or a folder of such, or the statistics in an .npz.
 
-    UserError if there is no such reference, or fewer than two images.
+    Folders and tars are those of others, read whole, with folders in them, but for hidden files (`._a.jpg`). UserError
+    if there is no such reference, or fewer than two images.
     """
     path = open_to_ask(str(name), "the evaluation").root if is_s3(str(name)) else Path(name)
     if path.suffix == ".npz":
         return Reference(f"{path.name}: statistics", sha256_of(_file(path)), statistics=_statistics(path))
-    if not path.is_dir():
-        raise UserError(f"There is no {path}. A reference is a dataset, a folder of images, or an .npz.")
-    dataset = DatasetDir(path.absolute())
-    places, kind = _dataset_places(dataset), "dataset"
+    if not path.is_dir() and not (path.is_file() and _is_tar(path)):
+        raise UserError(
+            f"There is no {path}. A reference is a dataset, a folder of images or of WebDataset's tars, one such "
+            "tar, or an .npz."
+        )
+    dataset = DatasetDir((path if path.is_dir() else path.parent).absolute())
+    places, kind = _dataset_places(dataset) if path.is_dir() else [], "dataset"
     if not places and dataset.recipe.exists():
         raise UserError(f"{path} is a dataset that holds no images yet. Run its build first.")
     if not places:
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        places, kind = [Place(str(file.absolute())) for file in files], "folder"
+        places, kind = _places_of_others(path)
     if len(places) < 2:
         raise UserError(f"{path} holds {len(places)} images; a reference needs two at least, and better thousands.")
     chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:num])
     picked = tuple(places[place] for place in chosen)
     source = f"{path.name}: {kind}, {len(picked):,} of {len(places):,} images, seed {seed}"
     return Reference(source, _digest(picked, dataset), picked)
+
+
+def _places_of_others(path: Path) -> tuple[list[Place], str]:
+    """The images of a folder or, if it has none, of the tars in it, or of a tar; and what `path` is."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if _is_shown(file, path))
+    images = [Place(str(file.absolute())) for file in files if file.suffix.lower() in _SUFFIXES]
+    tars = [file for file in files if _is_tar(file)]
+    if images or not tars:
+        return images, "folder"
+    samples = [(tar, sample) for tar in tars for sample in index_samples(tar)]
+    places = [Place(str(tar.absolute()), *member) for tar, sample in samples if (member := _image_of(sample))]
+    if samples and not places:
+        raise UserError(
+            f"{path} holds {len(samples):,} samples and no image: they have "
+            f"{', '.join(sorted(samples[0][1].members))}. Images end in {', '.join(_SUFFIXES)}."
+        )
+    return places, f"{len(tars):,} tars"
+
+
+def _is_shown(file: Path, folder: Path) -> bool:
+    parts = file.relative_to(folder).parts
+    return not any(part.startswith(".") or part == _THUMBNAILS for part in parts) and file.is_file()
+
+
+def _is_tar(file: Path) -> bool:
+    return file.suffix.lower() == ".tar"
+
+
+def _image_of(sample: SampleIndex) -> tuple[int, int] | None:
+    """Offset and size of a sample's image.
+
+    As in WebDataset a key ends at the name's first dot, so an extension may have several parts, of which the last one
+    counts, and a name that begins with a dot has no key.
+    """
+    if not sample.key.rpartition("/")[2]:
+        return None
+    by_parts = sorted(sample.members, key=lambda extension: extension.count("."))
+    found = next((name for name in by_parts if f".{name}".lower().endswith(_SUFFIXES)), None)
+    return None if found is None else (sample.members[found].offset, sample.members[found].size)
 
 
 def _digest(places: Sequence[Place], dataset: DatasetDir) -> str:

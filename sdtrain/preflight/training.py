@@ -36,7 +36,16 @@ def late_checks(config: TrainConfig, output: Path) -> list[Check]:
         Check("checkpoint", lambda: _check_room(config, output)),
         Check("tracking", lambda: check_trackers(config)),
     ]
-    return [Check("vae", lambda: check_vae(config.vae)), *checks] if config.previews.every else checks
+    if not config.previews.every:
+        return checks
+    return [Check("vae", lambda: check_vae(config.vae)), *checks, Check("previews", lambda: _check_previews(config))]
+
+
+def _check_previews(config: TrainConfig) -> str:
+    from sdtrain.models.schedulers import check_num_steps, sampling_scheduler
+
+    check_num_steps(None, sampling_scheduler(config.diffusion).config, config.previews.num_steps)
+    return f"{len(config.previews.prompts)} images every {config.previews.every:,} steps"
 
 
 def _num_parameters(config: TrainConfig) -> int:

@@ -1,6 +1,6 @@
 """Scoring of 512-px JPEG shards: ours beside a plain open_clip loop and beside the networks alone, in one run.
 
-    python -m tests.benchmarks.score [--quick]
+    python -m tests.benchmarks.score [--quick | --preprocessing]
 
 All three use the same networks (CLIP's two towers, aesthetic and safety heads, the watermark detector), precision and
 batch size. The plain loop is what one writes first: Pillow, open_clip's own preprocessing, a batch, the networks, the
@@ -10,6 +10,9 @@ Ours also hashes and measures every image and writes the table. Weights are rand
 On an NVIDIA GPU the model is ViT-L/14 in bf16, and the GPU decodes too. Else it is ViT-B/32 in float32 with a small
 watermark detector; they share the cores with the decoders, so that ours cannot be as fast as the networks alone: its
 best is 1 / (1 / networks + 1 / (decode rate a core x cores)), which is printed.
+
+First of all it prints what an image costs before any network sees it, part by part (`preprocessing`); with
+`--preprocessing` nothing else.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
 from tests.benchmarks.photos import draw_photo
+from tests.benchmarks.preprocessing import SIZE_PX, TARGET_MS, preprocessing_ms, show
 from tests.image_fixtures import Fetched, write_downloads
 
-SIDE_PX, QUALITY, NUM_DRAWN = 512, 95, 64
+SIDE_PX, QUALITY, NUM_DRAWN, NUM_SMALL = 512, 95, 64, 12
 TURNS, QUICK_TURNS = 3, 2
 CUDA = torch.cuda.is_available()
 
@@ -56,11 +60,18 @@ def make_shards(folder: Path, num_images: int, per_shard: int) -> DatasetDir:
     return write_downloads(folder, rows, per_shard)
 
 
-def _image(seed: int) -> bytes:
+def _image(seed: int, size_px: tuple[int, int] = (SIDE_PX, SIDE_PX)) -> bytes:
     photo = Image.open(io.BytesIO(draw_photo(seed)))
     buffer = io.BytesIO()
-    ImageOps.fit(photo, (SIDE_PX, SIDE_PX)).save(buffer, "jpeg", quality=QUALITY)
+    ImageOps.fit(photo, size_px).save(buffer, "jpeg", quality=QUALITY)
     return buffer.getvalue()
+
+
+def measure_preprocessing() -> dict[str, dict[str, float] | float]:
+    """Milliseconds of one core, by part, and the target for the total."""
+    found = preprocessing_ms([_image(seed, SIZE_PX) for seed in range(NUM_SMALL)])
+    show(found)
+    return {"preprocessing_ms": found, "target_ms": TARGET_MS}
 
 
 def settings(quick: bool) -> tuple[ScoreConfig, int, int]:
@@ -178,9 +189,13 @@ def measure(folder: Path, quick: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a quarter or less of the images")
-    quick = parser.parse_args().quick
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), quick)))
+    parser.add_argument("--preprocessing", action="store_true", help="only what an image costs before the networks")
+    arguments = parser.parse_args()
+    found: dict[str, object] = dict(measure_preprocessing())
+    if not arguments.preprocessing:
+        with tempfile.TemporaryDirectory() as folder:
+            found |= measure(Path(folder), arguments.quick)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

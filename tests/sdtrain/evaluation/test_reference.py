@@ -1,3 +1,7 @@
+import io
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +25,51 @@ def test_a_folder_is_its_images_and_their_digest_is_of_their_bytes(tmp_path):
     assert open_reference(write_images(tmp_path / "b", 5), 100).digest == found.digest
     (folder / "004.png").write_bytes((folder / "003.png").read_bytes())
     assert open_reference(folder, 100).digest != found.digest
+
+
+HIDDEN = ("._000.png", ".DS_Store", ".hidden/a.png", "@eaDir/000.png/SYNO_THUMB.jpg", "Thumbs.db", "__MACOSX/._1.jpg")
+
+
+def test_hidden_files_are_no_images_and_nested_ones_and_upper_case_are(tmp_path):
+    folder = write_images(tmp_path / "a", 3)
+    known = open_reference(folder, 100)
+    for name in HIDDEN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"no image")
+    (folder / "folder.jpg").mkdir()
+    assert open_reference(folder, 100) == known
+    (folder / "Photos").mkdir()
+    (folder / "000.png").rename(folder / "Photos" / "A.PNG")
+    (folder / "001.png").rename(folder / "Photos" / "B.v2.PNG")
+    assert [Path(place.path).name for place in open_reference(folder, 100).places] == ["002.png", "A.PNG", "B.v2.PNG"]
+
+
+def test_tars_of_others_are_read_as_webdataset_does(tmp_path):
+    bodies = [path.read_bytes() for path in sorted(write_images(tmp_path / "a", 4).iterdir())]
+    names = ["photo.v2.png", "b.jpeg", "Sub/C.JPG", "d.webp"]
+    members = [("._photo.v2.png", b"x"), ("b.json", b"{}"), ("d.seg.png", b"x"), *zip(names, bodies, strict=True)]
+    tars = tmp_path / "tars"
+    (tars / "nested").mkdir(parents=True)
+    with tarfile.open(tars / "nested" / "Shard.TAR", "w") as tar:
+        for name, body in sorted(members):
+            info = tarfile.TarInfo(name)
+            info.size = len(body)
+            tar.addfile(info, io.BytesIO(body))
+    found = open_reference(tars, 100)
+    assert sorted(place.read() for place in found.places) == sorted(bodies)
+    assert "1 tars, 4 of 4 images" in found.source
+    assert open_reference(tars / "nested" / "Shard.TAR", 100).places == found.places
+    write_samples(tmp_path / "texts.tar", [("a", {"txt": b"a"}), ("b", {"txt": b"b"})])
+    with pytest.raises(UserError, match="2 samples and no image: they have txt"):
+        open_reference(tmp_path / "texts.tar", 100)
+
+
+WILD = Path(__file__).parents[4] / "shared" / "data" / "wild"
+
+
+@pytest.mark.skipif(not WILD.is_dir(), reason="the files are handed out with the project, not committed")
+def test_dotted_keys_as_they_occur_outside_are_read():
+    assert len(open_reference(WILD / "dotted-keys.tar", 100).places) == 2
 
 
 def test_of_many_images_the_seed_chooses(tmp_path):
@@ -99,7 +148,7 @@ def test_a_file_that_is_no_npz_and_nothing_at_all_are_sentences(tmp_path):
         open_reference(tmp_path / "s.npz", 100)
     with pytest.raises(UserError, match="There is no file"):
         open_reference(tmp_path / "t.npz", 100)
-    with pytest.raises(UserError, match=r"A reference is a dataset, a folder of images, or an \.npz"):
+    with pytest.raises(UserError, match=r"A reference is a dataset, a folder of images .* or an \.npz"):
         open_reference(tmp_path / "nothing", 100)
 
 

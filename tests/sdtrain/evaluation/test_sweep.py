@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdtrain import precision
+from sdtrain.dataset.terminal_progress import run_with_bar
 from sdtrain.errors import UserError
 from sdtrain.evaluation import stages
 from sdtrain.evaluation.models import identify, run_of
@@ -91,6 +92,38 @@ def test_images_are_those_of_the_sampler_with_the_same_seeds(done, run, little):
         expected = sampler.sample(texts, range(6), SampleSettings(scale, 2, "plms", batch_size=2))
         for ours, theirs in zip(all_images(done.sweep, name), expected, strict=True):
             assert np.abs(np.asarray(ours, np.int16) - np.asarray(theirs, np.int16)).max() <= 1
+
+
+def test_more_steps_than_the_sampler_can_take_are_refused_before_any_weights_are_read(little, run, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be 1500 sampling steps: .* 1 to 999"):
+        plan(little.model_copy(update={"num_steps": 1500}), [run], tmp_path / "out")
+
+
+def test_steps_that_are_spread_now_are_drawn_again_and_all_others_not(little, run, tmp_path):
+    def config(num_steps):
+        sweep = plan(little.model_copy(update={"num_steps": num_steps}), [run], tmp_path / str(num_steps))
+        drawing = next(step for step in sweep.steps() if step.stage.name.startswith("draw-"))
+        made = {}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                "sdtrain.evaluation.stages.fingerprint", lambda name, config, weights: made.update(config) or ""
+            )
+            drawing.stage.fingerprint(drawing.directory, drawing.job, 0)
+        return made
+
+    assert "timesteps" not in config(50)
+    assert config(400)["timesteps"] == "spread"
+
+
+def test_notes_show_what_the_first_truncated_prompt_lacks(little, run, tmp_path):
+    long = [" ".join([f"w{number}x"] * 60) + f" end{number}" for number in range(6)]
+    (tmp_path / "long.txt").write_text("\n".join(long))
+    sweep = plan(little.model_copy(update={"prompts": str(tmp_path / "long.txt")}), [run], tmp_path / "out")
+    contexts = next(step for step in sweep.steps() if step.stage.name.startswith("contexts-"))
+    run_with_bar(contexts.stage, contexts.directory, contexts.job)
+    (note,) = sweep._truncated_prompts({})
+    assert note.startswith("6 prompts are longer than the text encoder of run")
+    assert note.endswith(f" {sweep.prompts.texts[0].rpartition(' ')[2]}”.")
 
 
 def test_all_scales_begin_with_the_same_noise_and_share_their_embeddings(little, run, tmp_path, monkeypatch):

@@ -54,3 +54,13 @@ def test_gray_images_have_one_channel():
     (found,) = resample(gray, [View((32, 32), Resampling.LANCZOS)])
     wanted = Image.fromarray(gray[..., 0]).resize((32, 32), Resampling.LANCZOS)
     assert np.array_equal(found[..., 0], np.asarray(wanted))
+
+
+def test_a_pillow_before_13_filters_the_width_of_a_tall_image_first_too(monkeypatch):
+    pixels, view = noise(60, 300), View((50, 20), Resampling.BICUBIC)
+    narrow = Image.fromarray(pixels).resize((50, 300), Resampling.BICUBIC)
+    monkeypatch.setattr(module, "_TALL_IMAGES_BY_HEIGHT", False)
+    assert np.array_equal(resample(pixels, [view])[0], np.asarray(narrow.resize((50, 20), Resampling.BICUBIC)))
+    monkeypatch.setattr(module, "_TALL_IMAGES_BY_HEIGHT", True)
+    short = Image.fromarray(pixels).resize((60, 20), Resampling.BICUBIC)
+    assert np.array_equal(resample(pixels, [view])[0], np.asarray(short.resize((50, 20), Resampling.BICUBIC)))

@@ -87,6 +87,14 @@ def test_the_vae_that_previews_need_hours_later_is_among_them(toy, tmp_path):
     assert (found.name, found.is_problem) == ("vae", True)
 
 
+@pytest.mark.parametrize(("num_steps", "is_problem"), [(999, False), (1000, True)])
+def test_previews_take_as_many_steps_as_their_sampler_can(toy, tmp_path, num_steps, is_problem):
+    config = toy(previews={"every": 5, "prompts": ["a red circle"], "num_steps": num_steps})
+    (*_, found) = findings(late_checks(config, tmp_path))
+    assert (found.name, found.is_problem) == ("previews", is_problem)
+    assert "take 1 to 999" in found.text or not is_problem
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_command_tells_recipes_from_configs_and_fails_with_code_2(
     toy, tmp_path, world, monkeypatch, capsys, broken
