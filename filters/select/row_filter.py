@@ -21,7 +21,7 @@ from filters.rules import derived_sql, reason_case
 from filters.select.faults import fault
 from filters.select.metadata_files import prepare
 from filters.select.pushdown import Pushdown
-from filters.select.schema import MetadataFile, check_columns, normalised_sql
+from filters.select.schema import MetadataFile, carried_kinds, check_columns, normalised_sql, quoted
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
 from filters.select.text_files import first_bad_line
@@ -95,6 +95,11 @@ class PassingRows:
         had = {name for file in source.files for name in file.columns} | joined
         # Always the columns of LAION's later releases; others only if a file has them.
         self.columns = [name for name in ALIASES if name in _ALWAYS or name in had]
+        self.columns += map(quoted, source.select.carry)
+        self._carried = dict[str, str]()
+        if source.select.carry:
+            with self._cursor(source.num_threads) as connection:
+                self._carried = carried_kinds(connection, source.files, source.select.carry)
 
     @property
     def null_passes(self) -> set[str]:
@@ -181,7 +186,7 @@ class PassingRows:
     ) -> tuple[str, list[Any]]:
         """Returns SQL for rows under our names, with joined scores and the derived columns that rules need."""
         compute_hash = bool(self.side_inputs and self.side_inputs.compute_hash)
-        rows, values = normalised_sql(files, pushdown, compute_hash, numbers)
+        rows, values = normalised_sql(files, pushdown, compute_hash, numbers, self._carried)
         joined = self.side_inputs.joins.sql(rows) if self.side_inputs else rows
         cleaned = f"SELECT * REPLACE (coalesce(caption, '') AS caption, {_TRIMMED} AS url) FROM ({joined})"  # noqa: S608
         return f"SELECT *, {derived_sql()} FROM ({cleaned})", values  # noqa: S608

@@ -28,13 +28,17 @@ from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers
+from sdtrain.dataset.tables.carried import mark_carried
 from sdtrain.dataset.work import WORK
 from sdtrain.download.source.catalogue import catalogue_files, last_source_row, read_remarks
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
 _SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # identified by their contents, not their location
-_ADDED = ("columns",)  # settings younger than finished datasets, whose fingerprint they do not change unless set
+_ADDED = (
+    "columns",
+    "carry",
+)  # settings younger than finished datasets, whose fingerprint they do not change unless set
 _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 
@@ -114,7 +118,7 @@ class Selection:
                 num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
                 num_repeated, num_over = num_repeated + num_seen - left, num_over + bucket.num_before - num_seen
                 num_out += left
-                shards.add(bucket.rows.slice(0, left))
+                shards.add(mark_carried(bucket.rows.slice(0, left), self.select.carry))
             paths = shards.finish()
         return paths, num_out, +Counter({"duplicate_row": num_repeated, "over_limit": num_over})
 
