@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,7 +41,7 @@ from sdtrain.config.sections import (
 from sdtrain.errors import UserError
 from sdtrain.precision import Precision
 from sdtrain.redaction import as_recorded
-from sdtrain.settings import Settings, load_settings, nearest
+from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 
@@ -224,6 +224,18 @@ def changes(old: TrainConfig, new: TrainConfig) -> list[Change]:
     """All settings in which two configs differ."""
     before = dict(_flat(old))
     return [Change(name=name, before=before[name], after=after) for name, after in _flat(new) if before[name] != after]
+
+
+def undone(config: TrainConfig, made: Sequence[Change]) -> TrainConfig:
+    """The config as it was before some changes, oldest first; UserError if a setting of theirs is gone."""
+    content: dict[str, Any] = config.model_dump(mode="json")
+    for change in reversed(made):
+        *sections, name = change.name.split(".")
+        section = content
+        for part in sections:
+            section = section[part]
+        section[name] = change.before
+    return parse_settings(TrainConfig, content, "the config of an earlier step")
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:

@@ -112,3 +112,24 @@ def _split(name: str) -> tuple[str, str]:
 
 def _damaged(path: Path, detail: str) -> UserError:
     return UserError(f"{path} is damaged or cut short ({detail}). Delete it and run the build again: it is rebuilt.")
+
+
+def members_in(content: bytes) -> Iterator[tuple[str, str, bytes]]:
+    """Key, extension and bytes of each member in a piece of a tar that begins with a header.
+
+    ValueError if the piece ends within one.
+    """
+    at = 0
+    while at + BLOCK_BYTES <= len(content) and content[at] != 0:
+        info = tarfile.TarInfo.frombuf(content[at : at + BLOCK_BYTES], "utf-8", "strict")
+        key, _, extension = info.name.partition(".")
+        body = content[at + BLOCK_BYTES : at + BLOCK_BYTES + info.size]
+        if len(body) < info.size:
+            raise ValueError("the tar is cut short")
+        yield key, extension, body
+        at += BLOCK_BYTES + padded(info.size)
+
+
+def padded(size: int) -> int:
+    """The bytes that a member of `size` bytes takes, without its header."""
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES

@@ -17,10 +17,11 @@ from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.sync import fetch_shard_file
+from sdtrain.dataset.tars import members_in, padded
 from sdtrain.errors import UserError
 from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
 
 _COLUMNS = ["uid", "key", "picture_offset", "picture_bytes"]
@@ -81,6 +82,13 @@ class ImageStore(SampleStore):
                 )
         return fetched
 
+    def crop(self, index: int, epoch: int, seed: int) -> Crop | None:
+        """The crop of a sample in one of its epochs, in pixels of the packed image."""
+        uid, members = self._members(index)
+        image = decode_rgb(members[image_extension(members)])
+        cut = resize_and_crop(image, (self._resolution,) * 2, seeded_uniform("crop", seed, uid, epoch))
+        return Crop(tuple(cut.box), tuple(cut.source_px))
+
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior moments of samples, cropped as in the first epoch of seed 0: (B, 8, h, w) float16."""
         pixels = self.buffer(len(indices), 0)
@@ -94,7 +102,7 @@ class ImageStore(SampleStore):
         row = index - int(self._ends[shard] - self.counts[shard, 0])
         table = self._table(shard)
         offsets, sizes = table["picture_offset"], table["picture_bytes"]
-        begin = _padded(offsets[row - 1].as_py() + sizes[row - 1].as_py()) if row else 0
+        begin = padded(offsets[row - 1].as_py() + sizes[row - 1].as_py()) if row else 0
         last = row + 1 == len(table)
         end = offsets[row].as_py() + sizes[row].as_py() + _BEHIND_LAST if last else offsets[row + 1].as_py() - 512
         tar = self._tar(shard)
@@ -130,17 +138,4 @@ def no_images(folder: Path) -> UserError:
 
 def _members_of(key: str, content: bytes) -> dict[str, bytes]:
     """The members of one sample in a piece of a tar that begins with a header."""
-    members, at = dict[str, bytes](), 0
-    while at + 512 <= len(content) and content[at] != 0:
-        info = tarfile.TarInfo.frombuf(content[at : at + 512], "utf-8", "strict")
-        stem, _, extension = info.name.partition(".")
-        if stem == key:
-            members[extension] = content[at + 512 : at + 512 + info.size]
-            if len(members[extension]) < info.size:
-                raise ValueError("the tar is cut short")
-        at += 512 + _padded(info.size)
-    return members
-
-
-def _padded(size: int) -> int:
-    return -(-size // 512) * 512
+    return {extension: body for name, extension, body in members_in(content) if name == key}

@@ -18,9 +18,10 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.manifest import read_entry
 from sdtrain.dataset.sync import fetch_shard_file
+from sdtrain.dataset.tars import BLOCK_BYTES, members_in, padded
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
-from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, whole_tables_digest
 
 # Tars open, and indexes mapped, at once. Many systems allow a process 1024 open files.
@@ -121,6 +122,22 @@ class LatentStore(SampleStore):
             except UserError as error:
                 fetched.damaged[position] = str(error)
         return fetched
+
+    def crop(self, index: int, epoch: int, seed: int) -> Crop | None:
+        """The crop of a sample in one of its epochs, as its shard records it beside the latent."""
+        shard, row = self._locate(index)
+        described = self._index(shard)
+        begin = padded(sum(described.extent(row - 1))) if row else 0
+        # The latent's numbers begin in the block of the array's header, and before that is the member's own.
+        end = described.extent(row)[0] // BLOCK_BYTES * BLOCK_BYTES - BLOCK_BYTES
+        content = os.pread(self._tar(shard).fileno(), max(0, end - begin), begin)
+        bodies = [body for _, extension, body in members_in(content) if extension == "json"]
+        recorded = json.loads(bodies[-1]) if bodies else {}
+        boxes = recorded.get("crop_boxes") or [recorded.get("crop_box")]
+        if boxes[0] is None:
+            return None
+        number = _crop(seed, described.uid(row), epoch, self.num_crops)
+        return Crop(tuple(boxes[number]), tuple(recorded["source_px"]))
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior mean and log-variance of samples of one size, unscaled, first crops: (B, 8, h, w) float16.

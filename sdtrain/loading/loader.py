@@ -21,7 +21,7 @@ from sdtrain.diffusion import drop_captions, offset_noise
 from sdtrain.errors import UserError
 from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
-from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
 from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.text import CaptionTokens
@@ -77,6 +77,22 @@ class PixelBatch(MicroBatch):
         return MicroBatch(**tensors | {"moments": self.encoder(there.moments)})
 
 
+@dataclass(frozen=True)
+class DrawnSample:
+    """One sample of a batch, and what was drawn for it.
+
+    `index` is its number in the store, `epoch` how often it was seen before; a dropped caption trains as "".
+    """
+
+    index: int
+    epoch: int
+    uid: str
+    caption: str
+    is_dropped: bool
+    timestep: int
+    crop: Crop | None
+
+
 class BatchMaker:
     """Makes one rank's micro-batches, each a pure function of (seed, step).
 
@@ -112,6 +128,27 @@ class BatchMaker:
         config = self._config
         samples = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch)
         return self.assemble(samples, step, config.caption_dropout)
+
+    def drawn(self, step: int, position: int) -> tuple[MicroBatch, DrawnSample]:
+        """One sample of optimizer step `step`, at a position of its batch, with what was drawn for it.
+
+        The tensors, of a batch of one, are those that a rank trains on, however many ranks there are.
+        """
+        config = self._config
+        samples = self._plan.at(np.array([step * config.global_batch_size + position], dtype=np.int64))
+        index, epoch = int(samples.indices[0]), int(samples.epochs[0])
+        fetched = self._fetch(samples, self._store.buffer(1, self._store.size_number(index)))
+        draw = sample_noise(config.seed, step, fetched.uids[0], config.diffusion.num_timesteps, (4, 1, 1))
+        described = DrawnSample(
+            index=index,
+            epoch=epoch,
+            uid=fetched.uids[0],
+            caption=fetched.captions[0],
+            is_dropped=draw.drop < config.caption_dropout,
+            timestep=draw.timestep,
+            crop=self._store.crop(index, epoch, config.seed),
+        )
+        return self.assemble(samples, step, config.caption_dropout), described
 
     def assemble(self, samples: SampleIndices, step: int, caption_dropout: float) -> MicroBatch:
         """The batch of some samples of one size, with their noise of optimizer step `step`."""

@@ -48,6 +48,14 @@ class Fetched:
             raise UserError(sentence)
 
 
+@dataclass(frozen=True)
+class Crop:
+    """The part of an image that a sample shows: left, top, right and bottom, in an image of `source_px`, (w, h)."""
+
+    box: tuple[float, ...]
+    source_px: tuple[int, ...]
+
+
 class SampleStore(ABC):
     """Samples, numbered size by size.
 
@@ -94,6 +102,10 @@ class SampleStore(ABC):
 
         UserError if one cannot be read.
         """
+
+    @abstractmethod
+    def crop(self, index: int, epoch: int, seed: int) -> Crop | None:
+        """The crop of a sample in one of its epochs; None where the dataset does not record it."""
 
     @property
     def shape(self) -> tuple[int, int, int]:

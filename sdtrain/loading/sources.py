@@ -22,7 +22,7 @@ from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
 from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
 from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, whole_shares
-from sdtrain.loading.sample_store import Fetched, SampleStore
+from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
 
 
 class MixedStore(SampleStore):
@@ -60,6 +60,11 @@ class MixedStore(SampleStore):
             )
             fetched.put([position], own)
         return fetched
+
+    def crop(self, index: int, epoch: int, seed: int) -> Crop | None:
+        """The crop of a sample in one of its epochs; None where its dataset does not record it."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        return self.stores[number].crop(index - self._first(number), epoch, seed)
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior mean and log-variance of samples of one size, unscaled: (B, 8, h, w) float16."""

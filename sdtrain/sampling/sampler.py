@@ -265,16 +265,20 @@ class Sampler:
         return self._networks.text_encoder(token_ids).last_hidden_state
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        vae, images = self._networks.vae, list[Image.Image]()
-        for part in latents.split(_DECODED_AT_ONCE):
-            pixels = vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-            if not pixels.isfinite().all():
-                raise UserError(
-                    f"The VAE of {self._networks.source} gives images that are not finite; its weights are damaged."
-                )
-            rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(image) for image in rounded]
-        return images
+        return decode_latents(self._networks.vae, latents, self._networks.source)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor, source: str) -> list[Image.Image]:
+    """The images of scaled latents, (B, 4, h, w); UserError, naming `source`, if the VAE gives no finite ones."""
+    images = list[Image.Image]()
+    for part in latents.split(_DECODED_AT_ONCE):
+        pixels = vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        if not pixels.isfinite().all():
+            raise UserError(f"The VAE of {source} gives images that are not finite; its weights are damaged.")
+        rounded = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        images += [Image.fromarray(image) for image in rounded]
+    return images
 
 
 def _pixels_per_latent(vae: AutoencoderKL) -> int:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdtrain.config import MAY_CHANGE, Change, TrainConfig, changes, differences
+from sdtrain.config import MAY_CHANGE, Change, TrainConfig, changes, differences, undone
 from sdtrain.dataset.files import publish, refuse_url
 from sdtrain.dataset.lock import DatasetLock, lock_folder
 from sdtrain.errors import UserError
@@ -92,6 +92,11 @@ class RunDir:
         """Changes made during the run, oldest first; `config.yaml` holds the result."""
         lines = self._changes.read_text().splitlines() if self._changes.exists() else []
         return [ConfigChanges.model_validate_json(line) for line in lines]
+
+    def config_at(self, step: int) -> TrainConfig:
+        """The config by which optimizer step `step` was made; UserError if there is none."""
+        later = [change for entry in self.history() if entry.step > step for change in entry.changes]
+        return undone(load_settings(TrainConfig, self._config), later)
 
     def record_changes(self, config: TrainConfig, step: int) -> list[Change]:
         """Records, before `begin`, how `config` differs from that of the run so far, and returns it.

@@ -32,7 +32,7 @@ import torch
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tars import write_samples
-from sdtrain.encode.stage import latent_offset
+from sdtrain.encode.shard_encoder import latent_offset
 from sdtrain.formats.frozen import load_text_encoder
 from sdtrain.loading.latent_store import LatentStore
 from sdtrain.loading.loader import BatchMaker

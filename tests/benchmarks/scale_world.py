@@ -34,8 +34,9 @@ from sdtrain.download.image_shards import TABLE as IMAGES
 from sdtrain.download.image_shards import image_location
 from sdtrain.download.stage import DOWNLOAD
 from sdtrain.encode.info import VAE_KEY, vae_digest_in, write_info
+from sdtrain.encode.shard_encoder import latent_offset
 from sdtrain.encode.stage import _TABLE as LATENTS
-from sdtrain.encode.stage import ENCODE, latent_offset
+from sdtrain.encode.stage import ENCODE
 from sdtrain.pack.plan import planned
 from sdtrain.pack.stage import _TABLE as PACKED
 from sdtrain.pack.stage import PACK

@@ -23,6 +23,7 @@ from sdtrain.config import known_configs
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("docs/operating.md", "docs/resuming.md", "infra/README.md", "docs/takedown.md", "docs/commands.md")
+PAGES += ("docs/importing.md",)
 PAGES += ("docs/adding-a-rule.md", "docs/adding-a-head.md", "docs/adding-a-stage.md")
 FLOWS = {flow.name: flow for flow in (build_dataset, build_demo, train_unet, reproduce_sd_v1)}
 PREFECT = {
@@ -207,4 +208,5 @@ def test_the_systems_service_runs_the_box_and_waits_longer_than_it_takes_to_end(
 def test_recipes_on_the_pages_are_known() -> None:
     for _, command in ALL:
         if command.startswith("sdtrain build"):
-            assert words(command)[2] in known_recipes()
+            recipe = words(command)[2]
+            assert recipe.endswith(".yaml") or recipe in known_recipes()

@@ -1,9 +1,14 @@
 """Own images become a dataset whose later stages need not know that they were imported."""
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -19,11 +24,13 @@ from filters.decide.funnel import remarks
 from filters.importing import ImportOptions, open_import
 from filters.inspect.status import dataset_status
 from filters.pipeline import STAGES
-from filters.recipe import load_recipe
+from filters.recipe import SelectConfig, load_recipe
 from filters.recipe_record import read_recipe
 from filters.remove.apply import finish_removal, start_removal
 from filters.remove.plan import find_removal
+from filters.select.stage import select_rows
 from sdtrain import cli
+from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change
 from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.stage import begin, pending, run_batch
@@ -367,3 +374,35 @@ def test_the_command(mixed, tmp_path, capsys, monkeypatch):
         cli.main()
     assert end.value.code == 2
     assert "image=NAME" in capsys.readouterr().err
+
+
+def test_metadata_from_elsewhere_cannot_name_files_of_this_machine(tmp_path):
+    write_files(tmp_path, {"in/secret.jpg": jpeg(1)})
+    urls = [f"import://in/{tmp_path}/in/secret.jpg", f"file://{tmp_path}/in/secret.jpg", "https://example.com/a.jpg"]
+    table = pa.table({"url": urls, "text": list("abc"), "sdtrain_source_row": [0, 1, 2]})
+    pq.write_table(table, tmp_path / "metadata.parquet")
+    report = select_rows(DatasetDir(tmp_path / "out"), SelectConfig(metadata=str(tmp_path / "metadata.parquet")))
+    assert (report.num_out, report.dropped) == (1, {"url_not_allowed": 2})
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_an_import_ends_with_the_same_bytes(mixed, digests):
+    folder, whole, _ = mixed
+    output, killed = folder / "killed", 0
+    command = [sys.executable, "-m", "sdtrain.cli", "import", str(folder / "My Photos"), "--output", str(output)]
+    for wait_s in (1.0, 2.0, 3.0, 4.0, 5.0):
+        process = subprocess.Popen([*command, "--samples-per-shard", "4"], start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
+        killed += process.poll() is None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed
+    dataset, _ = import_into(output, folder / "My Photos")
+    parts = ("images/0", "selection", "import")
+    made = [{n: d for n, d in digests(data).items() if n.startswith(parts)} for data in (whole, dataset)]
+    for found in made:
+        for name in [name for name in found if name.endswith("_stats.json")]:  # which holds times
+            del found[name]
+    assert made[0] == made[1]

@@ -20,7 +20,7 @@ from sdtrain.dataset.manifest import require_entry, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples
 from sdtrain.demo.train_vae import build_vae
-from sdtrain.encode import stage
+from sdtrain.encode import shard_encoder
 from sdtrain.encode import vae as vae_at_work
 from sdtrain.encode.stage import ENCODE
 from sdtrain.encode.vae import encode_pixels
@@ -257,7 +257,7 @@ def test_shards_that_an_earlier_version_encoded_stay_and_new_ones_get_their_dige
 def test_the_vae_has_the_next_chunk_before_the_last_ones_moments_are_read(dataset, vae, monkeypatch):
     """So that a GPU need not wait for copies and files; and the bytes are those of one chunk after the other."""
     log, images = [], []
-    start = stage.start_encoding
+    start = shard_encoder.start_encoding
 
     class Pending:
         def __init__(self, number, moments):
@@ -272,11 +272,11 @@ def test_the_vae_has_the_next_chunk_before_the_last_ones_moments_are_read(datase
         images.append(pixels)
         return Pending(len(images) - 1, start(vae, pixels))
 
-    monkeypatch.setattr(stage, "start_encoding", start_encoding)
+    monkeypatch.setattr(shard_encoder, "start_encoding", start_encoding)
     config, source = EncodeConfig(vae=str(vae), resolution=RESOLUTION, batch_size=2), dataset.packed_tar(0)
     samples = list(read_samples(source))
     assert len(samples) >= 5
-    found = dict(stage._ShardEncoder(config, source, ()).encoded(samples))
+    found = dict(shard_encoder.ShardEncoder(config, source, ()).encoded(samples))
     chunks = -(-len(samples) // 2)
     expected = ["start 0"]
     for number in range(1, chunks):
