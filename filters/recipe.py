@@ -60,9 +60,11 @@ class ListConfig(Settings):
     """Entries that drop rows (a blocklist) or that rows must be among (an allowlist)."""
 
     files: str
-    """Parquet, or text with one entry a line and comments after #: a file, a folder or a glob."""
+    """Parquet, or text with one entry a line and comments after # (but by url_caption only in lines of their own): a
+    file, a folder or a glob."""
     by: Literal["url", "host", "hash", "uid", "md5", "sha256", "url_caption"]
-    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
+    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption. A uid is
+    sdtrain's (the md5 of URL, line feed and caption) or, if the metadata has a column uid as DataComp's, that one."""
 
 
 def _known_columns(columns: dict[str, str]) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from filters.rules import derived_sql, reason_case
 from filters.select.faults import fault
 from filters.select.metadata_files import prepare
 from filters.select.pushdown import Pushdown
-from filters.select.schema import MetadataFile, carried_kinds, check_columns, normalised_sql, quoted
+from filters.select.schema import (
+    OWN_UID,
+    MetadataFile,
+    carried_kinds,
+    check_columns,
+    find_own_uids,
+    normalised_sql,
+    quoted,
+)
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
 from filters.select.text_files import first_bad_line
@@ -81,6 +89,9 @@ class PassingRows:
     """Rows that pass the rules, see `open_passing_rows`."""
 
     def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
+        lists = (*source.select.blocklists, *source.select.allowlists)
+        if any(config.by == "uid" for config in lists):
+            source = replace(source, files=find_own_uids(source.files))
         self.source = source
         self._database = database
         self.side_inputs: SideInputs | None = None
@@ -100,6 +111,8 @@ class PassingRows:
         if source.select.carry:
             with self._cursor(source.num_threads) as connection:
                 self._carried = carried_kinds(connection, source.files, source.select.carry)
+        if any(OWN_UID in file.carried for file in source.files):
+            self._carried[OWN_UID] = "VARCHAR"
 
     @property
     def null_passes(self) -> set[str]:

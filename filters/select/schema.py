@@ -22,6 +22,8 @@ _HASHES_CHECKED = 1000
 _HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
+OWN_UID = "uid of the metadata"
+"""A column that lists by uid look at, besides sdtrain's own uid."""
 # Parts of names that tell of a column, the surest first.
 _LIKELY = {
     "url": ("url", "uri", "link", "href", "src"),
@@ -136,6 +138,15 @@ def find_carried(files: Sequence[MetadataFile], carry: Sequence[str]) -> list[Me
             )
     found_in = ({name: found for name in carry if (found := _named_in(file, name))} for file in files)
     return [replace(file, carried=found) for file, found in zip(files, found_in, strict=True)]
+
+
+def find_own_uids(files: Sequence[MetadataFile]) -> list[MetadataFile]:
+    """Finds the metadata's own column `uid`, as DataComp has it; where there is one, it is carried as `OWN_UID`."""
+    found = [_named_in(file, "uid") for file in files]
+    return [
+        replace(file, carried=file.carried | {OWN_UID: name}) if name else file
+        for file, name in zip(files, found, strict=True)
+    ]
 
 
 def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
@@ -331,7 +342,7 @@ def carried_kinds(
         for name, kind in kinds_of_text(connection, rows, values, carry).items():
             kinds[name].append(kind)
     for file in files:
-        for name, found in file.carried.items():
+        for name, found in ((name, file.carried[name]) for name in carry if name in file.carried):
             kinds[name] += [] if file.form else [kind_of(file.file_types[found])]
     return {name: common_kind(found) for name, found in kinds.items()}
 

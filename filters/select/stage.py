@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
+from filters.select.lists import WHICH_UID
 from filters.select.metadata_files import metadata_of, num_rows_of, remarks_on
 from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
@@ -129,6 +130,14 @@ class Selection:
             return SourceOrder(self.select.seed, last_row=last_row)
         return Order(self.select.seed, self.select.shuffle_by)
 
+    def _uid_hint(self, dropped: Counter[str]) -> str:
+        """Tells which uid an allowlist by uid means, if such a one dropped rows."""
+        if not dropped["not_allowlisted"] or all(config.by != "uid" for config in self.select.allowlists):
+            return ""
+        has_own = any("uid" in map(str.lower, file.all_columns) for file in self.files)
+        own = " or the metadata's own column uid" if has_own else "; the metadata has no column uid of its own"
+        return f" A uid in an allowlist is {WHICH_UID}{own}."
+
     def _check_sum(self, num_counted: int, num_out: int, dropped: Counter[str]) -> None:
         num_rows = num_rows_of(self.files)
         num_in = num_counted if num_rows is None else num_rows
@@ -145,6 +154,7 @@ class Selection:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(
                 f"No row of {self.select.metadata} is left ({counts}). Loosen the rules, or check the metadata."
+                f"{self._uid_hint(dropped)}"
             )
 
 
