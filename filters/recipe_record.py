@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from filters.columns import SCORE_COLUMNS
-from filters.recipe import Recipe
+from filters.recipe import Recipe, SelectConfig
 from filters.rules import RULES, active_rules
 from sdtrain.dataset.config import SourceConfig
 from sdtrain.dataset.files import publish
@@ -90,8 +90,9 @@ def with_source(dataset: DatasetDir, recipe: Recipe) -> Recipe:
 def of_source(dataset: DatasetDir, recipe: Recipe, source: SourceConfig) -> Recipe:
     """Returns the recipe for what was imported from `source`: its metadata is the dataset's own list.
 
-    UserError if rules look at scores of the metadata, of which images from a disk have none.
+    UserError if rules look at columns of the metadata, of which images from a disk have only captions.
     """
+    _check_select_rules(recipe.select)
     scored = [name for name in active_rules(recipe.decide.rules) if RULES[name].column in SCORE_COLUMNS]
     if scored and recipe.decide.decide_by == "metadata":
         raise UserError(
@@ -100,6 +101,18 @@ def of_source(dataset: DatasetDir, recipe: Recipe, source: SourceConfig) -> Reci
         )
     select = recipe.select.model_copy(update={"metadata": str(dataset.catalogues.absolute())})
     return recipe.model_copy(update={"source": source, "select": select})
+
+
+def _check_select_rules(select: SelectConfig) -> None:
+    later = SCORE_COLUMNS if select.null_policy == "score_later" else ()
+    for name in active_rules(select.rules):
+        lacking = set(RULES[name].sources) - {"url", "caption", *later}
+        if lacking and not select.joins:
+            advice = "Move it to `decide`, with `decide_by: image`." if RULES[name].in_decide else "Leave it out."
+            raise UserError(
+                f"Rule '{name}' of `select` looks at {' and '.join(sorted(lacking))}, which nobody has stated for "
+                f"imported images. {advice}"
+            )
 
 
 def _fetch_catalogues(dataset: DatasetDir) -> None:

@@ -124,7 +124,7 @@ def sample_demo(demo: DemoDir) -> dict[str, Agreement]:
 
 
 def look_closer(demo: DemoDir) -> "list[ImageSection]":
-    """Evaluates the model, searches the data, and looks for memorised images."""
+    """Evaluates the model, modifies an image, searches the data, and looks for memorised images."""
     from flows import demo_report
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
@@ -134,6 +134,7 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
     write_card(demo.training.path)  # now with the evaluation
     return [
         evaluated,
+        demo_report.modify_image(demo.samples / "model", demo.data, demo.samples),
         demo_report.search(demo.data, demo.root / "search.png"),
         demo_report.look_for_memorised(demo.samples / "model", demo.data, memorised),
     ]

@@ -1,22 +1,27 @@
-"""Sections of the demo's report: evaluation, search, and memorised images."""
+"""Sections of the demo's report: evaluation, search, images made from an image, and memorised images."""
 
 import json
 from pathlib import Path
+
+from PIL import Image
 
 from filters.memorization.check import check_samples, write_memorised
 from filters.memorization.samples import draw_samples, repeated_captions
 from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
+from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.demo.evaluation import evaluate_demo
 from sdtrain.report.page import ImageSection
-from sdtrain.sampling.sampler import SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
+from sdtrain.sampling.start_image import open_start_image
 from sdtrain.training.run_dir import RunDir
 
 _QUESTION, _NUM_HITS = "a red circle", 6
 _NUM_CAPTIONS, _PER_CAPTION = 3, 2
 _GUIDANCE_SCALE, _NUM_STEPS = 3.0, 25
+_CHANGES, _STRENGTHS = ("a blue circle", "a green star"), (0.4, 0.6, 0.8, 1.0)
 
 
 def evaluate(run: RunDir, data: DatasetDir) -> ImageSection:
@@ -45,6 +50,40 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
         "was kept. The page with a search box, onto which images can be dropped as well:"
     )
     return ImageSection("Search", text, sheet, [f"sdtrain search {data.root} --serve"])
+
+
+def modify_image(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
+    """Images that the model makes from a training image, by other prompts, the more anew the further right."""
+    hit = Search(data).by_words(_QUESTION, 1)[0]
+    start = image_of(data, hit) or Image.new("RGB", (64, 64), "red")  # never lost in the demo's own world
+    sheet = folder / "image-to-image.png"
+    write_modified(model, start, f"an image of {hit.caption}", sheet)
+    text = (
+        "Image-to-image: noise is added to a training image up to one of the last timesteps, and taken away from there "
+        "with another prompt. At strength 1 nearly nothing of the image is left."
+    )
+    line = f'sdtrain sample {model} "{_CHANGES[0]}" --image IMAGE --strength {_STRENGTHS[0]:g}'
+    return ImageSection("Modified images", text, sheet, [line])
+
+
+def write_modified(model: Path, start: Image.Image, caption: str, sheet: Path) -> None:
+    """Writes a sheet with a row for each prompt: the image, and what is made of it at rising strengths."""
+    with scratch(sheet.parent, "start") as scratch_folder:
+        file = scratch_folder / "start.png"
+        start.save(file)
+        sampler, drawn = Sampler(load_networks(model)), []
+        for strength in _STRENGTHS:
+            settings = SampleSettings(_GUIDANCE_SCALE, _NUM_STEPS, start=open_start_image(file, strength))
+            drawn.append(sampler.sample(_CHANGES, range(len(_CHANGES)), settings))
+    rows = [
+        Row(f"“{prompt}”", [Cell(start, "from", caption), *_strengths([images[place] for images in drawn])])
+        for place, prompt in enumerate(_CHANGES)
+    ]
+    write_sheet(sheet, "Image-to-image", [], rows)
+
+
+def _strengths(images: list[Image.Image]) -> list[Cell]:
+    return [Cell(image, f"strength {strength:g}") for image, strength in zip(images, _STRENGTHS, strict=True)]
 
 
 def look_for_memorised(model: Path, data: DatasetDir, folder: Path) -> ImageSection:

@@ -61,9 +61,9 @@ def test_guidance_of_3_follows_the_prompts_better_than_none(demo):
     assert rows[3.0]["agreement_demo_checker"] > rows[1.0]["agreement_demo_checker"]
     card = (found.parents[1] / "README.md").read_text()
     assert "agreement_demo_checker" in card
-    assert {"pictures/curve.png", "pictures/search.png", "pictures/memorised.png"} <= set(
-        re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
-    )
+    names = ("curve", "image-to-image", "search", "memorised")
+    shown = re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
+    assert {f"pictures/{name}.png" for name in names} <= set(shown)
 
 
 def test_the_funnel_adds_up_from_metadata_to_latents(demo):

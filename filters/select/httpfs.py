@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import duckdb
 
@@ -54,9 +55,11 @@ def load_remote(connection: duckdb.DuckDBPyConnection) -> None:
 
     S3 and compatible stores: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION or
     AWS_DEFAULT_REGION, AWS_ENDPOINT_URL. Google: GCS_ACCESS_KEY_ID, GCS_SECRET_ACCESS_KEY (HMAC keys). Hugging Face:
-    HF_TOKEN. They live as long as the connection and are never written. Raises `UserError` if httpfs is not installed.
+    HF_TOKEN. They live as long as the connection and are never written. Proxies are those of HTTPS_PROXY, HTTP_PROXY,
+    ALL_PROXY and NO_PROXY. Raises `UserError` if httpfs is not installed.
     """
     _load_httpfs(connection)
+    _set_proxy(connection)
     _add_secret(connection, "s3", _s3_options())
     get = os.environ.get
     _add_secret(connection, "gcs", {"KEY_ID": get("GCS_ACCESS_KEY_ID"), "SECRET": get("GCS_SECRET_ACCESS_KEY")})
@@ -79,6 +82,20 @@ def _load_httpfs(connection: duckdb.DuckDBPyConnection) -> None:
             f"Reading s3://, gs://, hf:// and https:// needs DuckDB's extension httpfs, which {why}. "
             f"Install it: {_ADVICE}."
         ) from error
+
+
+def _set_proxy(connection: duckdb.DuckDBPyConnection) -> None:
+    """Passes HTTP_PROXY on in parts, because DuckDB fails at one with a login or a final slash.
+
+    The extension's libcurl reads the other variables itself, where there is none of DuckDB's own.
+    """
+    found = urllib.request.getproxies_environment()
+    value = "" if found.keys() & {"https", "all"} else found.get("http", "")
+    parts = urlsplit(value if "://" in value else f"http://{value}")
+    login = [unquote(word or "") for word in (parts.username, parts.password)]
+    host = f"{parts.hostname}:{parts.port or 80}" if parts.hostname and parts.scheme == "http" else ""
+    for name, setting in zip(("", "_username", "_password"), (host, *login), strict=True):
+        connection.execute(f"SET http_proxy{name} = ?", [setting])
 
 
 def _wheel() -> Path | None:

@@ -82,11 +82,12 @@ def _of_recipe(name: str, metadata: str | None, limit: int | None, output: str |
     from filters.build_options import BuildOptions
     from filters.preflight import local_checks, network_checks, size_check_before_selection
     from filters.recipe import load_recipe
-    from filters.recipe_record import output_dataset, require_metadata
+    from filters.recipe_record import output_dataset, require_metadata, with_source
 
     recipe = load_recipe(name, BuildOptions(metadata=metadata, limit=limit))
-    require_metadata(recipe)
     dataset = output_dataset(output or "data/{recipe}", recipe)
+    recipe = recipe if dataset.url else with_source(dataset, recipe)
+    require_metadata(recipe)
     return [
         *local_checks(dataset, recipe),
         size_check_before_selection(dataset, recipe),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 from typing import Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
@@ -10,13 +11,15 @@ from pydantic import Field, field_validator, model_validator
 from sdtrain.precision import Precision
 from sdtrain.settings import Settings
 
+_PROXY = re.compile(r"https?://([^/?#@\s:\[\]]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?")
+
 
 class SourceConfig(Settings):
     """A user's own images, imported by `sdtrain import` in place of metadata and the web."""
 
     path: str
     """A folder of images, tars or Parquet files, or one such file, on this machine."""
-    name: str
+    name: str = Field(pattern="^[a-z0-9][a-z0-9.-]*$")
     """Stands for `path` in the images' URLs, `import://NAME/…`, so that the source may move."""
     columns: dict[Literal["image", "caption"], str] = Field(default={})
     """Names of the columns, or keys of JSON, that hold image and caption; the usual names by default."""
@@ -75,6 +78,14 @@ class DownloadConfig(Settings):
     """Honour TDMRep (tdm-reservation: 1 in a header or in /.well-known/tdmrep.json)."""
     allow_private_hosts: bool = False
     """Fetch from loopback and private networks too, for the demo and for your own mirrors."""
+    proxy: str = ""
+    """Fetch through an HTTP proxy: http://HOST:PORT, or `environment` for those of HTTPS_PROXY, HTTP_PROXY, ALL_PROXY
+    and NO_PROXY. It must refuse private addresses itself, because it resolves names; see docs/downloads.md."""
+    ca_file: str = ""
+    """PEM file of certificate authorities to trust besides the system's: a private one's, or a TLS-inspecting proxy's.
+    """
+    unverified_tls: Literal["never", "with_sha256"] = "never"
+    """with_sha256: where a server's certificate is not valid, keep the images whose sha256 is the metadata's."""
 
     shards_per_process: int = Field(default=4, ge=1)
     """Shards that one child process downloads in turn."""
@@ -90,7 +101,20 @@ class DownloadConfig(Settings):
             )
         if self.scaled_decoding and self.resize_mode == "no":
             raise ValueError('scaled_decoding is for images that are scaled down: with resize_mode: "no", leave it out')
+        if self.unverified_tls == "with_sha256" and not self.verify_hashes:
+            raise ValueError("unverified_tls: with_sha256 needs verify_hashes: true, which compares the sha256")
         return self
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, proxy: str) -> str:
+        if proxy and proxy != "environment" and not _PROXY.fullmatch(proxy):
+            # Recipes are recorded, printed and shared. The message does not repeat what may be a password.
+            raise ValueError(
+                "write http://HOST:PORT or https://HOST:PORT, or `environment`; a user and password belong in the "
+                "environment's HTTPS_PROXY, as in http://USER:PASSWORD@HOST:PORT"
+            )
+        return proxy
 
 
 class PackConfig(Settings):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from sdtrain.dataset.config import ImageRecipe
+from sdtrain.dataset.config import DownloadConfig, ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries, forget_entry, read_entry
@@ -60,7 +60,7 @@ def _ask(dataset: DatasetDir, recipe: ImageRecipe, shard: int, reasons: Collecti
     fetch_outputs(dataset, "download", [shard], tars=False)
     table = read_shard_table(dataset.images_table(shard))
     failures = {reason for reason in (table.reasons if table else ()) if reason is not None}
-    wanted = failures & set(reasons) if reasons is not None else set(filter(is_retryable, failures))
+    wanted = failures & (set(reasons) if reasons is not None else _retryable(failures, recipe.download))
     if not wanted:
         return None
     fetch_outputs(dataset, "select")
@@ -68,6 +68,12 @@ def _ask(dataset: DatasetDir, recipe: ImageRecipe, shard: int, reasons: Collecti
     earlier = EarlierShard(tar=files.tar, table=files.table, retried=sorted(wanted), selection_changed=False)
     digest = DOWNLOAD.fingerprint(dataset, recipe, shard)
     return ShardRequest(shard=shard, selection=dataset.selection(shard), fingerprint=digest, earlier=earlier)
+
+
+def _retryable(failures: Collection[str], config: DownloadConfig) -> set[str]:
+    """Those that may be gone by the next day, or with what the recipe trusts by now."""
+    trusts_more = bool(config.ca_file) or config.unverified_tls != "never"
+    return {reason for reason in failures if is_retryable(reason) or (trusts_more and reason == "tls_failed")}
 
 
 def _retry(dataset: DatasetDir, recipe: ImageRecipe, asked: list[ShardRequest]) -> Iterator[ShardReport]:

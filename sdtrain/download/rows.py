@@ -99,6 +99,16 @@ def digest_mismatch(selected: Selected, body: bytes, sha256: str) -> FetchError 
     return None
 
 
+def has_sha256(selected: Selected) -> bool:
+    """Whether the metadata can prove the bytes."""
+    return _digest("sha256", selected.sha256) is not None
+
+
+def is_proven(selected: Selected, sha256: str) -> bool:
+    """Whether bytes with this sha256 are certainly those that the metadata means."""
+    return _digest("sha256", selected.sha256) == sha256
+
+
 def is_known_to_match(selected: Selected, sha256: str, stored: Callable[[], bytes]) -> bool:
     """Whether an image, fetched earlier as bytes with this sha256, certainly has the metadata's digests.
 

@@ -24,8 +24,10 @@ from sdtrain.download.rows import (
     Selected,
     digest_mismatch,
     failed_row,
+    has_sha256,
     image_row,
     is_known_to_match,
+    is_proven,
     read_selected,
 )
 from sdtrain.download.shard_stats import Origin, write_stats
@@ -34,7 +36,7 @@ from sdtrain.images.decode import ImageError
 from sdtrain.images.store import ImageMaker
 
 _MAX_EXIF_CHARS = 2**17  # a JPEG's block has 64 kB at most; a TIFF's text may be as long as the file
-UNREACHED = frozenset({"connection_failed", "dns_failed", "timeout", "source_missing"})
+UNREACHED = frozenset({"connection_failed", "dns_failed", "proxy_failed", "timeout", "source_missing"})
 Outcome = tuple[Row, tuple[str, Member] | None]
 """A row, and its image's extension and location in the temporary file; None without an image."""
 
@@ -75,6 +77,18 @@ class ShardJob:
             else:
                 matching.append(selected)
         return outcomes + self._make(matching, body, sha256) if matching else outcomes
+
+    def may_prove(self, rows: Sequence[Selected], failure: FetchError) -> bool:
+        """Whether to fetch from a server without a valid certificate what the metadata's sha256 can prove."""
+        is_allowed = self._config.unverified_tls == "with_sha256" and failure.reason == "tls_failed"
+        return is_allowed and any(map(has_sha256, rows))
+
+    def make_proven(self, rows: Sequence[Selected], body: bytes, failure: FetchError) -> list[Outcome]:
+        """`make` for the rows whose sha256 the body has; the others keep the failure."""
+        sha256 = hashlib.sha256(body).hexdigest()
+        proven = [selected for selected in rows if is_proven(selected, sha256)]
+        others = [(failed_row(selected, failure), None) for selected in rows if not is_proven(selected, sha256)]
+        return [*others, *self.make(proven, body)]
 
     def add(self, outcomes: Sequence[Outcome]) -> bool:
         """Records the outcomes of a URL's rows; returns whether they were the last."""

@@ -12,9 +12,10 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, num_selected_shards, selected_shards
 from sdtrain.dataset.rewriting import Removed, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers
 from sdtrain.dataset.work import WORK
 from sdtrain.download.http.failures import meaning_of
+from sdtrain.download.http.proxies import Proxies, environment_variables
 from sdtrain.download.image_shards import ImageShard, read_shard_table
 from sdtrain.download.publish import drop_images, earlier_images, publish_images, report_images, reuse_images
 from sdtrain.download.source.reader import SourceRequest
@@ -24,7 +25,7 @@ from sdtrain.errors import UserError
 # Settings of how images are fetched, which do not change the images: changing one redoes nothing.
 _HOW = {
     *("contact", "timeout_s", "deadline_s", "retries", "connections", "connections_per_host", "requests_per_host_s"),
-    "shards_per_process",
+    *("shards_per_process", "proxy", "ca_file", "unverified_tls"),
 }
 _MIN_ROWS_TO_TELL = 20
 """From this many rows on, a shard with no reachable host points to a failure of our network, not of theirs."""
@@ -119,9 +120,34 @@ def _check_reached(done: Finished, recipe: ImageRecipe) -> None:
             )
         raise UserError(
             f"Nothing could be reached: of the {done.num_fetched:,} rows of shard {done.shard:05d}, every one failed "
-            "because no name was found, or nobody answered. Is the network up, and the name server? The shard is not "
+            "because no name was found, nobody answered, or the proxy failed. Is the network up, and the name server"
+            f"{', and the proxy' if recipe.download.proxy else ''}? {_unused_proxies(recipe)}The shard is not "
             "recorded; run the same command again when they are."
         )
+
+
+def _unused_proxies(recipe: ImageRecipe) -> str:
+    """Says that the environment's proxies are not used, if it has any."""
+    names = environment_variables()
+    if recipe.download.proxy or recipe.source or not names:
+        return ""
+    return f"{', '.join(names)} of the environment serve downloads only with download.proxy: environment. "
+
+
+def _needs(recipe: ImageRecipe) -> Openers:
+    """Checks of the settings that name something outside the recipe."""
+    config, openers = recipe.download, Openers()
+    if config.proxy or _unused_proxies(recipe):
+        openers["download.proxy"] = lambda: _unused_proxies(recipe).strip() or str(Proxies(config.proxy))
+    if config.ca_file:
+        openers["download.ca_file"] = partial(_num_authorities, config.ca_file)
+    return openers
+
+
+def _num_authorities(ca_file: str) -> str:
+    from sdtrain.download.http.connections import tls_context  # with the web client, slow to import
+
+    return f"{len(tls_context(ca_file).get_ca_certs())} authorities trusted"
 
 
 def _rules(recipe: ImageRecipe) -> dict[str, object]:
@@ -166,6 +192,6 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
     ),
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,
-    needs=NOTHING,
+    needs=Needs(files=_needs, networks=no_openers, sized=no_openers),
     work=WORK["download"],
 )

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from functools import partial
@@ -28,7 +28,7 @@ from sdtrain.dataset.config import DownloadConfig
 from sdtrain.download.http.client import Fetcher
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.rows import Selected, failed_row
-from sdtrain.download.shard_job import ShardJob
+from sdtrain.download.shard_job import Outcome, ShardJob
 from sdtrain.download.source.reader import SourceReader
 from sdtrain.download.worker_process import Finished, Request
 from sdtrain.images.store import ImageMaker
@@ -56,8 +56,11 @@ def main() -> None:
 class Origin(Protocol):
     """Where the bytes of images come from: the web, or a source on this machine."""
 
-    async def __call__(self, selected: Selected) -> bytes:
-        """The bytes of a row's image; FetchError says why there are none."""
+    async def __call__(self, selected: Selected, is_verified: bool = True) -> bytes:
+        """The bytes of a row's image; FetchError says why there are none.
+
+        Without `is_verified`, from a server whose certificate is not.
+        """
 
 
 async def _download(request: Request, report: Report) -> None:
@@ -85,11 +88,13 @@ async def _open_origin(request: Request, num_threads: int) -> AsyncIterator[tupl
         yield partial(_read, reader, thread), 2 * num_threads
 
 
-async def _fetch(fetcher: Fetcher, selected: Selected) -> bytes:
-    return (await fetcher.fetch(selected.url)).body
+async def _fetch(fetcher: Fetcher, selected: Selected, is_verified: bool = True) -> bytes:
+    return (await fetcher.fetch(selected.url, is_verified)).body
 
 
-async def _read(reader: SourceReader, thread: ThreadPoolExecutor, selected: Selected) -> bytes:
+async def _read(
+    reader: SourceReader, thread: ThreadPoolExecutor, selected: Selected, is_verified: bool = True
+) -> bytes:
     # One thread takes rows in the order in which the tasks asked, that of the source.
     row = -1 if selected.source_row is None else selected.source_row
     return await asyncio.get_running_loop().run_in_executor(thread, reader.read, row, selected.url)
@@ -112,11 +117,22 @@ async def _work(
 
 
 async def _do_url(work: ShardJob, rows: list[Selected], origin: Origin, threads: ThreadPoolExecutor) -> bool:
+    in_thread = partial(asyncio.get_running_loop().run_in_executor, threads)
     try:
         body = await origin(rows[0])
     except FetchError as error:
-        return work.add([(failed_row(selected, error), None) for selected in rows])
-    return work.add(await asyncio.get_running_loop().run_in_executor(threads, work.make, rows, body))
+        if not work.may_prove(rows, error):
+            return work.add(_failed(rows, error))
+        try:
+            body = await origin(rows[0], is_verified=False)
+        except FetchError:
+            return work.add(_failed(rows, error))
+        return work.add(await in_thread(work.make_proven, rows, body, error))
+    return work.add(await in_thread(work.make, rows, body))
+
+
+def _failed(rows: Sequence[Selected], error: FetchError) -> list[Outcome]:
+    return [(failed_row(selected, error), None) for selected in rows]
 
 
 class _WithoutPandas(importlib.abc.MetaPathFinder):

@@ -83,7 +83,7 @@ class Planner:
             if work is not None:
                 written, size = work.writes or (work.num, "")
                 each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
-                line = self._stage(job.recipe, name, work, amounts[work.num], amounts[written] * each)
+                line = self._stage(job, name, work, amounts[work.num], amounts[written] * each)
                 fetches_once = work.num == "urls" and job.has_urls_together
                 lines.append(replace(line, remarks=(self._fetched_once(),)) if fetches_once else line)
         return lines
@@ -129,13 +129,17 @@ class Planner:
             raise UserError(f"How many rows '{job.recipe}' selects is not known. Give {instead}.")
         return found.value
 
-    def _stage(self, part: str, stage: str, work: Work, num: float, disk: float) -> Line:
-        per_s, source = self._value(work.rate), str(self._rates[work.rate])
+    def _stage(self, job: DatasetJob, stage: str, work: Work, num: float, disk: float) -> Line:
+        rate = find_rate(work.rate, self._rates)
+        per_s, source = rate.value, str(rate)
+        if rate.resolution not in (None, job.resolution):
+            per_s *= (rate.resolution / job.resolution) ** 2
+            source += f"; {rate.value:g} at {rate.resolution} px, {per_s:.4g} at {job.resolution} by their pixels"
         if work.on == "GPUs":
-            return self._on_gpus(part, stage, num, disk, per_s, source)
+            return self._on_gpus(job.recipe, stage, num, disk, per_s, source)
         core_hours = num / per_s / 3600
         hours = core_hours if work.on == "one core" else core_hours / self._value("cpu_cores")
-        return self._line(part, stage, num, disk, hours, 0.0, core_hours, source)
+        return self._line(job.recipe, stage, num, disk, hours, 0.0, core_hours, source)
 
     def _on_gpus(self, part: str, stage: str, num: float, disk: float, per_s: float, source: str) -> Line:
         gpu_hours = num / per_s / 3600

@@ -43,6 +43,8 @@ class MeasuredRate(Settings):
     name: Annotated[str, AfterValidator(current_rate)]
     value: float = Field(gt=0)
     """In the unit of rates.yaml."""
+    resolution: int | None = Field(default=None, gt=0)
+    """Of the images, in px, if the rate is proportional to their pixels."""
     source: str
     commit: str = ""
 

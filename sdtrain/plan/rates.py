@@ -32,6 +32,8 @@ class Rate(Settings):
     """If measured: the work done in `seconds` on `cores`."""
     seconds: float | None = None
     cores: float | None = None
+    resolution: int | None = None
+    """If measured on a GPU: of the images, in px, if the rate is proportional to their pixels."""
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.source or self.section}"
@@ -49,8 +51,8 @@ def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
     rates = {name: Rate.model_validate(rate) for name, rate in content.items()}
     for ours in read_measured().rates:
         if ours.gpu == gpu:
-            unit = find_rate(ours.name, rates).unit
-            rates[ours.name] = Rate(value=ours.value, unit=unit, kind="measured", source=ours.source)
+            found = {"value": ours.value, "resolution": ours.resolution, "source": ours.source}
+            rates[ours.name] = Rate(unit=find_rate(ours.name, rates).unit, kind="measured", **found)
     speeds = {stated_speed(known, px): "images/GPU/s" for known in published_speeds() for px in TFLOP_PER_IMAGE}
     units = speeds | {name: rate.unit for name, rate in rates.items()}
     for text in assumed:

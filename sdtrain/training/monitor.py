@@ -14,8 +14,10 @@ from PIL import Image
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.formats.frozen import load_tokenizer
 from sdtrain.preflight.training import check_trackers
 from sdtrain.redaction import as_recorded
+from sdtrain.sampling.checks import truncation_warnings
 from sdtrain.sampling.sampler import Sampler, SampleSettings, make_grid
 from sdtrain.training.distributed import Ranks
 from sdtrain.training.run_dir import LOSS_PARTS, RunDir
@@ -34,6 +36,8 @@ class Monitor:
         self._trackers = Trackers(run_dir.path, config, first_step) if ranks.is_first else None
         self._validation = state.validation() if config.validation.num_samples else None
         self._sampler: Sampler | None = None
+        if ranks.is_first and config.previews.every:
+            warn_of_truncated_previews(config)
 
     def close(self) -> None:
         """Ends the trackers."""
@@ -102,6 +106,13 @@ class Monitor:
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         if self._trackers is not None:
             self._trackers.scalars(step, values)
+
+
+def warn_of_truncated_previews(config: TrainConfig) -> None:
+    """Prints what the text encoder will not see of the previews' prompts."""
+    tokenizer = load_tokenizer(config.text_encoder)
+    for warning in truncation_warnings(tokenizer, config.previews.prompts, "preview's prompt"):
+        print(warning, flush=True)
 
 
 class Trackers:

@@ -1,41 +1,62 @@
-"""Takes a check's training speeds into sdtrain/plan/measured.json: python -m tests.gpu_check.rates DIR.
+"""Takes a check's rates into sdtrain/plan/measured.json: python -m tests.gpu_check.rates DIR.
 
-From then on `sdtrain plan` reckons with them for this GPU. What the check encodes and scores is of one size, and plans
-are of several, so those rates stay the published ones.
+From then on `sdtrain plan` reckons with them for this GPU: with the training speeds, with ENCODE's rate, which it
+converts to other resolutions by the number of pixels, and with SCORE's, whose networks see images of one size.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sdtrain.plan.measured import Measured, MeasuredSpeed, record_measured
+from sdtrain.plan.measured import Measured, MeasuredRate, MeasuredSpeed, record_measured
 from sdtrain.plan.speeds import published_speeds
 from tests.gpu_check.record import read_result
 
 
 def measured_of(result: dict[str, Any]) -> Measured:
-    """The speeds of the best settings in the whole training loop; none of a check without a GPU."""
+    """The speeds of the best settings in the whole training loop, and the other stages' rates, of those that passed.
+
+    Nothing of a check without a GPU.
+    """
     figures = {stage["name"]: stage["figures"] for stage in result["stages"]}
-    name, best = figures.get("machine", {}).get("gpu", {}).get("name"), figures.get("best", {})
+    name = figures.get("machine", {}).get("gpu", {}).get("name")
     if result["device"] == "cpu" or name is None:
         return Measured()
-    source = f"{result['command']}, {result['started'][:10]}, settings {best.get('settings')}"
+    source, origin = f"{result['command']}, {result['started'][:10]}", {"gpu": _key(name), "commit": _commit(result)}
+    best = figures.get("best", {})
     speeds = (
         MeasuredSpeed(
-            gpu=_key(name),
             resolution=int(key.removesuffix("px")),
             num_gpus=1,
             micro_batch=run["micro_batch"],
             images_per_s=run["images_per_s"],
-            source=source,
-            commit=result.get("commit") or "",
+            source=f"{source}, settings {best.get('settings')}",
+            **origin,
         )
         for key, run in best.items()
         if key.endswith("px")
     )
-    return Measured(training=tuple(speeds))
+    passed = {stage["name"]: stage["figures"] for stage in result["stages"] if stage["status"] == "passed"}
+    rates = (MeasuredRate(**rate, source=f"{source}, {words}", **origin) for rate, words in _rates(passed))
+    return Measured(training=tuple(speeds), rates=tuple(rates))
+
+
+def _rates(figures: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """The stages' rates, and the conditions in words."""
+    if found := figures.get("encode"):
+        rate = {"name": "encode_images", "value": found["images_per_s"], "resolution": found["resolution"]}
+        yield rate, f"{found['precision']}, {found['resolution']} px"
+    if found := figures.get("score"):
+        decoder = "gpu" if "gpu_decoding_images_per_s" in found else "cpu"  # as score.decode: auto does
+        rate = {"name": "score_images", "value": found[f"{decoder}_decoding_images_per_s"]}
+        yield rate, f"{found['model']}, {found['dtype']}, decoded by the {decoder.upper()}"
+
+
+def _commit(result: dict[str, Any]) -> str:
+    return result.get("commit") or ""
 
 
 def _key(name: str) -> str:
@@ -49,11 +70,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_check.rates", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="DIR", help="--out of the check")
     folder = parser.parse_args().folder
-    if not (result := read_result(folder)) or not (found := measured_of(result)).training:
-        raise SystemExit(f"{folder} holds no training speed of a GPU: python -m tests.gpu_check --out {folder}")
+    found = measured_of(result) if (result := read_result(folder)) else Measured()
+    if not found.training and not found.rates:
+        raise SystemExit(f"{folder} holds no rate of a GPU: python -m tests.gpu_check --out {folder}")
     record_measured(found)
     for speed in found.training:
         print(f"{speed.gpu} {speed.resolution} px, micro-batch {speed.micro_batch}: {speed.images_per_s:g} images/s")
+    for rate in found.rates:
+        print(f"{rate.gpu} {rate.name}: {rate.value:g} a second ({rate.source})")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 
 from multidict import CIMultiDictProxy
@@ -24,7 +25,7 @@ from sdtrain.download.http.permissions import (
     parse_tdm_file,
 )
 from sdtrain.download.http.retry import Budget, with_retries
-from sdtrain.download.http.transport import Answer, Transport
+from sdtrain.download.http.transport import Terms, Transport
 from sdtrain.download.http.urls import request_url
 
 
@@ -59,12 +60,17 @@ class Fetcher:
         for part in (self._robots, self._tdm, self._transport):
             await part.close()
 
-    async def fetch(self, url: str) -> Fetched:
-        """Fetches one URL within `deadline_s` of the time its host may be asked; FetchError says why it failed."""
+    async def fetch(self, url: str, is_verified: bool = True) -> Fetched:
+        """Fetches one URL within `deadline_s` of the time its host may be asked; FetchError says why it failed.
+
+        Without `is_verified`, servers' certificates are not: the caller must prove the bytes.
+        """
         try:
             start = request_url(url, self._config.allow_private_hosts)
             budget = Budget(self._config.deadline_s)
-            answer = await with_retries(lambda: self._attempt(start, budget), self._config.retries, budget)
+            terms = Terms(self._config.max_bytes, self._permit, self._check, is_verified=is_verified)
+            attempt = partial(self._transport.follow, start, budget, terms)
+            answer = await with_retries(attempt, self._config.retries, budget)
         except FetchError:
             raise
         except Exception as error:
@@ -73,9 +79,6 @@ class Fetcher:
             raise FetchError("empty_body", "no bytes came")
         content_type = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         return Fetched(answer.body, content_type)
-
-    async def _attempt(self, url: URL, budget: Budget) -> Answer:
-        return await self._transport.follow(url, budget, self._permit, self._check, self._config.max_bytes)
 
     async def _permit(self, url: URL) -> None:
         if self._config.robots_txt:

@@ -1,4 +1,4 @@
-"""Opens connections: only to public addresses, checked at the socket, and within the limit on open files."""
+"""Opens connections: to public addresses, checked at the socket, or to a proxy, and within the limit on open files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, ClientTimeout, DummyCookieJar, TCPConnector
@@ -36,33 +37,49 @@ class Sessions:
     """Two pools, one that keeps connections open to recently asked hosts and one that closes them after each request.
 
     aiohttp does not limit its idle connections: with a shard's thousands of hosts the process would run out of files,
-    which would look like hosts that do not answer. Create it inside a running event loop.
+    which would look like hosts that do not answer. Requests through a proxy have a pair of their own, whose every
+    connection goes to the proxy, at whatever address; and so have those without verified certificates. Create it inside
+    a running event loop.
     """
 
     def __init__(self, config: DownloadConfig, resolver: Resolver) -> None:
+        self._config, self._resolver = config, resolver
+        self._to_proxies = Resolver(allow_private=True, timeout_s=config.timeout_s)
         self._lately: OrderedDict[str, float] = OrderedDict()
         others = config.connections + _OTHER_FILES
         spare = raise_file_limit(others + _KEPT_HOSTS * config.connections_per_host) - others
         self._max_kept_hosts = max(0, min(_KEPT_HOSTS, spare // config.connections_per_host))
-        tls = tls_context()
-        self._kept = _session(config, connector(resolver, tls, config.allow_private_hosts, keep_open=True))
-        self._closed_each = _session(config, connector(resolver, tls, config.allow_private_hosts, keep_open=False))
+        self._tls = tls_context(config.ca_file)
+        self._opened: dict[tuple[bool, bool, bool], ClientSession] = {}
 
-    def of(self, url: URL) -> ClientSession:
+    def of(self, url: URL, *, is_proxied: bool = False, is_verified: bool = True) -> ClientSession:
         """The session for a request to `url`."""
+        kind = (self._may_keep(url), is_proxied, is_verified)
+        if kind not in self._opened:
+            self._opened[kind] = self._open(*kind)
+        return self._opened[kind]
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for session in self._opened.values():
+            await session.close()
+        await self._to_proxies.close()
+
+    def _may_keep(self, url: URL) -> bool:
         host, now = host_of(url), time.monotonic()
         while self._lately and next(iter(self._lately.values())) < now - KEPT_OPEN_S:
             self._lately.popitem(last=False)
         if host not in self._lately and len(self._lately) >= self._max_kept_hosts:
-            return self._closed_each
+            return False
         self._lately[host] = now
         self._lately.move_to_end(host)
-        return self._kept
+        return True
 
-    async def close(self) -> None:
-        """Closes all connections."""
-        await self._kept.close()
-        await self._closed_each.close()
+    def _open(self, keep_open: bool, is_proxied: bool, is_verified: bool) -> ClientSession:
+        resolver = self._to_proxies if is_proxied else self._resolver
+        tls = self._tls if is_verified else _unverified_context()
+        allow_private = is_proxied or self._config.allow_private_hosts
+        return _session(self._config, connector(resolver, tls, allow_private, keep_open))
 
 
 def _session(config: DownloadConfig, pool: TCPConnector) -> ClientSession:
@@ -76,7 +93,7 @@ def _session(config: DownloadConfig, pool: TCPConnector) -> ClientSession:
             total=None, connect=config.timeout_s, sock_read=config.timeout_s, ceil_threshold=float("inf")
         ),
         auto_decompress=False,
-        trust_env=False,  # a proxy would hide the address really contacted
+        trust_env=False,  # a proxy hides the address really contacted: `Proxies` chooses it
         max_line_size=_LONGEST_HEADER_BYTES,
         max_field_size=_LONGEST_HEADER_BYTES,
         max_headers=_MOST_HEADERS,
@@ -116,13 +133,28 @@ def connector(resolver: Resolver, tls: ssl.SSLContext, allow_private: bool, keep
     )
 
 
-def tls_context() -> ssl.SSLContext:
+def tls_context(ca_file: str = "") -> ssl.SSLContext:
     """One context for all connections, because creating one reads every certificate, longer than most downloads take.
 
-    It honours SSL_CERT_FILE and SSL_CERT_DIR.
+    It honours SSL_CERT_FILE and SSL_CERT_DIR, and also trusts the authorities of `ca_file`; UserError if that holds no
+    PEM certificates.
     """
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
+    if ca_file:
+        try:
+            context.load_verify_locations(cafile=Path(ca_file).expanduser())
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            why = error.strerror if isinstance(error, FileNotFoundError | PermissionError) else "no PEM certificates"
+            raise UserError(f"download.ca_file: {ca_file} cannot be read ({why}).") from error
+    return context
+
+
+def _unverified_context() -> ssl.SSLContext:
+    """For answers whose bytes the metadata's sha256 proves."""
+    context = tls_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     return context
 
 

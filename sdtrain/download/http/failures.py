@@ -13,7 +13,14 @@ import socket
 import ssl
 from http import HTTPStatus
 
-from aiohttp import ClientError, ClientPayloadError, ClientResponseError, InvalidURL, ServerDisconnectedError
+from aiohttp import (
+    ClientError,
+    ClientHttpProxyError,
+    ClientPayloadError,
+    ClientResponseError,
+    InvalidURL,
+    ServerDisconnectedError,
+)
 from aiohttp.client_exceptions import ClientConnectorCertificateError, ClientConnectorDNSError
 from aiohttp.http_exceptions import ContentLengthError, HttpProcessingError, TransferEncodingError
 
@@ -32,6 +39,7 @@ MEANINGS: dict[str, str] = {
     "invalid_answer": "the server does not speak HTTP properly",
     "not_an_image": "what came is not an image that can be decoded",
     "other_format": "an image of a kind that is not read (SVG, PDF, ICO, 32-bit floats ...)",
+    "proxy_failed": "the proxy refuses, or cannot be reached",
     "removed": "the image was taken out of the dataset for good",
     "resize_failed": "the image's shape cannot be resized or encoded",
     "robots_header": "the site opts out by X-Robots-Tag",
@@ -57,7 +65,8 @@ _CLOSED_ERRORS = (BrokenPipeError, ConnectionAbortedError, ConnectionResetError)
 _CLOSED = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}
 # Not "timeout": dead hosts are many, each has had its full time, and a shard ends with its slowest row.
 _OF_SOURCES = {"source_missing", "source_unreadable"}
-_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer"} | _OF_SOURCES
+_TRANSIENT = {"connection_failed", "dns_failed", "http_429", "truncated", "invalid_answer", "proxy_failed"}
+_NOT_REACHED_BY_PROXY = {502, 503, 504} | _OF_SOURCES
 
 
 class FetchError(Exception):
@@ -112,6 +121,8 @@ def _tls_failure(error: Exception) -> FetchError:
 def _http_failure(error: ClientError) -> FetchError:
     if isinstance(error, ClientPayloadError):
         return _body_failure(error)
+    if isinstance(error, ClientHttpProxyError):
+        return failure_of_proxy(error.status)
     if isinstance(error, ServerDisconnectedError):
         return FetchError("connection_failed", "closed before an answer")
     if isinstance(error, ClientResponseError):
@@ -131,6 +142,14 @@ def failure_of_status(status: int) -> FetchError:
     """Converts a status other than success, in our own words because servers invent theirs."""
     known = status in set(HTTPStatus)
     return FetchError(f"http_{status}", HTTPStatus(status).phrase if known else "no standard status")
+
+
+def failure_of_proxy(status: int) -> FetchError:
+    """Converts a proxy's own refusal: to log us in, or to connect us with a host."""
+    if status in _NOT_REACHED_BY_PROXY:
+        return FetchError("connection_failed", f"the proxy does not reach the host ({status})")
+    why = "asks for another login" if status == 407 else "refuses"
+    return FetchError("proxy_failed", f"the proxy {why} ({status})", transient=False)
 
 
 def is_transient(reason: str) -> bool:

@@ -19,7 +19,7 @@ from sdtrain.dataset.config import DownloadConfig
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.http.retry import Budget, with_retries
 from sdtrain.download.http.single_flight import SingleFlightCache
-from sdtrain.download.http.transport import Transport
+from sdtrain.download.http.transport import Terms, Transport
 
 R = TypeVar("R")
 ROBOTS_PATH, TDM_PATH = "/robots.txt", "/.well-known/tdmrep.json"
@@ -183,18 +183,10 @@ class SiteFile(Generic[R]):
         url = site.with_path(self._path)
         try:
             answer = await with_retries(
-                lambda: self._transport.follow(url, budget, _always, _anything, _MAX_BYTES, cut=True),
+                lambda: self._transport.follow(url, budget, Terms(_MAX_BYTES, cut=True)),
                 self._config.retries,
                 budget,
             )
         except FetchError as error:
             return self._parse(error)
         return self._parse(answer.body)
-
-
-async def _always(url: URL) -> None:
-    pass
-
-
-def _anything(headers: object) -> None:
-    pass

@@ -68,7 +68,7 @@ class Update:
     def sentences(self) -> list[str]:
         """Lines for terminal and log."""
         before = f", {self.num_known:,} known before" if self.num_known else ""
-        lines = [f"source: {self.num_new:,} new images{before}"]
+        lines = [f"source: {self.num_new:,} new image{'' if self.num_new == 1 else 's'}{before}"]
         if self.missing.number:
             lines.append(f"no longer in the source, kept in the dataset: {self.missing}")
         if self.changed.number:

@@ -337,6 +337,7 @@ def test_what_does_not_go_together_is_refused(mixed, tmp_path):
         (ImportOptions(source / "a.jpg", "out"), "neither a tar nor a Parquet file"),
         (ImportOptions("https://example.com/a", "out"), "is a URL"),
         (ImportOptions(source, str(tmp_path / "o"), settings={"encoding": "utf-9"}), "not an encoding that Python"),
+        (ImportOptions(source, str(tmp_path / "o"), settings={"name": "a/b"}), "'name' is 'a/b'"),
     ):
         with pytest.raises(UserError, match=message), open_import(options):
             pass
@@ -346,7 +347,10 @@ def test_what_does_not_go_together_is_refused(mixed, tmp_path):
     ):
         import_into(tmp_path / "o", source, recipe=str(path))
     path = recipe_file(tmp_path, WITHOUT_NETWORKS | {"select": {"rules": {"min_aesthetic": 5}}})
-    with pytest.raises(UserError, match=r"no column AESTHETIC_SCORE.*rule 'min_aesthetic' needs.*score_later"):
+    with pytest.raises(UserError, match=r"Rule 'min_aesthetic' of `select` looks at aesthetic, .* to `decide`"):
+        import_into(tmp_path / "o", source, recipe=str(path))
+    path = recipe_file(tmp_path, WITHOUT_NETWORKS | {"select": {"rules": {"languages": ["en"]}}})
+    with pytest.raises(UserError, match=r"looks at language, .* Leave it out"):
         import_into(tmp_path / "o", source, recipe=str(path))
     metadata = WITHOUT_NETWORKS | {"select": {"metadata": "elsewhere"}}
     with pytest.raises(UserError, match="no metadata can be added"):

@@ -15,6 +15,7 @@ from filters.select.schema import normalised_sql
 from filters.select.side_inputs import identify_side_inputs
 from sdtrain.errors import UserError
 from tests.filters.store_fixtures import needs_httpfs, serving
+from tests.sdtrain.download.http.proxy_server import ProxyServer
 
 NUM_ROWS = 20_000
 
@@ -47,6 +48,22 @@ def read(files, select, pushdown=None):
     with duckdb.connect() as connection:
         prepare(connection, [file.path for file in files])
         return connection.execute(f"SELECT {select} FROM ({sql})", values).fetchall()
+
+
+@needs_httpfs
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_metadata_are_read_through_a_proxy_with_a_login(store, variable, monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    store.files["data/a.parquet"] = parquet()
+    with ProxyServer(login="user:it's@home").running() as proxy:
+        monkeypatch.setenv(variable, f"http://user:it's%40home@127.0.0.1:{proxy.port}/")
+        assert find_metadata(f"{store.url}/data/a.parquet")[0].num_rows == NUM_ROWS
+        assert proxy.asked[0].endswith(f" {store.url}/data/a.parquet")
+        num_asked = len(proxy.asked)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        assert find_metadata(f"{store.url}/data/a.parquet")[0].num_rows == NUM_ROWS
+        assert len(proxy.asked) == num_asked
 
 
 @needs_httpfs

@@ -14,10 +14,10 @@ from sdtrain.loading.loader import BatchMaker
 from sdtrain.loading.sources import make_plan
 from sdtrain.train import train
 from sdtrain.training.distributed import Ranks
-from sdtrain.training.monitor import Trackers
+from sdtrain.training.monitor import Trackers, warn_of_truncated_previews
 from sdtrain.training.run_dir import RunDir
 from sdtrain.training.validation import Validation
-from tests.training_fixtures import write_config
+from tests.training_fixtures import write_config, write_models
 
 NUM_HELD_OUT = 10
 WATCHED = {
@@ -67,6 +67,17 @@ def test_a_resumed_run_has_the_validation_and_the_images_of_a_straight_one(run, 
     train(config, resumed, ranks)
     assert resumed.validation.rows() == run.validation.rows()
     assert resumed.preview(8).read_bytes() == run.preview(8).read_bytes()
+
+
+def test_a_previews_prompt_that_is_cut_is_shown(tmp_path, capsys):
+    previews = {"every": 4, "prompts": ["a red circle", " ".join(["a red circle"] * 40) + " unseen"]}
+    models = write_models(tmp_path / "models")
+    config = load_config(str(write_config(tmp_path / "c.yaml", models, tmp_path, previews=previews)))
+    capsys.readouterr()
+    warn_of_truncated_previews(config)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the preview's prompt “a red circle a red")
+    assert line.endswith(" unseen”.")
 
 
 def test_previews_show_every_prompt(run):
