@@ -179,19 +179,45 @@ class ScoreConfig(Settings):
         return self
 
 
+DuplicatesLevel = Literal["off", "exact", "perceptual", "altered", "semantic", "all"]
+_SEARCHED: dict[DuplicatesLevel, tuple[str, ...]] = {
+    "off": (),
+    "exact": ("exact",),
+    "perceptual": ("exact", "perceptual"),
+    "altered": ("exact", "perceptual", "altered"),
+    "semantic": ("exact", "perceptual", "semantic"),  # as before there were altered copies
+    "all": ("exact", "perceptual", "altered", "semantic"),
+}
+
+
 class DuplicatesConfig(Settings):
     """Definition of duplicates among the images."""
 
-    level: Literal["off", "exact", "perceptual", "semantic"] = "off"
-    """Each includes those before it: equal pixels or bytes; near perceptual hashes; near CLIP embeddings."""
+    level: DuplicatesLevel = "off"
+    """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual, and copies that
+    are mirrored, cropped or overlaid with a text. semantic: perceptual, and near CLIP embeddings. all: all of these."""
     radius: int = Field(default=4, ge=0, le=16)
     """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
+    altered_agreement: float = Field(default=0.88, gt=0, le=1)
+    """Least share of the pixels of two miniatures that agree where they match best, for a mirrored or cropped copy."""
+    overlaid_agreement: float = Field(default=0.9, gt=0, le=1)
+    """Least share of their cells whose darkest, or brightest, pixels agree, for a copy with a text on it."""
     semantic_threshold: float = Field(default=0.95, gt=0, le=1)
     """Least cosine between the CLIP embeddings of duplicates."""
     num_clusters: int | None = Field(default=None, ge=1)
     """Only embeddings of one cluster are compared; by default 1 up to 16,384 images, else their root."""
     seed: int = 42
     """Of the clusters' first centres."""
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The names of the levels that `level` includes, in their order."""
+        return _SEARCHED[self.level]
+
+    def described(self) -> dict[str, Any]:
+        """The settings that determine the groups; those of a level that came later count only where it is searched."""
+        later = set[str]() if "altered" in self.searched else {"altered_agreement", "overlaid_agreement"}
+        return self.model_dump(mode="json", exclude=later)
 
 
 def _decide_by(value: Any) -> Any:
@@ -242,11 +268,17 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
-    def _embeddings_are_kept(self) -> Recipe:
-        if self.duplicates.level == "semantic" and not (self.score.store_embeddings and self.score.clip_weights):
+    def _compared_columns_are_kept(self) -> Recipe:
+        level, searched = self.duplicates.level, self.duplicates.searched
+        if "semantic" in searched and not (self.score.store_embeddings and self.score.clip_weights):
             raise ValueError(
-                "duplicates.level: semantic compares CLIP's embeddings. Set score.store_embeddings: true and "
+                f"duplicates.level: {level} compares CLIP's embeddings. Set score.store_embeddings: true and "
                 "score.clip_weights, or duplicates.level to perceptual."
+            )
+        if "altered" in searched and not self.score.store_miniatures:
+            raise ValueError(
+                f"duplicates.level: {level} compares miniatures. Set score.store_miniatures: true, or "
+                "duplicates.level to perceptual."
             )
         return self
 

@@ -238,6 +238,7 @@ DECIDE: Stage[Recipe] = Stage(
             REMOVED: "taken out of this dataset for good",
             "duplicate_exact": "the same pixels as a kept image",
             "duplicate_perceptual": "looks like a kept image",
+            "duplicate_altered": "a mirrored, cropped or watermarked copy of a kept image",
             "duplicate_semantic": "shows the same as a kept image",
         },
         explain=in_words,

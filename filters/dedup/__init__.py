@@ -1,7 +1,8 @@
-"""The DEDUP stage: groups of exact, perceptual and semantic duplicates.
+"""The DEDUP stage: groups of exact, perceptual, altered and semantic duplicates.
 
-`stage` reads SCORE's output and publishes the groups; `levels` runs `exact`, `perceptual` (with `hamming`) and
-`semantic` (with `clusters`) in turn on `columns`, and `union_find` joins the linked images.
+`stage` reads SCORE's output and publishes the groups; `levels` runs exact, `perceptual` (with `hamming`), `altered`
+(`signatures` give `proposals`; `comparison` decides after `alignment`) and semantic ones (with `clusters`) in turn on
+`columns`, and `union_find` joins the linked images.
 """
 
 from filters.dedup.stage import DEDUP

@@ -1,4 +1,4 @@
-"""Groups of duplicates by level (exact, perceptual, semantic), each level including the previous ones."""
+"""Groups of duplicates by level: exact, perceptual, altered and semantic ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from filters.dedup.altered import Limits, link_altered
 from filters.dedup.clusters import MAX_ONE_CLUSTER, Embedded, Vectors, cluster, load_faiss, num_clusters_for, unit
 from filters.dedup.columns import Columns, Images, in_order, starts_of_runs, store_columns
 from filters.dedup.perceptual import link_near_duplicates
@@ -21,7 +22,7 @@ from filters.recipe import DuplicatesConfig
 from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
-LEVELS = ("exact", "perceptual", "semantic")
+LEVELS = ("exact", "perceptual", "altered", "semantic")
 # Up to here, levels beyond the recipe's are searched too, to report what they would drop; the semantic one only while
 # all pairs can be compared.
 _MAX_PREVIEW, _MAX_PREVIEW_RADIUS = 1_000_000, 8
@@ -33,8 +34,8 @@ _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa
 _MEMBERS = pa.schema([("uid", pa.string()), ("root", pa.int64()), ("kind", pa.string())])
 _GROUPED = """
 CREATE TABLE grouped AS SELECT uid, min(uid) OVER (PARTITION BY root) AS group_id, kind,
-       row_number() OVER (PARTITION BY root ORDER BY kind, uid) AS place
-FROM read_parquet(?)
+       row_number() OVER (PARTITION BY root ORDER BY list_position($levels, kind), uid) AS place
+FROM read_parquet($members)
 """
 
 
@@ -60,19 +61,14 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
     """
     found, components = Found(images.num), Components(images.num)
     kinds, members = np.zeros(images.num, np.uint8), folder / "members.parquet"
-    asked = _asked(config)
     for level in _search(images, config, folder, components):
         found.removed[level] = components.num_linked
-        if level in asked:
+        if level in config.searched:
             kinds[(kinds == 0) & components.grouped()] = 1 + LEVELS.index(level)
-        if level == config.level:
+        if config.searched[-1:] == (level,):
             _write_members(images, kinds, components, members)
     found.dropped = _write_groups(members, folder, target)
     return found
-
-
-def _asked(config: DuplicatesConfig) -> tuple[str, ...]:
-    return () if config.level == "off" else LEVELS[: 1 + LEVELS.index(config.level)]
 
 
 def _search(images: Images, config: DuplicatesConfig, folder: Path, components: Components) -> Iterator[str]:
@@ -86,6 +82,10 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
     if "perceptual" in levels:
         link_near_duplicates(columns, config.radius, components)
         yield "perceptual"
+    if "altered" in levels:
+        limits = Limits(config.altered_agreement, config.overlaid_agreement)
+        link_altered(images, columns, limits, components)
+        yield "altered"
     if "semantic" in levels:
         num_clusters = num_clusters_for(images.num, config.num_clusters)
         clusters = cluster(images, num_clusters, config.seed, folder)
@@ -101,15 +101,22 @@ def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
 
     UserError if the semantic level's needs are not met, so that it does not fail after hours of earlier levels.
     """
-    asked, levels = _asked(config), ["exact"]
+    asked, levels = config.searched, ["exact"]
     few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
     if "perceptual" in asked or few:
         levels.append("perceptual")
+    if "altered" in asked:
+        if not images.has_miniatures:
+            raise UserError(
+                f"duplicates.level: {config.level} compares miniatures, and the scores hold none. Set "
+                "score.store_miniatures: true, or duplicates.level to perceptual."
+            )
+        levels.append("altered")
     one_cluster = num_clusters_for(images.num, config.num_clusters) == 1
     if "semantic" in asked:
         if not images.has_embeddings:
             raise UserError(
-                "duplicates.level: semantic compares CLIP's embeddings, and the scores hold none. Set "
+                f"duplicates.level: {config.level} compares CLIP's embeddings, and the scores hold none. Set "
                 "score.store_embeddings: true (and score.clip_weights), or duplicates.level to perceptual."
             )
         if not one_cluster:
@@ -141,7 +148,7 @@ def _write_groups(members: Path, folder: Path, target: Path) -> dict[str, int]:
         database.execute("SET threads = 1")  # keeps the file's row groups deterministic
         database.execute("SET memory_limit = ?", [f"{_MEMORY_MIB}MiB"])
         database.execute("SET temp_directory = ?", [str(folder / "spill")])
-        database.execute(_GROUPED, [str(members)])
+        database.execute(_GROUPED, {"levels": list(LEVELS), "members": str(members)})
         rows = database.execute("SELECT uid, group_id, kind FROM grouped ORDER BY uid")
         for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
             writer.write_table(pa.Table.from_batches([batch]).cast(_TABLE))

@@ -1,7 +1,7 @@
 """Near-duplicates: close perceptual hashes and matching colours.
 
 Finds rescaled and recompressed duplicates, about half of those with a watermark or a 5 % crop, and no mirrored or
-recoloured ones: `python -m tests.benchmarks.duplicates` prints the table.
+recoloured ones: `python -m tests.benchmarks.duplicates` prints the table. `filters.dedup.altered` finds most others.
 """
 
 from __future__ import annotations

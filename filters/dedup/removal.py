@@ -7,6 +7,7 @@ from pathlib import Path
 
 import duckdb
 
+from filters.dedup.levels import LEVELS
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
@@ -20,7 +21,8 @@ WHERE uid NOT IN (SELECT unnest($uids)) QUALIFY count(*) OVER (PARTITION BY grou
 """
 _COUNTED = """
 SELECT kind, count(*) FROM (
-    SELECT kind, row_number() OVER (PARTITION BY group_id ORDER BY kind, uid) AS place FROM read_parquet(?)
+    SELECT kind, row_number() OVER (PARTITION BY group_id ORDER BY list_position($levels, kind), uid) AS place
+    FROM read_parquet($table)
 ) WHERE place > 1 GROUP BY kind ORDER BY kind
 """
 
@@ -38,7 +40,7 @@ def regroup(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -
 def recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> ShardReport:
     """Recounts: all members of a group but one are dropped, by the level that found them."""
     with duckdb.connect() as connection:
-        dropped = dict(connection.execute(_COUNTED, [str(tables[0])]).fetchall())
+        dropped = dict(connection.execute(_COUNTED, {"levels": list(LEVELS), "table": str(tables[0])}).fetchall())
     num_in = entries(dataset, "score").total("num_out")
     counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
     return described_again(dataset, entry, counts)

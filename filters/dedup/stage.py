@@ -22,7 +22,10 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside, one_shard
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
+from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
 
+_PREVIEWED = [level for level in LEVELS if level != "altered"]  # which needs a column of its own
+_MINIATURE = b"sdtrain.miniature"  # SCORE's record of the version
 _NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
 
 
@@ -38,7 +41,13 @@ def scored_images(dataset: DatasetDir) -> Images:
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
             "compared. Run the build again: it scores again the shards that are not of the recipe."
         )
-    return Images(partial(_read, dataset, shards), num, has_embeddings)
+    return Images(partial(_read, dataset, shards), num, has_embeddings, _have_miniatures(schemas))
+
+
+def _have_miniatures(schemas: Sequence[pa.Schema]) -> bool:
+    """Whether all shards hold miniatures that this version reads."""
+    versions = {(schema.metadata or {}).get(_MINIATURE) for schema in schemas if "miniature" in schema.names}
+    return all("miniature" in schema.names for schema in schemas) and versions == {MINIATURE_VERSION.encode()}
 
 
 def check_decoders(dataset: DatasetDir) -> None:
@@ -68,7 +77,7 @@ def _remarks(found: Found) -> list[str]:
     if not found.removed:
         return []
     counted = ", ".join(f"{level} {number:,}" for level, number in found.removed.items())
-    others = [level for level in LEVELS if level not in found.removed]
+    others = [level for level in _PREVIEWED if level not in found.removed]
     unknown = f"; {' and '.join(others)} not counted" if others else ""
     return [f"of {found.num_images:,} images, each level of duplicates would drop: {counted}{unknown}"]
 
@@ -79,7 +88,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     inputs = require_entries(dataset, "score", selected_shards(dataset))
-    return fingerprint("dedup/2", recipe.duplicates.model_dump(mode="json"), inputs)
+    return fingerprint("dedup/2", recipe.duplicates.described(), inputs)
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -104,7 +113,7 @@ def _path(dataset: DatasetDir, shard: int) -> Path:
 
 
 def _sized(recipe: Recipe, num_rows: int) -> Openers:
-    is_semantic = recipe.duplicates.level == "semantic"
+    is_semantic = "semantic" in recipe.duplicates.searched
     return {"duplicates.level": partial(_check_semantic, recipe, num_rows)} if is_semantic else {}
 
 
@@ -114,7 +123,7 @@ def _check_semantic(recipe: Recipe, num_rows: int) -> str:
     num_clusters = num_clusters_for(num_rows, recipe.duplicates.num_clusters)
     if num_clusters > 1:
         load_faiss()
-    return f"semantic, {num_clusters:,} clusters"
+    return f"{recipe.duplicates.level}, {num_clusters:,} clusters"
 
 
 DEDUP: Stage[Recipe] = Stage(

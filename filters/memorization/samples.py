@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from sdtrain.sampling.sampler import SampleSettings
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".avif")
-_SHEET = "grid"  # of `sdtrain sample --grid`
+_NO_SAMPLE = re.compile(r"grid(-\d+)?|\..*")
+"""Stems of sheets of `sdtrain sample --grid`, and of hidden files."""
 _PART = re.compile(r"[0-9]+\.tar")
 
 # A model memorises the images of the most repeated prompts first.
@@ -47,11 +48,11 @@ class Sample:
 
 
 def read_samples(folder: Path) -> Iterator[Sample]:
-    """Yields a folder's samples, but no sheets, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
+    """Yields a folder's samples, from `sdtrain sample` or an evaluation: samples/MODEL/SCALE or above.
 
-    UserError if there are none, or one cannot be read.
+    Sheets and hidden files are left out. UserError if there are no samples, or one cannot be read.
     """
-    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and p.stem != _SHEET)
+    images = sorted(p for p in folder.glob("*") if p.suffix.lower() in _ENDINGS and not _NO_SAMPLE.fullmatch(p.stem))
     tars = sorted(path for path in folder.rglob("*.tar") if _PART.fullmatch(path.name))
     if not images and not tars:
         raise UserError(f"{folder} holds no images ({', '.join(_ENDINGS)}) and no tars of an evaluation.")

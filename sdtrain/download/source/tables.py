@@ -90,7 +90,11 @@ def read_captions(path: Path, table: ImageTable, captions: Captions) -> Iterator
 
 
 class TableImages:
-    """The images of a Parquet file by their row, best in ascending order: a few at once are in memory."""
+    """The images of a Parquet file by their row, best in ascending order.
+
+    In memory are some pages of the file, a row group's at most (Hugging Face writes groups of 100 images), and a few
+    images.
+    """
 
     def __init__(self, path: Path, column: str) -> None:
         # No buffering ahead: a group of rows may hold gigabytes of images.

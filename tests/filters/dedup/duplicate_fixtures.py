@@ -17,7 +17,8 @@ from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import LEVELS, Found, group_images
 from filters.dedup.perceptual import MAX_COLOR_DIFFERENCE
 from filters.recipe import DuplicatesConfig
-from filters.score.preprocess import pixel_sha256, thumbnail
+from filters.score.preprocess import pixel_sha256, thumbnail, watermark_view
+from sdtrain.images.miniature import MINIATURE_BYTES, miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
 
 Groups = dict[int, tuple[int, str]]
@@ -49,6 +50,7 @@ def table_of(images: list[Image.Image]) -> pa.Table:
         "sha256": pa.array([None] * len(images), pa.string()),
         "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
         "thumbnail": [thumbnail(p) for p in images],
+        "miniature": pa.array([miniature(watermark_view(p)) for p in images], pa.binary(MINIATURE_BYTES)),
     })  # fmt: skip
 
 
@@ -72,7 +74,10 @@ def with_embeddings(table: pa.Table, vectors: np.ndarray) -> pa.Table:
 def images_of(*tables: pa.Table) -> Images:
     names = tables[0].column_names
     return Images(
-        lambda columns: (t.select(list(columns)) for t in tables), sum(map(len, tables)), "embedding" in names
+        lambda columns: (t.select(list(columns)) for t in tables),
+        sum(map(len, tables)),
+        has_embeddings="embedding" in names,
+        has_miniatures="miniature" in names,
     )
 
 
@@ -103,9 +108,10 @@ def alike(hashes: np.ndarray, colors: np.ndarray, radius: int) -> np.ndarray:
 
 
 def groups_by_brute_force(relations: list[np.ndarray]) -> Groups:
-    """What `groups_of` must give, from one (N, N) relation a level: `LEVELS` in order."""
+    """What `groups_of` must give, from one (N, N) relation a level: `LEVELS` but for altered copies, in order."""
     kinds, together = dict[int, str](), np.eye(len(relations[0]), dtype=bool)
-    for level, relation in zip(LEVELS, relations, strict=False):
+    levels = [level for level in LEVELS if level != "altered"]
+    for level, relation in zip(levels, relations, strict=False):
         together |= relation
         labels = connected_components(together, directed=False)[1]
         for i in np.flatnonzero(np.bincount(labels)[labels] > 1).tolist():

@@ -76,6 +76,17 @@ def test_differences_from_the_original_run_are_listed(tmp_path):
     assert row_of(again, "crops")[0] == "resized, then a random crop, new whenever an image is seen"
 
 
+def test_imported_images_are_said_to_be_the_publishers(tmp_path):
+    write_dataset(tmp_path / "data")
+    assert "LAION's metadata is CC-BY-4.0" in write_card(make_run(tmp_path)).read_text()
+    recipe = {"name": "mine", "description": "photographs", "source": {"path": "/private/place", "name": "holiday"}}
+    (tmp_path / "data" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = write_card(make_run(tmp_path)).read_text()
+    assert 'photographs. Imported from images that the publisher of this model had, "holiday"' in text
+    assert "/private/place" not in text
+    assert "LAION's metadata is" not in text
+
+
 def test_the_hub_reads_what_it_expects(tmp_path):
     write_dataset(tmp_path / "data")
     data = ModelCard.load(write_card(make_run(tmp_path))).data.to_dict()

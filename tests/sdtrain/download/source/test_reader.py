@@ -11,6 +11,7 @@ import pytest
 from sdtrain.dataset.config import SourceConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.download.http.failures import FetchError
+from sdtrain.download.source import walk
 from sdtrain.download.source.catalogue import (
     ROWS_PER_GROUP,
     SCHEMA,
@@ -161,3 +162,30 @@ def test_catalogues_have_the_same_bytes_however_rows_arrive(tmp_path):
     assert catalogue.place(len(rows) + 2, "import://in/2.jpg").source_file == "2.jpg"
     with pytest.raises(UserError, match=r"does not have import://in/none.jpg"):
         catalogue.place(1, "import://in/none.jpg")
+
+
+def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_listed(tmp_path, monkeypatch):
+    for name in ("a.jpg", "locked.jpg", "shut/b.jpg", "z/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"body")
+    scandir = os.scandir
+
+    def refuse(path):
+        if path.endswith("/shut"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    # As root, who may be running this, every file is readable.
+    monkeypatch.setattr(walk.os, "scandir", refuse)
+    monkeypatch.setattr(walk.os, "access", lambda path, mode: not path.endswith("locked.jpg"))
+    skipped = walk.Skipped()
+    folders = list(walk.Walk(tmp_path, follow_links=False, skipped=skipped))
+    assert [(folder.path, list(folder.files)) for folder in folders] == [
+        ("", ["a.jpg"]),
+        ("shut", []),
+        ("z", ["c.jpg"]),
+    ]
+    assert skipped.remarks() == [
+        "files that cannot be read: 1 (locked.jpg)",
+        "folders that cannot be read: 1 (shut: Permission denied)",
+    ]
