@@ -45,11 +45,17 @@ class View:
     filter: Resampling
     box: tuple[int, int, int, int] | None = None
 
-    def sides(self) -> tuple[_Side, _Side]:
-        """The columns and rows of the view's part."""
-        left, top, right, bottom = self.box or (0, 0, *self.size_px)
-        width, height = self.size_px
-        return _Side(self.filter, width, left, right), _Side(self.filter, height, top, bottom)
+    @property
+    def columns(self) -> _Side:
+        """The columns of the view's part."""
+        left, _, right, _ = self.box or (0, 0, *self.size_px)
+        return _Side(self.filter, self.size_px[0], left, right)
+
+    @property
+    def rows(self) -> _Side:
+        """The rows of the view's part."""
+        _, top, _, bottom = self.box or (0, 0, *self.size_px)
+        return _Side(self.filter, self.size_px[1], top, bottom)
 
     def starts_with_height(self, width: int, height: int) -> bool:
         """Whether Pillow shrinks an image's height first: since its version 13, if it shrinks by far more."""
@@ -67,39 +73,47 @@ def resample(pixels: Pixels, views: Sequence[View]) -> list[Pixels]:
     by_width = [view for view in views if view not in by_height]
     found = dict[View, Pixels]()
     if by_width:
-        turned = _turned(pixels)
-        found |= zip(by_width, _filtered(turned, [view.sides() for view in by_width]), strict=True)
+        columns = tuple(view.columns for view in by_width)
+        parts = np.split(_filter_rows(pixels, columns), _edges(columns), axis=1)
+        found |= {view: _filter_columns(part, (view.rows,)) for view, part in zip(by_width, parts, strict=True)}
     if by_height:
-        turned_views = _filtered(pixels, [view.sides()[::-1] for view in by_height])
-        found |= zip(by_height, map(_turned, turned_views), strict=True)
+        rows = tuple(view.rows for view in by_height)
+        parts = np.split(_filter_columns(pixels, rows), _edges(rows))
+        found |= {view: _filter_rows(part, (view.columns,)) for view, part in zip(by_height, parts, strict=True)}
     return [found[view] for view in views]
 
 
-def _filtered(pixels: Pixels, sides: Sequence[tuple[_Side, _Side]]) -> list[Pixels]:
-    """(N, M, C) -> (m, n, C) for each (n, m) of `sides`; n is filtered first."""
-    first = _filter_first(pixels, tuple(n for n, _ in sides))
-    edges = np.cumsum([n.stop - n.start for n, _ in sides])[:-1]
-    parts = zip(np.split(first, edges), sides, strict=True)
-    return [_filter_first(_turned(part), (m,)) for part, (_, m) in parts]
+def _edges(sides: tuple[_Side, ...]) -> NDArray[np.int_]:
+    return np.cumsum([side.stop - side.start for side in sides])[:-1]
 
 
-def _filter_first(pixels: Pixels, sides: tuple[_Side, ...]) -> Pixels:
-    """(N, M, C) -> (n, M, C), those of all sides below one another."""
-    weights = _weights(len(pixels), sides)
-    at_once = max(1, _VALUES_AT_ONCE // (len(pixels) * pixels.shape[2]))
-    filtered = np.empty((weights.shape[0], *pixels.shape[1:]), np.uint8)
-    for start in range(0, pixels.shape[1], at_once):
-        band = pixels[:, start : start + at_once].astype(np.int32)
-        sums = weights @ band.reshape(len(pixels), -1)
-        filtered[:, start : start + at_once] = _rounded(sums).reshape(-1, *band.shape[1:])
+def _filter_rows(pixels: Pixels, columns: tuple[_Side, ...]) -> Pixels:
+    """(H, W, C) -> (H, w, C), the columns of all sides beside one another; some rows at a time."""
+    weights = _weights(pixels.shape[1], columns)
+    filtered = np.empty((len(pixels), weights.shape[0], pixels.shape[2]), np.uint8)
+    at_once = max(1, _VALUES_AT_ONCE // pixels[0].size)
+    for top in range(0, len(pixels), at_once):
+        band = _product(weights, _turned(pixels[top : top + at_once]))
+        filtered[top : top + at_once] = _turned(band)
     return filtered
 
 
-def _rounded(sums: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Half up as Pillow does, and clipped to 8 bits; in place."""
+def _filter_columns(pixels: Pixels, rows: tuple[_Side, ...]) -> Pixels:
+    """(H, W, C) -> (h, W, C), the rows of all sides below one another; some columns at a time."""
+    weights = _weights(len(pixels), rows)
+    filtered = np.empty((weights.shape[0], *pixels.shape[1:]), np.uint8)
+    at_once = max(1, _VALUES_AT_ONCE // pixels[:, 0].size)
+    for left in range(0, pixels.shape[1], at_once):
+        filtered[:, left : left + at_once] = _product(weights, pixels[:, left : left + at_once])
+    return filtered
+
+
+def _product(weights: Any, pixels: Pixels) -> Pixels:
+    """(n, N) weights, (N, M, C) -> (n, M, C), rounded half up as Pillow does, and clipped to 8 bits."""
+    sums: NDArray[np.int32] = weights @ pixels.astype(np.int32).reshape(len(pixels), -1)
     sums += _HALF
     sums >>= _PRECISION
-    return np.clip(sums, 0, 255, out=sums)
+    return np.clip(sums, 0, 255, out=sums).astype(np.uint8).reshape(-1, *pixels.shape[1:])
 
 
 def _turned(pixels: Pixels) -> Pixels:

@@ -1,13 +1,15 @@
 """Search for copies: how many planted ones are found, and how its time grows from 1 to 10 million images.
 
     python -m tests.benchmarks.duplicates [--quick]
-    python -m tests.benchmarks.duplicates --generated 100_000_000 [--limit-s 1500]
+    python -m tests.benchmarks.duplicates --generated 100_000_000 [--limit-s 1500] [--level altered]
 
 Speed: a fifth of the images are copies of random others: hashes with 0 to 4 bits flipped, colours a little off, and
 a quarter of these with equal pixels. Time is that of reading Parquet, all levels up to perceptual, and writing the
 groups; each size is a process of its own, so that its peak memory is its own. The hashes are uniform; those of real
-images share bits more often, which costs longer keys. Quality: copies of images, one table row a change;
-`recall` is over all six changes, `recall_promised` over resized and recompressed ones.
+images share bits more often, which costs longer keys. For the level `altered` a third of the copies are mirrored, and
+miniatures are noise. Quality: copies of images, one table row a change and level; `recall` is over all six changes,
+`recall_promised` over resized and recompressed ones for `perceptual`, and cropped, watermarked and mirrored ones too
+for `altered`. Hard negatives are different images that look alike; all that are grouped are errors.
 """
 
 from __future__ import annotations
@@ -29,20 +31,24 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import group_images
 from filters.recipe import DuplicatesConfig
 from filters.score.preprocess import pixel_sha256, thumbnail
 from sdtrain.dataset.progress import Step, progress_listener, throttled
+from sdtrain.images.miniature import MINIATURE_BYTES, SOURCE_PX, miniature, planes_of
 from sdtrain.images.perceptual_hash import perceptual_hash
-from tests.benchmarks.planted import CHANGES, base_images
+from tests.benchmarks.planted import CHANGES, base_images, hard_negatives
 
 SIZES, QUICK_SIZES = (1_000_000, 10_000_000), (100_000, 1_000_000)
 ROWS_PER_FILE = 1_000_000
 ONE_IN = 5  # is a copy
-CONFIG = DuplicatesConfig(level="perceptual")
+CONFIG, ALTERED = DuplicatesConfig(level="perceptual"), DuplicatesConfig(level="altered")
+PROMISED = {"perceptual": tuple(CHANGES)[:2], "altered": tuple(CHANGES)[:5]}
 _COLUMNS = frozenset({"uid", "pixel_sha256", "sha256", "phash", "thumbnail"})
+_NUM_NOISES = 4096
 _GENERATED_AT_ONCE = 100_000
 
 
@@ -54,17 +60,22 @@ def make_images(folder: Path, num: int) -> None:
         )
 
 
-def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS) -> pa.Table:
-    """The wanted columns of some images; a digest takes as long as all others together."""
+def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS, altered: bool = False) -> pa.Table:
+    """The wanted columns of some images; a digest takes as long as all others together.
+
+    With `altered`, a third of the copies that are not exact are mirrored.
+    """
     copies = numbers % ONE_IN == ONE_IN - 1
     # Of an image anywhere that is none itself.
     original = np.where(copies, _random(numbers, 9) % np.uint64(num // ONE_IN) * np.uint64(ONE_IN), numbers)
     exact = copies & (_random(numbers, 10) % 4 == 0)
-    hashes = _random(original, 0)
+    mirrored = altered & copies & ~exact & (_random(numbers, 11) % 3 == 0)
+    looks = np.where(mirrored, numbers, original)  # another hash and other colours than the original's
+    hashes = _random(looks, 0)
     for flip in range(CONFIG.radius):
         bit = np.uint64(1) << (_random(numbers, 20 + flip) % np.uint64(64))
         hashes = np.where(copies & ~exact & (_random(numbers, 30 + flip) % 2 == 0), hashes ^ bit, hashes)
-    colors = np.stack([_random(original, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
+    colors = np.stack([_random(looks, 40 + i) for i in range(COLOR_BYTES // 8)], axis=1).view(np.uint8) & 127
     colors += np.where(copies & ~exact, numbers % 7, 0).astype(np.uint8)[:, None]
     same = np.where(exact, original, numbers)
     columns = {
@@ -75,8 +86,19 @@ def _images(numbers: np.ndarray, num: int, wanted: frozenset[str] = _COLUMNS) ->
         "thumbnail": lambda: pa.FixedSizeBinaryArray.from_buffers(
             pa.binary(COLOR_BYTES), len(numbers), [None, pa.py_buffer(np.ascontiguousarray(colors))]
         ).cast(pa.binary()),
+        "miniature": lambda: _miniatures(original, mirrored),
     }
     return pa.table({name: column() for name, column in columns.items() if name in wanted})
+
+
+def _miniatures(numbers: np.ndarray, mirrored: np.ndarray) -> pa.Array:
+    """Means of three of a few thousand noises, which are different for each number."""
+    noises = np.random.default_rng(0).integers(0, 256, (_NUM_NOISES, MINIATURE_BYTES), np.uint8)
+    chosen = [noises[_random(numbers, stream) % np.uint64(_NUM_NOISES)] for stream in (80, 81, 82)]
+    found = (chosen[0] >> 2) + (chosen[1] >> 2) + (chosen[2] >> 1)
+    for plane in planes_of(found):
+        plane[mirrored] = plane[mirrored][..., ::-1]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(MINIATURE_BYTES), len(numbers), [None, pa.py_buffer(found)])
 
 
 def _random(numbers: np.ndarray, stream: int) -> np.ndarray:
@@ -114,10 +136,10 @@ def be_search(folder: Path, num: int) -> None:
                 for batch in file.iter_batches(10_000, columns=list(columns)):
                     yield pa.Table.from_batches([batch])
 
-    print(json.dumps(_search(Images(read, num), folder)))
+    print(json.dumps(_search(Images(read, num), folder, CONFIG)))
 
 
-def search_generated(num: int, folder: Path | None, limit_s: int) -> None:
+def search_generated(num: int, config: DuplicatesConfig, folder: Path | None, limit_s: int) -> None:
     """One search over images that are drawn while they are read, which takes the disk only what the search writes.
 
     Each step's progress goes to standard error with the seconds and the memory so far; after `limit_s` the search is
@@ -127,7 +149,7 @@ def search_generated(num: int, folder: Path | None, limit_s: int) -> None:
     def read(columns: Sequence[str]) -> Iterator[pa.Table]:
         for start in range(0, num, _GENERATED_AT_ONCE):
             numbers = np.arange(start, min(start + _GENERATED_AT_ONCE, num), dtype=np.uint64)
-            yield _images(numbers, num, frozenset(columns)).select(list(columns))
+            yield _images(numbers, num, frozenset(columns), config.level == "altered").select(list(columns))
 
     started = time.monotonic()
 
@@ -137,19 +159,19 @@ def search_generated(num: int, folder: Path | None, limit_s: int) -> None:
 
     signal.alarm(limit_s)
     with tempfile.TemporaryDirectory(dir=folder) as place, progress_listener(throttled(say, 10)):
-        print(json.dumps(_search(Images(read, num), Path(place))))
+        print(json.dumps(_search(Images(read, num, has_miniatures=True), Path(place), config)))
 
 
-def _search(images: Images, folder: Path) -> dict[str, float]:
+def _search(images: Images, folder: Path, config: DuplicatesConfig) -> dict[str, float]:
     num = images.num
     with tempfile.TemporaryDirectory(dir=folder) as scratch, own_memory() as own:
         started, began = time.monotonic(), time.process_time()
-        found = group_images(images, CONFIG, Path(scratch), folder / "groups")
+        found = group_images(images, config, Path(scratch), folder / "groups")
         seconds, cpu_s = time.monotonic() - started, time.process_time() - began
         disk_bytes = sum(path.stat().st_size for path in Path(scratch).iterdir())
     copies = num // ONE_IN
     # Each copy adds one to the group of its original, and no two originals are alike.
-    assert found.removed["perceptual"] == sum(found.dropped.values()) == copies, (found, copies)
+    assert found.removed[config.level] == sum(found.dropped.values()) == copies, (found, copies)
     peak_rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     figures = {"seconds": seconds, "cpu_s": cpu_s, "peak_rss_mb": peak_rss_mb, "own_mb": own[1] - own[0]}
     return figures | {"disk_bytes": disk_bytes}
@@ -195,36 +217,76 @@ def measure(num: int, folder: Path) -> dict[str, float]:
     return result
 
 
-def find_planted(num_scenes: int) -> tuple[dict[str, float], dict[str, float]]:
+def find_planted(
+    described: pa.Table, copies: dict[str, pa.Table], config: DuplicatesConfig
+) -> tuple[dict[str, float], dict[str, float]]:
     """By change, the share of copies that are found, and the share of grouped images that belong there."""
-    images = base_images(num_scenes)
     recall, precision = dict[str, float](), dict[str, float]()
-    for change, make in CHANGES.items():
-        groups = _groups([*images, *map(make, images)])
-        num = len(images)
+    for change, changed in copies.items():
+        groups = _groups(pa.concat_tables([described, changed]), config)
+        num = len(described)
         found = sum(i in groups and groups[i] == groups.get(num + i) for i in range(num))
         right = sum(first == i % num for i, first in groups.items())
         recall[change] = found / num
         precision[change] = right / len(groups) if groups else 1.0
-        print(f"{change:24} recall {recall[change]:6.3f}   precision {precision[change]:6.3f}", flush=True)
+        print(
+            f"{config.level:12} {change:24} recall {recall[change]:6.3f}   precision {precision[change]:6.3f}",
+            flush=True,
+        )
     return recall, precision
 
 
-def _groups(images: list) -> dict[int, int]:
-    table = pa.table({
-        "uid": [f"{i:032x}" for i in range(len(images))],
+def count_negatives(config: DuplicatesConfig) -> dict[str, float]:
+    """By kind of hard negative, the share of different images that are grouped."""
+    shares = dict[str, float]()
+    for kind, images in hard_negatives().items():
+        table = _described(images, 0)
+        shares[kind] = len(_groups(table, config)) / len(images)
+        print(f"{config.level:12} {kind:24} wrongly grouped {shares[kind]:6.3f} of {len(images)}", flush=True)
+    return shares
+
+
+def _described(images: Sequence[Image.Image], first: int) -> pa.Table:
+    """What SCORE would know of images."""
+    return pa.table({
+        "uid": [f"{first + i:032x}" for i in range(len(images))],
         "pixel_sha256": [pixel_sha256(p) for p in images],
         "sha256": pa.array([None] * len(images), pa.string()),
         "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
         "thumbnail": [thumbnail(p) for p in images],
+        "miniature": pa.array([_miniature(p) for p in images], pa.binary(MINIATURE_BYTES)),
     })  # fmt: skip
+
+
+def _miniature(image: Image.Image) -> bytes:
+    return miniature(image.resize((SOURCE_PX, SOURCE_PX), Image.Resampling.BILINEAR))
+
+
+def _groups(table: pa.Table, config: DuplicatesConfig) -> dict[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "groups.parquet"
-        group_images(
-            Images(lambda columns: iter([table.select(list(columns))]), len(table)), CONFIG, Path(folder), target
-        )
+        images = Images(lambda columns: iter([table.select(list(columns))]), len(table), has_miniatures=True)
+        group_images(images, config, Path(folder), target)
         rows = pq.read_table(target).to_pylist()
     return {int(row["uid"], 16): int(row["group_id"], 16) for row in rows}
+
+
+def measure_quality(num_scenes: int) -> dict[str, float]:
+    """Prints what each level finds of planted copies and groups of hard negatives; returns the means of the levels."""
+    images = base_images(num_scenes)
+    described = _described(images, 0)
+    copies = {change: _described([make(image) for image in images], len(images)) for change, make in CHANGES.items()}
+    figures = dict[str, float]()
+    for config, suffix in ((CONFIG, ""), (ALTERED, "_altered")):
+        recall, precision = find_planted(described, copies, config)
+        count_negatives(config)
+        means = {
+            "recall": list(recall.values()),
+            "recall_promised": [recall[change] for change in PROMISED[config.level]],
+            "precision": list(precision.values()),
+        }
+        figures |= {name + suffix: round(float(np.mean(values)), 3) for name, values in means.items()}
+    return figures
 
 
 def main() -> None:
@@ -235,21 +297,23 @@ def main() -> None:
     parser.add_argument("--num", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--generated", type=int, metavar="NUM", help="only one search, over so many drawn images")
     parser.add_argument("--limit-s", type=int, default=1500, help="when that search is given up")
+    parser.add_argument("--level", choices=("perceptual", "altered"), default="perceptual", help="of that search")
+    parser.add_argument("--quality", action="store_true", help="only the planted copies and hard negatives")
     arguments = parser.parse_args()
     if arguments.generated:
-        search_generated(arguments.generated, arguments.folder, arguments.limit_s)
+        config = DuplicatesConfig(level=arguments.level)
+        search_generated(arguments.generated, config, arguments.folder, arguments.limit_s)
         return
     if arguments.search:
         be_search(arguments.search, arguments.num)
         return
-    recall, precision = find_planted(60 if arguments.quick else 400)
+    quality = measure_quality(60 if arguments.quick else 400)
+    if arguments.quality:
+        print(json.dumps(quality))
+        return
     sizes = QUICK_SIZES if arguments.quick else SIZES
     small, large = (measure(num, arguments.folder) for num in sizes)
-    promised = list(recall)[:2]
-    figures = {
-        "recall": round(float(np.mean(list(recall.values()))), 3),
-        "recall_promised": round(float(np.mean([recall[change] for change in promised])), 3),
-        "precision": round(float(np.mean(list(precision.values()))), 3),
+    figures = quality | {
         "seconds_per_million": round(large["seconds"] / sizes[1] * 1e6, 2),
         "growth_10x": round(large["seconds"] / small["seconds"], 1),
         "cpu_growth_10x": round(large["cpu_s"] / small["cpu_s"], 1),  # the same on a machine that others use too

@@ -17,8 +17,8 @@ from filters.dedup.columns import COLOR_BYTES, Images
 from filters.dedup.levels import LEVELS, Found, group_images
 from filters.dedup.perceptual import MAX_COLOR_DIFFERENCE
 from filters.recipe import DuplicatesConfig
-from filters.score.preprocess import pixel_sha256, thumbnail, watermark_view
-from sdtrain.images.miniature import MINIATURE_BYTES, miniature
+from filters.score.preprocess import pixel_sha256, thumbnail
+from sdtrain.images.miniature import MINIATURE_BYTES, SOURCE_PX, miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
 
 Groups = dict[int, tuple[int, str]]
@@ -50,8 +50,13 @@ def table_of(images: list[Image.Image]) -> pa.Table:
         "sha256": pa.array([None] * len(images), pa.string()),
         "phash": pa.array([perceptual_hash(p) for p in images], pa.int64()),
         "thumbnail": [thumbnail(p) for p in images],
-        "miniature": pa.array([miniature(watermark_view(p)) for p in images], pa.binary(MINIATURE_BYTES)),
+        "miniature": pa.array([miniature(squashed(p)) for p in images], pa.binary(MINIATURE_BYTES)),
     })  # fmt: skip
+
+
+def squashed(image: Image.Image) -> Image.Image:
+    """The view that miniatures are made of."""
+    return image.resize((SOURCE_PX, SOURCE_PX), Image.Resampling.BILINEAR)
 
 
 def looks_table(hashes: np.ndarray, colors: np.ndarray, pixels: Any = None, files: Any = None) -> pa.Table:

@@ -1,5 +1,7 @@
 """Sizes, negative prompts and image-to-image, against diffusers' pipelines with the same noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from diffusers import (
 from PIL import Image
 
 from sdtrain.errors import UserError
-from sdtrain.sampling.sampler import SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings
 from sdtrain.sampling.start_image import open_start_image
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [5, 6]
@@ -136,3 +138,9 @@ def test_a_start_image_that_is_none_is_a_sentence(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"text\.png is no image that can be read"):
         open_start_image(tmp_path / "text.png")
+
+
+def test_a_models_own_size_may_be_no_square(sampler):
+    wide = Sampler(replace(sampler._networks, latent_size=[HEIGHT // 8, WIDTH // 8]))
+    plain = wide.sample(PROMPTS, SEEDS, SampleSettings(num_steps=2))
+    assert_alike(plain, sampler.sample(PROMPTS, SEEDS, SampleSettings(num_steps=2, width=WIDTH, height=HEIGHT)))
