@@ -133,6 +133,7 @@ def test_what_is_passed_over_is_named_and_recorded(mixed):
         "captions that are not utf-8, taken for none (--encoding names another): 1 (latin.txt)",
         "lines of metadata that are no JSON object: 1 (hub/metadata.jsonl, line 2)",
         "files that are neither images nor captions: 1 (notes.md)",
+        "images without a caption (--require-caption drops them): 4 (import://my-photos/again.jpg, import://my-photos/dam",
     ):
         assert sentence in skipped
     recorded = remarks(dataset, read_recipe(dataset), STAGES)
@@ -238,7 +239,8 @@ def test_tables_of_captions_beside_the_images(tmp_path):
     source = write_files(
         tmp_path / "in",
         {
-            "csv/metadata.csv": '\ufefffile_name,text\na.jpg,"two\nlines, quoted"\n../b.jpg,up\n../../c.jpg,out\n',
+            "csv/metadata.csv": '\ufefffile_name,text\na.jpg,"two\nlines, quoted"\n../b.jpg,up\n'
+            "../../c.jpg,out\ngone.jpg,x\n",
             "csv/a.jpg": jpeg(1),
             "b.jpg": jpeg(2),
             "parquet/c.jpg": jpeg(3),
@@ -249,8 +251,10 @@ def test_tables_of_captions_beside_the_images(tmp_path):
     dataset, update = import_into(tmp_path / "out", source)
     captions = {row["url"].rpartition("/")[2]: row["caption"] for row in image_rows(dataset)}
     assert captions == {"a.jpg": "two\nlines, quoted", "b.jpg": "up", "c.jpg": "the first of several"}
-    lost = "files named by metadata that lie outside the source: 1 (csv/metadata.csv: ../c.jpg)"
-    assert update.skipped == [lost]
+    assert update.skipped == [
+        "files named by metadata that lie outside the source: 1 (csv/metadata.csv: ../c.jpg)",
+        "files named by metadata that are not there: 1 (csv/gone.jpg)",
+    ]
 
 
 def test_tars_give_the_captions_and_pixels_that_webdataset_reads(tmp_path):
