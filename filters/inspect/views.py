@@ -88,7 +88,9 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
             groups = tables.groups(_files(stage, dataset, recipe), may_be_missing=True)
             yield stage.table.view, _over(connection, groups, stage.table.columns)
     tables.save()
-    yield from DERIVED.items()
+    own = "".join(f', s."{name}"' for name in recipe.select.carry)
+    for name, statement in DERIVED.items():
+        yield name, statement.replace(", s.aesthetic, ", f", s.aesthetic{own}, ") if name == "kept" else statement
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
