@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import RULES, sources_of
+from filters.select.carried import carried_sql, common_kind, kind_of, kinds_of_text
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.sql_functions import hash_sql, laion_hash
 from filters.select.text_files import NESTED, TextFormat, text_sql
 from sdtrain.errors import UserError
+from sdtrain.settings import nearest
 
 # Rows per file whose `hash` is verified.
 _HASHES_CHECKED = 1000
 _HASHES_PER_FILE = 10
 _DIGEST_CHARS = {"md5": 32, "sha256": 64}
 _FLOATS = ("FLOAT", "DOUBLE")
+OWN_UID = "uid of the metadata"
+"""A column that lists by uid look at, besides sdtrain's own uid."""
 # Parts of names that tell of a column, the surest first.
 _LIKELY = {
     "url": ("url", "uri", "link", "href", "src"),
@@ -44,6 +48,7 @@ class MetadataFile:
         identity: name, size and a digest (of the footer of Parquet), which identify the file wherever it is stored.
         swapped: whether `columns` already exchanges WIDTH and HEIGHT.
         form: of a text file; None for Parquet.
+        carried: a column of `select.carry` -> the file's, for columns present.
     """
 
     path: str
@@ -54,6 +59,7 @@ class MetadataFile:
     identity: tuple[str, int, str]
     swapped: bool = False
     form: TextFormat | None = None
+    carried: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_columns(self) -> tuple[str, ...]:
@@ -115,6 +121,34 @@ def _mapped(file: MetadataFile, columns: Mapping[str, str]) -> MetadataFile:
     return replace(file, columns=names, types={ours: file.file_types[name] for ours, name in names.items()})
 
 
+def find_carried(files: Sequence[MetadataFile], carry: Sequence[str]) -> list[MetadataFile]:
+    """Finds the columns of a recipe's `select.carry`, in either case; raises `UserError` if no file has one."""
+    for name in carry:
+        spelled = [(file, found) for file in files if (found := _named_in(file, name))]
+        if not spelled:
+            raise UserError(
+                f"select.carry: {files[0].path} has no column {name}.{nearest(name, list(files[0].all_columns))} "
+                f"It has: {', '.join(files[0].all_columns)}."
+            )
+        nested = next((file for file, found in spelled if file.file_types[found] == NESTED), None)
+        if nested:
+            raise UserError(
+                f"select.carry: column {name} of {nested.path} holds lists or objects, and a table's column one value. "
+                "Write what you need of it into a column of its own."
+            )
+    found_in = ({name: found for name in carry if (found := _named_in(file, name))} for file in files)
+    return [replace(file, carried=found) for file, found in zip(files, found_in, strict=True)]
+
+
+def find_own_uids(files: Sequence[MetadataFile]) -> list[MetadataFile]:
+    """Finds the metadata's own column `uid`, as DataComp has it; where there is one, it is carried as `OWN_UID`."""
+    found = [_named_in(file, "uid") for file in files]
+    return [
+        replace(file, carried=file.carried | {OWN_UID: name}) if name else file
+        for file, name in zip(files, found, strict=True)
+    ]
+
+
 def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
     """Exchanges WIDTH and HEIGHT where they are swapped; "auto" means in raw LAION releases."""
     return [_turned(file) if _is_swapped(file, swapped_sizes) else file for file in files]
@@ -138,6 +172,8 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
     """Raises `UserError` if a file lacks url, caption or a column of `rules`, unless listed in `missing_passes`."""
     needed = {"url": "", "caption": ""}
     for rule in rules:
+        if rule not in RULES:
+            continue  # of a carried column, which `find_carried` has found
         column = RULES[rule].column
         for source in sources_of(column):
             needed.setdefault(source, f", which rule '{rule}' needs")
@@ -202,6 +238,7 @@ def normalised_sql(
     pushdown: Pushdown | None = None,
     compute_hash: bool = False,
     rows: tuple[int, int] | None = None,
+    carried: Mapping[str, str] | None = None,
 ) -> tuple[str, list[Any]]:
     """Returns SQL for the rows of all files under our column names and types, and the values to bind.
 
@@ -213,16 +250,18 @@ def normalised_sql(
         compute_hash: fill missing `hash` with `laion_hash`, to be registered by `sql_functions.register_laion_hash`;
             free for queries that do not select `hash`.
         rows: half-open range of row numbers to read from each file.
+        carried: columns of `select.carry` to add, with their types.
     """
     groups: dict[object, list[MetadataFile]] = {}
     for file in files:
         # The columns of text must be named in order to read it.
         names = file.all_columns if file.form else ()
-        key = (*file.columns.items(), *file.types.items(), file.form, names, file.has_row_numbers)
+        own = [(name, found, file.file_types[found]) for name, found in file.carried.items()]
+        key = (*file.columns.items(), *file.types.items(), file.form, names, file.has_row_numbers, *own)
         groups.setdefault(key, []).append(file)
     parts, values = [], list[Any]()
     for group in groups.values():
-        part, bound = _part_sql(group, pushdown, compute_hash, rows)
+        part, bound = _part_sql(group, pushdown, compute_hash, rows, carried or {})
         parts.append(part)
         values += bound
     return " UNION ALL ".join(parts), values
@@ -233,11 +272,13 @@ def _part_sql(
     pushdown: Pushdown | None,
     compute_hash: bool,
     rows: tuple[int, int] | None,
+    carried: Mapping[str, str],
 ) -> tuple[str, list[Any]]:
     names = {ours: quoted(name) for ours, name in group[0].columns.items()}
     items = {ours: column_sql(ours, names.get(ours), group[0].types.get(ours, "")) for ours in ALIASES}
     if compute_hash and "hash" not in names:
         items["hash"] = hash_sql(items["url"], items["caption"])
+    items |= {quoted(name): _carried_item(group[0], name, kind) for name, kind in carried.items()}
     select = ", ".join(f"{sql} AS {ours}" for ours, sql in items.items())
     part = f"SELECT {select} FROM {_source_sql(group[0], numbered=rows is not None)}"  # noqa: S608 - names are quoted
     values: list[Any] = [[file.path for file in group]]
@@ -252,9 +293,14 @@ def _part_sql(
     return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
 
 
+def _carried_item(file: MetadataFile, name: str, kind: str) -> str:
+    found = file.carried.get(name)
+    return f"NULL::{kind}" if found is None else carried_sql(quoted(found), file.file_types[found], kind)
+
+
 def _source_sql(file: MetadataFile, numbered: bool) -> str:
     if file.form:
-        return text_sql(file.form, file.all_columns, file.columns.values())
+        return text_sql(file.form, file.all_columns, [*file.columns.values(), *file.carried.values()])
     return f"read_parquet(?, hive_partitioning = false{', file_row_number = true' if numbered else ''})"
 
 
@@ -283,6 +329,22 @@ def column_sql(ours: str, name: str | None, kind: str) -> str:
 def quoted(name: str) -> str:
     """Quotes a column name for SQL."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def carried_kinds(
+    connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile], carry: Sequence[str]
+) -> dict[str, str]:
+    """Returns the types of the columns of `select.carry` in our tables; reads text whole, to know them."""
+    texts = [file for file in files if file.form and file.carried]
+    kinds: dict[str, list[str | None]] = {name: [] for name in carry}
+    if texts:
+        rows, values = normalised_sql(texts, carried=dict.fromkeys(carry, "VARCHAR"))
+        for name, kind in kinds_of_text(connection, rows, values, carry).items():
+            kinds[name].append(kind)
+    for file in files:
+        for name, found in ((name, file.carried[name]) for name in carry if name in file.carried):
+            kinds[name] += [] if file.form else [kind_of(file.file_types[found])]
+    return {name: common_kind(found) for name, found in kinds.items()}
 
 
 def check_hashes(connection: duckdb.DuckDBPyConnection, files: Sequence[MetadataFile]) -> int:

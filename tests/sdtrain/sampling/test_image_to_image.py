@@ -66,9 +66,16 @@ def test_size_and_negative_prompt_are_those_of_diffusers(sampler, folder, name):
 # Diffusers asks PLMS' second timestep twice wherever it begins, and then begins in the middle of that Heun step; only
 # whole walks agree. test_plms.py has the formulas for the others.
 @pytest.mark.parametrize(
-    ("name", "strength"), [("ddim", 0.5), ("ddim", 0.75), ("dpm", 0.5), ("dpm", 1.0), ("plms", 1.0), ("ddim", 0.1)]
+    ("name", "strength", "size"),
+    [
+        ("ddim", 0.1, (64, 64)),
+        ("ddim", 0.5, (WIDTH, HEIGHT)),
+        ("ddim", 0.75, (64, 64)),
+        ("dpm", 0.5, (WIDTH, HEIGHT)),
+        ("dpm", 1.0, (64, 64)),
+        ("plms", 1.0, (WIDTH, HEIGHT)),
+    ],
 )
-@pytest.mark.parametrize("size", [(64, 64), (WIDTH, HEIGHT)])
 def test_images_from_images_are_those_of_diffusers(sampler, folder, photo, name, strength, size):
     start = open_start_image(photo, strength)
     settings = SampleSettings(3.0, 10, name, 16, "a green star", *size, start)
