@@ -244,6 +244,7 @@ def test_tables_of_captions_beside_the_images(tmp_path):
             "csv/a.jpg": jpeg(1),
             "b.jpg": jpeg(2),
             "parquet/c.jpg": jpeg(3),
+            "other/metadata.csv": "picture,label\nd.jpg,4\n",
         },
     )
     table = pa.table({"file_name": ["c.jpg"], "caption": [["", "the first of several", "another"]]})
@@ -253,6 +254,8 @@ def test_tables_of_captions_beside_the_images(tmp_path):
     assert captions == {"a.jpg": "two\nlines, quoted", "b.jpg": "up", "c.jpg": "the first of several"}
     assert update.skipped == [
         "files named by metadata that lie outside the source: 1 (csv/metadata.csv: ../c.jpg)",
+        "rows of metadata without file_name and a caption (--columns caption=NAME): 1 (other/metadata.csv: "
+        "picture, label)",
         "files named by metadata that are not there: 1 (csv/gone.jpg)",
     ]
 
@@ -309,7 +312,6 @@ def test_what_img2dataset_wrote_is_imported_from_its_tars_with_its_table_passed_
         ({"notes.txt": "x"}, {}, "holds no image that could be imported .the folder is empty"),
         ({"notes.md": "x"}, {}, r"neither images nor captions: 1 \(notes.md\)"),
         ({"a.parquet": "no table"}, {}, "a.parquet cannot be read as Parquet"),
-        ({"metadata.csv": "image,text\na.jpg,x\n", "a.jpg": jpeg(1)}, {}, "needs file_name and caption or text"),
         ({"metadata.csv": b"file_name,text\na.jpg,caf\xe9\n", "a.jpg": jpeg(1)}, {}, "cannot be read as utf-8"),
         ({"table": ["image", "other"]}, {}, "several columns of images: image, other. Choose one: --columns image="),
         ({"table": ["image"]}, {"image": "img"}, "no column img with the bytes of images"),
