@@ -41,7 +41,7 @@ from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, 
 from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
-from sdtrain.dataset.tables.connection import connected
+from sdtrain.dataset.tables.connection import connected, unordered
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
@@ -91,7 +91,8 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
         joined = _JOINED.format(columns=columns, joins=joins, selection=selected.sql)
         tables.save()
         bound = [selected.values, *(scan.values for scan in scans.values())]
-        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
+        with unordered(connection):
+            connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:

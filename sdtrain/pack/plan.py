@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
+from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
@@ -88,8 +88,8 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     """The number of packed shards, from the manifest alone; None before the decisions."""
     decided = read_entry(dataset, "decide", 0)
     # After removals there may be more shards than the samples would fill.
-    recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
-    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
+    recorded = num_entries(dataset, "pack")
+    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), recorded) if decided else None
 
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:

@@ -90,6 +90,18 @@ def test_a_file_that_is_not_as_it_was_listed_has_a_reason(tmp_path):
     }
 
 
+@pytest.mark.parametrize("follow_links", [False, True])
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "x/../../secret.jpg"])
+def test_a_list_that_was_tampered_with_reads_nothing_outside_the_source(tmp_path, name, follow_links):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    schema = pa.schema([field for field in SCHEMA if field.name != "sdtrain_source_row"])
+    batch = pa.RecordBatch.from_pylist([{"url": "import://in/a.jpg", "source_file": name}], schema)
+    write_catalogue(tmp_path / "00000.parquet", [batch], first_row=0, remarks=[])
+    request = SourceRequest(path=tmp_path / "in", catalogues=tmp_path, follow_links=follow_links, max_bytes=LIMIT)
+    assert reason(SourceReader(request), {"import://in/a.jpg": 0}, "a.jpg") == "source_unreadable"
+
+
 def test_links_that_lead_out_are_read_if_asked_for(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.jpg").write_bytes(b"blob")
