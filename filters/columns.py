@@ -44,3 +44,26 @@ TABLES: dict[str, frozenset[Table]] = {
 
 SwappedSizes = Literal["auto", "yes", "no"]
 """Whether the metadata's WIDTH and HEIGHT are exchanged; "auto": in LAION's raw releases."""
+
+RESERVED = frozenset(
+    {
+        *TABLES,
+        *("key", "uid", "shard", "tar", "filename", "extension", "picture_offset", "picture_bytes", "sample_key"),
+        *("original_width", "original_height", "original_md5", "exif", "error_message", "status", "reason", "kind"),
+        *(
+            "phash",
+            "pixels_sha256",
+            "embedding",
+            "miniature",
+            "group_id",
+            "clip_similarity",
+            "list_reason",
+            "is_removed",
+            "area",
+        ),
+        *("pixel_sha256", "offset", "num_bytes", "size_in_metadata", "image_height", "image_width", "thumbnail"),
+        *("side", "aspect_ratio", "caption_chars", "caption_words", "caption_is_name", "download_reason"),
+        *("score_reason", "file_row_number", "place", "rule_reason"),
+    }
+)
+"""Names, in lower case, that a user's own column may not have in our tables, because others of ours have them."""

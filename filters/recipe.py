@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from filters.build_options import BuildOptions
-from filters.columns import ALIASES, SwappedSizes
-from filters.rules import RuleValue, check_rules
+from filters.columns import ALIASES, RESERVED, SwappedSizes
+from filters.rules import RULES, RuleValue, check_carried, check_rules
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
@@ -20,11 +20,11 @@ from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 RECIPES_DIR = Path(__file__).parent / "recipes"
 
 
-def _checked_rules(rules: Any, in_decide: bool) -> Any:
+def _checked_rules(rules: Any, info: ValidationInfo, in_decide: bool) -> Any:
     if not isinstance(rules, dict):
         raise ValueError("rules are `name: value` lines")
     try:
-        return check_rules(rules, in_decide)
+        return check_rules(rules, in_decide, None if in_decide else info.data.get("carry", ()))
     except UserError as error:
         raise ValueError(str(error)) from error
 
@@ -60,9 +60,11 @@ class ListConfig(Settings):
     """Entries that drop rows (a blocklist) or that rows must be among (an allowlist)."""
 
     files: str
-    """Parquet, or text with one entry a line and comments after #: a file, a folder or a glob."""
+    """Parquet, or text with one entry a line and comments after # (but by url_caption only in lines of their own): a
+    file, a folder or a glob."""
     by: Literal["url", "host", "hash", "uid", "md5", "sha256", "url_caption"]
-    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption."""
+    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption. A uid is
+    sdtrain's (the md5 of URL, line feed and caption) or, if the metadata has a column uid as DataComp's, that one."""
 
 
 def _known_columns(columns: dict[str, str]) -> dict[str, str]:
@@ -72,6 +74,20 @@ def _known_columns(columns: dict[str, str]) -> dict[str, str]:
     return columns
 
 
+def _carriable(names: list[str]) -> list[str]:
+    for number, name in enumerate(names):
+        if name.lower() in RESERVED:
+            raise ValueError(f"'{name}' is a column of our own tables; carry it under another name of the metadata's")
+        if name.lower() in map(str.lower, names[:number]):
+            raise ValueError(f"'{name}' is there twice")
+        if not name.strip() or not name.isprintable() or set(name) & set("\"'?{}\\"):
+            raise ValueError(f"{name!r} cannot be a column of our tables")
+        if name in RULES:
+            raise ValueError(f"'{name}' is the name of a rule")
+    return names
+
+
+Carried = Annotated[list[str], AfterValidator(_carriable)]
 Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
 
 
@@ -86,6 +102,8 @@ class SelectConfig(Settings):
     """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
     columns: Columns = Field(default={})
     """Our names of columns -> the files', where they are none of the usual: {url: image_url, caption: raw_caption}."""
+    carry: Carried = Field(default=[])
+    """Further columns to carry into the selection, views and the JSON of packed samples, and to use in rules."""
     joins: list[JoinConfig] = Field(default=[])
     """Files with scores for the rows, joined before the rules; the first that has a score wins."""
     rules: Rules = Field(default={})
@@ -240,6 +258,14 @@ class Recipe(Settings):
         if "decide" in content:
             raise ValueError("keep is the former name of decide: give one of the two sections")
         return {"decide" if name == "keep" else name: value for name, value in content.items()}
+
+    @model_validator(mode="after")
+    def _rules_are_known(self) -> Recipe:
+        try:
+            check_carried(self.decide.rules, self.select.carry)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _compared_columns_are_kept(self) -> Recipe:

@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from filters.carried_rules import WANTED, carried_condition, is_for_carried
 from filters.columns import TABLES, TYPES
 from sdtrain.errors import UserError
 from sdtrain.settings import nearest
 
-RuleValue = bool | float | list[str]
+RuleValue = bool | float | str | list[str]
 
 # SQL over `{caption}`: \p{L} is a letter of any script; white space of any kind separates words.
 _ENDINGS = "jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|heif|avif|ico|psd|raw|cr2|nef|mp4|mov|avi|pdf"
@@ -68,7 +69,8 @@ def sources_of(column: str) -> tuple[str, ...]:
     return named
 
 
-_VALUES = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]"}
+_VALUES = {float: "a number", bool: "true or false", list: "a list of words, such as [en, de]", str: "a comparison"}
+_BOUND = (float, list)
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ class Rule:
 
     Attributes:
         column: NULL there counts as a reason of its own.
-        sql: the condition, with one `?` for the recipe's value unless that is a bool.
+        sql: the condition, with one `?` for the recipe's value if that is a number or words.
         meaning: why a sample fails; `{value}` is the recipe's value.
-        kind: of the recipe's value: a number (float), a bool or words (list).
+        kind: of the recipe's value: a number (float), a bool, words (list) or a comparison (str).
         pushdown: (column, operator) pairs that hold, with the recipe's value, for every passing row; on the files' own
             columns, so that DuckDB can skip row groups by their statistics.
         stage: whose table has the column; None for those of `filters.columns.TABLES`, and what is derived from them.
+        carried: whether its column is one of `select.carry`.
     """
 
     column: str
@@ -91,14 +94,17 @@ class Rule:
     kind: type = float
     pushdown: tuple[tuple[str, str], ...] = ()
     stage: str | None = None
+    carried: bool = False
 
     def __post_init__(self) -> None:
         self._check_column()
         num_values = re.sub("'[^']*'", "", self.sql).count("?")
-        if self.kind not in _VALUES or num_values != (self.kind is not bool):
+        if self.kind not in _VALUES or num_values != (self.kind in _BOUND):
             raise ValueError(f"the rule on column '{self.column}' needs one `?` for its value, and none for a bool")
 
     def _check_column(self) -> None:
+        if self.carried:
+            return
         if self.stage is not None:  # `filters.pipeline.in_order` checks that its table has the column
             if self.column in TABLES or self.column in DERIVED:
                 raise ValueError(f"column '{self.column}' of stage '{self.stage}' has the name of another")
@@ -116,17 +122,22 @@ class Rule:
     @property
     def sources(self) -> tuple[str, ...]:
         """The table columns that its column is, or is derived from."""
-        return sources_of(self.column)
+        return (self.column,) if self.carried else sources_of(self.column)
+
+    @property
+    def column_sql(self) -> str:
+        """Its column as SQL."""
+        return f'"{self.column}"' if self.carried else self.column
 
     @property
     def in_select(self) -> bool:
         """Whether the metadata has its column; otherwise only a decoded image does."""
-        return self.stage is None and all("metadata" in TABLES[name] for name in self.sources)
+        return self.carried or (self.stage is None and all("metadata" in TABLES[name] for name in self.sources))
 
     @property
     def in_decide(self) -> bool:
         """Whether its column is available after the download; otherwise only the metadata has it."""
-        return self.stage is not None or all(TABLES[name] - {"metadata"} for name in self.sources)
+        return self.carried or self.stage is not None or all(TABLES[name] - {"metadata"} for name in self.sources)
 
 
 def _limit(column: str, operator: str, meaning: str) -> Rule:
@@ -164,6 +175,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def rule_of(name: str, value: RuleValue) -> Rule:
+    """Returns a recipe's rule: a known one, or one on the carried column `name`."""
+    return RULES[name] if name in RULES else Rule(name, *carried_condition(name, value), carried=True)
+
+
 def select_item(column: str) -> str:
     """Returns the SELECT item of a rule's column, from the selection `s` in metadata form."""
     return derived_sql((column,), "s.width", "s.height", "s.caption") if column in DERIVED else _as_number("s", column)
@@ -171,6 +187,8 @@ def select_item(column: str) -> str:
 
 def decide_item(column: str, decide_by: str) -> str:
     """Returns an `in_decide` column's SELECT item from selection `s`, images `i`, scores `c`; see `DecideConfig`."""
+    if column not in TABLES and column not in DERIVED:  # carried
+        return f's."{column}"'
     if column in DERIVED:
         return derived_sql((column,), "i.original_width", "i.original_height", "s.caption")
     if "images" in TABLES[column]:
@@ -187,7 +205,7 @@ def stage_item(rule: Rule, table: str) -> str:
 def stage_rules(rules: Mapping[str, RuleValue]) -> dict[str, list[Rule]]:
     """Returns by stage the rules in use that look at its table, one for each column."""
     found: dict[str, dict[str, Rule]] = {}
-    for rule in (RULES[name] for name in active_rules(rules)):
+    for rule in (rule_of(name, rules[name]) for name in active_rules(rules)):
         if rule.stage is not None:
             found.setdefault(rule.stage, {})[rule.column] = rule
     return {stage: list(found[stage].values()) for stage in sorted(found)}
@@ -213,17 +231,34 @@ def _filled(template: str, columns: Mapping[str, str]) -> str:
     return template
 
 
-def check_rules(rules: Mapping[str, Any], in_decide: bool = False) -> dict[str, RuleValue]:
+def check_rules(
+    rules: Mapping[str, Any], in_decide: bool = False, carried: Collection[str] | None = ()
+) -> dict[str, RuleValue]:
     """Validates the rules (name -> value) of a recipe, with `in_decide` those of `decide.rules`; numbers become floats.
 
-    UserError for an unknown rule (with the nearest one), a value of the wrong kind, or a rule not usable there.
+    `carried` names the columns of `select.carry`, on which there may be rules too; None if they are not known yet, and
+    `check_carried` must follow. UserError for an unknown rule (with the nearest one), a value of the wrong kind, or a
+    rule not usable there.
     """
-    return {name: _checked(name, value, in_decide) for name, value in rules.items()}
+    return {name: _checked(name, value, in_decide, carried) for name, value in rules.items()}
 
 
-def _checked(name: str, value: Any, in_decide: bool) -> RuleValue:
-    if name not in RULES:
-        raise UserError(f"unknown rule '{name}'.{nearest(name, list(RULES))}")
+def check_carried(rules: Iterable[str], carried: Collection[str]) -> None:
+    """Raises `UserError` for a rule that is neither known nor on a carried column."""
+    for name in rules:
+        if name not in RULES and name not in carried:
+            raise UserError(
+                f"unknown rule '{name}'.{nearest(name, [*RULES, *carried])} A rule on a column of the metadata needs "
+                "it in select.carry."
+            )
+
+
+def _checked(name: str, value: Any, in_decide: bool, carried: Collection[str] | None) -> RuleValue:
+    if name not in RULES and (carried is None or name in carried) and is_for_carried(value):
+        return value if isinstance(value, bool) else list(value) if isinstance(value, list) else str(value)
+    if name not in RULES and carried and name in carried:
+        raise UserError(f"rule '{name}', on a carried column, wants {WANTED}, not {value!r}")
+    check_carried([name], carried or ())
     rule = RULES[name]
     if in_decide and not rule.in_decide:
         raise UserError(
@@ -259,11 +294,11 @@ def reason_case(
     branches = [f"WHEN NOT coalesce({stays}, false) THEN '{reason}'" for reason, stays in first or []]
     values: list[float | list[str]] = []
     for name in active_rules(rules):
-        rule, value = RULES[name], rules[name]
+        rule, value = rule_of(name, rules[name]), rules[name]
         if rule.column not in null_passes:
-            branches.append(f"WHEN {rule.column} IS NULL THEN '{rule.column}_missing'")
+            branches.append(f"WHEN {rule.column_sql} IS NULL THEN '{rule.column}_missing'")
         branches.append(f"WHEN NOT ({rule.sql}) THEN '{name}'")
-        if not isinstance(value, bool):
+        if rule.kind in _BOUND and not isinstance(value, bool | str):
             values.append(lower_case(value) if isinstance(value, list) else value)
     return (f"CASE {' '.join(branches)} END" if branches else "NULL::VARCHAR"), values
 
@@ -275,10 +310,10 @@ def lower_case(words: Iterable[str]) -> list[str]:
 
 def explain(reason: str, rules: Mapping[str, RuleValue]) -> str:
     """Describes a reason for the funnel."""
-    if reason in RULES and reason in rules:
+    if reason in rules:
         value = rules[reason]
-        shown = ", ".join(value) if isinstance(value, list) else f"{value:g}"
-        return RULES[reason].meaning.replace("{value}", shown)
+        shown = value if isinstance(value, str) else ", ".join(value) if isinstance(value, list) else f"{value:g}"
+        return rule_of(reason, value).meaning.replace("{value}", shown)
     return in_words(reason)
 
 

@@ -13,6 +13,7 @@ from filters.search.sheet import Cell, Row, write_sheet
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.demo.evaluation import evaluate_demo
+from sdtrain.errors import UserError
 from sdtrain.report.page import ImageSection
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 from sdtrain.sampling.start_image import open_start_image
@@ -54,10 +55,11 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
 
 def modify_image(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
     """Images that the model makes from a training image, by other prompts, the more anew the further right."""
-    hit = Search(data).by_words(_QUESTION, 1)[0]
-    start = image_of(data, hit) or Image.new("RGB", (64, 64), "red")  # never lost in the demo's own world
-    sheet = folder / "image-to-image.png"
-    write_modified(model, start, f"an image of {hit.caption}", sheet)
+    hits, sheet = Search(data).by_words(_QUESTION, _NUM_HITS), folder / "image-to-image.png"
+    found = next(((image, hit.caption) for hit in hits if (image := image_of(data, hit))), None)
+    if found is None:
+        raise UserError(f"{data.root} holds no image of “{_QUESTION}” to modify. Take more rows.")
+    write_modified(model, *found, sheet)
     text = (
         "Image-to-image: noise is added to a training image up to one of the last timesteps, and taken away from there "
         "with another prompt. At strength 1 nearly nothing of the image is left."
@@ -76,7 +78,7 @@ def write_modified(model: Path, start: Image.Image, caption: str, sheet: Path) -
             settings = SampleSettings(_GUIDANCE_SCALE, _NUM_STEPS, start=open_start_image(file, strength))
             drawn.append(sampler.sample(_CHANGES, range(len(_CHANGES)), settings))
     rows = [
-        Row(f"“{prompt}”", [Cell(start, "from", caption), *_strengths([images[place] for images in drawn])])
+        Row(f"“{prompt}”", [Cell(start, "from", f"“{caption}”"), *_strengths([images[place] for images in drawn])])
         for place, prompt in enumerate(_CHANGES)
     ]
     write_sheet(sheet, "Image-to-image", [], rows)

@@ -42,6 +42,7 @@ class Fetched:
         original_px: the size before it was stored.
         scores: LAION's, as the metadata has them.
         reason: why the download failed.
+        extension: of the image's file.
     """
 
     image: bytes | None
@@ -49,6 +50,7 @@ class Fetched:
     original_px: tuple[int, int] | None = (600, 600)
     scores: dict[str, float] | None = None
     reason: str | None = None
+    extension: str = "jpg"
 
 
 def encoded(image: Image.Image, form: str = "jpeg", **options: Any) -> bytes:
@@ -99,7 +101,11 @@ def _write_images(dataset: DatasetDir, shard: int, chosen: list[dict[str, Any]],
         width, height = row.original_px or (None, None)
         described |= {"sha256": hashlib.sha256(row.image).hexdigest(), "status": "success"}
         table.append(described | {"original_width": width, "original_height": height, "width": 96, "height": 80})
-        members = {"jpg": row.image, "txt": (row.caption or "").encode(), "json": json.dumps(described).encode()}
+        members = {
+            row.extension: row.image,
+            "txt": (row.caption or "").encode(),
+            "json": json.dumps(described).encode(),
+        }
         samples.append((selected["key"], members))
     dataset.images_tar(shard).parent.mkdir(exist_ok=True)
     places = {sample.key: image_location(sample) for sample in write_samples(dataset.images_tar(shard), samples)}

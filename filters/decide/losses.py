@@ -87,7 +87,7 @@ def _cause(stage: str, reason: str, recipe: Recipe) -> str:
         return f"{named} {'are' if len(random) > 1 else 'is'} random, so these scores mean nothing"
     if reason in _CAUSES:
         return _CAUSES[reason]
-    if reason in RULES:
+    if reason in RULES or reason in recipe.select.carry:
         scale = f"; {column} goes from {_SCALES[column]}" if column in _SCALES else ""
         return f"the limit of {stage}.rules.{reason} may be too strict for these samples{scale}"
     if reason.endswith("_missing") and stage == "select":

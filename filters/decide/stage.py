@@ -10,8 +10,19 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters.columns import TABLES
 from filters.recipe import DecideConfig, Recipe
-from filters.rules import RULES, RuleValue, active_rules, decide_item, in_words, reason_case, stage_item, stage_rules
+from filters.rules import (
+    DERIVED,
+    RuleValue,
+    active_rules,
+    decide_item,
+    in_words,
+    reason_case,
+    rule_of,
+    stage_item,
+    stage_rules,
+)
 from filters.select.removed_rows import near_duplicate_uids
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
@@ -28,8 +39,9 @@ from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
+from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
-from sdtrain.dataset.tables.connection import connected
+from sdtrain.dataset.tables.connection import connected, unordered
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import shortened
@@ -79,7 +91,8 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
         joined = _JOINED.format(columns=columns, joins=joins, selection=selected.sql)
         tables.save()
         bound = [selected.values, *(scan.values for scan in scans.values())]
-        connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
+        with unordered(connection):
+            connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -91,7 +104,7 @@ def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> d
 
 def _columns(dataset: DatasetDir, decide: DecideConfig) -> Iterator[str]:
     """Yields SELECT items of the rules' columns and the score to rank duplicates; UserError if no score can decide."""
-    rules = [RULES[name] for name in active_rules(decide.rules)]
+    rules = [rule_of(name, decide.rules[name]) for name in active_rules(decide.rules)]
     for column in dict.fromkeys(["aesthetic", *(rule.column for rule in rules if rule.stage is None)]):
         _check_known(dataset, column, decide)
         yield decide_item(column, decide.decide_by)
@@ -116,7 +129,9 @@ def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
 
 
 def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:
-    """Refuses rules on V1's scores without their column, the only one that selections may lack."""
+    """Refuses rules on columns that selections may lack: V1's scores, and a user's own."""
+    if column not in TABLES and column not in DERIVED and column not in carried_columns(_selections(dataset)[0]):
+        raise UserError(f"decide.rules: {column} is no column of {dataset.root}: name it in select.carry.")
     files = _selections(dataset) if column == "aesthetic_v1" and decide.decide_by == "metadata" else []
     if files and not any(column in pq.read_schema(path).names for path in files):
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,21 +34,33 @@ def scored_images(dataset: DatasetDir) -> Images:
     """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
     shards = list(selected_shards(dataset))
     num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
-    schemas = [pq.read_schema(dataset.scores(shard)) for shard in shards]
-    has_embeddings = bool(schemas) and all("embedding" in schema.names for schema in schemas)
-    networks = {tuple((schema.metadata or {}).get(name) for name in _NETWORK) for schema in schemas}
+    # Of each schema only this is kept: whole it takes about 10 kB.
+    kinds = {_kind(pq.read_schema(dataset.scores(shard))) for shard in shards}
+    has_embeddings = bool(kinds) and all(kind.has_embeddings for kind in kinds)
+    has_miniatures = {kind.miniature for kind in kinds} == {MINIATURE_VERSION.encode()}
+    networks = {kind.network for kind in kinds}
     if has_embeddings and len(networks) > 1:
         raise UserError(
             f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
             "compared. Run the build again: it scores again the shards that are not of the recipe."
         )
-    return Images(partial(_read, dataset, shards), num, has_embeddings, _have_miniatures(schemas))
+    return Images(partial(_read, dataset, shards), num, has_embeddings, has_miniatures)
 
 
-def _have_miniatures(schemas: Sequence[pa.Schema]) -> bool:
-    """Whether all shards hold miniatures that this version reads."""
-    versions = {(schema.metadata or {}).get(_MINIATURE) for schema in schemas if "miniature" in schema.names}
-    return all("miniature" in schema.names for schema in schemas) and versions == {MINIATURE_VERSION.encode()}
+class _Kind(NamedTuple):
+    """A shard's optional columns, and whose they are; `miniature` is None without that column."""
+
+    has_embeddings: bool
+    network: tuple[bytes | None, ...]
+    miniature: bytes | None
+
+
+def _kind(schema: pa.Schema) -> _Kind:
+    described = schema.metadata or {}
+    network = tuple(described.get(name) for name in _NETWORK)
+    return _Kind(
+        "embedding" in schema.names, network, described.get(_MINIATURE) if "miniature" in schema.names else None
+    )
 
 
 def check_decoders(dataset: DatasetDir) -> None:

@@ -17,7 +17,7 @@ from filters.select.metadata_files import metadata_of, prepare
 from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, read_entry, recorded_stages
+from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, recorded_stages
 from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.sync import fetch_tables
 from sdtrain.dataset.tables.columns import TableColumns
@@ -65,6 +65,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
     fetch_tables(dataset)
     root = DatasetDir(dataset.root.absolute())
     with (
+        bulk_reads(),
         publish(root.database) as temporary,
         closing(duckdb.connect(temporary, config={"storage_compatibility_version": _STORAGE_VERSION})) as connection,
     ):
@@ -84,17 +85,18 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
     yield "metadata", _metadata(connection, recipe)
     for stage in pipeline.STAGES:
         if stage.table:
-            groups = tables.groups(_files(stage, dataset, recipe))
+            groups = tables.groups(_files(stage, dataset, recipe), may_be_missing=True)
             yield stage.table.view, _over(connection, groups, stage.table.columns)
     tables.save()
-    yield from DERIVED.items()
+    own = "".join(f', s."{name}"' for name in recipe.select.carry)
+    for name, statement in DERIVED.items():
+        yield name, statement.replace(", s.aesthetic, ", f", s.aesthetic{own}, ") if name == "kept" else statement
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
-    """Returns a stage's finished Parquet files, without leftovers of an earlier, larger selection."""
+    """Returns the Parquet files of finished shards, without leftovers of an earlier, larger selection."""
     finished = entries(dataset, stage.name).below(stage.num_shards(dataset, recipe) or 0)
-    paths = (dataset.root / name for name in finished.listed("tables"))
-    return [path for path in paths if path.exists()]
+    return [dataset.root / name for name in finished.listed("tables")]
 
 
 def _nothing(columns: Mapping[str, str]) -> str:

@@ -10,11 +10,16 @@ from sdtrain.dataset.addresses import plain_host
 from sdtrain.errors import UserError
 
 Entry = str | int
+_COMMENT = re.compile(r"\s+#.*")
 _HOST = re.compile(r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*|\[?[0-9a-f:.]+\]?")
 
 
 def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
-    """Parses a text file's entries, skipping blank lines and # comments; raises `UserError` with file and line."""
+    """Parses a text file's entries, skipping blank lines and comments; raises `UserError` with file and line.
+
+    A comment is a line that begins with #, or what follows white space and # behind an entry: the # of a URL's fragment
+    has none before it. A caption may hold both, so that entries by url_caption end with their line.
+    """
     read = _READERS[by]
     for number, line in enumerate(lines, start=1):
         text = line.strip()
@@ -22,7 +27,7 @@ def read_entries(lines: Iterable[str], by: str, name: str) -> Iterator[Entry]:
             continue
         try:
             # White space around a caption is part of it.
-            yield read(line.rstrip("\r\n") if by == "url_caption" else text)
+            yield read(line.rstrip("\r\n") if by == "url_caption" else _COMMENT.sub("", text))
         except ValueError as error:
             raise UserError(f"{name}, line {number}: {text[:100]!r} is not {_WHAT[by]}.") from error
 

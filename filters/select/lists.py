@@ -16,6 +16,7 @@ from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
 from filters.select.locations import PARQUET, find_files, is_parquet
 from filters.select.metadata_files import prepare, read_footers
+from filters.select.named_columns import OWN_UID
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
 from filters.select.sql_functions import (
     UID,
@@ -42,6 +43,7 @@ _KEYS = {
 _ENTRY_COLUMNS = {"host": ("host", "domain"), "uid": ("uid",)}
 _TEXT_SUFFIXES = (".txt", ".csv", ".tsv", ".list")
 _BATCH = 100_000
+WHICH_UID = "sdtrain's uid (the md5 of URL, line feed and caption)"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,15 @@ class _Table:
     allows: bool
     num_labels: tuple[int, ...]
     """Label counts of the listed hosts; empty for other lists."""
+    has_own_uids: bool = False
+    """Whether the rows have `OWN_UID`."""
 
     @property
     def lookups(self) -> list[Lookup]:
-        """Returns one lookup, or one per label count for hosts."""
+        """Returns one lookup, or one per label count for hosts, or two for the two kinds of uids."""
         keys = [host_suffix_sql(num) for num in self.num_labels] if self.by == "host" else [_KEYS[self.by]]
+        if self.by == "uid" and self.has_own_uids:
+            keys.append(f"md5_number(lower({quoted(OWN_UID)}))")
         return [Lookup(f"list_{self.number}", f"l{self.number}_{n}", key) for n, key in enumerate(keys)]
 
     @property
@@ -103,14 +109,17 @@ def load_lists(
     configs = [(config, False) for config in select.blocklists] + [(config, True) for config in select.allowlists]
     if any(config.by == "host" for config, _ in configs):
         register_host_of(connection)
+    has_own_uids = any(OWN_UID in file.carried for file in files)
     for number, (config, allows) in enumerate(configs):
         remarks += _check_key(config, files, joined)
         try:
             num_entries, num_unusable = _load(connection, number, config)
         except duckdb.Error as error:
             raise UserError(f"The list {config.files} cannot be read: {first_line(error)}") from error
-        tables.append(_Table(number, config.by, allows, _num_labels(connection, number, config)))
+        num_labels = _num_labels(connection, number, config)
+        tables.append(_Table(number, config.by, allows, num_labels, has_own_uids))
         remarks.append(_remark(config, allows, num_entries, num_unusable))
+        remarks += [_which_uid(config, has_own_uids)] if config.by == "uid" else []
     return Lists(tuple(tables), tuple(remarks))
 
 
@@ -210,6 +219,11 @@ def _num_labels(connection: duckdb.DuckDBPyConnection, number: int, config: List
         return ()
     query = f"SELECT DISTINCT len(string_split(key, '.')) AS num FROM list_{number} ORDER BY num"  # noqa: S608
     return tuple(num for (num,) in connection.execute(query).fetchall())
+
+
+def _which_uid(config: ListConfig, has_own_uids: bool) -> str:
+    own = "and the metadata's own column uid" if has_own_uids else "alone: the metadata has no column uid of its own"
+    return f"uids of {without_secrets(config.files)} are compared with {WHICH_UID} {own}"
 
 
 def _remark(config: ListConfig, allows: bool, num_entries: int, num_unusable: int) -> str:

@@ -17,7 +17,8 @@ from filters.rules import RULES, active_rules
 from filters.select.faults import first_line
 from filters.select.httpfs import is_remote, load_remote
 from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without_texts_beside_parquet
-from filters.select.schema import MetadataFile, describe_file, map_columns, turn_sizes
+from filters.select.named_columns import find_carried, map_columns
+from filters.select.schema import MetadataFile, describe_file, turn_sizes
 from filters.select.text_files import describe_text, is_text
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
@@ -28,7 +29,7 @@ _PURPOSE = "metadata. Check --metadata"
 
 def metadata_of(select: SelectConfig) -> list[MetadataFile]:
     """Returns the files of a recipe's metadata, see `find_metadata`."""
-    return find_metadata(select.metadata, select.swapped_sizes, select.columns)
+    return find_carried(find_metadata(select.metadata, select.swapped_sizes, select.columns), select.carry)
 
 
 def find_metadata(
@@ -206,7 +207,7 @@ def _floats(files: Sequence[MetadataFile], of: Callable[[int], str]) -> list[str
 
 
 def _null_policy(select: SelectConfig) -> list[str]:
-    judged = {RULES[name].column for name in active_rules(select.rules)} & set(SCORE_COLUMNS)
+    judged = {RULES[name].column for name in active_rules(select.rules) if name in RULES} & set(SCORE_COLUMNS)
     if not judged:
         return []
     names = ", ".join(column for column in ALIASES if column in judged)

@@ -33,6 +33,9 @@ def pushdown_sql(pushdown: Pushdown, columns: Mapping[str, str], types: Mapping[
     """
     conditions, values = [], list[Value]()
     for name in active_rules(pushdown.rules):
+        limit = pushdown.rules[name]
+        if name not in RULES or isinstance(limit, str):  # of a carried column
+            continue
         for column, operator in RULES[name].pushdown:
             if column != RULES[name].column in pushdown.null_passes:
                 continue  # derived from several columns, whose values together may give NULL
@@ -40,7 +43,7 @@ def pushdown_sql(pushdown: Pushdown, columns: Mapping[str, str], types: Mapping[
             if column not in columns:
                 conditions += [] if null_passes else ["false"]
                 continue
-            bounds = _bounds(columns[column], types[column], operator, pushdown.rules[name])
+            bounds = _bounds(columns[column], types[column], operator, limit)
             for condition, value in bounds:
                 conditions.append(_or_missing(condition, columns[column], types[column]) if null_passes else condition)
                 values.append(value)
@@ -53,7 +56,7 @@ def _or_missing(condition: str, column: str, kind: str) -> str:
     return f"({condition} OR {column} IS NULL{infinite})"
 
 
-def _bounds(column: str, kind: str, operator: str, value: RuleValue) -> Iterator[tuple[str, Value]]:
+def _bounds(column: str, kind: str, operator: str, value: float | list[str]) -> Iterator[tuple[str, Value]]:
     """Yields at most one condition and its value; none for a type that cannot be compared directly."""
     if isinstance(value, list):
         if kind == "VARCHAR":

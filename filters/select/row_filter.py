@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
 from filters.select.faults import fault
 from filters.select.metadata_files import prepare
+from filters.select.named_columns import OWN_UID, carried_kinds, find_own_uids
 from filters.select.pushdown import Pushdown
-from filters.select.schema import MetadataFile, check_columns, normalised_sql
+from filters.select.schema import MetadataFile, check_columns, normalised_sql, quoted
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
 from filters.select.text_files import first_bad_line
@@ -81,6 +82,9 @@ class PassingRows:
     """Rows that pass the rules, see `open_passing_rows`."""
 
     def __init__(self, source: Source, database: duckdb.DuckDBPyConnection) -> None:
+        lists = (*source.select.blocklists, *source.select.allowlists)
+        if any(config.by == "uid" for config in lists):
+            source = replace(source, files=find_own_uids(source.files))
         self.source = source
         self._database = database
         self.side_inputs: SideInputs | None = None
@@ -95,6 +99,13 @@ class PassingRows:
         had = {name for file in source.files for name in file.columns} | joined
         # Always the columns of LAION's later releases; others only if a file has them.
         self.columns = [name for name in ALIASES if name in _ALWAYS or name in had]
+        self.columns += map(quoted, source.select.carry)
+        self._carried = dict[str, str]()
+        if source.select.carry:
+            with self._cursor(source.num_threads) as connection:
+                self._carried = carried_kinds(connection, source.files, source.select.carry)
+        if any(OWN_UID in file.carried for file in source.files):
+            self._carried[OWN_UID] = "VARCHAR"
 
     @property
     def null_passes(self) -> set[str]:
@@ -181,7 +192,7 @@ class PassingRows:
     ) -> tuple[str, list[Any]]:
         """Returns SQL for rows under our names, with joined scores and the derived columns that rules need."""
         compute_hash = bool(self.side_inputs and self.side_inputs.compute_hash)
-        rows, values = normalised_sql(files, pushdown, compute_hash, numbers)
+        rows, values = normalised_sql(files, pushdown, compute_hash, numbers, self._carried)
         joined = self.side_inputs.joins.sql(rows) if self.side_inputs else rows
         cleaned = f"SELECT * REPLACE (coalesce(caption, '') AS caption, {_TRIMMED} AS url) FROM ({joined})"  # noqa: S608
         return f"SELECT *, {derived_sql()} FROM ({cleaned})", values  # noqa: S608

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, TYPES, SwappedSizes
 from filters.rules import RULES, sources_of
+from filters.select.carried import carried_sql
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.sql_functions import hash_sql, laion_hash
 from filters.select.text_files import NESTED, TextFormat, text_sql
@@ -44,6 +45,7 @@ class MetadataFile:
         identity: name, size and a digest (of the footer of Parquet), which identify the file wherever it is stored.
         swapped: whether `columns` already exchanges WIDTH and HEIGHT.
         form: of a text file; None for Parquet.
+        carried: a column of `select.carry` -> the file's, for columns present.
     """
 
     path: str
@@ -54,6 +56,7 @@ class MetadataFile:
     identity: tuple[str, int, str]
     swapped: bool = False
     form: TextFormat | None = None
+    carried: dict[str, str] = field(default_factory=dict)
 
     @property
     def all_columns(self) -> tuple[str, ...]:
@@ -89,32 +92,6 @@ def _aliases_in(by_lower: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     return ALIASES | ({"aesthetic": ("aesthetic",)} if "aesthetic_v1" in by_lower else {})
 
 
-def map_columns(files: Sequence[MetadataFile], columns: Mapping[str, str]) -> list[MetadataFile]:
-    """Reads our columns (keys) from the files' columns that a recipe's `select.columns` names, in either case.
-
-    A file without that column keeps what it has under one of the usual names. UserError if no file has it.
-    """
-    for ours, name in columns.items():
-        if not any(_named_in(file, name) for file in files):
-            listed = ", ".join(files[0].all_columns)
-            raise UserError(f"select.columns: {ours}: {name}: {files[0].path} has no column {name}. It has: {listed}.")
-    return [_mapped(file, columns) for file in files]
-
-
-def _named_in(file: MetadataFile, name: str) -> str | None:
-    """Returns a column's name as the file spells it."""
-    exact = [found for found in file.all_columns if found == name]
-    return next(iter(exact or [found for found in file.all_columns if found.strip().lower() == name.lower()]), None)
-
-
-def _mapped(file: MetadataFile, columns: Mapping[str, str]) -> MetadataFile:
-    found = {ours: name for ours, wanted in columns.items() if (name := _named_in(file, wanted))}
-    if not found:
-        return file
-    names = file.columns | found
-    return replace(file, columns=names, types={ours: file.file_types[name] for ours, name in names.items()})
-
-
 def turn_sizes(files: Iterable[MetadataFile], swapped_sizes: SwappedSizes) -> list[MetadataFile]:
     """Exchanges WIDTH and HEIGHT where they are swapped; "auto" means in raw LAION releases."""
     return [_turned(file) if _is_swapped(file, swapped_sizes) else file for file in files]
@@ -138,6 +115,8 @@ def check_columns(files: Iterable[MetadataFile], rules: Iterable[str], missing_p
     """Raises `UserError` if a file lacks url, caption or a column of `rules`, unless listed in `missing_passes`."""
     needed = {"url": "", "caption": ""}
     for rule in rules:
+        if rule not in RULES:
+            continue  # of a carried column, which `find_carried` has found
         column = RULES[rule].column
         for source in sources_of(column):
             needed.setdefault(source, f", which rule '{rule}' needs")
@@ -202,6 +181,7 @@ def normalised_sql(
     pushdown: Pushdown | None = None,
     compute_hash: bool = False,
     rows: tuple[int, int] | None = None,
+    carried: Mapping[str, str] | None = None,
 ) -> tuple[str, list[Any]]:
     """Returns SQL for the rows of all files under our column names and types, and the values to bind.
 
@@ -213,16 +193,18 @@ def normalised_sql(
         compute_hash: fill missing `hash` with `laion_hash`, to be registered by `sql_functions.register_laion_hash`;
             free for queries that do not select `hash`.
         rows: half-open range of row numbers to read from each file.
+        carried: columns of `select.carry` to add, with their types.
     """
     groups: dict[object, list[MetadataFile]] = {}
     for file in files:
         # The columns of text must be named in order to read it.
         names = file.all_columns if file.form else ()
-        key = (*file.columns.items(), *file.types.items(), file.form, names, file.has_row_numbers)
+        own = [(name, found, file.file_types[found]) for name, found in file.carried.items()]
+        key = (*file.columns.items(), *file.types.items(), file.form, names, file.has_row_numbers, *own)
         groups.setdefault(key, []).append(file)
     parts, values = [], list[Any]()
     for group in groups.values():
-        part, bound = _part_sql(group, pushdown, compute_hash, rows)
+        part, bound = _part_sql(group, pushdown, compute_hash, rows, carried or {})
         parts.append(part)
         values += bound
     return " UNION ALL ".join(parts), values
@@ -233,11 +215,13 @@ def _part_sql(
     pushdown: Pushdown | None,
     compute_hash: bool,
     rows: tuple[int, int] | None,
+    carried: Mapping[str, str],
 ) -> tuple[str, list[Any]]:
     names = {ours: quoted(name) for ours, name in group[0].columns.items()}
     items = {ours: column_sql(ours, names.get(ours), group[0].types.get(ours, "")) for ours in ALIASES}
     if compute_hash and "hash" not in names:
         items["hash"] = hash_sql(items["url"], items["caption"])
+    items |= {quoted(name): _carried_item(group[0], name, kind) for name, kind in carried.items()}
     select = ", ".join(f"{sql} AS {ours}" for ours, sql in items.items())
     part = f"SELECT {select} FROM {_source_sql(group[0], numbered=rows is not None)}"  # noqa: S608 - names are quoted
     values: list[Any] = [[file.path for file in group]]
@@ -252,9 +236,14 @@ def _part_sql(
     return (f"{part} WHERE {' AND '.join(conditions)}" if conditions else part), values
 
 
+def _carried_item(file: MetadataFile, name: str, kind: str) -> str:
+    found = file.carried.get(name)
+    return f"NULL::{kind}" if found is None else carried_sql(quoted(found), file.file_types[found], kind)
+
+
 def _source_sql(file: MetadataFile, numbered: bool) -> str:
     if file.form:
-        return text_sql(file.form, file.all_columns, file.columns.values())
+        return text_sql(file.form, file.all_columns, [*file.columns.values(), *file.carried.values()])
     return f"read_parquet(?, hive_partitioning = false{', file_row_number = true' if numbered else ''})"
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from filters.recipe import Recipe, SelectConfig
 from filters.rules import RuleValue, in_words
+from filters.select.lists import WHICH_UID
 from filters.select.metadata_files import metadata_of, num_rows_of, remarks_on
 from filters.select.needs import open_files
 from filters.select.row_filter import Source, open_passing_rows
@@ -28,13 +29,17 @@ from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers
+from sdtrain.dataset.tables.carried import mark_carried
 from sdtrain.dataset.work import WORK
 from sdtrain.download.source.catalogue import catalogue_files, last_source_row, read_remarks
 from sdtrain.errors import UserError
 
 _ROWS_PER_BUCKET = 2**16  # about 15 MB
 _SIDE_INPUTS = ("joins", "blocklists", "allowlists")  # identified by their contents, not their location
-_ADDED = ("columns",)  # settings younger than finished datasets, whose fingerprint they do not change unless set
+_ADDED = (
+    "columns",
+    "carry",
+)  # settings younger than finished datasets, whose fingerprint they do not change unless set
 _MAX_BUCKETS = 512  # each is an open file, and a process may have 1,024
 
 
@@ -114,7 +119,7 @@ class Selection:
                 num_seen = int(bucket.positions[left]) if left < len(bucket.rows) else bucket.num_before
                 num_repeated, num_over = num_repeated + num_seen - left, num_over + bucket.num_before - num_seen
                 num_out += left
-                shards.add(bucket.rows.slice(0, left))
+                shards.add(mark_carried(bucket.rows.slice(0, left), self.select.carry))
             paths = shards.finish()
         return paths, num_out, +Counter({"duplicate_row": num_repeated, "over_limit": num_over})
 
@@ -124,6 +129,14 @@ class Selection:
             last_row = max(last_source_row(Path(file.path)) for file in self.files)
             return SourceOrder(self.select.seed, last_row=last_row)
         return Order(self.select.seed, self.select.shuffle_by)
+
+    def _uid_hint(self, dropped: Counter[str]) -> str:
+        """Tells which uid an allowlist by uid means, if such a one dropped rows."""
+        if not dropped["not_allowlisted"] or all(config.by != "uid" for config in self.select.allowlists):
+            return ""
+        has_own = any("uid" in map(str.lower, file.all_columns) for file in self.files)
+        own = " or the metadata's own column uid" if has_own else "; the metadata has no column uid of its own"
+        return f" A uid in an allowlist is {WHICH_UID}{own}."
 
     def _check_sum(self, num_counted: int, num_out: int, dropped: Counter[str]) -> None:
         num_rows = num_rows_of(self.files)
@@ -141,6 +154,7 @@ class Selection:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
             raise UserError(
                 f"No row of {self.select.metadata} is left ({counts}). Loosen the rules, or check the metadata."
+                f"{self._uid_hint(dropped)}"
             )
 
 

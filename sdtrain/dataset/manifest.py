@@ -7,18 +7,30 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir, current_stage
-from sdtrain.dataset.manifest_table import StageEntries, stage_entries
+from sdtrain.dataset.local_storage import LocalStorage
+from sdtrain.dataset.manifest_table import StageEntries, is_entry, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
 
-_read_in_bulk: ContextVar[dict[tuple[DatasetDir, str], StageEntries] | None] = ContextVar("read_in_bulk", default=None)
+
+@dataclass(frozen=True)
+class _Bulk:
+    """What a block of `bulk_reads` has read: the entries of stages, the selected shards, and the storage asked."""
+
+    entries: dict[tuple[DatasetDir, str], StageEntries] = field(default_factory=dict)
+    selected: dict[DatasetDir, Mapping[int, Output]] = field(default_factory=dict)
+    storages: dict[DatasetDir, LocalStorage] = field(default_factory=dict)
+
+
+_read_in_bulk: ContextVar[_Bulk | None] = ContextVar("read_in_bulk", default=None)
 
 
 def describe_outputs(dataset: DatasetDir, paths: Iterable[Path]) -> dict[str, Output]:
@@ -44,29 +56,23 @@ def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:
 
 def read_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport | None:
     """The entry of a finished shard, or None; UserError if another version wrote it, or it is damaged."""
-    if (read := _read_in_bulk.get()) is not None:
-        return _bulk(read, dataset, stage).get(shard)
+    if _read_in_bulk.get() is not None:
+        return entries(dataset, stage).get(shard)
     path = dataset.manifest_entry(stage, shard)
     return parse_entry(path.read_bytes(), path) if path.exists() else None
 
 
 @contextmanager
 def bulk_reads() -> Iterator[None]:
-    """Answers `read_entry` from one reading of a stage's entries: for questions about all shards, by one thread.
+    """Answers from one reading of a stage's entries: for questions about all shards, by one thread.
 
-    What is recorded inside the block is not seen.
+    What is recorded inside the block is not seen. A block inside another one reads nothing again.
     """
-    token = _read_in_bulk.set({})
+    token = _read_in_bulk.set(_read_in_bulk.get() or _Bulk())
     try:
         yield
     finally:
         _read_in_bulk.reset(token)
-
-
-def _bulk(read: dict[tuple[DatasetDir, str], StageEntries], dataset: DatasetDir, stage: str) -> StageEntries:
-    if (dataset, stage) not in read:
-        read[dataset, stage] = entries(dataset, stage)
-    return read[dataset, stage]
 
 
 def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
@@ -82,6 +88,15 @@ def require_entry(dataset: DatasetDir, stage: str, shard: int) -> ShardReport:
 
 def entries(dataset: DatasetDir, stage: str) -> StageEntries:
     """The entries of a stage's finished shards, in order."""
+    read = _read_in_bulk.get()
+    if read is None:
+        return _entries(dataset, stage)
+    if (dataset, stage) not in read.entries:
+        read.entries[dataset, stage] = _entries(dataset, stage)
+    return read.entries[dataset, stage]
+
+
+def _entries(dataset: DatasetDir, stage: str) -> StageEntries:
     found, *former = map(stage_entries, dataset.manifest_folders(stage))
     for other in former:
         found = found.with_others(other)
@@ -90,6 +105,9 @@ def entries(dataset: DatasetDir, stage: str) -> StageEntries:
 
 def newest_change_ns(dataset: DatasetDir, stage: str) -> int:
     """When an entry of a stage was last written or copied here, in ns since 1970; 0 for a stage without entries."""
+    listed = entries(dataset, stage).table["mtime_ns"].to_numpy()
+    if len(listed) and listed.min() >= 0:  # none that may still be changing
+        return int(listed.max())
     newest = 0
     for folder in dataset.manifest_folders(stage):
         with suppress(FileNotFoundError), os.scandir(folder) as files:
@@ -109,10 +127,28 @@ def recorded_stages(dataset: DatasetDir) -> list[str]:
     return sorted({current_stage(path.name) for path in (dataset.root / "manifest").glob("*") if path.is_dir()})
 
 
+def num_entries(dataset: DatasetDir, stage: str) -> int:
+    """The number of a stage's finished shards, by the names of their entries alone; more where one has two names."""
+    num = 0
+    for folder in dataset.manifest_folders(stage):
+        with suppress(FileNotFoundError), os.scandir(folder) as files:
+            num += sum(is_entry(file.name) for file in files)
+    return num
+
+
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
     """Whether every output of the entry still exists, here or on S3, with its recorded size."""
-    storage = storage_of(dataset)
+    storage = _storage(dataset)
     return all(storage.has(name, output.bytes) for name, output in entry.outputs.items())
+
+
+def _storage(dataset: DatasetDir) -> LocalStorage:
+    read = _read_in_bulk.get()
+    if read is None:
+        return storage_of(dataset)
+    if dataset not in read.storages:
+        read.storages[dataset] = storage_of(dataset)
+    return read.storages[dataset]
 
 
 def selection(dataset: DatasetDir) -> ShardReport:
@@ -125,7 +161,12 @@ def selection(dataset: DatasetDir) -> ShardReport:
 
 def selected_shards(dataset: DatasetDir) -> Mapping[int, Output]:
     """Shard number -> its selection file's digest, in order."""
-    return _selected_shards(dataset, _changed_ns(dataset))
+    read = _read_in_bulk.get()
+    if read is None:
+        return _selected_shards(dataset, _changed_ns(dataset))
+    if dataset not in read.selected:
+        read.selected[dataset] = _selected_shards(dataset, _changed_ns(dataset))
+    return read.selected[dataset]
 
 
 def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
@@ -144,7 +185,12 @@ def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def _selected_shards(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> Mapping[int, Output]:
     outputs = _selection(dataset, changed_ns).outputs
-    return MappingProxyType({int(Path(name).stem): output for name, output in outputs.items()})
+    return MappingProxyType({_shard_of(name): output for name, output in outputs.items()})
+
+
+def _shard_of(name: str) -> int:
+    """The number in a selection's name; a `Path` would take as long as reading the entry."""
+    return int(name.rpartition("/")[2].partition(".")[0])
 
 
 @lru_cache(maxsize=4)
@@ -161,7 +207,7 @@ def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
         num_in=sum(report.num_in for report in reports),
         num_out=sum(report.num_out for report in reports),
         dropped=dict(dropped),
-        outputs=dict(sorted(outputs.items(), key=lambda item: int(Path(item[0]).stem))),
+        outputs=dict(sorted(outputs.items(), key=lambda item: _shard_of(item[0]))),
         inputs=[name for report in reports for name in report.inputs],
         notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
     )

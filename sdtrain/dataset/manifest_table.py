@@ -44,6 +44,7 @@ _STILL_CHANGING_NS = 2_000_000_000
 """A file that changed twice within one tick of its file system's clock looks unchanged: younger ones are read again."""
 _CACHED_STAGES = 16
 _BATCH_ROWS = 4096
+"""Entries held at once as Python's objects, which take more memory than the table's rows."""
 
 _cached: dict[Path, pa.Table] = {}
 _lock = Lock()
@@ -60,6 +61,7 @@ class StageEntries(Sequence[ShardReport]):
     def __init__(self, folder: Path, table: pa.Table) -> None:
         self._folder, self.table = folder, table
         self.shards: NDArray[np.int32] = table["shard"].to_numpy()
+        self._contents = table["entry"].combine_chunks()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -71,8 +73,7 @@ class StageEntries(Sequence[ShardReport]):
     def __getitem__(self, index: int | slice) -> ShardReport | list[ShardReport]:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
-        shard = int(self.shards[index])
-        return parse_entry(self.table["entry"][index].as_py(), _path(self._folder, shard))
+        return parse_entry(self._contents[int(index)].as_py(), lambda: _path(self._folder, int(self.shards[index])))
 
     def __iter__(self) -> Iterator[ShardReport]:
         return (self[number] for number in range(len(self)))
@@ -157,24 +158,20 @@ def stored_entries(folder: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _listing(folder: Path) -> NDArray[np.int64]:
     """Shard, time and size of each entry's file, (N, 3), by shard."""
+    asked_ns, found = time.time_ns(), list[tuple[str, int, int]]()
     with suppress(FileNotFoundError), os.scandir(folder) as files:
-        found = [(int(file.name[:-5]), _stamp(file)) for file in files if _is_entry(file.name)]
-        listed = np.array([(shard, *stamp) for shard, stamp in found if stamp], np.int64).reshape(-1, 3)
-        return listed[np.argsort(listed[:, 0])]
-    return np.empty((0, 3), np.int64)
+        for file in files:
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                status = file.stat()
+                found.append((file.name, status.st_mtime_ns, status.st_size))
+    listed = np.array([(int(name[:-5]), *stamp) for name, *stamp in found if is_entry(name)], np.int64).reshape(-1, 3)
+    listed[asked_ns - listed[:, 1] <= _STILL_CHANGING_NS, 1] = -1
+    return listed[np.argsort(listed[:, 0])]
 
 
-def _is_entry(name: str) -> bool:
+def is_entry(name: str) -> bool:
+    """Whether a file in `manifest/STAGE` is an entry, by its name."""
     return name.endswith(".json") and name[:-5].isdecimal()
-
-
-def _stamp(file: os.DirEntry[str]) -> tuple[int, int] | None:
-    try:
-        status = file.stat()
-    except FileNotFoundError:  # deleted since it was listed
-        return None
-    is_settled = time.time_ns() - status.st_mtime_ns > _STILL_CHANGING_NS
-    return status.st_mtime_ns if is_settled else -1, status.st_size
 
 
 def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Table:
@@ -192,6 +189,11 @@ def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Ta
 
 
 def _parsed(folder: Path, listed: NDArray[np.int64]) -> pa.Table:
+    batches = (listed[first : first + _BATCH_ROWS] for first in range(0, len(listed), _BATCH_ROWS))
+    return pa.concat_tables([_SCHEMA.empty_table(), *(_parsed_batch(folder, batch) for batch in batches)])
+
+
+def _parsed_batch(folder: Path, listed: NDArray[np.int64]) -> pa.Table:
     rows = []
     for shard, mtime_ns, file_bytes in listed.tolist():
         path = _path(folder, shard)

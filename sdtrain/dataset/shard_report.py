@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,20 +58,24 @@ class ShardReport(BaseModel):
         return self
 
 
-def parse_entry(content: bytes, path: Path) -> ShardReport:
+def parse_entry(content: bytes, path: Path | Callable[[], Path]) -> ShardReport:
     """Parses an entry; `path` is for messages. UserError if another version wrote it, or it is damaged."""
     try:
         entry = ShardReport.model_validate_json(content)
     except ValidationError as error:
         raise UserError(
-            f"{path} is not a manifest entry that this version can read; delete it to redo the shard."
+            f"{_path(path)} is not a manifest entry that this version can read; delete it to redo the shard."
         ) from error
     if entry.schema_version != SCHEMA_VERSION:
         raise UserError(
-            f"{path} has schema version {entry.schema_version}, this sdtrain reads {SCHEMA_VERSION}. "
+            f"{_path(path)} has schema version {entry.schema_version}, this sdtrain reads {SCHEMA_VERSION}. "
             "Use the sdtrain that wrote it, or build into another --output."
         )
     return entry
+
+
+def _path(path: Path | Callable[[], Path]) -> Path:
+    return path if isinstance(path, Path) else path()
 
 
 def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), weights: Iterable[str] = ()) -> str:
@@ -80,10 +84,14 @@ def fingerprint(stage: str, config: Any, inputs: Iterable[ShardReport] = (), wei
     `stage` is name and version ("score/1"), which a renamed stage keeps because finished datasets record the digest;
     `inputs` are the entries of the shards read, `weights` the models' digests.
     """
-    described = {
-        "stage": stage,
-        "config": config,
-        "inputs": [{name: output.sha256 for name, output in entry.outputs.items()} for entry in inputs],
-        "weights": list(weights),
-    }
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    # The digest of one JSON object with sorted keys, which is not held whole: `inputs` may be of 100,000 shards.
+    digest = hashlib.sha256(f'{{"config": {_json(config)}, "inputs": ['.encode())
+    for number, entry in enumerate(inputs):
+        files = {name: output.sha256 for name, output in entry.outputs.items()}
+        digest.update(f"{', ' if number else ''}{_json(files)}".encode())
+    digest.update(f'], "stage": {_json(stage)}, "weights": {_json(list(weights))}}}'.encode())
+    return digest.hexdigest()
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -19,21 +19,25 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry, require_entry, selected_shards
+from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.tables.carried import carried_columns
+from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
 """Columns of the images tables that travel with the sample."""
+CARRIED = "carried"
+"""The plan's struct of a user's own columns, if the selection carries some; they travel too."""
 SHORT = b"sdtrain.short_shards"
 """In the metadata of decisions.parquet, JSON: the number of samples each packed shard has lost since."""
 
 _ORDER = "md5(d.uid || $seed), d.uid"
 # One pass over the tables for all packed shards, as each draws from nearly all image shards.
 _PLAN = f"""
-SELECT d.shard, {", ".join(f"i.{name}" for name in PROVENANCE)}, i.extension, i.picture_offset, i.picture_bytes
-FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid
+SELECT d.shard, {", ".join(f"i.{name}" for name in PROVENANCE)}, i.extension, i.picture_offset, i.picture_bytes{{own}}
+FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid {{selection}}
 WHERE d.reason IS NULL ORDER BY {_ORDER}
 """  # noqa: S608 - the names are constants
 _PLACES = f"""
@@ -84,8 +88,8 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     """The number of packed shards, from the manifest alone; None before the decisions."""
     decided = read_entry(dataset, "decide", 0)
     # After removals there may be more shards than the samples would fill.
-    recorded = dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json")
-    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), len(list(recorded))) if decided else None
+    recorded = num_entries(dataset, "pack")
+    return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), recorded) if decided else None
 
 
 def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
@@ -127,7 +131,8 @@ def _plan(dataset: DatasetDir, config: PackConfig) -> Path:
 
 
 def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
-    values = {
+    plan, values = _query(dataset)
+    values |= {
         "decisions": str(dataset.decisions),
         "images": [str(dataset.images_table(shard)) for shard in selected_shards(dataset)],
         "seed": str(config.seed),
@@ -142,11 +147,23 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"
         try:
             # No user input is interpolated: the digest is hexadecimal.
-            written = f"COPY ({_PLAN}) TO $target ({options}, KV_METADATA {{'{_DIGEST.decode()}': '{digest}'}})"
+            written = f"COPY ({plan}) TO $target ({options}, KV_METADATA {{'{_DIGEST.decode()}': '{digest}'}})"
             connection.execute(written, values)
         except duckdb.Error as error:
             raise_if_disk_full(error, dataset.pack_plan)
             raise UserError(_unreadable(dataset, error)) from error
+
+
+def _query(dataset: DatasetDir) -> tuple[str, dict[str, Any]]:
+    """Returns the plan's SQL, with a struct of the carried columns if there are any, and the values of their tables."""
+    selections = [dataset.selection(shard) for shard in selected_shards(dataset)]
+    names = carried_columns(selections[0]) if selections else []
+    if not names:
+        return _PLAN.format(own="", selection=""), {}
+    scan = TableColumns(dataset).scan(selections, "selection")
+    # `select.carry` allows no quotes in a name.
+    own = ", ".join(f"'{name}': s.\"{name}\"" for name in names)
+    return _PLAN.format(own=f", {{{own}}} AS {CARRIED}", selection=f"JOIN ({scan.sql}) s ON s.uid = d.uid"), scan.values
 
 
 def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:

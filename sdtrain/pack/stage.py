@@ -27,7 +27,7 @@ from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.dataset.work import WORK
 from sdtrain.download.image_shards import PLACE, image_location
 from sdtrain.errors import UserError
-from sdtrain.pack.plan import PROVENANCE, expected_shards, planned, shard_sizes
+from sdtrain.pack.plan import CARRIED, PROVENANCE, expected_shards, planned, shard_sizes
 
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
 # Far below a process's limit of open files; image shards may far outnumber that limit.
@@ -133,7 +133,7 @@ def write_index(dataset: DatasetDir) -> Path:
 
 
 def _members(row: dict[str, Any], image: bytes) -> dict[str, bytes]:
-    provenance = {name: row[name] for name in PROVENANCE}
+    provenance = {name: row[name] for name in PROVENANCE} | row.get(CARRIED, {})
     return {
         row["extension"]: image,
         "txt": (row["caption"] or "").encode(),

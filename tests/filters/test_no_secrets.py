@@ -57,7 +57,7 @@ WORDS = {
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
     | {"safety_sha256"},
-    "SelectConfig": {"columns", "rules"},
+    "SelectConfig": {"carry", "columns", "rules"},
     "TrainConfig": {"name", "description"},
     "UNetConfig": {"down_block_types", "up_block_types"},
 }

@@ -105,9 +105,10 @@ class ManifestCopy:
             return
         may_write()
         found = self._list(may_delete=True)
-        if not self.has_outputs and not self._finds_all_outputs():
+        stages = self._stages()
+        if not self.has_outputs and not all(map(self._finds_outputs, stages)):
             return
-        tables = dict(map(self._store_table, self._stages()))
+        tables = dict(map(self._store_table, stages))
         stale = {name for name in found if _TABLE.fullmatch(name)} - {_table_name(stage) for stage in tables}
         self._store.delete(*stale)
         content = Seal(token=secrets.token_hex(8), tables=tables).model_dump_json()
@@ -149,11 +150,16 @@ class ManifestCopy:
             self._store.put(file, name, digest)
         return stage, SealedTable(sha256=digest, num_bytes=file.stat().st_size, num_entries=num_entries)
 
-    def _finds_all_outputs(self) -> bool:
-        found = self._store.list()
-        entries = (entry for stage in self._stages() for entry in stage_entries(self._dataset.root / _MANIFEST / stage))
-        outputs = (item for entry in entries for item in entry.outputs.items())
-        return all(name in found and found[name].size == output.bytes for name, output in outputs)
+    def _finds_outputs(self, stage: str) -> bool:
+        """Whether the bucket has all outputs of a stage, by a listing of their folders."""
+        entries = stage_entries(self._dataset.root / _MANIFEST / stage)
+        outputs = {name: output.bytes for entry in entries for name, output in entry.outputs.items()}
+        found = {
+            name: seen.size
+            for folder in set(map(listed_with, outputs))
+            for name, seen in self._store.list(folder).items()
+        }
+        return all(found.get(name) == num_bytes for name, num_bytes in outputs.items())
 
     def _follow(self, seal: Seal, may_delete: bool) -> bool:
         """Updates the entries from the sealed tables, if there are other ones here; returns whether that was possible.
@@ -283,6 +289,11 @@ class ManifestCopy:
 def is_entry(name: str) -> bool:
     """Whether a file of a dataset is a manifest entry."""
     return _ENTRY.fullmatch(name) is not None
+
+
+def listed_with(name: str) -> str:
+    """The beginning of a name by which to list a file: its folder, or at the top its own name."""
+    return name[: name.rfind("/") + 1] or name
 
 
 def in_threads(do: Callable[..., None], items: Iterable[object]) -> None:

@@ -20,7 +20,7 @@ from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.local_storage import LocalStorage, Stored
 from sdtrain.dataset.s3.lock import RemoteLock, check_lock_token, current_token, holder
-from sdtrain.dataset.s3.manifest_copy import ManifestCopy, in_threads, is_entry
+from sdtrain.dataset.s3.manifest_copy import ManifestCopy, in_threads, is_entry, listed_with
 from sdtrain.dataset.s3.store import Object, ObjectStore
 from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
 from sdtrain.errors import UserError
@@ -199,7 +199,7 @@ class Mirror(LocalStorage):
 
     def _listed(self, name: str) -> Object | None:
         """An object, as its folder was listed when it was first asked for, and as this process wrote it since."""
-        folder = _folder(name)
+        folder = listed_with(name)
         with self._guard:
             if folder not in self._known:
                 self._known[folder] = self.store.list(folder)
@@ -207,7 +207,7 @@ class Mirror(LocalStorage):
 
     def _note(self, name: str, written: Object | None) -> None:
         with self._guard:
-            known = self._known.get(_folder(name), {})
+            known = self._known.get(listed_with(name), {})
             known.pop(name, None)
             if written:
                 known[name] = written
@@ -224,11 +224,6 @@ class Mirror(LocalStorage):
         with (self.dataset.root / _SYNC_LOCK).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-
-def _folder(name: str) -> str:
-    """What to list for a file: its folder, or itself at the top."""
-    return name[: name.rfind("/") + 1] or name
 
 
 def mirror_of(dataset: DatasetDir) -> Mirror | None:

@@ -27,6 +27,8 @@ _SCHEMA = pa.schema(
         ("columns", pa.dictionary(pa.int32(), pa.string())),
     ]
 )
+Stamp = tuple[int, int]
+"""A file's time in ns since 1970, and its size in bytes."""
 _STAMPED = ("file", "mtime_ns", "bytes")
 _WORTH_WRITING = 256
 _READERS = 16
@@ -51,13 +53,17 @@ class TableColumns:
         self._known = _read(self._file)
         self._num_read = 0
 
-    def groups(self, paths: Sequence[Path]) -> list[list[Path]]:
+    def groups(self, paths: Sequence[Path], may_be_missing: bool = False) -> list[list[Path]]:
         """Splits files into groups with the same columns of the same types; in order.
 
+        `may_be_missing` leaves out files that are not there.
+
         Raises:
-            UserError: a file is missing, or not Parquet.
+            UserError: a file is not Parquet, or missing.
         """
-        columns = self._columns(paths).combine_chunks().dictionary_encode()
+        stamps = [_stamp(str(path), may_be_missing) for path in paths]
+        paths = [path for path, stamp in zip(paths, stamps, strict=True) if stamp]
+        columns = self._columns(paths, [stamp for stamp in stamps if stamp]).combine_chunks().dictionary_encode()
         codes = columns.indices.to_numpy()
         return [[paths[at] for at in np.flatnonzero(codes == code).tolist()] for code in range(len(columns.dictionary))]
 
@@ -78,8 +84,10 @@ class TableColumns:
         with suppress(OSError, UserError), publish(self._file) as temporary:  # only a copy
             pq.write_table(self._known, temporary, compression="zstd")
 
-    def _columns(self, paths: Sequence[Path]) -> pa.ChunkedArray:
-        stamped = _stamped(paths, self._root)
+    def _columns(self, paths: Sequence[Path], stamps: Sequence[Stamp]) -> pa.ChunkedArray:
+        names = [str(path)[len(str(self._root)) + 1 :] for path in paths]
+        times, sizes = np.array(stamps, np.int64).reshape(-1, 2).T.copy()
+        stamped = pa.table([pa.array(names, pa.string()), pa.array(times), pa.array(sizes)], _STAMPED)
         places = self._places(stamped)
         unread = np.flatnonzero(places < 0)
         if len(unread):
@@ -104,18 +112,12 @@ class TableColumns:
         return pa.concat_tables([self._known.filter(former), read]).unify_dictionaries().combine_chunks()
 
 
-def _stamped(paths: Sequence[Path], root: Path) -> pa.Table:
-    """Name in the dataset, time and size of each file."""
-    texts = list(map(str, paths))
-    stamps = np.array([_stamp(path) for path in texts], np.int64).reshape(-1, 2)
-    names = [text[len(str(root)) + 1 :] for text in texts]
-    return pa.table([pa.array(names, pa.string()), *map(pa.array, np.ascontiguousarray(stamps.T))], _STAMPED)
-
-
-def _stamp(path: str) -> tuple[int, int]:
+def _stamp(path: str, may_be_missing: bool) -> Stamp | None:
     try:
         status = os.stat(path)  # noqa: PTH116 - a `Path` costs as much as the call
     except OSError as error:
+        if may_be_missing:
+            return None
         raise _unreadable(path, error) from error
     return status.st_mtime_ns, status.st_size
 

@@ -44,7 +44,7 @@ class Captions:
         except (ValueError, RecursionError):
             self._skipped.add("JSON that cannot be read, taken for no caption", name)
             return None
-        return self.of(content) if isinstance(content, dict) else None
+        return self.of(content, name) if isinstance(content, dict) else None
 
     def read(self, path: Path, name: str) -> str | None:
         """The caption in a file."""
@@ -56,12 +56,14 @@ class Captions:
             return None
         return self.parse(body, path.suffix[1:].lower(), name)
 
-    def of(self, content: Mapping[str, Any]) -> str | None:
-        """The caption in a row or a JSON object: the first of a list."""
+    def of(self, content: Mapping[str, Any], name: str) -> str | None:
+        """The caption in a row or a JSON object, in the file or row `name`: the first of a list."""
         key = self.key(list(content))
         value = content[key] if key is not None else None
         if isinstance(value, Sequence) and not isinstance(value, str | bytes):
             value = next((item for item in value if isinstance(item, str) and item.strip()), None)
+        if isinstance(value, bytes):
+            value = self._decoded(value, name)
         return value.strip() if isinstance(value, str) else None
 
     def key(self, names: Sequence[str]) -> str | None:
@@ -73,17 +75,15 @@ class Captions:
     def rows(self, path: Path, folder: str, name: str) -> Iterator[tuple[str, str]]:
         """The files, relative to the source, and their captions in a metadata file of a folder.
 
-        UserError if it has no column of file names or of captions, or cannot be read at all.
+        UserError if it cannot be read at all.
         """
-        for number, row in enumerate(self._rows(path, name), start=1):
+        for row in self._rows(path, name):
             key = _first(_FILE_NAMES, list(row))
             if key is None or self.key(list(row)) is None:
-                wanted = self._source.columns.get("caption") or " or ".join(CAPTION_NAMES[:2])
-                raise UserError(
-                    f"{path}, row {number}, needs file_name and {wanted}; it has {', '.join(map(str, row))}. Name the "
-                    "column of the captions: --columns caption=NAME."
-                )
-            caption, file = self.of(row), posixpath.normpath(posixpath.join(folder, str(row[key])))
+                shown = f"{name}: {', '.join(map(str, row))}"
+                self._skipped.add("rows of metadata without file_name and a caption (--columns caption=NAME)", shown)
+                continue
+            caption, file = self.of(row, name), posixpath.normpath(posixpath.join(folder, str(row[key])))
             if file.startswith(("../", "/")):
                 self._skipped.add("files named by metadata that lie outside the source", f"{name}: {file}")
             elif caption is not None:
@@ -125,8 +125,12 @@ class Captions:
         try:
             return body.decode(encoding)
         except UnicodeDecodeError:
-            self._skipped.add(f"captions that are not {encoding}, taken for none (--encoding names another)", name)
+            self.skip_undecodable(name, encoding)
             return None
+
+    def skip_undecodable(self, name: str, encoding: str = "utf-8") -> None:
+        """Counts a caption that is not in its encoding."""
+        self._skipped.add(f"captions that are not {encoding}, taken for none (--encoding names another)", name)
 
 
 def _table_rows(path: Path, captions: Captions) -> Iterator[dict[str, Any]]:
@@ -136,8 +140,24 @@ def _table_rows(path: Path, captions: Captions) -> Iterator[dict[str, Any]]:
             wanted = [name for name in (_first(_FILE_NAMES, names), captions.key(names)) if name is not None]
             for batch in file.iter_batches(_BATCH_ROWS, columns=wanted):
                 yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def caption_rows(batch: pa.RecordBatch, captions: Captions, name: str) -> Iterator[str | None]:
+    """The captions of a batch of rows of the table `name`, whose text may be anything."""
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check text that it reads
+        if len(batch) > 1:
+            for number in range(len(batch)):
+                yield from caption_rows(batch.slice(number, 1), captions, name)
+        else:
+            captions.skip_undecodable(name)
+            yield None
+        return
+    for row in rows:
+        yield captions.of(row, name)
 
 
 def names_files(path: Path) -> bool:

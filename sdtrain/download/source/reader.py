@@ -98,8 +98,9 @@ class SourceReader:
     def _open(self, place: Place) -> IO[bytes]:
         """Opens a source's file; FetchError if it is gone, is no file, leads elsewhere, or has another size."""
         path = self._path(place)
-        if not self._request.follow_links and not stays_inside(str(path), self._root):
-            raise FetchError("source_unreadable", "a link that leads out of the source")
+        outside = not Path(os.path.normpath(path)).is_relative_to(self._root)
+        if outside or not (self._request.follow_links or stays_inside(str(path), self._root)):
+            raise FetchError("source_unreadable", "it lies outside the source")
         try:
             # Without waiting for the writer of a pipe.
             file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import SourceConfig
 from sdtrain.download.http.failures import FetchError
-from sdtrain.download.source.captions import Captions
+from sdtrain.download.source.captions import Captions, caption_rows
 from sdtrain.errors import UserError
 
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo", "image_bytes", "bytes")
@@ -80,13 +80,16 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def read_captions(path: Path, table: ImageTable, captions: Captions) -> Iterator[str | None]:
-    """The caption of each row."""
+    """The caption of each row; UserError if the file is damaged."""
     if table.caption is None:
         yield from (None for _ in range(table.num_rows))
         return
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(_CAPTION_ROWS, columns=[table.caption]):
-            yield from map(captions.of, batch.select([table.caption]).to_pylist())
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_CAPTION_ROWS, columns=[table.caption]):
+                yield from caption_rows(batch, captions, path.name)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 class TableImages:

@@ -62,7 +62,7 @@ class TarImages:
                     if self._is_wanted(info):
                         self._add(sample, extension, tar, info)
                 self._check_end(tar)
-        except (tarfile.TarError, OSError, ValueError) as error:
+        except (tarfile.TarError, OSError, ValueError, ArithmeticError, RecursionError) as error:
             self._skipped.add("tars damaged or cut short, read up to there", f"{self._name}: {error}")
         yield from self._images(sample)
 

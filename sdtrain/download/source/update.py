@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,11 @@ def _compare(
     scan: Scan,
     known: list[Path],
 ) -> Update:
-    connection.execute(_NOW, {"found": str(scanner.found), "named": str(scanner.named)})
+    named = {"named": str(scanner.named)}
+    connection.execute(_NOW, {"found": str(scanner.found), **named})
+    connection.execute(
+        "CREATE TABLE named AS SELECT source_file FROM read_parquet($named)", {"named": str(scanner.named)}
+    )
     rows = "read_parquet($known)" if known else "now WHERE false"
     connection.execute(
         f"CREATE TABLE known AS SELECT {_COLUMNS} FROM {rows}",  # noqa: S608 - names are from here
@@ -118,7 +122,7 @@ def _compare(
             f"{dataset} was imported from another source: none of its {num_known:,} images is in {source.path}, such "
             f"as {missing.urls[0]}. Choose another --output, and train on both (`data.sources`)."
         )
-    skipped = scan.skipped.remarks()
+    skipped = [*scan.skipped.remarks(), *_of_captions(connection)]
     new = "SELECT number, url FROM now ANTI JOIN known USING (url)"
     num_new = _count(connection, new)
     if num_new:
@@ -131,6 +135,16 @@ def _compare(
             write_catalogue(temporary, batches, first, remarks)
         push_files(dataset, path)
     return Update(num_new, num_known, missing, _named(connection, _CHANGED), skipped)
+
+
+def _of_captions(connection: duckdb.DuckDBPyConnection) -> Iterator[str]:
+    """Sentences about images without captions, and captions without images."""
+    without = _named(connection, "SELECT url FROM now WHERE coalesce(caption, '') = ''")
+    if without.number:
+        yield f"images without a caption (--require-caption drops them): {without}"
+    lost = _named(connection, "SELECT source_file AS url FROM named ANTI JOIN now USING (source_file)")
+    if lost.number:
+        yield f"files named by metadata that are not there: {lost}"
 
 
 def _named(connection: duckdb.DuckDBPyConnection, query: str) -> Named:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,8 +87,12 @@ class Walk:
             self._skipped.add("folders that cannot be read", f"{path or '.'}: {error.strerror}")
             return folder, []
         for entry in entries:
-            with suppress(FileNotFoundError):
+            try:
                 self._sort_in(entry, folder, subfolders)
+            except FileNotFoundError:  # just now
+                continue
+            except OSError:
+                self._skipped.add("files that cannot be read", folder.join(entry.name))
         return folder, subfolders
 
     def _sort_in(self, entry: os.DirEntry[str], folder: Folder, subfolders: list[str]) -> None:

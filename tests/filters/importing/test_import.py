@@ -133,6 +133,7 @@ def test_what_is_passed_over_is_named_and_recorded(mixed):
         "captions that are not utf-8, taken for none (--encoding names another): 1 (latin.txt)",
         "lines of metadata that are no JSON object: 1 (hub/metadata.jsonl, line 2)",
         "files that are neither images nor captions: 1 (notes.md)",
+        "images without a caption (--require-caption drops them): 4 (import://my-photos/again.jpg, import://my-photos/dam",
     ):
         assert sentence in skipped
     recorded = remarks(dataset, read_recipe(dataset), STAGES)
@@ -238,10 +239,12 @@ def test_tables_of_captions_beside_the_images(tmp_path):
     source = write_files(
         tmp_path / "in",
         {
-            "csv/metadata.csv": '\ufefffile_name,text\na.jpg,"two\nlines, quoted"\n../b.jpg,up\n../../c.jpg,out\n',
+            "csv/metadata.csv": '\ufefffile_name,text\na.jpg,"two\nlines, quoted"\n../b.jpg,up\n'
+            "../../c.jpg,out\ngone.jpg,x\n",
             "csv/a.jpg": jpeg(1),
             "b.jpg": jpeg(2),
             "parquet/c.jpg": jpeg(3),
+            "other/metadata.csv": "picture,label\nd.jpg,4\n",
         },
     )
     table = pa.table({"file_name": ["c.jpg"], "caption": [["", "the first of several", "another"]]})
@@ -249,8 +252,12 @@ def test_tables_of_captions_beside_the_images(tmp_path):
     dataset, update = import_into(tmp_path / "out", source)
     captions = {row["url"].rpartition("/")[2]: row["caption"] for row in image_rows(dataset)}
     assert captions == {"a.jpg": "two\nlines, quoted", "b.jpg": "up", "c.jpg": "the first of several"}
-    lost = "files named by metadata that lie outside the source: 1 (csv/metadata.csv: ../c.jpg)"
-    assert update.skipped == [lost]
+    assert update.skipped == [
+        "files named by metadata that lie outside the source: 1 (csv/metadata.csv: ../c.jpg)",
+        "rows of metadata without file_name and a caption (--columns caption=NAME): 1 (other/metadata.csv: "
+        "picture, label)",
+        "files named by metadata that are not there: 1 (csv/gone.jpg)",
+    ]
 
 
 def test_tars_give_the_captions_and_pixels_that_webdataset_reads(tmp_path):
@@ -305,7 +312,6 @@ def test_what_img2dataset_wrote_is_imported_from_its_tars_with_its_table_passed_
         ({"notes.txt": "x"}, {}, "holds no image that could be imported .the folder is empty"),
         ({"notes.md": "x"}, {}, r"neither images nor captions: 1 \(notes.md\)"),
         ({"a.parquet": "no table"}, {}, "a.parquet cannot be read as Parquet"),
-        ({"metadata.csv": "image,text\na.jpg,x\n", "a.jpg": jpeg(1)}, {}, "needs file_name and caption or text"),
         ({"metadata.csv": b"file_name,text\na.jpg,caf\xe9\n", "a.jpg": jpeg(1)}, {}, "cannot be read as utf-8"),
         ({"table": ["image", "other"]}, {}, "several columns of images: image, other. Choose one: --columns image="),
         ({"table": ["image"]}, {"image": "img"}, "no column img with the bytes of images"),

@@ -12,7 +12,8 @@ from PIL import Image
 
 from filters.search.hits import image_bytes
 from filters.search.search import MAX_PICTURE_BYTES, Search
-from filters.search.server import SearchPage, serve
+from filters.search.server import _TYPES, SearchPage, serve
+from sdtrain.images.decode import IMAGE_EXTENSIONS
 from tests.filters.removal_fixtures import caption_of, copy_of, make_photo
 
 BINARY = {"Content-Type": "application/octet-stream"}
@@ -135,3 +136,7 @@ def test_the_address_takes_connections_from_the_moment_it_is_printed(search, mon
 
     monkeypatch.setattr(uvicorn.Server, "run", connect)
     serve(search, "127.0.0.1", 0, 12)
+
+
+def test_the_page_knows_the_type_of_every_image_that_a_dataset_stores():
+    assert sorted(_TYPES) == sorted(IMAGE_EXTENSIONS)

@@ -1,5 +1,8 @@
 """Blocklists and allowlists, compared with plain Python."""
 
+import hashlib
+import json
+
 import duckdb
 import pytest
 
@@ -8,6 +11,7 @@ from filters.select.metadata_files import find_metadata
 from filters.select.side_inputs import has_side_inputs, identify_side_inputs, load_side_inputs
 from filters.select.sql_functions import host_of, host_sql, register_host_of
 from sdtrain.errors import UserError
+from tests.filters.select.metadata_fixtures import rows_of, select
 from tests.filters.select.side_input_fixtures import (
     HASHES,
     MD5S,
@@ -51,6 +55,50 @@ ENTRIES = {
 def test_a_text_list_drops_its_entries_and_an_allowlist_all_others(tmp_path, metadata, by):
     (tmp_path / "list.txt").write_text("# removed\n\n" + "\n".join(ENTRIES[by]) + "\n# end\n")
     assert blocked(metadata, tmp_path / "list.txt", by) == LISTED
+
+
+@pytest.mark.parametrize("by", ["url", "hash", "uid"])
+def test_a_comment_may_follow_an_entry(tmp_path, metadata, by):
+    (tmp_path / "list.txt").write_text("".join(f"{entry} \t# asked for, 2024 #1\n" for entry in ENTRIES[by]))
+    assert blocked(metadata, tmp_path / "list.txt", by) == LISTED
+
+
+def test_the_fragment_of_a_url_and_the_hashtag_of_a_caption_are_no_comments(tmp_path):
+    rows = [
+        ("https://e.com/a#b", "t"),
+        ("https://e.com/a", "t"),
+        ("https://e.com/c", "sun #sea"),
+        ("https://e.com/c", "sun"),
+    ]
+    write(tmp_path / "metadata" / "a.parquet", URL=[url for url, _ in rows], TEXT=[text for _, text in rows])
+    (tmp_path / "urls.txt").write_text("https://e.com/a#b # the fragment is part of it\n")
+    (tmp_path / "pairs.txt").write_text("# only here\nhttps://e.com/c\tsun #sea\n")
+    for name, by, expected in (("urls", "url", rows[0]), ("pairs", "url_caption", rows[2])):
+        dataset, _ = select(tmp_path, name, allowlists=[{"files": str(tmp_path / f"{name}.txt"), "by": by}])
+        assert [(row["url"], row["caption"]) for row in rows_of(dataset)] == [expected]
+
+
+def test_a_list_of_uids_may_mean_the_metadatas_own_as_datacomps(tmp_path):
+    own = [f"{i:032x}" for i in range(4)]
+    urls = [f"https://e.com/{i}" for i in range(4)]
+    columns = {"url": urls, "text": ["t"] * 4}
+    ours = hashlib.md5(f"{urls[3]}\nt".encode()).hexdigest()
+    (tmp_path / "uids.txt").write_text(f"{own[1].upper()} # theirs\n{ours}\n")
+    lists = {"allowlists": [{"files": str(tmp_path / "uids.txt"), "by": "uid"}]}
+    write(tmp_path / "metadata" / "a.parquet", uid=own, **columns)
+    dataset, report = select(tmp_path, **lists)
+    assert {row["url"]: row["uid"] == ours for row in rows_of(dataset)} == {urls[1]: False, urls[3]: True}
+    assert any("and the metadata's own column uid" in note for note in report.notes)
+    rows = [{"UID": own[i], "url": urls[i], "text": "t"} for i in range(4)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    _, again = select(tmp_path, "text", metadata=str(tmp_path / "a.jsonl"), **lists)
+    assert again.outputs == report.outputs
+    write(tmp_path / "metadata" / "a.parquet", **columns)
+    (tmp_path / "uids.txt").write_text(own[1])
+    with pytest.raises(UserError, match=r"not_allowlisted 4.*sdtrain's uid \(the md5 of URL.*no column uid of its own"):
+        select(tmp_path, **lists)
+    _, report = select(tmp_path, blocklists=lists["allowlists"])
+    assert any("alone: the metadata has no column uid of its own" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("by", ["url", "hash", "uid", "url_caption", "hash computed"])

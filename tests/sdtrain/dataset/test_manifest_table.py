@@ -1,6 +1,9 @@
 """The table of a stage's entries says what their files say, whatever happened to it."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sdtrain.dataset import manifest_table
+from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, require_entries, write_entry
 from sdtrain.dataset.shard_report import Output, ShardReport
@@ -156,3 +160,57 @@ def test_a_shard_that_is_not_finished_is_named(dataset):
     assert list(require_entries(dataset, STAGE, [3, 0])) == [report(3), report(0)]
     with pytest.raises(UserError, match="Shard 00005 of stage 'download' is not finished"):
         list(require_entries(dataset, STAGE, [0, 5]))
+
+
+CONSOLIDATE_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+import pyarrow.parquet as pq
+from sdtrain.dataset import files, manifest_table
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def write_half(table, path, **how):
+    write(table, path, **how)
+    os.truncate(path, Path(path).stat().st_size // 2)
+    die()
+
+def die_at(number):
+    calls = iter(range(number))
+    sync = files._sync
+    files._sync = lambda path: sync(path) if next(calls, None) is not None else die()
+
+write, manifest_table._WORTH_WRITING = pq.write_table, 1
+match sys.argv[2]:
+    case "half written":
+        pq.write_table = write_half
+    case "written":
+        die_at(0)
+    case "renamed":
+        die_at(1)
+manifest_table.stage_entries(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "has_table"), [("half written", False), ("half written", True), ("written", True), ("renamed", True)]
+)
+def test_a_kill_while_the_table_is_written_loses_nothing(dataset, moment, has_table):
+    if has_table:
+        entries(dataset, STAGE)
+        write(dataset, 2, at=LONG_AGO + 60, num_out=1)
+        write(dataset, 5)
+        dataset.manifest_entry(STAGE, 0).unlink()
+    folder = dataset.manifest_entry(STAGE, 0).parent
+    files = {path: path.read_bytes() for path in folder.iterdir()}
+    killed = subprocess.run([sys.executable, "-c", CONSOLIDATE_AND_DIE, str(folder), moment])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(folder.parent.glob(".*.partial"))) == (moment != "renamed")
+    assert table_file(dataset).exists() == (has_table or moment == "renamed")
+    forget_memory()
+    expected = [report(1), report(2, num_out=1), *map(report, (3, 4, 5))] if has_table else list(map(report, range(5)))
+    assert list(entries(dataset, STAGE)) == expected
+    assert {path: path.read_bytes() for path in folder.iterdir()} == files
+    sweep(folder.parent)
+    assert list(folder.parent.glob(".*.partial")) == []

@@ -8,12 +8,14 @@ from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filters.score.preprocess import RequiredViews, preprocess, read_shard
 from sdtrain.dataset.config import PackConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry, write_entry
@@ -21,6 +23,9 @@ from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.dataset.tars import read_samples
 from sdtrain.errors import UserError
+from sdtrain.images.crops import resize_and_crop, seeded_uniform
+from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.loading.image_store import ImageStore
 from sdtrain.pack import plan
 from sdtrain.pack.plan import planned
 from sdtrain.pack.stage import PACK, SourceTars, write_index
@@ -64,6 +69,31 @@ def pack(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
 
 def kept_uids(dataset: DatasetDir) -> list[str]:
     return [row["uid"] for row in pq.read_table(dataset.decisions).to_pylist() if row["reason"] is None]
+
+
+FORMATS = ("avif", "jpg", "webp", "avif", "png", "avif")
+
+
+def test_images_of_every_format_are_read_by_all_later_stages(tmp_path):
+    """An extension sorts before or behind the other members, which moves the places that training reads."""
+    forms = [form.replace("jpg", "jpeg") for form in FORMATS]
+    images = [encoded(scene_image(i), form) for i, form in enumerate(forms)]
+    rows = [Fetched(image, extension=form) for image, form in zip(images, FORMATS, strict=True)]
+    dataset = write_downloads(tmp_path, rows)
+    views = [preprocess(sample, RequiredViews(clip=None, watermark=True)) for sample in read_shard(dataset, 0)]
+    assert not any(view.is_damaged for view in views)
+    write_decisions(dataset, set())
+    pack(dataset, Recipe(samples_per_shard=10))
+    packed = dict(read_samples(dataset.packed_tar(0)))
+    assert sorted(image_extension(members) for members in packed.values()) == sorted(FORMATS)
+    assert sorted(members[image_extension(members)] for members in packed.values()) == sorted(images)
+    store = ImageStore(dataset.root, 64, encoder=None)
+    pixels, everyone = store.buffer(len(FORMATS), 0), np.arange(len(FORMATS))
+    store.fetch(everyone, np.zeros_like(everyone), 0, pixels).require_whole()
+    for read, members in zip(pixels, packed.values(), strict=True):
+        place = seeded_uniform("crop", 0, json.loads(members["json"])["uid"], 0)
+        expected = resize_and_crop(decode_rgb(members[image_extension(members)]), (64, 64), place).pixels
+        assert np.array_equal(read.transpose(1, 2, 0), expected)
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Sizes, negative prompts and image-to-image, against diffusers' pipelines with the same noise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from diffusers import (
 from PIL import Image
 
 from sdtrain.errors import UserError
-from sdtrain.sampling.sampler import SampleSettings
+from sdtrain.sampling.sampler import Sampler, SampleSettings
 from sdtrain.sampling.start_image import open_start_image
 
 PROMPTS, SEEDS = ["a red circle", "a blue square"], [5, 6]
@@ -64,9 +66,16 @@ def test_size_and_negative_prompt_are_those_of_diffusers(sampler, folder, name):
 # Diffusers asks PLMS' second timestep twice wherever it begins, and then begins in the middle of that Heun step; only
 # whole walks agree. test_plms.py has the formulas for the others.
 @pytest.mark.parametrize(
-    ("name", "strength"), [("ddim", 0.5), ("ddim", 0.75), ("dpm", 0.5), ("dpm", 1.0), ("plms", 1.0), ("ddim", 0.1)]
+    ("name", "strength", "size"),
+    [
+        ("ddim", 0.1, (64, 64)),
+        ("ddim", 0.5, (WIDTH, HEIGHT)),
+        ("ddim", 0.75, (64, 64)),
+        ("dpm", 0.5, (WIDTH, HEIGHT)),
+        ("dpm", 1.0, (64, 64)),
+        ("plms", 1.0, (WIDTH, HEIGHT)),
+    ],
 )
-@pytest.mark.parametrize("size", [(64, 64), (WIDTH, HEIGHT)])
 def test_images_from_images_are_those_of_diffusers(sampler, folder, photo, name, strength, size):
     start = open_start_image(photo, strength)
     settings = SampleSettings(3.0, 10, name, 16, "a green star", *size, start)
@@ -136,3 +145,9 @@ def test_a_start_image_that_is_none_is_a_sentence(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UserError, match=r"text\.png is no image that can be read"):
         open_start_image(tmp_path / "text.png")
+
+
+def test_a_models_own_size_may_be_no_square(sampler):
+    wide = Sampler(replace(sampler._networks, latent_size=[HEIGHT // 8, WIDTH // 8]))
+    plain = wide.sample(PROMPTS, SEEDS, SampleSettings(num_steps=2))
+    assert_alike(plain, sampler.sample(PROMPTS, SEEDS, SampleSettings(num_steps=2, width=WIDTH, height=HEIGHT)))

@@ -38,6 +38,7 @@ def start_flow(server, given: dict[str, object], work: Path, log: Path) -> subpr
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "PREFECT_"))}
     environment |= {"PREFECT_HOME": str(log.with_name("prefect")), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     environment |= {"SDTRAIN_LOCK_EXPIRY_S": "3", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment |= {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}  # on a busy machine it takes its time
     command = [sys.executable, str(script), json.dumps(given | {"work_dir": str(work)})]
     with log.open("ab") as file:
         process = subprocess.Popen(

@@ -73,13 +73,21 @@ class ProxyServer:
         if method == "CONNECT":
             writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         else:
-            path = target[target.index("/", 8) :]
-            kept = [line for line in head.split(b"\r\n")[1:] if not line.startswith(b"Proxy-")]
-            upstream[1].write(b"\r\n".join([f"{method} {path} HTTP/1.1".encode(), *kept]))
+            upstream[1].write(_for_origin(head))
+        sent = _pipe(reader, upstream[1]) if method == "CONNECT" else self._requests(reader, upstream[1])
         try:
-            await asyncio.gather(_pipe(reader, upstream[1]), _pipe(upstream[0], writer))
+            await asyncio.gather(sent, _pipe(upstream[0], writer))
         finally:
             upstream[1].close()
+
+    async def _requests(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Forwards the further requests of a connection."""
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                self.asked.append(head.split(b" HTTP/")[0].decode())
+                writer.write(_for_origin(head))
+        writer.close()
 
     async def _end(self, server: asyncio.Server) -> None:
         server.close()
@@ -87,6 +95,14 @@ class ProxyServer:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _for_origin(head: bytes) -> bytes:
+    """A request with its path instead of its URL, and without what is for the proxy."""
+    first, *others = head.split(b"\r\n")
+    method, target, version = first.split(b" ")
+    kept = [line for line in others if not line.startswith(b"Proxy-")]
+    return b"\r\n".join([b" ".join([method, target[target.index(b"/", 8) :], version]), *kept])
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -12,6 +12,7 @@ from sdtrain.dataset.config import SourceConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.download.http.failures import FetchError
 from sdtrain.download.source import walk
+from sdtrain.download.source.captions import Captions
 from sdtrain.download.source.catalogue import (
     ROWS_PER_GROUP,
     SCHEMA,
@@ -22,7 +23,8 @@ from sdtrain.download.source.catalogue import (
     write_catalogue,
 )
 from sdtrain.download.source.reader import SourceReader, SourceRequest
-from sdtrain.download.source.tables import TableImages
+from sdtrain.download.source.tables import TableImages, open_table, read_captions
+from sdtrain.download.source.tars import TarImages
 from sdtrain.download.source.update import update_catalogues
 from sdtrain.errors import UserError
 
@@ -86,6 +88,18 @@ def test_a_file_that_is_not_as_it_was_listed_has_a_reason(tmp_path):
         "empty.jpg": "empty_body",
         "large.jpg": "too_large",
     }
+
+
+@pytest.mark.parametrize("follow_links", [False, True])
+@pytest.mark.parametrize("name", ["../secret.jpg", "/etc/passwd", "x/../../secret.jpg"])
+def test_a_list_that_was_tampered_with_reads_nothing_outside_the_source(tmp_path, name, follow_links):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    schema = pa.schema([field for field in SCHEMA if field.name != "sdtrain_source_row"])
+    batch = pa.RecordBatch.from_pylist([{"url": "import://in/a.jpg", "source_file": name}], schema)
+    write_catalogue(tmp_path / "00000.parquet", [batch], first_row=0, remarks=[])
+    request = SourceRequest(path=tmp_path / "in", catalogues=tmp_path, follow_links=follow_links, max_bytes=LIMIT)
+    assert reason(SourceReader(request), {"import://in/a.jpg": 0}, "a.jpg") == "source_unreadable"
 
 
 def test_links_that_lead_out_are_read_if_asked_for(tmp_path):
@@ -189,3 +203,27 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_listed(tmp_pat
         "files that cannot be read: 1 (locked.jpg)",
         "folders that cannot be read: 1 (shut: Permission denied)",
     ]
+
+
+def test_text_of_a_table_that_is_no_utf8_costs_its_own_row(tmp_path):
+    raw = pa.array([b"good", b"caf\xe9", b"good too"])
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    pq.write_table(pa.table({"image": pa.array([b"1", b"2", b"3"]), "text": text}), tmp_path / "t.parquet")
+    skipped = walk.Skipped()
+    source = SourceConfig(path=str(tmp_path), name="in")
+    captions = Captions(source, skipped)
+    table = open_table(tmp_path / "t.parquet", source, captions)
+    assert list(read_captions(tmp_path / "t.parquet", table, captions)) == ["good", None, "good too"]
+    assert skipped.remarks() == [
+        "captions that are not utf-8, taken for none (--encoding names another): 1 (t.parquet)"
+    ]
+
+
+def test_a_tar_of_garbage_is_named_and_holds_no_image(tmp_path):
+    (tmp_path / "t.tar").write_bytes(b"\xff" * 5000)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    skipped = walk.Skipped()
+    for name in ("t.tar", "empty.tar"):
+        images = TarImages(tmp_path / name, name, Captions(SourceConfig(path=".", name="in"), skipped), skipped)
+        assert list(images) == []
+    assert skipped.counts == {"tars damaged or cut short, read up to there": 2}
