@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,11 +19,20 @@ from sdtrain.dataset.stage import clear_leftovers, run_batch
 from sdtrain.errors import UserError
 from sdtrain.settings import parse_settings
 
+_COMPARISON = re.compile(r"\s*([^<>=!]+?)\s*(?:=\s*)?((?:[<>]=?|[=!]=).+)")
+
 
 def parse_rules(texts: Iterable[str]) -> dict[str, Any]:
-    """Parses `name=value` texts into a recipe's rules, with values as in YAML; raises `UserError` for another form."""
+    """Parses texts into a recipe's rules: `name=value`, with values as in YAML, or `name<=2` for a carried column.
+
+    UserError for another form.
+    """
     rules = {}
     for text in texts:
+        compared = _COMPARISON.fullmatch(text)
+        if compared:
+            rules[compared[1]] = compared[2].strip()
+            continue
         name, equals, value = text.partition("=")
         try:
             rules[name.strip()] = yaml.safe_load(value)

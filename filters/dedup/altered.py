@@ -55,9 +55,13 @@ class _Stored:
     def entries(self, plane: str) -> Entries:
         """Returns the signatures of a plane."""
         folder, num = self.columns.folder, self.columns.num
-        views = [np.memmap(folder / view, np.uint8, "r", shape=(num, SIGNATURE_BYTES)) for view in self.planes[plane]]
-        known = np.memmap(folder / f"{plane}-known", np.bool_, "r", shape=(num,))
-        return Entries(known, tuple(views), self.columns.words("pixels0"))
+        # As plain arrays, which are quicker in small pieces.
+        views = [
+            np.asarray(np.memmap(folder / view, np.uint8, "r", shape=(num, SIGNATURE_BYTES)))
+            for view in self.planes[plane]
+        ]
+        known = np.asarray(np.memmap(folder / f"{plane}-known", np.bool_, "r", shape=(num,)))
+        return Entries(known, tuple(views), np.asarray(self.columns.words("pixels0")))
 
     def are_copies(self, limits: Limits, pairs: Pairs) -> NDArray[np.bool_]:
         """Returns (P,): whether the miniatures of each pair are of altered copies.
@@ -119,8 +123,13 @@ def _batched(proposed: Iterator[Pairs], components: Components) -> Iterator[Pair
 
 
 def _merged(pieces: list[Pairs]) -> Pairs:
-    ones, others, mirrored = zip(*pieces, strict=True)
-    return Pairs(np.concatenate(ones), np.concatenate(others), np.concatenate(mirrored))
+    """Returns each pair once, whichever of its images comes first."""
+    ones, others, mirrored = (np.concatenate(values) for values in zip(*pieces, strict=True))
+    low, high = np.minimum(ones, others), np.maximum(ones, others)
+    order = np.lexsort((mirrored, high, low))
+    in_order = low[order], high[order], mirrored[order]
+    new = np.concatenate([[True], np.any([values[1:] != values[:-1] for values in in_order], axis=0)])
+    return Pairs(*in_order).chosen(new)
 
 
 def _pieces(pairs: Pairs) -> Iterator[Pairs]:

@@ -24,10 +24,10 @@ _CHROMA_LEVELS, _CHROMA_AGREEMENT = (7.0, 10.0), 0.9
 # Mean differences beyond which nothing else is compared: 99 of 100 copies cropped anywhere by 5 % have 5.2 and 8.0.
 _MAX_CHROMA_MEAN, _MAX_LUMA_MEAN = 7.0, 8.0
 # A moved copy: its edges, of this slope and more, agree as well; a share of the pixels are edges, and details match.
-_EDGE_SLOPE, _EDGE_AGREEMENT, _LEAST_EDGES, _LEAST_DETAIL = 4.0, 0.85, 0.02, 0.6
+_EDGE_SLOPE, _EDGE_AGREEMENT, _LEAST_EDGES, _LEAST_DETAIL = 4.0, 0.88, 0.02, 0.6
 _LEAST_OVERLAP, _MAX_BOTH_WAYS = 0.7, 0.05
 # An overlaid copy: what is not equal is nearly always brighter, or nearly always darker, and is no more than half.
-_OVERLAY_BOTH_WAYS, _OVERLAY_AGREEMENT = 0.02, 0.5
+_OVERLAY_BOTH_WAYS, _OVERLAY_AGREEMENT = 0.003, 0.5
 # Added to variances, so that the noise of compression is no detail (levels squared).
 _DETAIL_NOISE, _EXTREME_NOISE = 2.0, 10.0
 

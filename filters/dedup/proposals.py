@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
     others: Nodes
     mirrored: NDArray[np.bool_]
 
-    def chosen(self, rows: NDArray[np.bool_] | slice) -> Pairs:
+    def chosen(self, rows: NDArray[np.bool_ | np.intp] | slice) -> Pairs:
         """Returns some of the pairs."""
         return Pairs(self.ones[rows], self.others[rows], self.mirrored[rows])
 
@@ -127,12 +127,16 @@ def _neighbours(entries: Entries, rows: Words) -> Iterator[tuple[Words, Words]]:
     for start in range(0, len(rows) - 1, _ROWS_IN_CACHE):
         piece = rows[start : start + _ROWS_IN_CACHE + 1] >> np.uint64(32)
         at, distance = start + np.flatnonzero(piece[1:] == piece[:-1]), 1
+        found = list[tuple[Words, Words]]()
         while len(at) and distance <= _MAX_NEIGHBOURS:
             same = (rows[at] ^ rows[at + distance]) >> np.uint64(32) == 0
             at = at[same]
-            yield rows[at], rows[at + distance]
+            found.append((rows[at], rows[at + distance]))
             distance += 1
             at = at[: np.searchsorted(at, len(rows) - distance)]
+            if sum(len(ones) for ones, _ in found) >= _ROWS_IN_CACHE or not len(at) or distance > _MAX_NEIGHBOURS:
+                yield np.concatenate([ones for ones, _ in found]), np.concatenate([others for _, others in found])
+                found = []
 
 
 def _similar(entries: Entries, rows: Words, other_rows: Words, table: int, num_bits: int) -> Pairs:
@@ -143,9 +147,9 @@ def _similar(entries: Entries, rows: Words, other_rows: Words, table: int, num_b
     compared = (nodes != other_nodes) & ((views != other_views) | (views == 0))
     views, nodes, other_views, other_nodes = (v[compared] for v in (views, nodes, other_views, other_nodes))
     differing = _words(entries, views, nodes) ^ _words(entries, other_views, other_nodes)
-    near = np.bitwise_count(differing).sum(axis=1) <= _MAX_DIFFERING_BITS
+    near = np.flatnonzero(np.bitwise_count(differing).sum(axis=1) <= _MAX_DIFFERING_BITS)
     for earlier in range(table):
-        near &= _keys(differing.view(np.uint8), earlier, num_bits) != 0
+        near = near[_keys(differing[near].view(np.uint8), earlier, num_bits) != 0]
     mirrored = (views == 1) != (other_views == 1)
     return Pairs(nodes, other_nodes, mirrored).chosen(near)
 

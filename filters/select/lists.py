@@ -16,7 +16,8 @@ from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
 from filters.select.locations import PARQUET, find_files, is_parquet
 from filters.select.metadata_files import prepare, read_footers
-from filters.select.schema import OWN_UID, MetadataFile, check_hashes, normalised_sql, quoted
+from filters.select.named_columns import OWN_UID
+from filters.select.schema import MetadataFile, check_hashes, normalised_sql, quoted
 from filters.select.sql_functions import (
     UID,
     URL_CAPTION,

@@ -17,7 +17,8 @@ from filters.rules import RULES, active_rules
 from filters.select.faults import first_line
 from filters.select.httpfs import is_remote, load_remote
 from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without_texts_beside_parquet
-from filters.select.schema import MetadataFile, describe_file, find_carried, map_columns, turn_sizes
+from filters.select.named_columns import find_carried, map_columns
+from filters.select.schema import MetadataFile, describe_file, turn_sizes
 from filters.select.text_files import describe_text, is_text
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets

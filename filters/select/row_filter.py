@@ -20,16 +20,9 @@ from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
 from filters.select.faults import fault
 from filters.select.metadata_files import prepare
+from filters.select.named_columns import OWN_UID, carried_kinds, find_own_uids
 from filters.select.pushdown import Pushdown
-from filters.select.schema import (
-    OWN_UID,
-    MetadataFile,
-    carried_kinds,
-    check_columns,
-    find_own_uids,
-    normalised_sql,
-    quoted,
-)
+from filters.select.schema import MetadataFile, check_columns, normalised_sql, quoted
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
 from filters.select.text_files import first_bad_line

@@ -195,8 +195,9 @@ def _shard_of(name: str) -> int:
 
 @lru_cache(maxsize=4)
 def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
-    require_entry(dataset, "select", 0)
-    reports = entries(dataset, "select")
+    reports = list(entries(dataset, "select"))  # once: one lists all of its selection's shards
+    if not reports or reports[0].shard != 0:
+        require_entry(dataset, "select", 0)
     dropped, outputs = Counter[str](), dict[str, Output]()
     for report in reports:
         dropped.update(report.dropped)

@@ -40,7 +40,7 @@ def readable(content: bytes, max_pixels: int = sys.maxsize) -> bytes:
 def is_whole(form: str, content: bytes) -> bool:
     """Whether a file of Pillow's format `form` is complete, as far as its decoder would not notice."""
     if form in ("JPEG", "MPO"):
-        return content.find(JPEG_END, first_scan(content)) != -1
+        return content.rfind(JPEG_END, first_scan(content)) != -1  # from behind, where it usually is
     if form == "PNG":
         return PNG_END[4:] in content
     if form == "WEBP":

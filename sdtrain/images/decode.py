@@ -38,6 +38,8 @@ from PIL import (  # by name, or Pillow would look for and import every reader i
 )
 
 from sdtrain.images.completeness import is_whole, readable
+from sdtrain.images.jxl_size import STARTS as JXL_STARTS
+from sdtrain.images.jxl_size import jxl_size
 
 IMAGE_EXTENSIONS = ("jpg", "png", "webp", "avif", "jxl")
 _READERS = (
@@ -48,7 +50,6 @@ _READERS = (
     BmpImagePlugin.BmpImageFile,
     TiffImagePlugin.TiffImageFile,
 )
-JXL_STARTS = (b"\xff\x0a", b"\0\0\0\x0cJXL ")
 _FORMATS = tuple(reader.format for reader in _READERS)
 """Others (SVG, PDF, EPS, ICO ...) are rarely photographs and often dangerous."""
 # Raised by Pillow's readers for damaged bytes, besides OSError; found by damaging files of many formats.
@@ -109,12 +110,22 @@ def open_image(content: bytes) -> Image.Image:
 
 def open_readable(content: bytes) -> Image.Image:
     """`open_image` for a file that `completeness.readable` returned."""
+    if content.startswith(JXL_STARTS) and reads("JXL"):
+        _check_jxl_size(content)
     try:
         return Image.open(io.BytesIO(content), formats=_formats(content))
     except Image.DecompressionBombError as error:
         raise ImageError("too_many_pixels", "more than can be decoded") from error
     except DAMAGED as error:
         raise ImageError("not_an_image", "no header of an image") from error
+
+
+def _check_jxl_size(content: bytes) -> None:
+    size = jxl_size(content)
+    if size is None:
+        raise ImageError("not_an_image", "no header of an image")
+    if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or sys.maxsize):
+        raise ImageError("too_many_pixels", f"{size[0]} x {size[1]}")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from PIL import Image
 
 from sdtrain.images.completeness import is_whole, readable
-from sdtrain.images.decode import JXL_STARTS, ImageError, open_readable, orientation_of, reads
+from sdtrain.images.decode import ImageError, open_readable, orientation_of, reads
+from sdtrain.images.jxl_size import STARTS as JXL_STARTS
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "AVIF": "avif", "JXL": "jxl"}
 _PLAIN = {"JPEG", "MPO", "PNG", "WEBP"}

@@ -44,6 +44,35 @@ def all_fingerprints(dataset: DatasetDir) -> None:
                 stage.fingerprint(dataset, recipe, shard)
 
 
+def serve_metrics_once(dataset: DatasetDir) -> None:
+    from filters.inspect.prometheus import StatusCollector
+
+    assert len(list(StatusCollector([str(dataset.root)]).collect())) > 1
+
+
+def retry(dataset: DatasetDir) -> None:
+    from filters.recipe_record import read_recipe
+    from sdtrain.download.retry import retry_and_count
+
+    assert retry_and_count(dataset, read_recipe(dataset)).num_shards == 0  # nothing has failed: all shards are asked
+
+
+def ask_card(dataset: DatasetDir) -> None:
+    from sdtrain.model_card.records import dataset_facts
+
+    assert dataset_facts(dataset.root).stage_hours
+
+
+def search(dataset: DatasetDir) -> None:
+    """What a search asks of all shards; the index itself is faiss's."""
+    from filters.search.embeddings import embeddings_digest
+    from filters.search.search import by_key, by_words
+
+    embeddings_digest(dataset)
+    assert by_words(dataset, "photograph", 5)
+    assert by_key(dataset, "no key") == []
+
+
 COMMANDS = {
     "build with nothing to do": lambda d: run("build", d.recipe, "--output", d.root),
     "status": lambda d: run("status", d.root),
@@ -53,6 +82,10 @@ COMMANDS = {
     "views": lambda d: run("views", d.root),
     "report": lambda d: run("report", d.root),
     "fingerprints": all_fingerprints,
+    "metrics": serve_metrics_once,
+    "retry": retry,
+    "model card": ask_card,
+    "search": search,
     "remove": remove_ten,
 }
 

@@ -89,6 +89,14 @@ def test_values_are_read_as_yaml_reads_them():
     assert rules == {"min_side": 512, "no_filename_captions": True, "languages": ["en", "de"]}
 
 
+@pytest.mark.parametrize("text", ["num_faces<=2", "num_faces <= 2", "num_faces=<= 2"])
+def test_a_rule_on_a_carried_column_is_written_as_a_comparison(text):
+    assert parse_rules([text]) == {"num_faces": "<= 2" if " 2" in text else "<=2"}
+    assert parse_rules(["num_faces>=1 and < 5", "size==3", "size!=3"]) == {"num_faces": ">=1 and < 5", "size": "!=3"}
+    recipe = Recipe(name="r", select=SelectConfig(carry=["num_faces"]))
+    assert list(with_decide_rules(recipe, parse_rules([text])).decide.rules) == ["num_faces"]
+
+
 @pytest.mark.parametrize(
     ("rule", "sentence"),
     [

@@ -9,6 +9,7 @@ from PIL import Image, ImageOps
 from sdtrain.images import decode
 from sdtrain.images.decode import ImageError, decode_rgb, image_extension
 from sdtrain.images.header import read_header
+from sdtrain.images.jxl_size import jxl_size
 from tests.image_fixtures import encoded, scene_image
 
 FORMS = ("jpeg", "png", "webp", "gif", "tiff", "bmp", "avif")
@@ -146,6 +147,32 @@ Image.register_open("JXL", JXLImageFile, lambda prefix: prefix.startswith(b"\\xf
 """
 
 
+def jxl_head(*fields):
+    """A codestream of numbers, each with its bits, from the lowest up."""
+    value = place = 0
+    for number, bits in fields:
+        value, place = value | number << place, place + bits
+    return b"\xff\x0a" + value.to_bytes(16, "little")
+
+
+JXL_SIZES = {  # by the specification's SizeHeader
+    (256, 256): jxl_head((1, 1), (31, 5), (1, 3)),
+    (40, 16): jxl_head((1, 1), (1, 5), (0, 3), (4, 5)),
+    (160, 90): jxl_head((0, 1), (0, 2), (89, 9), (5, 3)),
+    (7000, 513): jxl_head((0, 1), (1, 2), (512, 13), (0, 3), (1, 2), (6999, 13)),
+    (2**30, 2**30): jxl_head((0, 1), (3, 2), (2**30 - 1, 30), (1, 3)),
+}
+
+
+@pytest.mark.parametrize("size", JXL_SIZES)
+def test_the_size_of_a_jpeg_xl_is_read_without_its_decoder(size):
+    bare = JXL_SIZES[size]
+    start = b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl \0\0\0\0jxl "
+    for content in (bare, start + b"\0\0\0\0jxlc" + bare, start + b"\0\0\0\0jxlp\0\0\0\0" + bare):
+        assert jxl_size(content) == size
+    assert jxl_size(start + bare) is jxl_size(bare[:9]) is None
+
+
 def test_jpeg_xl_is_read_where_pillows_plugin_is_installed(tmp_path, monkeypatch):
     content = b"\xff\x0a" + bytes(range(48))
     with pytest.raises(ImageError, match="other_format: JPEG XL"):
@@ -156,6 +183,9 @@ def test_jpeg_xl_is_read_where_pillows_plugin_is_installed(tmp_path, monkeypatch
     try:
         assert read_header(content, 2**20).extension == "jxl"
         assert decode_rgb(content).tobytes() == bytes(range(48))
+        monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("opened, and so decoded"))
+        with pytest.raises(ImageError, match="too_many_pixels: 1073741824 x 1073741824"):
+            read_header(JXL_SIZES[2**30, 2**30], 2**20)
         with pytest.raises(ImageError, match="not_an_image"):
             decode_rgb(b"\0\0\0\x0cJXL broken")
     finally:
