@@ -95,7 +95,7 @@ def _miniatures(numbers: np.ndarray, mirrored: np.ndarray) -> pa.Array:
     """Means of three of a few thousand noises, which are different for each number."""
     noises = np.random.default_rng(0).integers(0, 256, (_NUM_NOISES, MINIATURE_BYTES), np.uint8)
     chosen = [noises[_random(numbers, stream) % np.uint64(_NUM_NOISES)] for stream in (80, 81, 82)]
-    found = (chosen[0] >> 2) + (chosen[1] >> 2) + (chosen[2] >> 1)
+    found = (chosen[0] >> 2) + (chosen[1] >> 2) + (chosen[2] >> 2) + np.uint8(32)  # about gray
     for plane in planes_of(found):
         plane[mirrored] = plane[mirrored][..., ::-1]
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(MINIATURE_BYTES), len(numbers), [None, pa.py_buffer(found)])
