@@ -34,7 +34,7 @@ from tests.filters.store_fixtures import PASSWORD, PLANTED, QUERY, SPELLINGS, St
 MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.evaluation.protocol")
 LOCATIONS = {
     "DataConfig": {"root"},
-    "DownloadConfig": {"contact"},
+    "DownloadConfig": {"contact", "ca_file"},
     "EncodeConfig": {"vae", "text_encoder"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
@@ -52,6 +52,7 @@ WORDS = {
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
     "DecideConfig": {"rules"},
+    "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "PreviewConfig": {"prompts"},
     "Protocol": {"agreement", "clip_model", "network"},
     "Recipe": {"name", "description", "expected_rows"},
