@@ -107,14 +107,25 @@ def _nothing(columns: Mapping[str, str]) -> str:
 def _over(connection: duckdb.DuckDBPyConnection, groups: list[list[Path]], columns: Mapping[str, str]) -> str:
     if not groups:
         return _nothing(columns)
-    listed = (", ".join(_literal(str(path)) for path in paths) for paths in groups)
-    each = (f"SELECT * FROM read_parquet([{paths}], filename = true)" for paths in listed)  # noqa: S608
-    read = f"SELECT * FROM ({' UNION ALL BY NAME '.join(each)})"  # noqa: S608
-    known = {name for name, *_ in connection.execute(f"DESCRIBE {read}").fetchall()}
+    read, sample = (_read(groups), _read([paths[:1] for paths in groups]))
+    known = {name for name, *_ in connection.execute(f"DESCRIBE {sample}").fetchall()}
     # Files of older versions, and selections of metadata with fewer columns, may lack columns.
     absent = {name: _FROM_FILE.get(name, f'NULL::{kind} AS "{name}"') for name, kind in columns.items()}
     extra = "".join(f", {sql}" for name, sql in absent.items() if name not in known)
     return read.replace("*", f"* EXCLUDE (filename){extra}", 1)
+
+
+def _read(groups: list[list[Path]]) -> str:
+    each = (f"SELECT * FROM read_parquet({_listed(paths)}, filename = true)" for paths in groups)  # noqa: S608
+    return f"SELECT * FROM ({' UNION ALL BY NAME '.join(each)})"  # noqa: S608
+
+
+def _listed(paths: list[Path]) -> str:
+    """SQL for a list of files: one text that is split, as a literal for each takes 6 kB while the view is made."""
+    text = "\n".join(map(str, paths))
+    if text.count("\n") >= len(paths):  # a folder's name holds the separator
+        return f"[{', '.join(_literal(str(path)) for path in paths)}]"
+    return f"string_split({_literal(text)}, chr(10))"
 
 
 def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:

@@ -93,6 +93,14 @@ def test_after_a_move_the_views_follow_when_they_are_written_again(built, tmp_pa
     assert ask(moved.database, "SELECT DISTINCT tar FROM latents") == [[str(moved.latents_tar(0))]]
 
 
+@pytest.mark.parametrize("name", ["two\nlines", "it's [0-9]*, 100 %", "a, b"])
+def test_a_folder_may_have_any_name(built, tmp_path, name):
+    moved = DatasetDir(tmp_path / name)
+    shutil.copytree(built[0].root, moved.root)
+    write_views(moved, built[1])
+    assert ask(moved.database, "SELECT count(*) FROM images") == ask(built[0].database, "SELECT count(*) FROM images")
+
+
 def test_stages_that_have_not_run_give_empty_views_with_the_same_columns(built, tmp_path):
     _, recipe = built
     empty = DatasetDir(tmp_path / "nothing")
