@@ -21,6 +21,7 @@ from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
+from sdtrain.dataset.sync import fetch_if_stored, fetch_outputs
 from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
@@ -157,9 +158,11 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
 def _query(dataset: DatasetDir) -> tuple[str, dict[str, Any]]:
     """Returns the plan's SQL, with a struct of the carried columns if there are any, and the values of their tables."""
     selections = [dataset.selection(shard) for shard in selected_shards(dataset)]
+    fetch_if_stored(dataset, *selections[:1])  # not an input of the stage: only what is carried needs all of them
     names = carried_columns(selections[0]) if selections else []
     if not names:
         return _PLAN.format(own="", selection=""), {}
+    fetch_outputs(dataset, "select", tars=False)
     scan = TableColumns(dataset).scan(selections, "selection")
     # `select.carry` allows no quotes in a name.
     own = ", ".join(f"'{name}': s.\"{name}\"" for name in names)
