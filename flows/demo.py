@@ -129,12 +129,13 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
     from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.model_card import write_card
 
-    memorised = demo.samples / f"memorised-{find_checkpoint(demo.training.path).path.name}"
+    checkpoint = find_checkpoint(demo.training.path).path.name
+    memorised, modified = (demo.samples / f"{what}-{checkpoint}" for what in ("memorised", "modified"))
     evaluated = demo_report.evaluate(demo.training, demo.data)
     write_card(demo.training.path)  # now with the evaluation
     return [
         evaluated,
-        demo_report.modify_image(demo.samples / "model", demo.data, demo.samples),
+        demo_report.modify_image(demo.samples / "model", demo.data, modified),
         demo_report.search(demo.data, demo.root / "search.png"),
         demo_report.look_for_memorised(demo.samples / "model", demo.data, memorised),
     ]

@@ -54,12 +54,18 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
 
 
 def modify_image(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
-    """Images that the model makes from a training image, by other prompts, the more anew the further right."""
-    hits, sheet = Search(data).by_words(_QUESTION, _NUM_HITS), folder / "image-to-image.png"
-    found = next(((image, hit.caption) for hit in hits if (image := image_of(data, hit))), None)
-    if found is None:
-        raise UserError(f"{data.root} holds no image of “{_QUESTION}” to modify. Take more rows.")
-    write_modified(model, *found, sheet)
+    """Images that the model makes from a training image, by other prompts, the more anew the further right.
+
+    Once per folder.
+    """
+    sheet = folder / "image-to-image.png"
+    if not sheet.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        hits = Search(data).by_words(_QUESTION, _NUM_HITS)
+        found = next(((image, hit.caption) for hit in hits if (image := image_of(data, hit))), None)
+        if found is None:
+            raise UserError(f"{data.root} holds no image of “{_QUESTION}” to modify. Take more rows.")
+        write_modified(model, *found, sheet)
     text = (
         "Image-to-image: noise is added to a training image up to one of the last timesteps, and taken away from there "
         "with another prompt. At strength 1 nearly nothing of the image is left."
