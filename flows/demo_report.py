@@ -54,7 +54,7 @@ def search(data: DatasetDir, sheet: Path) -> ImageSection:
 
 
 def modify_image(model: Path, data: DatasetDir, folder: Path) -> ImageSection:
-    """Images that the model makes from a training image, by other prompts, the more anew the further right.
+    """Images that the model makes from a training image, by other prompts; further right less of it stays.
 
     Once per folder.
     """

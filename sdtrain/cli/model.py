@@ -46,7 +46,7 @@ def sample(
         Path | None, typer.Option(help="Begin from this image, resized to cover the size and cropped at its centre.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(help="How much of --image is made anew: above 0 to 1, by default 0.75 of the steps.")
+        float | None, typer.Option(help="How much of --image is redrawn: above 0 to 1, by default 0.75 of the steps.")
     ] = None,
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 7.5,
     steps: Annotated[
@@ -146,7 +146,7 @@ def _start_image(image: Path | None, strength: float | None) -> StartImage | Non
 
     if image is None:
         if strength is not None:
-            raise UserError("--strength says how much of --image is made anew, which is missing.")
+            raise UserError("--strength says how much of --image is redrawn, and --image is missing.")
         return None
     return open_start_image(image) if strength is None else open_start_image(image, strength)
 

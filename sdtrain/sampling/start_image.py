@@ -19,7 +19,7 @@ from sdtrain.images.decode import decode_rgb
 
 @dataclass(frozen=True)
 class StartImage:
-    """An image file, and how much of it is made anew; see `open_start_image`.
+    """An image file, and how much of it is redrawn; see `open_start_image`.
 
     Attributes:
         path: the file.

@@ -72,7 +72,7 @@ class Update:
         if self.missing.number:
             lines.append(f"no longer in the source, kept in the dataset: {self.missing}")
         if self.changed.number:
-            lines.append(f"changed in the source, kept as imported (a new --output takes them anew): {self.changed}")
+            lines.append(f"changed in the source, kept as imported (a new --output takes them in): {self.changed}")
         return [*lines, *self.skipped]
 
 

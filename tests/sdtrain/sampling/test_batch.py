@@ -227,7 +227,7 @@ def test_sizes_seeds_negative_prompt_and_start_image_are_recorded(run, tmp_path)
         (["--steps", "1000"], "cannot be 1000 sampling steps: .* 1 to 999"),
         (["--steps", "1500", "--sampler", "dpm"], "1 to 998"),
         (["--seeds", "0-3", "--seed", "1"], "leave --seed and --per-prompt out"),
-        (["--strength", "0.5"], "made anew, which is missing"),
+        (["--strength", "0.5"], "redrawn, and --image is missing"),
         (["--prompt-column", "text"], "--prompts-file, which is missing"),
         (["--width", "65"], "multiple of 8"),
         (["--seeds", "9-3"], "write ranges and numbers"),
