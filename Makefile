@@ -68,7 +68,7 @@ docs: setup
 	$(BIN)/python -m tests.infra.architecture
 
 # Without eight-bit: where bitsandbytes is installed, diffusers imports it in every process, which takes seconds.
-lock: EXTRAS := remote ray dask wandb semantic server dev
+lock: EXTRAS := remote ray dask wandb semantic credentials server dev
 lock: setup
 	$(BIN)/uv pip compile --quiet --upgrade --python-version 3.11 $(EXTRAS:%=--extra %) --no-annotate --no-header \
 		pyproject.toml --output-file requirements.lock
