@@ -1,0 +1,1 @@
+"""Tests. A package, because one that is installed has this name too and would come first."""
