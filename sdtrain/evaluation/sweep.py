@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
+from sdtrain.evaluation.clean_numbers import CleanNumbers
+from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
 from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
@@ -46,7 +48,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned evaluation; `real` is directory and input of the reference's stage, None for statistics."""
+    """A planned evaluation; `real` is directory and input of the reference's stage, None for statistics.
+
+    `training` looks for its prompts and reference images in the models' training data; None: nobody looks.
+    """
 
     protocol: Protocol
     directory: EvaluationDir
@@ -54,6 +59,7 @@ class Sweep:
     prompts: Prompts
     reference: Reference
     real: tuple[EvaluationDir, ReferenceJob] | None
+    training: TrainingSearch | None = None
 
     def steps(self) -> list[Step]:
         """The steps in order; each skips finished parts."""
@@ -62,6 +68,7 @@ class Sweep:
         steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
         steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
         steps += [self._step(caption_stage, drawings[0])] if self._needs_captions else []
+        steps += self.training.steps() if self.training else []
         for drawing in drawings:
             for scale in self.protocol.scales:
                 at_scale = replace(drawing, scale=scale)
@@ -78,6 +85,7 @@ class Sweep:
             Check("output", lambda: check_writable(self.directory.root)),
             Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
+            *(self.training.checks() if self.training else []),
         ]
 
     def _num_pending(self) -> int:
@@ -90,18 +98,30 @@ class Sweep:
 
     def finish(self) -> Results:
         """Computes and writes numbers and plot, once every step is finished."""
-        metrics = open_metrics(self.protocol, self._real_images())
+        real = self._real_images()
+        metrics = open_metrics(self.protocol, real)
+        found = self.training.found() if self.training else {}
         parts, captions = self.protocol.parts, {}
         if self._needs_captions:
             captions = _arrays([self.directory.captions(part) for part in parts])
         rows = []
         for model in self.models:
+            clean = CleanNumbers(self.protocol, real, found[model.label]) if model.label in found else None
             for scale in self.protocol.scales:
                 drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
                 about = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
-                rows.append(about | numbers(metrics, drawn, captions))
+                measured = numbers(metrics, drawn, captions)
+                without = clean.row(metrics, measured, drawn, captions) if clean else {}
+                rows.append(about | measured | without)
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
-        results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)
+        notes += contamination_notes(found, self.training) if self.training else []
+        results = Results(
+            protocol=self._described(),
+            metrics=descriptions(metrics),
+            notes=notes,
+            rows=rows,
+            contamination={model: each.record for model, each in found.items()},
+        )
         axes = {metric.axis: Axis(metric.name, metric.label) for metric in metrics}
         write_results(self.directory, results, axes.get("x"), axes["y"])
         return results
