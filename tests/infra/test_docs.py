@@ -41,6 +41,7 @@ PREFECT = {
     ("server", "start"): set(),
 }
 """What the tests of a real server say, with the options that they use; test_setup.py asks Prefect for these."""
+PROGRAMS = "prefect|sdtrain|make|deepspeed|torchrun|docker|kubectl|helm|python -m"
 SYSTEM = {"cp", "df", "git", "source", "systemctl", "tail", "tar", "useradd", "for", "ssh", "ray", "sky", "sbatch"}
 
 # Each kind of failure is held by a test that fails, kills or damages for real.
@@ -79,10 +80,7 @@ def commands(page: str) -> Iterator[str]:
         for command in re.findall(r"^\$ ((?:.*\\\n)*.*)", block, re.MULTILINE):
             yield re.sub(r"\s+#.*", "", command.replace("\\\n", " ")).strip()
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    programs = "|".join(
-        ["prefect", "sdtrain", "make", "deepspeed", "torchrun", "docker", "kubectl", "helm", "python -m"]
-    )
-    yield from (" ".join(found.split()) for found in re.findall(rf"`((?:{programs}) [^`]+)`", prose))
+    yield from (" ".join(found.split()) for found in re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", prose))
 
 
 ALL = [(page, command) for page in PAGES for command in commands(page)]
@@ -145,7 +143,7 @@ def check_run(deployment: str, parameters: list[str]) -> None:
 
 
 def check_launcher(rest: list[str]) -> None:
-    """deepspeed and torchrun start training, torchrun a command of ours too."""
+    """Launchers start training; torchrun a command of ours too."""
     if "sdtrain.cli" in rest:
         check_sdtrain(rest[rest.index("sdtrain.cli") + 1 :])
         return
