@@ -54,7 +54,7 @@ WORDS = {
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "PreviewConfig": {"prompts"},
-    "Protocol": {"agreement", "clip_model", "network"},
+    "Protocol": {"agreement", "clip_model", "networks"},
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
     | {"safety_sha256"},
