@@ -121,7 +121,7 @@ def test_what_was_planted_is_found_and_the_numbers_without_it_are_those_of_the_r
 
     kept = [number for number, text in enumerate(sweep.prompts.texts) if text not in IN_TRAINING]
     parts = [sweep.directory.features(sweep.models[0].key, "guidance-2", part) for part in (0, 1)]
-    folder, _ = sweep.real
+    ((folder, _),) = sweep.real
     drawn, real = (read_tensors(files)["features"].numpy() for files in (parts, [folder.reference(0)]))
     expected = FrechetDistance(gaussian_of(real[3:])).to(gaussian_of(drawn[kept]))
     assert row["fid_demo_features_clean"] == pytest.approx(expected)
