@@ -55,7 +55,7 @@ WORDS = {
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused
     "PreviewConfig": {"prompts"},
-    "Protocol": {"agreement", "clip_model", "network"},
+    "Protocol": {"agreement", "clip_model", "networks"},
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
     | {"safety_sha256"},
