@@ -25,7 +25,7 @@ def served(tmp_path):
         port = free.getsockname()[1]
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1"]
-    with open(tmp_path / "log", "w") as log:
+    with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, "--port", str(port)], env=environment, stdout=log, stderr=log)
         try:
             config = EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model=MODEL, concurrency=3)
