@@ -115,9 +115,7 @@ def write_blip(folder: Path, seed: int = 0) -> Path:
         image_text_hidden_size=16,
     )
     model = BlipForConditionalGeneration(config)
-    with torch.no_grad():
-        model.text_decoder.cls.predictions.bias[3] = 1.0
-    model.generation_config.min_new_tokens = 3
+    _spoken(model, range(0), end=3, scale=4)
     model.save_pretrained(folder)
     return folder
 
