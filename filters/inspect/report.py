@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filters import pipeline
+from filters.caption.duplicates import forget_duplicate_texts
 from filters.decide.losses import heavy_losses
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
     """Writes the packed shards' index, the DuckDB views and, if anything changed, the report."""
     forget_plan(dataset)
+    forget_duplicate_texts(dataset)
     write_index(dataset)
     write_views(dataset, recipe)
     newest = max((newest_change_ns(dataset, stage) for stage in recorded_stages(dataset)), default=0)
@@ -46,6 +48,7 @@ def push_rest(dataset: DatasetDir) -> None:
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     """Writes report.html and its images from the dataset's views; raises `UserError` before the build has decisions."""
     # Lazy, so that a build with nothing to do does not wait for matplotlib and jinja2.
+    from filters.inspect.shown_part import narrow
     from sdtrain.report.page import Report, write_report
 
     report = Report(
@@ -55,6 +58,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         limits=limits_of(recipe),
         thresholds=list(rule_thresholds(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
+        narrow=partial(narrow, dataset=dataset, recipe=recipe),
         scores_note=scores_note(recipe),
         warn=partial(heavy_losses, recipe=recipe),
     )

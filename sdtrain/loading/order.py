@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from sdtrain.mixing import mix64
 
 Ints = NDArray[np.int64]
+Shuffle = Callable[[Ints, int, NDArray[np.uint64]], Ints]
+"""(numbers in [0, size), size, keys) -> numbers in [0, size): `permute` or `unpermute`."""
+_Network = Callable[[NDArray[np.uint64], np.uint64, NDArray[np.uint64]], NDArray[np.uint64]]
 _ROUNDS = 8
 
 
@@ -25,6 +29,9 @@ class Order(Protocol):
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
         """The samples at the given offsets of an epoch."""
+
+    def find(self, epoch: int, samples: Ints) -> Ints:
+        """The offsets of samples in an epoch, the inverse of `at`."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,14 @@ class GlobalOrder:
 
     def at(self, epoch: int, offsets: Ints) -> Ints:
         """The samples at the given offsets of an epoch."""
-        return permute(offsets, self.size, round_keys(f"order {self.seed} {epoch}{self.name}"))
+        return permute(offsets, self.size, self._keys(epoch))
+
+    def find(self, epoch: int, samples: Ints) -> Ints:
+        """The offsets of samples in an epoch, the inverse of `at`."""
+        return unpermute(samples, self.size, self._keys(epoch))
+
+    def _keys(self, epoch: int) -> NDArray[np.uint64]:
+        return round_keys(f"order {self.seed} {epoch}{self.name}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,7 @@ class _Layout:
     shards: Ints
     begins: Ints
     windows: Ints
+    keys: NDArray[np.uint64]
 
 
 class BlockOrder:
@@ -74,15 +89,28 @@ class BlockOrder:
     def at(self, epoch: int, offsets: Ints) -> Ints:
         """The samples at the given offsets of an epoch."""
         layout = self._layout(epoch)
+        positions = self._in_windows(epoch, layout, offsets, permute)
+        turns = np.searchsorted(layout.begins, positions, side="right") - 1
+        return self._firsts[layout.shards[turns]] + positions - layout.begins[turns]
+
+    def find(self, epoch: int, samples: Ints) -> Ints:
+        """The offsets of samples in an epoch, the inverse of `at`."""
+        layout = self._layout(epoch)
+        shards = np.searchsorted(self._firsts, samples, side="right") - 1  # empty shards begin where the next does
+        turns = unpermute(shards, len(self._sizes), layout.keys)
+        positions = layout.begins[turns] + samples - self._firsts[shards]
+        return self._in_windows(epoch, layout, positions, unpermute)
+
+    def _in_windows(self, epoch: int, layout: _Layout, offsets: Ints, shuffle: Shuffle) -> Ints:
+        """Applies the permutation of each window, or its inverse, to the offsets in it."""
         windows = np.searchsorted(layout.windows, offsets, side="right") - 1
-        positions = np.empty_like(offsets)
+        shuffled = np.empty_like(offsets)
         for window in np.unique(windows):
             here, begin = windows == window, layout.windows[window]
             end = layout.windows[window + 1] if window + 1 < len(layout.windows) else self.size
             keys = round_keys(f"window {self._seed} {epoch} {window}{self._name}")
-            positions[here] = begin + permute(offsets[here] - begin, int(end - begin), keys)
-        turns = np.searchsorted(layout.begins, positions, side="right") - 1
-        return self._firsts[layout.shards[turns]] + positions - layout.begins[turns]
+            shuffled[here] = begin + shuffle(offsets[here] - begin, int(end - begin), keys)
+        return shuffled
 
     def _lay_out(self, epoch: int) -> _Layout:
         count = len(self._sizes)
@@ -90,7 +118,7 @@ class BlockOrder:
         shards = permute(np.arange(count, dtype=np.int64), count, keys)
         sizes = self._sizes[shards]
         begins = np.cumsum(sizes) - sizes
-        return _Layout(shards, begins, begins[:: self._window])
+        return _Layout(shards, begins, begins[:: self._window], keys)
 
 
 def permute(offsets: Ints, size: int, keys: NDArray[np.uint64]) -> Ints:
@@ -99,10 +127,19 @@ def permute(offsets: Ints, size: int, keys: NDArray[np.uint64]) -> Ints:
     A Feistel network permutes the next power of four; results outside [0, size) walk on along their cycle until they
     are inside (Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
     """
+    return _walk(offsets, size, keys, _feistel)
+
+
+def unpermute(values: Ints, size: int, keys: NDArray[np.uint64]) -> Ints:
+    """The inverse of `permute`: walks the same cycles backwards."""
+    return _walk(values, size, keys, _feistel_back)
+
+
+def _walk(numbers: Ints, size: int, keys: NDArray[np.uint64], network: _Network) -> Ints:
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    values = _feistel(offsets.astype(np.uint64), half_bits, keys)
+    values = network(numbers.astype(np.uint64), half_bits, keys)
     while (outside := values >= size).any():
-        values[outside] = _feistel(values[outside], half_bits, keys)
+        values[outside] = network(values[outside], half_bits, keys)
     return values.astype(np.int64)
 
 
@@ -117,4 +154,12 @@ def _feistel(values: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np.
     left, right = values >> half_bits, values & mask
     for key in keys:
         left, right = right, left ^ (mix64(right ^ key) & mask)
+    return (left << half_bits) | right
+
+
+def _feistel_back(values: NDArray[np.uint64], half_bits: np.uint64, keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    left, right = values >> half_bits, values & mask
+    for key in keys[::-1]:
+        left, right = right ^ (mix64(left ^ key) & mask), left
     return (left << half_bits) | right

@@ -6,9 +6,9 @@ Nothing is replayed: a run resumes in mid-epoch, on any number of ranks, with an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,19 @@ class SampleIndices:
     epochs: Ints
 
 
+@dataclass(frozen=True)
+class Exposures:
+    """The positions at which some samples are drawn, in order.
+
+    `rows` (N,) number the samples in question, `positions` (N,) count from the start of training, and `epochs` (N,) how
+    often the sample was seen before.
+    """
+
+    rows: Ints
+    positions: Ints
+    epochs: Ints
+
+
 class SamplePlan:
     """The order of samples over all epochs, for optimizer steps of `global_batch_size`.
 
@@ -79,6 +92,49 @@ class SamplePlan:
                     return first, order.size
                 first += order.size
         raise IndexError(index)
+
+    @property
+    def size(self) -> int:
+        """Samples of all sources that are trained on."""
+        return self._firsts[-1]
+
+    def find(self, indices: Ints, end: int) -> Exposures:
+        """All positions before `end` at which samples are drawn: the inverse of `at`, without replay.
+
+        The work for a sample grows with its epochs before `end`, and with `BlockOrder` also with the shards; not with
+        the samples or positions. IndexError for a number that no position draws.
+        """
+        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < self.size:
+            raise IndexError(f"the plan draws samples 0 to {self.size - 1} only")
+        found = [Exposures(*np.empty((3, 0), np.int64))]
+        streams = [(number, size) for number, source in enumerate(self._sources) for size in range(len(source.orders))]
+        ends = np.cumsum([self._sources[number].orders[size].size for number, size in streams])
+        stream_of = np.searchsorted(ends, indices, side="right")
+        for stream in np.unique(stream_of).tolist():
+            (rows,) = np.nonzero(stream_of == stream)
+            (number, size), first = streams[stream], int(ends[stream - 1]) if stream else 0
+            found += self._in_stream(number, size, rows, indices[rows] - first, end)
+        rows, positions, epochs = map(
+            np.concatenate, zip(*((e.rows, e.positions, e.epochs) for e in found), strict=True)
+        )
+        in_order = np.lexsort((positions, rows))
+        return Exposures(rows[in_order], positions[in_order], epochs[in_order])
+
+    def _in_stream(self, number: int, size: int, rows: Ints, samples: Ints, end: int) -> Iterator[Exposures]:
+        """The exposures of samples of one size of one source, epoch by epoch."""
+        order = self._sources[number].orders[size]
+        for epoch in count():
+            if int(self._positions(number, size, np.array([epoch * order.size]))[0]) >= end:
+                return
+            positions = self._positions(number, size, epoch * order.size + order.find(epoch, samples))
+            here = positions < end
+            yield Exposures(rows[here], positions[here], np.full(here.sum(), epoch, np.int64))
+
+    def _positions(self, number: int, size: int, drawn: Ints) -> Ints:
+        """The positions of the `drawn`-th samples, from 0, of the stream of one size of one source."""
+        groups, inside = np.divmod(drawn, self._group)
+        groups = position_of(groups, size, [order.size for order in self._sources[number].orders])
+        return position_of(groups, number, [source.share for source in self._sources]) * self._group + inside
 
     def at(self, positions: Ints) -> SampleIndices:
         """Samples at positions counted from the start of training."""
@@ -128,6 +184,20 @@ def interleave(positions: Ints, shares: Sequence[int]) -> tuple[Ints, Ints]:
         left &= ~mine
         total -= share
     return streams, within
+
+
+def position_of(within: Ints, stream: int, shares: Sequence[int]) -> Ints:
+    """The inverse of `interleave`: the position at which a stream is drawn from after `within` times before.
+
+    A stream's k-th position is ceil((k + 1) n / a) - 1, and the m-th of the rest floor(m n / (n - a)), from 0.
+    """
+    totals = list(accumulate(reversed(shares)))[::-1]
+    positions = within
+    if stream < len(shares) - 1:
+        positions = -_taken(-(positions + 1), totals[stream], shares[stream]) - 1
+    for share, total in zip(shares[:stream][::-1], totals[:stream][::-1], strict=True):
+        positions = _taken(positions, total, total - share)
+    return positions
 
 
 def whole_shares(weights: Sequence[float]) -> list[int]:

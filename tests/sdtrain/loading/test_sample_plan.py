@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtrain.loading.order import BlockOrder, GlobalOrder
-from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, sample_noise
+from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, interleave, position_of, sample_noise
+from sdtrain.mixing import mix64
 
 seeds = st.integers(0, 2**63)
 
@@ -98,6 +99,42 @@ def test_sources_take_turns_in_the_proportion_of_their_shares(shares, first):
         assert np.abs(drawn - np.arange(1, 1001) * share / sum(shares)).max() <= 2 * len(shares)
 
 
+@settings(max_examples=25, deadline=None)
+@given(sources(), st.integers(1, 4), st.integers(0, 600))
+def test_exposures_are_those_of_a_replay(datasets, group, end):
+    plan = SamplePlan(datasets, 4 * group, group)
+    replayed = plan.at(np.arange(end))
+    asked = np.arange(plan.size)[::-1]
+    found = plan.find(asked, end)
+    np.testing.assert_array_equal(np.sort(found.positions), np.arange(end))
+    np.testing.assert_array_equal(asked[found.rows], replayed.indices[found.positions])
+    np.testing.assert_array_equal(found.epochs, replayed.epochs[found.positions])
+    assert list(zip(found.rows, found.positions, strict=True)) == sorted(zip(found.rows, found.positions, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(orders(), st.integers(0, 10**12))
+def test_orders_late_in_training_are_inverted_as_they_are_drawn(order, epoch):
+    offsets = np.arange(order.size)
+    np.testing.assert_array_equal(order.find(epoch, order.at(epoch, offsets)), offsets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 2**26), min_size=1, max_size=5), st.data())
+def test_the_positions_of_a_stream_are_the_inverse_of_taking_turns(shares, data):
+    positions = np.array(data.draw(st.lists(st.integers(0, 2**52), min_size=1, max_size=20)))
+    streams, within = interleave(positions, shares)
+    for stream in np.unique(streams):
+        here = streams == stream
+        np.testing.assert_array_equal(position_of(within[here], int(stream), shares), positions[here])
+
+
+def test_no_position_draws_a_sample_outside_the_plan():
+    for index in (-1, 10):
+        with pytest.raises(IndexError, match="0 to 9"):
+            global_plan(10, 2, 1).find(np.array([index]), 100)
+
+
 def test_the_order_of_one_dataset_is_still_that_of_older_runs():
     drawn = global_plan(1000, 8, seed=42).at(np.arange(1996, 2004)).indices
     assert drawn.tolist() == [105, 527, 318, 451, 996, 265, 36, 643]
@@ -136,6 +173,27 @@ def test_any_place_among_a_billion_samples_is_computed_at_once(shuffle):
     assert set(picks.epochs) == {6}
     assert 0 <= picks.indices.min() <= picks.indices.max() < 10**9
     assert len(np.unique(picks.indices // 10_000)) > (2000 if shuffle == "global" else 60)
+
+
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+def test_one_sample_in_a_billion_is_found_with_work_for_its_epochs_alone(shuffle, monkeypatch):
+    num_mixed, num_networks = 0, 0
+
+    def counted(values):
+        nonlocal num_mixed, num_networks
+        num_mixed, num_networks = num_mixed + len(values), num_networks + 1
+        return mix64(values)
+
+    order = GlobalOrder(10**9, 1) if shuffle == "global" else BlockOrder(np.full(100_000, 10_000), 64, 1)
+    plan = SamplePlan([SourcePlan((order,))], 2048)
+    monkeypatch.setattr("sdtrain.loading.order.mix64", counted)
+    found = plan.find(np.array([123_456_789]), 6 * 10**9)
+    assert found.epochs.tolist() == list(range(6))
+    per_epoch = 0 if shuffle == "global" else 8 * 2**18  # the order of the shards, at most once around all cycles
+    assert num_mixed <= 6 * (per_epoch + 8 * 30)
+    assert num_networks <= 6 * 8 * 60
+    monkeypatch.undo()
+    np.testing.assert_array_equal(plan.at(found.positions).indices, 123_456_789)
 
 
 def test_chance_of_a_sample_depends_on_seed_step_and_uid_only():
