@@ -64,8 +64,8 @@ class Captioner:
                 [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": prompt}]}]
                 for image in images
             ]
-            template = self._processor.apply_chat_template
-            return template(chats, add_generation_prompt=True, tokenize=True, return_dict=True, **options)
+            how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            return self._processor.apply_chat_template(chats, **how, processor_kwargs=options)
         words = {"text": [prompt] * len(images)} if prompt else {}
         return self._processor(images=list(images), **words, **options)
 
