@@ -257,4 +257,6 @@ def _words(value: Any) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(_text(part) for part in value)
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
