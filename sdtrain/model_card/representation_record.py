@@ -115,7 +115,7 @@ def _changes(found: Representation) -> list[str]:
         for group, at in itertools.product(groups, range(len(found.levels) - 1)):
             before, after = found.levels[at], found.levels[at + 1]
             nums = group.nums[at], group.nums[at + 1]
-            if nums[0] >= _FEWEST and nums[1] and _deviation(*before.nums, *after.nums, *nums) > _LEAST_DEVIATION:
+            if nums[0] >= _FEWEST and nums[1] and _deviation(before.nums[0], after.nums[0], *nums) > _LEAST_DEVIATION:
                 shares = nums[0] / before.nums[0], nums[1] / after.nums[0]
                 text = f"{_share(shares[0])} {before.name}, {_share(shares[1])} {after.name}"
                 factor = shares[1] / shares[0]
