@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 
 from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
@@ -83,10 +84,15 @@ class StageRewrite:
             for useless in (path, dataset.manifest_entry(name, shard)):  # without its tar; builds recreate both
                 discard(dataset, useless)
             return
-        table.rewriting.drop(dataset, self.recipe, shard, Removed(path, self._removed_in(path), self.finished))
+        columns = pq.read_schema(path).names
+        listed = [sql for name, sql in table.rewriting.origins.items() if name in columns]
+        origins = [uid for each in listed for uid in self._removed_in(path, each)]
+        removed = Removed(path, self._removed_in(path, "uid"), origins, self.finished)
+        table.rewriting.drop(dataset, self.recipe, shard, removed)
 
-    def _removed_in(self, table: Path) -> list[str]:
-        query = f"SELECT DISTINCT uid FROM read_parquet(?) WHERE {digest_sql('uid', 'uid')} IN (FROM removed)"  # noqa: S608
+    def _removed_in(self, table: Path, each: str) -> list[str]:
+        uids = f"SELECT DISTINCT {each} AS uid FROM read_parquet(?)"  # noqa: S608 - the names are constants
+        query = f"SELECT uid FROM ({uids}) WHERE {digest_sql('uid', 'uid')} IN (FROM removed) ORDER BY uid"  # noqa: S608
         return [uid for (uid,) in self.connection.execute(query, [str(table)]).fetchall()]
 
     def _recount(self, stage: Stage[Any], table: Table[Any], entry: ShardReport, tables: Sequence[Path]) -> None:

@@ -20,15 +20,29 @@ if TYPE_CHECKING:
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
 _SHORT = {"num_prompts": "--num", "num_steps": "--steps"}
+_FORMER = {"networks": ("--network",)}
 _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
+    "x": Annotated[str | None, typer.Option(help="The plot's axis across: a column. By default agreement.")],
+    "y": Annotated[str | None, typer.Option(help="The plot's axis up: a column, as fd_dinov2. By default FID.")],
+    "training_data": Annotated[
+        list[str] | None,
+        typer.Option(help="A dataset on which the models were trained, besides those that runs record; repeatable."),
+    ],
+    "contamination": Annotated[
+        bool, typer.Option(help="Look for the prompts and reference images in the training data.")
+    ],
     "processes": Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)],
     "as_json": Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")],
 }
 
 
-_OWN_DEFAULTS = {"output": None, "processes": None, "as_json": False}
+_OWN_DEFAULTS = {
+    **dict.fromkeys(("output", "x", "y", "training_data", "processes")),
+    "contamination": True,
+    "as_json": False,
+}
 
 
 class FromProtocol(TyperCommand):
@@ -55,7 +69,18 @@ def evaluate() -> None:
     """Draw images over guidance scales and measure them; started again, it goes on where it was."""
 
 
-def _evaluate(models: list[Path], output: Path | None, processes: int | None, as_json: bool, **settings: Any) -> None:
+def _evaluate(
+    models: list[Path],
+    output: Path | None,
+    x: str | None,
+    y: str | None,
+    training_data: list[str] | None,
+    contamination: bool,
+    processes: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    from filters.contamination.training_data import search_training_data
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of
     from sdtrain.evaluation.sweep import plan
@@ -65,7 +90,9 @@ def _evaluate(models: list[Path], output: Path | None, processes: int | None, as
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
+    if contamination:
+        sweep = search_training_data(sweep, training_data or ())
     with prints_to_stderr(as_json):
         results = run_sweep(sweep, num_processes, lambda line: print(line, flush=True))
     if as_json:
@@ -96,15 +123,15 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, default = field.annotation, field.default
     least = next((limit.ge for limit in field.metadata if hasattr(limit, "ge")), None)
     if isinstance(default, tuple):
-        kind, default = str, ",".join(f"{part:g}" for part in default)
+        kind, default = str, ",".join(f"{part:g}" if isinstance(part, float) else part for part in default)
     elif isinstance(field.json_schema_extra, dict):
         kind = Literal[tuple(field.json_schema_extra["enum"])]  # type: ignore[arg-type, assignment]
-    flag = _SHORT.get(name, f"--{name.replace('_', '-')}")
+    flags = _SHORT.get(name, f"--{name.replace('_', '-')}"), *_FORMER.get(name, ())
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.is_required() else default,
-        annotation=Annotated[kind, typer.Option(flag, help=field.description, min=least)],
+        annotation=Annotated[kind, typer.Option(*flags, help=field.description, min=least)],
     )
 
 
