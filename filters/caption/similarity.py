@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from filters.caption.table import ALT, Caption
+from filters.caption.table import Caption
 from filters.recipe import ScoreConfig
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
@@ -21,6 +21,7 @@ from sdtrain.endpoint.images import in_threads, shard_images
 from sdtrain.images.decode import decode_rgb
 from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device
+from sdtrain.pack.captions import ALT
 from sdtrain.precision import torch_dtype
 
 _ONE_AT_A_TIME = Lock()

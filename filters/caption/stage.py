@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from filters.caption.duplicates import Texts, duplicate_texts
 from filters.caption.generate import SETTING, Generated, generate, weights_of
-from filters.caption.table import ALT, IN_CAPTIONS, Caption, write_captions
+from filters.caption.table import IN_CAPTIONS, Caption, write_captions
 from filters.caption_config import PROMPTS, CaptionConfig, CaptionModelConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import read_parquet
@@ -19,6 +19,7 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, requ
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
 from sdtrain.endpoint.ask import check_endpoint
+from sdtrain.pack.captions import ALT
 
 
 def caption_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
