@@ -108,9 +108,10 @@ def snapshot(name: str, part: str, patterns: list[str], revision: str | None = N
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    version = {"revision": revision} if revision else {}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, **version))
+        if revision:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(
             f"The {part} '{name}' is not a folder here and the hub did not give it ({type(error).__name__}). "
