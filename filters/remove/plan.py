@@ -119,7 +119,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
     """
     read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
-    blocks = _ledger([_entry_row(by, entry, radius or 0) for entry in entries], by)
+    blocks = ledger_of(entries, by, radius or 0)
     with TemporaryDirectory() as folder, connected(Path(folder) / "seen.duckdb") as connection:
         search = _Search(connection, dataset)
         listed = search.blocked(blocks)
@@ -134,6 +134,11 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         touched = search.touched_shards(found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
     return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
+
+
+def ledger_of(entries: Iterable[Entry], by: Kind, radius: int = 0) -> pa.Table:
+    """The ledger's rows that recognise the entries of a list."""
+    return _ledger([_entry_row(by, entry, radius) for entry in entries], by)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:

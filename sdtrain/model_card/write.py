@@ -19,9 +19,10 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.errors import UserError
+from sdtrain.exposure.lineage import lineage
 from sdtrain.impact.energy import Spent
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
-from sdtrain.model_card.records import DatasetFacts, dataset_facts, lineage
+from sdtrain.model_card.records import DatasetFacts, dataset_facts
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir
 
