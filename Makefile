@@ -64,8 +64,10 @@ bench: setup
 gpu-check: setup
 	$(BIN)/python -m tests.gpu_check $(ARGS)
 
+# docs/architecture.md from the code, then all pages as a site: python3 -m http.server --directory site
 docs: setup
 	$(BIN)/python -m tests.infra.architecture
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Without eight-bit: where bitsandbytes is installed, diffusers imports it in every process, which takes seconds.
 lock: EXTRAS := remote ray dask wandb semantic credentials server dev
@@ -74,4 +76,4 @@ lock: setup
 		pyproject.toml --output-file requirements.lock
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site

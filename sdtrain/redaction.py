@@ -85,6 +85,11 @@ def remember_secrets(content: Any) -> None:
             _known.update(_decoded(secret))
 
 
+def remember_secret(secret: str) -> None:
+    """Registers a secret for `without_secrets` to hide in any spelling."""
+    _known.update(_decoded(secret))
+
+
 def holds_secret(location: str) -> bool:
     """Whether a path or URL has a user, password, query or fragment."""
     url = _WHOLE.fullmatch(location.strip())

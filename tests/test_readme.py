@@ -11,22 +11,36 @@ from sdtrain.config import known_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+QUERYING = (ROOT / "docs" / "querying.md").read_text()
 
 
-def test_it_shows_ten_questions_that_are_tested_elsewhere():
+def test_the_page_shows_ten_questions_that_are_tested_elsewhere():
     assert len(QUESTIONS) == 10
     for question in QUESTIONS:
-        assert f"-- {question.title}\n{question.sql};" in README
+        assert f"-- {question.title}\n{question.sql};" in QUERYING
 
 
-def test_it_names_every_recipe_and_config():
-    for name in (*known_recipes(), *known_configs()):
+def test_it_asks_some_of_them():
+    [shown] = re.findall(r"```sql\n(.*?)```", README, re.DOTALL)
+    assert all(any(f"-- {known.title}\n{known.sql}" == one for known in QUESTIONS) for one in shown.split(";\n") if one)
+
+
+def test_every_recipe_and_config_is_named():
+    for name in known_recipes():
         assert f"`{name}`" in README
+        assert f"`{name}`" in (ROOT / "docs" / "building.md").read_text()
+    for name in known_configs():
+        assert f"`{name}`" in (ROOT / "docs" / "training.md").read_text()
 
 
-def test_its_images_and_links_exist():
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_it_is_short_and_has_one_image():
+    assert len(README.splitlines()) <= 125
+    assert README.count("![") == 1
+
+
+def test_it_has_the_commands_that_users_know():
+    for command in ("prefect deployment run build-laion-aesthetics", "deepspeed sdtrain/train.py", "duckdb -readonly"):
+        assert f"$ {command}" in README
 
 
 def test_it_opens_with_the_two_commands():

@@ -46,6 +46,7 @@ def push_rest(dataset: DatasetDir) -> None:
 def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
     """Writes report.html and its images from the dataset's views; raises `UserError` before the build has decisions."""
     # Lazy, so that a build with nothing to do does not wait for matplotlib and jinja2.
+    from filters.inspect.shown_part import narrow
     from sdtrain.report.page import Report, write_report
 
     report = Report(
@@ -55,6 +56,7 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         limits=limits_of(recipe),
         thresholds=list(rule_thresholds(recipe)),
         prepare=lambda connection: prepare(connection, [recipe.select.metadata]),
+        narrow=partial(narrow, dataset=dataset, recipe=recipe),
         scores_note=scores_note(recipe),
         warn=partial(heavy_losses, recipe=recipe),
     )

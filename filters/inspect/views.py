@@ -18,7 +18,7 @@ from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, recorded_stages
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, Table
 from sdtrain.dataset.sync import fetch_tables
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.errors import UserError
@@ -88,9 +88,21 @@ def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
             groups = tables.groups(_files(stage, dataset, recipe), may_be_missing=True)
             yield stage.table.view, _over(connection, groups, stage.table.columns)
     tables.save()
+    yield from derived_views(recipe)
+
+
+def derived_views(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields name and SQL of the views over other views."""
     own = "".join(f', s."{name}"' for name in recipe.select.carry)
     for name, statement in DERIVED.items():
         yield name, statement.replace(", s.aesthetic, ", f", s.aesthetic{own}, ") if name == "kept" else statement
+
+
+def view_over(
+    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, table: Table[Recipe], files: list[Path]
+) -> str:
+    """SQL for the view of a stage's table that reads some of its files."""
+    return _over(connection, TableColumns(dataset).groups(files), table.columns)
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:

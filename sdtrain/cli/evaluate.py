@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
 _SHORT = {"num_prompts": "--num", "num_steps": "--steps"}
+_FORMER = {"networks": ("--network",)}
 _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
@@ -96,15 +97,15 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
     kind, default = field.annotation, field.default
     least = next((limit.ge for limit in field.metadata if hasattr(limit, "ge")), None)
     if isinstance(default, tuple):
-        kind, default = str, ",".join(f"{part:g}" for part in default)
+        kind, default = str, ",".join(f"{part:g}" if isinstance(part, float) else part for part in default)
     elif isinstance(field.json_schema_extra, dict):
         kind = Literal[tuple(field.json_schema_extra["enum"])]  # type: ignore[arg-type, assignment]
-    flag = _SHORT.get(name, f"--{name.replace('_', '-')}")
+    flags = _SHORT.get(name, f"--{name.replace('_', '-')}"), *_FORMER.get(name, ())
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.is_required() else default,
-        annotation=Annotated[kind, typer.Option(flag, help=field.description, min=least)],
+        annotation=Annotated[kind, typer.Option(*flags, help=field.description, min=least)],
     )
 
 

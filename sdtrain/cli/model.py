@@ -14,6 +14,7 @@ from sdtrain.precision import Precision, resolve
 
 if TYPE_CHECKING:
     from sdtrain.sampling.batch import Job, Model
+    from sdtrain.sampling.credentials import Credentials
     from sdtrain.sampling.output_folder import SampleFolder
     from sdtrain.sampling.sampler import SampleSettings
     from sdtrain.sampling.start_image import StartImage
@@ -75,6 +76,21 @@ def sample(
     flagged: Annotated[
         Flagged, typer.Option(help="What is written for an image that it flags: black, or nothing.")
     ] = "black",
+    content_credentials: Annotated[
+        bool, typer.Option("--content-credentials", help="Sign each image: a trained model made it, and which (C2PA).")
+    ] = False,
+    credentials_certificate: Annotated[
+        Path | None, typer.Option(help="The signer's certificate chain, PEM, its own certificate first.")
+    ] = None,
+    credentials_key: Annotated[
+        Path | None, typer.Option(help="The signer's private key, PEM, which only you may read.")
+    ] = None,
+    credentials_prompt: Annotated[
+        bool, typer.Option("--credentials-prompt", help="Write the prompt into the signed manifest as well.")
+    ] = False,
+    credentials_timestamps: Annotated[
+        str | None, typer.Option(help="URL of a time-stamping authority that is asked for each image; else none is.")
+    ] = None,
 ) -> None:
     """Draw images for prompts; each has its own seed, whatever else is drawn. The same command goes on where it was."""
     from sdtrain.config.sections import SpeedConfig
@@ -90,7 +106,9 @@ def sample(
     speed = SpeedConfig(compile=compile_unet)
     chosen = Model(resolve_checkpoint(model), weights, torch_dtype(resolve(dtype)), tokenizer, speed)
     _check(chosen, jobs, settings)
-    folder = SampleFolder(output, chosen, settings, safety_checker, flagged).placed(jobs)
+    signed = (credentials_certificate, credentials_key, credentials_timestamps, credentials_prompt)
+    credentials = _credentials(chosen, start, content_credentials, *signed)
+    folder = SampleFolder(output, chosen, settings, safety_checker, flagged, credentials=credentials).placed(jobs)
     _fill(folder, jobs, keep, processes)
     if grid:
         _write_sheet(folder, jobs, per_row if per_row > 1 else None)
@@ -149,6 +167,30 @@ def _start_image(image: Path | None, strength: float | None) -> StartImage | Non
             raise UserError("--strength says how much of --image is redrawn, and --image is missing.")
         return None
     return open_start_image(image) if strength is None else open_start_image(image, strength)
+
+
+def _credentials(
+    model: Model,
+    start: StartImage | None,
+    wanted: bool,
+    certificate: Path | None,
+    key: Path | None,
+    timestamps: str | None,
+    prompt: bool,
+) -> Credentials | None:
+    from sdtrain.sampling.credentials import Credentials, describe_model
+    from sdtrain.sampling.signer import SignerFiles, open_signer
+
+    if not wanted:
+        if certificate or key or timestamps or prompt:
+            raise UserError("The options --credentials-... say how --content-credentials are signed; add that.")
+        return None
+    if certificate is None or key is None:
+        raise UserError("--content-credentials are signed with --credentials-certificate FILE --credentials-key FILE.")
+    signer = open_signer(SignerFiles(certificate, key, timestamps))
+    credentials = Credentials(signer, describe_model(model), prompt)
+    credentials.check(start)
+    return credentials
 
 
 def _check(model: Model, jobs: Sequence[Job], settings: SampleSettings) -> None:

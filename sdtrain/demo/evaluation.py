@@ -1,4 +1,4 @@
-"""Stand-ins for Inception and CLIP (`network` or `agreement`: `demo`) that work offline, and the demo's evaluation."""
+"""Stand-ins for Inception and CLIP (`networks` or `agreement`: `demo`) that work offline, and the demo's evaluation."""
 
 from __future__ import annotations
 
@@ -126,6 +126,6 @@ def demo_protocol(data: Path, output: Path) -> Protocol:
         num_steps=NUM_STEPS,
         batch_size=len(lines),
         part_size=len(lines),
-        network="demo",
+        networks=("demo",),
         agreement="demo",
     )

@@ -38,9 +38,9 @@ class EvaluationDir(DatasetDir):
         """A model's images at one guidance scale."""
         return self.root / "samples" / model / scale / f"{part:05d}.tar"
 
-    def features(self, model: str, scale: str, part: int) -> Path:
-        """The metrics' arrays of those images."""
-        return self.root / "features" / model / scale / f"{part:05d}.safetensors"
+    def features(self, model: str, scale: str, part: int, network: str = "") -> Path:
+        """The metrics' arrays of those images: of the protocol's first network and of CLIP, or of a further network."""
+        return self.root / "features" / model / scale / network / f"{part:05d}.safetensors"
 
     @property
     def images(self) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -27,12 +29,12 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 class Metric(ABC):
-    """One number with its spread. To add one, subclass this and list the class in METRICS.
+    """One number with its spread. To add one, subclass this or `FeatureMetric` and list the class in METRICS.
 
-    Arrays have one row per image: `features` (n, d) of the feature network, `clip` (n, e) of length 1, and `shown`
-    (n,), a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed. `name`
-    is the number's column in the results, `NAME_SPREAD` that of its spread: half of a 95 % interval, or a standard
-    deviation.
+    Arrays have one row per image: `features` (n, d) of a feature network, `clip` (n, e) of length 1, and `shown` (n,),
+    a stand-in's score of an image for its prompt. `drawn`, `real` and `captions` name the arrays needed. `name` is the
+    number's column in the results, `NAME_SPREAD` that of its spread: half of a 95 % interval, or a standard deviation.
+    `label` names it on an axis of the plot; `axis` is set if it is one by default.
     """
 
     name: str
@@ -40,13 +42,13 @@ class Metric(ABC):
     better: Literal["lower", "higher"] = "lower"
     spread: Literal["ci95", "std"] = "ci95"
     spread_text: str = "95 % interval, ± {column}"
-    drawn: tuple[str, ...] = ("features",)
+    drawn: tuple[str, ...] = ()
     real: tuple[str, ...] = ()
     captions: tuple[str, ...] = ()
     axis: Literal["x", "y"] | None = None
     label: str = ""
 
-    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+    def __init__(self, protocol: Protocol, real: Any):
         self.protocol = protocol
 
     @classmethod
@@ -63,26 +65,58 @@ class Metric(ABC):
         return []
 
 
-class Fid(Metric):
+class RealFeatures:
+    """One network's features of the real images, or their statistics, and what several metrics compute from them."""
+
+    def __init__(self, network: str, of: NDArray[Any] | Gaussian):
+        self.name, self.network, self._of = network, feature_network(network), of
+
+    @cached_property
+    def gaussian(self) -> Gaussian:
+        """Mean and covariance; UserError for statistics of another network."""
+        gaussian = self._of if isinstance(self._of, Gaussian) else gaussian_of(self._of)
+        if len(gaussian.mean) != self.network.num_features:
+            raise UserError(
+                f"The reference's statistics are of {len(gaussian.mean)} features, and network '{self.name}' gives "
+                f"{self.network.num_features}. Name statistics made with this network, or the images themselves."
+            )
+        return gaussian
+
+    @property
+    def features(self) -> NDArray[Any]:
+        """(n, d), one row an image; UserError if there are only statistics."""
+        if isinstance(self._of, Gaussian):
+            raise UserError("The reference is an .npz of statistics, and this metric needs images. Name the images.")
+        return self._of
+
+
+class FeatureMetric(Metric):
+    """A number computed from one feature network's `features`; each network of the protocol gets its own.
+
+    The class names the number without the network, whose suffix is added.
+    """
+
+    drawn = ("features",)
+
+    def __init__(self, protocol: Protocol, real: RealFeatures):
+        super().__init__(protocol, real)
+        self.of = real
+        self.name, self.label = f"{self.name}{real.network.suffix}", f"{self.label}{real.network.label}"
+
+
+class Fid(FeatureMetric):
     """The Fréchet distance."""
 
+    name, label = "fid", "FID"
     spread_text = "95 % interval, ± {column} (grouped jackknife)"
     real = ("features",)
     axis = "y"
 
-    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+    def __init__(self, protocol: Protocol, real: RealFeatures):
+        self.name, self.label = real.network.frechet
         super().__init__(protocol, real)
-        network = feature_network(protocol.network)
-        self.name, self.label = f"fid{network.suffix}", f"FID{network.label}"
-        self.description = f"Fréchet distance of {network.description}"
-        gaussian = real if isinstance(real, Gaussian) else gaussian_of(real["features"])
-        found, size = len(gaussian.mean), network.num_features
-        if found != size:
-            raise UserError(
-                f"The reference's statistics are of {found} features, and network '{protocol.network}' gives {size}. "
-                "Name statistics made with this network, or the images themselves."
-            )
-        self._frechet = FrechetDistance(gaussian)
+        self.description = f"Fréchet distance of {real.network.description}"
+        self._frechet = FrechetDistance(real.gaussian)
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
@@ -110,29 +144,27 @@ class Fid(Metric):
         ]
 
 
-class Kid(Metric):
+class Kid(FeatureMetric):
     """The kernel distance of the same features."""
 
-    description = "squared kernel distance of the same features"
+    name, label, description = "kid", "KID", "squared kernel distance of the same features"
     spread = "std"
     real = ("features",)
 
-    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+    def __init__(self, protocol: Protocol, real: RealFeatures):
         super().__init__(protocol, real)
-        self.name = f"kid{feature_network(protocol.network).suffix}"
-        self._real = _images(real)["features"]
-        size = kid_subset_size(protocol.num_prompts, len(self._real))
+        size = kid_subset_size(protocol.num_prompts, len(real.features))
         self.spread_text = f"mean of {KID_SUBSETS} subsets of {size:,}, ± {{column}} their standard deviation"
 
     def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
         """Mean and deviation over subsets."""
-        return kid(drawn["features"], self._real, self.protocol.seed)
+        return kid(drawn["features"], self.of.features, self.protocol.seed)
 
 
 class Cmmd(Metric):
     """The kernel distance of CLIP's embeddings."""
 
-    name, description = "cmmd", "kernel distance of CLIP's embeddings"
+    name, label, description = "cmmd", "CMMD", "kernel distance of CLIP's embeddings"
     drawn = real = ("clip",)
 
     def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
@@ -180,13 +212,29 @@ def metrics_for(protocol: Protocol, has_images: bool = True) -> list[type[Metric
     return [metric for metric in (*METRICS, *own) if metric.applies(protocol, has_images)]
 
 
-def open_metrics(protocol: Protocol, real: Arrays | Gaussian) -> list[Metric]:
-    """The metrics, ready to measure against real images.
+@dataclass(frozen=True)
+class ImageArrays:
+    """What is known of images: each network's features (n, d), and other arrays by name."""
+
+    features: Mapping[str, NDArray[Any]]
+    others: Arrays = field(default_factory=dict)
+
+
+def open_metrics(protocol: Protocol, real: ImageArrays | Gaussian) -> list[Metric]:
+    """The metrics, ready to measure against real images; of feature metrics one for each network.
 
     UserError for statistics of another network's features, or a metric that needs images and has statistics.
     """
-    has_images = not isinstance(real, Gaussian)
-    return [metric(protocol, real) for metric in metrics_for(protocol, has_images)]
+    statistics = isinstance(real, Gaussian)
+    of_networks = [
+        RealFeatures(name, real if isinstance(real, Gaussian) else real.features[name]) for name in protocol.networks
+    ]
+    metrics: list[Metric] = []
+    for metric in metrics_for(protocol, has_images=not statistics):
+        per_network = issubclass(metric, FeatureMetric)
+        given = of_networks if per_network else [real if isinstance(real, Gaussian) else real.others]
+        metrics += [metric(protocol, each) for each in given]
+    return metrics
 
 
 def arrays_needed(protocol: Protocol, of: Literal["drawn", "real", "captions"]) -> set[str]:
@@ -194,11 +242,14 @@ def arrays_needed(protocol: Protocol, of: Literal["drawn", "real", "captions"]) 
     return {name for metric in metrics_for(protocol) for name in getattr(metric, of)}
 
 
-def numbers(metrics: Sequence[Metric], drawn: Arrays, captions: Arrays) -> dict[str, float]:
+def numbers(metrics: Sequence[Metric], drawn: ImageArrays, captions: Arrays) -> dict[str, float]:
     """Each number and its spread, by column."""
     found = {}
     for metric in metrics:
-        found[metric.name], found[f"{metric.name}_{metric.spread}"] = metric.measure(drawn, captions)
+        arrays: Arrays = drawn.others
+        if isinstance(metric, FeatureMetric):
+            arrays = {**arrays, "features": drawn.features[metric.of.name]}
+        found[metric.name], found[f"{metric.name}_{metric.spread}"] = metric.measure(arrays, captions)
     return found
 
 

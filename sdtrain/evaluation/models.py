@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from sdtrain.errors import UserError
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.formats.any_model import is_run, open_model
+from sdtrain.formats.model_digest import digest_model
 from sdtrain.formats.stored_model import StoredModel, latent_shape
 from sdtrain.models.schedulers import check_num_steps
 
@@ -43,16 +39,13 @@ def identify(path: Path, protocol: Protocol) -> EvaluatedModel:
     model = open_model(path, protocol.tokenizer)
     check_num_steps(protocol.sampler, model.scheduler_config, protocol.num_steps)
     frozen = model.frozen()
-    vocabulary = {"vocabulary": frozen.tokenizer.get_vocab(), "max_length": frozen.tokenizer.model_max_length}
-    text_encoder = _digest(frozen.text_encoder.state_dict(), vocabulary)
-    schedule = {name: value for name, value in model.scheduler_config.items() if not name.startswith("_")}
-    parts = [_digest(model.state(protocol.weights), schedule), _digest(frozen.vae.state_dict(), None), text_encoder]
+    digest = digest_model(model, protocol.weights, frozen)
     step = f", step {model.step:,}" if model.step else ""
     return EvaluatedModel(
         path=path,
         label=f"{_name(path)}{step}{', raw' if protocol.weights == 'raw' else ''}",
-        digest=hashlib.sha256("".join(parts).encode()).hexdigest(),
-        text_encoder=text_encoder,
+        digest=digest.whole,
+        text_encoder=digest.text_encoder,
         size_px=_side(model) * 2 ** (len(frozen.vae.config.block_out_channels) - 1),
     )
 
@@ -95,13 +88,3 @@ def run_of(path: Path) -> Path | None:
 def _name(path: Path) -> str:
     path = (run_of(path) or path).resolve()
     return path.stem if path.is_file() else path.name
-
-
-def _digest(state: dict[str, torch.Tensor], notes: object) -> str:
-    digest = hashlib.sha256(json.dumps(notes, sort_keys=True, default=str).encode())
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content: Any = tensor.view(-1).view(torch.uint8).numpy()
-        digest.update(content)
-    return digest.hexdigest()

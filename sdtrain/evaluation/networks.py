@@ -1,4 +1,4 @@
-"""The networks of the metrics: features for FID and KID, CLIP's embeddings of images and prompts."""
+"""The networks of the metrics: features for FID and the like, CLIP's embeddings of images and prompts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,21 @@ BATCH_SIZE = 32
 
 
 class FeatureNetwork(ABC):
-    """A network whose features FID and KID compare.
+    """A network whose features FID, KID and the like compare.
 
     Its `suffix` (`label` in prose) ends the names of its metrics, so that numbers of two networks are never confused.
+    `frechet` is how its Fréchet distance is called, as a column and in prose.
     """
 
     num_features: int
     description: str
     suffix: str = ""
     label: str = ""
+    frechet: tuple[str, str] = ("fid", "FID")
+
+    def weights(self, protocol: Protocol) -> str:
+        """The setting that names its weights, if there is a choice."""
+        return ""
 
     @abstractmethod
     def digest(self, weights: str) -> str:
@@ -59,6 +65,10 @@ class Inception(FeatureNetwork):
 
     num_features = 2048
     description = "Inception's 2048 pooled features"
+
+    def weights(self, protocol: Protocol) -> str:
+        """A file, `inception-fid` or `random:SEED`."""
+        return protocol.network_weights
 
     def digest(self, weights: str) -> str:
         """The file's sha256, or the seed of random weights."""
@@ -95,9 +105,9 @@ def feature_network(name: str) -> FeatureNetwork:
     return found
 
 
-def features_digest(protocol: Protocol) -> str:
-    """Identifies the network's weights; UserError if there are none."""
-    return _features_digest(protocol.network, protocol.network_weights)
+def features_digest(protocol: Protocol, network: str) -> str:
+    """Identifies a network's weights; UserError if there are none."""
+    return _features_digest(network, feature_network(network).weights(protocol))
 
 
 @lru_cache  # each part asks
@@ -105,18 +115,19 @@ def _features_digest(network: str, weights: str) -> str:
     return feature_network(network).digest(weights)
 
 
-def feature_config(protocol: Protocol) -> list[str]:
-    """Everything that the features of an image depend on."""
-    return [features_digest(protocol), feature_network(protocol.network).view_key(protocol.resize)]
+def feature_config(protocol: Protocol, network: str) -> list[str]:
+    """Everything that a network's features of an image depend on."""
+    return [features_digest(protocol, network), feature_network(network).view_key(protocol.resize)]
 
 
-def features_of(images: Sequence[Image.Image], protocol: Protocol) -> Tensor:
+def features_of(images: Sequence[Image.Image], protocol: Protocol, network: str) -> Tensor:
     """(n, num_features) float32; UserError if there are no such weights, or features are not finite."""
-    network = _load_features(protocol.network, protocol.network_weights)
-    views = _views(images, lambda image: feature_network(protocol.network).view(image, protocol.resize))
+    source = feature_network(network)
+    module = _load_features(network, source.weights(protocol))
+    views = _views(images, lambda image: source.view(image, protocol.resize))
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
-        parts = [network(batch.to(claim_device())).float().cpu() for batch in views]
-    return _finite(torch.cat(parts), f"The features of network '{protocol.network}'")
+        parts = [module(batch.to(claim_device())).float().cpu() for batch in views]
+    return _finite(torch.cat(parts), f"The features of network '{network}'")
 
 
 @lru_cache(maxsize=1)
@@ -126,10 +137,11 @@ def _load_features(name: str, weights: str) -> nn.Module:
 
 def check_networks(protocol: Protocol) -> str:
     """Loads each network once on the CPU, as a check; UserError if one cannot be loaded."""
-    feature_network(protocol.network).load(protocol.network_weights)
+    for network in map(feature_network, protocol.networks):
+        network.load(network.weights(protocol))
     if protocol.agreement == "clip":
         load_clip(protocol.clip_model, protocol.clip_weights)
-    return f"{protocol.network}, {protocol.agreement}"
+    return ", ".join([*protocol.networks, protocol.agreement])
 
 
 @dataclass(frozen=True)

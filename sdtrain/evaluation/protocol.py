@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from sdtrain.options import Resize, SamplerName, Weights
 from sdtrain.precision import Precision
@@ -57,8 +58,8 @@ class Protocol(Settings):
     """Images drawn at once; another number gives images that differ in their last bits."""
     part_size: int = Field(default=256, ge=2)
     """Images in a part, which is drawn and kept as a whole."""
-    network: str = Field(default="inception", json_schema_extra={"enum": list(NETWORKS)})
-    """The network whose features FID compares; a stand-in's numbers mean nothing elsewhere."""
+    networks: tuple[str, ...] = Field(default=("inception",), min_length=1)
+    """Networks whose features FID and the like compare, with commas: inception; a stand-in's mean nothing elsewhere."""
     network_weights: str = "inception-fid"
     """Inception's weights: `inception-fid` (fetched once), or a file."""
     resize: Resize = "pytorch-fid"
@@ -72,13 +73,30 @@ class Protocol(Settings):
     cmmd: bool = False
     """Also compare CLIP's embeddings of real and drawn images."""
 
-    @field_validator("network", "agreement")
+    @model_validator(mode="before")
     @classmethod
-    def _is_known(cls, name: str, info: ValidationInfo) -> str:
-        known = {"network": NETWORKS, "agreement": AGREEMENTS}[info.field_name or ""]
-        if name not in known:
-            raise ValueError(f"there is no '{name}'.{nearest(name, list(known))}")
-        return name
+    def _former_network(cls, content: Any) -> Any:
+        """Reads `network`, as protocols called it when there was one."""
+        if isinstance(content, dict) and "network" in content:
+            content = dict(content)
+            content.setdefault("networks", content.pop("network"))
+        return content
+
+    @field_validator("networks", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        return tuple(name.strip() for name in given.split(",")) if isinstance(given, str) else given
+
+    @field_validator("networks")
+    @classmethod
+    def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Each once, in one order, so that the first one's features stay when another network is added."""
+        return tuple(sorted({_known(name, NETWORKS) for name in names}, key=NETWORKS.index))
+
+    @field_validator("agreement")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return _known(name, AGREEMENTS)
 
     @field_validator("scales")
     @classmethod
@@ -101,3 +119,9 @@ class Protocol(Settings):
     def indices(self, part: int) -> range:
         """The images of a part, by number."""
         return range(part * self.part_size, min((part + 1) * self.part_size, self.num_prompts))
+
+
+def _known(name: str, known: Sequence[str]) -> str:
+    if name not in known:
+        raise ValueError(f"there is no '{name}'.{nearest(name, list(known))}")
+    return name

@@ -75,12 +75,21 @@ class Reference:
 
 @dataclass(frozen=True)
 class ReferenceJob:
-    """The input of a reference's stage; `size_px` is the side of the drawn images."""
+    """The input of a reference's stage; `size_px` is the side of the drawn images, `network` whose features are taken.
+
+    CLIP's embeddings, if they are needed, go with the first of the protocol's networks.
+    """
 
     protocol: Protocol
     digest: str
     size_px: int
     num: int
+    network: str
+
+    @property
+    def embeds(self) -> bool:
+        """Whether CLIP embeds the images too."""
+        return self.network == self.protocol.networks[0] and "clip" in arrays_needed(self.protocol, "real")
 
 
 def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
@@ -207,12 +216,14 @@ def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
             yield member.offset, member.size
 
 
-def prepare_reference(reference: Reference, protocol: Protocol, size_px: int) -> tuple[EvaluationDir, ReferenceJob]:
-    """The cache directory for the features, and the job that fills it.
+def prepare_reference(
+    reference: Reference, protocol: Protocol, size_px: int, network: str
+) -> tuple[EvaluationDir, ReferenceJob]:
+    """The cache directory for a network's features, and the job that fills it.
 
     It is named by a digest of all inputs, so evaluations with the same reference share it. UserError: no such weights.
     """
-    job = ReferenceJob(protocol, reference.digest, size_px, len(reference.places))
+    job = ReferenceJob(protocol, reference.digest, size_px, len(reference.places), network)
     folder = EvaluationDir(cache_dir() / "references" / _job_digest(job)[:16])
     write_json(folder.images, [list(place) for place in reference.places])
     return folder, job
@@ -236,14 +247,11 @@ def _fingerprint(dataset: DatasetDir, job: ReferenceJob, part: int) -> str:
     return _job_digest(job)
 
 
-def _embeds(protocol: Protocol) -> bool:
-    return "clip" in arrays_needed(protocol, "real")
-
-
 def _job_digest(job: ReferenceJob) -> str:
     size_px = job.size_px if job.protocol.reference_view == "as_samples" else None
-    embedded_by = agreement_digest(job.protocol) if _embeds(job.protocol) else None
-    return fingerprint("reference/1", [feature_config(job.protocol), size_px, embedded_by, job.digest, _PART_SIZE])
+    embedded_by = agreement_digest(job.protocol) if job.embeds else None
+    features_by = feature_config(job.protocol, job.network)
+    return fingerprint("reference/1", [features_by, size_px, embedded_by, job.digest, _PART_SIZE])
 
 
 def _extract_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int]) -> Iterator[ShardReport]:
@@ -261,8 +269,8 @@ def _extract_parts(dataset: DatasetDir, job: ReferenceJob, parts: Sequence[int])
 def _extract(places: Iterable[Place], job: ReferenceJob) -> dict[str, torch.Tensor]:
     features, embeddings, rest = [], [], iter(places)
     while images := [_as_compared(place, job) for place in islice(rest, BATCH_SIZE)]:
-        features.append(features_of(images, job.protocol))
-        embeddings += [embed_images(images, job.protocol)] if _embeds(job.protocol) else []
+        features.append(features_of(images, job.protocol, job.network))
+        embeddings += [embed_images(images, job.protocol)] if job.embeds else []
     return {"features": torch.cat(features)} | ({"clip": torch.cat(embeddings)} if embeddings else {})
 
 

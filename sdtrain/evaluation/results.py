@@ -42,18 +42,30 @@ class Results(Settings):
         former = {"num_pictures": "num_images"}
         return [{former.get(name, name): value for name, value in row.items()} for row in rows]
 
+    @field_validator("protocol")
+    @classmethod
+    def _former_network(cls, protocol: dict[str, Any]) -> dict[str, Any]:
+        """Reads `network` and its digest, of when there was one."""
+        if "network" not in protocol:
+            return protocol
+        networks, digests = [protocol["network"]], {protocol["network"]: protocol["network_sha256"]}
+        kept = {name: value for name, value in protocol.items() if name not in ("network", "network_sha256")}
+        return kept | {"networks": networks, "networks_sha256": digests}
+
     def footnote(self) -> str:
         """The protocol in a few words, for the plot."""
         p = self.protocol
-        network = (
-            f"{p['network']} ({p['resize']} resize)" if p["network"] == "inception" else f"the {p['network']}'s own"
-        )
+        networks = "; ".join(self._network(name, digest) for name, digest in p["networks_sha256"].items())
         drawn = f"{p['num_prompts']:,} images a point, {p['size_px']} px, {p['num_steps']} {p['sampler'].upper()} steps"
         return (
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
-            f"reference {p['reference_source']} (sha256 {p['reference_sha256'][:12]}); network {network}, "
-            f"sha256 {p['network_sha256'][:12]}. Beside each point: its guidance scale; bars: 95 % intervals."
+            f"reference {p['reference_source']} (sha256 {p['reference_sha256'][:12]}); {networks}. "
+            "Beside each point: its guidance scale; bars: 95 % intervals."
         )
+
+    def _network(self, name: str, digest: str) -> str:
+        words = f"{name} ({self.protocol['resize']} resize)" if name == "inception" else name
+        return f"network {words}, sha256 {digest[:12]}"
 
 
 def read_results(path: Path) -> Results:

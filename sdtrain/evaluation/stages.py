@@ -50,12 +50,16 @@ _CONTEXT_BATCH = 64
 
 @dataclass(frozen=True)
 class SampleJob:
-    """The input of one model's stages; those of prompts ignore `scale`. `prompts` is the digest of all."""
+    """The input of one model's stages; those of prompts ignore `scale`. `prompts` is the digest of all.
+
+    `network` is whose features are extracted; empty for the protocol's first, whose file holds CLIP's embeddings too.
+    """
 
     protocol: Protocol
     model: EvaluatedModel
     prompts: str
     scale: float = 1.0
+    network: str = ""
 
 
 def context_stage(job: SampleJob) -> Stage[SampleJob]:
@@ -199,9 +203,9 @@ def caption_stage(job: SampleJob) -> Stage[SampleJob]:
 
 def feature_stage(job: SampleJob) -> Stage[SampleJob]:
     """The stage that extracts the features of each part's images."""
-    return plain_stage(
-        f"look-{job.model.key}-{key_of(job.scale)}", _parts, _feature_fingerprint, _extract_parts, uses_gpu=True
-    )
+    network = f"{job.network}-" if job.network else ""
+    name = f"look-{network}{job.model.key}-{key_of(job.scale)}"
+    return plain_stage(name, _parts, _feature_fingerprint, _extract_parts, uses_gpu=True)
 
 
 def _caption_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
@@ -221,27 +225,34 @@ def _embed_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> I
 
 def _feature_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     drawn = require_entry(dataset, draw_stage(job).name, part)
-    return fingerprint("look/1", [*feature_config(job.protocol), agreement_digest(job.protocol)], inputs=[drawn])
+    agreement = [] if job.network else [agreement_digest(job.protocol)]
+    return fingerprint("look/1", [*feature_config(job.protocol, _network(job)), *agreement], inputs=[drawn])
+
+
+def _network(job: SampleJob) -> str:
+    return job.network or job.protocol.networks[0]
 
 
 def _extract_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> Iterator[ShardReport]:
-    directory, stage, protocol = EvaluationDir(dataset.root), feature_stage(job).name, job.protocol
+    directory, stage = EvaluationDir(dataset.root), feature_stage(job).name
     for part in parts:
         images, texts = read_images(directory.samples(job.model.key, key_of(job.scale), part))
-        tensors = _arrays_of(images, texts, protocol)
-        path = directory.features(job.model.key, key_of(job.scale), part)
+        tensors = _arrays_of(images, texts, job)
+        path = directory.features(job.model.key, key_of(job.scale), part, job.network)
         write_tensors(path, tensors)
         outputs = describe_outputs(dataset, [path])
         yield ShardReport(stage=stage, shard=part, num_in=len(images), num_out=len(images), outputs=outputs)
 
 
-def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], protocol: Protocol) -> dict[str, Tensor]:
+def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], job: SampleJob) -> dict[str, Tensor]:
+    protocol = job.protocol
     make: dict[str, Callable[[], Tensor]] = {
-        "features": lambda: features_of(images, protocol),
+        "features": lambda: features_of(images, protocol, _network(job)),
         "clip": lambda: embed_images(images, protocol),
         "shown": lambda: stand_in(protocol.agreement).score_images(images, texts),
     }
-    return {name: make[name]() for name in sorted(arrays_needed(protocol, "drawn"))}
+    needed = {"features"} if job.network else arrays_needed(protocol, "drawn")
+    return {name: make[name]() for name in sorted(needed)}
 
 
 def read_images(tar: Path) -> tuple[list[Image.Image], list[str]]:

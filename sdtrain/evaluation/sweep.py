@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
+from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
-from sdtrain.evaluation.metrics import arrays_needed, descriptions, numbers, open_metrics
+from sdtrain.evaluation.metrics import ImageArrays, arrays_needed, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
@@ -46,26 +47,27 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned evaluation; `real` is directory and input of the reference's stage, None for statistics."""
+    """A planned evaluation; `real` has directory and input of each network's reference stage, none for statistics."""
 
     protocol: Protocol
     directory: EvaluationDir
     models: tuple[EvaluatedModel, ...]
     prompts: Prompts
     reference: Reference
-    real: tuple[EvaluationDir, ReferenceJob] | None
+    real: tuple[tuple[EvaluationDir, ReferenceJob], ...]
 
     def steps(self) -> list[Step]:
         """The steps in order; each skips finished parts."""
         drawings = [SampleJob(self.protocol, model, self.prompts.digest) for model in self.models]
         by_text_encoder = {drawing.model.text_encoder: drawing for drawing in reversed(drawings)}
-        steps = [Step(reference_stage(self.real[1]), *self.real)] if self.real else []
+        steps = [Step(reference_stage(job), directory, job) for directory, job in self.real]
         steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
         steps += [self._step(caption_stage, drawings[0])] if self._needs_captions else []
         for drawing in drawings:
             for scale in self.protocol.scales:
                 at_scale = replace(drawing, scale=scale)
-                steps += [self._step(draw_stage, at_scale), self._step(feature_stage, at_scale)]
+                of_networks = [replace(at_scale, network=network) for network in self._networks]
+                steps += [self._step(draw_stage, at_scale), *(self._step(feature_stage, job) for job in of_networks)]
         return steps
 
     def checks(self) -> list[Check]:
@@ -80,12 +82,17 @@ class Sweep:
             Check("networks", lambda: check_networks(self.protocol)),
         ]
 
+    @property
+    def _networks(self) -> list[str]:
+        """Whose features have a file of their own: the first's, which goes without a name, and further ones'."""
+        return ["", *self.protocol.networks[1:]]
+
     def _num_pending(self) -> int:
         scales, parts = [key_of(scale) for scale in self.protocol.scales], self.protocol.parts
         return sum(
             len(self.protocol.indices(part))
             for model, scale, part in itertools.product(self.models, scales, parts)
-            if not self.directory.features(model.key, scale, part).exists()
+            if not all(self.directory.features(model.key, scale, part, name).exists() for name in self._networks)
         )
 
     def finish(self) -> Results:
@@ -97,14 +104,24 @@ class Sweep:
         rows = []
         for model in self.models:
             for scale in self.protocol.scales:
-                drawn = _arrays([self.directory.features(model.key, key_of(scale), part) for part in parts])
                 about = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
-                rows.append(about | numbers(metrics, drawn, captions))
+                rows.append(about | numbers(metrics, self._drawn_images(model, scale), captions))
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
         results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)
-        axes = {metric.axis: Axis(metric.name, metric.label) for metric in metrics}
+        axes = {metric.axis: Axis(metric.name, metric.label) for metric in reversed(metrics)}
         write_results(self.directory, results, axes.get("x"), axes["y"])
         return results
+
+    def _drawn_images(self, model: EvaluatedModel, scale: float) -> ImageArrays:
+        parts, key = self.protocol.parts, key_of(scale)
+        files = [[self.directory.features(model.key, key, part, name) for part in parts] for name in self._networks]
+        return self._image_arrays(files)
+
+    def _image_arrays(self, files: Sequence[list[Path]]) -> ImageArrays:
+        """The arrays in each network's files, in the protocol's order."""
+        first, *further = (_arrays(paths) for paths in files)
+        features = [arrays["features"] for arrays in (first, *further)]
+        return ImageArrays(dict(zip(self.protocol.networks, features, strict=True)), first)
 
     @property
     def _needs_captions(self) -> bool:
@@ -113,11 +130,12 @@ class Sweep:
     def _step(self, stage: Any, drawing: SampleJob) -> Step:
         return Step(stage(drawing), self.directory, drawing)
 
-    def _real_images(self) -> Any:
-        if self.real is None:
+    def _real_images(self) -> ImageArrays | Gaussian:
+        if self.reference.statistics is not None:
             return self.reference.statistics
-        folder, job = self.real
-        return _arrays([folder.reference(part) for part in reference_parts(job)])
+        return self._image_arrays(
+            [[folder.reference(part) for part in reference_parts(job)] for folder, job in self.real]
+        )
 
     def _truncated_prompts(self, captions: dict[str, Any]) -> list[str]:
         truncated = {f"the text encoder of {model.label}": self._num_truncated(model) for model in self.models}
@@ -153,7 +171,7 @@ class Sweep:
             "prompts_sha256": self.prompts.digest,
             "reference_source": self.reference.source,
             "reference_sha256": self.reference.digest,
-            "network_sha256": features_digest(self.protocol),
+            "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
             "agreement_by": agreement_digest(self.protocol),
             "models": {model.label: model.digest for model in self.models},
         }
@@ -169,7 +187,9 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
     protocol = protocol.model_copy(update={"vae_dtype": _vae_dtype(protocol, directory)})
     prompts = choose_prompts(Path(protocol.prompts), protocol.num_prompts, protocol.prompt_seed)
-    features_digest(protocol), agreement_digest(protocol)  # checks that the weights exist
+    for network in protocol.networks:  # checks that the weights exist
+        features_digest(protocol, network)
+    agreement_digest(protocol)
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
@@ -177,8 +197,9 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
         open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
     write_json(directory.protocol, as_recorded(protocol.model_dump(mode="json")))
-    real = None if reference.statistics else prepare_reference(reference, protocol, found[0].size_px)
-    return Sweep(protocol, directory, tuple(found), prompts, reference, real)
+    compared = [] if reference.statistics else protocol.networks
+    real = [prepare_reference(reference, protocol, found[0].size_px, network) for network in compared]
+    return Sweep(protocol, directory, tuple(found), prompts, reference, tuple(real))
 
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:

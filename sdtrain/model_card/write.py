@@ -37,7 +37,7 @@ _PROMPT = (
     "Read the licence in full before you agree."
 )
 _SHOWN = ("prompts_source", "num_prompts", "reference_source", "reference_sha256", "num_steps", "sampler", "weights")
-_ALSO = ("seed", "size_px", "network", "network_sha256", "resize")
+_ALSO = ("seed", "size_px", "network", "network_sha256", "networks", "networks_sha256", "resize")
 
 
 def write_card(run: Path) -> Path:
@@ -198,7 +198,7 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         content = json.loads(path.read_text())
         rows, protocol, metrics = content["rows"], content["protocol"], dict(content["metrics"])
         header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
-        shown = {name: protocol[name] for name in (*_SHOWN, *_ALSO) if name in protocol}
+        shown = {name: _words(protocol[name]) for name in (*_SHOWN, *_ALSO) if name in protocol}
         table = [[_text(row.get(name)) for name in header] for row in rows]
         results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
         return Evaluation(header, table, metrics, shown, (folder / "curve.png").exists(), tuple(results))
@@ -221,6 +221,12 @@ def _eval_results(
                 metric_value=round(row[name], 6),
                 metric_args={"guidance_scale": row["guidance_scale"]},
             )
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        value = [f"{name} {part}" for name, part in value.items()]
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _text(value: Any) -> str:

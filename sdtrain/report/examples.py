@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,11 @@ ROWS_TO_CHOOSE_FROM = 100_000
 
 FindImage = Callable[[str], Path | None]
 _JOINED = "decisions d JOIN selection s USING (uid) JOIN images i USING (uid) LEFT JOIN scores c USING (uid)"
+# Where only a part is shown, this is there already: rows of other shards are no unselected ones.
+_UNSELECTED = f"""
+CREATE TEMP VIEW IF NOT EXISTS unselected AS
+SELECT m.* FROM (FROM metadata LIMIT {ROWS_TO_CHOOSE_FROM}) m ANTI JOIN selection s ON m.url = s.url
+"""  # noqa: S608 - a number
 _PLACE = "d.key, d.shard, i.picture_offset, i.picture_bytes"
 
 
@@ -50,6 +55,14 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Counts:
+    """Of the whole dataset: samples dropped, by reason in alphabetical order, and groups of duplicates."""
+
+    dropped: Mapping[str, int]
+    num_groups: int
+
+
+@dataclass(frozen=True)
 class RuleThreshold:
     """The recipe's limit of a rule of stage "select" or "decide".
 
@@ -67,22 +80,31 @@ def galleries(
     connection: duckdb.DuckDBPyConnection,
     dataset: DatasetDir,
     images: Path,
+    counts: Counts,
     find_image: FindImage | None,
     thresholds: Iterable[RuleThreshold] = (),
 ) -> list[Gallery]:
     """Makes galleries of kept samples, of each rule's limit, of each drop reason, and of duplicates.
 
-    `connection` has the dataset's views open; `images` gets the thumbnails. `find_image` gives a local file for a URL
-    that was never fetched; None shows such rows as text.
+    `connection` has the dataset's views open, or views of a part of it beside the `counts` of the whole; `images` gets
+    the thumbnails. `find_image` gives a local file for a URL that was never fetched; None shows such rows as text.
     """
     thumbnails = Thumbnails(dataset, images)
     found = [_kept(connection, thumbnails)]
     found += [_near_threshold(connection, thumbnails, threshold) for threshold in thresholds]
     found.append(_never_fetched(connection, RemovedRows(read_ledger(dataset.removed)), images, find_image))
-    reasons = connection.execute("SELECT reason, count(*) FROM drops GROUP BY reason ORDER BY reason").fetchall()
-    found += [_dropped(connection, thumbnails, reason, count) for reason, count in reasons]
-    found.append(_duplicates(connection, thumbnails))
+    found += [_dropped(connection, thumbnails, reason, count) for reason, count in counts.dropped.items()]
+    found.append(_duplicates(connection, thumbnails, counts.num_groups))
     return [gallery for gallery in found if any(gallery.rows) or gallery.lines]
+
+
+def count_examples(connection: duckdb.DuckDBPyConnection) -> Counts:
+    """Counts what the galleries show examples of, in tables of one file each."""
+    dropped = connection.execute(
+        "SELECT reason, count(*) FROM decisions WHERE reason IS NOT NULL GROUP BY reason ORDER BY reason"
+    ).fetchall()
+    (num_groups,) = connection.execute("SELECT count(DISTINCT group_id) FROM duplicates").fetchall()[0]
+    return Counts(dict(dropped), num_groups)
 
 
 def _kept(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
@@ -139,10 +161,10 @@ def _never_fetched(
     connection: duckdb.DuckDBPyConnection, removed: RemovedRows, images: Path, find_image: FindImage | None
 ) -> Gallery:
     """Rows that the selection dropped, with their scores, without removed samples."""
+    connection.execute(_UNSELECTED)
     rows = connection.execute(
-        "SELECT url, caption, aesthetic, pwatermark, width, height FROM (FROM metadata LIMIT ?) m "
-        "ANTI JOIN selection s ON m.url = s.url ORDER BY md5(m.url) LIMIT ?",
-        [ROWS_TO_CHOOSE_FROM, 2 * EXAMPLES_PER_GALLERY],
+        "SELECT url, caption, aesthetic, pwatermark, width, height FROM unselected ORDER BY md5(url) LIMIT ?",
+        [2 * EXAMPLES_PER_GALLERY],
     ).fetchall()
     shown, lines = list[Shown](), list[str]()
     shown_rows = [row for row in rows if row[:2] not in removed]
@@ -159,9 +181,8 @@ def _never_fetched(
     return Gallery("Dropped by the metadata alone, never fetched", "dropped", [shown], lines[:4])
 
 
-def _duplicates(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails) -> Gallery:
+def _duplicates(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, num_groups: int) -> Gallery:
     """One row per group, the kept image first."""
-    num_groups = connection.execute("SELECT count(DISTINCT group_id) FROM duplicates").fetchall()[0][0]
     groups = connection.execute(
         "SELECT DISTINCT group_id FROM duplicates ORDER BY md5(group_id) LIMIT ?", [GROUPS]
     ).fetchall()

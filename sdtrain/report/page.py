@@ -16,7 +16,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
-from sdtrain.report.examples import FindImage, Gallery, RuleThreshold, galleries
+from sdtrain.report.examples import Counts, FindImage, Gallery, RuleThreshold, count_examples, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.sections import draw_pairs, draw_training
 from sdtrain.training.run_dir import RunDir
@@ -65,6 +65,8 @@ class Report:
     thresholds: Sequence[RuleThreshold] = ()
     prepare: Callable[[duckdb.DuckDBPyConnection], None] = lambda connection: None
     """Gives a connection access to remote metadata."""
+    narrow: Callable[[duckdb.DuckDBPyConnection], str] = lambda connection: ""
+    """Lets the connection's views show a part of a large dataset from then on; describes the part, or says nothing."""
     scores_note: str = ""
     warn: Callable[[Any], Sequence[str]] = lambda funnel: ()
     """The warnings that rows of the funnel call for, shown before all numbers."""
@@ -85,15 +87,17 @@ def write_report(report: Report, path: Path) -> Path:
         funnel = connection.view("funnel").select(*map(duckdb.ColumnExpression, _FUNNEL)).fetchall()
         if not funnel:
             raise UserError(f"{report.dataset.root} is not built to its decisions yet; run the build again.")
+        counts = count_examples(connection)  # of the whole dataset, before it is narrowed
         context: dict[str, Any] = {
             "title": report.title,
             "lead": report.lead,
             "facts": _facts(funnel, connection),
             "funnel": funnel,
             "remarks": [row[0] for row in connection.execute("FROM remarks").fetchall()],
+            "part": report.narrow(connection),
             "funnel_image": _draw_funnel(funnel, images),
             "histograms": _draw_histograms(connection, report.limits, images),
-            "galleries": _relative(_galleries(connection, report, images), path.parent),
+            "galleries": _relative(_galleries(connection, report, counts, images), path.parent),
             "pairs": draw_pairs(connection, report.limits, images),
             "scores_note": report.scores_note,
             "warnings": report.warn([dict(zip(_FUNNEL, row, strict=True)) for row in funnel]),
@@ -111,8 +115,8 @@ def write_report(report: Report, path: Path) -> Path:
 
 def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str]]:
     rows_in = funnel[0][3] + funnel[0][4]
-    selected = connection.execute("SELECT count(*) FROM selection").fetchone()
-    fetched = connection.execute("SELECT count(*) FROM images WHERE status = 'success'").fetchone()
+    selected = connection.execute("SELECT count(*) FROM decisions").fetchone()
+    fetched = connection.execute("SELECT sum(num_out)::BIGINT FROM stages WHERE stage = 'download'").fetchone()
     counts = [(funnel[0][2], rows_in), ("selected", selected[0] if selected else 0)]
     counts += [("downloaded", fetched[0] if fetched else 0), ("kept", funnel[-1][4])]
     return [(name, f"{count:,}") for name, count in counts]
@@ -136,8 +140,8 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
     return drawn
 
 
-def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, images: Path) -> list[Gallery]:
-    return galleries(connection, report.dataset, images, report.find_image, report.thresholds)
+def _galleries(connection: duckdb.DuckDBPyConnection, report: Report, counts: Counts, images: Path) -> list[Gallery]:
+    return galleries(connection, report.dataset, images, counts, report.find_image, report.thresholds)
 
 
 def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> list[float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from sdtrain.options import Weights
 from sdtrain.precision import decoder_dtype, fast_dtype
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
 
+Sign = Callable[[bytes], bytes]
+"""Adds a signature to a PNG's bytes."""
 RECORD = "sdtrain"
 """Name of the text chunk in which an image has its record."""
 
@@ -175,13 +178,22 @@ def save_image(
     model: Model,
     settings: SampleSettings,
     also: Mapping[str, Any] | None = None,
+    sign: Sign | None = None,
 ) -> None:
-    """Writes a PNG with `description` and `also` in its text chunk `RECORD`."""
+    """Writes a PNG with `description` and `also` in its text chunk `RECORD`, signed if `sign` is given."""
     made = description(job, model, settings) | dict(also or {})
     text = PngInfo()
     text.add_itxt(RECORD, json.dumps(made, ensure_ascii=False))
+    write_png(path, image, text, sign)
+
+
+def write_png(path: Path, image: Image.Image, text: PngInfo, sign: Sign | None = None) -> None:
+    """Writes a PNG with its text, as `sign` returns it, whole or not at all."""
+    file = io.BytesIO()
+    image.save(file, "PNG", pnginfo=text)
+    content = file.getvalue()
     with publish(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=text)
+        temporary.write_bytes(sign(content) if sign else content)
 
 
 def _load(model: Model, device: str) -> Sampler:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,7 +16,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sdtrain.dataset.files import publish
-from sdtrain.sampling.batch import RECORD, Job, Model, description, save_image
+from sdtrain.sampling.batch import RECORD, Job, Model, Sign, description, save_image, write_png
+from sdtrain.sampling.credentials import Credentials, Origin, is_signed
 from sdtrain.sampling.safety import Flagged
 from sdtrain.sampling.sampler import SampleSettings, make_grid
 
@@ -31,7 +32,7 @@ class SampleFolder:
     """A folder of sampled images, in which no image takes the place of another one.
 
     An image flagged by `safety_checker` (a name, or None) is replaced by a black one or by a note. `numbers` are those
-    of files that are not named by their jobs; see `placed`.
+    of files that are not named by their jobs; see `placed`. `credentials` sign every image and sheet.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class SampleFolder:
     safety_checker: str | None = None
     flagged: Flagged = "black"
     numbers: Mapping[Job, int] = field(default_factory=dict)
+    credentials: Credentials | None = None
 
     def placed(self, jobs: Sequence[Job]) -> SampleFolder:
         """The same folder, with a number for each job that no other image has.
@@ -58,7 +60,7 @@ class SampleFolder:
 
     def _found(self, jobs: Sequence[Job]) -> tuple[dict[Job, int], set[int]]:
         """Numbers of the jobs' images or refusals that are there, and those of all other images."""
-        wanted = {_without_verdict(description(job, self.model, self.settings)): job for job in jobs}
+        wanted = {_without_verdict(self._record(job, flagged=False)): job for job in jobs}
         own, taken = dict[Job, int](), set[int]()
         for path in sorted(itertools.chain(self.folder.glob("[0-9]*.png"), self.folder.glob("[0-9]*.refused.json"))):
             number, made = path.name.partition(".")[0], self._made(path)
@@ -78,7 +80,7 @@ class SampleFolder:
         if self._made(self._refusal(job)) == self._record(job, flagged=True):
             return self.flagged == "refuse"
         accepted = [self._record(job, flagged) for flagged in ([False, True] if self.flagged == "black" else [False])]
-        return self._made(self.path(job)) in accepted and _is_whole(self.path(job))
+        return self._made(self.path(job)) in accepted and _is_whole(self.path(job), self.credentials is not None)
 
     def _made(self, path: Path) -> dict[str, Any] | None:
         """The record in an image or a note, empty if it has none or is older than the model; None if unreadable."""
@@ -105,7 +107,12 @@ class SampleFolder:
     def save(self, job: Job, image: Image.Image, flagged: bool = False) -> None:
         """Writes a job's image."""
         self._refusal(job).unlink(missing_ok=True)
-        save_image(self.path(job), image, job, self.model, self.settings, self._verdict(flagged))
+        path = self.path(job)
+        sign = self._signing(Origin(path.name, job.prompt, self.settings.start, flagged))
+        save_image(path, image, job, self.model, self.settings, self._also(flagged), sign)
+
+    def _signing(self, origin: Origin) -> Sign | None:
+        return None if self.credentials is None else partial(self.credentials.sign, origin=origin)
 
     def refuse(self, job: Job) -> None:
         """Notes that a job's image was flagged, and deletes that of an earlier run."""
@@ -114,11 +121,12 @@ class SampleFolder:
             temporary.write_text(json.dumps(self._record(job, flagged=True)) + "\n")
 
     def _record(self, job: Job, flagged: bool) -> dict[str, Any]:
-        return description(job, self.model, self.settings) | self._verdict(flagged)
+        return description(job, self.model, self.settings) | self._also(flagged)
 
-    def _verdict(self, flagged: bool) -> dict[str, Any]:
-        checker = {"safety_checker": self.safety_checker} if self.safety_checker else {}
-        return checker | ({"flagged": True} if flagged else {})
+    def _also(self, flagged: bool) -> dict[str, Any]:
+        also: dict[str, Any] = {"safety_checker": self.safety_checker} if self.safety_checker else {}
+        also |= {"flagged": True} if flagged else {}
+        return also | ({"content_credentials": self.credentials.record} if self.credentials else {})
 
     def pending(self, batches: Sequence[Sequence[Job]]) -> list[Sequence[Job]]:
         """The batches that lack an image; drawn whole, so that a batch's images are of one run."""
@@ -136,8 +144,7 @@ class SampleFolder:
         text.add_text(_SHEET_OF, numbers)
         names = itertools.chain([SHEET], (f"grid-{number}.png" for number in itertools.count(1)))
         path = next(path for name in names if _may_hold_sheet(path := self.folder / name, numbers))
-        with publish(path) as temporary:
-            sheet.save(temporary, "PNG", pnginfo=text)
+        write_png(path, sheet, text, self._signing(Origin(path.name, start=self.settings.start)))
         return path
 
 
@@ -150,13 +157,13 @@ def _without_verdict(made: Mapping[str, Any]) -> str:
     return json.dumps({name: value for name, value in made.items() if name not in _VERDICT}, sort_keys=True)
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, must_be_signed: bool) -> bool:
     try:
         with Image.open(path) as image:
             image.load()
+            return is_signed(image) or not must_be_signed
     except (OSError, ValueError, SyntaxError):
         return False
-    return True
 
 
 def _may_hold_sheet(path: Path, numbers: str) -> bool:

@@ -33,7 +33,14 @@ class StartImage:
 
     def pixels(self, width: int, height: int) -> NDArray[np.uint8]:
         """The image, upright and opaque, resized to cover width and height and cropped at its centre, (H, W, 3)."""
-        return resize_and_crop(decode_rgb(_read(self.path)), (width, height), None).pixels
+        return resize_and_crop(decode_rgb(self.content()), (width, height), None).pixels
+
+    def content(self) -> bytes:
+        """The file's bytes; UserError if they are not those that `digest` is of."""
+        content = _read(self.path)
+        if hashlib.sha256(content).hexdigest() != self.digest:
+            raise UserError(f"{self.path} was changed while images were drawn from it. Run the same command again.")
+        return content
 
 
 def open_start_image(path: Path, strength: float = 0.75) -> StartImage:

@@ -31,7 +31,7 @@ from tests.filters.removal_fixtures import NUM_ROWS, caption_of, files_with, mak
 from tests.filters.store_fixtures import PASSWORD, PLANTED, QUERY, SPELLINGS, Store, needs_httpfs, serving
 
 # All settings that are text. A new one fails the test below until it is known whether it can hold a URL.
-MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.evaluation.protocol")
+MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.endpoint.config", "sdtrain.evaluation.protocol")
 LOCATIONS = {
     "DataConfig": {"root"},
     "DownloadConfig": {"contact", "ca_file"},
@@ -53,8 +53,9 @@ WORDS = {
     "JoinConfig": {"columns"},
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
+    "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused
     "PreviewConfig": {"prompts"},
-    "Protocol": {"agreement", "clip_model", "network"},
+    "Protocol": {"agreement", "clip_model", "networks"},
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
     | {"safety_sha256"},
@@ -63,6 +64,7 @@ WORDS = {
     "UNetConfig": {"down_block_types", "up_block_types"},
 }
 NEEDED: dict[str, dict[str, Any]] = {
+    "EndpointConfig": {"url": "http://127.0.0.1/v1", "model": "x"},
     "JoinConfig": {"files": "x"},
     "ListConfig": {"files": "x", "by": "url"},
     "Protocol": {"prompts": "x", "reference": "x"},

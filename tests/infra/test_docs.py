@@ -1,12 +1,15 @@
-"""Every command on the pages about operating: its program, subcommand, options, files and names are there."""
+"""Every command of the README and the pages: its program, subcommand, options, files and names are there."""
 
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import typer
 import yaml
@@ -14,28 +17,32 @@ import yaml
 from filters.recipe import known_recipes
 from flows.build_dataset import build_dataset
 from flows.demo import build_demo
+from flows.evaluate_checkpoint import evaluate_checkpoint
 from flows.reproduce_sd_v1 import reproduce_sd_v1
 from flows.train_unet import train_unet
 from infra.box.__main__ import COMMANDS
 from infra.box.services import FAMILY_GRACE_S, Program
 from sdtrain.cli import app
 from sdtrain.config import known_configs
+from sdtrain.train import parse_arguments
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("docs/operating.md", "docs/resuming.md", "infra/README.md", "docs/takedown.md", "docs/commands.md")
-PAGES += ("docs/importing.md",)
-PAGES += ("docs/adding-a-rule.md", "docs/adding-a-head.md", "docs/adding-a-stage.md")
-FLOWS = {flow.name: flow for flow in (build_dataset, build_demo, train_unet, reproduce_sd_v1)}
+PAGES = ["README.md", "CONTRIBUTING.md", "flows/README.md", "infra/README.md"]
+PAGES += sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+FLOWS = {flow.name: flow for flow in (build_dataset, build_demo, train_unet, reproduce_sd_v1, evaluate_checkpoint)}
 PREFECT = {
     ("deployment", "run"): {"-p", "--watch"},
     ("flow-run", "ls"): {"--limit"},
     ("flow-run", "logs"): set(),
     ("flow-run", "cancel"): set(),
+    ("work-pool", "create"): {"--type"},
     ("work-pool", "ls"): set(),
     ("worker", "start"): {"--pool", "--type"},
+    ("server", "start"): set(),
 }
 """What the tests of a real server say, with the options that they use; test_setup.py asks Prefect for these."""
-SYSTEM = {"cp", "df", "git", "source", "systemctl", "tail", "tar", "useradd", "for", "ssh"}
+PROGRAMS = "prefect|sdtrain|make|deepspeed|torchrun|docker|kubectl|helm|python -m"
+SYSTEM = {"cp", "df", "git", "source", "systemctl", "tail", "tar", "useradd", "for", "ssh", "ray", "sky", "sbatch"}
 
 # Each kind of failure is held by a test that fails, kills or damages for real.
 HELD_BY = {
@@ -73,8 +80,7 @@ def commands(page: str) -> Iterator[str]:
         for command in re.findall(r"^\$ ((?:.*\\\n)*.*)", block, re.MULTILINE):
             yield re.sub(r"\s+#.*", "", command.replace("\\\n", " ")).strip()
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    programs = "|".join(["prefect", "sdtrain", "make", "deepspeed", "docker", "kubectl", "helm", "python -m"])
-    yield from (" ".join(found.split()) for found in re.findall(rf"`((?:{programs}) [^`]+)`", prose))
+    yield from (" ".join(found.split()) for found in re.findall(rf"`((?:{PROGRAMS}) [^`]+)`", prose))
 
 
 ALL = [(page, command) for page in PAGES for command in commands(page)]
@@ -94,11 +100,17 @@ def check_make(rest: list[str]) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def check_sdtrain(rest: list[str]) -> None:
+@cache
+def sdtrain_options(name: str) -> set[str]:
     group: Any = typer.main.get_command(app)
+    found = group.commands[name] if name else group
+    options = found.get_params(click.Context(found))
+    return {"--help"} | {name for option in options for name in (*option.opts, *option.secondary_opts)}
+
+
+def check_sdtrain(rest: list[str]) -> None:
     own = rest[0].startswith("-")
-    found = group if own else group.commands[rest[0]]
-    check_options(rest if own else rest[1:], {"--help"} | {name for option in found.params for name in option.opts})
+    check_options(rest if own else rest[1:], sdtrain_options("" if own else rest[0]))
 
 
 def check_options(rest: list[str], known: set[str]) -> None:
@@ -107,6 +119,7 @@ def check_options(rest: list[str], known: set[str]) -> None:
 
 
 def check_prefect(rest: list[str]) -> None:
+    rest = [word for word in rest if word != "--no-prompt"]
     name = (rest[0], rest[1])
     if rest[0] == "deploy":
         assert rest[1] == "--all"
@@ -120,17 +133,33 @@ def check_prefect(rest: list[str]) -> None:
 
 def check_run(deployment: str, parameters: list[str]) -> None:
     deployments = {one["name"]: one for one in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    flow_name, _, deployment = deployment.rpartition("/")
     assert deployment in deployments
     function = deployments[deployment]["entrypoint"].rpartition(":")[2]
     flow: Any = next(flow for flow in FLOWS.values() if flow.fn.__name__ == function)
+    assert flow_name in ("", flow.name)
     given = dict(parameter.split("=", 1) for parameter in parameters)
     flow.validate_parameters({**deployments[deployment].get("parameters", {}), **given})
 
 
-def check_deepspeed(rest: list[str]) -> None:
+def check_launcher(rest: list[str]) -> None:
+    """Launchers start training; torchrun a command of ours too."""
+    if "sdtrain.cli" in rest:
+        check_sdtrain(rest[rest.index("sdtrain.cli") + 1 :])
+        return
     script = next(word for word in rest if word.endswith(".py"))
     assert (ROOT / script).exists()
-    assert rest[rest.index("--config") + 1] in known_configs()
+    assert parse_arguments(rest[rest.index(script) + 1 :]).config in known_configs()
+
+
+def check_duckdb(rest: list[str]) -> None:
+    assert rest[0] == "-readonly"
+    assert rest[1].endswith("metadata.duckdb")
+
+
+def check_pip(rest: list[str]) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert re.fullmatch(r"\.\[(\w+)\]", rest[-1])[1] in extras  # type: ignore[index]
 
 
 def check_files(rest: list[str]) -> None:
@@ -151,7 +180,10 @@ CHECKS = {
     "make": check_make,
     "sdtrain": check_sdtrain,
     "prefect": check_prefect,
-    "deepspeed": check_deepspeed,
+    "deepspeed": check_launcher,
+    "torchrun": check_launcher,
+    "duckdb": check_duckdb,
+    "pip": check_pip,
     "python": check_python,
     "docker": check_files,
     "kubectl": check_files,
@@ -207,6 +239,6 @@ def test_the_systems_service_runs_the_box_and_waits_longer_than_it_takes_to_end(
 
 def test_recipes_on_the_pages_are_known() -> None:
     for _, command in ALL:
-        if command.startswith("sdtrain build"):
+        if command.startswith("sdtrain build "):
             recipe = words(command)[2]
             assert recipe.endswith(".yaml") or recipe == "--help" or recipe in known_recipes()

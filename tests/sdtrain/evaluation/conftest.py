@@ -25,6 +25,6 @@ def little(tmp_path, monkeypatch):
         dtype="fp32",
         batch_size=2,
         part_size=4,
-        network="demo",
+        networks=("demo",),
         agreement="demo",
     )

@@ -65,10 +65,10 @@ def test_a_prompt_beyond_77_tokens_is_cut_with_its_end_token_kept_and_counted():
 
 
 def test_features_of_the_demo_tell_its_images_apart_and_do_not_depend_on_company(images):
-    demo = CLIP.model_copy(update={"network": "demo"})
-    together = features_of(images, demo)
+    demo = CLIP.model_copy(update={"networks": ("demo",)})
+    together = features_of(images, demo, "demo")
     assert together.shape == (3, 96)
-    assert torch.allclose(torch.cat([features_of([image], demo) for image in images]), together, atol=1e-5)
+    assert torch.allclose(torch.cat([features_of([image], demo, "demo") for image in images]), together, atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 0.01
 
 
@@ -79,4 +79,4 @@ def test_weights_that_are_not_finite_are_a_sentence(images, tmp_path):
     state["Mixed_7c.branch1x1.conv.weight"][:] = float("nan")
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(UserError, match="features of network 'inception' are not finite"):
-        features_of(images[:1], CLIP.model_copy(update={"network_weights": str(tmp_path / "w.pth")}))
+        features_of(images[:1], CLIP.model_copy(update={"network_weights": str(tmp_path / "w.pth")}), "inception")

@@ -29,7 +29,7 @@ def arguments(protocol, run, output):
         "scales": ",".join(f"{scale:g}" for scale in protocol.scales),
         "steps": protocol.num_steps,
         "dtype": protocol.dtype,
-        "network": protocol.network,
+        "networks": ",".join(protocol.networks),
         "agreement": protocol.agreement,
         "batch-size": protocol.batch_size,
         "part-size": protocol.part_size,
@@ -60,7 +60,7 @@ def test_the_models_own_folder_is_the_default_and_only_a_runs(little, run, tmp_p
 
 def test_every_setting_of_the_protocol_is_an_option_with_its_description():
     text = CliRunner().invoke(app, ["evaluate", "--help"], env={"COLUMNS": "400", "TERM": "dumb"}).output
-    short = {"num_prompts": "num", "num_steps": "steps"}
+    short = {"num_prompts": "num", "num_steps": "steps", "networks": "networks,--network"}
     for name, field in Protocol.model_fields.items():
         assert f"--{short.get(name, name).replace('_', '-')} " in text
         assert field.description in text
@@ -72,7 +72,7 @@ def test_every_setting_of_the_protocol_is_an_option_with_its_description():
         (["--scales", "1,two"], "--scales '1,two'"),
         (["--prompts", "nothing.txt"], "nothing.txt cannot be read"),
         (["--reference", "nothing"], "There is no nothing"),
-        (["--network", "inception", "--network-weights", "w.pth"], "There are no weights 'w.pth'"),
+        (["--networks", "inception", "--network-weights", "w.pth"], "There are no weights 'w.pth'"),
         (["--agreement", "clip", "--clip-weights", "w.pt"], "There are no weights 'w.pt'"),
         (["--num", "7"], "has 6 prompts, too few for 7"),
     ],

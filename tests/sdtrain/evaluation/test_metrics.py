@@ -5,22 +5,22 @@ import pytest
 from sdtrain.errors import UserError
 from sdtrain.evaluation import metrics
 from sdtrain.evaluation.distances import Gaussian
-from sdtrain.evaluation.metrics import METRICS, Metric, arrays_needed, open_metrics
+from sdtrain.evaluation.metrics import METRICS, FeatureMetric, arrays_needed, open_metrics
 from sdtrain.evaluation.results import protocol_lines, table_of
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
 from sdtrain.model_card.write import read_evaluation
 
 
-class MeanShift(Metric):
+class MeanShift(FeatureMetric):
     """How far the mean feature has moved: what somebody adds, whole."""
 
-    name, description = "mean_shift", "distance of the mean features"
+    name, label, description = "mean_shift", "mean shift", "distance of the mean features"
     real = ("features",)
 
     def __init__(self, protocol, real):
         super().__init__(protocol, real)
-        self._mean = real["features"].mean(axis=0)
+        self._mean = real.features.mean(axis=0)
 
     def measure(self, drawn, captions):
         return float(abs(drawn["features"].mean(axis=0) - self._mean).mean()), 0.5
@@ -30,13 +30,14 @@ def test_a_metric_is_one_class_and_one_line(little, run, tmp_path, monkeypatch):
     """Results, table, CSV, command line, and model card show it without knowing it."""
     monkeypatch.setattr(metrics, "METRICS", (*METRICS, MeanShift))
     results = run_sweep(plan(little, [run], tmp_path), say=lambda line: None)
-    assert all(row["mean_shift"] > 0 and row["mean_shift_ci95"] == 0.5 for row in results.rows)
-    described = "mean_shift: distance of the mean features; lower is better; 95 % interval, ± mean_shift_ci95"
+    name = "mean_shift_demo_features"
+    assert all(row[name] > 0 and row[f"{name}_ci95"] == 0.5 for row in results.rows)
+    described = f"{name}: distance of the mean features; lower is better; 95 % interval, ± {name}_ci95"
     assert described in protocol_lines(results)
-    assert table_of(results)[0]["mean_shift"].endswith("± 0.5")
+    assert table_of(results)[0][name].endswith("± 0.5")
     with (tmp_path / "results.csv").open() as file:
-        assert "mean_shift_ci95" in next(csv.reader(file))
-    assert "mean_shift" in read_evaluation(tmp_path).header
+        assert f"{name}_ci95" in next(csv.reader(file))
+    assert name in read_evaluation(tmp_path).header
 
 
 def test_every_metric_states_what_it_needs(little):

@@ -12,6 +12,8 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sdtrain import precision
+from sdtrain.dataset.manifest import require_entry
+from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.dataset.terminal_progress import run_with_bar
 from sdtrain.errors import UserError
 from sdtrain.evaluation import stages
@@ -22,6 +24,7 @@ from sdtrain.evaluation.stages import read_images
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import _completed_reports, run_sweep
 from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.formats.digests import vae_digest
 from sdtrain.formats.export import export_model
 from sdtrain.precision import Speedup
 from sdtrain.sampling.sampler import Sampler, SampleSettings, load_networks
@@ -54,11 +57,16 @@ def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done
             assert np.isfinite(row[name])
             assert np.isfinite(row[f"{name}_ci95" if not name.startswith("kid") else f"{name}_std"])
     wanted = {"num_steps", "sampler", "seed", "weights", "dtype", "resize", "size_px", "reference_sha256"}
-    assert wanted | {"network_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
+    assert wanted | {"networks_sha256", "prompts_sha256", "models"} <= set(written["protocol"])
     assert "Only 6 images were drawn and 12 real images were taken for 96 features" in written["notes"][0]
     assert read_results(done.folder / "results.json") == done.results
     former = (done.folder / "results.json").read_text().replace('"num_images"', '"num_pictures"')
     (done.folder / "former.json").write_text(former)
+    assert read_results(done.folder / "former.json") == done.results
+    content = json.loads(former)
+    (network,), digests = content["protocol"].pop("networks"), content["protocol"].pop("networks_sha256")
+    content["protocol"] |= {"network": network, "network_sha256": digests[network]}  # when there was one
+    (done.folder / "former.json").write_text(json.dumps(content))
     assert read_results(done.folder / "former.json") == done.results
     with (done.folder / "results.csv").open() as file:
         assert [float(row["guidance_scale"]) for row in csv.DictReader(file)] == [1.0, 3.0]
@@ -71,12 +79,12 @@ def test_the_numbers_are_those_of_the_images(done, little):
 
     real = [Image.open(path) for path in sorted((done.folder.parent / "real").iterdir())]
     ours, theirs = (
-        features_of(images, little).double().numpy()
+        features_of(images, little, "demo").double().numpy()
         for images in (all_images(done.sweep), [image.crop((0, 0, 64, 64)) for image in real])
     )
     # Real images are 64 px wide and up to 66 high: cropped to the middle as `as_samples` says.
     centred = [p.crop((0, round((p.height - 64) / 2), 64, round((p.height - 64) / 2) + 64)) for p in real]
-    theirs = features_of(centred, little).double().numpy()
+    theirs = features_of(centred, little, "demo").double().numpy()
     covariances = [np.cov(features, rowvar=False) for features in (ours, theirs)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     expected = np.square(ours.mean(0) - theirs.mean(0)).sum() + np.trace(sum(covariances) - 2 * root)
@@ -147,6 +155,18 @@ def test_again_does_nothing_and_gives_the_same_bytes(done, little, run, monkeypa
     monkeypatch.setattr(stages, "_draw", None)  # so that drawing would fail
     run_sweep(plan(little, [run], done.folder), say=quiet)
     assert digests(done.folder) == before
+
+
+def test_what_was_measured_when_there_was_one_network_counts(done):
+    """Names and fingerprints are as they were then."""
+    features_by, (model,) = [vae_digest("demo"), ""], done.sweep.models
+    drawn, looked = (
+        require_entry(done.sweep.directory, f"{stage}-{model.key}-guidance-3", 1) for stage in ("draw", "look")
+    )
+    assert looked.fingerprint == fingerprint("look/1", [*features_by, "demo"], inputs=[drawn])
+    assert list(looked.outputs) == [f"features/{model.key}/guidance-3/00001.safetensors"]
+    job = fingerprint("reference/1", [features_by, 64, None, done.sweep.reference.digest, 512])
+    assert [directory.root.name for directory, _ in done.sweep.real] == [job[:16]]
 
 
 def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
@@ -267,7 +287,7 @@ def test_the_references_view_is_kept_and_shared(done, little, run, tmp_path, mon
     monkeypatch.setattr("sdtrain.evaluation.reference.features_of", None)
     other = plan(little.model_copy(update={"seed": 50}), [run], tmp_path / "other")
     run_sweep(other, say=quiet)
-    assert other.real[0].root == done.sweep.real[0].root
+    assert other.real[0][0].root == done.sweep.real[0][0].root
 
 
 @pytest.mark.parametrize(
@@ -276,6 +296,8 @@ def test_the_references_view_is_kept_and_shared(done, little, run, tmp_path, mon
         ({"scales": (1.0, 1.0)}, "each guidance scale once"),
         ({"cmmd": True}, "set agreement to clip"),
         ({"num_promts": 3}, "num_promts"),
+        ({"networks": "demo, incepton"}, "there is no 'incepton'. Did you mean 'inception'"),
+        ({"networks": ()}, "networks"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(little, change, sentence):

@@ -167,10 +167,10 @@ def test_what_cannot_be_reckoned_is_a_sentence(plan, arguments, sentence):
     assert sentence in err
 
 
-def test_the_readme_shows_what_the_command_says_without_measurements_of_ours(plan, monkeypatch, tmp_path):
+def test_the_page_shows_what_the_command_says_without_measurements_of_ours(plan, monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "MEASURED", tmp_path / "none.json")
-    readme = (Path(__file__).parents[3] / "README.md").read_text()
-    shown = readme[readme.index("$ sdtrain plan --chain") :]
+    page = (Path(__file__).parents[3] / "docs" / "planning.md").read_text()
+    shown = page[page.index("$ sdtrain plan --chain") :]
     command, *lines = shown[: shown.index("```")].splitlines()
     _, out, _ = plan(*command.split()[3:])
     assert [line for line in lines if line != " …"] == [

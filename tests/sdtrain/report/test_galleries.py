@@ -18,7 +18,7 @@ from filters.recipe import Recipe
 from filters.score.stage import SCORE
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
-from sdtrain.report.examples import EXAMPLES_PER_SIDE, THUMBNAIL_PX, galleries
+from sdtrain.report.examples import EXAMPLES_PER_SIDE, THUMBNAIL_PX, count_examples, galleries
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
@@ -51,7 +51,7 @@ def dataset(recipe, tmp_path_factory):
 @pytest.fixture
 def shown(dataset, recipe, tmp_path):
     with duckdb.connect(str(dataset.database), read_only=True) as connection:
-        found = galleries(connection, dataset, tmp_path, None, rule_thresholds(recipe))
+        found = galleries(connection, dataset, tmp_path, count_examples(connection), None, rule_thresholds(recipe))
     return {gallery.title: gallery for gallery in found}
 
 

@@ -27,7 +27,7 @@ from tests.sdtrain.dataset.s3.test_requests import counted
 
 SIZES = (10, 30, 50)
 SECOND_BUILD = 25
-"""Requests of a second build, however large the dataset: the README says so."""
+"""Requests of a second build, however large the dataset: docs/object-storage.md says so."""
 
 
 @dataclass(frozen=True)
