@@ -6,6 +6,7 @@
 | images, dataset, latents (tar) | the members go; all others are copied unchanged |
 | manifest | counts and digests are updated; what was finished stays finished |
 | removed.parquet | digests of removed samples, to recognise them later |
+| removed-rows.parquet | digests and former rows of these, to tell which training steps saw them |
 | metadata.duckdb, report.html, images/, index.json | rewritten |
 
 A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
@@ -17,7 +18,7 @@ first completes it; nothing else may use the dataset meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +58,7 @@ class Removal:
         num_near_duplicates: others that are near-duplicates of these.
         num_duplicates_left: others that stay, although the dataset groups them with a removed one as duplicates.
         rows: additions to the ledger.
+        uids: of the samples to remove.
         touched: by stage, the shards whose files hold any of these samples.
     """
 
@@ -67,6 +69,7 @@ class Removal:
     num_near_duplicates: int
     num_duplicates_left: int
     rows: pa.Table
+    uids: Collection[str]
     touched: dict[str, list[int]]
 
     @property
@@ -133,7 +136,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         num_duplicates = len(search.duplicates(found) - found)
         touched = search.touched_shards(found)
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
-    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
+    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, found, touched)
 
 
 def ledger_of(entries: Iterable[Entry], by: Kind, radius: int = 0) -> pa.Table:

@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -139,6 +140,6 @@ class SampleRecord:
 
 
 def _source(root: str, rows: pa.Table) -> RecordedSource:
-    counts = np.array(rows["counts"].to_pylist(), np.int64)
+    counts = pc.list_flatten(rows["counts"]).to_numpy().reshape(len(rows), -1)
     digests = tuple(digest.hex() for digest in rows["digest"].to_pylist())
     return RecordedSource(root, tuple(rows["table"].to_pylist()), digests, counts)
