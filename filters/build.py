@@ -46,13 +46,14 @@ class Build:
 
         `warn` is called with a sentence for each reason that dropped nearly all samples, once its stage has ended.
         """
-        from filters.pipeline import STAGES
+        from filters.pipeline import stages_of
 
-        for number, stage in enumerate(STAGES, 1):
+        stages = stages_of(self.recipe)
+        for number, stage in enumerate(stages, 1):
             if self.options.retry_failed and stage.name == "download":
                 retry_failed()
             if run_stage(stage).num_shards and stage.drops:
-                rows = funnel(self.dataset, self.recipe, STAGES[:number])
+                rows = funnel(self.dataset, self.recipe, stages[:number])
                 for sentence in heavy_losses(rows, self.recipe, stage.name):
                     warn(sentence)
 

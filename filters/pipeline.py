@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from filters.caption.stage import CAPTION
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.recipe import Recipe
@@ -64,5 +65,10 @@ def _refuse_twice(names: Sequence[str], message: str) -> None:
             raise ValueError(f"{message} '{name}'")
 
 
+def stages_of(recipe: Recipe) -> tuple[Stage[Recipe], ...]:
+    """Returns the stages that a recipe asks for, in order."""
+    return tuple(stage for stage in STAGES if stage.is_on(recipe))
+
+
 # Users say `pipeline.STAGES`: the list can then be changed in one place.
-STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, DECIDE, PACK, ENCODE)
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, CAPTION, DECIDE, PACK, ENCODE)

@@ -30,7 +30,7 @@ class BuildPreflight:
     def __call__(self, stage: str, num_pending: int, num_shards: int) -> None:
         """Checks this and the following stages before a stage's first shard; raises `UserError` with all failures."""
         place = [known.name for known in pipeline.STAGES].index(stage)
-        left = pipeline.STAGES[place:]
+        left = [known for known in pipeline.STAGES[place:] if known.is_on(self._recipe)]
         if not self._is_done:
             self._is_done = True
             for checks in (local_checks, network_checks):  # a mistyped path must not wait for weights to download
@@ -47,13 +47,13 @@ class BuildPreflight:
 def local_checks(dataset: DatasetDir, recipe: Recipe, stages: Stages | None = None) -> list[Check]:
     """Returns checks of the output folder, and of the files that the stages (by default all) open."""
     output = Check("output", lambda: check_writable(dataset.root))
-    opened = _checks(stage.needs.files(recipe) for stage in stages or pipeline.STAGES)
+    opened = _checks(stage.needs.files(recipe) for stage in stages or pipeline.stages_of(recipe))
     return opened if dataset.url else [output, *opened]
 
 
 def network_checks(dataset: DatasetDir, recipe: Recipe, stages: Stages | None = None) -> list[Check]:
     """Returns checks of the networks that the stages (by default all) use; published weights are fetched if needed."""
-    return _checks(stage.needs.networks(recipe) for stage in stages or pipeline.STAGES)
+    return _checks(stage.needs.networks(recipe) for stage in stages or pipeline.stages_of(recipe))
 
 
 def sized_checks(dataset: DatasetDir, recipe: Recipe, num_rows: int, stages: Stages, share: float) -> list[Check]:
@@ -78,10 +78,11 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
         if expected is None:
             return f"{len(files)} files of text, whose rows are counted when they are read"
         is_bound = expected == numbers[0]
-        wanted = _estimate(recipe, expected, pipeline.STAGES)
+        stages = pipeline.stages_of(recipe)
+        wanted = _estimate(recipe, expected, stages)
         what = f"The build of {'at most ' if is_bound else ''}{expected:,} rows"
         surely = 0.0 if is_bound else ROOM_IS_SURELY_TOO_SMALL
-        return check_room(dataset.root, wanted, what, surely=surely) + _left_out(pipeline.STAGES)
+        return check_room(dataset.root, wanted, what, surely=surely) + _left_out(stages)
 
     return Check("disk", check)
 

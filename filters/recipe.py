@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, mod
 from filters.build_options import BuildOptions
 from filters.columns import ALIASES, RESERVED, SwappedSizes
 from filters.rules import RULES, RuleValue, check_carried, check_rules
-from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
+from sdtrain.dataset.config import CaptionConfig, DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 
@@ -245,6 +245,7 @@ class Recipe(Settings):
     download: DownloadConfig = DownloadConfig()
     score: ScoreConfig = ScoreConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
+    caption: CaptionConfig = CaptionConfig()
     decide: DecideConfig = DecideConfig()
     pack: PackConfig = PackConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -265,6 +266,21 @@ class Recipe(Settings):
             check_carried(self.decide.rules, self.select.carry)
         except UserError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _packed_captions_have_a_name(self) -> Recipe:
+        if self.caption.is_on and "captions" in (name.lower() for name in self.select.carry):
+            raise ValueError("select.carry names 'captions', under which packed samples hold those of `caption`")
+        return self
+
+    @model_validator(mode="after")
+    def _duplicates_are_searched(self) -> Recipe:
+        if self.caption.from_duplicates and not self.duplicates.searched:
+            raise ValueError(
+                "caption.from_duplicates takes the texts of what dedup finds, and duplicates.level is off. Set it to "
+                "exact, perceptual or another level."
+            )
         return self
 
     @model_validator(mode="after")

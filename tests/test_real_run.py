@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from filters.pipeline import STAGES
+from filters.pipeline import stages_of
 from filters.recipe import RECIPES_DIR, load_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
@@ -104,7 +104,7 @@ def test_photographs_and_laion_rows_pass_through_every_stage(web, tmp_path):
     (tmp_path / "real.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
 
     recipe, dataset = load_recipe(str(tmp_path / "real.yaml")), DatasetDir(tmp_path / "data")
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         run_batch(stage, dataset, recipe, pending(stage, dataset, recipe))
         assert not pending(stage, dataset, recipe)
 

@@ -37,7 +37,7 @@ from sdtrain.dataset.manifest import (
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, removed_hashes
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_rows
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, always_on, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
@@ -221,6 +221,7 @@ def _drop(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -> 
 
 DECIDE: Stage[Recipe] = Stage(
     *("decide", _shards, _fingerprint, _run),
+    is_on=always_on,
     inputs=dict.fromkeys(("select", "download", "score", "dedup"), "all shards"),
     planned_by=None,
     num_shards=one_shard,

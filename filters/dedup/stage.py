@@ -20,7 +20,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
 from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, always_on, no_openers, nothing_beside, one_shard
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
@@ -141,6 +141,7 @@ def _check_semantic(recipe: Recipe, num_rows: int) -> str:
 
 DEDUP: Stage[Recipe] = Stage(
     *("dedup", _shards, _fingerprint, _run),
+    is_on=always_on,
     inputs={"score": "all shards", "download": "all shards"},
     planned_by=None,
     num_shards=one_shard,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filters import pipeline
+from filters.caption.duplicates import forget_duplicate_texts
 from filters.decide.losses import heavy_losses
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 def finish_dataset(dataset: DatasetDir, recipe: Recipe) -> None:
     """Writes the packed shards' index, the DuckDB views and, if anything changed, the report."""
     forget_plan(dataset)
+    forget_duplicate_texts(dataset)
     write_index(dataset)
     write_views(dataset, recipe)
     newest = max((newest_change_ns(dataset, stage) for stage in recorded_stages(dataset)), default=0)

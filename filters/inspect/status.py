@@ -64,7 +64,7 @@ class DatasetStatus:
 def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """Returns a dataset's progress; raises `UserError` if it does not exist or its manifest is damaged."""
     recipe = read_recipe(dataset)
-    stages = [_status(stage, dataset, recipe) for stage in pipeline.STAGES]
+    stages = [_status(stage, dataset, recipe) for stage in pipeline.stages_of(recipe)]
     name = f"{recipe.name}, imported from {recipe.source.path}" if recipe.source else recipe.name
     return DatasetStatus(str(dataset), name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free)
 

@@ -83,7 +83,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
 def _views(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> Iterator[tuple[str, str]]:
     tables = TableColumns(dataset)
     yield "metadata", _metadata(connection, recipe)
-    for stage in pipeline.STAGES:
+    for stage in pipeline.stages_of(recipe):
         if stage.table:
             groups = tables.groups(_files(stage, dataset, recipe), may_be_missing=True)
             yield stage.table.view, _over(connection, groups, stage.table.columns)
@@ -156,7 +156,7 @@ def _metadata(connection: duckdb.DuckDBPyConnection, recipe: Recipe) -> str:
 
 
 def _comments(recipe: Recipe) -> dict[str, str]:
-    own = {stage.table.view: stage.table.comment for stage in pipeline.STAGES if stage.table}
+    own = {stage.table.view: stage.table.comment for stage in pipeline.stages_of(recipe) if stage.table}
     return pipeline.OTHER_VIEWS | own | _left_out(recipe)
 
 

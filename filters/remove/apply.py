@@ -8,6 +8,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ValidationError
 
 from filters import pipeline
+from filters.caption.duplicates import forget_duplicate_texts
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
@@ -157,6 +158,7 @@ def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
     from sdtrain.pack.stage import write_index
 
     forget_plan(dataset)
+    forget_duplicate_texts(dataset)
     forget_index(dataset)
     for stage in pipeline.STAGES:
         clear_leftovers(stage, dataset)

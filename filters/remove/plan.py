@@ -18,7 +18,7 @@ first completes it; nothing else may use the dataset meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,12 +30,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from filters import pipeline
+from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry, read_entries
 from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
+from sdtrain.dataset.stage import ORIGINS, Stage
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
@@ -120,9 +122,9 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
     `radius` also removes near-duplicates: perceptual hashes that differ in at most this many bits. UserError if there
     is no dataset, or the list cannot be read.
     """
-    read_recipe(dataset)  # fails if there is no dataset
+    recipe = read_recipe(dataset)  # fails if there is no dataset
     entries = sorted(set(read_list(path, by)))
-    blocks = ledger_of(entries, by, radius or 0)
+    blocks = _ledger([_entry_row(by, entry, radius or 0) for entry in entries], by)
     with TemporaryDirectory() as folder, connected(Path(folder) / "seen.duckdb") as connection:
         search = _Search(connection, dataset)
         listed = search.blocked(blocks)
@@ -134,14 +136,9 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         follows += [_row("sha256", digest=key_digest("sha256", sha256)) for sha256 in search.sha256s(found)]
         rows = [blocks, _ledger(follows), *([near] if near is not None else [])]
         num_duplicates = len(search.duplicates(found) - found)
-        touched = search.touched_shards(found)
+        touched = search.touched_shards(found, pipeline.stages_of(recipe))
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
     return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, found, touched)
-
-
-def ledger_of(entries: Iterable[Entry], by: Kind, radius: int = 0) -> pa.Table:
-    """The ledger's rows that recognise the entries of a list."""
-    return _ledger([_entry_row(by, entry, radius) for entry in entries], by)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
@@ -209,12 +206,12 @@ class _Search:
         """Returns the uids' perceptual hashes."""
         return self._values("phash", uids)
 
-    def touched_shards(self, uids: set[str]) -> dict[str, list[int]]:
-        """Returns by stage the shards whose tables hold any of the uids, in order."""
+    def touched_shards(self, uids: set[str], stages: Sequence[Stage[Recipe]]) -> dict[str, list[int]]:
+        """Returns by stage, all of `stages` and others with old files, the shards whose tables hold any of the uids."""
         query = "SELECT DISTINCT stage, shard FROM seen WHERE uid IN (SELECT unnest(?)) ORDER BY ALL"
-        touched: dict[str, list[int]] = {stage.name: [] for stage in pipeline.STAGES}
+        touched: dict[str, list[int]] = {stage.name: [] for stage in stages}
         for stage, shard in self._connection.execute(query, [sorted(uids)]).fetchall():
-            touched[stage].append(shard)
+            touched.setdefault(stage, []).append(shard)
         return touched
 
     def _values(self, column: str, uids: set[str]) -> list[Any]:
@@ -242,6 +239,10 @@ def _rows_sql(dataset: DatasetDir) -> tuple[str, dict[str, list[str]]]:
             had = {name for files in scan.values.values() for name in pq.read_schema(files[0]).names}
             selected = ", ".join(name if name in had else _null(name) for name in _SEEN)
             parts.append(f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
+            # A table is touched too where another sample has a text of a removed one.
+            absent = ", ".join(map(_null, _SEEN))
+            for each in (sql for name, sql in ORIGINS.items() if name in had):
+                parts.append(f"SELECT {each}, {absent}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
     tables.save()
     names, everything = ", ".join(_SEEN), " UNION ALL ".join(parts)
     return f"SELECT * FROM ({everything}) rows (uid, {names}, stage, shard) WHERE uid IS NOT NULL", values  # noqa: S608

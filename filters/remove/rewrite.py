@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 
 from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
@@ -15,7 +16,7 @@ from sdtrain.dataset.manifest import bulk_reads, entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Stage, Table, record
+from sdtrain.dataset.stage import ORIGINS, Stage, Table, record
 from sdtrain.dataset.sync import discard
 
 
@@ -83,10 +84,14 @@ class StageRewrite:
             for useless in (path, dataset.manifest_entry(name, shard)):  # without its tar; builds recreate both
                 discard(dataset, useless)
             return
-        table.rewriting.drop(dataset, self.recipe, shard, Removed(path, self._removed_in(path), self.finished))
+        columns = pq.read_schema(path).names
+        origins = [uid for name, each in ORIGINS.items() if name in columns for uid in self._removed_in(path, each)]
+        removed = Removed(path, self._removed_in(path, "uid"), origins, self.finished)
+        table.rewriting.drop(dataset, self.recipe, shard, removed)
 
-    def _removed_in(self, table: Path) -> list[str]:
-        query = f"SELECT DISTINCT uid FROM read_parquet(?) WHERE {digest_sql('uid', 'uid')} IN (FROM removed)"  # noqa: S608
+    def _removed_in(self, table: Path, each: str) -> list[str]:
+        uids = f"SELECT DISTINCT {each} AS uid FROM read_parquet(?)"  # noqa: S608 - the names are constants
+        query = f"SELECT uid FROM ({uids}) WHERE {digest_sql('uid', 'uid')} IN (FROM removed) ORDER BY uid"  # noqa: S608
         return [uid for (uid,) in self.connection.execute(query, [str(table)]).fetchall()]
 
     def _recount(self, stage: Stage[Any], table: Table[Any], entry: ShardReport, tables: Sequence[Path]) -> None:

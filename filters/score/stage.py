@@ -18,7 +18,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, always_on, no_openers, nothing_beside
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.images.miniature import MINIATURE_BYTES
@@ -156,6 +156,7 @@ def _check_heads(config: ScoreConfig) -> str:
 
 SCORE: Stage[Recipe] = Stage(
     *("score", _shards, _fingerprint, _run),
+    is_on=always_on,
     inputs={"download": "same shard"},
     planned_by=None,
     num_shards=num_selected_shards,

@@ -28,7 +28,7 @@ from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Stage, Table, no_openers
+from sdtrain.dataset.stage import Drops, Needs, Stage, Table, always_on, no_openers
 from sdtrain.dataset.tables.carried import mark_carried
 from sdtrain.dataset.work import WORK
 from sdtrain.download.source.catalogue import catalogue_files, last_source_row, read_remarks
@@ -263,6 +263,7 @@ def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) ->
 
 SELECT: Stage[Recipe] = Stage(
     *("select", _shards, _fingerprint, _run),
+    is_on=always_on,
     inputs={"select": "all shards"},
     planned_by=None,
     num_shards=_num_shards,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field, field_validator, model_validator
 
@@ -117,6 +117,25 @@ class DownloadConfig(Settings):
         return proxy
 
 
+class CaptionConfig(Settings):
+    """Captions of an image besides its own alt text; none by default, and then the stage `caption` is off."""
+
+    from_duplicates: bool = False
+    """Collect what duplicates of an image were called: alt texts of the rows that `dedup` groups with it, and of rows
+    with its URL that could not be fetched."""
+    max_from_duplicates: int = Field(default=16, ge=1)
+    """Most such texts of one image, as a placeholder may have a million duplicates."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any caption besides the alt text is asked for."""
+        return self.from_duplicates
+
+    def described(self) -> dict[str, Any]:
+        """The settings that determine the captions."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
 class PackConfig(Settings):
     """How kept samples are packed."""
 
@@ -182,6 +201,10 @@ class ImageRecipe(Protocol):
     @property
     def download(self) -> DownloadConfig:
         """How images are fetched."""
+
+    @property
+    def caption(self) -> CaptionConfig:
+        """Which captions the samples carry."""
 
     @property
     def pack(self) -> PackConfig:

@@ -61,6 +61,15 @@ class DatasetDir:
         """The groups of duplicates."""
         return self.root / "duplicates.parquet"
 
+    def captions_table(self, shard: int) -> Path:
+        """All captions of the shard's images, each with its source."""
+        return self.root / "captions" / f"{shard:05d}.parquet"
+
+    @property
+    def duplicate_texts(self) -> Path:
+        """What the duplicates of each image were called, while there are shards to caption."""
+        return self.root / "duplicate_texts.parquet"
+
     @property
     def decisions(self) -> Path:
         """One row for every selected row: kept, or the first rule that dropped it."""

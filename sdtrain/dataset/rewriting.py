@@ -33,11 +33,13 @@ class Removed:
     Attributes:
         table: the shard's, under its final name.
         uids: of the table's removed samples; none if an interrupted run has already dropped them.
+        origins: removed samples that other samples of the table have texts of (`Table`).
         finished: by stage, the shards that must be finished afterwards.
     """
 
     table: Path
     uids: Sequence[str]
+    origins: Sequence[str]
     finished: Mapping[str, Collection[int]]
 
 

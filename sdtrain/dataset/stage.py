@@ -23,10 +23,16 @@ from sdtrain.dataset.storage import storage_of
 from sdtrain.dataset.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.work import Work
 
+ORIGINS = {"origin_uid": "origin_uid", "origin_uids": "unnest(origin_uids)"}
+"""Columns of tables whose samples hold texts of other samples -> SQL for the uids of these, one a row."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Generic[RecipeT]):
     """A stage's table: Parquet with one row per sample and a column `uid`.
+
+    Where its samples hold texts of others, as captions of duplicates, it names these in a column of `ORIGINS`: a
+    removal finds the texts by it.
 
     Attributes:
         view: its name in metadata.duckdb.
@@ -103,6 +109,7 @@ class Stage(Generic[RecipeT]):
         shards: the shards to do, once the previous stage has finished.
         fingerprint: digest of all that determines a shard's bytes (`manifest.fingerprint`).
         run: processes some shards, yielding a report for each once its outputs have their final names.
+        is_on: whether a recipe asks for it; nothing shows a stage that is off.
         inputs: the stages it reads -> which of their shards.
         planned_by: the stage whose outputs `shards` reads; None if the manifest is enough.
         num_shards: the number of shards, from the manifest alone; None until an earlier stage decides it.
@@ -119,6 +126,7 @@ class Stage(Generic[RecipeT]):
     fingerprint: Callable[[DatasetDir, RecipeT, int], str]
     run: Callable[[DatasetDir, RecipeT, Sequence[int]], Iterator[ShardReport]]
     _: KW_ONLY
+    is_on: Callable[[RecipeT], bool]
     inputs: Mapping[str, Part]
     planned_by: str | None
     num_shards: Callable[[DatasetDir, RecipeT], int | None]
@@ -148,6 +156,7 @@ def plain_stage(
     """Work in shards outside the pipeline, which reads no other stage and writes no table of samples."""
     return Stage(
         *(name, shards, fingerprint, run),
+        is_on=always_on,
         inputs={},
         planned_by=None,
         num_shards=unknown_number,
@@ -158,6 +167,11 @@ def plain_stage(
         needs=NOTHING,
         work=None,
     )
+
+
+def always_on(recipe: object) -> bool:
+    """For a stage of every recipe."""
+    return True
 
 
 def unknown_number(dataset: DatasetDir, recipe: object) -> None:
@@ -179,7 +193,9 @@ def _declared(module: str, name: str) -> Any:
 
 
 def pending(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> list[int]:
-    """Shards without finished output of this very configuration."""
+    """Shards without finished output of this very configuration; none of a stage that is off."""
+    if not stage.is_on(recipe):
+        return []
     shards = stage.shards(dataset, recipe)
     with bulk_reads():
         return [shard for shard in shards if not is_finished(stage, dataset, recipe, shard)]

@@ -12,7 +12,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import forget_entry, num_selected_shards, selected_shards
 from sdtrain.dataset.rewriting import Removed, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, no_openers
+from sdtrain.dataset.stage import Drops, Needs, Openers, Stage, Table, always_on, no_openers
 from sdtrain.dataset.work import WORK
 from sdtrain.download.http.failures import meaning_of
 from sdtrain.download.http.proxies import Proxies, environment_variables
@@ -170,6 +170,7 @@ def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) ->
 
 DOWNLOAD: Stage[ImageRecipe] = Stage(
     *("download", _shards, download_fingerprint, _run),
+    is_on=always_on,
     inputs={"select": "all shards"},
     planned_by=None,
     num_shards=num_selected_shards,

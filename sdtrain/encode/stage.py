@@ -18,7 +18,7 @@ from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, always_on, no_openers
 from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import read_samples, write_samples
 from sdtrain.dataset.work import WORK
@@ -164,6 +164,7 @@ def _networks(recipe: ImageRecipe) -> Openers:
 ENCODE: Stage[ImageRecipe] = Stage(
     *("encode", _shards, _fingerprint, _run),
     # Separate, because latents/info.json holds the first shard's quality, whichever process encodes the others.
+    is_on=always_on,
     inputs={"pack": "same shard", "encode": "first shard"},
     planned_by="decide",
     num_shards=expected_shards,

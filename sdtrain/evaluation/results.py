@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.evaluation.contamination import CLEAN, Contamination
 from sdtrain.evaluation.layout import EvaluationDir, write_json
 from sdtrain.settings import Settings
 
@@ -34,6 +35,8 @@ class Results(Settings):
     notes: list[str]
     rows: list[dict[str, Any]]
     """Per model and scale: `model`, `guidance_scale`, `num_images`, and each number with its spread."""
+    contamination: dict[str, Contamination] = Field(default={})
+    """By model: which prompts and reference images are in its training data; without these, numbers end in `_clean`."""
 
     @field_validator("rows")
     @classmethod
@@ -61,6 +64,7 @@ class Results(Settings):
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
             f"reference {p['reference_source']} (sha256 {p['reference_sha256'][:12]}); {networks}. "
             "Beside each point: its guidance scale; bars: 95 % intervals."
+            + "".join(f" {model}: {found.sentence()}." for model, found in self.contamination.items())
         )
 
     def _network(self, name: str, digest: str) -> str:
@@ -81,7 +85,7 @@ def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y:
     if x is not None:
         draw_curve(results.rows, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(results.rows[0]))
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in results.rows for name in row)))
         table.writeheader()
         table.writerows(results.rows)
     write_json(directory.results, results.model_dump(mode="json"))
@@ -106,7 +110,9 @@ def protocol_lines(results: Results) -> list[str]:
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     spread = next((row[f"{name}{kind}"] for kind in ("_ci95", "_std") if row.get(f"{name}{kind}") is not None), None)
-    return f"{row[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+    clean = f"{name}{CLEAN}"
+    without = f" (clean {_cell(row, clean)})" if row.get(clean) is not None else ""
+    return f"{row[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "") + without
 
 
 def _text(value: Any) -> str:
@@ -145,8 +151,9 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: st
     axes.margins(x=0.08, y=0.12)
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # intervals may reach below 0, distances cannot
     axes.legend(frameon=False, fontsize=9, loc="best")
-    figure.text(0.012, 0.012, textwrap.fill(footnote, 150), fontsize=6.5, color="#57606a", va="bottom", ha="left")
-    figure.tight_layout(rect=(0, 0.075, 1, 1))
+    lines = textwrap.wrap(footnote, 150)
+    figure.text(0.012, 0.012, "\n".join(lines), fontsize=6.5, color="#57606a", va="bottom", ha="left")
+    figure.tight_layout(rect=(0, max(0.075, 0.015 + 0.02 * len(lines)), 1, 1))
     with publish(path) as temporary:
         # Without the software tag the same numbers give the same bytes.
         figure.savefig(temporary, format="png", metadata={"Software": None})

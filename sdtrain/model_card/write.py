@@ -184,6 +184,7 @@ class Evaluation:
     header: list[str]
     rows: list[list[str]]
     metrics: dict[str, str]
+    notes: list[str]
     protocol: dict[str, Any]
     curve: bool
     results: tuple[EvalResult, ...]
@@ -201,7 +202,8 @@ def read_evaluation(folder: Path) -> Evaluation | None:
         shown = {name: _words(protocol[name]) for name in (*_SHOWN, *_ALSO) if name in protocol}
         table = [[_text(row.get(name)) for name in header] for row in rows]
         results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
-        return Evaluation(header, table, metrics, shown, (folder / "curve.png").exists(), tuple(results))
+        notes = [str(note) for note in content.get("notes", [])]
+        return Evaluation(header, table, metrics, notes, shown, (folder / "curve.png").exists(), tuple(results))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no results of an evaluation. Run `sdtrain evaluate` again.") from error
 

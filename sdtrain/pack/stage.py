@@ -20,7 +20,7 @@ from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.rewriting import in_tar
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Stage, Table, nothing_beside
+from sdtrain.dataset.stage import NOTHING, Stage, Table, always_on, nothing_beside
 from sdtrain.dataset.storage import storage_of
 from sdtrain.dataset.sync import discard, read_part
 from sdtrain.dataset.tars import SampleIndex, write_samples
@@ -177,6 +177,7 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
 
 PACK: Stage[ImageRecipe] = Stage(
     *("pack", _shards, _fingerprint, _run),
+    is_on=always_on,
     inputs={"download": "all shards", "decide": "all shards"},
     planned_by="decide",
     num_shards=expected_shards,

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from filters.decide.funnel import funnel
-from filters.pipeline import STAGES
+from filters.pipeline import STAGES, stages_of
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.remove.apply import finish_interrupted_removal, finish_removal, start_removal
@@ -126,7 +126,7 @@ def build(dataset: DatasetDir, recipe: Recipe) -> list[ShardReport]:
     finish_interrupted_removal(dataset)
     record_recipe(dataset, recipe)
     reports = []
-    for stage in STAGES:
+    for stage in stages_of(recipe):
         shards = pending(stage, dataset, recipe)
         reports += run_batch(stage, dataset, recipe, shards) if shards else []
     return reports

@@ -16,6 +16,7 @@ from filters.inspect.report import rule_thresholds
 from filters.inspect.status import dataset_status
 from filters.pipeline import STAGES, in_order
 from filters.preflight import local_checks, sized_checks
+from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.rules import RULES, Rule
 from sdtrain.cli import app
@@ -25,7 +26,7 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, requ
 from sdtrain.dataset.open import open_to_ask
 from sdtrain.dataset.rewriting import in_tar
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import Needs, Stage, Table, no_openers, nothing_beside, pending
+from sdtrain.dataset.stage import Needs, Stage, Table, always_on, no_openers, nothing_beside, pending
 from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import write_samples
 from sdtrain.dataset.work import WORK, Work
@@ -75,6 +76,7 @@ def missing_tongue():
 
 TANG = Stage(
     *("tang", shards, digest, run),
+    is_on=always_on,
     inputs={"score": "same shard"},
     planned_by=None,
     num_shards=num_selected_shards,
@@ -186,15 +188,16 @@ def test_the_model_card_counts_its_gpu_hours(built):
 
 def test_the_room_on_the_disk_counts_it_or_says_that_it_does_not(machine, tmp_path):
     recipe, dataset = make_recipe(tmp_path / "a.parquet"), DatasetDir(tmp_path)
-    without = sized_checks(dataset, recipe, 10**6, STAGES, 1.0)
-    counted = sized_checks(dataset, recipe, 10**6, [*STAGES, TANG], 1.0)
+    stages = [stage for stage in STAGES if stage.is_on(recipe)]
+    without = sized_checks(dataset, recipe, 10**6, stages, 1.0)
+    counted = sized_checks(dataset, recipe, 10**6, [*stages, TANG], 1.0)
     assert counted[0].open() != without[0].open()
-    told = sized_checks(dataset, recipe, 10**6, [*STAGES, replace(TANG, work=None)], 1.0)[0].open()
+    told = sized_checks(dataset, recipe, 10**6, [*stages, replace(TANG, work=None)], 1.0)[0].open()
     assert told.endswith("; not counted: decide, tang")
 
 
 def test_a_plan_shows_every_stage_of_the_pipeline():
-    assert {stage.name: stage.work for stage in STAGES} == WORK
+    assert {stage.name: stage.work for stage in STAGES if stage.is_on(Recipe(name="plain"))} == WORK
 
 
 def test_what_it_needs_is_opened_before_a_build(machine, built, monkeypatch):

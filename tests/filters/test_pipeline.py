@@ -20,7 +20,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.manifest import describe_outputs, read_entry
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, nothing_beside, one_shard, pending, run_batch
+from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, always_on, nothing_beside, one_shard, pending, run_batch
 from tests.filters.dataset_fixtures import make_dataset
 
 
@@ -51,6 +51,7 @@ def run(dataset, recipe, shards):
 
 
 FACTS = {
+    "is_on": always_on,
     "inputs": {"encode": "all shards"},
     "planned_by": None,
     "num_shards": one_shard,

@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from filters.pipeline import STAGES
+from filters.pipeline import stages_of
+from filters.recipe import Recipe
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.train_vae import build_vae
 from sdtrain.demo.world import make_world
@@ -36,6 +37,7 @@ from tests.flows.server_fixtures import (
 )
 
 pytestmark = pytest.mark.slow
+STAGES = stages_of(Recipe(name="little"))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,12 @@ import pytest
 
 from filters.inspect.query import QUESTIONS
 from filters.inspect.views import write_views
-from filters.pipeline import STAGES
+from filters.pipeline import stages_of
+from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
 from tests.filters.dataset_fixtures import make_dataset
 
-EMPTY = {stage.table.view: stage.table.columns for stage in STAGES}
+EMPTY = {stage.table.view: stage.table.columns for stage in stages_of(Recipe(name="plain"))}
 SHELL = Path(sys.executable).parent / "duckdb"
 
 

@@ -1,0 +1,1 @@
+"""Several captions of each image, each with its source: the stage CAPTION."""
