@@ -33,7 +33,8 @@ def history(photo_dataset, photo_site, tmp_path_factory):
 
     record_run(folder / "first", first, checkpoints=(2, 4, 6))
     replayed(folder / "first", first, 6)
-    kept = pq.read_table(dataset.latents_table(0))["uid"].to_pylist()
+    tables = sorted(dataset.latents_table(0).parent.glob("[0-9]*.parquet"))
+    kept = [uid for table in tables for uid in pq.read_table(table)["uid"].to_pylist()]
     known = {uid_of(number, port): number for number in range(40)}
     numbers = sorted((known[uid] for uid in kept), key=lambda number: number % 4)  # the second host's first
     remove(dataset, "uid", [uid_of(number, port) for number in (numbers[0], numbers[3], 9)])
