@@ -37,7 +37,7 @@ from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
-from sdtrain.dataset.stage import ORIGINS, Stage
+from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
@@ -241,11 +241,18 @@ def _rows_sql(dataset: DatasetDir) -> tuple[str, dict[str, list[str]]]:
             parts.append(f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
             # A table is touched too where another sample has a text of a removed one.
             absent = ", ".join(map(_null, _SEEN))
-            for each in (sql for name, sql in ORIGINS.items() if name in had):
-                parts.append(f"SELECT {each}, {absent}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
+            for each in _origins(stage, had):
+                origins = f"SELECT uid, {each} AS origin, filename FROM ({scan.sql})"  # noqa: S608
+                parts.append(
+                    f"SELECT origin, {absent}, '{stage.name}', {_SHARD} FROM ({origins}) WHERE origin <> uid"  # noqa: S608
+                )
     tables.save()
     names, everything = ", ".join(_SEEN), " UNION ALL ".join(parts)
     return f"SELECT * FROM ({everything}) rows (uid, {names}, stage, shard) WHERE uid IS NOT NULL", values  # noqa: S608
+
+
+def _origins(stage: Stage[Recipe], columns: Collection[str]) -> list[str]:
+    return [sql for name, sql in stage.table.rewriting.origins.items() if name in columns] if stage.table else []
 
 
 def _null(name: str) -> str:

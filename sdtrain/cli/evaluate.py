@@ -24,6 +24,8 @@ _FORMER = {"networks": ("--network",)}
 _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
+    "x": Annotated[str | None, typer.Option(help="The plot's axis across: a column. By default agreement.")],
+    "y": Annotated[str | None, typer.Option(help="The plot's axis up: a column, as fd_dinov2. By default FID.")],
     "training_data": Annotated[
         list[str] | None,
         typer.Option(help="A dataset on which the models were trained, besides those that runs record; repeatable."),
@@ -36,7 +38,11 @@ _OWN = {
 }
 
 
-_OWN_DEFAULTS = {"output": None, "training_data": None, "contamination": True, "processes": None, "as_json": False}
+_OWN_DEFAULTS = {
+    **dict.fromkeys(("output", "x", "y", "training_data", "processes")),
+    "contamination": True,
+    "as_json": False,
+}
 
 
 class FromProtocol(TyperCommand):
@@ -66,6 +72,8 @@ def evaluate() -> None:
 def _evaluate(
     models: list[Path],
     output: Path | None,
+    x: str | None,
+    y: str | None,
     training_data: list[str] | None,
     contamination: bool,
     processes: int | None,
@@ -82,7 +90,7 @@ def _evaluate(
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
     if contamination:
         sweep = search_training_data(sweep, training_data or ())
     with prints_to_stderr(as_json):
