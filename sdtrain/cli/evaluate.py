@@ -26,6 +26,8 @@ _FORMER = {"networks": ("--network",)}
 _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
+    "x": Annotated[str | None, typer.Option(help="The plot's axis across: a column. By default agreement.")],
+    "y": Annotated[str | None, typer.Option(help="The plot's axis up: a column, as fd_dinov2. By default FID.")],
     "training_data": Annotated[
         list[str] | None,
         typer.Option(help="A dataset on which the models were trained, besides those that runs record; repeatable."),
@@ -45,7 +47,7 @@ _OWN = {
 
 
 _OWN_DEFAULTS = {
-    **dict.fromkeys(("output", "training_data", "questions", "judge", "processes")),
+    **dict.fromkeys(("output", "x", "y", "training_data", "questions", "judge", "processes")),
     "contamination": True,
     "as_json": False,
 }
@@ -78,6 +80,8 @@ def evaluate() -> None:
 def _evaluate(
     models: list[Path],
     output: Path | None,
+    x: str | None,
+    y: str | None,
     training_data: list[str] | None,
     contamination: bool,
     questions: Path | None,
@@ -96,7 +100,7 @@ def _evaluate(
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
     if questions or judge:
         sweep = _with_judge(sweep, questions, judge)
     if contamination:

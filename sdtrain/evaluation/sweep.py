@@ -16,7 +16,16 @@ from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.further import FurtherNumbers
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
-from sdtrain.evaluation.metrics import Arrays, ImageArrays, Metric, arrays_needed, descriptions, numbers, open_metrics
+from sdtrain.evaluation.metrics import (
+    Arrays,
+    ImageArrays,
+    Metric,
+    arrays_needed,
+    axes_of,
+    descriptions,
+    numbers,
+    open_metrics,
+)
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
@@ -29,7 +38,7 @@ from sdtrain.evaluation.reference import (
     reference_parts,
     reference_stage,
 )
-from sdtrain.evaluation.results import Axis, Results, write_results
+from sdtrain.evaluation.results import Axis, Results, choose_axes, write_results
 from sdtrain.evaluation.stages import SampleJob, caption_stage, context_stage, draw_stage, feature_stage
 from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, decoder_dtype, resolve, torch_dtype
@@ -62,6 +71,7 @@ class Sweep:
     prompts: Prompts
     reference: Reference
     real: tuple[tuple[EvaluationDir, ReferenceJob], ...]
+    axes: tuple[Axis | None, Axis]
     training: TrainingSearch | None = None
     following: FurtherNumbers | None = None
 
@@ -129,8 +139,7 @@ class Sweep:
             skills=self.following.skills() if self.following else [],
             contamination={model: each.record for model, each in found.items()},
         )
-        axes = {metric.axis: Axis(metric.name, metric.label) for metric in reversed(metrics)}
-        write_results(self.directory, results, axes.get("x"), axes["y"])
+        write_results(self.directory, results, *self.axes)
         return results
 
     def _rows(
@@ -216,11 +225,13 @@ class Sweep:
         )
 
 
-def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
+def plan(
+    protocol: Protocol, models: Sequence[Path], output: Path | None = None, x: str | None = None, y: str | None = None
+) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    The default `output` is `evaluation` in the run if the only model is one. UserError if something is missing
-    or does not match.
+    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns.
+    UserError if something is missing or does not match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
@@ -232,13 +243,14 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
+    axes = choose_axes(axes_of(protocol, reference.statistics is None), x, y)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
     write_json(directory.protocol, as_recorded(protocol.model_dump(mode="json")))
     compared = [] if reference.statistics else protocol.networks
     real = [prepare_reference(reference, protocol, found[0].size_px, network) for network in compared]
-    return Sweep(protocol, directory, tuple(found), prompts, reference, tuple(real))
+    return Sweep(protocol, directory, tuple(found), prompts, reference, tuple(real), axes)
 
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:
