@@ -48,7 +48,7 @@ class CleanNumbers:
             found[f"{metric.name}{CLEAN}_{metric.spread}"] = measured.get(f"{metric.name}_{metric.spread}")
         return found
 
-    def _measured(self, drawn: ImageArrays, captions: Arrays) -> dict[str, float]:
+    def _measured(self, drawn: ImageArrays, captions: Arrays) -> dict[str, float | None]:
         some = {name: values[self._kept] for name, values in captions.items()}
         return numbers(self._metrics, _taken(drawn, self._kept), some)
 
