@@ -19,9 +19,10 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.errors import UserError
+from sdtrain.exposure.lineage import lineage
 from sdtrain.impact.energy import Spent
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
-from sdtrain.model_card.records import DatasetFacts, dataset_facts, lineage
+from sdtrain.model_card.records import DatasetFacts, dataset_facts
 from sdtrain.model_card.representation_record import measure_datasets, plot_all, sections
 from sdtrain.model_card.word_lists import load_word_lists
 from sdtrain.settings import load_settings
