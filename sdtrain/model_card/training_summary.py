@@ -22,9 +22,10 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import read_ledger
 from sdtrain.download.http.connections import user_agent
 from sdtrain.download.http.permissions import OUR_NAMES
+from sdtrain.exposure.lineage import Ancestor, lineage
 from sdtrain.model_card import content_queries as ask
 from sdtrain.model_card.content_queries import Listed, Number, asking
-from sdtrain.model_card.records import Ancestor, DatasetFacts, dataset_facts, lineage
+from sdtrain.model_card.records import DatasetFacts, dataset_facts
 from sdtrain.model_card.representation import KEPT, Representation
 from sdtrain.model_card.representation_record import read_representation
 from sdtrain.settings import Settings, load_settings
