@@ -1,5 +1,6 @@
 """Evaluates checkpoints: draws images over guidance scales, measures them, plots FID against agreement."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +44,8 @@ def evaluate_checkpoint(
     output: Location | None = None,
     num_prompts: Several = 10_000,
     scales: list[Scale] = list(CARD_SCALES),  # noqa: B006  # Prefect copies the defaults
+    training_data: list[Location] | None = None,
+    contamination: bool = True,
     protocol: dict[str, Any] | None = None,
     engine: Engine = "threads",
     engine_address: Location | None = None,
@@ -59,6 +62,8 @@ def evaluate_checkpoint(
         output: The evaluation's directory; by default `evaluation` in the run's.
         num_prompts: Prompts, and images for each scale.
         scales: Guidance scales.
+        training_data: Datasets on which the models were trained, besides those that runs record.
+        contamination: Look for the prompts and reference images in the training data.
         protocol: Any other setting of sdtrain.evaluation.protocol.Protocol, by name.
         engine: What runs the parts: threads or processes of this machine, or Dask or Ray.
         engine_address: A running Dask or Ray cluster's; without, one is started on this machine.
@@ -72,17 +77,30 @@ def evaluate_checkpoint(
     given = {"prompts": prompts, "reference": reference, "num_prompts": num_prompts, "scales": tuple(scales)}
     settings = parse_settings(Protocol, given | (protocol or {}), "parameters")
     options = StageOptions(workers, parts_per_task, engine, engine_address)
-    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries)
+    data = tuple(training_data or ()) if contamination else None
+    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries, data)
 
 
-def evaluate(models: list[str], protocol: Protocol, output: str | None, options: StageOptions, retries: int = 0) -> str:
+def evaluate(
+    models: list[str],
+    protocol: Protocol,
+    output: str | None,
+    options: StageOptions,
+    retries: int = 0,
+    training_data: Sequence[str] | None = (),
+) -> str:
     """Evaluates within a flow; returns the evaluation's directory.
+
+    `training_data` are datasets to search besides those that runs record; None to search none.
 
     UserError for a mistake that the user can correct; finished parts are kept.
     """
-    from sdtrain.evaluation.sweep import plan  # late: imports all networks
+    from filters.contamination.training_data import search_training_data  # late: imports all networks
+    from sdtrain.evaluation.sweep import plan
 
     sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
+    if training_data is not None:
+        sweep = search_training_data(sweep, training_data)
     require(sweep.checks())
     with start_engine(options.engine, options.engine_address, options.workers) as runner:
         for step in sweep.steps():

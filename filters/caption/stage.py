@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 import pyarrow.compute as pc
 
 from filters.caption.duplicates import Texts, duplicate_texts
-from filters.caption.table import ALT, IN_CAPTIONS, Caption, write_captions
+from filters.caption.table import IN_CAPTIONS, Caption, write_captions
 from filters.recipe import Recipe
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Stage, Table, nothing_beside
+from sdtrain.pack.captions import ALT
 
 
 def caption_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:

@@ -18,8 +18,6 @@ from sdtrain.dataset.rewriting import Removed, Rewriting, described_again
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.models.clip_tokens import count_tokens
 
-ALT = "alt"
-"""The source of texts that come from the metadata: an image's own, and those of its duplicates."""
 SCHEMA = pa.schema(
     [
         ("uid", pa.string()),
@@ -82,4 +80,6 @@ def _recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) ->
     return described_again(dataset, entry, {"num_in": num, "num_out": num})
 
 
-IN_CAPTIONS: Rewriting[Recipe] = Rewriting(has_tar=False, drop=_drop, recount=_recount)
+IN_CAPTIONS: Rewriting[Recipe] = Rewriting(
+    origins={"origin_uid": "origin_uid"}, has_tar=False, drop=_drop, recount=_recount
+)

@@ -181,8 +181,10 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     config: dict[str, object] = {"decide_by": decide_by, "rules": list(recipe.decide.rules.items())}
     removed = removed_hashes(read_ledger(dataset.removed))
     config |= {"removed": removed.to_pylist()} if len(removed) else {}
+    # Those that are packed, whether or not a rule looks at them: PACK has this fingerprint in its own.
+    captioned = require_entries(dataset, "caption", shards) if recipe.caption.is_on else []
     measured = [entry for stage in stage_rules(recipe.decide.rules) for entry in _finished(dataset, stage)]
-    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0), *measured])
+    return fingerprint("keep/1", config, [select, *inputs, require_entry(dataset, "dedup", 0), *captioned, *measured])
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -231,7 +233,7 @@ DECIDE: Stage[Recipe] = Stage(
         comment="One row for every selected row: kept (reason is NULL), or the first reason that dropped it",
         columns={"uid": "VARCHAR", "key": "VARCHAR", "shard": "INTEGER", "reason": "VARCHAR"},
         path=_path,
-        rewriting=Rewriting(has_tar=False, drop=_drop, recount=count_rows),
+        rewriting=Rewriting(origins={}, has_tar=False, drop=_drop, recount=count_rows),
     ),
     drops=Drops(
         repeats=True,

@@ -2,7 +2,7 @@
 
 `stage` reads SCORE's output and publishes the groups; `levels` runs exact, `perceptual` (with `hamming`), `altered`
 (`signatures` give `proposals`; `comparison` decides after `alignment`) and semantic ones (with `clusters`) in turn on
-`columns`, and `union_find` joins the linked images.
+`columns`, which `ordering` sorts, and `union_find` joins the linked images.
 """
 
 from filters.dedup.stage import DEDUP

@@ -12,14 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from filters.dedup.ordering import Words
 from sdtrain.dataset.progress import report_progress
 from sdtrain.mixing import GAMMA, mix64
 
-Words = NDArray[np.uint64]
-
 COLOR_BYTES = 48
 _DIGEST_CHARS, _DIGEST_WORDS = 64, 2  # half of a sha256 is enough to tell images apart
-_ROWS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -68,61 +66,41 @@ def store_columns(images: Images, folder: Path, with_appearance: bool) -> Column
     return Columns(folder, images.num)
 
 
-def in_order(first: Words, second: Words) -> Iterator[tuple[NDArray[np.int64], Words, Words]]:
-    """Yields (nodes, first, second): all nodes in order of two words each, with equal words in one piece.
-
-    A piece has about `_ROWS_AT_ONCE` rows unless a value of `first` is more frequent.
-    """
-    for low, high in _ranges(first):
-        nodes = _within(first, low, high)
-        ones, others = np.asarray(first[nodes]), np.asarray(second[nodes])
-        order = np.lexsort((others, ones))
-        yield nodes[order], ones[order], others[order]
-
-
-def starts_of_runs(ones: Words, others: Words) -> NDArray[np.bool_]:
-    """Returns (N,): whether each of the sorted rows differs from the one before."""
-    differs = (ones[1:] != ones[:-1]) | (others[1:] != others[:-1])
-    return np.concatenate([[True], differs])
-
-
-def _ranges(values: Words) -> Iterator[tuple[int, int]]:
-    """Yields closed ranges of values with about equally many rows."""
-    num_parts = -(-len(values) // _ROWS_AT_ONCE)
-    sample = np.sort(values[:: max(1, len(values) // (num_parts * 1024))])
-    inner = np.unique(sample[:: -(-len(sample) // num_parts)][1:]).tolist()
-    lows = [0, *(value for value in inner if value)]
-    return zip(lows, [low - 1 for low in lows[1:]] + [2**64 - 1], strict=True)
-
-
-def _within(values: Words, low: int, high: int) -> NDArray[np.int64]:
-    found = [np.empty(0, np.int64)]
-    for start in range(0, len(values), _ROWS_AT_ONCE):
-        piece = values[start : start + _ROWS_AT_ONCE]
-        found.append(start + np.flatnonzero((piece >= np.uint64(low)) & (piece <= np.uint64(high))))
-    return np.concatenate(found)
-
-
 def _arrays(table: pa.Table, with_appearance: bool) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, column in (("pixels", "pixel_sha256"), ("bytes", "sha256")):
-        digest = _digest_words(table[column])
-        for i in range(_DIGEST_WORDS):
-            yield f"{name}{i}", digest[:, i]
+        for i, words in enumerate(_digest_words(table[column])):
+            yield f"{name}{i}", words
     if with_appearance:
-        colors = np.frombuffer(b"".join(table["thumbnail"].to_pylist()), np.uint8).reshape(-1, COLOR_BYTES)
+        colors = _rows(table["thumbnail"], COLOR_BYTES)
         yield "hash", table["phash"].to_numpy().view(np.uint64)
         yield "colors", colors
         yield "color", _mixed(colors.view(np.uint64))
 
 
-def _digest_words(digests: pa.ChunkedArray) -> Words:
-    """Returns (N, 2): the first 128 bits of hex digests; zero for missing ones."""
+def _digest_words(digests: pa.ChunkedArray) -> list[Words]:
+    """Returns the first 128 bits of hex digests as two words, (N,) each; zero for missing ones."""
     known = pc.fill_null(pc.equal(pc.utf8_length(digests), _DIGEST_CHARS), False)
-    given = pc.if_else(known, digests, "0" * _DIGEST_CHARS)
-    text = pa.chunked_array(given).combine_chunks().cast(pa.binary()).cast(pa.binary(_DIGEST_CHARS))
-    chars = np.frombuffer(text.buffers()[1], np.uint8).reshape(-1, _DIGEST_CHARS)[:, : 16 * _DIGEST_WORDS]
-    nibbles = (chars & 15) + 9 * (chars >> 6)  # letters' codes have bit 6, digits' do not
-    return np.ascontiguousarray(nibbles[:, ::2] << 4 | nibbles[:, 1::2]).view(np.uint64)
+    given = digests if pc.all(known).as_py() else pc.if_else(known, digests, "0" * _DIGEST_CHARS)
+    chars = _rows(given.cast(pa.binary()), _DIGEST_CHARS).view(np.uint64)
+    halves = [_hex_bytes(chars[:, i]) for i in range(2 * _DIGEST_WORDS)]
+    return [halves[2 * i] | halves[2 * i + 1] << np.uint64(32) for i in range(_DIGEST_WORDS)]
+
+
+def _hex_bytes(chars: Words) -> Words:
+    """Returns the four bytes that eight hex digits spell, the first digits lowest; all are in one word each."""
+    ones = np.uint64(0x0101010101010101)
+    # Letters' codes have bit 6, digits' do not.
+    nibbles = (chars & np.uint64(15) * ones) + np.uint64(9) * (chars >> np.uint64(6) & ones)
+    spread = (nibbles << np.uint64(4) | nibbles >> np.uint64(8)) & np.uint64(0x00FF00FF00FF00FF)
+    spread = (spread | spread >> np.uint64(8)) & np.uint64(0x0000FFFF0000FFFF)
+    return (spread | spread >> np.uint64(16)) & np.uint64(0xFFFFFFFF)
+
+
+def _rows(column: pa.ChunkedArray, width: int) -> NDArray[np.uint8]:
+    """Returns (N, width): values that all have this many bytes."""
+    fixed = pa.chunked_array(column).combine_chunks().cast(pa.binary(width))
+    values = np.frombuffer(fixed.buffers()[1], np.uint8).reshape(-1, width)
+    return values[fixed.offset : fixed.offset + len(fixed)]
 
 
 def _mixed(words: Words) -> Words:

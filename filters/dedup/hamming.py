@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations, groupby, pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from filters.dedup.ordering import divide, edges_of, in_threads
 from sdtrain.dataset.progress import report_progress
 
 HASH_BITS = 64
 Hashes = NDArray[np.uint64]
 
-_ROWS_AT_ONCE = 1 << 22  # sorted in memory at a time, 8 bytes each
+_ROWS_AT_ONCE, _CHUNK_ROWS = 1 << 19, 1 << 22  # sorted at a time, and divided at a time, 8 bytes each
 _ROWS_IN_CACHE = 1 << 16
 # Sample for planning a search, and measured costs of its steps in nanoseconds on one core.
 _SAMPLE_ROWS, _SAMPLE_TABLES, _MAX_TABLES = 1 << 15, 12, 5000
-_ROW_NS, _PAIR_NS = 110.0, 8.0
+_ROW_NS, _PAIR_NS = 75.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,14 @@ class BitTable:
             moved |= _bits(hashes, low, width) << np.uint64(position)
         return moved
 
+    def sorted(self, hashes: Hashes) -> Hashes:
+        """Returns the permuted hashes in order."""
+        values = np.empty(len(hashes), np.uint64)
+        for start in range(0, len(hashes), _ROWS_IN_CACHE):
+            values[start : start + _ROWS_IN_CACHE] = self.permuted(hashes[start : start + _ROWS_IN_CACHE])
+        values.sort()
+        return values
+
     def restored(self, permuted: Hashes) -> Hashes:
         """Inverts `permuted`."""
         hashes, position = np.zeros(permuted.shape, np.uint64), HASH_BITS
@@ -62,23 +72,37 @@ class BitTable:
         return first
 
 
-def near_pairs(hashes: Hashes, radius: int) -> Iterator[tuple[Hashes, Hashes]]:
+def near_pairs(hashes: Hashes, radius: int, folder: Path) -> Iterator[tuple[Hashes, Hashes]]:
     """Yields all pairs of hashes that differ in 1 to `radius` bits, each once, in pieces of bounded size.
 
     Of k blocks of bits, at most `radius` hold a difference, so two near hashes agree in at least k - radius: sorting by
     each choice of k - radius blocks, one table per choice, puts the pair among equal keys (Manku et al., "Detecting
     Near-Duplicates for Web Crawling", WWW 2007). More blocks mean more tables with longer keys; k is chosen for the
-    given hashes, so that time grows little faster than their number. `hashes` (N,) are sorted and distinct.
+    given hashes, so that time grows little faster than their number. `hashes` (N,) are sorted and distinct; if
+    they are many, `folder` takes a copy.
     """
     if radius == 0 or len(hashes) < 2:
         return
     tables = plan_tables(hashes, radius)
-    for table in report_progress(tables, "dedup: near hashes", len(tables), "tables"):
-        for values in _sorted_parts(hashes, table):
-            for left, right in _near_in_order(values, table.key_bits, radius):
-                one, other = table.restored(left), table.restored(right)
-                first = table.is_first_for(one ^ other)
-                yield one[first], other[first]
+    counted = report_progress(tables, "dedup: near hashes", len(tables), "tables")
+    for block, sharing in groupby(counted, key=lambda table: table.key[0]):
+        parts = _divided(hashes, block, folder)
+        for table in sharing:
+            for values in in_threads(table.sorted, (part for (part,) in parts)):
+                for left, right in _near_in_order(values, table.key_bits, radius):
+                    one, other = table.restored(left), table.restored(right)
+                    first = table.is_first_for(one ^ other)
+                    yield one[first], other[first]
+
+
+def _divided(hashes: Hashes, block: tuple[int, int], folder: Path) -> Iterable[Sequence[Hashes]]:
+    """Divides hashes by a block's bits, in a file; about `_ROWS_AT_ONCE` to a part, if not more have one value."""
+    if len(hashes) <= _ROWS_AT_ONCE:
+        return [[np.asarray(hashes)]]
+    sample = _bits(np.asarray(hashes[:: max(1, len(hashes) // _SAMPLE_ROWS)]), *block)
+    chunks = ([np.asarray(hashes[start : start + _CHUNK_ROWS])] for start in range(0, len(hashes), _CHUNK_ROWS))
+    edges = edges_of(sample, -(-len(hashes) // _ROWS_AT_ONCE))
+    return divide(chunks, lambda values: _bits(values, *block), edges, folder)
 
 
 def plan_tables(hashes: Hashes, radius: int) -> list[BitTable]:
@@ -113,23 +137,6 @@ def _share_of_pairs(table: BitTable, sample: Hashes) -> float:
     keys = np.sort(table.permuted(sample) >> np.uint64(HASH_BITS - table.key_bits))
     counts = np.diff(np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1], [True]]))).astype(float)
     return float((counts * (counts - 1)).sum() / (len(sample) * (len(sample) - 1)))
-
-
-def _sorted_parts(hashes: Hashes, table: BitTable) -> Iterator[Hashes]:
-    """Yields sorted permuted hashes in parts that fit into memory; hashes with one key share a part."""
-    low, width = table.key[0]
-    num_bits = min(width, max(0, (len(hashes) - 1) // _ROWS_AT_ONCE).bit_length())
-    for part in range(1 << num_bits):
-        pieces = [np.empty(0, np.uint64)]
-        for start in range(0, len(hashes), _ROWS_IN_CACHE):
-            piece = np.asarray(hashes[start : start + _ROWS_IN_CACHE])
-            if num_bits:
-                piece = piece[_bits(piece, low + width - num_bits, num_bits) == part]
-            pieces.append(table.permuted(piece))
-        values = np.concatenate(pieces)
-        del pieces
-        values.sort()
-        yield values
 
 
 def _near_in_order(values: Hashes, key_bits: int, radius: int) -> Iterator[tuple[Hashes, Hashes]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from filters.dedup.altered import Limits, link_altered
 from filters.dedup.clusters import MAX_ONE_CLUSTER, Embedded, Vectors, cluster, load_faiss, num_clusters_for, unit
-from filters.dedup.columns import Columns, Images, in_order, starts_of_runs, store_columns
+from filters.dedup.columns import Columns, Images, store_columns
+from filters.dedup.ordering import Rows, divide_rows, in_threads
 from filters.dedup.perceptual import link_near_duplicates
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
@@ -31,11 +32,19 @@ _BLOCK_ROWS, _PAIRS_AT_ONCE = 1024, 1 << 16
 # Exceeds the error of float32 products of unit vectors: closer calls are recomputed.
 _ROUNDING = 1e-4
 _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa.string())])
-_MEMBERS = pa.schema([("uid", pa.string()), ("root", pa.int64()), ("kind", pa.string())])
+_MEMBERS = pa.schema([("uid", pa.string()), ("root", pa.int64()), ("level", pa.uint8())])
 _GROUPED = """
-CREATE TABLE grouped AS SELECT uid, min(uid) OVER (PARTITION BY root) AS group_id, kind,
-       row_number() OVER (PARTITION BY root ORDER BY list_position($levels, kind), uid) AS place
-FROM read_parquet($members)
+CREATE TABLE groups AS SELECT root, min(uid) AS group_id, min(level) AS level FROM read_parquet($members) GROUP BY root
+"""
+_IN_ORDER = """
+SELECT uid, group_id, $levels[m.level] AS kind FROM read_parquet($members) m JOIN groups USING (root) ORDER BY uid
+"""
+# The first level's image of each group stays.
+_DROPPED = """
+SELECT $levels[level] AS kind, sum(num)::BIGINT FROM (
+    SELECT level, count(*) AS num FROM read_parquet($members) GROUP BY level
+    UNION ALL SELECT level, -count(*) FROM groups GROUP BY level
+) GROUP BY level HAVING sum(num) > 0 ORDER BY kind
 """
 
 
@@ -55,7 +64,7 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
     """Writes the groups of duplicates, byte-identical for any order of images.
 
     Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
-    150 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
+    180 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
     uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate). UserError if
     the level is semantic and there are no embeddings, or faiss is needed and not installed.
     """
@@ -128,12 +137,12 @@ def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
 
 
 def _write_members(images: Images, kinds: NDArray[np.uint8], components: Components, target: Path) -> None:
-    names, start = np.array(LEVELS), 0
+    start = 0
     with pq.ParquetWriter(target, _MEMBERS) as writer:
         for table in images.read(["uid"]):
             chosen = np.flatnonzero(kinds[start : start + len(table)])
             nodes, start = chosen + start, start + len(table)
-            columns = [table["uid"].take(chosen), components.roots(nodes), names[kinds[nodes] - 1]]
+            columns = [table["uid"].take(chosen), components.roots(nodes), kinds[nodes]]
             writer.write_table(pa.table(columns, names=_MEMBERS.names).cast(_MEMBERS))
 
 
@@ -145,15 +154,28 @@ def _write_groups(members: Path, folder: Path, target: Path) -> dict[str, int]:
     ):
         if not members.exists():
             return {}
-        database.execute("SET threads = 1")  # keeps the file's row groups deterministic
         database.execute("SET memory_limit = ?", [f"{_MEMORY_MIB}MiB"])
         database.execute("SET temp_directory = ?", [str(folder / "spill")])
-        database.execute(_GROUPED, {"levels": list(LEVELS), "members": str(members)})
-        rows = database.execute("SELECT uid, group_id, kind FROM grouped ORDER BY uid")
-        for batch in rows.to_arrow_reader(_ROWS_AT_ONCE):
-            writer.write_table(pa.Table.from_batches([batch]).cast(_TABLE))
-        dropped = database.execute("SELECT kind, count(*) FROM grouped WHERE place > 1 GROUP BY kind ORDER BY kind")
-        return dict(dropped.fetchall())
+        values: dict[str, object] = {"members": str(members)}
+        database.execute(_GROUPED, values)
+        values |= {"levels": list(LEVELS)}
+        for table in _equal_pieces(database.execute(_IN_ORDER, values).to_arrow_reader(_ROWS_AT_ONCE)):
+            writer.write_table(table.cast(_TABLE))
+        return dict(database.execute(_DROPPED, values).fetchall())
+
+
+def _equal_pieces(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Yields tables of `_ROWS_AT_ONCE` rows, and the rest, for row groups that do not depend on threads."""
+    waiting, num = list[pa.RecordBatch](), 0
+    for batch in batches:
+        waiting.append(batch)
+        num += len(batch)
+        while num >= _ROWS_AT_ONCE:
+            table = pa.Table.from_batches(waiting)
+            yield table.slice(0, _ROWS_AT_ONCE)
+            waiting, num = table.slice(_ROWS_AT_ONCE).to_batches(), num - _ROWS_AT_ONCE
+    if num:
+        yield pa.Table.from_batches(waiting)
 
 
 def link_exact(columns: Columns, components: Components) -> None:
@@ -162,13 +184,13 @@ def link_exact(columns: Columns, components: Components) -> None:
     Equal files seldom have different pixels, but reused shards may hold two different re-encodings of one file.
     """
     for kind in ("pixels", "bytes"):
-        pieces = in_order(columns.words(f"{kind}0"), columns.words(f"{kind}1"))
-        counted = report_progress(pieces, f"dedup: equal {kind}", columns.num, "images", lambda piece: len(piece[0]))
-        for nodes, ones, others in counted:
-            starts = starts_of_runs(ones, others)
-            first = nodes[starts][np.cumsum(starts) - 1]
-            linked = (first != nodes) & ((ones | others) != 0)  # zero: unknown digest
-            components.link(first[linked], nodes[linked])
+        pieces = divide_rows(columns.words(f"{kind}0"), columns.words(f"{kind}1"), columns.folder)
+        counted = report_progress(pieces, f"dedup: equal {kind}", columns.num, "images", lambda rows: len(rows.nodes))
+        for rows in in_threads(Rows.repeated, counted):
+            starts = rows.starts_of_runs()
+            first = rows.nodes[starts][np.cumsum(starts) - 1]
+            linked = (first != rows.nodes) & ((rows.first | rows.second) != 0)  # zero: unknown digest
+            components.link(first[linked], rows.nodes[linked])
 
 
 def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from filters.dedup.columns import Columns, Words, in_order, starts_of_runs
+from filters.dedup.columns import Columns
 from filters.dedup.hamming import near_pairs
+from filters.dedup.ordering import Rows, Words, divide_rows, in_threads
 from filters.dedup.union_find import Components, Nodes
 
 # Largest difference (0 to 255) between duplicates' 4x4 colour thumbnails. The perceptual hash sees brightness only, so
@@ -107,7 +108,7 @@ def link_near_duplicates(columns: Columns, radius: int, components: Components) 
     colors = columns.colors()
     appearances = _store_appearances(columns, components)
     _link_equal_hashes(appearances, colors, components)
-    for ones, others in _batched(near_pairs(appearances.hashes, radius)):
+    for ones, others in _batched(near_pairs(appearances.hashes, radius, columns.folder)):
         one, other = np.searchsorted(appearances.hashes, ones), np.searchsorted(appearances.hashes, others)
         for left, right in _products(appearances.starts, one, other):
             _link_agreeing(appearances.nodes[left], appearances.nodes[right], colors, components)
@@ -118,12 +119,12 @@ def _store_appearances(columns: Columns, components: Components) -> Appearances:
     folder, num = columns.folder, 0
     names = [folder / name for name in ("look_nodes", "look_hashes", "look_starts")]
     with names[0].open("wb") as node_file, names[1].open("wb") as hash_file, names[2].open("wb") as start_file:
-        for nodes, hashes, colors in in_order(columns.words("hash"), columns.words("color")):
-            starts = starts_of_runs(hashes, colors)
-            first = nodes[starts]
-            equal = ~starts
-            components.link(first[np.cumsum(starts) - 1][equal], nodes[equal])
-            distinct, begins = np.unique(hashes[starts], return_index=True)
+        pieces = divide_rows(columns.words("hash"), columns.words("color"), folder)
+        for rows in in_threads(Rows.in_order, pieces):
+            starts = rows.starts_of_runs()
+            first = rows.nodes[starts]
+            components.link(first[np.cumsum(starts) - 1][~starts], rows.nodes[~starts])
+            distinct, begins = _runs(rows.first[starts])
             first.tofile(node_file)
             distinct.tofile(hash_file)
             (begins + num).tofile(start_file)
@@ -132,6 +133,12 @@ def _store_appearances(columns: Columns, components: Components) -> Appearances:
     return Appearances(
         *(_mapped(path, kind) for path, kind in zip(names, (np.int64, np.uint64, np.int64), strict=True))
     )
+
+
+def _runs(in_order: Words) -> tuple[Words, NDArray[np.int64]]:
+    """Returns the distinct values and where each begins."""
+    begins = np.flatnonzero(np.diff(in_order, prepend=~in_order[:1]))
+    return in_order[begins], begins
 
 
 def _mapped(path: Path, kind: type) -> NDArray:

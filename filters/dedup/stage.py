@@ -151,7 +151,7 @@ DEDUP: Stage[Recipe] = Stage(
         comment="Images that are duplicates of one another: those with one group_id",
         columns=dict.fromkeys(("uid", "group_id", "kind"), "VARCHAR"),
         path=_path,
-        rewriting=Rewriting(has_tar=False, drop=regroup, recount=recount),
+        rewriting=Rewriting(origins={}, has_tar=False, drop=regroup, recount=recount),
     ),
     drops=None,  # DECIDE chooses which of a group stays
     uses_gpu=False,

@@ -6,6 +6,7 @@
 | images, dataset, latents (tar) | the members go; all others are copied unchanged |
 | manifest | counts and digests are updated; what was finished stays finished |
 | removed.parquet | digests of removed samples, to recognise them later |
+| removed-rows.parquet | digests and former rows of these, to tell which training steps saw them |
 | metadata.duckdb, report.html, images/, index.json | rewritten |
 
 A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
@@ -17,7 +18,7 @@ first completes it; nothing else may use the dataset meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -36,7 +37,7 @@ from filters.select.removed_rows import Blocked, near_duplicate_uids
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import LEDGER, Kind, key_digest, read_ledger
-from sdtrain.dataset.stage import ORIGINS, Stage
+from sdtrain.dataset.stage import Stage
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
@@ -59,6 +60,7 @@ class Removal:
         num_near_duplicates: others that are near-duplicates of these.
         num_duplicates_left: others that stay, although the dataset groups them with a removed one as duplicates.
         rows: additions to the ledger.
+        uids: of the samples to remove.
         touched: by stage, the shards whose files hold any of these samples.
     """
 
@@ -69,6 +71,7 @@ class Removal:
     num_near_duplicates: int
     num_duplicates_left: int
     rows: pa.Table
+    uids: Collection[str]
     touched: dict[str, list[int]]
 
     @property
@@ -135,7 +138,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         num_duplicates = len(search.duplicates(found) - found)
         touched = search.touched_shards(found, pipeline.stages_of(recipe))
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
-    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
+    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, found, touched)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:
@@ -238,11 +241,18 @@ def _rows_sql(dataset: DatasetDir) -> tuple[str, dict[str, list[str]]]:
             parts.append(f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
             # A table is touched too where another sample has a text of a removed one.
             absent = ", ".join(map(_null, _SEEN))
-            for each in (sql for name, sql in ORIGINS.items() if name in had):
-                parts.append(f"SELECT {each}, {absent}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
+            for each in _origins(stage, had):
+                origins = f"SELECT uid, {each} AS origin, filename FROM ({scan.sql})"  # noqa: S608
+                parts.append(
+                    f"SELECT origin, {absent}, '{stage.name}', {_SHARD} FROM ({origins}) WHERE origin <> uid"  # noqa: S608
+                )
     tables.save()
     names, everything = ", ".join(_SEEN), " UNION ALL ".join(parts)
     return f"SELECT * FROM ({everything}) rows (uid, {names}, stage, shard) WHERE uid IS NOT NULL", values  # noqa: S608
+
+
+def _origins(stage: Stage[Recipe], columns: Collection[str]) -> list[str]:
+    return [sql for name, sql in stage.table.rewriting.origins.items() if name in columns] if stage.table else []
 
 
 def _null(name: str) -> str:

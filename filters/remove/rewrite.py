@@ -16,7 +16,7 @@ from sdtrain.dataset.manifest import bulk_reads, entries, read_entry
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import ORIGINS, Stage, Table, record
+from sdtrain.dataset.stage import Stage, Table, record
 from sdtrain.dataset.sync import discard
 
 
@@ -85,7 +85,8 @@ class StageRewrite:
                 discard(dataset, useless)
             return
         columns = pq.read_schema(path).names
-        origins = [uid for name, each in ORIGINS.items() if name in columns for uid in self._removed_in(path, each)]
+        listed = [sql for name, sql in table.rewriting.origins.items() if name in columns]
+        origins = [uid for each in listed for uid in self._removed_in(path, each)]
         removed = Removed(path, self._removed_in(path, "uid"), origins, self.finished)
         table.rewriting.drop(dataset, self.recipe, shard, removed)
 

@@ -280,7 +280,7 @@ SELECT: Stage[Recipe] = Stage(
             "shard": "INTEGER",
         },
         path=DatasetDir.selection,
-        rewriting=Rewriting(has_tar=False, drop=IN_TABLE.drop, recount=_recount),
+        rewriting=Rewriting(origins={}, has_tar=False, drop=IN_TABLE.drop, recount=_recount),
     ),
     drops=Drops(
         repeats=False,

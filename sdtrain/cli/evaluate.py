@@ -26,12 +26,25 @@ _FORMER = {"networks": ("--network",)}
 _OWN = {
     "models": Annotated[list[Path], typer.Argument(help="Runs, checkpoints, diffusers folders or CompVis files.")],
     "output": Annotated[Path | None, typer.Option(help="By default `evaluation` in a run's folder.")],
+    "x": Annotated[str | None, typer.Option(help="The plot's axis across: a column. By default agreement.")],
+    "y": Annotated[str | None, typer.Option(help="The plot's axis up: a column, as fd_dinov2. By default FID.")],
+    "training_data": Annotated[
+        list[str] | None,
+        typer.Option(help="A dataset on which the models were trained, besides those that runs record; repeatable."),
+    ],
+    "contamination": Annotated[
+        bool, typer.Option(help="Look for the prompts and reference images in the training data.")
+    ],
     "processes": Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)],
     "as_json": Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")],
 }
 
 
-_OWN_DEFAULTS = {"output": None, "processes": None, "as_json": False}
+_OWN_DEFAULTS = {
+    **dict.fromkeys(("output", "x", "y", "training_data", "processes")),
+    "contamination": True,
+    "as_json": False,
+}
 
 
 class FromProtocol(TyperCommand):
@@ -58,7 +71,18 @@ def evaluate() -> None:
     """Draw images over guidance scales and measure them; started again, it goes on where it was."""
 
 
-def _evaluate(models: list[Path], output: Path | None, processes: int | None, as_json: bool, **settings: Any) -> None:
+def _evaluate(
+    models: list[Path],
+    output: Path | None,
+    x: str | None,
+    y: str | None,
+    training_data: list[str] | None,
+    contamination: bool,
+    processes: int | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    from filters.contamination.training_data import search_training_data
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of
     from sdtrain.evaluation.sweep import plan
@@ -68,7 +92,9 @@ def _evaluate(models: list[Path], output: Path | None, processes: int | None, as
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output)
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
+    if contamination:
+        sweep = search_training_data(sweep, training_data or ())
     with prints_to_stderr(as_json):
         results = run_sweep(sweep, num_processes, lambda line: print(line, flush=True))
     if as_json:

@@ -33,7 +33,7 @@ class Removed:
     Attributes:
         table: the shard's, under its final name.
         uids: of the table's removed samples; none if an interrupted run has already dropped them.
-        origins: removed samples that other samples of the table have texts of (`Table`).
+        origins: removed samples that others of the table have texts of.
         finished: by stage, the shards that must be finished afterwards.
     """
 
@@ -48,11 +48,14 @@ class Rewriting(Generic[RecipeT]):
     """How a stage's shards lose samples; after a kill, both steps run again.
 
     Attributes:
+        origins: columns, where the table has them, that name other samples, whose texts its samples have -> SQL for the
+            uids of these, one a row.
         has_tar: whether the table's samples lie in the tar beside it, neither of use without the other.
         drop: rewrites the files of one shard, leaving the rest byte for byte as it was.
         recount: (dataset, entry, tables) -> the manifest entry of files whose `tables` were rewritten; None keeps it.
     """
 
+    origins: Mapping[str, str]
     has_tar: bool
     drop: Callable[[DatasetDir, RecipeT, int, Removed], None]
     recount: Callable[[DatasetDir, ShardReport, Sequence[Path]], ShardReport | None]
@@ -148,8 +151,8 @@ def _drop_members(place: Place, dataset: DatasetDir, recipe: object, shard: int,
 
 def in_tar(place: Place = lambda tar, sample: {}) -> Rewriting[object]:
     """For a table whose rows name samples in the tar beside it by `key`, and locate them there if `place` is given."""
-    return Rewriting(has_tar=True, drop=partial(_drop_members, place), recount=count_rows)
+    return Rewriting(origins={}, has_tar=True, drop=partial(_drop_members, place), recount=count_rows)
 
 
-IN_TABLE: Rewriting[object] = Rewriting(has_tar=False, drop=_drop_rows, recount=count_rows)
+IN_TABLE: Rewriting[object] = Rewriting(origins={}, has_tar=False, drop=_drop_rows, recount=count_rows)
 """For a table that holds all that its stage writes about a sample."""

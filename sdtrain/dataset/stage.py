@@ -23,16 +23,10 @@ from sdtrain.dataset.storage import storage_of
 from sdtrain.dataset.sync import Part, evict_after, fetch_inputs, fetch_outputs
 from sdtrain.dataset.work import Work
 
-ORIGINS = {"origin_uid": "origin_uid", "origin_uids": "unnest(origin_uids)"}
-"""Columns of tables whose samples hold texts of other samples -> SQL for the uids of these, one a row."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Generic[RecipeT]):
     """A stage's table: Parquet with one row per sample and a column `uid`.
-
-    Where its samples hold texts of others, as captions of duplicates, it names these in a column of `ORIGINS`: a
-    removal finds the texts by it.
 
     Attributes:
         view: its name in metadata.duckdb.

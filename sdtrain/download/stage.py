@@ -189,7 +189,7 @@ DOWNLOAD: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.images_table,
-        rewriting=Rewriting(has_tar=True, drop=_drop, recount=_recount),
+        rewriting=Rewriting(origins={}, has_tar=True, drop=_drop, recount=_recount),
     ),
     drops=Drops(repeats=False, rules=_rules, last={}, explain=meaning_of),
     uses_gpu=False,

@@ -101,9 +101,9 @@ def _crops(config: EncodeConfig) -> str:
     return f"{config.crop} crop"
 
 
-def describe_rows(uids: Sequence[str], captions: Sequence[str], offsets: Sequence[int]) -> str:
-    """Digest of a table's samples, captions and offsets."""
-    content = json.dumps([list(uids), list(captions), list(offsets)], ensure_ascii=False)
+def describe_rows(*columns: Sequence[Any]) -> str:
+    """Digest of a table's columns: uid, caption, offset, and the lists of captions if there are any."""
+    content = json.dumps([list(column) for column in columns], ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from sdtrain.images.crops import Crop, bucket_of, resize_and_crop, seeded_unifor
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.images.prefetch import prefetch
 from sdtrain.models.device import cores_of_process
+from sdtrain.pack.captions import CAPTIONS
 
 T = TypeVar("T")
 Sample = tuple[str, dict[str, bytes]]
@@ -37,11 +38,13 @@ _DECODED_AHEAD, _STARTED_AHEAD = 2, 1
 class ShardEncoder:
     """Encodes one shard of the packed `source`, and collects the data for its table and its check.
 
-    `rows` are the table's, without the latents' offsets; `pixels` the chosen rows' first crops.
+    `rows` are the table's, without the latents' offsets; `pixels` the chosen rows' first crops. `with_captions`: the
+    samples' JSON holds several captions of each.
     """
 
-    def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int]) -> None:
+    def __init__(self, config: EncodeConfig, source: Path, chosen: Container[int], with_captions: bool) -> None:
         self._config, self.source, self._chosen = config, source, chosen
+        self._columns = ("uid", "caption", "url", *((CAPTIONS,) if with_captions else ()))
         self._sizes = sizes_px(config)
         self.vae = shared_vae(config.vae, precision=config.precision)
         self.rows: list[dict[str, Any]] = []
@@ -120,7 +123,7 @@ class ShardEncoder:
             self.pixels[len(self.rows)] = crops[0].pixels
         provenance = json.loads(members["json"])
         height, width = array.shape[-2:]
-        self.rows.append({name: provenance[name] for name in ("uid", "caption", "url")} | {"key": key})
+        self.rows.append({name: provenance[name] for name in self._columns} | {"key": key})
         self.rows[-1] |= {"height": height, "width": width, "num_bytes": array.nbytes}
         boxes = {"crop_box": crops[0].box} if len(crops) == 1 else {"crop_boxes": [crop.box for crop in crops]}
         described = provenance | boxes | {"source_px": crops[0].source_px}

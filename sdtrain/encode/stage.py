@@ -38,6 +38,7 @@ from sdtrain.encode.shard_encoder import ShardEncoder, latent_offset
 from sdtrain.encode.text import check_text_embedder
 from sdtrain.encode.vae import check_vae
 from sdtrain.formats.digests import compute_vae_digest
+from sdtrain.pack.captions import CAPTIONS, LIST, describe_sources, drop_texts, has_captions
 from sdtrain.pack.plan import expected_shards
 from sdtrain.pack.stage import PACK
 
@@ -51,6 +52,7 @@ _TABLE = pa.schema(
         ("width", pa.int32()),
     ]
 )
+_ORIGINS = {CAPTIONS: f"unnest(list_transform({CAPTIONS}, each_one -> each_one.origin_uid))"}
 
 
 def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> ShardReport:
@@ -61,12 +63,14 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     source = dataset.packed_tar(shard)
     entry = require_entry(dataset, "pack", shard)
     fetch_shard_file(dataset.root, source, "pack")
-    encoder = ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard))
+    with_captions = has_captions(dataset.packed_table(shard))
+    encoder = ShardEncoder(config, source, chosen_rows(entry.num_out, config, shard), with_captions)
     with publish(dataset.latents_tar(shard)) as temporary:
         index = write_samples(temporary, encoder.encoded(read_samples(source)))
         placed = [row | latent_offset(temporary, sample) for row, sample in zip(encoder.rows, index, strict=True)]
         quality = _checked(temporary, placed, encoder, config)
-    table = pa.Table.from_pylist(placed, _schema(config).with_metadata(_described(dataset, placed, config, quality)))
+    described = _described(dataset, placed, config, quality, with_captions)
+    table = pa.Table.from_pylist(placed, _schema(config, with_captions).with_metadata(described))
     with publish(dataset.latents_table(shard)) as temporary:
         pq.write_table(table, temporary, compression="zstd")
     delete_index(dataset.latents_table(shard))
@@ -75,8 +79,9 @@ def encode_shard(dataset: DatasetDir, config: EncodeConfig, shard: int) -> Shard
     return ShardReport(stage="encode", shard=shard, num_in=len(placed), num_out=len(table), outputs=outputs)
 
 
-def _schema(config: EncodeConfig) -> pa.Schema:
-    return _TABLE if config.text_embeddings == "none" else _TABLE.append(pa.field("text_offset", pa.int64()))
+def _schema(config: EncodeConfig, with_captions: bool) -> pa.Schema:
+    table = _TABLE if config.text_embeddings == "none" else _TABLE.append(pa.field("text_offset", pa.int64()))
+    return table.append(pa.field(CAPTIONS, LIST)) if with_captions else table
 
 
 def _checked(
@@ -97,11 +102,16 @@ def _checked(
 
 
 def _described(
-    dataset: DatasetDir, rows: Sequence[dict[str, Any]], config: EncodeConfig, quality: DecodeQuality | None
+    dataset: DatasetDir,
+    rows: Sequence[dict[str, Any]],
+    config: EncodeConfig,
+    quality: DecodeQuality | None,
+    with_captions: bool,
 ) -> dict[str, str]:
     """The table's own metadata."""
-    columns = ([row[name] for row in rows] for name in ("uid", "caption", "offset"))
-    described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: describe_rows(*columns)}
+    described = {VAE_KEY: vae_digest_in(dataset, config.vae), ROWS_KEY: _rows_digest(rows, with_captions)}
+    if with_captions:
+        described |= describe_sources(row[CAPTIONS] for row in rows)
     if digests := _text_digests(config):
         described[TEXT_KEY] = digests[0]
     if len(sizes := sizes_px(config)) > 1:
@@ -112,9 +122,18 @@ def _described(
     return described
 
 
-def drop_latents(table: Path, uids: Collection[str]) -> None:
-    """Takes samples out of a shard of latents; see `sdtrain.dataset.rewriting`."""
+def _rows_digest(rows: Sequence[dict[str, Any]], with_captions: bool) -> str:
+    names = ("uid", "caption", "offset", *((CAPTIONS,) if with_captions else ()))
+    return describe_rows(*([row[name] for row in rows] for name in names))
+
+
+def drop_latents(table: Path, uids: Collection[str], origins: Collection[str] = ()) -> None:
+    """Takes samples out of a shard of latents, and the others' captions that come from `origins`.
+
+    See `sdtrain.dataset.rewriting`.
+    """
     drop_members(table, uids, latent_offset)
+    drop_texts(table, origins, latent_offset, lambda rows: {ROWS_KEY: _rows_digest(rows, with_captions=True)})
     delete_index(table)
 
 
@@ -150,7 +169,7 @@ def _info(dataset: DatasetDir, shard: int) -> list[Path]:
 
 
 def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
-    drop_latents(removed.table, removed.uids)
+    drop_latents(removed.table, removed.uids, removed.origins)
 
 
 def _networks(recipe: ImageRecipe) -> Openers:
@@ -180,7 +199,7 @@ ENCODE: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.latents_table,
-        rewriting=Rewriting(has_tar=True, drop=_drop, recount=count_rows),
+        rewriting=Rewriting(origins=_ORIGINS, has_tar=True, drop=_drop, recount=count_rows),
     ),
     drops=None,
     uses_gpu=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +23,10 @@ from sdtrain.evaluation.distances import (
     kid,
     kid_subset_size,
 )
-from sdtrain.evaluation.networks import feature_network, stand_in
+from sdtrain.evaluation.neighbours import DENSITY_K, MOST_K, PRECISION_K, RealNeighbours
+from sdtrain.evaluation.networks import FeatureNetwork, feature_network, stand_in
 from sdtrain.evaluation.protocol import STAND_INS, Protocol
+from sdtrain.evaluation.results import Axis
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -74,13 +77,14 @@ class RealFeatures:
     @cached_property
     def gaussian(self) -> Gaussian:
         """Mean and covariance; UserError for statistics of another network."""
-        gaussian = self._of if isinstance(self._of, Gaussian) else gaussian_of(self._of)
-        if len(gaussian.mean) != self.network.num_features:
+        if not isinstance(self._of, Gaussian):
+            return gaussian_of(self._of)
+        if (num := len(self._of.mean)) != self.network.num_features:
             raise UserError(
-                f"The reference's statistics are of {len(gaussian.mean)} features, and network '{self.name}' gives "
+                f"The reference's statistics are of {num} features, and network '{self.name}' gives "
                 f"{self.network.num_features}. Name statistics made with this network, or the images themselves."
             )
-        return gaussian
+        return self._of
 
     @property
     def features(self) -> NDArray[Any]:
@@ -88,6 +92,11 @@ class RealFeatures:
         if isinstance(self._of, Gaussian):
             raise UserError("The reference is an .npz of statistics, and this metric needs images. Name the images.")
         return self._of
+
+    @cached_property
+    def neighbours(self) -> RealNeighbours:
+        """The neighbourhoods of the images; UserError as for `features`."""
+        return RealNeighbours(self.features)
 
 
 class FeatureMetric(Metric):
@@ -101,7 +110,12 @@ class FeatureMetric(Metric):
     def __init__(self, protocol: Protocol, real: RealFeatures):
         super().__init__(protocol, real)
         self.of = real
-        self.name, self.label = f"{self.name}{real.network.suffix}", f"{self.label}{real.network.label}"
+        self.name, self.label = self.names(real.network)
+
+    @classmethod
+    def names(cls, network: FeatureNetwork) -> tuple[str, str]:
+        """The number's column and label for a network."""
+        return f"{cls.name}{network.suffix}", f"{cls.label}{network.label}"
 
 
 class Fid(FeatureMetric):
@@ -113,10 +127,15 @@ class Fid(FeatureMetric):
     axis = "y"
 
     def __init__(self, protocol: Protocol, real: RealFeatures):
-        self.name, self.label = real.network.frechet
         super().__init__(protocol, real)
         self.description = f"Fréchet distance of {real.network.description}"
         self._frechet = FrechetDistance(real.gaussian)
+
+    @classmethod
+    def names(cls, network: FeatureNetwork) -> tuple[str, str]:
+        """FID is Inception's; of other features it goes by another name."""
+        name, label = network.frechet
+        return f"{name}{network.suffix}", f"{label}{network.label}"
 
     @classmethod
     def applies(cls, protocol: Protocol, has_images: bool) -> bool:
@@ -147,18 +166,78 @@ class Fid(FeatureMetric):
 class Kid(FeatureMetric):
     """The kernel distance of the same features."""
 
-    name, label, description = "kid", "KID", "squared kernel distance of the same features"
+    name, label = "kid", "KID"
     spread = "std"
     real = ("features",)
 
     def __init__(self, protocol: Protocol, real: RealFeatures):
         super().__init__(protocol, real)
+        self.description = f"squared kernel distance of {real.network.description}"
         size = kid_subset_size(protocol.num_prompts, len(real.features))
         self.spread_text = f"mean of {KID_SUBSETS} subsets of {size:,}, ± {{column}} their standard deviation"
 
     def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
         """Mean and deviation over subsets."""
         return kid(drawn["features"], self.of.features, self.protocol.seed)
+
+
+class OverlapMetric(FeatureMetric):
+    """The share of either set that lies near the other; see `neighbours.Overlap`, which has a field of its name."""
+
+    better = "higher"
+    real = ("features",)
+    meaning: str
+    k: int
+
+    def __init__(self, protocol: Protocol, real: RealFeatures):
+        super().__init__(protocol, real)
+        self.description = f"{self.meaning} ({self.k} neighbours), by {real.network.description}"
+        self._num_least = min(protocol.num_prompts, len(real.features))
+
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """Computed once for all four; not a number where images have too few neighbours."""
+        if self._num_least <= MOST_K:
+            return float("nan"), float("nan")
+        found: tuple[float, float] = getattr(self.of.neighbours.overlap(drawn["features"]), type(self).name)
+        return found
+
+    def remarks(self) -> list[str]:
+        """Tells of too few images."""
+        if self._num_least > MOST_K:
+            return []
+        return [f"{self.name} needs more than {MOST_K} images, drawn and real, and there are {self._num_least}."]
+
+
+class Precision(OverlapMetric):
+    """How many drawn images look like real ones."""
+
+    name, label, k = "precision", "precision", PRECISION_K
+    meaning = "share of drawn images within a real one's neighbourhood"
+    spread_text = "95 % interval, ± {column} (of independent images)"
+
+
+class Recall(OverlapMetric):
+    """How many real images the model could have drawn."""
+
+    name, label, k = "recall", "recall", PRECISION_K
+    meaning = "share of real images within a drawn one's neighbourhood"
+    spread_text = "95 % interval, ± {column} (grouped jackknife)"
+
+
+class Density(OverlapMetric):
+    """How crowded with real images the drawn ones' places are."""
+
+    name, label, k = "density", "density", DENSITY_K
+    meaning = "in how many real images' neighbourhoods a drawn one lies, over their number for a real one"
+    spread_text = "95 % interval, ± {column} (of independent images)"
+
+
+class Coverage(OverlapMetric):
+    """How many real images have a drawn one near."""
+
+    name, label, k = "coverage", "coverage", DENSITY_K
+    meaning = "share of real images whose neighbourhood holds a drawn one"
+    spread_text = "95 % interval, ± {column} (grouped jackknife)"
 
 
 class Cmmd(Metric):
@@ -202,7 +281,7 @@ class ClipScore(Metric):
         return mean_of(clip_scores(drawn["clip"], captions["clip"]))
 
 
-METRICS: tuple[type[Metric], ...] = (Fid, Kid, Cmmd, ClipScore)
+METRICS: tuple[type[Metric], ...] = (Fid, Kid, Precision, Recall, Density, Coverage, Cmmd, ClipScore)
 """In the order of their columns."""
 
 
@@ -237,20 +316,32 @@ def open_metrics(protocol: Protocol, real: ImageArrays | Gaussian) -> list[Metri
     return metrics
 
 
+def axes_of(protocol: Protocol, has_images: bool) -> dict[str, Axis]:
+    """What the plot can show, by column: the guidance scale and each metric."""
+    axes = [Axis("guidance_scale", "guidance scale")]
+    networks = [feature_network(name) for name in protocol.networks]
+    for metric in metrics_for(protocol, has_images):
+        named = [(metric.name, metric.label)]
+        if issubclass(metric, FeatureMetric):
+            named = [metric.names(network) for network in networks]
+        axes += [Axis(column, label, metric.better, metric.axis) for column, label in named]
+    return {axis.column: axis for axis in axes}
+
+
 def arrays_needed(protocol: Protocol, of: Literal["drawn", "real", "captions"]) -> set[str]:
     """Names of the arrays that the metrics of a protocol read."""
     return {name for metric in metrics_for(protocol) for name in getattr(metric, of)}
 
 
-def numbers(metrics: Sequence[Metric], drawn: ImageArrays, captions: Arrays) -> dict[str, float]:
-    """Each number and its spread, by column."""
-    found = {}
+def numbers(metrics: Sequence[Metric], drawn: ImageArrays, captions: Arrays) -> dict[str, float | None]:
+    """Each number and its spread, by column; None for what too few images do not tell."""
+    found: dict[str, float] = {}
     for metric in metrics:
         arrays: Arrays = drawn.others
         if isinstance(metric, FeatureMetric):
             arrays = {**arrays, "features": drawn.features[metric.of.name]}
         found[metric.name], found[f"{metric.name}_{metric.spread}"] = metric.measure(arrays, captions)
-    return found
+    return {column: number if math.isfinite(number) else None for column, number in found.items()}
 
 
 def descriptions(metrics: Sequence[Metric]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
+from sdtrain.evaluation.dinov2 import dinov2_view, find_dinov2, load_dinov2
 from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
@@ -88,6 +89,35 @@ class Inception(FeatureNetwork):
         return resize
 
 
+class Dinov2(FeatureNetwork):
+    """The network of FD-DINOv2 (Stein et al. 2023, arXiv:2306.04675), which was trained without labels."""
+
+    num_features = 1024
+    description = "DINOv2 ViT-L/14's 1024 features"
+    suffix, label = "_dinov2", " (DINOv2)"
+    frechet = ("fd", "FD")
+
+    def weights(self, protocol: Protocol) -> str:
+        """A file, `dinov2-vitl14` or `random:SEED`."""
+        return protocol.dinov2_weights
+
+    def digest(self, weights: str) -> str:
+        """The file's sha256, or the seed of random weights."""
+        path = find_dinov2(weights)
+        return sha256_of(path) if path else weights
+
+    def load(self, weights: str) -> nn.Module:
+        """The network in eval mode."""
+        return load_dinov2(weights)
+
+    def view(self, image: Image.Image, resize: Resize) -> Tensor:
+        """(3, 224, 224), normalised; the choice of resize is Inception's."""
+        return dinov2_view(image)
+
+
+_PUBLISHED: Mapping[str, type[FeatureNetwork]] = {"inception": Inception, "dinov2": Dinov2}
+
+
 def stand_in(name: str) -> Any:
     """Imports a stand-in's module (see `protocol.STAND_INS`).
 
@@ -99,8 +129,8 @@ def stand_in(name: str) -> Any:
 
 def feature_network(name: str) -> FeatureNetwork:
     """The network of that name in `protocol.NETWORKS`."""
-    if name == "inception":
-        return Inception()
+    if name in _PUBLISHED:
+        return _PUBLISHED[name]()
     found: FeatureNetwork = stand_in(name).FEATURES
     return found
 

@@ -17,7 +17,8 @@ CARD_SCALES = (1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 STAND_INS = tuple(sorted(path.parent.name for path in Path(__file__).parents[1].glob("*/evaluation.py")))
 """Packages of sdtrain that bring networks of their own for trials, in a module `evaluation`."""
-NETWORKS = ("inception", *STAND_INS)
+NETWORKS = (*STAND_INS, "inception", "dinov2")
+"""In the order of their columns. The first one's features lie with CLIP's, so a new network goes last."""
 AGREEMENTS = ("clip", *STAND_INS, "none")
 
 
@@ -59,9 +60,11 @@ class Protocol(Settings):
     part_size: int = Field(default=256, ge=2)
     """Images in a part, which is drawn and kept as a whole."""
     networks: tuple[str, ...] = Field(default=("inception",), min_length=1)
-    """Networks whose features FID and the like compare, with commas: inception; a stand-in's mean nothing elsewhere."""
+    """Networks whose features FID and the like compare, with commas: inception, dinov2; a stand-in's mean nothing."""
     network_weights: str = "inception-fid"
     """Inception's weights: `inception-fid` (fetched once), or a file."""
+    dinov2_weights: str = "dinov2-vitl14"
+    """DINOv2's weights: `dinov2-vitl14` (fetched once), or a file (dinov2_vitl14_pretrain.pth)."""
     resize: Resize = "pytorch-fid"
     """How images come to Inception's 299 pixels."""
     agreement: str = Field(default="clip", json_schema_extra={"enum": list(AGREEMENTS)})

@@ -8,14 +8,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
 from sdtrain.dataset.files import publish
 from sdtrain.errors import UserError
+from sdtrain.evaluation.contamination import CLEAN, Contamination
 from sdtrain.evaluation.layout import EvaluationDir, write_json
-from sdtrain.settings import Settings
+from sdtrain.settings import Settings, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,6 +35,8 @@ class Results(Settings):
     notes: list[str]
     rows: list[dict[str, Any]]
     """Per model and scale: `model`, `guidance_scale`, `num_images`, and each number with its spread."""
+    contamination: dict[str, Contamination] = Field(default={})
+    """By model: which prompts and reference images are in its training data; without these, numbers end in `_clean`."""
 
     @field_validator("rows")
     @classmethod
@@ -61,6 +64,7 @@ class Results(Settings):
             f"{drawn}, {p['weights']} weights, seed {p['seed']}; prompts {p['prompts_source']}; "
             f"reference {p['reference_source']} (sha256 {p['reference_sha256'][:12]}); {networks}. "
             "Beside each point: its guidance scale; bars: 95 % intervals."
+            + "".join(f" {model}: {found.sentence()}." for model, found in self.contamination.items())
         )
 
     def _network(self, name: str, digest: str) -> str:
@@ -77,11 +81,11 @@ def read_results(path: Path) -> Results:
 
 
 def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y: Axis) -> None:
-    """Writes all three files, results.json last; the plot only if `x`, the agreement with prompts, was measured."""
-    if x is not None:
-        draw_curve(results.rows, x, y, results.footnote(), directory.curve)
+    """Writes all three files, results.json last; the plot only if there is an `x`."""
+    if x is not None and (shown := [row for row in results.rows if None not in (row[x.column], row[y.column])]):
+        draw_curve(shown, x, y, results.footnote(), directory.curve)
     with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(results.rows[0]))
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in results.rows for name in row)))
         table.writeheader()
         table.writerows(results.rows)
     write_json(directory.results, results.model_dump(mode="json"))
@@ -105,8 +109,12 @@ def protocol_lines(results: Results) -> list[str]:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "-"
     spread = next((row[f"{name}{kind}"] for kind in ("_ci95", "_std") if row.get(f"{name}{kind}") is not None), None)
-    return f"{row[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+    clean = f"{name}{CLEAN}"
+    without = f" (clean {_cell(row, clean)})" if row.get(clean) is not None else ""
+    return f"{row[name]:.4g}" + (f" ± {spread:.2g}" if spread is not None else "") + without
 
 
 def _text(value: Any) -> str:
@@ -115,10 +123,28 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """A plot axis: column and label."""
+    """A plot axis: column, label, which way is better if either is, and whether it is one by default."""
 
     column: str
     label: str
+    better: Literal["lower", "higher"] | None = None
+    default: Literal["x", "y"] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.label}, {self.better} is better" if self.better else self.label
+
+
+def choose_axes(known: Mapping[str, Axis], x: str | None, y: str | None) -> tuple[Axis | None, Axis]:
+    """The axes of those columns; by default agreement with prompts and FID.
+
+    Without agreement there is no `x`, or the guidance scale if `y` was asked for. UserError for an unknown column.
+    """
+    for which, column in (("x", x), ("y", y)):
+        if column is not None and column not in known:
+            raise UserError(f"--{which} '{column}': this evaluation has no such column.{nearest(column, list(known))}")
+    defaults = {axis.default: axis for axis in reversed(list(known.values()))}
+    across = known[x] if x else defaults.get("x", known["guidance_scale"] if y else None)
+    return across, known[y] if y else defaults["y"]
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: str, path: Path) -> None:
@@ -140,13 +166,15 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], x: Axis, y: Axis, footnote: st
     labels = list(dict.fromkeys(row["model"] for row in rows))
     for number, label in enumerate(labels):
         _draw_line(axes, [row for row in rows if row["model"] == label], x, y, _COLORS[number % len(_COLORS)])
-    axes.set_xlabel(f"{x.label}, higher is better", fontsize=10, color=_INK)
-    axes.set_ylabel(f"{y.label}, lower is better", fontsize=10, color=_INK)
+    axes.set_xlabel(str(x), fontsize=10, color=_INK)
+    axes.set_ylabel(str(y), fontsize=10, color=_INK)
     axes.margins(x=0.08, y=0.12)
-    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # intervals may reach below 0, distances cannot
+    if min(row[y.column] for row in rows) >= 0:  # intervals may reach below 0, distances cannot
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     axes.legend(frameon=False, fontsize=9, loc="best")
-    figure.text(0.012, 0.012, textwrap.fill(footnote, 150), fontsize=6.5, color="#57606a", va="bottom", ha="left")
-    figure.tight_layout(rect=(0, 0.075, 1, 1))
+    lines = textwrap.wrap(footnote, 150)
+    figure.text(0.012, 0.012, "\n".join(lines), fontsize=6.5, color="#57606a", va="bottom", ha="left")
+    figure.tight_layout(rect=(0, max(0.075, 0.015 + 0.02 * len(lines)), 1, 1))
     with publish(path) as temporary:
         # Without the software tag the same numbers give the same bytes.
         figure.savefig(temporary, format="png", metadata={"Software": None})

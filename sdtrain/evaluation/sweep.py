@@ -11,9 +11,20 @@ from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
 from sdtrain.errors import UserError
+from sdtrain.evaluation.clean_numbers import CleanNumbers
+from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
-from sdtrain.evaluation.metrics import ImageArrays, arrays_needed, descriptions, numbers, open_metrics
+from sdtrain.evaluation.metrics import (
+    Arrays,
+    ImageArrays,
+    Metric,
+    arrays_needed,
+    axes_of,
+    descriptions,
+    numbers,
+    open_metrics,
+)
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
@@ -26,7 +37,7 @@ from sdtrain.evaluation.reference import (
     reference_parts,
     reference_stage,
 )
-from sdtrain.evaluation.results import Axis, Results, write_results
+from sdtrain.evaluation.results import Axis, Results, choose_axes, write_results
 from sdtrain.evaluation.stages import SampleJob, caption_stage, context_stage, draw_stage, feature_stage
 from sdtrain.formats.any_model import resolve_checkpoint
 from sdtrain.precision import Fixed, decoder_dtype, resolve, torch_dtype
@@ -47,7 +58,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned evaluation; `real` has directory and input of each network's reference stage, none for statistics."""
+    """A planned evaluation; `real` has directory and input of each network's reference stage, none for statistics.
+
+    `training` looks for its prompts and reference images in the models' training data; None: nobody looks.
+    """
 
     protocol: Protocol
     directory: EvaluationDir
@@ -55,6 +69,8 @@ class Sweep:
     prompts: Prompts
     reference: Reference
     real: tuple[tuple[EvaluationDir, ReferenceJob], ...]
+    axes: tuple[Axis | None, Axis]
+    training: TrainingSearch | None = None
 
     def steps(self) -> list[Step]:
         """The steps in order; each skips finished parts."""
@@ -63,6 +79,7 @@ class Sweep:
         steps = [Step(reference_stage(job), directory, job) for directory, job in self.real]
         steps += [self._step(context_stage, drawing) for drawing in by_text_encoder.values()]
         steps += [self._step(caption_stage, drawings[0])] if self._needs_captions else []
+        steps += self.training.steps() if self.training else []
         for drawing in drawings:
             for scale in self.protocol.scales:
                 at_scale = replace(drawing, scale=scale)
@@ -80,6 +97,7 @@ class Sweep:
             Check("output", lambda: check_writable(self.directory.root)),
             Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
+            *(self.training.checks() if self.training else []),
         ]
 
     @property
@@ -97,20 +115,37 @@ class Sweep:
 
     def finish(self) -> Results:
         """Computes and writes numbers and plot, once every step is finished."""
-        metrics = open_metrics(self.protocol, self._real_images())
-        parts, captions = self.protocol.parts, {}
+        real = self._real_images()
+        metrics, captions = open_metrics(self.protocol, real), {}
         if self._needs_captions:
-            captions = _arrays([self.directory.captions(part) for part in parts])
+            captions = _arrays([self.directory.captions(part) for part in self.protocol.parts])
+        found = self.training.found() if self.training else {}
         rows = []
         for model in self.models:
-            for scale in self.protocol.scales:
-                about = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
-                rows.append(about | numbers(metrics, self._drawn_images(model, scale), captions))
+            clean = CleanNumbers(self.protocol, real, found[model.label]) if model.label in found else None
+            rows += self._rows(model, metrics, captions, clean)
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
-        results = Results(protocol=self._described(), metrics=descriptions(metrics), notes=notes, rows=rows)
-        axes = {metric.axis: Axis(metric.name, metric.label) for metric in reversed(metrics)}
-        write_results(self.directory, results, axes.get("x"), axes["y"])
+        results = Results(
+            protocol=self._described(),
+            metrics=descriptions(metrics),
+            notes=notes + (contamination_notes(found, self.training) if self.training else []),
+            rows=rows,
+            contamination={model: each.record for model, each in found.items()},
+        )
+        write_results(self.directory, results, *self.axes)
         return results
+
+    def _rows(
+        self, model: EvaluatedModel, metrics: Sequence[Metric], captions: Arrays, clean: CleanNumbers | None
+    ) -> list[dict[str, Any]]:
+        """The numbers of a model at each scale, with those without what its training data holds."""
+        rows = []
+        for scale in self.protocol.scales:
+            drawn = self._drawn_images(model, scale)
+            row = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
+            row |= numbers(metrics, drawn, captions)
+            rows.append(row | (clean.row(metrics, row, drawn, captions) if clean else {}))
+        return rows
 
     def _drawn_images(self, model: EvaluatedModel, scale: float) -> ImageArrays:
         parts, key = self.protocol.parts, key_of(scale)
@@ -177,11 +212,13 @@ class Sweep:
         }
 
 
-def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None) -> Sweep:
+def plan(
+    protocol: Protocol, models: Sequence[Path], output: Path | None = None, x: str | None = None, y: str | None = None
+) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    The default `output` is `evaluation` in the run if the only model is one. UserError if something is missing
-    or does not match.
+    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns.
+    UserError if something is missing or does not match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
@@ -193,13 +230,14 @@ def plan(protocol: Protocol, models: Sequence[Path], output: Path | None = None)
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
+    axes = choose_axes(axes_of(protocol, reference.statistics is None), x, y)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))
     write_json(directory.protocol, as_recorded(protocol.model_dump(mode="json")))
     compared = [] if reference.statistics else protocol.networks
     real = [prepare_reference(reference, protocol, found[0].size_px, network) for network in compared]
-    return Sweep(protocol, directory, tuple(found), prompts, reference, tuple(real))
+    return Sweep(protocol, directory, tuple(found), prompts, reference, tuple(real), axes)
 
 
 def _dtype(protocol: Protocol, directory: EvaluationDir) -> Fixed:

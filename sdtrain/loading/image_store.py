@@ -21,7 +21,8 @@ from sdtrain.dataset.tars import members_in, padded
 from sdtrain.errors import UserError
 from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
-from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
+from sdtrain.loading.crops import Crop
+from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
 
 _COLUMNS = ["uid", "key", "picture_offset", "picture_bytes"]
@@ -42,7 +43,7 @@ class ImageStore(SampleStore):
         self._lock = lock_to_read(dataset, "training")
         self.sizes = [(resolution // 8, resolution // 8)]
         self._catalogue = Catalogue(self._folder, self.sizes)
-        self.digest = self._catalogue.digest
+        self.digest, self.shards = self._catalogue.digest, self._catalogue.shards
         self.counts = self._catalogue.counts().reshape(-1, 1)
         if self.counts.sum() == 0:
             raise no_images(self._folder)

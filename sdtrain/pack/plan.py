@@ -26,6 +26,7 @@ from sdtrain.dataset.tables.carried import carried_columns
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
+from sdtrain.pack.captions import CAPTIONS, captions_of_all
 
 PROVENANCE = ("uid", "key", "url", "caption", "width", "height", "original_width", "original_height", "sha256")
 """Columns of the images tables that travel with the sample."""
@@ -38,7 +39,7 @@ _ORDER = "md5(d.uid || $seed), d.uid"
 # One pass over the tables for all packed shards, as each draws from nearly all image shards.
 _PLAN = f"""
 SELECT d.shard, {", ".join(f"i.{name}" for name in PROVENANCE)}, i.extension, i.picture_offset, i.picture_bytes{{own}}
-FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid {{selection}}
+FROM read_parquet($decisions) d JOIN read_parquet($images) i ON i.uid = d.uid {{joins}}
 WHERE d.reason IS NULL ORDER BY {_ORDER}
 """  # noqa: S608 - the names are constants
 _PLACES = f"""
@@ -93,11 +94,14 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), recorded) if decided else None
 
 
-def planned(dataset: DatasetDir, config: PackConfig, shard: int) -> list[dict[str, Any]]:
-    """The samples of one packed shard in order: provenance, source shard and offset of the image."""
+def planned(dataset: DatasetDir, config: PackConfig, shard: int, with_captions: bool = False) -> list[dict[str, Any]]:
+    """The samples of one packed shard in order: provenance, source shard and offset of the image.
+
+    `with_captions`: also all of a sample's, of a dataset that has the stage `caption`.
+    """
     num_kept, decisions, changed_ns = _decided(dataset)
     ends = _ends(num_kept, config.samples_per_shard, decisions, changed_ns)
-    return _rows(_plan(dataset, config), ends[shard - 1] if shard else 0, ends[shard])
+    return _rows(_plan(dataset, config, with_captions), ends[shard - 1] if shard else 0, ends[shard])
 
 
 def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> Counter[int]:
@@ -120,19 +124,20 @@ def forget_plan(dataset: DatasetDir) -> None:
     dataset.pack_plan.unlink(missing_ok=True)
 
 
-def _plan(dataset: DatasetDir, config: PackConfig) -> Path:
+def _plan(dataset: DatasetDir, config: PackConfig, with_captions: bool) -> Path:
     decided = require_entry(dataset, "decide", 0)
     # "keep" was the stage's name; unfinished builds have plans with this digest.
-    digest = fingerprint("plan/1", {"seed": config.seed, "keep": decided.fingerprint}, [decided])
+    content = {"seed": config.seed, "keep": decided.fingerprint} | ({CAPTIONS: True} if with_captions else {})
+    digest = fingerprint("plan/1", content, [decided])
     with _ONE_AT_A_TIME:
         path = dataset.pack_plan
         if not path.exists() or (_groups(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
-            _write_plan(dataset, config, digest)
+            _write_plan(dataset, config, digest, with_captions)
         return path
 
 
-def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
-    plan, values = _query(dataset)
+def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str, with_captions: bool) -> None:
+    plan, values = _query(dataset, with_captions)
     values |= {
         "decisions": str(dataset.decisions),
         "images": [str(dataset.images_table(shard)) for shard in selected_shards(dataset)],
@@ -145,6 +150,8 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
         connected(spill=folder) as connection,
     ):
         values["target"] = str(temporary)
+        if with_captions:
+            connection.register("all_captions", captions_of_all(dataset))
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"
         try:
             # No user input is interpolated: the digest is hexadecimal.
@@ -155,18 +162,21 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str) -> None:
             raise UserError(_unreadable(dataset, error)) from error
 
 
-def _query(dataset: DatasetDir) -> tuple[str, dict[str, Any]]:
+def _query(dataset: DatasetDir, with_captions: bool) -> tuple[str, dict[str, Any]]:
     """Returns the plan's SQL, with a struct of the carried columns if there are any, and the values of their tables."""
+    captions = f", c.{CAPTIONS}" if with_captions else ""
+    join = "LEFT JOIN all_captions c ON c.uid = d.uid" if with_captions else ""
     selections = [dataset.selection(shard) for shard in selected_shards(dataset)]
     fetch_if_stored(dataset, *selections[:1])  # not an input of the stage: only what is carried needs all of them
     names = carried_columns(selections[0]) if selections else []
     if not names:
-        return _PLAN.format(own="", selection=""), {}
+        return _PLAN.format(own=captions, joins=join), {}
     fetch_outputs(dataset, "select", tars=False)
     scan = TableColumns(dataset).scan(selections, "selection")
     # `select.carry` allows no quotes in a name.
     own = ", ".join(f"'{name}': s.\"{name}\"" for name in names)
-    return _PLAN.format(own=f", {{{own}}} AS {CARRIED}", selection=f"JOIN ({scan.sql}) s ON s.uid = d.uid"), scan.values
+    carried = f"JOIN ({scan.sql}) s ON s.uid = d.uid"
+    return _PLAN.format(own=f", {{{own}}} AS {CARRIED}{captions}", joins=f"{carried} {join}"), scan.values
 
 
 def _unreadable(dataset: DatasetDir, error: duckdb.Error) -> str:

@@ -18,7 +18,7 @@ from sdtrain.dataset.config import ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
-from sdtrain.dataset.rewriting import in_tar
+from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Stage, Table, always_on, nothing_beside
 from sdtrain.dataset.storage import storage_of
@@ -27,6 +27,7 @@ from sdtrain.dataset.tars import SampleIndex, write_samples
 from sdtrain.dataset.work import WORK
 from sdtrain.download.image_shards import PLACE, image_location
 from sdtrain.errors import UserError
+from sdtrain.pack.captions import CAPTIONS, OTHERS, describe_sources, drop_texts, others_of
 from sdtrain.pack.plan import CARRIED, PROVENANCE, expected_shards, planned, shard_sizes
 
 _TABLE = pa.schema([("uid", pa.string()), ("key", pa.string()), *PLACE])
@@ -105,15 +106,18 @@ def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]
     return row, content[_HEADER_BYTES:]
 
 
-def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int) -> ShardReport:
-    """Copies one packed shard's samples out of the image shards, without re-encoding."""
-    rows = planned(dataset, config, shard)
+def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int, with_captions: bool = False) -> ShardReport:
+    """Copies one packed shard's samples out of the image shards, without re-encoding.
+
+    `with_captions`: each with all of its captions, from the stage `caption`.
+    """
+    rows = planned(dataset, config, shard, with_captions)
     with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
         samples = ((row["key"], _members(row, image)) for row, image in tars.read(rows))
         written = write_samples(temporary, samples)
     with publish(dataset.packed_table(shard)) as temporary:
         table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
-        pq.write_table(pa.Table.from_pylist(table, _TABLE), temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(table, _schema(rows, with_captions)), temporary, compression="zstd")
     outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
     return ShardReport(stage="pack", shard=shard, num_in=len(rows), num_out=len(written), outputs=outputs)
 
@@ -134,6 +138,8 @@ def write_index(dataset: DatasetDir) -> Path:
 
 def _members(row: dict[str, Any], image: bytes) -> dict[str, bytes]:
     provenance = {name: row[name] for name in PROVENANCE} | row.get(CARRIED, {})
+    if CAPTIONS in row:
+        provenance[CAPTIONS] = row[CAPTIONS] or []
     return {
         row["extension"]: image,
         "txt": (row["caption"] or "").encode(),
@@ -142,7 +148,15 @@ def _members(row: dict[str, Any], image: bytes) -> dict[str, bytes]:
 
 
 def _row(row: dict[str, Any], written: SampleIndex) -> dict[str, Any]:
-    return {"uid": row["uid"], "key": row["key"]} | image_location(written)
+    others = {OTHERS: others_of(row["uid"], row[CAPTIONS] or [])} if CAPTIONS in row else {}
+    return {"uid": row["uid"], "key": row["key"]} | image_location(written) | others
+
+
+def _schema(rows: Sequence[dict[str, Any]], with_captions: bool) -> pa.Schema:
+    if not with_captions:
+        return _TABLE
+    described = describe_sources(row[CAPTIONS] or [] for row in rows)
+    return _TABLE.append(pa.field(OTHERS, pa.list_(pa.string()))).with_metadata(described)
 
 
 def _shards(dataset: DatasetDir, recipe: ImageRecipe) -> list[int]:
@@ -160,7 +174,7 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
     if 0 in shards:  # once, not for each batch: other decisions make all shards pending
         _delete_beyond(dataset, len(_shards(dataset, recipe)))
     for shard in shards:
-        yield pack_shard(dataset, recipe.pack, shard)
+        yield pack_shard(dataset, recipe.pack, shard, recipe.caption.is_on)
 
 
 def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
@@ -175,10 +189,19 @@ def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
             discard(dataset, entry)
 
 
+def _drop(dataset: DatasetDir, recipe: ImageRecipe, shard: int, removed: Removed) -> None:
+    drop_members(removed.table, removed.uids, _place)
+    drop_texts(removed.table, removed.origins, _place)
+
+
+def _place(tar: Path, sample: SampleIndex) -> dict[str, Any]:
+    return image_location(sample)
+
+
 PACK: Stage[ImageRecipe] = Stage(
     *("pack", _shards, _fingerprint, _run),
     is_on=always_on,
-    inputs={"download": "all shards", "decide": "all shards"},
+    inputs=dict.fromkeys(("download", "caption", "decide"), "all shards"),
     planned_by="decide",
     num_shards=expected_shards,
     beside=nothing_beside,
@@ -192,7 +215,7 @@ PACK: Stage[ImageRecipe] = Stage(
             "tar": "VARCHAR",
         },
         path=DatasetDir.packed_table,
-        rewriting=in_tar(lambda tar, sample: image_location(sample)),
+        rewriting=Rewriting(origins={OTHERS: f"unnest({OTHERS})"}, has_tar=True, drop=_drop, recount=count_rows),
     ),
     drops=None,
     uses_gpu=False,

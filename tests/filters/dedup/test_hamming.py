@@ -1,3 +1,6 @@
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +13,9 @@ from tests.filters.dedup.duplicate_fixtures import close_hashes, planted_hashes
 
 def found_pairs(hashes: np.ndarray, radius: int) -> list[tuple[int, int]]:
     """All that is found, as pairs of positions."""
-    pieces = [np.searchsorted(hashes, np.sort(np.stack(pair, axis=1), axis=1)) for pair in near_pairs(hashes, radius)]
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = [np.sort(np.stack(pair, axis=1), axis=1) for pair in near_pairs(hashes, radius, Path(folder))]
+    pieces = [np.searchsorted(hashes, pair) for pair in pairs]
     return sorted((int(i), int(j)) for i, j in np.concatenate([np.empty((0, 2), int), *pieces]))
 
 
@@ -40,6 +45,7 @@ def test_no_pair_of_twenty_thousand_hashes_is_missed():
 def test_parts_that_do_not_fit_into_memory_together_make_no_difference(monkeypatch):
     hashes = np.unique(planted_hashes(2000, seed=7))
     monkeypatch.setattr(hamming, "_ROWS_AT_ONCE", 100)
+    monkeypatch.setattr(hamming, "_CHUNK_ROWS", 301)
     monkeypatch.setattr(hamming, "_ROWS_IN_CACHE", 17)
     assert found_pairs(hashes, 4) == brute_force(hashes, 4)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters.dedup import DEDUP, clusters, columns, perceptual, union_find
+from filters.dedup import DEDUP, clusters, levels, ordering, perceptual, union_find
 from filters.dedup.clusters import num_clusters_for
 from filters.dedup.columns import COLOR_BYTES
 from filters.dedup.perceptual import MAX_COLOR_DIFFERENCE
@@ -64,7 +64,10 @@ def test_pieces_of_any_size_give_the_same_groups(monkeypatch):
     pixels = (np.arange(300) % 290).tolist()
     expected = groups_of(looks_table(hashes, colors, pixels))
     for module, name, size in (
-        *((columns, "_ROWS_AT_ONCE", 13), (union_find, "_ROWS_AT_ONCE", 7), (perceptual, "_CHUNK_PAIRS", 5)),
+        (ordering, "_ROWS_AT_ONCE", 13),
+        (levels, "_ROWS_AT_ONCE", 11),
+        (union_find, "_ROWS_AT_ONCE", 7),
+        (perceptual, "_CHUNK_PAIRS", 5),
         (perceptual, "_LARGE_RUN", 3),
     ):
         monkeypatch.setattr(module, name, size)

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
 
 from sdtrain.evaluation import distances
 from sdtrain.evaluation.distances import (
@@ -37,6 +40,17 @@ def test_two_gaussians_that_vary_along_the_axes_have_the_closed_form():
 def test_the_matrix_root_of_scipy_gives_the_same_on_the_same_features():
     a, b = gaussian_of(features(0, 500, 40)), gaussian_of(features(1, 300, 40, 0.7))
     assert FrechetDistance(a).to(b) == pytest.approx(by_matrix_root(a, b), rel=1e-9)
+
+
+def test_frechet_and_kid_are_torch_fidelitys_on_the_same_features():
+    """KID in one subset of all, as its subsets are drawn by another generator; ours are half a set at most."""
+    a, b = (features(seed, 150, 24, scale).astype(np.float32) for seed, scale in ((0, 1.0), (1, 1.3)))
+    statistics = [fid_features_to_statistics(torch.from_numpy(each).double()) for each in (a, b)]
+    expected = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert FrechetDistance(gaussian_of(b)).to(gaussian_of(a)) == pytest.approx(expected, rel=1e-9)
+    tensors = [torch.from_numpy(each).double() for each in (a, b)]
+    one = kid_features_to_metric(*tensors, kid_subsets=1, kid_subset_size=150, verbose=False)
+    assert unbiased_mmd(a.astype(float), b.astype(float)) == pytest.approx(one["kernel_inception_distance_mean"])
 
 
 def test_it_is_the_same_both_ways_and_nothing_to_itself():

@@ -1,11 +1,21 @@
 import csv
 
+import numpy as np
 import pytest
 
 from sdtrain.errors import UserError
 from sdtrain.evaluation import metrics
 from sdtrain.evaluation.distances import Gaussian
-from sdtrain.evaluation.metrics import METRICS, FeatureMetric, arrays_needed, open_metrics
+from sdtrain.evaluation.metrics import (
+    METRICS,
+    FeatureMetric,
+    ImageArrays,
+    arrays_needed,
+    axes_of,
+    descriptions,
+    numbers,
+    open_metrics,
+)
 from sdtrain.evaluation.results import protocol_lines, table_of
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
@@ -49,8 +59,6 @@ def test_every_metric_states_what_it_needs(little):
 
 
 def test_cmmd_of_statistics_is_a_sentence(little):
-    import numpy as np
-
     statistics = Gaussian(np.zeros(96), np.eye(96))
     assert [metric.name for metric in open_metrics(little, statistics)] == [
         "fid_demo_features",
@@ -58,3 +66,36 @@ def test_cmmd_of_statistics_is_a_sentence(little):
     ]
     with pytest.raises(UserError, match="CMMD compares images"):
         open_metrics(little.model_copy(update={"agreement": "clip", "cmmd": True}), statistics)
+
+
+OF_A_NETWORK = ["kid", "precision", "recall", "density", "coverage"]
+
+
+def test_each_network_has_its_own_numbers_and_statistics_its_frechet_distance(little):
+    both = type(little).model_validate(little.model_dump() | {"networks": "dinov2, inception", "agreement": "none"})
+    assert both.networks == ("inception", "dinov2")
+    rng = np.random.default_rng(0)
+    real, drawn = (
+        ImageArrays({name: rng.normal(shift, 1, (40, 8)).astype(np.float32) for name, shift in shifts.items()})
+        for shifts in ({"inception": 0, "dinov2": 0}, {"inception": 0, "dinov2": 5})
+    )
+    metrics = open_metrics(both, real)
+    names = ["fid", "fd_dinov2", *(f"{name}{suffix}" for name in OF_A_NETWORK for suffix in ("", "_dinov2"))]
+    assert list(descriptions(metrics)) == [metric.name for metric in metrics] == names
+    assert list(axes_of(both, has_images=True)) == ["guidance_scale", *names]
+    assert list(axes_of(both, has_images=False)) == ["guidance_scale", "fid", "fd_dinov2"]
+    found = numbers(metrics, drawn, {})
+    assert found["fd_dinov2"] > 100 > 20 > found["fid"]
+    assert found["precision_dinov2"] == found["coverage_dinov2"] == 0
+    assert min(found["precision"], found["coverage"], found["recall"]) > 0.5
+
+
+def test_too_few_images_for_neighbours_are_no_number_and_a_remark(little):
+    rng = np.random.default_rng(0)
+    real, drawn = (ImageArrays({"demo": rng.normal(0, 1, (num, 8))}, {"shown": np.ones(6)}) for num in (5, 6))
+    metrics = open_metrics(little, real)
+    found = numbers(metrics, drawn, {})
+    assert found["recall_demo_features"] is found["recall_demo_features_ci95"] is None
+    assert found["kid_demo_features"] is not None
+    remarks = [remark for metric in metrics for remark in metric.remarks()]
+    assert "recall_demo_features needs more than 5 images, drawn and real, and there are 5." in remarks

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdtrain.evaluation.results import Axis, draw_curve
+from sdtrain.evaluation.results import Axis, choose_axes, draw_curve
 
 X, Y = Axis("clip_score", "CLIP score"), Axis("fid", "FID")
 
@@ -35,3 +35,15 @@ def test_each_model_has_a_line_of_its_own_colour(draw, tmp_path):
     assert (31, 122, 92) in one & two
     assert (209, 73, 91) in two - one
     assert np.asarray(image).std() > 10
+
+
+def test_axes_are_agreement_and_fid_unless_others_are_asked_for():
+    scale, score = Axis("guidance_scale", "guidance scale"), Axis("clip_score", "CLIP score", "higher", "x")
+    fid, fd = Axis("fid", "FID", "lower", "y"), Axis("fd_dinov2", "FD (DINOv2)", "lower", "y")
+    known = {axis.column: axis for axis in (scale, fid, fd, score)}
+    assert choose_axes(known, None, None) == (score, fid)
+    assert choose_axes(known, "fid", "fd_dinov2") == (fid, fd)
+    del known["clip_score"]
+    assert choose_axes(known, None, None) == (None, fid)
+    assert choose_axes(known, None, "fd_dinov2") == (scale, fd)
+    assert (str(fd), str(scale)) == ("FD (DINOv2), lower is better", "guidance scale")

@@ -50,7 +50,8 @@ def done(little, run, tmp_path):
 def test_the_results_hold_a_row_a_scale_with_spreads_and_the_whole_protocol(done):
     written = json.loads((done.folder / "results.json").read_text())
     assert [row["guidance_scale"] for row in written["rows"]] == [1.0, 3.0]
-    assert set(written["metrics"]) == {"fid_demo_features", "kid_demo_features", "agreement_demo_checker"}
+    of_features = {f"{name}_demo_features" for name in ("fid", "kid", "precision", "recall", "density", "coverage")}
+    assert set(written["metrics"]) == of_features | {"agreement_demo_checker"}
     for row in written["rows"]:
         assert row["num_images"] == 6
         for name in written["metrics"]:
@@ -169,6 +170,39 @@ def test_what_was_measured_when_there_was_one_network_counts(done):
     assert [directory.root.name for directory, _ in done.sweep.real] == [job[:16]]
 
 
+def test_a_network_more_measures_its_own_features_alone(done, little, run, monkeypatch):
+    """In files of its own, of which a lost one is made again; the numbers of before stay."""
+    monkeypatch.setattr(stages, "_draw", None)  # so that drawing would fail
+    measured, real = [], stages.features_of
+    monkeypatch.setattr(stages, "features_of", lambda *a: measured.append(a[2]) or real(*a))
+    changes = {"networks": ("dinov2", "demo"), "dinov2_weights": "random:0"}
+    both = type(little).model_validate(little.model_dump() | changes)
+    results = run_sweep(plan(both, [run], done.folder, x="fd_dinov2", y="precision_dinov2"), say=quiet)
+    assert measured == ["dinov2"] * 4  # 2 parts, 2 scales
+    for before, row in zip(done.results.rows, results.rows, strict=True):
+        assert before.items() <= row.items()
+        assert row["fd_dinov2"] > 0
+        assert row["kid_dinov2_std"] > 0
+    assert results.protocol["networks_sha256"].keys() == {"demo", "dinov2"}
+    whole = digests(done.folder)
+    next(done.folder.glob("features/*/guidance-3/dinov2/00001.safetensors")).unlink()
+    run_sweep(plan(both, [run], done.folder, x="fd_dinov2", y="precision_dinov2"), say=quiet)
+    assert len(measured) == 5
+    assert digests(done.folder) == whole
+
+
+@pytest.mark.parametrize(
+    ("axes", "sentence"),
+    [
+        ({"x": "clip_score"}, "--x 'clip_score': this evaluation has no such column"),
+        ({"y": "fid_demo"}, "Did you mean 'fid_demo_features'"),
+    ],
+)
+def test_an_axis_that_is_not_measured_is_refused_before_anything_is_drawn(little, run, tmp_path, axes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        plan(little, [run], tmp_path / "out", **axes)
+
+
 def test_a_lost_part_alone_is_drawn_again_and_every_number_stays(done, little, run, monkeypatch):
     before, drawn = digests(done.folder), []
     real = stages._draw
@@ -243,7 +277,7 @@ def test_clip_and_cmmd_with_an_open_clip_model(little, run, tmp_path):
     changes = {"agreement": "clip", "clip_model": "ViT-demo", "clip_weights": "random:0", "cmmd": True}
     protocol = type(little).model_validate(little.model_dump() | changes)
     results = run_sweep(plan(protocol, [run], tmp_path / "out"), say=quiet)
-    assert set(results.metrics) == {"fid_demo_features", "kid_demo_features", "clip_score", "cmmd"}
+    assert {"fid_demo_features", "kid_demo_features", "clip_score", "cmmd"} <= set(results.metrics)
     assert all(-1 <= row["clip_score"] <= 1 and row["cmmd"] > 0 for row in results.rows)
     assert results.protocol["agreement_by"] == "ViT-demo random:0"
 

@@ -167,9 +167,10 @@ def test_the_evaluation_is_shown_with_its_protocol(tmp_path):
     (run / "evaluation").mkdir()
     rows = [{"model": "run", "guidance_scale": 3.0, "fid": 21.23456, "fid_interval": [20.0, 22.5]}]
     results = {"protocol": {"num_prompts": 16, "sampler": "plms"}, "metrics": {"fid": "distance"}, "rows": rows}
-    (run / "evaluation" / "results.json").write_text(json.dumps(results))
+    (run / "evaluation" / "results.json").write_text(json.dumps(results | {"notes": ["2 of 16 prompts are known."]}))
     (run / "evaluation" / "curve.png").write_bytes(b"")
     text = write_card(run).read_text()
+    assert "- 2 of 16 prompts are known.\n" in text
     assert "| run | 3 | 21.23 | 20 to 22.5 |" in text
     assert "num_prompts 16, sampler plms" in text
     assert "(evaluation/curve.png)" in text

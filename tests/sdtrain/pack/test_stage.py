@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from filters.score.preprocess import RequiredViews, preprocess, read_shard
-from sdtrain.dataset.config import PackConfig
+from sdtrain.dataset.config import CaptionConfig, PackConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, require_entry, write_entry
 from sdtrain.dataset.shard_report import ShardReport
@@ -38,6 +38,7 @@ class Recipe:
     """The part of a recipe that packing reads."""
 
     def __init__(self, samples_per_shard: int = 5, seed: int = 42):
+        self.caption = CaptionConfig()
         self.pack = PackConfig(samples_per_shard=samples_per_shard, seed=seed)
 
 
