@@ -51,6 +51,7 @@ WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
+    "DataConfig": {"captions"},
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused
