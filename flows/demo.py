@@ -127,11 +127,12 @@ def look_closer(demo: DemoDir) -> "list[ImageSection]":
     """Evaluates the model, modifies an image, searches the data, and looks for memorised images."""
     from flows import demo_report
     from sdtrain.formats.checkpoint import find_checkpoint
-    from sdtrain.model_card import write_card
+    from sdtrain.model_card import measure_representation, write_card
 
     checkpoint = find_checkpoint(demo.training.path).path.name
     memorised, modified = (demo.samples / f"{what}-{checkpoint}" for what in ("memorised", "modified"))
     evaluated = demo_report.evaluate(demo.training, demo.data)
+    measure_representation(demo.training.path)
     write_card(demo.training.path)  # now with the evaluation
     return [
         evaluated,

@@ -26,7 +26,7 @@ from sdtrain.errors import UserError
 from sdtrain.evaluation.contamination import Contamination, Found, Occurrences
 from sdtrain.evaluation.models import EvaluatedModel, run_of
 from sdtrain.evaluation.sweep import Step, Sweep
-from sdtrain.model_card.records import lineage
+from sdtrain.exposure.lineage import lineage
 from sdtrain.models.weights import clip_digest
 from sdtrain.preflight.checks import Check
 

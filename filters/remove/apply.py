@@ -12,6 +12,7 @@ from filters.caption.duplicates import forget_duplicate_texts
 from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from filters.remove.plan import Removal
+from filters.remove.positions import record_rewritten, record_rows
 from filters.remove.rewrite import StageRewrite, touched_entries
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
@@ -57,12 +58,14 @@ def start_removal(dataset: DatasetDir, removal: Removal) -> None:
         raise AssertionError(f"{dataset.removal}: this would forget a removal that is under way")
     ledger = pa.concat_tables([read_ledger(dataset.removed), removal.rows])
     finished, notes = _finished_shards(dataset, read_recipe(dataset))
+    number = len(entries(dataset, "remove"))
+    record_rows(dataset, removal, number)
     with publish(dataset.removal) as temporary:
         # Under the journal's temporary name first, because the journal holds its digest.
         write_ledger(temporary, ledger)
         digest = sha256_of(temporary)
         journal = Journal(
-            number=len(entries(dataset, "remove")),
+            number=number,
             note=removal.sentences()[0],
             num_samples=removal.num_samples,
             ledger_sha256=digest,
@@ -94,6 +97,7 @@ def finish_removal(dataset: DatasetDir) -> list[str]:
         for stage in pipeline.STAGES:
             rewrite.rewrite(stage)
             rewrite.restamp(stage)
+    record_rewritten(dataset, journal.number)
     _record(dataset, journal)
     _refresh(dataset, recipe)
     discard(dataset, dataset.removal)

@@ -6,6 +6,7 @@
 | images, dataset, latents (tar) | the members go; all others are copied unchanged |
 | manifest | counts and digests are updated; what was finished stays finished |
 | removed.parquet | digests of removed samples, to recognise them later |
+| removed-rows.parquet | digests and former rows of these, to tell which training steps saw them |
 | metadata.duckdb, report.html, images/, index.json | rewritten |
 
 A removed row counts as dropped by `select` for the reason `removed`. From then on `select` drops removed uids, URLs and
@@ -59,6 +60,7 @@ class Removal:
         num_near_duplicates: others that are near-duplicates of these.
         num_duplicates_left: others that stay, although the dataset groups them with a removed one as duplicates.
         rows: additions to the ledger.
+        uids: of the samples to remove.
         touched: by stage, the shards whose files hold any of these samples.
     """
 
@@ -69,6 +71,7 @@ class Removal:
     num_near_duplicates: int
     num_duplicates_left: int
     rows: pa.Table
+    uids: Collection[str]
     touched: dict[str, list[int]]
 
     @property
@@ -135,7 +138,7 @@ def find_removal(dataset: DatasetDir, path: Path, by: Kind, radius: int | None =
         num_duplicates = len(search.duplicates(found) - found)
         touched = search.touched_shards(found, pipeline.stages_of(recipe))
     unknown = _without_known(pa.concat_tables(rows), read_ledger(dataset.removed))
-    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, touched)
+    return Removal(by, len(entries), len(listed), len(same), len(similar), num_duplicates, unknown, found, touched)
 
 
 def read_list(path: Path, by: Kind) -> Iterator[Entry]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -93,20 +94,27 @@ def embeddings_digest(dataset: DatasetDir) -> str:
 def kept_vectors(dataset: DatasetDir, counts: Sequence[tuple[int, int]], num: int) -> NDArray[np.float32]:
     """Returns (N, D) unit embeddings of at most `num` kept images, from evenly chosen shards."""
     per_shard = max(1, -(-num // max(1, len(counts))))
-    found = list[NDArray[np.float32]]()
-    for shard, _ in counts[:: max(1, len(counts) // num)]:
-        found.append(unit(_kept_in(dataset, shard)[:per_shard]))
-    vectors: NDArray[np.float32] = np.concatenate(found)[:num]
-    return vectors
+    shards = [shard for shard, _ in counts[:: max(1, len(counts) // num)]]
+    chosen = _first_kept(dataset, shards, per_shard)
+    found = [unit(_vectors(dataset, *each)) for each in chosen.items()]
+    return np.concatenate(found)[:num] if found else np.zeros((0, 1), np.float32)
 
 
-def _kept_in(dataset: DatasetDir, shard: int) -> NDArray[np.float16]:
+def _first_kept(dataset: DatasetDir, shards: Sequence[int], num: int) -> dict[int, list[str]]:
+    """The first `num` kept uids of each shard, in order; the decisions are read once."""
     query = (
-        "SELECT embedding FROM read_parquet(?) SEMI JOIN (FROM read_parquet(?) WHERE shard = ? AND reason IS NULL) "
-        "USING (uid) WHERE embedding IS NOT NULL ORDER BY uid"
+        "SELECT shard, list(uid ORDER BY uid) FROM (FROM read_parquet($decisions) WHERE reason IS NULL "
+        "AND shard IN (SELECT unnest($shards)) QUALIFY row_number() OVER (PARTITION BY shard ORDER BY uid) <= $num) "
+        "GROUP BY shard ORDER BY shard"
     )
+    asked = {"decisions": str(dataset.decisions), "shards": list(shards), "num": num}
     with closing(duckdb.connect()) as connection:
-        column = connection.execute(query, [str(dataset.scores(shard)), str(dataset.decisions), shard]).fetchnumpy()
-    rows = list(column["embedding"])
-    width = pq.read_schema(dataset.scores(shard)).field("embedding").type.list_size
-    return np.stack(rows).astype(np.float16) if rows else np.zeros((0, width), np.float16)
+        return dict(connection.execute(query, asked).fetchall())
+
+
+def _vectors(dataset: DatasetDir, shard: int, uids: Sequence[str]) -> NDArray[np.float16]:
+    """The embeddings of these images in order, (N, D), without those that have none."""
+    table = read_parquet(dataset.scores(shard), ["uid", "embedding"])
+    column = table["embedding"].take(pc.index_in(pa.array(uids, pa.string()), value_set=table["uid"]).drop_null())
+    values = column.drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return values.reshape(-1, table.schema.field("embedding").type.list_size)

@@ -105,6 +105,9 @@ def lookup_sql(rows: str, lookups: Sequence[Lookup], items: str) -> str:
     return f"SELECT r.*{f' EXCLUDE ({hidden})' if hidden else ''}{items} FROM ({keyed}) r {joins}"  # noqa: S608
 
 
-def host_suffix_sql(num_labels: int) -> str:
-    """Returns a `lookup_sql` key: the last labels of the URL's host, since a listed host covers its subdomains."""
-    return f"array_to_string(string_split({_HOST}, '.')[-{num_labels}:], '.')"
+def host_suffix_sql(num_labels: int, host: str = _HOST) -> str:
+    """Returns SQL for the last labels of a host, since a listed host covers its subdomains.
+
+    `host` is SQL too: by default the URL's, in a `lookup_sql` key.
+    """
+    return f"array_to_string(string_split({host}, '.')[-{num_labels}:], '.')"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sdtrain import __version__
-from sdtrain.cli import batch, card, check, curate, doctor, evaluate, importing, model, search, status
+from sdtrain.cli import batch, card, check, curate, doctor, evaluate, exposed, importing, model, search, status
 from sdtrain.cli.output import AsJson, Form, print_json, print_table
 from sdtrain.errors import UserError, user_error_of
 from sdtrain.redaction import hide_secrets_in_logs, print_error
@@ -150,6 +150,7 @@ app.command()(doctor.doctor)
 app.command()(curate.decide)
 app.command()(curate.remove)
 app.command()(batch.batch)
+app.command()(exposed.exposed)
 app.command()(model.sample)
 app.command(cls=evaluate.FromProtocol)(evaluate.evaluate)
 app.command()(model.export)

@@ -25,10 +25,16 @@ _GENERAL = {
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
 
-def card(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
-    """Write a run's model card, RUN/README.md, again, for instance after an evaluation."""
-    from sdtrain.model_card import write_card
+def card(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    word_lists: Annotated[
+        Path | None, typer.Option(help="Words by which captions are counted: a YAML file like sdtrain's own.")
+    ] = None,
+) -> None:
+    """Write a run's model card, RUN/README.md, again, and measure who and what its datasets' captions speak of."""
+    from sdtrain.model_card import measure_representation, write_card
 
+    measure_representation(run, word_lists)
     print(write_card(run))
 
 

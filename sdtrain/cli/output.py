@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -119,6 +119,18 @@ def _write_text(answer: pa.RecordBatchReader, file: IO[str], form: Form) -> int:
             write(row)
         num_rows += len(batch)
     return num_rows
+
+
+def save_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """Writes rows with equal keys as CSV; an empty file if there are none."""
+    from sdtrain.dataset.files import publish
+
+    with publish(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.writer(file)
+        for number, row in enumerate(rows):
+            if not number:
+                table.writerow(row)
+            table.writerow(_text(value) for value in row.values())
 
 
 def _written(writer: pq.ParquetWriter, batch: pa.RecordBatch) -> int:

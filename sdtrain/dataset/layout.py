@@ -81,6 +81,11 @@ class DatasetDir:
         return self.root / "removed.parquet"
 
     @property
+    def removed_rows(self) -> Path:
+        """The rows that removed samples had in the shards that training reads."""
+        return self.root / "removed-rows.parquet"
+
+    @property
     def removal(self) -> Path:
         """The plan of a removal in progress."""
         return self.root / "removal.json"

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Lock
 from typing import overload
@@ -40,6 +41,8 @@ _WORTH_WRITING = 256
 """Entries that the table must lack before it is written again: fewer are read faster than it is written."""
 _SHARE_WORTH_WRITING = 0.05
 """And the share of all, so that a build that is watched writes the table a few dozen times, not once a look."""
+_QUIET_NS = 60_000_000_000
+"""A stage is quiet, and its table written however small that share, once no entry has changed for so long."""
 _STILL_CHANGING_NS = 2_000_000_000
 """A file that changed twice within one tick of its file system's clock looks unchanged: younger ones are read again."""
 _CACHED_STAGES = 16
@@ -61,7 +64,11 @@ class StageEntries(Sequence[ShardReport]):
     def __init__(self, folder: Path, table: pa.Table) -> None:
         self._folder, self.table = folder, table
         self.shards: NDArray[np.int32] = table["shard"].to_numpy()
-        self._contents = table["entry"].combine_chunks()
+
+    @cached_property
+    def _contents(self) -> pa.Array:
+        """The entries' files; read when first asked for, as most questions are answered by the other columns."""
+        return _with_contents(self._folder, self.table)["entry"].combine_chunks()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -92,7 +99,8 @@ class StageEntries(Sequence[ShardReport]):
         if not len(others):
             return self
         own = pc.is_in(others.table["shard"], value_set=self.table["shard"])
-        table = pa.concat_tables([self.table, others.table.filter(pc.invert(own))])
+        others_table = _with_contents(others._folder, others.table).filter(pc.invert(own))
+        table = pa.concat_tables([_with_contents(self._folder, self.table), others_table])
         return StageEntries(self._folder, table.sort_by("shard").combine_chunks())
 
     def total(self, column: str) -> int:
@@ -122,7 +130,7 @@ def stage_entries(folder: Path) -> StageEntries:
     with _lock:
         listed = _listing(folder)
         before = _cached.get(folder)
-        kept = _read(folder) if before is None and len(listed) >= _WORTH_WRITING else before
+        kept = _read_counts(folder) if before is None and len(listed) >= _WORTH_WRITING else before
         table = _refreshed(folder, listed, _SCHEMA.empty_table() if kept is None else kept)
         if before is None and len(_cached) >= _CACHED_STAGES:
             _cached.clear()
@@ -135,7 +143,7 @@ def write_table(folder: Path) -> tuple[Path, int]:
 
     UserError if an entry cannot be read, or the file cannot be written.
     """
-    table = stage_entries(folder).table
+    table = _with_contents(folder, stage_entries(folder).table)
     written = _read(folder)
     if written is None or not written.equals(table):
         with publish(_file(folder)) as temporary:
@@ -158,13 +166,16 @@ def stored_entries(folder: Path) -> Iterator[tuple[int, int, bytes]]:
 
 def _listing(folder: Path) -> NDArray[np.int64]:
     """Shard, time and size of each entry's file, (N, 3), by shard."""
-    asked_ns, found = time.time_ns(), list[tuple[str, int, int]]()
+    asked_ns, found = time.time_ns(), list[tuple[int, int, int]]()
     with suppress(FileNotFoundError), os.scandir(folder) as files:
         for file in files:
-            with suppress(FileNotFoundError):  # deleted since it was listed
-                status = file.stat()
-                found.append((file.name, status.st_mtime_ns, status.st_size))
-    listed = np.array([(int(name[:-5]), *stamp) for name, *stamp in found if is_entry(name)], np.int64).reshape(-1, 3)
+            if is_entry(file.name):
+                try:
+                    status = file.stat()
+                except FileNotFoundError:  # deleted since it was listed
+                    continue
+                found.append((int(file.name[:-5]), status.st_mtime_ns, status.st_size))
+    listed = np.array(found, np.int64).reshape(-1, 3)
     listed[asked_ns - listed[:, 1] <= _STILL_CHANGING_NS, 1] = -1
     return listed[np.argsort(listed[:, 0])]
 
@@ -175,17 +186,56 @@ def is_entry(name: str) -> bool:
 
 
 def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Table:
-    stamps = np.stack([kept[name].to_numpy().astype(np.int64) for name in ("shard", "mtime_ns", "file_bytes")], axis=1)
+    stamps = _stamps(kept)
     if np.array_equal(stamps, listed) and not (listed[:, 1] < 0).any():
         return kept
-    rows = np.searchsorted(stamps[:, 0], listed[:, 0]).clip(max=max(len(stamps) - 1, 0))
-    is_same = (stamps[rows] == listed).all(axis=1) & (listed[:, 1] >= 0) if len(stamps) else np.zeros(len(listed), bool)
+    rows, is_same = _places(listed, stamps)
     fresh = _parsed(folder, listed[~is_same])
     table = pa.concat_tables([kept.take(rows[is_same]), fresh]).sort_by("shard").combine_chunks()
-    num_settled = int((fresh["mtime_ns"].to_numpy() >= 0).sum())
-    if num_settled >= max(_WORTH_WRITING, _SHARE_WORTH_WRITING * len(table)):
+    settled = fresh["mtime_ns"].to_numpy()[fresh["mtime_ns"].to_numpy() >= 0]
+    is_quiet = time.time_ns() - settled.max(initial=0) > _QUIET_NS
+    if len(settled) >= max(_WORTH_WRITING, 0 if is_quiet else _SHARE_WORTH_WRITING * len(table)):
+        table = _with_contents(folder, table)
         _write(folder, table)
     return table
+
+
+def _with_contents(folder: Path, table: pa.Table) -> pa.Table:
+    """The table with the content of each entry, from the table's file or, where that is out of date, its own."""
+    lacking = pc.is_null(table["entry"])
+    if not pc.any(lacking).as_py():
+        return table
+    stored = _read(folder)
+    stored = _SCHEMA.empty_table() if stored is None else stored
+    stamps = _stamps(table)
+    places, is_same = _places(stamps, _stamps(stored))
+    found = stored["entry"].take(pa.array(places, mask=~is_same)) if len(stored) else table["entry"]
+    contents = pc.if_else(lacking, found, table["entry"])
+    if contents.null_count:  # another process has written the file since
+        contents = pa.chunked_array([_contents_of(folder, table["shard"], contents)])
+    return table.set_column(table.schema.get_field_index("entry"), "entry", contents)
+
+
+def _contents_of(folder: Path, shards: pa.ChunkedArray, contents: pa.ChunkedArray) -> pa.Array:
+    rows = zip(shards.to_pylist(), contents.to_pylist(), strict=True)
+    try:
+        read = [_path(folder, shard).read_bytes() if content is None else content for shard, content in rows]
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename} was deleted while it was read. Run the same command again.") from error
+    return pa.array(read, pa.large_binary())
+
+
+def _stamps(table: pa.Table) -> NDArray[np.int64]:
+    """Shard, time and size of each row's file, (N, 3)."""
+    return np.stack([table[name].to_numpy().astype(np.int64) for name in ("shard", "mtime_ns", "file_bytes")], axis=1)
+
+
+def _places(asked: NDArray[np.int64], stamps: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """For each asked stamp the row of its shard among `stamps`, and whether that is the same file, settled."""
+    if not len(stamps):
+        return np.zeros(len(asked), np.int64), np.zeros(len(asked), bool)
+    rows = np.searchsorted(stamps[:, 0], asked[:, 0]).clip(max=len(stamps) - 1)
+    return rows, (stamps[rows] == asked).all(axis=1) & (asked[:, 1] >= 0)
 
 
 def _parsed(folder: Path, listed: NDArray[np.int64]) -> pa.Table:
@@ -223,12 +273,18 @@ def _file(folder: Path) -> Path:
     return folder.with_suffix(".parquet")
 
 
-def _read(folder: Path) -> pa.Table | None:
+def _read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
     try:
-        table = pq.read_table(_file(folder))
+        with pq.ParquetFile(_file(folder)) as file:
+            return file.read(columns) if file.schema_arrow.equals(_SCHEMA) else None
     except (OSError, pa.ArrowException):
         return None
-    return table if table.schema.equals(_SCHEMA) else None
+
+
+def _read_counts(folder: Path) -> pa.Table | None:
+    """The table of a stage's file without the entries themselves, which are null."""
+    table = _read(folder, [name for name in _SCHEMA.names if name != "entry"])
+    return None if table is None else table.append_column("entry", pa.nulls(len(table), pa.large_binary()))
 
 
 def _write(folder: Path, table: pa.Table) -> None:

@@ -23,7 +23,8 @@ from sdtrain.errors import UserError
 from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
 from sdtrain.loading.captions import Caption
-from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
+from sdtrain.loading.crops import Crop
+from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
 from sdtrain.pack.captions import CAPTIONS
 
@@ -45,7 +46,8 @@ class ImageStore(SampleStore):
         self._lock = lock_to_read(dataset, "training")
         self.sizes = [(resolution // 8, resolution // 8)]
         self._catalogue = Catalogue(self._folder, self.sizes)
-        self.digest, self.sources = self._catalogue.digest, self._catalogue.sources()
+        self.digest, self.shards = self._catalogue.digest, self._catalogue.shards
+        self.sources = self._catalogue.sources()
         self._reads_captions = reads_captions and bool(self.sources)
         self.counts = self._catalogue.counts().reshape(-1, 1)
         if self.counts.sum() == 0:

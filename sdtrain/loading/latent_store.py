@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from functools import lru_cache
@@ -18,10 +17,11 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_read
 from sdtrain.dataset.manifest import read_entry
 from sdtrain.dataset.sync import fetch_shard_file
-from sdtrain.dataset.tars import BLOCK_BYTES, members_in, padded
+from sdtrain.dataset.tars import BLOCK_BYTES, padded
 from sdtrain.encode.info import no_latents, require_latents
 from sdtrain.errors import UserError
-from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
+from sdtrain.loading.crops import Crop, crop_number, recorded_crops
+from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, whole_tables_digest
 
 # Tars open, and indexes mapped, at once. Many systems allow a process 1024 open files.
@@ -68,7 +68,7 @@ class LatentStore(SampleStore):
         stored = self.info.get("text_embeddings") if reads_texts else None
         self.text_dtype = stored and stored["dtype"]
         self._catalogue = Catalogue(self._folder, self.sizes)
-        self.digest = self._catalogue.digest
+        self.digest, self.shards = self._catalogue.digest, self._catalogue.shards
         self.counts = self._catalogue.counts()
         self.sources = self._catalogue.sources()
         self._reads_captions = reads_captions
@@ -122,7 +122,7 @@ class LatentStore(SampleStore):
                 if self._reads_captions and self._catalogue.shards[shard].sources:
                     fetched.choices[position] = described.captions(row)
                 if rows is not None:
-                    crop = _crop(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
+                    crop = crop_number(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
                     self._read(shard, described, row, crop, rows[position])
                     if self._reads_texts:
                         fetched.texts[position] = self._read_text(shard, described, row)
@@ -138,13 +138,8 @@ class LatentStore(SampleStore):
         # The latent's numbers begin in the block of the array's header, and before that is the member's own.
         end = described.extent(row)[0] // BLOCK_BYTES * BLOCK_BYTES - BLOCK_BYTES
         content = os.pread(self._tar(shard).fileno(), max(0, end - begin), begin)
-        bodies = [body for _, extension, body in members_in(content) if extension == "json"]
-        recorded = json.loads(bodies[-1]) if bodies else {}
-        boxes = recorded.get("crop_boxes") or [recorded.get("crop_box")]
-        if boxes[0] is None:
-            return None
-        number = _crop(seed, described.uid(row), epoch, self.num_crops)
-        return Crop(tuple(boxes[number]), tuple(recorded["source_px"]))
+        crops = recorded_crops(content)
+        return crops[crop_number(seed, described.uid(row), epoch, self.num_crops)] if crops else None
 
     def get(self, indices: NDArray[np.int64]) -> torch.Tensor:
         """Posterior mean and log-variance of samples of one size, unscaled, first crops: (B, 8, h, w) float16.
@@ -222,13 +217,6 @@ class LatentStore(SampleStore):
                 f"{path} is not what was written: its sha256 differs from the manifest's. Delete it and run the build "
                 "again: it redoes lost shards."
             )
-
-
-def _crop(seed: int, uid: str, epoch: int, num_crops: int) -> int:
-    if num_crops == 1:
-        return 0
-    first = hashlib.blake2b(f"crop {seed} {uid}".encode(), digest_size=8).digest()
-    return (int.from_bytes(first, "little") + epoch) % num_crops
 
 
 def check_cache(info: dict[str, Any], expected: dict[str, Any], where: Path) -> None:

@@ -20,9 +20,10 @@ from sdtrain.config import TrainConfig
 from sdtrain.diffusion import drop_captions, offset_noise
 from sdtrain.errors import UserError
 from sdtrain.loading.captions import Caption, CaptionMix
+from sdtrain.loading.crops import Crop
 from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
-from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
+from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
 from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.text import CaptionTokens

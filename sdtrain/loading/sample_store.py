@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
 from sdtrain.loading.captions import Caption
+from sdtrain.loading.crops import Crop
+from sdtrain.loading.shard_catalog import Shard
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,6 @@ class Fetched:
             raise UserError(sentence)
 
 
-@dataclass(frozen=True)
-class Crop:
-    """The part of an image that a sample shows: left, top, right and bottom, in an image of `source_px`, (w, h)."""
-
-    box: tuple[float, ...]
-    source_px: tuple[int, ...]
-
-
 class SampleStore(ABC):
     """Samples, numbered size by size.
 
@@ -68,6 +62,7 @@ class SampleStore(ABC):
         sizes: height and width of the latents.
         counts: samples of each size in each shard, (shards, sizes).
         digest: identifies the dataset.
+        shards: the dataset's, in order; none for several datasets as one.
         text_dtype: of the cached text embeddings that `fetch` reads; None if it reads none.
         sources: of the samples' captions; none if they have only alt texts.
     """
@@ -75,6 +70,7 @@ class SampleStore(ABC):
     sizes: Sequence[tuple[int, int]]
     counts: NDArray[np.int64]
     digest: str
+    shards: Sequence[Shard] = ()
     text_dtype: Literal["fp16", "bf16"] | None = None
     sources: tuple[str, ...] = ()
 

@@ -103,13 +103,18 @@ def _tables(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stats[name].st_size, stats[name].st_mtime_ns) for name in names}
 
 
+def footer_digest(table: Path) -> str:
+    """The sha256 of a table's footer; OSError if the file is missing or too short to be Parquet."""
+    with table.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        footer_bytes = int.from_bytes(file.read(4), "little")
+        file.seek(-8 - footer_bytes, os.SEEK_END)
+        return hashlib.sha256(file.read(footer_bytes)).hexdigest()
+
+
 def _read(path: Path, stamp: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> Shard:
     try:
-        with path.open("rb") as file:
-            file.seek(-8, os.SEEK_END)
-            footer_bytes = int.from_bytes(file.read(4), "little")
-            file.seek(-8 - footer_bytes, os.SEEK_END)
-            digest = hashlib.sha256(file.read(footer_bytes)).hexdigest()
+        digest = footer_digest(path)
         described = pq.read_metadata(path)
         metadata = described.metadata or {}
         samples = [described.num_rows] if len(sizes) == 1 else json.loads(metadata.get(SIZES_KEY.encode(), b"[]"))

@@ -1,9 +1,7 @@
-"""Opens, checks and combines a run's datasets, and plans the order of their samples."""
+"""Opens, checks and combines a run's datasets."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,13 @@ from sdtrain.dataset.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
 from sdtrain.loading.captions import CaptionMix, require_sources
+from sdtrain.loading.crops import Crop
 from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
-from sdtrain.loading.order import BlockOrder, GlobalOrder, Order
-from sdtrain.loading.sample_plan import SamplePlan, SourcePlan, whole_shares
-from sdtrain.loading.sample_store import Crop, Fetched, SampleStore
+from sdtrain.loading.planning import digest_of_sources, plan_samples
+from sdtrain.loading.sample_plan import SamplePlan
+from sdtrain.loading.sample_record import Origin, RecordedSource, SampleRecord, Stage
+from sdtrain.loading.sample_store import Fetched, SampleStore
 
 
 class MixedStore(SampleStore):
@@ -33,8 +33,7 @@ class MixedStore(SampleStore):
         self.stores, self.sizes, self.text_dtype = tuple(stores), stores[0].sizes, stores[0].text_dtype
         self.counts = np.concatenate([store.counts for store in stores])
         self.sources = tuple(sorted({source for store in stores for source in store.sources}))
-        described = [[store.digest, weight] for store, weight in zip(stores, weights, strict=True)]
-        self.digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        self.digest = digest_of_sources([store.digest for store in stores], weights)
         self._ends = np.cumsum([len(store) for store in stores])
 
     def __len__(self) -> int:
@@ -124,37 +123,23 @@ def make_plan(store: SampleStore, config: TrainConfig, num_held_out: int = 0) ->
 
     UserError if batches cannot be split into groups of one size, or nothing is left to train on.
     """
-    group = _group(store, config)
-    stores = store.stores if isinstance(store, MixedStore) else (store,)
-    shares = whole_shares([source.weight for source in config.data.all_sources])
-    counts = [part.counts.copy() for part in stores]
-    _hold_out(counts[-1][:, -1], num_held_out)
-    is_single = len(stores) == len(store.sizes) == 1
+    return plan_samples([part.counts for part in parts_of(store)], config, _group(store, config), num_held_out)
+
+
+def parts_of(store: SampleStore) -> tuple[SampleStore, ...]:
+    """The stores of a run's datasets, in order."""
+    return store.stores if isinstance(store, MixedStore) else (store,)
+
+
+def sample_record(store: SampleStore, config: TrainConfig, origin: Origin | None = None) -> SampleRecord:
+    """What the numbers of a run's samples mean; the run began with the weights of `origin`, if that is a run."""
     sources = [
-        SourcePlan(
-            tuple(_order(rows, config, "" if is_single else f" {n} {size}", n) for size, rows in enumerate(part.T)),
-            shares[n],
-        )
-        for n, part in enumerate(counts)
+        RecordedSource.of(source.root, part.shards)
+        for source, part in zip(config.data.all_sources, parts_of(store), strict=True)
     ]
-    return SamplePlan(sources, config.global_batch_size, group)
-
-
-def _order(shard_sizes: NDArray[np.int64], config: TrainConfig, name: str, source: int) -> Order:
-    if config.data.shuffle == "global":
-        return GlobalOrder(int(shard_sizes.sum()), config.seed, name)
-    return BlockOrder(shard_sizes, config.data.window_shards, config.seed, f" {source}", name)
-
-
-def _hold_out(shard_sizes: NDArray[np.int64], num_samples: int) -> None:
-    """Subtracts the last samples from the shards' sizes, in place."""
-    if num_samples and num_samples >= shard_sizes.sum():
-        raise UserError(
-            f"validation.num_samples {num_samples} leaves nothing to train on: there are {shard_sizes.sum()} latents "
-            "(of the last size, in the last dataset). Make it smaller."
-        )
-    ends = np.minimum(np.cumsum(shard_sizes), shard_sizes.sum() - num_samples)
-    shard_sizes[:] = np.diff(ends, prepend=0)
+    stage: Stage = "pack" if config.data.online_vae else "encode"
+    sizes = tuple((height, width) for height, width in store.sizes)
+    return SampleRecord(stage, sizes, tuple(sources), origin)
 
 
 def _group(store: SampleStore, config: TrainConfig) -> int:

@@ -1,9 +1,8 @@
-"""Reads what the card shows of a dataset (recipe, funnel, removals, hours) and of the chain of runs behind a run."""
+"""Reads what the card shows of a dataset: recipe, funnel, removals, hours."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,11 @@ import duckdb
 import yaml
 from pydantic import Field
 
-from sdtrain.config import TrainConfig
 from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.removal_ledger import read_ledger
-from sdtrain.errors import UserError
 from sdtrain.impact.carbon import CORE_W, energy_kwh
-from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.impact.gpus import board_watts
-from sdtrain.settings import Settings, load_settings
-from sdtrain.training.run_dir import RunDir, StepTable
+from sdtrain.settings import Settings
 
 
 class DatasetFacts(Settings):
@@ -119,56 +114,3 @@ def _gpu_stages(connection: duckdb.DuckDBPyConnection) -> dict[str, Any]:
         return {}
     found = connection.execute("SELECT DISTINCT stage FROM stages WHERE uses_gpu ORDER BY stage").fetchall()
     return {"gpu_stages": [stage for (stage,) in found]}
-
-
-@dataclass(frozen=True)
-class Ancestor:
-    """One link of the chain: a run's path, or a model's name.
-
-    `config` is None if it is no run, or is gone; `step`, the optimizer steps done, is None if not recorded.
-    """
-
-    source: str
-    config: TrainConfig | None = None
-    step: int | None = None
-    sessions: tuple[Spent, ...] = ()
-
-
-def ancestor(run: Path) -> Ancestor:
-    """A run as a link; UserError if it is no run, or its config is unreadable."""
-    config_file = run / "config.yaml"
-    if not config_file.exists():
-        raise UserError(f"{run} holds no training run (no config.yaml). Give a run's directory, such as runs/tiny.")
-    config = load_settings(TrainConfig, config_file)
-    return Ancestor(str(run), config, _step(run), tuple(EnergyLog(run / "energy.csv").sessions()))
-
-
-def lineage(run: Path) -> list[Ancestor]:
-    """The chain, from its first run to this one; UserError if the run itself cannot be read."""
-    chain, seen = [ancestor(run)], {run.resolve()}
-    while (config := chain[0].config) is not None and config.init_from is not None:
-        path = _find(config.init_from, Path(chain[0].source))
-        if path is None or path.resolve() in seen:
-            return [Ancestor(config.init_from), *chain]
-        seen.add(path.resolve())
-        chain.insert(0, ancestor(path))
-    return chain
-
-
-def _find(init_from: str, run: Path) -> Path | None:
-    """Finds the run of `init_from`: as written, beside this run, or the run that contains the checkpoint."""
-    for path in (Path(init_from), run.parent / Path(init_from).name):
-        for folder in (path, path.parent.parent):
-            if (folder / "config.yaml").exists() and (folder / "log.csv").exists():
-                return folder
-    return None
-
-
-def _step(run: Path) -> int | None:
-    done = RunDir(run).finished_step()
-    return done if done is not None else _last_logged(RunDir(run).log)
-
-
-def _last_logged(log: StepTable) -> int | None:
-    rows = log.rows() if log.path.exists() else []
-    return int(rows[-1]["step"]) if rows else None

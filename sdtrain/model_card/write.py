@@ -19,13 +19,17 @@ from sdtrain.config import TrainConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.s3.url import is_s3, parse_url, work_folder
 from sdtrain.errors import UserError
+from sdtrain.exposure.lineage import lineage
 from sdtrain.impact.energy import Spent
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
-from sdtrain.model_card.records import DatasetFacts, dataset_facts, lineage
+from sdtrain.model_card.records import DatasetFacts, dataset_facts
+from sdtrain.model_card.representation_record import measure_datasets, plot_all, sections
+from sdtrain.model_card.word_lists import load_word_lists
 from sdtrain.settings import load_settings
 from sdtrain.training.run_dir import RunDir
 
 _TEMPLATE = Path(__file__).parent / "card.md.jinja"
+_REPRESENTATION = Path(__file__).parent / "representation.md.jinja"
 _KEPT_FACTS = "datasets.json"
 TAGS = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image"]
 
@@ -68,11 +72,32 @@ def write_card(run: Path) -> Path:
         preview=previews[-1].relative_to(run) if previews else None,
         run=run.name,
         version=__version__,
+        representation=_representation(run),
     )  # fmt: skip
     path = run / "README.md"
     with publish(path) as temporary:
         temporary.write_text(text)
     return path
+
+
+def measure_representation(run: Path, word_lists: Path | None = None) -> None:
+    """Measures who and what the captions of a run's datasets speak of; `write_card` then shows it.
+
+    UserError if `run` is no training run, or the word lists cannot be read.
+    """
+    lineage(run)
+    lists, config = load_word_lists(word_lists), load_settings(TrainConfig, run / "config.yaml")
+    roots = {source.root: _here(source.root) for source in config.data.all_sources}
+    plot_all(run, measure_datasets(run, {_name_of(root, here): here for root, here in roots.items()}, lists))
+
+
+def _name_of(root: str, here: Path) -> str:
+    return dataset_facts(here).name or Path(root).name
+
+
+def _representation(run: Path) -> str:
+    template = _environment().from_string(_REPRESENTATION.read_text())
+    return template.render(sections=list(sections(run)), run=run.name)
 
 
 def _datasets(run: Path, config: TrainConfig) -> list[DatasetFacts]:

@@ -12,6 +12,7 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import is_run, training_weights
 from sdtrain.formats.checkpoint import Checkpoint, average_name, find_checkpoint
+from sdtrain.loading.sample_record import Origin
 from sdtrain.loading.sample_store import SampleStore
 from sdtrain.precision import torch_dtype
 from sdtrain.training.checkpoint_writer import CheckpointSaver, CheckpointStore, first_nonfinite
@@ -23,7 +24,10 @@ from sdtrain.training.zero_partition import ZeroPartition
 
 
 class CheckpointManager:
-    """Saves and restores a run's state, by all ranks together; as a context manager, finishes a pending checkpoint."""
+    """Saves and restores a run's state, by all ranks together; as a context manager, finishes a pending checkpoint.
+
+    `origin` is, after `restore`, the run's checkpoint that this run began with just now; None for other beginnings.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class CheckpointManager:
             torch_dtype(config.ema.snapshots),
         )
         self._saver = CheckpointSaver(self._store, config.checkpoint.mode)
+        self.origin: Origin | None = None
 
     def restore(self) -> int:
         """Loads the newest checkpoint, else the weights of `init_from`; returns the steps done."""
@@ -94,6 +99,7 @@ class CheckpointManager:
             self._check_parameters(checkpoint)
             raw, average = self._part(checkpoint, "master"), self._part(checkpoint, "ema")
             num_updates: int | None = checkpoint.layout.ema_updates
+            self.origin = Origin(run=str(checkpoint.path.parent.parent), step=checkpoint.layout.step)
         else:
             raw_state, averaged_state, num_updates = training_weights(path)
             raw, average = (self._shard(state, path) for state in (raw_state, averaged_state))

@@ -38,14 +38,15 @@ class RunDir:
     """The files of a run.
 
     `log` has a row every `log_every` steps; `validation` a row per timestep of each validation, for averaged ("ema")
-    and raw weights. `previews` is the folder of the sheets of samples.
+    and raw weights. `previews` is the folder of the sheets of samples, and `samples` the record of what the samples'
+    numbers mean (`sdtrain.loading.sample_record`).
     """
 
     def __init__(self, path: Path):
         self.path = refuse_url(path)
         self.log = StepTable(path / "log.csv", _LOG)
         self.validation = StepTable(path / "validation.csv", ("step", "weights", "timestep", "loss"))
-        self.previews = path / "previews"
+        self.previews, self.samples = path / "previews", path / "samples.parquet"
         self._config, self._done = path / "config.yaml", path / "DONE"
         self._changes = path / "config-changes.jsonl"
 

@@ -16,7 +16,7 @@ from sdtrain.diffusion import sample_posterior
 from sdtrain.encode.text import embed_empty
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
-from sdtrain.loading.sources import open_samples
+from sdtrain.loading.sources import open_samples, sample_record
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
@@ -54,7 +54,7 @@ class TrainingState:
         self._dtype = torch_dtype(config.precision)
         set_backends(config.speed)
         self.scaling_factor = vae_scaling_factor(config.vae)
-        store = open_samples(config, self.scaling_factor)
+        store = self._store = open_samples(config, self.scaling_factor)
         tokenizer, text_encoder = load_text_encoder(config.text_encoder)
         self._tokenizer = tokenizer
         self.num_repeated = 0
@@ -193,6 +193,9 @@ class TrainingState:
             return 0.0
         changes = self._run_dir.record_changes(self._config, step)
         seconds = self._run_dir.begin(self._config, step)
+        if not step or not self._run_dir.samples.exists():
+            record = sample_record(self._store, self._config, self.checkpoints.origin)
+            record.write(self._run_dir.samples)
         print(self._headline(step), flush=True)
         for change in changes:
             print(f"changed from step {step} on: {change}", flush=True)

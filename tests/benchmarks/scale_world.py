@@ -21,8 +21,8 @@ from filters.dedup import DEDUP
 from filters.inspect.report import finish_dataset
 from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
-from filters.score.stage import _TABLE as SCORES
-from filters.score.stage import SCORE
+from filters.score.stage import SCORE, _described
+from filters.score.stage import _schema as scores_schema
 from filters.select.stage import SELECT
 from sdtrain.dataset.files import sha256_of
 from sdtrain.dataset.layout import DatasetDir
@@ -46,6 +46,7 @@ from tests.training_fixtures import write_models
 ROWS_PER_SHARD = 2
 _TAR_BYTES = 1 << 20
 _MOMENTS = np.full((8, 8, 8), -1, np.float16)
+_EMBEDDED = {"clip_model": "ViT-demo", "clip_weights": "random:0", "store_embeddings": True}
 NUM_REAL = 100
 """Samples of the first shards whose tars are real wherever they lie, so that they can be removed and encoded."""
 
@@ -65,11 +66,14 @@ class World:
     models: Path
 
 
-def write_world(folder: Path, num_shards: int) -> World:
-    """Writes a dataset of `num_shards` image shards; the stages that look over all shards are the real ones."""
+def write_world(folder: Path, num_shards: int, embedded: bool = False) -> World:
+    """Writes a dataset of `num_shards` image shards; the stages that look over all shards are the real ones.
+
+    `embedded` gives each image a random embedding, as of the demo's CLIP.
+    """
     models = write_models(folder / "models")
     metadata = _write_metadata(folder / "metadata", num_shards * ROWS_PER_SHARD)
-    world = World(DatasetDir(folder / "data"), _recipe(metadata, models), models)
+    world = World(DatasetDir(folder / "data"), _recipe(metadata, models, embedded), models)
     dataset, recipe = world.dataset, world.recipe
     record_recipe(dataset, recipe)
     run_batch(SELECT, dataset, recipe, [0])
@@ -92,7 +96,7 @@ def real_uids(dataset: DatasetDir) -> tuple[str, ...]:
     return tuple(uid for shard in shards for uid in pq.read_table(dataset.selection(shard))["uid"].to_pylist())
 
 
-def _recipe(metadata: Path, models: Path) -> Recipe:
+def _recipe(metadata: Path, models: Path, embedded: bool) -> Recipe:
     networks = ("clip", "aesthetic", "watermark", "safety")
     content = {
         "name": "scale",
@@ -101,7 +105,7 @@ def _recipe(metadata: Path, models: Path) -> Recipe:
             "samples_per_shard": ROWS_PER_SHARD,
             "rules": {"min_side": 512, "min_aesthetic": 5.0},
         },
-        "score": {f"{name}_weights": None for name in networks},
+        "score": {f"{name}_weights": None for name in networks} | (_EMBEDDED if embedded else {}),
         "duplicates": {"level": "exact"},
         "decide": {"rules": {"min_side": 256, "min_aesthetic": 5.0}},
         "pack": {"samples_per_shard": ROWS_PER_SHARD},
@@ -212,14 +216,18 @@ def _image_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(world: World) -> Iterator[tuple[int, int, list[Path]]]:
-    dataset = world.dataset
+    dataset, config, rng = world.dataset, world.recipe.score, np.random.default_rng(1)
+    schema = scores_schema(config).with_metadata(_described(config, "cpu", on_gpu=False))
     for shard in selected_shards(dataset):
         rows = [
-            {**dict.fromkeys(SCORES.names), "uid": row["uid"], "key": row["key"], "pixel_sha256": row["sha256"]}
+            {**dict.fromkeys(schema.names), "uid": row["uid"], "key": row["key"], "pixel_sha256": row["sha256"]}
             | {"phash": row["phash"], "thumbnail": bytes(48), "image_width": 640, "image_height": 512}
             for row in pq.read_table(dataset.images_table(shard)).to_pylist()
         ]
-        yield shard, len(rows), [_table(dataset.scores(shard), rows, SCORES)]
+        if "embedding" in schema.names:
+            width = schema.field("embedding").type.list_size
+            rows = [row | {"embedding": rng.standard_normal(width).astype(np.float16)} for row in rows]
+        yield shard, len(rows), [_table(dataset.scores(shard), rows, schema)]
 
 
 def _packed(world: World) -> Iterator[tuple[int, int, list[Path]]]:

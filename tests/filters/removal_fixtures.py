@@ -35,6 +35,7 @@ NUM_ROWS = 40
 SAME_BYTES = {20: 4, 21: 5}
 ALIKE = {22: 6}
 MISSING, SMALL = (3, 13), (7, 17)
+_NO_SAMPLES = ("removed.parquet", "removed-rows.parquet", "pack_plan.parquet")
 NO_MODELS = dict.fromkeys(("clip_weights", "aesthetic_weights", "watermark_weights", "safety_weights"))
 
 
@@ -174,9 +175,7 @@ def rows_of(dataset: DatasetDir) -> dict[str, dict[str, Any]]:
     places = {"picture_offset", "offset"}
     found = {}
     for table in sorted(dataset.root.rglob("*.parquet")):
-        for row in (
-            pq.read_table(table).to_pylist() if table.name not in ("removed.parquet", "pack_plan.parquet") else []
-        ):
+        for row in pq.read_table(table).to_pylist() if table.name not in _NO_SAMPLES else []:
             stage = table.parent.name if table.stem.isdigit() else table.stem
             found[f"{stage}/{row['uid']}"] = {name: v for name, v in row.items() if name not in places}
     return found

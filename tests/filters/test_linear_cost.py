@@ -1,15 +1,19 @@
 """No command's cost grows faster than the number of shards. Calls are counted: seconds depend on the machine."""
 
 import cProfile
+import gc
 import pstats
 
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from filters import pipeline
 from sdtrain.cli import app
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
+from sdtrain.loading.latent_store import LatentStore
 from tests.benchmarks.scale_world import real_uids, write_world
 
 SIZES = (50, 125, 200)
@@ -18,7 +22,7 @@ SIZES = (50, 125, 200)
 
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
-    return {size: write_world(tmp_path_factory.mktemp(f"world-{size}"), size) for size in SIZES}
+    return {size: write_world(tmp_path_factory.mktemp(f"world-{size}"), size, embedded=True) for size in SIZES}
 
 
 def run(*arguments: object) -> None:
@@ -73,6 +77,30 @@ def search(dataset: DatasetDir) -> None:
     assert by_key(dataset, "no key") == []
 
 
+def make_search_index(dataset: DatasetDir) -> None:
+    from filters.search.index import forget_index, open_index
+
+    forget_index(dataset)
+    assert open_index(dataset).info.num_vectors == 2 * len(entries(dataset, "score"))
+
+
+def find_memorised(dataset: DatasetDir) -> None:
+    from filters.memorization.check import check_samples
+    from filters.memorization.samples import Sample
+    from filters.search.search import Search
+
+    samples = [Sample("a gray image", lambda: Image.new("RGB", (64, 64), "gray"))]
+    assert check_samples(Search(dataset), samples).verdicts
+
+
+def start_training(dataset: DatasetDir) -> None:
+    """As far as the samples are open, and the indexes of the first and last are made."""
+    store = LatentStore(dataset.root, 64)
+    assert len(store.uids(np.array([0, len(store) - 1]))) == 2
+    del store
+    gc.collect()  # which gives its lock back: it holds itself by its caches
+
+
 COMMANDS = {
     "build with nothing to do": lambda d: run("build", d.recipe, "--output", d.root),
     "status": lambda d: run("status", d.root),
@@ -86,6 +114,9 @@ COMMANDS = {
     "retry": retry,
     "model card": ask_card,
     "search": search,
+    "search index": make_search_index,
+    "memorised": find_memorised,
+    "start of training": start_training,
     "remove": remove_ten,
 }
 

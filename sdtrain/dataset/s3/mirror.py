@@ -26,7 +26,7 @@ from sdtrain.dataset.s3.url import MARKER, S3Url, parse_url
 from sdtrain.errors import UserError
 
 _SYNC_LOCK = ".s3-sync"
-_WHOLE = ("recipe.yaml", "removed.parquet", "removal.json", "report.html", "latents/info.json")
+_WHOLE = ("recipe.yaml", "removed.parquet", "removed-rows.parquet", "removal.json", "report.html", "latents/info.json")
 """Files that no shard outputs and every command reads; all but the last lie at the top."""
 _log = logging.getLogger(__name__)
 

@@ -87,6 +87,52 @@ def test_another_process_reads_no_entry_again(dataset, monkeypatch):
     assert read == []
 
 
+def test_counts_are_told_without_the_entries(dataset, monkeypatch):
+    entries(dataset, STAGE)
+    forget_memory()
+    found = entries(dataset, STAGE)
+    assert (found.total("num_in"), found.table["entry"].null_count) == (50, 5)
+    assert found.get(2) == report(2)
+
+
+def test_an_entry_is_there_though_the_table_was_deleted_or_follows_other_files(dataset):
+    entries(dataset, STAGE)
+    forget_memory()
+    before = entries(dataset, STAGE)
+    table_file(dataset).unlink()
+    assert list(before) == [report(shard) for shard in range(5)]
+    forget_memory()
+    entries(dataset, STAGE)
+    forget_memory()
+    before = entries(dataset, STAGE)
+    write(dataset, 1, at=LONG_AGO + 60, num_out=2)
+    forget_memory()
+    entries(dataset, STAGE)
+    assert list(before) == [report(0), report(1, num_out=2), *(report(shard) for shard in (2, 3, 4))]
+    assert before.with_others(before.below(3)).get(4) == report(4)
+
+
+def test_an_entry_that_was_deleted_since_is_named(dataset):
+    entries(dataset, STAGE)
+    forget_memory()
+    before = entries(dataset, STAGE)
+    table_file(dataset).unlink()
+    dataset.manifest_entry(STAGE, 3).unlink()
+    with pytest.raises(UserError, match=r"00003\.json was deleted while it was read"):
+        before.get(0)
+
+
+@pytest.mark.parametrize(("ago_s", "is_written"), [(3600, True), (10, False)])
+def test_few_new_entries_are_written_down_once_the_stage_is_quiet(dataset, monkeypatch, ago_s, is_written):
+    monkeypatch.setattr(manifest_table, "_SHARE_WORTH_WRITING", 0.5)
+    entries(dataset, STAGE)
+    before = table_file(dataset).read_bytes()
+    write(dataset, 5, at=time.time() - ago_s)
+    forget_memory()
+    assert len(entries(dataset, STAGE)) == 6
+    assert (table_file(dataset).read_bytes() != before) == is_written
+
+
 @pytest.mark.parametrize("other_process", [False, True])
 def test_what_changed_is_read_and_nothing_else(dataset, monkeypatch, other_process):
     entries(dataset, STAGE)

@@ -1,0 +1,1 @@
+"""Finds the samples whose use in training is asked for."""

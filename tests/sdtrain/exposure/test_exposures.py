@@ -1,0 +1,154 @@
+"""Answers are those of a replay, on small plans of every kind."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from sdtrain.exposure.crops import crop_of
+from sdtrain.exposure.exposures import DROPPED, find_exposures
+from sdtrain.exposure.located import present_as_located
+from sdtrain.exposure.trained import table_folder
+from sdtrain.loading.sample_record import Origin, SampleRecord
+from sdtrain.training.run_dir import RunDir
+from tests.sdtrain.encode.packed_fixtures import Recipe, encode, write_packed
+from tests.sdtrain.exposure.run_fixtures import config_of, record_run, replay
+from tests.training_fixtures import write_latents, write_models
+
+BUCKETS = [(64, 64), (88, 48)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+def everything(dataset, stage):
+    """Locates all samples that are there."""
+    tables = []
+    for path in sorted(table_folder(dataset, stage).glob("[0-9]*.parquet")):
+        rows = pq.read_table(path).to_pylist()
+        named = [{"uid": r["uid"], "url": r.get("url"), "caption": r.get("caption"), "table": path.name} for r in rows]
+        tables.append(pa.Table.from_pylist([row | {"row": number} for number, row in enumerate(named)]))
+    return present_as_located(dataset, pa.concat_tables(tables))
+
+
+def answered(exposures, run=0):
+    """(step, position) -> uid, epoch, whether its caption was dropped, and crop."""
+    uses, uids = exposures.uses, exposures.located["uid"].to_pylist()
+    return {
+        (int(uses.steps[n]), int(uses.positions[n])): (
+            uids[uses.places[n]],
+            int(uses.epochs[n]),
+            uses.captions[n] == DROPPED,
+            crop_of(exposures, n),
+        )
+        for n in range(len(uses))
+        if uses.runs[n] == run
+    }
+
+
+def replayed(config):
+    return {place: (d.uid, d.epoch, d.is_dropped, d.crop) for place, d in replay(config).items()}
+
+
+@pytest.mark.parametrize("way", ["one", "sources", "held out in blocks", "buckets", "crops", "images"])
+def test_all_uses_are_those_of_a_replay(tmp_path, models, way):
+    data, changes = {"root": str(tmp_path / "data")}, {"steps": 5, "caption_dropout": 0.3}
+    if way in ("one", "held out in blocks"):
+        write_latents(tmp_path / "data", models, num_samples=23, samples_per_shard=5)
+    if way == "held out in blocks":
+        data |= {"shuffle": "blocks", "window_shards": 2}
+        changes["validation"] = {"num_samples": 4}
+    if way == "sources":
+        roots = [write_latents(tmp_path / name, models, num, 4) for name, num in (("a", 9), ("b", 6))]
+        data["sources"] = [{"root": str(root), "weight": weight} for root, weight in zip(roots, (1, 2.5), strict=True)]
+    if way in ("buckets", "crops", "images"):
+        changes["vae"] = "demo"
+        dataset = write_packed(tmp_path / "data", size_of=lambda number: (120, 70) if number % 3 else (70, 80))
+    if way == "buckets":
+        encode(dataset, Recipe("demo", buckets=BUCKETS))
+        data["bucket_group"] = 4
+    if way == "crops":
+        encode(dataset, Recipe("demo", num_crops=2))
+    if way == "images":
+        data["online_vae"] = True
+    config = config_of(tmp_path, models, data, **changes)
+    run = record_run(tmp_path / "run", config)
+    exposures = find_exposures(run, everything)
+    expected = replayed(config)
+    if way == "sources":  # whose samples have the same uids
+        expected = {place: found[1:] for place, found in expected.items()}
+        assert {place: found[1:] for place, found in answered(exposures).items()} == expected
+    else:
+        assert answered(exposures) == expected
+    held_out = ["held 4 of the samples out for validation"] if way.startswith("held") else []
+    assert len(exposures.remarks) == len(held_out)
+    assert all(words in said for words, said in zip(held_out, exposures.remarks, strict=True))
+
+
+def test_a_run_counts_with_the_steps_that_a_later_run_began_with(tmp_path, models):
+    data = write_latents(tmp_path / "data", models, num_samples=23, samples_per_shard=5)
+    config = config_of(tmp_path, models, {"root": str(data)}, steps=6)
+    first = record_run(tmp_path / "first", config, checkpoints=(2, 4, 6))
+    later = config_of(tmp_path, models, {"root": str(data)}, steps=3, seed=7, init_from=str(first))
+    second = record_run(tmp_path / "second", later, Origin(run=str(first), step=4), checkpoints=(1, 3))
+    exposures = find_exposures(second, everything)
+    assert [trained.num_steps for trained in exposures.chain] == [4, 3]
+    answers = answered(exposures), answered(exposures, 1)
+    assert answers == ({k: v for k, v in replayed(config).items() if k[0] < 4}, replayed(later))
+    for run, step, expected in ((0, 1, None), (0, 3, (first, 2)), (1, 0, (first, 4)), (1, 2, (second, 1))):
+        found = exposures.clean_checkpoint((run, step))
+        assert (found and (found.run, found.step)) == expected
+    assert exposures.first() == (0, 0)
+
+
+def test_the_number_of_ranks_changes_no_answer(tmp_path, models):
+    data = write_latents(tmp_path / "data", models, num_samples=23, samples_per_shard=5)
+    config = config_of(tmp_path, models, {"root": str(data)}, steps=3)
+    run = record_run(tmp_path / "run", config)
+    before = answered(find_exposures(run, everything))
+    RunDir(run).begin(config.model_copy(update={"micro_batch_size": 1, "zero_stage": 2}), 3)
+    (run / "DONE").write_text('{"step": 3}')
+    assert answered(find_exposures(run, everything)) == before
+
+
+def test_a_run_without_a_record_is_answered_while_its_data_are_unchanged(tmp_path, models):
+    roots = [write_latents(tmp_path / name, models, num, 4) for name, num in (("a", 9), ("b", 6))]
+    data = {"sources": [{"root": str(root), "weight": weight} for root, weight in zip(roots, (1, 2.5), strict=True)]}
+    config = config_of(tmp_path, models, data, steps=3)
+    run = record_run(tmp_path / "run", config, checkpoints=(3,))
+    before = answered(find_exposures(run, everything))
+    (run / "samples.parquet").unlink()
+    again = find_exposures(run, everything)
+    assert answered(again) == before
+    assert again.remarks == []
+    table = roots[0] / "latents" / "00001.parquet"
+    pq.write_table(pq.read_table(table).slice(1), table)
+    (remark,) = find_exposures(run, everything).remarks
+    assert "which samples its steps saw cannot be known" in remark
+
+
+def test_a_shard_that_was_made_again_is_said_to_be_unknown(tmp_path, models):
+    data = write_latents(tmp_path / "data", models, num_samples=23, samples_per_shard=5)
+    config = config_of(tmp_path, models, {"root": str(data)}, steps=3)
+    run = record_run(tmp_path / "run", config)
+    expected, table = answered(find_exposures(run, everything)), data / "latents" / "00002.parquet"
+    lost = set(pq.read_table(table)["uid"].to_pylist())
+    pq.write_table(pq.read_table(table).take([4, 3, 2, 1, 0]), table)
+    exposures = find_exposures(run, everything)
+    assert answered(exposures) == {place: found for place, found in expected.items() if found[0] not in lost}
+    (remark,) = exposures.remarks
+    assert "1 of the 5 shards" in remark
+
+
+def test_the_record_is_read_as_it_was_written(tmp_path, models):
+    roots = [write_latents(tmp_path / name, models, num, 4) for name, num in (("a", 9), ("b", 6))]
+    config = config_of(tmp_path, models, {"sources": [{"root": str(root)} for root in roots]}, steps=3)
+    run = record_run(tmp_path / "run", config, Origin(run="x", step=3))
+    record = SampleRecord.read(run / "samples.parquet")
+    assert record.origin == Origin(run="x", step=3)
+    assert [source.root for source in record.sources] == list(map(str, roots))
+    assert [source.counts.tolist() for source in record.sources] == [[[4], [4], [1]], [[4], [2]]]
+    np.testing.assert_array_equal(record.sources[0].firsts, [[0], [4], [8]])
+    assert record.first_of(1) == 9
