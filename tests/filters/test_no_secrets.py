@@ -59,6 +59,7 @@ WORDS = {
     "CaptionModelConfig": {"revision"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
+    "DataConfig": {"captions"},
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused
