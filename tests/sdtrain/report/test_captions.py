@@ -76,7 +76,7 @@ def test_images_stand_beside_all_that_they_are_called_and_those_of_several_sourc
 
 def test_the_page_has_them_and_takes_no_markup_from_a_caption(dataset, recipe):
     page = report_on(dataset, recipe).read_text()
-    assert "<h2>Captions</h2>" in page
+    assert '<h2 id="captions">Captions</h2>' in page
     assert "<b>tree</b>" not in page
     assert "the &lt;b&gt;tree&lt;/b&gt;" in page
     assert all((dataset.root / name).exists() for name in re.findall(r'src="([^"]+)"', page))
