@@ -60,7 +60,7 @@ def _root(dataset: DatasetDir, rows: pa.Table) -> pa.Array:
 def locate_removed(dataset: DatasetDir, stage: Stage) -> pa.Table:
     """All samples that were removed since their rows are recorded: a `Locate`."""
     rows = read_removed_rows(dataset.removed_rows)
-    here = pc.equal(rows["stage"], stage)
+    here = pc.and_(pc.equal(rows["stage"], stage), pc.is_valid(rows["uid"]))
     return removed_as_located(dataset, rows.filter(here), np.flatnonzero(here.to_numpy()))
 
 

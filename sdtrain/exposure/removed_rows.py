@@ -20,7 +20,7 @@ SCHEMA = pa.schema(
         ("before", pa.string()),  # digest of its footer
         ("after", pa.string()),  # none until the removal is finished
         ("num_rows", pa.int32()),  # of the table before
-        ("row", pa.int32()),  # in it, from 0
+        ("row", pa.int32()),  # in it, from 0; none, and no keys, where a rewritten table lost no row
         ("height", pa.int32()),  # of the latent; none for packed images
         ("width", pa.int32()),
         ("uid", pa.string()),  # `sdtrain.dataset.removal_ledger.key_digest` of the sample's own keys
