@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from filters.build_options import BuildOptions
+from filters.caption_config import CaptionConfig
 from filters.columns import ALIASES, RESERVED, SwappedSizes
 from filters.rules import RULES, RuleValue, check_carried, check_rules
-from sdtrain.dataset.config import CaptionConfig, DownloadConfig, EncodeConfig, PackConfig, SourceConfig
+from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
 from sdtrain.settings import Settings, load_settings, nearest, parse_settings
 

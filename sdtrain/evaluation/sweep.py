@@ -14,6 +14,7 @@ from sdtrain.errors import UserError
 from sdtrain.evaluation.clean_numbers import CleanNumbers
 from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.distances import Gaussian
+from sdtrain.evaluation.further import FurtherNumbers
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
 from sdtrain.evaluation.metrics import (
     Arrays,
@@ -60,7 +61,8 @@ class Step(NamedTuple):
 class Sweep:
     """A planned evaluation; `real` has directory and input of each network's reference stage, none for statistics.
 
-    `training` looks for its prompts and reference images in the models' training data; None: nobody looks.
+    `training` looks for its prompts and reference images in the models' training data, and `following` measures how
+    images follow other prompts; None: nobody does.
     """
 
     protocol: Protocol
@@ -71,6 +73,7 @@ class Sweep:
     real: tuple[tuple[EvaluationDir, ReferenceJob], ...]
     axes: tuple[Axis | None, Axis]
     training: TrainingSearch | None = None
+    following: FurtherNumbers | None = None
 
     def steps(self) -> list[Step]:
         """The steps in order; each skips finished parts."""
@@ -85,19 +88,20 @@ class Sweep:
                 at_scale = replace(drawing, scale=scale)
                 of_networks = [replace(at_scale, network=network) for network in self._networks]
                 steps += [self._step(draw_stage, at_scale), *(self._step(feature_stage, job) for job in of_networks)]
-        return steps
+        return steps + (self.following.steps() if self.following else [])
 
     def checks(self) -> list[Check]:
-        """Checks of networks and output; none once all images are measured."""
-        left = self._num_pending()
+        """Checks of networks and output, unless all images are measured, and those of `following`."""
+        further, left = self.following.checks() if self.following else [], self._num_pending()
         if not left:
-            return []
+            return further
         num_bytes = left * _IMAGE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
         return [
             Check("output", lambda: check_writable(self.directory.root)),
             Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
             *(self.training.checks() if self.training else []),
+            *further,
         ]
 
     @property
@@ -125,11 +129,14 @@ class Sweep:
             clean = CleanNumbers(self.protocol, real, found[model.label]) if model.label in found else None
             rows += self._rows(model, metrics, captions, clean)
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
+        notes += contamination_notes(found, self.training) if self.training else []
+        notes += self.following.notes() if self.following else []
         results = Results(
             protocol=self._described(),
-            metrics=descriptions(metrics),
-            notes=notes + (contamination_notes(found, self.training) if self.training else []),
+            metrics=descriptions(metrics) | dict(self.following.metrics if self.following else {}),
+            notes=notes,
             rows=rows,
+            skills=self.following.skills() if self.following else [],
             contamination={model: each.record for model, each in found.items()},
         )
         write_results(self.directory, results, *self.axes)
@@ -144,6 +151,7 @@ class Sweep:
             drawn = self._drawn_images(model, scale)
             row = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
             row |= numbers(metrics, drawn, captions)
+            row |= self.following.numbers(model, scale) if self.following else {}
             rows.append(row | (clean.row(metrics, row, drawn, captions) if clean else {}))
         return rows
 
@@ -200,16 +208,21 @@ class Sweep:
         return ""
 
     def _described(self) -> dict[str, Any]:
-        return as_recorded(self.protocol.model_dump(mode="json")) | {
-            "size_px": self.models[0].size_px,
-            "prompts_source": self.prompts.source,
-            "prompts_sha256": self.prompts.digest,
-            "reference_source": self.reference.source,
-            "reference_sha256": self.reference.digest,
-            "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
-            "agreement_by": agreement_digest(self.protocol),
-            "models": {model.label: model.digest for model in self.models},
-        }
+        further = self.following.described() if self.following else {}
+        return (
+            as_recorded(self.protocol.model_dump(mode="json"))
+            | further
+            | {
+                "size_px": self.models[0].size_px,
+                "prompts_source": self.prompts.source,
+                "prompts_sha256": self.prompts.digest,
+                "reference_source": self.reference.source,
+                "reference_sha256": self.reference.digest,
+                "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
+                "agreement_by": agreement_digest(self.protocol),
+                "models": {model.label: model.digest for model in self.models},
+            }
+        )
 
 
 def plan(
