@@ -20,7 +20,7 @@ from sdtrain.dataset.removal_ledger import key_digest
 from sdtrain.dataset.sync import push_files
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
-from sdtrain.exposure.removed_rows import SCHEMA, read_removed_rows
+from sdtrain.exposure.removed_rows import NO_ROW, SCHEMA, read_removed_rows
 from sdtrain.loading.shard_catalog import footer_digest
 
 _STAGES = ("pack", "encode")
@@ -89,7 +89,7 @@ class _Reading:
     def rows(self, stage: str) -> Iterator[dict[str, Any]]:
         """The rows of SCHEMA of one stage's shards, but for the removal's number and time.
 
-        A table that loses no row, only texts of removed samples, has one without a row.
+        A table that loses no row, only texts of removed samples, has one with NO_ROW.
         """
         folder = _folder(self._dataset, stage)
         paths = [folder / f"{shard:05d}.parquet" for shard in self._removal.touched.get(stage, [])]
@@ -101,7 +101,7 @@ class _Reading:
         for row in sorted(self._select(columns, existing), key=lambda row: (row["table"], row["row"])):
             without.discard(row["table"])
             yield row | tables[row["table"]] | self._keys(row["uid"])
-        yield from (tables[table] for table in sorted(without))
+        yield from (tables[table] | {"row": NO_ROW} for table in sorted(without))
 
     def _keys(self, uid: str) -> dict[str, Any]:
         """Digests of the sample's keys."""

@@ -17,6 +17,7 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.sweep import Sweep
 
 # Our own code is imported inside the commands, so that help does not wait for torch.
@@ -91,6 +92,7 @@ def _evaluate(
     **settings: Any,
 ) -> None:
     from filters.contamination.training_data import search_training_data
+    from sdtrain.evaluation.judging.scores import AXES
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of, table_of_skills
     from sdtrain.evaluation.sweep import plan
@@ -100,7 +102,8 @@ def _evaluate(
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
+    further = AXES if questions else {}
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y, further)
     if questions or judge:
         sweep = _with_judge(sweep, questions, judge)
     if contamination:
@@ -149,13 +152,32 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         kind, default = str, ",".join(f"{part:g}" if isinstance(part, float) else part for part in default)
     elif isinstance(field.json_schema_extra, dict):
         kind = Literal[tuple(field.json_schema_extra["enum"])]  # type: ignore[arg-type, assignment]
-    flags = _SHORT.get(name, f"--{name.replace('_', '-')}"), *_FORMER.get(name, ())
+    flags = _flag(name), *_FORMER.get(name, ())
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.is_required() else default,
         annotation=Annotated[kind, typer.Option(*flags, help=field.description, min=least)],
     )
+
+
+def command_of(model: Path | str, protocol: Protocol) -> str:
+    """The command line of an evaluation: the settings that are not the defaults."""
+    words = ["sdtrain evaluate", str(model)]
+    for name, field in type(protocol).model_fields.items():
+        value = getattr(protocol, name)
+        if value != field.default:
+            words += [_flag(name), *([] if value is True else [_text_of(value)])]
+    return " ".join(words)
+
+
+def _text_of(value: object) -> str:
+    parts = value if isinstance(value, tuple) else (value,)
+    return ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+
+def _flag(name: str) -> str:
+    return _SHORT.get(name, f"--{name.replace('_', '-')}")
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

@@ -62,9 +62,8 @@ def _removals(removed: pa.Table, places: Ints) -> Sequence[_Removal]:
         here = pc.equal(removed["removal"], number)
         rows = removed.filter(here)
         before, after, num_rows = (rows[name][0].as_py() for name in ("before", "after", "num_rows"))
-        is_row = pc.is_valid(rows["row"]).to_numpy()
-        taken = rows["row"].drop_null().to_numpy()
-        found.append(_Removal(before, after, num_rows, taken, places[here.to_numpy()][is_row]))
+        numbers, own = rows["row"].to_numpy(), places[here.to_numpy()]
+        found.append(_Removal(before, after, num_rows, numbers[numbers >= 0], own[numbers >= 0]))  # but for NO_ROW
     return found
 
 

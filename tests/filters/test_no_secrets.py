@@ -45,7 +45,9 @@ LOCATIONS = {
     "EncodeConfig": {"vae", "text_encoder"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
-    "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights"},
+    "Protocol": {
+        "prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights", "preference"
+    },
     "ScoreConfig": {
         "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
     },
@@ -59,6 +61,7 @@ WORDS = {
     "CaptionModelConfig": {"revision"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
+    "DataConfig": {"captions"},
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused

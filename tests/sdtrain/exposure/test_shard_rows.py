@@ -3,7 +3,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdtrain.exposure.removed_rows import SCHEMA
+from sdtrain.exposure.removed_rows import NO_ROW, SCHEMA
 from sdtrain.exposure.shard_rows import ShardRows, ranks
 
 removals = st.lists(st.sets(st.integers(0, 30), max_size=5), max_size=5)
@@ -16,7 +16,7 @@ def history(num_rows, taken):
         before = samples[-1]
         here = sorted(row for row in chosen if row < len(before))
         stated = {"removal": number, "before": f"d{number}", "after": f"d{number + 1}", "num_rows": len(before)}
-        rows += [stated | {"row": row} for row in here] or [stated]
+        rows += [stated | {"row": row} for row in here] or [stated | {"row": NO_ROW}]
         samples.append([sample for row, sample in enumerate(before) if row not in here])
     return samples, pa.Table.from_pylist(rows, SCHEMA)
 
@@ -27,9 +27,7 @@ def test_rows_before_any_removal_are_those_that_were(num_rows, taken):
     samples, removed = history(num_rows, taken)
     shard = ShardRows(len(samples[-1]), f"d{len(taken)}", removed, np.arange(len(removed)) + 100)
     numbers = removed["removal"].to_pylist(), removed["row"].to_pylist()
-    gone = {
-        -101 - n: samples[number][row] for n, (number, row) in enumerate(zip(*numbers, strict=True)) if row is not None
-    }
+    gone = {-101 - n: samples[number][row] for n, (number, row) in enumerate(zip(*numbers, strict=True)) if row >= 0}
     for number, expected in enumerate(samples):
         names = shard.at(f"d{number}").tolist()
         assert [gone[name] if name < 0 else samples[-1][name] for name in names] == expected
