@@ -43,16 +43,21 @@ def record_recipe(dataset: DatasetDir, recipe: Recipe) -> list[str]:
 
 def with_precision(dataset: DatasetDir, recipe: Recipe) -> Recipe:
     """Resolves each `auto` once per dataset, so that a build continued on another machine writes the same bytes."""
-    if "auto" not in (recipe.score.dtype, recipe.encode.precision):
+    model = recipe.caption.model
+    if "auto" not in (recipe.score.dtype, recipe.encode.precision, model and model.precision):
         return recipe
     kept = read_recipe(dataset) if dataset.recipe.exists() else recipe
-    score, encode = recipe.score, recipe.encode
+    score, encode, caption = recipe.score, recipe.encode, recipe.caption
     if score.dtype == "auto":
         begun = _begun_in("score.dtype", "fp32" if kept.score.dtype == "float32" else kept.score.dtype)
         score = score.model_copy(update={"dtype": "float32" if begun == "fp32" else begun})
     if encode.precision == "auto":
         encode = encode.model_copy(update={"precision": _begun_in("encode.precision", kept.encode.precision)})
-    return recipe.model_copy(update={"score": score, "encode": encode})
+    if model and model.precision == "auto":
+        before = kept.caption.model.precision if kept.caption.model else "auto"
+        model = model.model_copy(update={"precision": _begun_in("caption.model.precision", before)})
+        caption = caption.model_copy(update={"model": model})
+    return recipe.model_copy(update={"score": score, "encode": encode, "caption": caption})
 
 
 def _begun_in(setting: str, kept: Precision) -> Fixed:

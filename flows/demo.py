@@ -146,8 +146,13 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
     """Writes the demo's report page."""
     from filters.decide.losses import heavy_losses
     from filters.inspect.report import limits_of, rule_thresholds, scores_note
+    from flows.demo_report import shown, summarise
+    from sdtrain.formats.checkpoint import find_checkpoint
     from sdtrain.report.page import Report, SampleSection, write_report
 
+    again = f"python -m flows.demo --output {shown(demo.root)}"
+    data, run = shown(demo.data.root), shown(demo.training.path)
+    drawn = demo.samples / f"summary-{find_checkpoint(demo.training.path).path.name}"
     names = {
         "seen": ("trained", "pairs seen in training"),
         "unseen": ("trained", "pairs never seen together (red frames)"),
@@ -158,6 +163,7 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         "Prompts are “a COLOUR SHAPE”; every image has its own seed. A checker that looks at pixels only says which "
         "colour and shape it sees, over guidance scales 3 to 8.",
         [(*names[name], v.num_images, v.color, v.shape) for name, v in verdicts.items()],
+        again,
     )
     report = Report(
         title="sdtrain demo: from metadata to images",
@@ -168,7 +174,10 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
         thresholds=list(rule_thresholds(demo_recipe(demo))),
         scores_note=scores_note(demo_recipe(demo)),
         warn=partial(heavy_losses, recipe=demo_recipe(demo)),
+        place=data,
+        summary=summarise(demo.samples / "model", drawn, verdicts, again),
         training=demo.training,
+        training_command=f"deepspeed sdtrain/train.py --config {CONFIG} --data {data} --output {run}",
         samples=samples,
         sections=sections,
         card=demo.training.path / "README.md",

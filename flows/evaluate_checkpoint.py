@@ -15,8 +15,9 @@ from flows.support.batches import ShardsPerTask
 from flows.support.decorators import records_no_secrets, report_user_errors
 from flows.support.stage_runner import StageOptions, run_stage
 from flows.support.task_runners import Engine, start_engine
+from sdtrain.endpoint.config import EndpointConfig
 from sdtrain.evaluation.protocol import CARD_SCALES, Protocol
-from sdtrain.evaluation.results import Results, protocol_lines, table_of
+from sdtrain.evaluation.results import Results, protocol_lines, table_of, table_of_skills
 from sdtrain.preflight.checks import require
 from sdtrain.redaction import Location
 from sdtrain.settings import parse_settings
@@ -46,6 +47,8 @@ def evaluate_checkpoint(
     scales: list[Scale] = list(CARD_SCALES),  # noqa: B006  # Prefect copies the defaults
     training_data: list[Location] | None = None,
     contamination: bool = True,
+    questions: Location | None = None,
+    judge: dict[str, Any] | None = None,
     protocol: dict[str, Any] | None = None,
     engine: Engine = "threads",
     engine_address: Location | None = None,
@@ -64,6 +67,8 @@ def evaluate_checkpoint(
         scales: Guidance scales.
         training_data: Datasets on which the models were trained, besides those that runs record.
         contamination: Look for the prompts and reference images in the training data.
+        questions: GenEval 2's geneval2_data.jsonl, for prompt following.
+        judge: Settings of sdtrain.endpoint.config.EndpointConfig, by name: the server that answers the questions.
         protocol: Any other setting of sdtrain.evaluation.protocol.Protocol, by name.
         engine: What runs the parts: threads or processes of this machine, or Dask or Ray.
         engine_address: A running Dask or Ray cluster's; without, one is started on this machine.
@@ -78,7 +83,8 @@ def evaluate_checkpoint(
     settings = parse_settings(Protocol, given | (protocol or {}), "parameters")
     options = StageOptions(workers, parts_per_task, engine, engine_address)
     data = tuple(training_data or ()) if contamination else None
-    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries, data)
+    asked = (questions, parse_settings(EndpointConfig, judge or {}, "parameter judge")) if questions else None
+    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries, data, asked)
 
 
 def evaluate(
@@ -88,10 +94,12 @@ def evaluate(
     options: StageOptions,
     retries: int = 0,
     training_data: Sequence[str] | None = (),
+    asked: tuple[str, EndpointConfig] | None = None,
 ) -> str:
     """Evaluates within a flow; returns the evaluation's directory.
 
-    `training_data` are datasets to search besides those that runs record; None to search none.
+    `training_data` are datasets to search besides those that runs record; None to search none. `asked` are a file of
+    questions about prompts of its own, and the judge that answers them.
 
     UserError for a mistake that the user can correct; finished parts are kept.
     """
@@ -99,6 +107,10 @@ def evaluate(
     from sdtrain.evaluation.sweep import plan
 
     sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
+    if asked is not None:
+        from sdtrain.evaluation.judging.following import with_prompt_following
+
+        sweep = with_prompt_following(sweep, Path(asked[0]), asked[1])
     if training_data is not None:
         sweep = search_training_data(sweep, training_data)
     require(sweep.checks())
@@ -123,6 +135,8 @@ def _run_step(step: "Step", options: StageOptions, runner: TaskRunner[Any], retr
 
 def _show(results: Results, curve: Path) -> None:
     create_table_artifact(table_of(results), key="evaluation", description="; ".join(results.notes) or None)
+    if results.skills:
+        create_table_artifact(table_of_skills(results), key="evaluation-skills")
     lines = "\n".join(f"- {line}" for line in protocol_lines(results))
     create_markdown_artifact(f"# Protocol\n\n{lines}\n", key="evaluation-protocol")
     if curve.exists():

@@ -64,7 +64,7 @@ def test_guidance_of_3_follows_the_prompts_better_than_none(demo):
     assert "agreement_demo_checker" in card
     names = ("curve", "image-to-image", "search", "memorised")
     shown = re.findall(r'src="([^"]+)"', Path(figures["report"]).read_text())
-    assert {f"pictures/{name}.png" for name in names} <= set(shown)
+    assert {f"pictures/{name}.png" for name in (*names, *(f"drawn-{i}" for i in range(6)))} <= set(shown)
 
 
 def test_the_funnel_adds_up_from_metadata_to_latents(demo):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pyarrow.compute as pc
 
 from filters.caption.duplicates import Texts, duplicate_texts
+from filters.caption.generate import SETTING, Generated, generate, weights_of
 from filters.caption.table import IN_CAPTIONS, Caption, write_captions
+from filters.caption_config import PROMPTS, CaptionConfig, CaptionModelConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
-from sdtrain.dataset.stage import NOTHING, Stage, Table, nothing_beside
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
+from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.pack.captions import ALT
 
 
@@ -24,10 +29,13 @@ def caption_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardRepor
     """
     images, config = decoded_images(dataset, shard), recipe.caption
     others = duplicate_texts(dataset, config, shard) if config.from_duplicates else {}
-    captions = (caption for image in images for caption in _alt_texts(image, others.get(image["uid"], [])))
-    write_captions(dataset.captions_table(shard), captions)
+    generated = generate(dataset, config, shard, images) if config.is_generated else Generated()
+    captions = [caption for image in images for caption in _captions(image, others, generated)]
+    metadata = _described(config, generated) if config.is_generated else {}
+    write_captions(dataset.captions_table(shard), _measured(dataset, recipe, shard, captions, images), metadata)
     outputs = describe_outputs(dataset, [dataset.captions_table(shard)])
-    return ShardReport(stage="caption", shard=shard, num_in=len(images), num_out=len(images), outputs=outputs)
+    counts = {"num_in": len(images), "num_out": len(images)}
+    return ShardReport(stage="caption", shard=shard, **counts, outputs=outputs, notes=generated.remarks())
 
 
 def decoded_images(dataset: DatasetDir, shard: int) -> list[dict[str, str]]:
@@ -39,11 +47,30 @@ def decoded_images(dataset: DatasetDir, shard: int) -> list[dict[str, str]]:
     return sorted(images, key=lambda image: image["key"])
 
 
-def _alt_texts(image: dict[str, str], others: Texts) -> Iterator[Caption]:
+def _captions(image: dict[str, str], others: dict[str, Texts], generated: Generated) -> Iterator[Caption]:
     uid = image["uid"]
     yield Caption(uid, ALT, image["caption"] or "", uid)
-    for other in others:
+    for other in others.get(uid, []):
         yield Caption(uid, ALT, other["text"], other["origin"])
+    yield from generated.captions.get(uid, [])
+
+
+def _measured(
+    dataset: DatasetDir, recipe: Recipe, shard: int, captions: list[Caption], images: list[dict[str, str]]
+) -> list[Caption]:
+    if recipe.score.clip_weights is None or not recipe.caption.is_measured:
+        return captions
+    from filters.caption.similarity import with_similarity  # would import torch
+
+    return with_similarity(dataset, recipe.score, shard, captions, {image["uid"]: image["key"] for image in images})
+
+
+def _described(config: CaptionConfig, generated: Generated) -> dict[str, str]:
+    """The provenance of generated captions, for the table's metadata."""
+    asked = {"settings": json.dumps(config.described()), "model_digest": ", ".join(weights_of(config))}
+    network = config.endpoint.model if config.endpoint else config.model.name if config.model else ""
+    revision = (config.model.revision if config.model else None) or ""
+    return asked | {"model": network, "revision": revision} | generated.described()
 
 
 def _is_on(recipe: Recipe) -> bool:
@@ -59,12 +86,46 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     images = [require_entry(dataset, stage, shard) for stage in ("download", "score")]
     # The groups' fingerprint tells of all shards, from which texts of duplicates come.
     config = recipe.caption.described() | {"dedup": grouped.fingerprint}
-    return fingerprint("caption/1", config, [*images, grouped])
+    return fingerprint("caption/1", config, [*images, grouped], weights_of(recipe.caption))
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     for shard in shards:
         yield caption_shard(dataset, recipe, shard)
+        # Recorded by now. What a kill leaves here is of a finished shard, and goes with the next run or removal.
+        dataset.caption_answers(shard).unlink(missing_ok=True)
+
+
+def _files(recipe: Recipe) -> Openers:
+    config = recipe.caption.endpoint
+    return {SETTING: partial(check_endpoint, config, SETTING)} if config else {}
+
+
+def _networks(recipe: Recipe) -> Openers:
+    config = recipe.caption.model
+    return {"caption.model": partial(_load, config)} if config else {}
+
+
+def _load(config: CaptionModelConfig) -> str:
+    from filters.caption.captioner import load_captioner, model_digest
+
+    load_captioner(config)
+    return f"{config.name}: {model_digest(config)[:12]}"
+
+
+def _sized(recipe: Recipe, num_rows: int) -> Openers:
+    config = recipe.caption
+    return {SETTING: partial(_say_requests, config, num_rows)} if config.endpoint else {}
+
+
+def _say_requests(config: CaptionConfig, num_rows: int) -> str:
+    if config.endpoint is None:
+        raise AssertionError("without a server nothing is asked")
+    num_prompts = len(config.prompts or PROMPTS)
+    return (
+        f"up to {num_rows * num_prompts:,} requests to {config.endpoint.url}, {num_prompts} about each image, which is "
+        "sent there"
+    )
 
 
 CAPTION: Stage[Recipe] = Stage(
@@ -88,7 +149,7 @@ CAPTION: Stage[Recipe] = Stage(
         rewriting=IN_CAPTIONS,
     ),
     drops=None,
-    uses_gpu=False,
-    needs=NOTHING,
+    uses_gpu=True,
+    needs=Needs(files=_files, networks=_networks, sized=_sized),
     work=None,
 )

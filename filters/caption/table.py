@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,12 @@ class Caption:
     similarity: float | None = None
 
 
-def write_captions(path: Path, captions: Iterable[Caption]) -> None:
-    """Writes a shard's captions, of each image in turn; an empty text is none, and a text of one image counts once."""
+def write_captions(path: Path, captions: Iterable[Caption], described: Mapping[str, str] | None = None) -> None:
+    """Writes a shard's captions, of each image in turn; an empty text is none, and a text of one image counts once.
+
+    `described` goes into the file's metadata, under `sdtrain.caption.`.
+    """
+    schema = SCHEMA.with_metadata({f"sdtrain.caption.{name}": value for name, value in (described or {}).items()})
     seen = set[tuple[str, str]]()
     columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names if name != "num_tokens"}
     for caption in captions:
@@ -61,7 +65,7 @@ def write_captions(path: Path, captions: Iterable[Caption]) -> None:
     texts = pa.array(columns["text"], pa.string())
     counted = {**columns, "text": texts, "num_tokens": count_tokens(texts.to_pylist())}
     with publish(path) as temporary:
-        pq.write_table(pa.table([counted[name] for name in SCHEMA.names], SCHEMA), temporary, compression="zstd")
+        pq.write_table(pa.table([counted[name] for name in SCHEMA.names], schema), temporary, compression="zstd")
 
 
 def _drop(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -> None:

@@ -35,7 +35,7 @@ _MAX_CHARS, _ASKED_KEPT, _SHOWN_KEPT, _THUMBNAIL_PX = 1000, 64, 4096, 360
 _TYPES = {"jpg": "image/jpeg", "png": "image/png", "webp": "image/webp", "avif": "image/avif", "jxl": "image/jxl"}
 # Foreign pages cannot send this type without a CORS preflight, which the server never grants.
 _DROPPED_TYPE = "application/octet-stream"
-_ASSETS = {"search.css": "text/css", "search.js": "text/javascript"}
+_ASSETS = {"search.css": "text/css", "search.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _POLICY = (
     "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
     "base-uri 'none'; frame-ancestors 'none'"

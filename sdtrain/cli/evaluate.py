@@ -17,6 +17,9 @@ from sdtrain.errors import UserError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from sdtrain.evaluation.protocol import Protocol
+    from sdtrain.evaluation.sweep import Sweep
+
 # Our own code is imported inside the commands, so that help does not wait for torch.
 
 _SHORT = {"num_prompts": "--num", "num_steps": "--steps"}
@@ -33,13 +36,19 @@ _OWN = {
     "contamination": Annotated[
         bool, typer.Option(help="Look for the prompts and reference images in the training data.")
     ],
+    "questions": Annotated[
+        Path | None, typer.Option(help="GenEval 2's geneval2_data.jsonl, for prompt following; needs --judge.")
+    ],
+    "judge": Annotated[
+        Path | None, typer.Option(help="YAML with url, model, … of the server that answers the questions.")
+    ],
     "processes": Annotated[int | None, typer.Option(help="Processes; by default one a GPU.", min=1)],
     "as_json": Annotated[bool, typer.Option("--json", help="Print the results as JSON; progress goes to stderr.")],
 }
 
 
 _OWN_DEFAULTS = {
-    **dict.fromkeys(("output", "x", "y", "training_data", "processes")),
+    **dict.fromkeys(("output", "x", "y", "training_data", "questions", "judge", "processes")),
     "contamination": True,
     "as_json": False,
 }
@@ -76,13 +85,16 @@ def _evaluate(
     y: str | None,
     training_data: list[str] | None,
     contamination: bool,
+    questions: Path | None,
+    judge: Path | None,
     processes: int | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     from filters.contamination.training_data import search_training_data
+    from sdtrain.evaluation.judging.scores import AXES
     from sdtrain.evaluation.protocol import Protocol
-    from sdtrain.evaluation.results import protocol_lines, table_of
+    from sdtrain.evaluation.results import protocol_lines, table_of, table_of_skills
     from sdtrain.evaluation.sweep import plan
     from sdtrain.evaluation.workers import run_sweep
     from sdtrain.sampling.batch import all_devices
@@ -90,7 +102,10 @@ def _evaluate(
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
+    further = AXES if questions else {}
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y, further)
+    if questions or judge:
+        sweep = _with_judge(sweep, questions, judge)
     if contamination:
         sweep = search_training_data(sweep, training_data or ())
     with prints_to_stderr(as_json):
@@ -100,7 +115,18 @@ def _evaluate(
         return
     print(*protocol_lines(results), sep="\n")
     print_table(table_of(results))
+    print_table(table_of_skills(results))
     print(*(path for path in (sweep.directory.results, sweep.directory.curve) if path.exists()), sep="\n")
+
+
+def _with_judge(sweep: Sweep, questions: Path | None, judge: Path | None) -> Sweep:
+    from sdtrain.endpoint.config import EndpointConfig
+    from sdtrain.evaluation.judging.following import with_prompt_following
+    from sdtrain.settings import load_settings
+
+    if questions is None or judge is None:
+        raise UserError("--questions and --judge go together: a file of questions, and the server that answers them.")
+    return with_prompt_following(sweep, questions, load_settings(EndpointConfig, judge))
 
 
 def _with_options() -> Callable[..., None]:
@@ -126,13 +152,32 @@ def _option(name: str, field: FieldInfo) -> inspect.Parameter:
         kind, default = str, ",".join(f"{part:g}" if isinstance(part, float) else part for part in default)
     elif isinstance(field.json_schema_extra, dict):
         kind = Literal[tuple(field.json_schema_extra["enum"])]  # type: ignore[arg-type, assignment]
-    flags = _SHORT.get(name, f"--{name.replace('_', '-')}"), *_FORMER.get(name, ())
+    flags = _flag(name), *_FORMER.get(name, ())
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if field.is_required() else default,
         annotation=Annotated[kind, typer.Option(*flags, help=field.description, min=least)],
     )
+
+
+def command_of(model: Path | str, protocol: Protocol) -> str:
+    """The command line of an evaluation: the settings that are not the defaults."""
+    words = ["sdtrain evaluate", str(model)]
+    for name, field in type(protocol).model_fields.items():
+        value = getattr(protocol, name)
+        if value != field.default:
+            words += [_flag(name), *([] if value is True else [_text_of(value)])]
+    return " ".join(words)
+
+
+def _text_of(value: object) -> str:
+    parts = value if isinstance(value, tuple) else (value,)
+    return ",".join(f"{part:g}" if isinstance(part, float) else str(part) for part in parts)
+
+
+def _flag(name: str) -> str:
+    return _SHORT.get(name, f"--{name.replace('_', '-')}")
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

@@ -249,4 +249,5 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[Change]:
 
 
 def _flat(config: TrainConfig) -> Iterator[tuple[str, Any]]:
-    return flat(as_recorded(config.model_dump(mode="json")))  # without secrets, because changes are printed and kept
+    # Without secrets, because changes are printed and kept.
+    return flat(as_recorded(config.model_dump(mode="json")), _RULES)

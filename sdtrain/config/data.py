@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from sdtrain.config.resuming import DecidesSamples, Free
+from sdtrain.config.resuming import Added, DecidesSamples, Free
 from sdtrain.settings import Settings
+
+
+def _checked_choice(choice: dict[str, Any]) -> dict[str, Any]:
+    is_order = isinstance(choice.get("first"), tuple)
+    lists = [source for source, value in choice.items() if isinstance(value, tuple)]
+    if not choice or (is_order and (len(choice) > 1 or not choice["first"])) or (lists and not is_order):
+        raise ValueError("write shares of sources, as {alt: 0.3, short: 0.7}, or an order, as {first: [short, alt]}")
+    if any(not 0 < share < math.inf for share in choice.values() if isinstance(share, float)):
+        raise ValueError("a share is more than 0; leave out a source that is not wanted")
+    return choice
+
+
+CaptionChoice = Annotated[dict[str, float | tuple[str, ...]], AfterValidator(_checked_choice)]
+"""Source -> share, or "first" -> sources in order."""
 
 
 class SourceConfig(Settings):
@@ -43,6 +58,10 @@ class DataConfig(Settings):
     """online: encode captions in the training loop. cached: read the embeddings that `encode.text_embeddings` stored
     beside the latents, which saves 2.5 % of a step's FLOP at 256 px and 0.6 % at 512, and reads 118 kB a sample besides
     the latent's 16 or 66. Dropped captions get the embedding of ""; losses differ by rounding at most."""
+    captions: Added[DecidesSamples[CaptionChoice | None]] = None
+    """The sources of which a step takes a sample's caption: shares, `{alt: 0.3, short: 0.6, long: 0.1}`, divided anew
+    among those that the sample has; or `{first: [short, alt]}`, the first that it has. Of several captions of one
+    source each is as likely. A sample with none of them keeps its own alt text, as all do by default."""
     verify: Free[bool] = False
     """Compare each shard with its digest in the manifest before its first read."""
     on_corrupt: Free[Literal["stop", "skip"]] = "stop"
@@ -60,6 +79,11 @@ class DataConfig(Settings):
             raise ValueError("verify compares shards of latents, which online_vae does not read: set one of them only")
         if self.online_vae and self.text_embeddings == "cached":
             raise ValueError("text embeddings are cached beside latents, which online_vae does not read: set one only")
+        if self.captions and self.text_embeddings == "cached":
+            raise ValueError(
+                "captions chooses another text in every step, and only alt texts have cached embeddings: set "
+                "text_embeddings to online, or leave captions out"
+            )
         return self
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from typing import Annotated, Any, TypeVar
 
@@ -84,10 +84,10 @@ def changeable(rules: Mapping[str, OnResume]) -> list[str]:
     return [f"{name} (if the config names it)" if name in asked else name for name in dict.fromkeys(names)]
 
 
-def flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by dotted name."""
+def flat(content: Mapping[str, Any], settings: Collection[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted name; those of `settings` whole, even where their value is a mapping."""
     for key, value in content.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
+        if isinstance(value, dict) and prefix + key not in settings:
+            yield from flat(value, settings, f"{prefix}{key}.")
         else:
             yield prefix + key, value

@@ -65,6 +65,23 @@ class DatasetDir:
         """All captions of the shard's images, each with its source."""
         return self.root / "captions" / f"{shard:05d}.parquet"
 
+    def caption_answers(self, shard: int) -> Path:
+        """The answers about a shard's images, while it is being captioned."""
+        return self.root / "captions" / f"{shard:05d}.answers.jsonl"
+
+    def answers_table(self, shard: int) -> Path:
+        """The answers to the questions of rules in words, about the shard's images."""
+        return self.root / "answers" / f"{shard:05d}.parquet"
+
+    def answers_log(self, shard: int) -> Path:
+        """The answers about a shard's images, while they are asked."""
+        return self.root / "answers" / f"{shard:05d}.answers.jsonl"
+
+    @property
+    def spent(self) -> Path:
+        """The folder of what was spent at servers, a file for each process."""
+        return self.root / "spent"
+
     @property
     def duplicate_texts(self) -> Path:
         """What the duplicates of each image were called, while there are shards to caption."""

@@ -104,11 +104,16 @@ def parse_answer(content: Any, max_tokens: int) -> Answer:
     return Answer(kind, text, str(content.get("model") or ""), usage, _first_token(choice.get("logprobs")))
 
 
+def kind_of(text: str) -> Kind:
+    """Tells a refusal, or an answer without words, by the stripped text alone."""
+    return "refused" if _REFUSAL.match(text) else "text" if text else "empty"
+
+
 def _kind(text: str, is_refusal: bool, finish: Any, usage: Usage | None, max_tokens: int) -> Kind:
-    if is_refusal or finish == "content_filter" or _REFUSAL.match(text):
+    if is_refusal or finish == "content_filter":
         return "refused"
-    if not text:
-        return "empty"
+    if (kind := kind_of(text)) != "text":
+        return kind
     # Some servers ignore max_tokens, and some count no tokens; a word is a token at least.
     num_tokens = max(usage.completion_tokens if usage else 0, len(text.split()))
     return "too_long" if finish == "length" or num_tokens > max_tokens else "text"

@@ -67,6 +67,11 @@ class EvaluationDir(DatasetDir):
         return self.root / "results.csv"
 
     @property
+    def skills(self) -> Path:
+        """Prompt following by skill."""
+        return self.root / "skills.csv"
+
+    @property
     def curve(self) -> Path:
         """The plot."""
         return self.root / "curve.png"

@@ -35,6 +35,8 @@ class Results(Settings):
     notes: list[str]
     rows: list[dict[str, Any]]
     """Per model and scale: `model`, `guidance_scale`, `num_images`, and each number with its spread."""
+    skills: list[dict[str, Any]] = Field(default=[])
+    """Prompt following by skill, and by the prompts' number of atoms, for every model and scale."""
     contamination: dict[str, Contamination] = Field(default={})
     """By model: which prompts and reference images are in its training data; without these, numbers end in `_clean`."""
 
@@ -84,11 +86,31 @@ def write_results(directory: EvaluationDir, results: Results, x: Axis | None, y:
     """Writes all three files, results.json last; the plot only if there is an `x`."""
     if x is not None and (shown := [row for row in results.rows if None not in (row[x.column], row[y.column])]):
         draw_curve(shown, x, y, results.footnote(), directory.curve)
-    with publish(directory.table) as temporary, temporary.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(name for row in results.rows for name in row)))
-        table.writeheader()
-        table.writerows(results.rows)
+    _write_table(directory.table, results.rows)
+    if results.skills:
+        _write_table(directory.skills, results.skills)
     write_json(directory.results, results.model_dump(mode="json"))
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with publish(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        table.writeheader()
+        table.writerows(rows)
+
+
+def table_of_skills(results: Results) -> list[dict[str, object]]:
+    """A row for each group of questions, with a column for each scale; empty without prompt following."""
+    several = len({row["model"] for row in results.skills}) > 1
+    table: dict[tuple[str, str], dict[str, object]] = {}
+    for row in results.skills:
+        about = {"model": row["model"]} if several else {}
+        line = table.setdefault(
+            (row["model"], row["group"]), about | {"group": row["group"], "num": row["num"], "number": row["number"]}
+        )
+        cell = {"value": row["value"], "value_ci95": row["ci95"]}
+        line[f"{row['guidance_scale']:g}"] = _cell(cell, "value")
+    return list(table.values())
 
 
 def table_of(results: Results) -> list[dict[str, object]]:
@@ -109,7 +131,7 @@ def protocol_lines(results: Results) -> list[str]:
 
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
-    if row[name] is None:
+    if row.get(name) is None:
         return "-"
     spread = next((row[f"{name}{kind}"] for kind in ("_ci95", "_std") if row.get(f"{name}{kind}") is not None), None)
     clean = f"{name}{CLEAN}"

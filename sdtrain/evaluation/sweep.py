@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
@@ -14,6 +16,7 @@ from sdtrain.errors import UserError
 from sdtrain.evaluation.clean_numbers import CleanNumbers
 from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.distances import Gaussian
+from sdtrain.evaluation.further import FurtherNumbers
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
 from sdtrain.evaluation.metrics import (
     Arrays,
@@ -27,6 +30,7 @@ from sdtrain.evaluation.metrics import (
 )
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
+from sdtrain.evaluation.preference import check_preference, preference_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.reference import (
@@ -60,7 +64,8 @@ class Step(NamedTuple):
 class Sweep:
     """A planned evaluation; `real` has directory and input of each network's reference stage, none for statistics.
 
-    `training` looks for its prompts and reference images in the models' training data; None: nobody looks.
+    `training` looks for its prompts and reference images in the models' training data, and `following` measures how
+    images follow other prompts; None: nobody does.
     """
 
     protocol: Protocol
@@ -71,6 +76,7 @@ class Sweep:
     real: tuple[tuple[EvaluationDir, ReferenceJob], ...]
     axes: tuple[Axis | None, Axis]
     training: TrainingSearch | None = None
+    following: FurtherNumbers | None = None
 
     def steps(self) -> list[Step]:
         """The steps in order; each skips finished parts."""
@@ -85,19 +91,21 @@ class Sweep:
                 at_scale = replace(drawing, scale=scale)
                 of_networks = [replace(at_scale, network=network) for network in self._networks]
                 steps += [self._step(draw_stage, at_scale), *(self._step(feature_stage, job) for job in of_networks)]
-        return steps
+        return steps + (self.following.steps() if self.following else [])
 
     def checks(self) -> list[Check]:
-        """Checks of networks and output; none once all images are measured."""
-        left = self._num_pending()
+        """Checks of networks and output, unless all images are measured, and those of `following`."""
+        further, left = self.following.checks() if self.following else [], self._num_pending()
         if not left:
-            return []
+            return further
         num_bytes = left * _IMAGE_BYTES_PER_PIXEL * self.models[0].size_px ** 2
         return [
             Check("output", lambda: check_writable(self.directory.root)),
             Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
+            *([Check("preference", partial(check_preference, named))] if (named := self.protocol.preference) else []),
             *(self.training.checks() if self.training else []),
+            *further,
         ]
 
     @property
@@ -125,11 +133,14 @@ class Sweep:
             clean = CleanNumbers(self.protocol, real, found[model.label]) if model.label in found else None
             rows += self._rows(model, metrics, captions, clean)
         notes = [remark for metric in metrics for remark in metric.remarks()] + self._truncated_prompts(captions)
+        notes += contamination_notes(found, self.training) if self.training else []
+        notes += self.following.notes() if self.following else []
         results = Results(
             protocol=self._described(),
-            metrics=descriptions(metrics),
-            notes=notes + (contamination_notes(found, self.training) if self.training else []),
+            metrics=descriptions(metrics) | dict(self.following.metrics if self.following else {}),
+            notes=notes,
             rows=rows,
+            skills=self.following.skills() if self.following else [],
             contamination={model: each.record for model, each in found.items()},
         )
         write_results(self.directory, results, *self.axes)
@@ -144,6 +155,7 @@ class Sweep:
             drawn = self._drawn_images(model, scale)
             row = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
             row |= numbers(metrics, drawn, captions)
+            row |= self.following.numbers(model, scale) if self.following else {}
             rows.append(row | (clean.row(metrics, row, drawn, captions) if clean else {}))
         return rows
 
@@ -200,25 +212,39 @@ class Sweep:
         return ""
 
     def _described(self) -> dict[str, Any]:
-        return as_recorded(self.protocol.model_dump(mode="json")) | {
-            "size_px": self.models[0].size_px,
-            "prompts_source": self.prompts.source,
-            "prompts_sha256": self.prompts.digest,
-            "reference_source": self.reference.source,
-            "reference_sha256": self.reference.digest,
-            "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
-            "agreement_by": agreement_digest(self.protocol),
-            "models": {model.label: model.digest for model in self.models},
-        }
+        further = self.following.described() if self.following else {}
+        return (
+            as_recorded(self.protocol.model_dump(mode="json"))
+            | further
+            | {
+                "size_px": self.models[0].size_px,
+                "prompts_source": self.prompts.source,
+                "prompts_sha256": self.prompts.digest,
+                "reference_source": self.reference.source,
+                "reference_sha256": self.reference.digest,
+                "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
+                "agreement_by": agreement_digest(self.protocol),
+                "preference_sha256": preference_digest(preference)
+                if (preference := self.protocol.preference)
+                else None,
+                "models": {model.label: model.digest for model in self.models},
+            }
+        )
 
 
 def plan(
-    protocol: Protocol, models: Sequence[Path], output: Path | None = None, x: str | None = None, y: str | None = None
+    protocol: Protocol,
+    models: Sequence[Path],
+    output: Path | None = None,
+    x: str | None = None,
+    y: str | None = None,
+    further: Mapping[str, Axis] = MappingProxyType({}),
 ) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns.
-    UserError if something is missing or does not match.
+    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns;
+    `further` are those of `FurtherNumbers` that will be measured too. UserError if something is missing, or does not
+    match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
@@ -227,10 +253,12 @@ def plan(
     for network in protocol.networks:  # checks that the weights exist
         features_digest(protocol, network)
     agreement_digest(protocol)
+    if protocol.preference is not None:
+        preference_digest(protocol.preference)
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
-    axes = choose_axes(axes_of(protocol, reference.statistics is None), x, y)
+    axes = choose_axes(axes_of(protocol, reference.statistics is None) | dict(further), x, y)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))

@@ -95,19 +95,22 @@ def _download(name: str, part: str) -> Path:
     """Fetches full-precision safetensors, or else any other readable files."""
     wanted = [f"{part}/*.json", f"{part}/*.txt", "*.json", "*.txt"]
     if part == "tokenizer":
-        return _snapshot(name, part, wanted)
+        return snapshot(name, part, wanted)
     for patterns in published_names(part):
-        root = _snapshot(name, part, [*wanted, *(f"{part}/{pattern}" for pattern in patterns), *patterns])
+        root = snapshot(name, part, [*wanted, *(f"{part}/{pattern}" for pattern in patterns), *patterns])
         if _weights_in(_part_folder(root, part), part):
             break
     return root
 
 
-def _snapshot(name: str, part: str, patterns: list[str]) -> Path:
+def snapshot(name: str, part: str, patterns: list[str], revision: str | None = None) -> Path:
+    """The folder of a model on the hub, with those files; UserError if the hub does not give it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        if revision:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(

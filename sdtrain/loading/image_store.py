@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
 from functools import lru_cache
@@ -21,13 +22,14 @@ from sdtrain.dataset.tars import members_in, padded
 from sdtrain.errors import UserError
 from sdtrain.images.crops import resize_and_crop, seeded_uniform
 from sdtrain.images.decode import decode_rgb, image_extension
+from sdtrain.loading.captions import Caption
 from sdtrain.loading.crops import Crop
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.shard_catalog import Catalogue
+from sdtrain.pack.captions import CAPTIONS
 
 _COLUMNS = ["uid", "key", "picture_offset", "picture_bytes"]
 _OPEN_SHARDS = 256
-_BEHIND_LAST = 2**16
 
 
 class ImageStore(SampleStore):
@@ -35,15 +37,18 @@ class ImageStore(SampleStore):
 
     Shards' tables are read when first needed: with a global shuffle over very many shards, one for nearly every sample;
     not with `data.shuffle: blocks`. `encoder` turns (B, 3, H, W) uint8 pixels into moments, for `get`.
+    `reads_captions` reads all captions of each sample.
     """
 
-    def __init__(self, root: Path, resolution: int, encoder: OnlineVae):
+    def __init__(self, root: Path, resolution: int, encoder: OnlineVae, reads_captions: bool = False):
         dataset = DatasetDir(root)
         self._folder, self._resolution, self.encoder = dataset.packed_table(0).parent, resolution, encoder
         self._lock = lock_to_read(dataset, "training")
         self.sizes = [(resolution // 8, resolution // 8)]
         self._catalogue = Catalogue(self._folder, self.sizes)
         self.digest, self.shards = self._catalogue.digest, self._catalogue.shards
+        self.sources = self._catalogue.sources()
+        self._reads_captions = reads_captions and bool(self.sources)
         self.counts = self._catalogue.counts().reshape(-1, 1)
         if self.counts.sum() == 0:
             raise no_images(self._folder)
@@ -70,6 +75,9 @@ class ImageStore(SampleStore):
             try:
                 uid, members = self._members(index)
                 fetched.uids[position], fetched.captions[position] = uid, members["txt"].decode()
+                if self._reads_captions:
+                    captions = json.loads(members["json"])[CAPTIONS]
+                    fetched.choices[position] = [Caption(each["source"], each["text"]) for each in captions]
                 if rows is not None:
                     image = decode_rgb(members[image_extension(members)])
                     place = seeded_uniform("crop", seed, uid, int(epochs[position]))
@@ -104,11 +112,11 @@ class ImageStore(SampleStore):
         table = self._table(shard)
         offsets, sizes = table["picture_offset"], table["picture_bytes"]
         begin = padded(offsets[row - 1].as_py() + sizes[row - 1].as_py()) if row else 0
-        last = row + 1 == len(table)
-        end = offsets[row].as_py() + sizes[row].as_py() + _BEHIND_LAST if last else offsets[row + 1].as_py() - 512
         tar = self._tar(shard)
         fetch_shard_file(self._folder.parent, tar, "pack")
         with tar.open("rb", buffering=0) as file:
+            last = row + 1 == len(table)
+            end = os.fstat(file.fileno()).st_size if last else offsets[row + 1].as_py() - 512
             content = os.pread(file.fileno(), end - begin, begin)
         return table["uid"][row].as_py(), _members_of(table["key"][row].as_py(), content)
 

@@ -28,6 +28,7 @@ from sdtrain.loading.shard_catalog import Catalogue, ShardIndex, read_index, who
 OPEN_SHARDS = 256
 # Up to here indexes stay in memory and nothing is written beside the tables.
 _SMALL = 1_000_000
+_SMALL_WITH_CAPTIONS = 100_000  # which take about 1 kB a sample
 _EXPONENT = np.uint16(0x7C00)
 
 
@@ -36,7 +37,8 @@ class LatentStore(SampleStore):
 
     Opening reads only the tables' footers; a shard's rows are read when first needed, and at most `open_shards` are
     open at once. So start-up and memory depend on the number of shards, not of samples. `verify` compares each tar with
-    its digest in the manifest before reading from it. `reads_texts` reads cached text embeddings too.
+    its digest in the manifest before reading from it. `reads_texts` reads cached text embeddings too,
+    and `reads_captions` all captions of each sample.
 
     Attributes:
         info: how the latents were made (`latents/info.json`).
@@ -53,6 +55,7 @@ class LatentStore(SampleStore):
         verify: bool = False,
         open_shards: int = OPEN_SHARDS,
         reads_texts: bool = False,
+        reads_captions: bool = False,
     ):
         self._dataset, self._verify, self._reads_texts = DatasetDir(root), verify, reads_texts
         self._folder = self._dataset.latents_info.parent
@@ -67,6 +70,8 @@ class LatentStore(SampleStore):
         self._catalogue = Catalogue(self._folder, self.sizes)
         self.digest, self.shards = self._catalogue.digest, self._catalogue.shards
         self.counts = self._catalogue.counts()
+        self.sources = self._catalogue.sources()
+        self._reads_captions = reads_captions
         if self.counts.sum() == 0:
             raise no_latents(root)
         self._ends = np.cumsum(self.counts, axis=0)
@@ -114,6 +119,8 @@ class LatentStore(SampleStore):
                 shard, row = self._locate(index)
                 described = self._index(shard)
                 fetched.uids[position], fetched.captions[position] = described.uid(row), described.caption(row)
+                if self._reads_captions and self._catalogue.shards[shard].sources:
+                    fetched.choices[position] = described.captions(row)
                 if rows is not None:
                     crop = crop_number(seed, fetched.uids[position], int(epochs[position]), self.num_crops)
                     self._read(shard, described, row, crop, rows[position])
@@ -183,7 +190,9 @@ class LatentStore(SampleStore):
     def _read_index(self, shard: int) -> ShardIndex:
         described = self._catalogue.shards[shard]
         table = self._folder / described.table
-        index = read_index(table, described.digest, keep=len(self) > _SMALL)
+        with_captions = self._reads_captions and bool(described.sources)
+        keep = len(self) > (_SMALL_WITH_CAPTIONS if with_captions else _SMALL)
+        index = read_index(table, described.digest, keep, with_captions)
         if len(index) != sum(described.samples):
             raise UserError(f"{table} changed while it is in use. Start the training again.")
         return index

@@ -19,6 +19,7 @@ from transformers import CLIPTokenizer
 from sdtrain.config import TrainConfig
 from sdtrain.diffusion import drop_captions, offset_noise
 from sdtrain.errors import UserError
+from sdtrain.loading.captions import Caption, CaptionMix
 from sdtrain.loading.crops import Crop
 from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
@@ -82,16 +83,36 @@ class PixelBatch(MicroBatch):
 class DrawnSample:
     """One sample of a batch, and what was drawn for it.
 
-    `index` is its number in the store, `epoch` how often it was seen before; a dropped caption trains as "".
+    `index` is its number in the store, `epoch` how often it was seen before; `source` is the caption's.
+    A dropped caption trains as "".
     """
 
     index: int
     epoch: int
     uid: str
     caption: str
+    source: str
     is_dropped: bool
     timestep: int
     crop: Crop | None
+
+
+def captions_in_step(store: SampleStore, config: TrainConfig, step: int, indices: NDArray[np.int64]) -> list[Caption]:
+    """The captions, with their sources, that samples train on in an optimizer step, unless dropped (`sample_noise`).
+
+    `store` is that of `open_samples`. UserError if a sample is damaged.
+    """
+    fetched = store.fetch(indices, np.zeros_like(indices), config.seed)
+    fetched.require_whole()
+    return _chosen(CaptionMix(config.data.captions), config.seed, step, fetched)
+
+
+def _chosen(mix: CaptionMix, seed: int, step: int, fetched: Fetched) -> list[Caption]:
+    samples = zip(fetched.uids, fetched.captions, strict=True)
+    return [
+        mix.choose(seed, step, uid, own, fetched.choices.get(position, ()))
+        for position, (uid, own) in enumerate(samples)
+    ]
 
 
 class BatchMaker:
@@ -115,7 +136,7 @@ class BatchMaker:
         self._store, self._config = store, config
         self._rank, self._world_size = rank, world_size
         self._plan = make_plan(store, config, config.validation.num_samples)
-        self._tokens = CaptionTokens(tokenizer)
+        self._tokens, self._mix = CaptionTokens(tokenizer), CaptionMix(config.data.captions)
         self.accumulation = config.accumulation(world_size)
         self.num_substituted = 0
         self._named = set[str]()
@@ -139,12 +160,14 @@ class BatchMaker:
         samples = self._plan.at(np.array([step * config.global_batch_size + position], dtype=np.int64))
         index, epoch = int(samples.indices[0]), int(samples.epochs[0])
         fetched = self._fetch(samples, self._store.buffer(1, self._store.size_number(index)))
+        caption = _chosen(self._mix, config.seed, step, fetched)[0]
         draw = sample_noise(config.seed, step, fetched.uids[0], config.diffusion.num_timesteps, (4, 1, 1))
         described = DrawnSample(
             index=index,
             epoch=epoch,
             uid=fetched.uids[0],
-            caption=fetched.captions[0],
+            caption=caption.text,
+            source=caption.source,
             is_dropped=draw.drop < config.caption_dropout,
             timestep=draw.timestep,
             crop=self._store.crop(index, epoch, config.seed),
@@ -160,7 +183,8 @@ class BatchMaker:
         shape = (num_samples, 4, *self._store.sizes[size_number])
         posterior, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
         draws = self._draws(step, fetched.uids, posterior, noise)
-        captions = drop_captions(fetched.captions, [draw.drop for draw in draws], caption_dropout)
+        texts = [caption.text for caption in _chosen(self._mix, config.seed, step, fetched)]
+        captions = drop_captions(texts, [draw.drop for draw in draws], caption_dropout)
         offsets = torch.from_numpy(np.stack([draw.offset for draw in draws]))
         batch = MicroBatch(
             moments=torch.from_numpy(rows),

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdtrain.errors import UserError
+from sdtrain.loading.captions import Caption
 from sdtrain.loading.crops import Crop
 from sdtrain.loading.shard_catalog import Shard
 
@@ -28,6 +29,8 @@ class Fetched:
     damaged: dict[int, str]
     texts: dict[int, NDArray[np.uint16]] = field(default_factory=dict)
     """By position, the captions' cached embeddings, (L, width) bits, where the store reads them."""
+    choices: dict[int, list[Caption]] = field(default_factory=dict)
+    """By position, all captions of the sample, its alt text included, where the store reads them."""
 
     @staticmethod
     def blank(num_samples: int) -> Fetched:
@@ -41,6 +44,8 @@ class Fetched:
             self.damaged.pop(position, None)
             if number in other.texts:
                 self.texts[position] = other.texts[number]
+            if number in other.choices:
+                self.choices[position] = other.choices[number]
             if number in other.damaged:
                 self.damaged[position] = other.damaged[number]
 
@@ -59,6 +64,7 @@ class SampleStore(ABC):
         digest: identifies the dataset.
         shards: the dataset's, in order; none for several datasets as one.
         text_dtype: of the cached text embeddings that `fetch` reads; None if it reads none.
+        sources: of the samples' captions; none if they have only alt texts.
     """
 
     sizes: Sequence[tuple[int, int]]
@@ -66,6 +72,7 @@ class SampleStore(ABC):
     digest: str
     shards: Sequence[Shard] = ()
     text_dtype: Literal["fp16", "bf16"] | None = None
+    sources: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

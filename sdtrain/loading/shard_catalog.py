@@ -20,9 +20,11 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import delete_index, index_path
 from sdtrain.encode.info import SIZES_KEY, TEXT_KEY, VAE_KEY
 from sdtrain.errors import UserError
+from sdtrain.loading.captions import Caption
+from sdtrain.pack.captions import CAPTIONS, sources_in
 
 _FILE = "catalogue.json"
-_VERSION = 2
+_VERSION = 3
 _WORTH_KEEPING = 256
 _READERS = 16
 _COLUMNS = ["uid", "caption", "offset", "num_bytes", "height", "width"]
@@ -40,6 +42,7 @@ class Shard:
         digest: sha256 of its footer, which holds counts, sizes, statistics and the digest of the rows.
         made_by: digest of the VAE.
         text_by: digest of the text encoder, empty without cached embeddings.
+        sources: of the samples' captions; none if they have only alt texts.
     """
 
     table: str
@@ -47,6 +50,7 @@ class Shard:
     digest: str
     made_by: str
     text_by: str
+    sources: tuple[str, ...]
     samples: tuple[int, ...]
 
 
@@ -69,6 +73,10 @@ class Catalogue:
         self.digest = hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode()).hexdigest()
         if len(fresh) >= _WORTH_KEEPING:
             _keep(folder / _FILE, self.shards)
+
+    def sources(self) -> tuple[str, ...]:
+        """The sources of the samples' captions in any of the shards, in order."""
+        return tuple(sorted({source for shard in self.shards for source in shard.sources}))
 
     def counts(self) -> NDArray[np.int64]:
         """Samples of each size in each shard, (shards, sizes)."""
@@ -115,7 +123,7 @@ def _read(path: Path, stamp: tuple[int, int], sizes: Sequence[tuple[int, int]]) 
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path} cannot be read: {error}. Run the build again: it redoes damaged shards.") from error
     made_by, text_by = (metadata.get(key.encode(), b"").decode() for key in (VAE_KEY, TEXT_KEY))
-    return Shard(path.name, stamp, digest, made_by, text_by, tuple(samples))
+    return Shard(path.name, stamp, digest, made_by, text_by, sources_in(metadata), tuple(samples))
 
 
 def _count(path: Path, sizes: Sequence[tuple[int, int]]) -> list[int]:
@@ -131,13 +139,14 @@ def _count(path: Path, sizes: Sequence[tuple[int, int]]) -> list[int]:
 def _kept(path: Path) -> list[Shard]:
     try:
         version, rows = json.loads(path.read_bytes())
-        return [Shard(t, tuple(s), d, m, x, tuple(n)) for t, s, d, m, x, n in rows] if version == _VERSION else []
+        known = rows if version == _VERSION else []
+        return [Shard(t, tuple(s), d, m, x, tuple(c), tuple(n)) for t, s, d, m, x, c, n in known]
     except (OSError, ValueError, TypeError):
         return []
 
 
 def _keep(path: Path, shards: list[Shard]) -> None:
-    rows = [[s.table, s.stamp, s.digest, s.made_by, s.text_by, s.samples] for s in shards]
+    rows = [[s.table, s.stamp, s.digest, s.made_by, s.text_by, s.sources, s.samples] for s in shards]
     with suppress(OSError), publish(path) as temporary:  # a read-only folder only costs time
         temporary.write_text(json.dumps([_VERSION, rows]))
 
@@ -173,6 +182,10 @@ class ShardIndex:
         """The sample's caption."""
         return self._captions[row].as_py() or ""
 
+    def captions(self, row: int) -> list[Caption]:
+        """All captions of the sample; KeyError if the shard's samples have only alt texts."""
+        return [Caption(each["source"], each["text"]) for each in self._rows[CAPTIONS][row].as_py() or ()]
+
     def text_offset(self, row: int) -> int:
         """The offset of a caption's embedding in the tar; KeyError if the shard has none."""
         return int(self._rows[_TEXT_OFFSET][row].as_py())
@@ -182,16 +195,19 @@ class ShardIndex:
         return self._offsets[row].as_py(), self._num_bytes[row].as_py()
 
 
-def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:
-    """The index of one shard's Parquet file `table`; UserError if that cannot be read.
+def read_index(table: Path, digest: str, keep: bool, with_captions: bool = False) -> ShardIndex:
+    """The index of one shard's Parquet file `table`, `with_captions` if they are asked for.
+
+    UserError if that cannot be read.
 
     `digest` is the table's in the catalogue; another one's index is not used. `keep` writes the index beside the table
     for the next time; a read-only folder is no error.
     """
     path = index_path(table)
-    if path.exists() and (mapped := _mapped(path, digest)) is not None:
+    mapped = _mapped(path, digest) if path.exists() else None
+    if mapped is not None and (not with_captions or CAPTIONS in mapped.schema.names):
         return ShardIndex(mapped)
-    rows = _rows_of_table(table)
+    rows = _rows_of_table(table, with_captions)
     if keep:
         with suppress(OSError):
             delete_index(table)
@@ -199,10 +215,10 @@ def read_index(table: Path, digest: str, keep: bool) -> ShardIndex:
     return ShardIndex(rows)
 
 
-def _rows_of_table(table: Path) -> pa.RecordBatch:
+def _rows_of_table(table: Path, with_captions: bool) -> pa.RecordBatch:
     try:
         with pq.ParquetFile(table) as file:
-            columns = [*_COLUMNS, *({_TEXT_OFFSET} & set(file.schema_arrow.names))]
+            columns = [*_COLUMNS, *({_TEXT_OFFSET} & set(file.schema_arrow.names)), *([CAPTIONS] * with_captions)]
             rows = file.read(columns)
         return pa.RecordBatch.from_arrays([pa.concat_arrays(rows[name].chunks) for name in columns], columns)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:

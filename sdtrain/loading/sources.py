@@ -16,6 +16,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.open import training_root
 from sdtrain.encode.info import NORMALISATION, require_latents
 from sdtrain.errors import UserError
+from sdtrain.loading.captions import CaptionMix, require_sources
 from sdtrain.loading.crops import Crop
 from sdtrain.loading.image_store import ImageStore, OnlineVae, no_images
 from sdtrain.loading.latent_store import OPEN_SHARDS, LatentStore, check_cache
@@ -31,6 +32,7 @@ class MixedStore(SampleStore):
     def __init__(self, stores: Sequence[SampleStore], weights: Sequence[float]) -> None:
         self.stores, self.sizes, self.text_dtype = tuple(stores), stores[0].sizes, stores[0].text_dtype
         self.counts = np.concatenate([store.counts for store in stores])
+        self.sources = tuple(sorted({source for store in stores for source in store.sources}))
         self.digest = digest_of_sources([store.digest for store in stores], weights)
         self._ends = np.cumsum([len(store) for store in stores])
 
@@ -76,17 +78,21 @@ class MixedStore(SampleStore):
 
 
 def open_samples(config: TrainConfig, scaling_factor: float) -> SampleStore:
-    """The config's datasets, checked against its VAE and resolution; UserError if they have no latents, or others."""
-    data = config.data
+    """The config's datasets, checked against it; UserError if they have no latents, or others, or lack captions."""
+    data, mix = config.data, CaptionMix(config.data.captions)
     if data.online_vae:
-        encoder = OnlineVae(config.vae)
+        encoder, reads = OnlineVae(config.vae), bool(mix.sources)
         stores: list[SampleStore] = [
-            ImageStore(training_root(s.root, True), data.resolution, encoder) for s in data.all_sources
+            ImageStore(training_root(s.root, True), data.resolution, encoder, reads) for s in data.all_sources
         ]
     else:
         stores = [_open_latents(training_root(s.root), config, scaling_factor) for s in data.all_sources]
-    if len(stores) == 1:
-        return stores[0]
+    store = stores[0] if len(stores) == 1 else _mixed(stores, data)
+    require_sources(mix, store.sources, data.name)
+    return store
+
+
+def _mixed(stores: Sequence[SampleStore], data: DataConfig) -> MixedStore:
     for source, store in zip(data.sources, stores, strict=True):
         if list(store.sizes) != list(stores[0].sizes):
             raise UserError(
@@ -178,7 +184,8 @@ def _open_latents(root: Path, config: TrainConfig, scaling_factor: float) -> Lat
 
     open_shards = max(1, OPEN_SHARDS // len(config.data.all_sources))
     is_cached = config.data.text_embeddings == "cached"
-    store = LatentStore(root, config.data.resolution, config.data.verify, open_shards, is_cached)
+    reads_captions = config.data.captions is not None
+    store = LatentStore(root, config.data.resolution, config.data.verify, open_shards, is_cached, reads_captions)
     expected = {
         "vae_sha256": recorded_vae_digest(config.vae, store.info.get("vae_sha256")),
         "resolution": config.data.resolution,

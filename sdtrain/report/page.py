@@ -16,9 +16,11 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
+from sdtrain.report.captions import draw_captions
 from sdtrain.report.examples import Counts, FindImage, Gallery, RuleThreshold, count_examples, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.sections import draw_pairs, draw_training
+from sdtrain.report.summary import Facts, Summary, anchor, place_drawn
 from sdtrain.training.run_dir import RunDir
 
 # More do not change a histogram.
@@ -34,6 +36,8 @@ class SampleSection:
     text: str
     table: list[tuple[str, str, int, float, float]] = field(default_factory=list)
     """(model, prompts, number of images, share of right colours, share of right shapes)."""
+    command: str = ""
+    """Gives the counts again."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class ImageSection:
     text: str
     image: Path
     lines: Sequence[str] = ()
+    command: str = ""
+    """Gives its numbers and its image again."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,11 @@ class Report:
     dataset: DatasetDir
     limits: dict[str, float]
     """The recipe's, drawn in the histograms."""
+    place: str = "."
+    """How the page's commands name the dataset: by default from its own folder, where the page is."""
+    summary: Summary | None = None
     training: RunDir | None = None
+    training_command: str = ""
     samples: SampleSection | None = None
     sections: Sequence[ImageSection] = ()
     """Shown after samples and training."""
@@ -91,7 +101,8 @@ def write_report(report: Report, path: Path) -> Path:
         context: dict[str, Any] = {
             "title": report.title,
             "lead": report.lead,
-            "facts": _facts(funnel, connection),
+            "facts": [_facts(funnel, connection, f"sdtrain funnel {report.place}")],
+            "place": report.place,
             "funnel": funnel,
             "remarks": [row[0] for row in connection.execute("FROM remarks").fetchall()],
             "part": report.narrow(connection),
@@ -99,6 +110,7 @@ def write_report(report: Report, path: Path) -> Path:
             "histograms": _draw_histograms(connection, report.limits, images),
             "galleries": _relative(_galleries(connection, report, counts, images), path.parent),
             "pairs": draw_pairs(connection, report.limits, images),
+            "captions": draw_captions(connection, report.dataset, images),
             "scores_note": report.scores_note,
             "warnings": report.warn([dict(zip(_FUNNEL, row, strict=True)) for row in funnel]),
             "database": report.dataset.database.name,
@@ -107,19 +119,32 @@ def write_report(report: Report, path: Path) -> Path:
     context["samples"] = _place_samples(report.samples, images) if report.samples else None
     context["card"] = os.path.relpath(report.card, path.parent) if report.card else None
     context["sections"] = [_place_section(section, images) for section in report.sections]
+    context["training_command"] = report.training_command
+    if report.summary:
+        context |= _summary(report.summary, context, images)
     page = _template().render(context)
     with publish(path) as temporary:
         temporary.write_text(page)
     return path
 
 
-def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection) -> list[tuple[str, str]]:
+def _summary(summary: Summary, context: dict[str, Any], images: Path) -> dict[str, Any]:
+    """The numbers of the training and the summary's own behind those of the dataset, images, curves."""
+    training = context["training"]
+    learnt = [Facts(training.numbers, context["training_command"])] if training else []
+    curves = [("Training", training.curve)] if training else []
+    curves += [(shown["title"], shown["image"]) for shown in context["sections"] if shown["title"] == summary.curve]
+    facts = [*context["facts"], *learnt, *summary.facts]
+    return {"summary": summary, "facts": facts, "drawn": place_drawn(summary.drawn, images), "curves": curves}
+
+
+def _facts(funnel: list[tuple[Any, ...]], connection: duckdb.DuckDBPyConnection, command: str) -> Facts:
     rows_in = funnel[0][3] + funnel[0][4]
     selected = connection.execute("SELECT count(*) FROM decisions").fetchone()
     fetched = connection.execute("SELECT sum(num_out)::BIGINT FROM stages WHERE stage = 'download'").fetchone()
     counts = [(funnel[0][2], rows_in), ("selected", selected[0] if selected else 0)]
     counts += [("downloaded", fetched[0] if fetched else 0), ("kept", funnel[-1][4])]
-    return [(name, f"{count:,}") for name, count in counts]
+    return Facts([(f"{count:,}", name) for name, count in counts], command)
 
 
 def _draw_funnel(funnel: list[tuple[Any, ...]], images: Path) -> str:
@@ -127,8 +152,10 @@ def _draw_funnel(funnel: list[tuple[Any, ...]], images: Path) -> str:
     return "pictures/funnel.png"
 
 
-def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path) -> list[str]:
-    """Draws a histogram per metadata score: kept rows in front of all rows."""
+def _draw_histograms(
+    connection: duckdb.DuckDBPyConnection, limits: dict[str, float], images: Path
+) -> list[dict[str, str]]:
+    """Draws a histogram per metadata score, with the query of its counts: kept rows in front of all rows."""
     drawn = []
     scores = (("aesthetic", "min_aesthetic", "aesthetic score (V2)"), ("pwatermark", "max_watermark", "P(watermark)"))
     for column, rule, label in scores:
@@ -136,7 +163,8 @@ def _draw_histograms(connection: duckdb.DuckDBPyConnection, limits: dict[str, fl
         if not any(groups.values()):
             continue
         plot_histogram(groups, limits.get(rule), label, images / f"{column}.png")
-        drawn.append(f"pictures/{column}.png")
+        query = f"SELECT (SELECT count({column}) FROM metadata) AS metadata, count({column}) AS kept FROM kept"  # noqa: S608
+        drawn.append({"image": f"pictures/{column}.png", "query": query})
     return drawn
 
 
@@ -153,12 +181,13 @@ def _column(connection: duckdb.DuckDBPyConnection, view: str, column: str) -> li
 
 def _place_samples(samples: SampleSection, images: Path) -> dict[str, Any]:
     shutil.copyfile(samples.image, images / "samples.png")
-    return {"image": "pictures/samples.png", "text": samples.text, "table": samples.table}
+    shown = {"image": "pictures/samples.png", "text": samples.text, "table": samples.table}
+    return shown | {"command": samples.command}
 
 
 def _place_section(section: ImageSection, images: Path) -> dict[str, Any]:
     shutil.copyfile(section.image, images / section.image.name)
-    shown = {"title": section.title, "text": section.text, "lines": section.lines}
+    shown = {"title": section.title, "text": section.text, "lines": section.lines, "command": section.command}
     return shown | {"image": f"pictures/{section.image.name}"}
 
 
@@ -180,4 +209,6 @@ def _relative(found: list[Gallery], root: Path) -> list[dict[str, Any]]:
 
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, autoescape=True).get_template("template.html")
+    environment = jinja2.Environment(loader=loader, autoescape=True)
+    environment.filters["anchor"] = anchor
+    return environment.get_template("template.html")

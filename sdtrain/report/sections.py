@@ -24,6 +24,7 @@ _SCORES = (
     ("punsafe", "max_unsafe", "P(unsafe)"),
     ("similarity", "min_similarity", "similarity to the caption"),
 )
+_METRICS = ("num", "correlation", "difference", "same_side")
 ItemT = TypeVar("ItemT")
 
 
@@ -35,6 +36,8 @@ class Training:
     """
 
     text: str
+    numbers: list[tuple[str, str]]
+    """The most important metrics as (value, name)."""
     curve: str
     by_timestep: str | None
     previews: list[tuple[str, int]]
@@ -53,7 +56,9 @@ def draw_training(run: RunDir, images: Path) -> Training | None:
         plot_timesteps({step: validation[step] for step in steps}, images / "timesteps.png")
     rate = sorted(float(row["images_per_s"]) for row in rows)[len(rows) // 2]
     held_out = f"; loss on held-out samples {means[-1][1]:.3f}" if means else ""
+    loss = (f"{means[-1][1]:.3f}", "loss, held out") if means else (f"{float(rows[-1]['loss']):.3f}", "last loss")
     return Training(
+        numbers=[(f"{int(rows[-1]['step']):,}", "optimizer steps"), loss],
         text=f"{int(rows[-1]['step']):,} optimizer steps; last loss {float(rows[-1]['loss']):.3f}{held_out}; "
         f"{rate:,.0f} images/s.",
         curve="pictures/loss.png",
@@ -94,7 +99,8 @@ def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], 
             continue
         both = f"FROM score_pairs WHERE {column}_metadata IS NOT NULL AND {column}_image IS NOT NULL"
         limit = limits.get(rule)
-        metrics = _compare(connection, column, both, limit)
+        query = _comparison(column, both, limit)
+        metrics = dict(zip(_METRICS, connection.execute(query).fetchall()[0], strict=True))
         if not metrics["num"]:
             continue
         pairs = connection.execute(
@@ -102,19 +108,17 @@ def draw_pairs(connection: duckdb.DuckDBPyConnection, limits: dict[str, float], 
             f"USING SAMPLE reservoir({MAX_POINTS} ROWS) REPEATABLE (1)"
         ).fetchall()
         plot_pairs(pairs, limit, label, images / f"{column}_pairs.png")
-        drawn.append({"image": f"pictures/{column}_pairs.png", "text": _sentence(label, metrics, limit)})
+        text = _sentence(label, metrics, limit)
+        drawn.append({"image": f"pictures/{column}_pairs.png", "text": text, "query": query})
     return drawn
 
 
-def _compare(connection: duckdb.DuckDBPyConnection, column: str, both: str, limit: float | None) -> dict[str, Any]:
+def _comparison(column: str, both: str, limit: float | None) -> str:
+    """The query of `_METRICS`, which the page shows too."""
     metadata, image = f"{column}_metadata", f"{column}_image"
-    names = ("num", "correlation", "difference", "same_side")
-    row = connection.execute(
-        f"SELECT count(*), corr({metadata}, {image}), avg({image} - {metadata}), "
-        f"avg((({metadata} > $limit) = ({image} > $limit))::INTEGER) {both}",
-        {"limit": limit},
-    ).fetchone()
-    return dict(zip(names, row or (0, None, None, None), strict=True))
+    side = "NULL" if limit is None else f"avg((({metadata} > {limit!r}) = ({image} > {limit!r}))::INTEGER)"
+    columns = ("count(*)", f"corr({metadata}, {image})", f"avg({image} - {metadata})", side)
+    return f"SELECT {', '.join(f'{item} AS {name}' for item, name in zip(columns, _METRICS, strict=True))} {both}"
 
 
 def _sentence(label: str, metrics: dict[str, Any], limit: float | None) -> str:

@@ -38,7 +38,8 @@ class ShownSample:
         if crop:
             box = ", ".join(f"{side:.4g}" for side in crop.box)
             parts.append(f"crop ({box}) of {crop.source_px[0]} x {crop.source_px[1]} px")
-        return ", ".join([*parts, "caption dropped" if drawn.is_dropped else "caption kept"])
+        state = "dropped" if drawn.is_dropped else "kept"
+        return ", ".join([*parts, f"caption {state} (source {drawn.source})"])
 
     def row(self) -> dict[str, Any]:
         """The same for JSON."""

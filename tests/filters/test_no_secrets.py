@@ -31,14 +31,23 @@ from tests.filters.removal_fixtures import NUM_ROWS, caption_of, files_with, mak
 from tests.filters.store_fixtures import PASSWORD, PLANTED, QUERY, SPELLINGS, Store, needs_httpfs, serving
 
 # All settings that are text. A new one fails the test below until it is known whether it can hold a URL.
-MODULES = ("filters.recipe", "sdtrain.config", "sdtrain.endpoint.config", "sdtrain.evaluation.protocol")
+MODULES = (
+    "filters.recipe",
+    "filters.caption_config",
+    "sdtrain.config",
+    "sdtrain.endpoint.config",
+    "sdtrain.evaluation.protocol",
+)
 LOCATIONS = {
+    "CaptionModelConfig": {"name"},
     "DataConfig": {"root"},
     "DownloadConfig": {"contact", "ca_file"},
     "EncodeConfig": {"vae", "text_encoder"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
-    "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights"},
+    "Protocol": {
+        "prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights", "preference"
+    },
     "ScoreConfig": {
         "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
     },
@@ -49,8 +58,10 @@ LOCATIONS = {
 }  # fmt: skip
 WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
+    "CaptionModelConfig": {"revision"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
+    "DataConfig": {"captions"},
     "DecideConfig": {"rules"},
     "DownloadConfig": {"proxy"},  # one with a user or password is refused
     "EndpointConfig": {"url", "model", "api_key_env"},  # a url with a user, password or query is refused
@@ -64,6 +75,7 @@ WORDS = {
     "UNetConfig": {"down_block_types", "up_block_types"},
 }
 NEEDED: dict[str, dict[str, Any]] = {
+    "CaptionModelConfig": {"name": "x"},
     "EndpointConfig": {"url": "http://127.0.0.1/v1", "model": "x"},
     "JoinConfig": {"files": "x"},
     "ListConfig": {"files": "x", "by": "url"},

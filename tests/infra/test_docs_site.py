@@ -4,6 +4,9 @@ import logging
 import os
 import re
 import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ build = pytest.importorskip("mkdocs.commands.build", reason="mkdocs is not insta
 
 from mkdocs.config import load_config  # noqa: E402
 from mkdocs.exceptions import Abort  # noqa: E402
+
+from tests.browser import complaints, open_browser  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 FETCHED = re.compile(r"""<(?:script|link|img|iframe|source)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
@@ -70,6 +75,16 @@ def test_a_link_an_anchor_an_image_and_a_page_that_the_index_lacks_stop_it(chang
     with caplog.at_level(logging.WARNING, "mkdocs"), pytest.raises(Abort, match="warning"):
         build_site(tmp_path, tmp_path / "site")
     assert complaint in caplog.text
+
+
+@pytest.mark.slow
+def test_a_browser_finds_nothing_wrong_with_it(site):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with open_browser() as browser:
+            for page in ("index.html", "building.html", "architecture.html", "infra/index.html"):
+                assert complaints(browser, f"http://127.0.0.1:{server.server_port}/{page}") == []
+        server.shutdown()
 
 
 def _small_repository(folder: Path, index: str) -> None:

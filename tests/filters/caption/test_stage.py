@@ -9,11 +9,12 @@ import pytest
 
 from filters.caption.duplicates import duplicate_texts
 from filters.caption.stage import CAPTION
+from filters.caption_config import CaptionConfig
 from filters.inspect.status import dataset_status
 from filters.inspect.views import write_views
 from filters.pipeline import OTHER_VIEWS, STAGES, stages_of
 from filters.preflight import sized_checks
-from filters.recipe import CaptionConfig, Recipe
+from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry

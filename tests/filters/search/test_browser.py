@@ -1,6 +1,5 @@
 """The page in a real browser: asking by words, by a dropped image, and by one that was found."""
 
-import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from filters.search.search import Search
+from tests.browser import complaints, open_browser
 from tests.filters.removal_fixtures import caption_of, copy_of, make_photo, remove
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 WAIT_S = 60
 DROP = """
 const given = new DataTransfer();
@@ -24,18 +23,8 @@ PAINTED = "return [...document.querySelectorAll('#hits img')].slice(0, 4).every(
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no Chromium with chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,1600"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
+    with open_browser() as opened:
+        yield opened
 
 
 @contextmanager
@@ -78,8 +67,8 @@ def test_images_are_found_by_words_by_dropping_one_and_by_their_neighbours(brows
         browser.find_element("link text", "nearest to this one").click()
         wait_for(browser, lambda b: "like=" in b.current_url)
         assert cards(browser)[0] == caption_of(9)
-    complaints = [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
-    assert complaints == []
+        assert browser.get_log("browser") == []
+        assert complaints(browser, f"{address}?by=words&q=ünïque") == []
 
 
 @pytest.mark.slow

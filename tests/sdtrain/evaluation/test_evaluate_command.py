@@ -1,4 +1,5 @@
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
+from sdtrain.cli.evaluate import command_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.sweep import plan
@@ -21,20 +23,7 @@ SDTRAIN = Path(sys.executable).with_name("sdtrain")
 
 
 def arguments(protocol, run, output):
-    options = {
-        "reference": protocol.reference,
-        "prompts": protocol.prompts,
-        "output": output,
-        "num": protocol.num_prompts,
-        "scales": ",".join(f"{scale:g}" for scale in protocol.scales),
-        "steps": protocol.num_steps,
-        "dtype": protocol.dtype,
-        "networks": ",".join(protocol.networks),
-        "agreement": protocol.agreement,
-        "batch-size": protocol.batch_size,
-        "part-size": protocol.part_size,
-    }
-    return ["evaluate", str(run), *(part for name, value in options.items() for part in (f"--{name}", str(value)))]
+    return [*shlex.split(command_of(run, protocol))[1:], "--output", str(output)]
 
 
 def test_the_command_prints_every_number_with_its_protocol(little, run, tmp_path):
