@@ -189,14 +189,14 @@ def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, r
 def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
     connection.execute(
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
-        "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN)"
+        "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN, finished_at TIMESTAMP)"
     )
     on_gpu = {stage.name for stage in pipeline.STAGES if stage.uses_gpu}
     for stage in recorded_stages(dataset):
         connection.register("finished", entries(dataset, stage).table)
         connection.execute(
-            "INSERT INTO stages SELECT ?, shard, num_in, num_out, seconds, num_bytes, to_json(dropped), ? "
-            "FROM finished",
+            "INSERT INTO stages SELECT ?, shard, num_in, num_out, seconds, num_bytes, to_json(dropped), ?, "
+            "make_timestamp(CAST(nullif(finished_at, 0) * 1e6 AS BIGINT)) FROM finished",
             [stage, stage in on_gpu],
         )
         connection.unregister("finished")

@@ -20,7 +20,7 @@ from sdtrain.dataset.removal_ledger import key_digest
 from sdtrain.dataset.sync import push_files
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
-from sdtrain.exposure.removed_rows import SCHEMA, read_removed_rows
+from sdtrain.exposure.removed_rows import NO_ROW, SCHEMA, read_removed_rows
 from sdtrain.loading.shard_catalog import footer_digest
 
 _STAGES = ("pack", "encode")
@@ -95,6 +95,11 @@ class _Reading:
                 num_rows = pq.read_metadata(folder / table).num_rows
                 tables[table] = {"stage": stage, "before": footer_digest(folder / table), "num_rows": num_rows}
             yield row | tables[table] | self._keys(row["uid"])
+        for path in paths:  # whose other samples have texts of removed ones
+            if path.exists() and path.name not in tables:
+                num_rows = pq.read_metadata(path).num_rows
+                changed = {"stage": stage, "table": path.name, "before": footer_digest(path), "num_rows": num_rows}
+                yield changed | {"row": NO_ROW}
 
     def _keys(self, uid: str) -> dict[str, Any]:
         """Digests of the sample's keys."""

@@ -30,12 +30,20 @@ def card(
     word_lists: Annotated[
         Path | None, typer.Option(help="Words by which captions are counted: a YAML file like sdtrain's own.")
     ] = None,
+    training_summary: Annotated[
+        bool,
+        typer.Option(
+            "--training-summary", help="Also the EU's summary of the training content, RUN/training-summary.md."
+        ),
+    ] = False,
 ) -> None:
     """Write a run's model card, RUN/README.md, again, and measure who and what its datasets' captions speak of."""
-    from sdtrain.model_card import measure_representation, write_card
+    from sdtrain.model_card import measure_representation, write_card, write_training_summary
 
     measure_representation(run, word_lists)
     print(write_card(run))
+    if training_summary:
+        print(*write_training_summary(run), sep="\n")
 
 
 def plan(

@@ -91,6 +91,15 @@ def measure_representation(run: Path, word_lists: Path | None = None) -> None:
     plot_all(run, measure_datasets(run, {_name_of(root, here): here for root, here in roots.items()}, lists))
 
 
+def write_training_summary(run: Path) -> list[Path]:
+    """Writes the summary of what a run's datasets hold; returns its files. UserError as for `write_summary`."""
+    from sdtrain.model_card.training_summary import write_summary
+
+    lineage(run)
+    config = load_settings(TrainConfig, run / "config.yaml")
+    return write_summary(run, [(source.root, _here(source.root)) for source in config.data.all_sources])
+
+
 def _name_of(root: str, here: Path) -> str:
     return dataset_facts(here).name or Path(root).name
 

@@ -16,6 +16,8 @@ from filters.inspect.views import write_views
 from filters.pipeline import stages_of
 from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import read_entry, write_entry
+from sdtrain.model_card.training_summary import summarise_dataset
 from tests.filters.dataset_fixtures import make_dataset
 
 EMPTY = {stage.table.view: stage.table.columns for stage in stages_of(Recipe(name="plain"))}
@@ -79,6 +81,18 @@ def test_drops_name_stage_reason_and_message(built):
         ["download", "timeout", "timeout: detail", "1"],
         ["score", "undecodable", "NULL", "1"],
     ]
+
+
+def test_the_summary_of_the_training_content_asks_these_views(built, tmp_path):
+    dataset, recipe = built
+    content = summarise_dataset("x", dataset.root, tmp_path / "domains.csv")
+    numbers = (content.num_rows, content.num_selected, content.num_fetched, content.num_kept)
+    assert [number.value for number in numbers] == [40, 35, 31, 27]
+    assert sum(number for _, number in content.domains.first.rows) == content.domains.images_top.value
+    dated = read_entry(dataset, "download", 0).model_copy(update={"finished_at": 1_762_000_000.0})
+    write_entry(dataset, dated)
+    write_views(dataset, recipe)
+    assert summarise_dataset("x", dataset.root, tmp_path / "domains.csv").first_day.value == "2025-11-01"
 
 
 def test_latents_say_in_which_tar_they_lie(built):
