@@ -23,6 +23,7 @@ from sdtrain.exposure.lineage import lineage
 from sdtrain.impact.energy import Spent
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
 from sdtrain.model_card.records import DatasetFacts, dataset_facts
+from sdtrain.model_card.removals import open_removals
 from sdtrain.model_card.representation_record import measure_datasets, plot_all, sections
 from sdtrain.model_card.word_lists import load_word_lists
 from sdtrain.settings import load_settings
@@ -64,6 +65,7 @@ def write_card(run: Path) -> Path:
         step=chain[-1].step,
         datasets=datasets,
         crops=_crops(config, datasets),
+        removals=open_removals(run),
         energy=energy,
         total_kg=total_kg,
         intensity=config.card.intensity(),
