@@ -103,6 +103,11 @@ class DatasetDir:
         return self.root / "removed-rows.parquet"
 
     @property
+    def known_runs(self) -> Path:
+        """The folder of the runs that trained on it, a file each; no part of the data."""
+        return self.root / "runs"
+
+    @property
     def removal(self) -> Path:
         """The plan of a removal in progress."""
         return self.root / "removal.json"
