@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 TESTS := -p xdist -n 2
 
-.PHONY: setup demo up down deploy test test-slow test-kills test-long test-all check bench gpu-check docs lock clean
+.PHONY: setup demo demo-captions up down deploy test test-slow test-kills test-long test-all check bench gpu-check docs lock clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,10 @@ $(STAMP): requirements.lock pyproject.toml
 
 demo: setup
 	$(BIN)/python -m flows.demo --output demo-output
+
+# What captions are worth: two more runs of the demo's model, on poor alt texts and on generated captions.
+demo-captions: setup
+	$(BIN)/python -m flows.demo_captions --output demo-output/captions
 
 # One machine for months: PostgreSQL, Prefect's server, a worker for each pool; docs/operating.md says more.
 # SDTRAIN_STATE (.sdtrain-box) and SDTRAIN_PORT (4200) say where.

@@ -1,10 +1,11 @@
 """Comparison of samples with their nearest training images, to find memorised ones.
 
-- **Near-duplicate** (`near-duplicate`): the cosine of CLIP's embeddings is at least `threshold`. This is a proxy:
-  CLIP encodes an image's content, not whether it was copied, so images of one motif are also similar. The default is
-  0.95, the default of `duplicates.semantic_threshold`. (Somepalli et al. 2022, arXiv 2212.03860, use 0.5 with SSCD, a
-  copy-detection network; its cosines are not comparable to CLIP's.) `calibrate` measures the limit on the dataset's own
-  images: the share of training images with another one so similar, and the share of random pairs.
+- **Near-duplicate** (`near-duplicate`): the cosine of SSCD's embeddings is at least 0.5, as in Somepalli et al. 2022,
+  arXiv 2212.03860 (`filters.score.sscd`; the nearest images by CLIP are compared). Without SSCD's weights, that of
+  CLIP's embeddings is at least `threshold`. This is a proxy: CLIP encodes an image's content, not whether it was
+  copied, so images of one motif are also similar. The default is 0.95, the default of `duplicates.semantic_threshold`.
+  `calibrate` measures the limit on the dataset's own images: the share of training images with another one so similar,
+  and the share of random pairs.
 - **The same image** (`same`): root mean square difference of pixels from 0 to 1 of at most 0.15, as Carlini et al. 2023
   (arXiv 2301.13188, section 4.1) define extraction from Stable Diffusion; and, because pale images meet that limit
   trivially, perceptual hashes that differ in at most `radius` bits. Both use the centre crop that training sees.
@@ -17,10 +18,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from filters.memorization.samples import Sample
 from filters.memorization.similarity import (
@@ -32,29 +35,33 @@ from filters.memorization.similarity import (
     compare,
     quantiles,
 )
-from filters.search.hits import image_of
+from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from filters.search.sheet import Cell, Row, write_sheet
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.errors import UserError
 
+if TYPE_CHECKING:
+    from filters.score.sscd import SscdEncoder
+
+SSCD_THRESHOLD = 0.5
+"""Of Somepalli et al. 2022, for SSCD's cosines."""
 KINDS = ("same", "near-duplicate", "new")
 _AT_ONCE, _ROWS_SHOWN = 64, 24
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A sample and its neighbours, same image first, then nearest first; `kind` is one of `KINDS`."""
+    """A sample and its neighbours, same image first, then nearest first; `kind` is one of `KINDS`.
+
+    `similarity` is the cosine of the nearest, by the network that decides; -1 without neighbours.
+    """
 
     sample: Sample
     neighbours: Sequence[Neighbour]
     kind: str
-
-    @property
-    def similarity(self) -> float:
-        """Cosine of the nearest."""
-        return max((neighbour.hit.similarity for neighbour in self.neighbours), default=-1.0)
+    similarity: float
 
     def row(self) -> dict[str, Any]:
         """Returns a row for JSON."""
@@ -85,24 +92,34 @@ class Memorised:
     def summary(self) -> dict[str, Any]:
         """Returns counts, limits and cosine distributions for JSON."""
         kinds = {kind: self.count(kind) for kind in KINDS}
-        limits = {"threshold": self.limits.threshold, "radius": self.limits.radius, "pixels": MAX_PIXEL_DISTANCE}
+        limits = {"network": self.limits.network, "threshold": self.limits.cosine}
+        limits |= {"radius": self.limits.radius, "pixels": MAX_PIXEL_DISTANCE}
         cosines = quantiles([verdict.similarity for verdict in self.verdicts])
         named = {"num_samples": len(self.verdicts), **kinds, "limits": limits, "cosines": cosines}
         return named | {"calibration": self.calibration.summary(), "notes": list(self.notes)}
 
 
-def check_samples(search: Search, samples: Iterable[Sample], limits: Limits | None = None) -> Memorised:
+def check_samples(
+    search: Search, samples: Iterable[Sample], limits: Limits | None = None, sscd: SscdEncoder | None = None
+) -> Memorised:
     """Searches the kept training images for samples, holding a few samples in memory at a time.
 
-    UserError if there are no samples, or the dataset cannot be searched.
+    With `sscd`, it decides on near-duplicates, at `limits.sscd_threshold` or 0.5. UserError if there are no samples, or
+    the dataset cannot be searched.
     """
-    limits = limits or Limits()
-    verdicts = [verdict for part in _parts(samples) for verdict in _verdicts(search, part, limits)]
+    limits = _for_network(limits or Limits(), sscd)
+    verdicts = [verdict for part in _parts(samples) for verdict in _verdicts(search, part, limits, sscd)]
     if not verdicts:
         raise UserError("There are no samples to look for.")
     verdicts.sort(key=lambda verdict: (KINDS.index(verdict.kind), -verdict.similarity, verdict.sample.name))
-    calibration = calibrate(search, limits.threshold)
-    return Memorised(verdicts, calibration, limits, [*_notes(search, limits), calibration.sentence()])
+    calibration = calibrate(search, limits, sscd)
+    return Memorised(verdicts, calibration, limits, [*_notes(search, limits, sscd), calibration.sentence()])
+
+
+def _for_network(limits: Limits, sscd: SscdEncoder | None) -> Limits:
+    if sscd is None:
+        return replace(limits, sscd_threshold=None)
+    return replace(limits, sscd_threshold=SSCD_THRESHOLD if limits.sscd_threshold is None else limits.sscd_threshold)
 
 
 def _parts(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
@@ -111,21 +128,44 @@ def _parts(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
         yield part
 
 
-def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits) -> Iterator[Verdict]:
+def _verdicts(search: Search, samples: Sequence[Sample], limits: Limits, sscd: SscdEncoder | None) -> Iterator[Verdict]:
     images = [sample.read() for sample in samples]
     found = search.by_images(images, limits.top, kept_only=True)
     for sample, image, hits in zip(samples, images, found, strict=True):
-        neighbours = [compare(image, hit, image_of(search.dataset, hit)) for hit in hits]
-        same = [neighbour for neighbour in neighbours if neighbour.is_same(limits)]
-        others = [neighbour for neighbour in neighbours if not neighbour.is_same(limits)]
+        neighbours = _compared(image, [(hit, image_of(search.dataset, hit)) for hit in hits], sscd)
+        neighbours.sort(key=lambda neighbour: (not neighbour.is_same(limits), -neighbour.cosine(limits)))
+        same = any(neighbour.is_same(limits) for neighbour in neighbours)
         similar = any(neighbour.is_near_duplicate(limits) for neighbour in neighbours)
-        yield Verdict(sample, same + others, "same" if same else "near-duplicate" if similar else "new")
+        nearest = max((neighbour.cosine(limits) for neighbour in neighbours), default=-1.0)
+        yield Verdict(sample, neighbours, "same" if same else "near-duplicate" if similar else "new", nearest)
 
 
-def _notes(search: Search, limits: Limits) -> list[str]:
+def _compared(
+    sample: Image.Image, found: Sequence[tuple[Hit, Image.Image | None]], sscd: SscdEncoder | None
+) -> list[Neighbour]:
+    neighbours = [compare(sample, hit, image) for hit, image in found]
+    if sscd is None:
+        return neighbours
+    own = sscd.embed([sample])[0]
+    cosines = [None if image is None else float(own @ sscd.embed([image])[0]) for _, image in found]
+    return [replace(neighbour, sscd=cosine) for neighbour, cosine in zip(neighbours, cosines, strict=True)]
+
+
+def _near_duplicate_note(limits: Limits, sscd: SscdEncoder | None) -> str:
+    if sscd is None:
+        return (
+            f"Near-duplicate: the cosine of CLIP embeddings is at least {limits.cosine:g}; a proxy, since CLIP judges "
+            "what is shown and not whether it was copied. --sscd compares with a network that does."
+        )
+    return (
+        f"Near-duplicate: the cosine of SSCD embeddings is at least {limits.cosine:g} (Somepalli et al. 2022: "
+        f"{SSCD_THRESHOLD:g}). Its weights are {sscd.digest[:12]}, and the {limits.top} nearest by CLIP are compared."
+    )
+
+
+def _notes(search: Search, limits: Limits, sscd: SscdEncoder | None) -> list[str]:
     notes = [
-        f"Near-duplicate: the cosine of CLIP embeddings is at least {limits.threshold:g}; a proxy, since CLIP judges "
-        "what is shown and not whether it was copied.",
+        _near_duplicate_note(limits, sscd),
         f"Same: perceptual hashes differ in at most {limits.radius} bits, and pixels by at most {MAX_PIXEL_DISTANCE} "
         "(root mean square of 0 to 1; Carlini et al. 2023).",
         "Compared with the images that were kept; dropped duplicates count through the one that stayed.",
@@ -163,7 +203,8 @@ def _plot(found: Memorised, path: Path) -> None:
     groups = {"training images": list(found.calibration.nearest), "samples": [v.similarity for v in found.verdicts]}
     with publish(path) as temporary:
         drawn = temporary.with_suffix(".png")  # matplotlib picks the format by suffix
-        plot_histogram(groups, found.limits.threshold, "cosine with the nearest (other) training image", drawn)
+        label = f"{found.limits.network}'s cosine with the nearest (other) training image"
+        plot_histogram(groups, found.limits.cosine, label, drawn)
         drawn.replace(temporary)
 
 
@@ -175,7 +216,7 @@ def _row(found: Memorised, verdict: Verdict, dataset: DatasetDir) -> Row:
 def _cells(found: Memorised, verdict: Verdict, named: str, dataset: DatasetDir) -> Iterator[Cell]:
     yield Cell(verdict.sample.read(), "sample", named)
     for neighbour in verdict.neighbours:
-        hit, head = neighbour.hit, f"{neighbour.hit.similarity:.3f}"
+        hit, head = neighbour.hit, f"{neighbour.cosine(found.limits):.3f}"
         if neighbour.hash_bits is not None:
             head += f", {neighbour.hash_bits} bits, px {neighbour.pixel_distance:.2f}"
         marked = neighbour.is_same(found.limits) or neighbour.is_near_duplicate(found.limits)

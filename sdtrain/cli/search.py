@@ -67,6 +67,10 @@ def memorised(
     guidance: Annotated[float, typer.Option(help="Guidance scale of these.")] = 7.5,
     steps: Annotated[int, typer.Option(help="Sampling steps of these.", min=1)] = 50,
     threshold: Annotated[float, typer.Option(help="Least CLIP cosine that is flagged; a proxy.", min=0, max=1)] = 0.95,
+    sscd: Annotated[
+        Path | None, typer.Option(help="Weights of SSCD, which then decides in CLIP's place: sscd_disc_mixup.….pt.")
+    ] = None,
+    sscd_threshold: Annotated[float, typer.Option(help="Least SSCD cosine that is flagged.", min=0, max=1)] = 0.5,
     radius: Annotated[int, typer.Option(help="Bits in which hashes of one image may differ.", min=0, max=32)] = 10,
     top: Annotated[int, typer.Option(help="Training images beside each sample.", min=1, max=20)] = 4,
     output: Annotated[Path, typer.Option(help="Where sheets and JSON go.")] = Path("memorised"),
@@ -77,6 +81,7 @@ def memorised(
     from filters.memorization.samples import draw_samples, read_samples
     from filters.memorization.similarity import Limits
     from filters.recipe_record import read_recipe
+    from filters.score.sscd import SscdEncoder
     from filters.search.search import Search
     from sdtrain.dataset.lock import lock_to_read
     from sdtrain.dataset.open import open_to_ask
@@ -86,12 +91,14 @@ def memorised(
     read_recipe(directory)
     if not source.is_dir() and not repeated_prompts:
         raise UserError(f"There is no folder {source}. Name one with samples, or a model and --repeated-prompts N.")
+    encoder = SscdEncoder(sscd) if sscd else None  # before images are drawn
     with prints_to_stderr(as_json), lock_to_read(directory, "sdtrain memorised"):
         samples: Iterable[Sample] = read_samples(source)
         if repeated_prompts:
             prompts, settings = _repeated(directory, repeated_prompts), SampleSettings(guidance, steps)
             samples = draw_samples(source, prompts, per_prompt, seed, output / "samples", settings)
-        found = check_samples(Search(directory), samples, Limits(threshold, radius, top))
+        limits = Limits(threshold, radius, top, sscd_threshold)
+        found = check_samples(Search(directory), samples, limits, encoder)
         paths = write_memorised(found, directory, output)
     if as_json:
         print_json(found.document())

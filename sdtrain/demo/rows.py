@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdtrain.demo.images import SEEN_PAIRS, Scene, caption, draw, random_scene
+from sdtrain.demo.images import COLORS, SEEN_PAIRS, Scene, caption, draw, random_scene
 from sdtrain.errors import UserError
 
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")
@@ -48,6 +48,8 @@ _WITHOUT_PICTURE = _FAILING - {"truncated"} | {"redirect_loop", "refused", "file
 # The server just sends the image.
 _PLAIN = {"ok", "small_picture", "small_row", "watermarked", "spoiled", "null_scores", "no_caption"}
 _SERVED_AS_PICTURE = _PLAIN | {"exact_duplicate", "near_duplicate", "bad_certificate"}
+_USELESS = ("IMG_{number:04d}.jpg", "DSC0{number:04d}", "image", "Click to enlarge", "ein Bild in {color}")
+_GERMAN = dict(zip(COLORS, ("Rot", "Gelb", "Grün", "Türkis", "Blau", "Rosa"), strict=True))
 _FOLDERS = ("photos", "wp-content/uploads", "products/large", "img/gallery")
 
 
@@ -86,10 +88,11 @@ class Row:
         return "picture" if self.kind in _SERVED_AS_PICTURE else self.kind
 
 
-def plan_rows(num_rows: int, seed: int) -> list[Row]:
+def plan_rows(num_rows: int, seed: int, useless: float = 0.0) -> list[Row]:
     """The rows of a world, a pure function of its arguments; pairs of `UNSEEN_PAIRS` never occur.
 
-    UserError if there are too few rows for one of each kind.
+    The share `useless` of rows has an alt text that says nothing of the image, as on much of the web. UserError if
+    there are too few rows for one of each kind.
     """
     if num_rows < MIN_ROWS:
         raise UserError(
@@ -105,7 +108,14 @@ def plan_rows(num_rows: int, seed: int) -> list[Row]:
     for row in rows:
         if row.kind.endswith("_duplicate"):
             rows[row.index] = _copy_of(rows[int(next(originals))], row, np.random.default_rng((seed, row.index, 1)))
-    return rows
+    return [_maybe_useless(row, np.random.default_rng((seed, row.index, 2)), useless) for row in rows]
+
+
+def _maybe_useless(row: Row, rng: np.random.Generator, share: float) -> Row:
+    if row.text is None or rng.random() >= share:
+        return row
+    text = str(rng.choice(_USELESS)).format(number=row.index, color=_GERMAN[row.scene.color])
+    return replace(row, text=text)
 
 
 def _plan_row(index: int, kind: str, rng: np.random.Generator) -> Row:

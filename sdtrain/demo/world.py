@@ -112,18 +112,21 @@ def make_world(
     https_port: int = HTTPS_PORT,
     num_processes: int = 2,
     on_progress: Callable[[int, int], None] | None = None,
+    useless: float = 0.0,
 ) -> World:
-    """Makes the world, unless it exists with the same `num_rows` and `seed`; resumes a killed call.
+    """Makes the world, unless it exists with the same `num_rows`, `seed` and share of `useless` alt texts.
 
-    The same arguments give the same bytes, as long as the ports are free on all hosts; otherwise, or for 0, a free port
-    is taken. `on_progress` gets (rows drawn, total rows). UserError for too few rows, or a full disk.
+    A killed call is resumed. The same arguments give the same bytes, as long as the ports are free on all hosts;
+    otherwise, or for 0, a free port is taken. `on_progress` gets (rows drawn, total rows). UserError for too few rows,
+    or a full disk.
     """
     directory = directory.absolute()
-    settings = {"version": VERSION, "num_rows": num_rows, "seed": seed}
+    settings: dict[str, Any] = {"version": VERSION, "num_rows": num_rows, "seed": seed}
+    settings |= {"useless": useless} if useless else {}
     content = _read_marker(directory)
-    if content is not None and settings.items() <= content.items():
+    if content is not None and settings.items() <= content.items() and content.get("useless", 0.0) == useless:
         return _world(directory, content)
-    rows = plan_rows(num_rows, seed)
+    rows = plan_rows(num_rows, seed, useless)
     chosen_http = _free_port(http_port)
     ports = {"http_port": chosen_http, "https_port": _free_port(https_port, other_than=chosen_http)}
     world = _world(directory, settings | ports)
@@ -140,13 +143,13 @@ def make_world(
     return world
 
 
-def _world(directory: Path, content: dict[str, int]) -> World:
+def _world(directory: Path, content: dict[str, Any]) -> World:
     return World(
         directory.absolute(), content["num_rows"], content["seed"], content["http_port"], content["https_port"]
     )
 
 
-def _read_marker(directory: Path) -> dict[str, int] | None:
+def _read_marker(directory: Path) -> dict[str, Any] | None:
     try:
         content = json.loads((directory / "world.json").read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -154,7 +157,7 @@ def _read_marker(directory: Path) -> dict[str, int] | None:
     return content if isinstance(content, dict) and content.get("version") == VERSION else None
 
 
-def _keep_only_images_of(world: World, settings: dict[str, int]) -> None:
+def _keep_only_images_of(world: World, settings: dict[str, Any]) -> None:
     """Deletes the images if they were drawn for other settings."""
     made_for = world.images / "made_for.json"
     if made_for.exists() and made_for.read_text() == json.dumps(settings):

@@ -6,12 +6,14 @@ import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from sdtrain.errors import UserError
+from sdtrain.formats.torchscript import is_torchscript, read_torchscript
 
 SUFFIXES = (".ckpt", ".safetensors")
 NOTES = "sdtrain"
@@ -36,7 +38,7 @@ class _Nothing:
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
-    """The tensors of a `.safetensors` or `.ckpt` file by name, read on access.
+    """The tensors of a `.safetensors`, `.ckpt` or TorchScript file by name, read on access.
 
     `notes` is its text under `NOTES`, or None. UserError if it is missing, damaged,
     without tensors, or asks to run code.
@@ -118,11 +120,23 @@ def _open_safetensors(path: Path) -> _Content:
 def _read_pickle(path: Path) -> _Content:
     """The tensors stay memory-mapped in the file if its format allows."""
     try:
+        if is_torchscript(path):
+            return read_torchscript(path), None
         with safe_globals([(_Nothing, name) for name in _left_behind(path)]):
             content = _load(path)
     except pickle.UnpicklingError as error:
         raise UserError(_unreadable(path, str(error))) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (
+        BadZipFile,
+        RuntimeError,
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise UserError(_damaged(path, error)) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, not a dictionary of tensors, so it is no model.")
@@ -156,7 +170,7 @@ def _left_behind(path: Path) -> list[str]:
 
 def _unreadable(path: Path, error: str) -> str:
     reason = error.rsplit("WeightsUnpickler error:", 1)[-1].split("Please")[0].strip().split("\n")[0]
-    is_foreign = any(word in reason.lower() for word in ("global", "class", "instantiate", "blocked"))
+    is_foreign = any(word in reason.lower() for word in ("global", "class", "instantiate", "blocked", "asks for"))
     return _refusal(path, reason) if is_foreign else f"{path} is cut short or damaged, or no file that PyTorch wrote."
 
 

@@ -15,6 +15,7 @@ from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, newest_change_ns
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
+from sdtrain.model_card.caption_facts import CaptionFacts, measure_captions
 from sdtrain.model_card.word_lists import WordLists, language_sql, pattern, words_sql
 from sdtrain.settings import Settings
 
@@ -46,6 +47,7 @@ class Representation(Settings):
         levels: selected, downloaded, after each filter of the images, kept; with the number of measured rows left.
         groups: theme -> counts.
         crossed: of the kept captions with a group of the first theme, how many speak of each of the second.
+        captions: of kept images by source, where the dataset has several of each.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Representation(Settings):
     countries: list[Counts] = Field(default=[])
     groups: dict[str, list[Counts]] = Field(default={})
     crossed: dict[str, dict[str, int]] = Field(default={})
+    captions: list[CaptionFacts] = Field(default=[])
 
     @property
     def num_measured(self) -> int:
@@ -73,7 +76,8 @@ class Representation(Settings):
 
 def key_of(dataset: DatasetDir, lists: WordLists) -> str:
     """Changes with the tables that `measure` reads, and with the lists."""
-    return f"{newest_change_ns(dataset, 'download')} {newest_change_ns(dataset, 'decide')} {lists.digest()}"
+    stages = ["download", "decide", *(["caption"] if entries(dataset, "caption") else [])]
+    return " ".join([*(str(newest_change_ns(dataset, stage)) for stage in stages), lists.digest()])
 
 
 def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation | None:
@@ -102,6 +106,7 @@ def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation 
             countries=_by_column(connection, "country", fates),
             groups=_groups(connection, lists, fates),
             crossed=_crossed(connection, lists),
+            captions=_captions(connection, dataset, shards, lists),
         )
 
 
@@ -209,6 +214,17 @@ def _crossed(connection: duckdb.DuckDBPyConnection, lists: WordLists) -> dict[st
         row = connection.execute(f"SELECT count(*){sums} FROM measured WHERE fate IS NULL AND {column}").fetchone()  # noqa: S608
         found[name] = dict(zip(["captions", *(other for other, _ in second)], row or (), strict=True))
     return found
+
+
+def _captions(
+    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, shards: Sequence[int], lists: WordLists
+) -> list[CaptionFacts]:
+    paths = [str(path) for path in map(dataset.captions_table, shards) if path.exists()]
+    if not paths:
+        return []
+    bound = {"captions": paths, "decisions": str(dataset.decisions)}
+    kept = "SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL"
+    return measure_captions(connection, "FROM read_parquet($captions)", kept, bound, lists)
 
 
 def _columns_of(lists: WordLists, wanted: str) -> Iterator[tuple[str, str]]:

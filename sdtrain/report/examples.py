@@ -152,7 +152,7 @@ def _dropped(connection: duckdb.DuckDBPyConnection, thumbnails: Thumbnails, reas
     lines = (
         []
         if shown
-        else [f"{_shorten(without_secrets(url or ''))}  {_shorten(message)}".strip() for *_, url, message in rows[:4]]
+        else [f"{shorten(without_secrets(url or ''))}  {shorten(message)}".strip() for *_, url, message in rows[:4]]
     )
     return Gallery(f"Dropped: {reason} ({count:,})", "dropped", [shown], lines)
 
@@ -170,10 +170,10 @@ def _never_fetched(
     shown_rows = [row for row in rows if row[:2] not in removed]
     for number, (url, caption, aesthetic, pwatermark, width, height) in enumerate(shown_rows):
         scores = f"aesthetic {_score_text(aesthetic)}, watermark {_score_text(pwatermark)}"
-        text = f"{scores}, {width}x{height}: {_shorten(caption)}"
+        text = f"{scores}, {width}x{height}: {shorten(caption)}"
         path = find_image(url) if find_image else None
         if path is None:
-            lines.append(f"{_shorten(without_secrets(url or ''))}  {text}")
+            lines.append(f"{shorten(without_secrets(url or ''))}  {text}")
         else:
             image: Image.Image = decode_rgb(path.read_bytes())
             thumbnail = save_thumbnail(image, images / f"never-fetched-{number:02d}.jpg")
@@ -210,10 +210,10 @@ def _score_text(value: float | None) -> str:
 def _show(thumbnails: Thumbnails, rows: Iterable[Sequence[Any]], kept: bool) -> list[Shown]:
     """Shows rows (place first, text last), skipping those without an image."""
     found = ((thumbnails.make(*place), text) for *place, text in rows)
-    return [Shown(thumbnail, _shorten(text), kept) for thumbnail, text in found if thumbnail]
+    return [Shown(thumbnail, shorten(text), kept) for thumbnail, text in found if thumbnail]
 
 
-def _shorten(text: str | None) -> str:
+def shorten(text: str | None) -> str:
     """Shortens captions (up to a page long) and data: URLs (whole images)."""
     known = text or ""
     return known if len(known) <= MAX_CHARS else f"{known[: MAX_CHARS - 1]}…"

@@ -16,6 +16,7 @@ from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
+from sdtrain.report.captions import draw_captions
 from sdtrain.report.examples import Counts, FindImage, Gallery, RuleThreshold, count_examples, galleries
 from sdtrain.report.plots import plot_funnel, plot_histogram
 from sdtrain.report.sections import draw_pairs, draw_training
@@ -109,6 +110,7 @@ def write_report(report: Report, path: Path) -> Path:
             "histograms": _draw_histograms(connection, report.limits, images),
             "galleries": _relative(_galleries(connection, report, counts, images), path.parent),
             "pairs": draw_pairs(connection, report.limits, images),
+            "captions": draw_captions(connection, report.dataset, images),
             "scores_note": report.scores_note,
             "warnings": report.warn([dict(zip(_FUNNEL, row, strict=True)) for row in funnel]),
             "database": report.dataset.database.name,

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 KEPT, DROPPED, MUTED, INK = "#1f7a5c", "#d1495b", "#c9d1d9", "#24292f"
+_GROUPS = (MUTED, KEPT, DROPPED, "#3066be", "#edae49")
 
 
 def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
@@ -34,17 +35,19 @@ def plot_funnel(rows: Sequence[tuple[str, int, int]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_histogram(groups: Mapping[str, Sequence[float]], threshold: float | None, label: str, path: Path) -> None:
+def plot_histogram(
+    groups: Mapping[str, Sequence[float]], threshold: float | None, label: str, path: Path, of: str = "images"
+) -> None:
     """Overlaid histograms of one score, the first group at the back; `threshold` is drawn as a line."""
     figure, axes = _canvas(4.6, 2.8)
     values = np.concatenate([np.asarray(v, dtype=float) for v in groups.values()] or [np.zeros(1)])
     edges = np.histogram_bin_edges(values, bins=40).tolist()
-    for (name, group), color in zip(groups.items(), (MUTED, KEPT, DROPPED), strict=False):
+    for (name, group), color in zip(groups.items(), _GROUPS, strict=False):
         axes.hist(np.asarray(group, dtype=float), bins=edges, color=color, alpha=0.9, label=f"{name} ({len(group):,})")
     if threshold is not None:
         axes.axvline(threshold, color=DROPPED, linewidth=1.5, linestyle="--", label=f"limit {threshold:g}")
     axes.set_xlabel(label)
-    axes.set_ylabel("images")
+    axes.set_ylabel(of)
     axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 

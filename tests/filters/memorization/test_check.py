@@ -8,14 +8,18 @@ import pytest
 from PIL import Image, ImageEnhance
 from PIL.PngImagePlugin import PngInfo
 
+from filters.memorization import similarity
 from filters.memorization.check import check_samples, write_memorised
 from filters.memorization.samples import read_samples, repeated_captions
-from filters.memorization.similarity import Calibration, Limits
+from filters.memorization.similarity import Calibration, Limits, Neighbour
+from filters.score.sscd import SscdEncoder
+from filters.search.hits import Hit, image_of
 from filters.search.search import Search
 from sdtrain import cli
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
 from tests.filters.removal_fixtures import caption_of, copy_of, make_photo
+from tests.filters.sscd_fixtures import Published, write_scripted
 
 PLANTED, NEW = 12, (1001, 1002, 1003)
 STRICT = Limits(threshold=0.9999)  # random weights put all photos near each other; the pixels decide
@@ -72,6 +76,56 @@ def test_the_threshold_alone_calls_images_near_duplicates_and_the_notes_say_what
     assert (found.count("same"), found.count("near-duplicate")) == (1, len(NEW))
     assert found.calibration.summary()["nearest_other_flagged"] == 1
     assert "100.0% have another one at -1 or nearer" in found.notes[-1]
+
+
+@pytest.fixture(scope="module")
+def sscd(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sscd") / "sscd_disc_mixup.torchscript.pt"
+    write_scripted(path, Published())
+    return SscdEncoder(path, "cpu")
+
+
+@pytest.fixture(scope="module")
+def by_sscd(embedded_dataset, sscd, tmp_path_factory):
+    """What is found where CLIP alone would flag everything, and SSCD flags what is nearest of all."""
+    drawn = write_drawn(tmp_path_factory.mktemp("drawn") / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, "_NUM_CALIBRATED_SSCD", 5)
+        limits = Limits(threshold=-1.0, top=2, sscd_threshold=1.1)
+        return check_samples(Search(embedded_dataset), read_samples(drawn), limits, sscd)
+
+
+def test_sscd_decides_in_the_place_of_clip_where_its_weights_are_given(search, sscd, by_sscd):
+    assert [by_sscd.count(kind) for kind in ("same", "near-duplicate", "new")] == [1, 0, len(NEW)]
+    planted = by_sscd.verdicts[0]
+    nearest = planted.neighbours[0]
+    own, other = sscd.embed([planted.sample.read(), image_of(search.dataset, nearest.hit)])
+    assert nearest.sscd == pytest.approx(float(own @ other), abs=1e-5)
+    assert planted.similarity == max(neighbour.sscd for neighbour in planted.neighbours)
+    for verdict in by_sscd.verdicts[1:]:
+        cosines = [neighbour.sscd for neighbour in verdict.neighbours]
+        assert cosines == sorted(cosines, reverse=True)
+        assert not any(neighbour.is_near_duplicate(by_sscd.limits) for neighbour in verdict.neighbours)
+        assert all(neighbour.is_near_duplicate(Limits(threshold=-1.0)) for neighbour in verdict.neighbours)
+        assert all(n.is_near_duplicate(Limits(threshold=1.1, sscd_threshold=cosines[-1])) for n in verdict.neighbours)
+
+
+def test_the_output_says_which_network_decided_and_that_clip_is_a_proxy(search, drawn, sscd, by_sscd):
+    document = by_sscd.document()
+    assert document["limits"] == {"network": "SSCD", "threshold": 1.1, "radius": 10, "pixels": 0.15}
+    assert "sscd" in document["samples"][0]["neighbours"][0]
+    assert sscd.digest[:12] in by_sscd.notes[0]
+    assert not any("proxy" in note for note in by_sscd.notes)
+    assert (document["calibration"]["num_images"], document["calibration"]["num_pairs"]) == (5, 10)
+    by_clip = check_samples(search, read_samples(drawn), STRICT)
+    assert by_clip.summary()["limits"]["network"] == "CLIP"
+    assert "a proxy, since CLIP judges what is shown" in by_clip.notes[0]
+
+
+def test_a_lost_image_is_no_near_duplicate_by_sscd():
+    lost = Neighbour(Hit(0.99, "uid", "key", 0))
+    assert lost.is_near_duplicate(Limits())
+    assert not lost.is_near_duplicate(Limits(sscd_threshold=0.5))
 
 
 def test_a_calibration_counts_what_reaches_the_limit():

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -70,3 +71,11 @@ def test_one_host_fails_most() -> None:
 def test_too_small_a_world_is_refused_with_a_sentence() -> None:
     with pytest.raises(UserError, match="too small"):
         plan_rows(MIN_ROWS - 1, 0)
+
+
+def test_a_share_of_alt_texts_says_nothing_of_its_image_and_all_else_stays() -> None:
+    good, poor = plan_rows(500, 1), plan_rows(500, 1, useless=0.8)
+    changed = [row for row, other in zip(poor, good, strict=True) if row != other]
+    assert all(replace(row, text=other.text) == other for row, other in zip(poor, good, strict=True))
+    assert 0.74 < len(changed) / sum(row.text is not None for row in good) < 0.86
+    assert not any(row.scene.color in row.text or row.scene.shape in row.text for row in changed)
