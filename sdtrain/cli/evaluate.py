@@ -92,6 +92,7 @@ def _evaluate(
     **settings: Any,
 ) -> None:
     from filters.contamination.training_data import search_training_data
+    from sdtrain.evaluation.judging.scores import AXES
     from sdtrain.evaluation.protocol import Protocol
     from sdtrain.evaluation.results import protocol_lines, table_of, table_of_skills
     from sdtrain.evaluation.sweep import plan
@@ -101,7 +102,8 @@ def _evaluate(
 
     given = settings | {"scales": parse_scales(settings["scales"])}
     num_processes = len(all_devices(processes))
-    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y)
+    further = AXES if questions else {}
+    sweep = plan(parse_settings(Protocol, given, "command line"), models, output, x, y, further)
     if questions or judge:
         sweep = _with_judge(sweep, questions, judge)
     if contamination:

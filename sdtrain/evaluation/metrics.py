@@ -260,6 +260,26 @@ class Cmmd(Metric):
         return cmmd(drawn["clip"], self._real)
 
 
+class PreferenceScore(Metric):
+    """What a network trained on people's choices between images says of them."""
+
+    name, label, better = "preference_score", "preference score", "higher"
+    drawn = ("preference",)
+
+    def __init__(self, protocol: Protocol, real: Arrays | Gaussian):
+        super().__init__(protocol, real)
+        self.description = f"predicted preference for the image, given its prompt, by {protocol.preference}"
+
+    @classmethod
+    def applies(cls, protocol: Protocol, has_images: bool) -> bool:
+        """If the protocol names a network."""
+        return protocol.preference is not None
+
+    def measure(self, drawn: Arrays, captions: Arrays) -> tuple[float, float]:
+        """The mean over the images."""
+        return mean_of(drawn["preference"])
+
+
 class ClipScore(Metric):
     """The agreement of images with their prompts."""
 
@@ -281,7 +301,7 @@ class ClipScore(Metric):
         return mean_of(clip_scores(drawn["clip"], captions["clip"]))
 
 
-METRICS: tuple[type[Metric], ...] = (Fid, Kid, Precision, Recall, Density, Coverage, Cmmd, ClipScore)
+METRICS: tuple[type[Metric], ...] = (Fid, Kid, Precision, Recall, Density, Coverage, Cmmd, ClipScore, PreferenceScore)
 """In the order of their columns."""
 
 

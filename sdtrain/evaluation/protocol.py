@@ -75,6 +75,8 @@ class Protocol(Settings):
     """Its weights: open_clip's tag, or a file."""
     cmmd: bool = False
     """Also compare CLIP's embeddings of real and drawn images."""
+    preference: str | None = None
+    """Also predict people's preference, by a CLIP in transformers' format: yuvalkirstain/PickScore_v1, or a folder."""
 
     @model_validator(mode="before")
     @classmethod

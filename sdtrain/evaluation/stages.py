@@ -35,6 +35,7 @@ from sdtrain.evaluation.networks import (
     features_of,
     stand_in,
 )
+from sdtrain.evaluation.preference import preference_digest, preference_scores
 from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.device import claim_device
@@ -225,8 +226,10 @@ def _embed_parts(dataset: DatasetDir, job: SampleJob, parts: Sequence[int]) -> I
 
 def _feature_fingerprint(dataset: DatasetDir, job: SampleJob, part: int) -> str:
     drawn = require_entry(dataset, draw_stage(job).name, part)
-    agreement = [] if job.network else [agreement_digest(job.protocol)]
-    return fingerprint("look/1", [*feature_config(job.protocol, _network(job)), *agreement], inputs=[drawn])
+    of_prompts = [] if job.network else [agreement_digest(job.protocol)]
+    if job.protocol.preference is not None and not job.network:  # what was measured before there was one stays
+        of_prompts.append(preference_digest(job.protocol.preference))
+    return fingerprint("look/1", [*feature_config(job.protocol, _network(job)), *of_prompts], inputs=[drawn])
 
 
 def _network(job: SampleJob) -> str:
@@ -249,6 +252,7 @@ def _arrays_of(images: Sequence[Image.Image], texts: Sequence[str], job: SampleJ
     make: dict[str, Callable[[], Tensor]] = {
         "features": lambda: features_of(images, protocol, _network(job)),
         "clip": lambda: embed_images(images, protocol),
+        "preference": lambda: preference_scores(images, texts, protocol.preference or ""),
         "shown": lambda: stand_in(protocol.agreement).score_images(images, texts),
     }
     needed = {"features"} if job.network else arrays_needed(protocol, "drawn")

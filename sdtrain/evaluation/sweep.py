@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, cast
 
 from sdtrain.dataset.stage import Stage
@@ -28,6 +30,7 @@ from sdtrain.evaluation.metrics import (
 )
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
+from sdtrain.evaluation.preference import check_preference, preference_digest
 from sdtrain.evaluation.prompts import Prompts, choose_prompts
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.reference import (
@@ -100,6 +103,7 @@ class Sweep:
             Check("output", lambda: check_writable(self.directory.root)),
             Check("disk", lambda: check_room(self.directory.root, num_bytes, "The images")),
             Check("networks", lambda: check_networks(self.protocol)),
+            *([Check("preference", partial(check_preference, named))] if (named := self.protocol.preference) else []),
             *(self.training.checks() if self.training else []),
             *further,
         ]
@@ -220,18 +224,27 @@ class Sweep:
                 "reference_sha256": self.reference.digest,
                 "networks_sha256": {name: features_digest(self.protocol, name) for name in self.protocol.networks},
                 "agreement_by": agreement_digest(self.protocol),
+                "preference_sha256": preference_digest(preference)
+                if (preference := self.protocol.preference)
+                else None,
                 "models": {model.label: model.digest for model in self.models},
             }
         )
 
 
 def plan(
-    protocol: Protocol, models: Sequence[Path], output: Path | None = None, x: str | None = None, y: str | None = None
+    protocol: Protocol,
+    models: Sequence[Path],
+    output: Path | None = None,
+    x: str | None = None,
+    y: str | None = None,
+    further: Mapping[str, Axis] = MappingProxyType({}),
 ) -> Sweep:
     """Checks everything that can be checked before the first image is drawn.
 
-    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns.
-    UserError if something is missing or does not match.
+    The default `output` is `evaluation` in the run if the only model is one. `x` and `y` are the plot's columns;
+    `further` are those of `FurtherNumbers` that will be measured too. UserError if something is missing, or does not
+    match.
     """
     directory = EvaluationDir(_output(models, output).absolute())
     protocol = protocol.model_copy(update={"dtype": _dtype(protocol, directory)})
@@ -240,10 +253,12 @@ def plan(
     for network in protocol.networks:  # checks that the weights exist
         features_digest(protocol, network)
     agreement_digest(protocol)
+    if protocol.preference is not None:
+        preference_digest(protocol.preference)
     # Pins one checkpoint of a run that still trains: all parts must use the weights that the results name.
     found = identify_all([resolve_checkpoint(path.absolute()) for path in models], protocol)
     reference = open_reference(protocol.reference, protocol.num_reference)
-    axes = choose_axes(axes_of(protocol, reference.statistics is None), x, y)
+    axes = choose_axes(axes_of(protocol, reference.statistics is None) | dict(further), x, y)
     if reference.statistics is not None:
         open_metrics(protocol, reference.statistics)
     write_json(directory.prompts, list(prompts.texts))

@@ -45,7 +45,9 @@ LOCATIONS = {
     "EncodeConfig": {"vae", "text_encoder"},
     "JoinConfig": {"files"},
     "ListConfig": {"files"},
-    "Protocol": {"prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights"},
+    "Protocol": {
+        "prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights", "preference"
+    },
     "ScoreConfig": {
         "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
     },

@@ -16,8 +16,17 @@ from numpy.typing import NDArray
 
 from sdtrain.evaluation.distances import half_width_of_mean
 from sdtrain.evaluation.judging.questions import JudgedPrompt
+from sdtrain.evaluation.results import Axis
 
 Floats = NDArray[np.float64]
+AXES = {
+    name: Axis(name, label, "higher")
+    for name, label in (
+        ("soft_tifa_am", "Soft-TIFA, arithmetic mean"),
+        ("soft_tifa_gm", "Soft-TIFA, geometric mean"),
+        ("vqa_score", "VQAScore"),
+    )
+}
 METRICS = {
     "soft_tifa_am": "mean probability of the right answer to an atom's question; higher is better; "
     "95 % interval over prompts, ± soft_tifa_am_ci95",

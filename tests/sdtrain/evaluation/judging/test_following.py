@@ -18,6 +18,7 @@ from sdtrain.endpoint.messages import Request, jpeg_of
 from sdtrain.errors import UserError
 from sdtrain.evaluation.judging.answer_log import AnswerLog, request_digest
 from sdtrain.evaluation.judging.following import with_prompt_following
+from sdtrain.evaluation.judging.scores import AXES
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import read_results, table_of, table_of_skills
 from sdtrain.evaluation.stages import read_images
@@ -88,6 +89,7 @@ def whole(protocol, run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with chat_server(reply) as server:
         sweep = planned(protocol, run, folder, write_questions(tmp_path_factory.mktemp("questions")), server)
+        sweep = replace(sweep, axes=plan(protocol, [run], folder, "soft_tifa_gm", further=AXES).axes)
         results = run_sweep(sweep, say=quiet)
     return SimpleNamespace(folder=folder, sweep=sweep, results=results, url=server.url, asked=server.asked)
 
@@ -146,6 +148,7 @@ def test_each_number_is_that_of_the_judges_probabilities_for_the_very_images(who
     )
     assert whole.url not in (whole.folder / "results.json").read_text()
     assert "±" in table_of(results)[0]["soft_tifa_gm"]
+    assert Image.open(whole.folder / "curve.png").width > 500
     assert list(table_of_skills(results)[0]) == ["group", "num", "number", "1", "3"]
     assert read_results(whole.folder / "results.json") == results
     with (whole.folder / "skills.csv").open(newline="") as file:
