@@ -41,6 +41,7 @@ _PROMPT = (
     "Read the licence in full before you agree."
 )
 _SHOWN = ("prompts_source", "num_prompts", "reference_source", "reference_sha256", "num_steps", "sampler", "weights")
+_SPREADS = ("_ci95", "_std")
 _ALSO = ("seed", "size_px", "network", "network_sha256", "networks", "networks_sha256", "resize")
 
 
@@ -233,9 +234,9 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     try:
         content = json.loads(path.read_text())
         rows, protocol, metrics = content["rows"], content["protocol"], dict(content["metrics"])
-        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows) and not _is_spread(name)]
         shown = {name: _words(protocol[name]) for name in (*_SHOWN, *_ALSO) if name in protocol}
-        table = [[_text(row.get(name)) for name in header] for row in rows]
+        table = [[_cell(row, name) for name in header] for row in rows]
         results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
         notes = [str(note) for note in content.get("notes", [])]
         return Evaluation(header, table, metrics, notes, shown, (folder / "curve.png").exists(), tuple(results))
@@ -258,6 +259,16 @@ def _eval_results(
                 metric_value=round(row[name], 6),
                 metric_args={"guidance_scale": row["guidance_scale"]},
             )
+
+
+def _is_spread(column: str) -> bool:
+    return column.endswith(_SPREADS)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """A number with its spread: a table with a column for each of them would be too wide."""
+    spreads = [spread for kind in _SPREADS if (spread := row.get(f"{column}{kind}")) is not None]
+    return " ± ".join([_text(row.get(column)), *(f"{spread:.2g}" for spread in spreads)])
 
 
 def _words(value: Any) -> str:

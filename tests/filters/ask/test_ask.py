@@ -2,21 +2,26 @@
 
 import hashlib
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from filters.ask.stage import ASK
 from filters.ask_rules import parse_questions
 from filters.decide.stage import DECIDE
 from filters.decide.what_if import decide_again, with_decide_rules
+from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import read_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
+from sdtrain.settings import parse_settings
 from tests.chat_server import MODEL, chat_server, completion
 from tests.filters.caption.test_generate import PER_SHARD, finish_before, recipe_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
@@ -148,3 +153,12 @@ def test_an_image_is_seen_as_it_was_downloaded(dataset):
         run_batch(ASK, dataset, asking(server, TEXT), [0, 1])
         sizes = {decode_rgb(asked.images[0]).size for asked in server.asked}
     assert sizes == {scene_image(0).size}
+
+
+def test_the_recipes_of_the_page_are_read():
+    page = (Path(__file__).parents[3] / "docs" / "captions.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    server = {"ask": {"endpoint": {"url": "http://h/v1", "model": "m"}}}
+    of_recipes = [block for block in blocks if block.keys() <= Recipe.model_fields.keys()]
+    recipes = [parse_settings(Recipe, {"name": "page"} | server | block, "docs/captions.md") for block in of_recipes]
+    assert [(one.caption.is_on, ASK.is_on(one)) for one in recipes] == [(True, False)] * 3 + [(False, True)] * 2
