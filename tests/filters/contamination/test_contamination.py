@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from filters.caption.table import Caption, write_captions
 from filters.contamination import stage as contamination_stage
 from filters.contamination import training_data
 from filters.contamination.training_data import search_training_data
@@ -24,7 +25,7 @@ from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import read_results, table_of
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
-from tests.filters.removal_fixtures import SMALL, caption_of, make_photo
+from tests.filters.removal_fixtures import SMALL, caption_of, copy_of, make_photo
 from tests.training_fixtures import write_run
 
 KEPT, SAME, NEAR = 10, 11, 12
@@ -201,6 +202,16 @@ def test_where_all_is_in_the_training_data_nothing_is_left_to_measure(protocol, 
     assert results.rows[0]["num_images_clean"] == 0
     assert results.rows[0]["fid_demo_features_clean"] is None
     assert "clean" not in table_of(results)[0]["fid_demo_features"]
+
+
+def test_a_prompt_is_found_among_all_captions_of_a_sample(embedded_dataset, tmp_path):
+    dataset = copy_of(embedded_dataset, tmp_path)
+    (uid,) = pq.read_table(dataset.images_table(1), columns=["uid"]).slice(0, 1)["uid"].to_pylist()
+    captions = [Caption(uid, "alt", "An OTHER name!", "a-duplicate"), Caption(uid, "long", "an other, name", uid)]
+    write_captions(dataset.captions_table(1), captions)
+    found = contamination_stage._in_images(dataset, [0, 1], ["nothing", "an other name", *IN_TRAINING], None)
+    assert {(row["item"], row["uid"]) for row in found.to_pylist() if row["item"] == 1} == {(1, uid)}
+    assert found.num_rows == 1 + len({row["item"] for row in found.to_pylist()} - {1})
 
 
 def test_unknown_and_missing_training_data_is_told_and_a_named_one_must_be_there(protocol, model, tmp_path):
