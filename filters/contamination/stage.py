@@ -29,8 +29,8 @@ from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.evaluation.layout import EvaluationDir, read_texts
 
-WAYS = ("text", "bytes", "pixels", "perceptual", "embedding")
-"""How an item may be recognised: the first of prompts, the others of images."""
+OF_PROMPTS, OF_IMAGES = ("text",), ("bytes", "pixels", "perceptual", "embedding")
+"""How a prompt may be recognised, and an image."""
 RADIUS, THRESHOLD = 4, 0.95
 """Bits in which perceptual hashes of one image may differ, and the least cosine of its embeddings: those of `dedup`."""
 

@@ -37,11 +37,14 @@ def test_prompts_are_found_from_an_empty_machine(store, tmp_path, monkeypatch):
     directory = EvaluationDir(tmp_path / "evaluation")
     write_json(directory.prompts, prompts)
     sweep = SimpleNamespace(
-        reference=SimpleNamespace(places=()), prompts=SimpleNamespace(digest=digest_of(prompts)), directory=directory
+        reference=SimpleNamespace(places=()),
+        prompts=SimpleNamespace(digest=digest_of(prompts)),
+        directory=directory,
+        following=None,
     )
     training = training_data._opened(url, sweep)
     run_with_bar(training_stage(training.job), directory, training.job)
-    assert [hit.item for hit in training.hits(directory)] == [1]
+    assert [hit.item for hit in training_data.hits_of(training.job, directory)] == [1]
     assert not list((tmp_path / "empty").glob("*/*.tar"))
 
 
