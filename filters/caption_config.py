@@ -1,4 +1,4 @@
-"""Settings of the stage CAPTION: the texts that images get beside their own alt text."""
+"""Settings of the stages that ask a network about images: CAPTION, for texts, and ASK, for rules in words."""
 
 from __future__ import annotations
 
@@ -95,3 +95,12 @@ class CaptionConfig(CollectedConfig):
         if self.prompts and not self.is_generated:
             raise ValueError("caption.prompts are asked nobody: give caption.endpoint or caption.model")
         return self
+
+
+class AskConfig(Settings):
+    """Who answers the questions of `decide.rules.ask`."""
+
+    endpoint: EndpointConfig | None = None
+    """A server that is asked about the images, which are sent there; by default that of `caption`."""
+    image_px: int = Field(default=512, ge=16)
+    """Longest side of the images that are sent."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from filters.ask.stage import ASK
 from filters.caption.stage import CAPTION
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
@@ -71,4 +72,4 @@ def stages_of(recipe: Recipe) -> tuple[Stage[Recipe], ...]:
 
 
 # Users say `pipeline.STAGES`: the list can then be changed in one place.
-STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, CAPTION, DECIDE, PACK, ENCODE)
+STAGES = in_order(SELECT, DOWNLOAD, SCORE, DEDUP, CAPTION, ASK, DECIDE, PACK, ENCODE)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from filters.build_options import BuildOptions
-from filters.caption_config import CaptionConfig
+from filters.caption_config import AskConfig, CaptionConfig
 from filters.columns import ALIASES, RESERVED, SwappedSizes
 from filters.rules import RULES, RuleValue, check_carried, check_rules
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
@@ -247,6 +247,7 @@ class Recipe(Settings):
     score: ScoreConfig = ScoreConfig()
     duplicates: DuplicatesConfig = DuplicatesConfig()
     caption: CaptionConfig = CaptionConfig()
+    ask: AskConfig = AskConfig()
     decide: DecideConfig = DecideConfig()
     pack: PackConfig = PackConfig()
     encode: EncodeConfig = EncodeConfig()
@@ -267,6 +268,17 @@ class Recipe(Settings):
             check_carried(self.decide.rules, self.select.carry)
         except UserError as error:
             raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def asked(self) -> AskConfig:
+        """`ask`, with the server of `caption` if it names none."""
+        return self.ask if self.ask.endpoint else self.ask.model_copy(update={"endpoint": self.caption.endpoint})
+
+    @model_validator(mode="after")
+    def _somebody_answers(self) -> Recipe:
+        if self.decide.rules.get("ask") and self.asked.endpoint is None:
+            raise ValueError("decide.rules.ask asks a server about the images: name it in ask.endpoint")
         return self
 
     @model_validator(mode="after")

@@ -8,6 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from filters.ask_rules import COLUMN as ANSWERS
+from filters.ask_rules import SQL as ASKED_SQL
+from filters.ask_rules import parse_questions
 from filters.carried_rules import WANTED, carried_condition, is_for_carried
 from filters.columns import TABLES, TYPES
 from sdtrain.errors import UserError
@@ -86,6 +89,7 @@ class Rule:
             columns, so that DuckDB can skip row groups by their statistics.
         stage: whose table has the column; None for those of `filters.columns.TABLES`, and what is derived from them.
         carried: whether its column is one of `select.carry`.
+        ignores_case: whether words are bound in lower case.
     """
 
     column: str
@@ -95,6 +99,7 @@ class Rule:
     pushdown: tuple[tuple[str, str], ...] = ()
     stage: str | None = None
     carried: bool = False
+    ignores_case: bool = True
 
     def __post_init__(self) -> None:
         self._check_column()
@@ -172,6 +177,7 @@ RULES: dict[str, Rule] = {
     "min_entropy": Rule("entropy", "entropy >= ?", "gray levels of an entropy under {value} bits"),
     "max_border": Rule("border", "border <= ?", "more than the share {value} of the image is border of one colour"),
     "min_contrast": Rule("contrast", "contrast >= ?", "nearly one colour: contrast under {value}"),
+    "ask": Rule(ANSWERS, ASKED_SQL, "the probability of yes is not {value}", list, stage="ask", ignores_case=False),
 }
 
 
@@ -268,7 +274,9 @@ def _checked(name: str, value: Any, in_decide: bool, carried: Collection[str] | 
         raise UserError(
             f"rule '{name}' looks at '{rule.column}', which only a decoded image has; move it to `decide.rules`"
         )
-    if rule.kind is bool and isinstance(value, bool):
+    if name == "ask" and value is not False:
+        return parse_questions(value)
+    if (rule.kind is bool or name == "ask") and isinstance(value, bool):
         return value
     if rule.kind is list and isinstance(value, list) and value and all(isinstance(word, str) for word in value):
         return list(value)
@@ -299,7 +307,7 @@ def reason_case(
             branches.append(f"WHEN {rule.column_sql} IS NULL THEN '{rule.column}_missing'")
         branches.append(f"WHEN NOT ({rule.sql}) THEN '{name}'")
         if rule.kind in _BOUND and not isinstance(value, bool | str):
-            values.append(lower_case(value) if isinstance(value, list) else value)
+            values.append(lower_case(value) if isinstance(value, list) and rule.ignores_case else value)
     return (f"CASE {' '.join(branches)} END" if branches else "NULL::VARCHAR"), values
 
 

@@ -64,6 +64,8 @@ def train(
     state = TrainingState(config, run_dir, ranks, deepspeed_json)
     first_step = state.checkpoints.restore()
     progress = Progress(run_dir, config, ranks, state.begin(first_step))
+    if ranks.is_first:
+        _make_known(run_dir.path)
     monitor = Monitor(config, run_dir, ranks, state, first_step)
     batches = progress.timed(state.batches(first_step))
     step = first_step
@@ -136,6 +138,18 @@ def _with_precision(config: TrainConfig, run_dir: RunDir, ranks: Ranks) -> Train
         print(f"precision {choice.precision} (auto): {choice.reason}", flush=True)
     is_half = ranks.any(choice is not None and choice.precision == "bf16")
     return config.model_copy(update={"precision": "bf16" if is_half else "fp32"})
+
+
+def _make_known(run: Path) -> None:
+    """Makes the run known to its datasets; those that cannot be written only lead to a warning."""
+    from sdtrain.exposure.known_runs import make_known
+
+    try:
+        said = make_known(run)
+    except UserError as error:  # a run before this one has a damaged record
+        said = [str(error)]
+    for sentence in said:
+        print(f"note: {sentence}", flush=True)
 
 
 def _write_card(run: Path) -> None:

@@ -10,6 +10,8 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from filters.ask_rules import COLUMN as ANSWERS
+from filters.ask_rules import questions_of
 from filters.columns import TABLES
 from filters.recipe import DecideConfig, Recipe
 from filters.rules import (
@@ -119,7 +121,20 @@ def _measured(dataset: DatasetDir, decide: DecideConfig) -> dict[str, list[Path]
         fetch_outputs(dataset, stage, tars=False)
         names = [name for entry in _finished(dataset, stage) for name in entry.outputs if name.endswith(".parquet")]
         found[f"measured_{number}"] = [dataset.root / name for name in names]
+        if stage == "ask":
+            _check_asked(dataset.root / names[0], decide)
     return found
+
+
+def _check_asked(answers: Path, decide: DecideConfig) -> None:
+    """Refuses questions that were not asked, by the first image of which there are answers."""
+    lines = decide.rules["ask"]
+    first = pq.ParquetFile(answers).read([ANSWERS]).slice(0, 1).to_pylist()
+    known = dict(first[0][ANSWERS]) if first else None
+    if known is not None and (
+        new := [q for q in questions_of(lines if isinstance(lines, list) else []) if q not in known]
+    ):
+        raise UserError(f"decide.rules.ask: nobody was asked {new[0]!r} yet. Build the dataset with this rule first.")
 
 
 def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:

@@ -147,7 +147,8 @@ def _similar(entries: Entries, rows: Words, other_rows: Words, table: int, num_b
     compared = (nodes != other_nodes) & ((views != other_views) | (views == 0))
     views, nodes, other_views, other_nodes = (v[compared] for v in (views, nodes, other_views, other_nodes))
     differing = _words(entries, views, nodes) ^ _words(entries, other_views, other_nodes)
-    near = np.flatnonzero(np.bitwise_count(differing).sum(axis=1) <= _MAX_DIFFERING_BITS)
+    counts = np.bitwise_count(differing)
+    near = np.flatnonzero(counts[:, 0] + counts[:, 1] <= _MAX_DIFFERING_BITS)
     for earlier in range(table):
         near = near[_keys(differing[near].view(np.uint8), earlier, num_bits) != 0]
     mirrored = (views == 1) != (other_views == 1)
@@ -160,8 +161,8 @@ def _split(entries: Entries, rows: Words) -> tuple[Nodes, Nodes]:
 
 
 def _words(entries: Entries, views: Nodes, nodes: Nodes) -> Words:
-    found = np.empty((len(nodes), SIGNATURE_BYTES // 8), np.uint64)
+    found = np.empty(len(nodes), np.complex128)  # of 16 bytes, as a signature is: rows are copied whole
     for view, signatures in enumerate(entries.views):
-        chosen = views == view
-        found[chosen] = signatures[nodes[chosen]].view(np.uint64)
-    return found
+        chosen = np.flatnonzero(views == view)
+        found[chosen] = signatures.view(np.complex128)[:, 0][nodes[chosen]]
+    return found.view(np.uint64).reshape(-1, SIGNATURE_BYTES // 8)

@@ -10,6 +10,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from filters.select.list_entries import Entry
 from filters.select.sql_functions import host_sql, host_suffix_sql, register_host_of
@@ -22,6 +23,7 @@ from sdtrain.exposure.located import present_as_located, removed_as_located
 from sdtrain.exposure.removed_rows import read_removed_rows
 from sdtrain.exposure.trained import table_folder
 from sdtrain.loading.sample_record import Stage
+from sdtrain.pack.captions import CAPTIONS
 
 By = Literal["uid", "url", "host", "sha256"]
 _SHARD_ROW = 'parse_filename(filename) AS "table", file_row_number AS row'
@@ -76,12 +78,12 @@ class _Tables:
         self._columns = TableColumns(dataset)
 
     def find(self, stage: Stage, by: By, entries: Sequence[str]) -> pa.Table:
-        """Columns uid, url, caption, table and row of the samples of a stage's shards that entries mean."""
+        """Columns uid, url, caption, table and row, and of latents captions, of the samples that entries mean."""
         shards = sorted(table_folder(self._dataset, stage).glob("[0-9]*.parquet"))
         if by == "sha256":
             by, entries = "uid", self._uids(self._dataset.images_table, "sha256", entries)
         if stage == "encode":
-            return self._rows(shards, f"uid, url, caption, {_SHARD_ROW}", by, entries)
+            return self._rows(shards, f"uid, url, caption, {CAPTIONS}, {_SHARD_ROW}", by, entries)
         if by != "uid":
             by, entries = "uid", self._uids(self._dataset.selection, by, entries)
         packed = self._rows(shards, f"uid, {_SHARD_ROW}", by, entries)
@@ -100,13 +102,16 @@ class _Tables:
         for number, group in enumerate(self._columns.groups(paths)):
             values[f"paths_{number}"] = list(map(str, group))
             source = f"read_parquet($paths_{number}, filename = true, file_row_number = true)"
-            parts.append(f"SELECT {columns} FROM {source} WHERE {_condition(by, entries)}")  # noqa: S608 - constants
+            had = columns if CAPTIONS in pq.read_schema(group[0]).names else columns.replace(CAPTIONS, _NO_CAPTIONS)
+            parts.append(f"SELECT {had} FROM {source} WHERE {_condition(by, entries)}")  # noqa: S608 - constants
         if not parts:
             parts, values = [f"SELECT {_empty(columns)} WHERE false"], {}
         return self._connection.execute(" UNION ALL ".join(parts), values).to_arrow_table()
 
 
-_TYPES: Mapping[str, str] = {"row": "BIGINT"}
+_LIST = "STRUCT(source VARCHAR, text VARCHAR, origin_uid VARCHAR)[]"
+_NO_CAPTIONS = f"NULL::{_LIST} AS {CAPTIONS}"
+_TYPES: Mapping[str, str] = {"row": "BIGINT", CAPTIONS: _LIST}
 
 
 def _empty(columns: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ValidationError
 
 from filters import pipeline
@@ -17,11 +18,12 @@ from filters.remove.rewrite import StageRewrite, touched_entries
 from sdtrain.dataset.files import publish, scratch_path, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, write_entry
-from sdtrain.dataset.removal_ledger import REMOVED, read_ledger, write_ledger
+from sdtrain.dataset.removal_ledger import REMOVED, key_digest, read_ledger, write_ledger
 from sdtrain.dataset.shard_report import ShardReport, StageName
 from sdtrain.dataset.stage import clear_leftovers, is_finished
 from sdtrain.dataset.sync import discard, evict_finished, fetch_outputs, push_files
 from sdtrain.dataset.tables.connection import connected
+from sdtrain.endpoint.answer_log import forget_images
 from sdtrain.errors import UserError
 from sdtrain.pack.plan import forget_plan
 
@@ -159,6 +161,7 @@ def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
 
     forget_plan(dataset)
     forget_duplicate_texts(dataset)
+    _forget_answers(dataset)
     forget_index(dataset)
     for stage in pipeline.STAGES:
         clear_leftovers(stage, dataset)
@@ -168,3 +171,11 @@ def _refresh(dataset: DatasetDir, recipe: Recipe) -> None:
     if dataset.report.exists():
         report_on(dataset, recipe)
     push_rest(dataset)
+
+
+def _forget_answers(dataset: DatasetDir) -> None:
+    """Takes removed images out of the answers that unfinished shards keep."""
+    ledger = read_ledger(dataset.removed)
+    removed = set(ledger.filter(pc.equal(ledger["kind"], "uid"))["digest"].to_pylist())
+    for path in sorted([*dataset.root.glob("captions/*.jsonl"), *dataset.root.glob("answers/*.jsonl")]):
+        forget_images(path, lambda uid: key_digest("uid", uid) in removed)

@@ -20,7 +20,7 @@ from sdtrain.dataset.removal_ledger import key_digest
 from sdtrain.dataset.sync import push_files
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
-from sdtrain.exposure.removed_rows import SCHEMA, read_removed_rows
+from sdtrain.exposure.removed_rows import NO_ROW, SCHEMA, read_removed_rows
 from sdtrain.loading.shard_catalog import footer_digest
 
 _STAGES = ("pack", "encode")
@@ -71,6 +71,11 @@ def _folder(dataset: DatasetDir, stage: str) -> Path:
     return (dataset.latents_table(0) if stage == "encode" else dataset.packed_table(0)).parent
 
 
+def _described(stage: str, table: Path) -> dict[str, Any]:
+    num_rows = pq.read_metadata(table).num_rows
+    return {"stage": stage, "table": table.name, "before": footer_digest(table), "num_rows": num_rows}
+
+
 class _Reading:
     """Reads the tables that a removal touches."""
 
@@ -82,19 +87,21 @@ class _Reading:
         self._described = {row["uid"]: row for row in described}
 
     def rows(self, stage: str) -> Iterator[dict[str, Any]]:
-        """The rows of SCHEMA of one stage's shards, but for the removal's number and time."""
+        """The rows of SCHEMA of one stage's shards, but for the removal's number and time.
+
+        A table that loses no row, only texts of removed samples, has one with NO_ROW.
+        """
         folder = _folder(self._dataset, stage)
         paths = [folder / f"{shard:05d}.parquet" for shard in self._removal.touched.get(stage, [])]
         sides = "height, width" if stage == "encode" else "NULL AS height, NULL AS width"
         columns = f'uid, {sides}, parse_filename(filename) AS "table", file_row_number AS row'
-        tables = dict[str, dict[str, Any]]()
-        found = self._select(columns, [path for path in paths if path.exists()])
-        for row in sorted(found, key=lambda row: (row["table"], row["row"])):
-            table = row["table"]
-            if table not in tables:
-                num_rows = pq.read_metadata(folder / table).num_rows
-                tables[table] = {"stage": stage, "before": footer_digest(folder / table), "num_rows": num_rows}
-            yield row | tables[table] | self._keys(row["uid"])
+        existing = [path for path in paths if path.exists()]
+        tables = {path.name: _described(stage, path) for path in existing}
+        without = set(tables)
+        for row in sorted(self._select(columns, existing), key=lambda row: (row["table"], row["row"])):
+            without.discard(row["table"])
+            yield row | tables[row["table"]] | self._keys(row["uid"])
+        yield from (tables[table] | {"row": NO_ROW} for table in sorted(without))
 
     def _keys(self, uid: str) -> dict[str, Any]:
         """Digests of the sample's keys."""

@@ -51,6 +51,9 @@ def plan(
         str | None, typer.Option(help="A recipe's name or YAML file, with the run that it is for.")
     ] = None,
     chain: Annotated[str | None, typer.Option(help="A whole chain of runs: v1-1 to v1-5.")] = None,
+    retrain: Annotated[
+        Path | None, typer.Option(help="A run, to be trained again without what was removed from its data since.")
+    ] = None,
     gpus: Annotated[int, typer.Option(help="How many GPUs.", min=1)] = 8,
     gpu: Annotated[str, typer.Option(help="Which: a100, h100, h200, b200 or gb200.")] = "h200",
     rows: Annotated[
@@ -68,8 +71,11 @@ def plan(
     from sdtrain.plan.estimate import Machines, Planner, not_counted, total
     from sdtrain.plan.rates import load_rates
 
-    if (recipe is None) == (chain is None) or (chain and rows):
-        raise UserError("Give --recipe NAME, with --rows N if you like, or --chain v1-4.")
+    if sum(given is not None for given in (recipe, chain, retrain)) != 1 or (rows and not recipe):
+        raise UserError("Give --recipe NAME, with --rows N if you like, --chain v1-4, or --retrain RUN.")
+    if retrain is not None:
+        _plan_retraining(retrain, as_json)
+        return
     rates = load_rates(assume or (), gpu.lower())
     machines = Machines(gpus, gpu.lower(), find_region(region).kg_per_kwh if region else None, price_per_gpu_hour)
     planner = Planner(rates, machines)
@@ -92,6 +98,20 @@ def plan(
     print(*_remarks(lines, rates, machines, chain), sep="\n")
     if left_out:
         print(f"not counted, as their rates are not known: {', '.join(left_out)}")
+
+
+def _plan_retraining(run: Path, as_json: bool) -> None:
+    from sdtrain.model_card.removals import open_removals
+
+    found = open_removals(run)
+    if as_json:
+        cost = found.cost.row() if found.cost else None
+        print_json({"num_samples": found.num_samples, "retraining": cost, "remarks": found.remarks})
+    elif found.cost:
+        print(f"{run} and the runs before it used {found.num_samples:,} samples that were removed since.")
+        print(found.cost.sentence(), *found.remarks, sep="\n")
+    else:
+        print(f"No sample that {run} is known to have used was removed since.", *found.remarks, sep="\n")
 
 
 def _job(name: str, rows: int | None) -> DatasetJob:

@@ -178,10 +178,14 @@ def remove(
             help="Near-duplicates too: perceptual hashes that differ in at most this many bits.", min=0, max=16
         ),
     ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="A run that may have seen them, besides those known; may be repeated.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Take samples out for good: from images, scores, dataset and latents; they do not come back."""
+    from filters.exposure.seen import runs_that_saw
     from filters.recipe_record import read_recipe
     from filters.remove.apply import finish_removal, start_removal
     from filters.remove.plan import find_removal
@@ -197,13 +201,17 @@ def remove(
         fetch_tables(directory)
         removal = find_removal(directory, entries, by.value, radius)
         said.add(*removal.sentences())
+        seen_by = runs_that_saw(directory, sorted(removal.uids), run or ()) if removal.uids else []
+        said.add(*(sentence for seen in seen_by for sentence in seen.sentences()))
         if dry_run:
             said.add("Nothing was written.")
         elif removal.has_effect:
             start_removal(directory, removal)
             said.add(*finish_removal(directory))
     if as_json:
-        print_json(removal.counts() | {"written": not dry_run and removal.has_effect, "said": said.lines})
+        written = not dry_run and removal.has_effect
+        runs = [seen.row() for seen in seen_by]
+        print_json(removal.counts() | {"runs": runs, "written": written, "said": said.lines})
 
 
 class _Sentences:
@@ -215,7 +223,7 @@ class _Sentences:
 
     def add(self, *sentences: str) -> None:
         self.lines += sentences
-        if not self._are_kept:
+        if sentences and not self._are_kept:
             print(*sentences, sep="\n")
 
 

@@ -69,6 +69,14 @@ class DatasetDir:
         """The answers about a shard's images, while it is being captioned."""
         return self.root / "captions" / f"{shard:05d}.answers.jsonl"
 
+    def answers_table(self, shard: int) -> Path:
+        """The answers to the questions of rules in words, about the shard's images."""
+        return self.root / "answers" / f"{shard:05d}.parquet"
+
+    def answers_log(self, shard: int) -> Path:
+        """The answers about a shard's images, while they are asked."""
+        return self.root / "answers" / f"{shard:05d}.answers.jsonl"
+
     @property
     def spent(self) -> Path:
         """The folder of what was spent at servers, a file for each process."""
@@ -93,6 +101,11 @@ class DatasetDir:
     def removed_rows(self) -> Path:
         """The rows that removed samples had in the shards that training reads."""
         return self.root / "removed-rows.parquet"
+
+    @property
+    def known_runs(self) -> Path:
+        """The folder of the runs that trained on it, a file each; no part of the data."""
+        return self.root / "runs"
 
     @property
     def removal(self) -> Path:

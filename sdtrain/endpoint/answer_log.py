@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -65,10 +66,10 @@ class AnswerLog:
         return len(whole) + 1
 
 
-def forget_images(path: Path, uids: set[str]) -> None:
-    """Rewrites a log without the answers about some images."""
-    lines = path.read_bytes().split(b"\n")[:-1]
-    kept = [line for line in lines if json.loads(line).get("uid") not in uids]
+def forget_images(path: Path, is_removed: Callable[[str], bool]) -> None:
+    """Rewrites a log without the answers about removed images, by their uid."""
+    first, *lines = path.read_bytes().split(b"\n")[:-1] or [b""]
+    kept = [line for line in lines if not is_removed(json.loads(line)["uid"])]
     if len(kept) < len(lines):
         with publish(path) as temporary:
-            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+            temporary.write_bytes(b"".join(line + b"\n" for line in [first, *kept]))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from sdtrain.exposure.captions import caption_of
 from sdtrain.exposure.crops import crop_of
 from sdtrain.exposure.exposures import DROPPED, KEPT, Exposures
 from sdtrain.exposure.shard_rows import Ints
@@ -72,12 +73,13 @@ def _sample(exposures: Exposures, row: int, uses: Ints) -> dict[str, Any]:
 def _uses(exposures: Exposures, uses: Ints) -> Iterator[dict[str, Any]]:
     has_crops = len(exposures.samples) <= MOST_CROPS
     for use in uses.tolist():
-        crop = crop_of(exposures, use) if has_crops else None
+        crop, caption = crop_of(exposures, use) if has_crops else None, caption_of(exposures, use)
         yield {
             **_use_of(exposures, exposures.uses.runs[use], exposures.uses.steps[use]),
             "position": int(exposures.uses.positions[use]),
             "epoch": int(exposures.uses.epochs[use]),
-            "caption": _caption(exposures, use),
+            "caption": caption and caption.text,
+            "source": caption and caption.source,
             "is_dropped": {DROPPED: True, KEPT: False}.get(int(exposures.uses.captions[use])),
             "crop": None if crop is None else asdict(crop),
         }
@@ -89,11 +91,3 @@ def _use_of(exposures: Exposures, run: int, step: int) -> dict[str, Any]:
 
 def _moment(exposures: Exposures, use: int) -> str:
     return f"{exposures.chain[exposures.uses.runs[use]].run}: {exposures.uses.steps[use]:,}"
-
-
-def _caption(exposures: Exposures, use: int) -> str | None:
-    """What the network was given; None where it is not known."""
-    if exposures.uses.captions[use] == DROPPED:
-        return ""
-    caption: str | None = exposures.located["caption"][int(exposures.uses.places[use])].as_py()
-    return caption

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.removal_ledger import key_digest
-from sdtrain.exposure.removed_rows import RemovedRows, read_removed_rows
+from sdtrain.exposure.removed_rows import NO_ROW, RemovedRows, read_removed_rows
 from sdtrain.exposure.shard_rows import Ints, ShardRows, ranks
 from sdtrain.exposure.trained import table_folder
 from sdtrain.loading.sample_record import SampleRecord, Stage
 from sdtrain.loading.shard_catalog import Catalogue, footer_digest
+from sdtrain.pack.captions import LIST
 
 LOCATED = pa.schema(
     [
@@ -26,6 +27,7 @@ LOCATED = pa.schema(
         ("uid", pa.string()),  # none where a removal left only the digest
         ("url", pa.string()),
         ("caption", pa.string()),
+        ("captions", LIST),  # all of them, where the latents' table has several
         ("root", pa.string()),  # of the dataset
         ("table", pa.string()),
         ("name", pa.int64()),  # `ShardRows`: its present row, or -1 - its place in the file of removed rows
@@ -41,15 +43,17 @@ UNKNOWN, ABSENT = -1, -2
 def removed_as_located(dataset: DatasetDir, rows: pa.Table, places: Ints) -> pa.Table:
     """Removed samples, given by their rows and places in the file of removed rows, as rows of LOCATED."""
     nothing = pa.nulls(len(rows), pa.string())
-    columns = [rows["uid"], nothing, nothing, nothing, _root(dataset, rows), rows["table"], pa.array(-1 - places)]
+    described = [nothing, nothing, nothing, pa.nulls(len(rows), LIST)]
+    columns = [rows["uid"], *described, _root(dataset, rows), rows["table"], pa.array(-1 - places)]
     return pa.table(columns, names=LOCATED.names).cast(LOCATED)
 
 
 def present_as_located(dataset: DatasetDir, rows: pa.Table) -> pa.Table:
-    """Samples that are there, with columns uid, url, caption, table and row, as rows of LOCATED."""
+    """Samples that are there, with columns uid, url, caption, table, row and perhaps captions, as rows of LOCATED."""
     keys = pa.array([key_digest("uid", uid) for uid in rows["uid"].to_pylist()], pa.string())
     described = [rows[name] for name in ("uid", "url", "caption")]
-    columns = [keys, *described, _root(dataset, rows), rows["table"], rows["row"]]
+    captions = rows["captions"] if "captions" in rows.column_names else pa.nulls(len(rows), LIST)
+    columns = [keys, *described, captions, _root(dataset, rows), rows["table"], rows["row"]]
     return pa.table(columns, names=LOCATED.names).cast(LOCATED)
 
 
@@ -60,7 +64,7 @@ def _root(dataset: DatasetDir, rows: pa.Table) -> pa.Array:
 def locate_removed(dataset: DatasetDir, stage: Stage) -> pa.Table:
     """All samples that were removed since their rows are recorded: a `Locate`."""
     rows = read_removed_rows(dataset.removed_rows)
-    here = pc.equal(rows["stage"], stage)
+    here = pc.and_(pc.equal(rows["stage"], stage), pc.not_equal(rows["row"], NO_ROW))
     return removed_as_located(dataset, rows.filter(here), np.flatnonzero(here.to_numpy()))
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from sdtrain.dataset.files import read_parquet
 from sdtrain.errors import UserError
 
+NO_ROW = -1
 SCHEMA = pa.schema(
     [
         ("removal", pa.int32()),  # number of earlier removals
@@ -20,7 +21,7 @@ SCHEMA = pa.schema(
         ("before", pa.string()),  # digest of its footer
         ("after", pa.string()),  # none until the removal is finished
         ("num_rows", pa.int32()),  # of the table before
-        ("row", pa.int32()),  # in it, from 0
+        ("row", pa.int32()),  # in it, from 0; NO_ROW if only texts of removed samples left other samples
         ("height", pa.int32()),  # of the latent; none for packed images
         ("width", pa.int32()),
         ("uid", pa.string()),  # `sdtrain.dataset.removal_ledger.key_digest` of the sample's own keys

@@ -62,7 +62,8 @@ def _removals(removed: pa.Table, places: Ints) -> Sequence[_Removal]:
         here = pc.equal(removed["removal"], number)
         rows = removed.filter(here)
         before, after, num_rows = (rows[name][0].as_py() for name in ("before", "after", "num_rows"))
-        found.append(_Removal(before, after, num_rows, rows["row"].to_numpy(), places[here.to_numpy()]))
+        numbers, own = rows["row"].to_numpy(), places[here.to_numpy()]
+        found.append(_Removal(before, after, num_rows, numbers[numbers >= 0], own[numbers >= 0]))  # but for NO_ROW
     return found
 
 

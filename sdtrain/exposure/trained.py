@@ -99,13 +99,13 @@ def _steps_before(trained: Trained, chain: list[Ancestor]) -> tuple[int, str]:
 
 def _remarks(run: Path) -> Iterator[str]:
     """What the run's log says of steps that did not go by the plan."""
-    last = (RunDir(run).log.rows() or [{}])[-1]
-    if num := int(float(last.get("num_substituted") or 0)):
+    rows = RunDir(run).log.rows()
+    if num := max((int(float(row.get("num_substituted") or 0)) for row in rows), default=0):
         yield (
-            f"{run} replaced {num:,} unreadable samples by others (data.on_corrupt: skip), and does not record which: "
-            "so many uses may be of another sample than is said here."
+            f"{run} replaced unreadable samples by others (data.on_corrupt: skip; {num:,} on its first rank), without "
+            "recording which: some uses were of another sample than is said here."
         )
-    if num := int(float(last.get("num_skipped") or 0)):
+    if rows and (num := int(float(rows[-1].get("num_skipped") or 0))):
         yield f"{run} skipped {num:,} steps, which drew their samples without learning from them; they count here."
 
 

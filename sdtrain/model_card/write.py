@@ -23,6 +23,7 @@ from sdtrain.exposure.lineage import lineage
 from sdtrain.impact.energy import Spent
 from sdtrain.model_card.energy import EnergyRow, amount, preparation_row, training_row
 from sdtrain.model_card.records import DatasetFacts, dataset_facts
+from sdtrain.model_card.removals import open_removals
 from sdtrain.model_card.representation_record import measure_datasets, plot_all, sections
 from sdtrain.model_card.word_lists import load_word_lists
 from sdtrain.settings import load_settings
@@ -40,6 +41,7 @@ _PROMPT = (
     "Read the licence in full before you agree."
 )
 _SHOWN = ("prompts_source", "num_prompts", "reference_source", "reference_sha256", "num_steps", "sampler", "weights")
+_SPREADS = ("_ci95", "_std")
 _ALSO = ("seed", "size_px", "network", "network_sha256", "networks", "networks_sha256", "resize")
 
 
@@ -64,6 +66,7 @@ def write_card(run: Path) -> Path:
         step=chain[-1].step,
         datasets=datasets,
         crops=_crops(config, datasets),
+        removals=open_removals(run),
         energy=energy,
         total_kg=total_kg,
         intensity=config.card.intensity(),
@@ -231,9 +234,9 @@ def read_evaluation(folder: Path) -> Evaluation | None:
     try:
         content = json.loads(path.read_text())
         rows, protocol, metrics = content["rows"], content["protocol"], dict(content["metrics"])
-        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows)]
+        header = [name for name in rows[0] if any(row.get(name) is not None for row in rows) and not _is_spread(name)]
         shown = {name: _words(protocol[name]) for name in (*_SHOWN, *_ALSO) if name in protocol}
-        table = [[_text(row.get(name)) for name in header] for row in rows]
+        table = [[_cell(row, name) for name in header] for row in rows]
         results = _eval_results(rows, metrics, protocol) if len({row["model"] for row in rows}) == 1 else ()
         notes = [str(note) for note in content.get("notes", [])]
         return Evaluation(header, table, metrics, notes, shown, (folder / "curve.png").exists(), tuple(results))
@@ -256,6 +259,16 @@ def _eval_results(
                 metric_value=round(row[name], 6),
                 metric_args={"guidance_scale": row["guidance_scale"]},
             )
+
+
+def _is_spread(column: str) -> bool:
+    return column.endswith(_SPREADS)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    """A number with its spread: a table with a column for each of them would be too wide."""
+    spreads = [spread for kind in _SPREADS if (spread := row.get(f"{column}{kind}")) is not None]
+    return " ± ".join([_text(row.get(column)), *(f"{spread:.2g}" for spread in spreads)])
 
 
 def _words(value: Any) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
     seed = random_seed(weights)
     source = None if seed is not None else weights if known else _readable(find_weights(weights, {}))
     try:
-        with seeded(seed):
+        with seeded(seed), _retrying_quietly():
             network = open_clip.create_model(model, pretrained=source)
         return network.eval(), open_clip.get_tokenizer(model)
     except (RuntimeError, OSError, ValueError) as error:
@@ -92,6 +94,18 @@ def load_clip(model: str, weights: str) -> tuple[Any, Any]:
             f"CLIP {model} with weights '{weights}' cannot be loaded ({error}). Without a connection, set "
             "clip_weights to a file, or do without the CLIP scores."
         ) from error
+
+
+@contextmanager
+def _retrying_quietly() -> Iterator[None]:
+    """Without the hub's lines about each retry of a download: a failure in the end is one sentence."""
+    retries = logging.getLogger("huggingface_hub.utils._http")
+    before = retries.level
+    retries.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        retries.setLevel(before)
 
 
 def _readable(path: Path) -> str:

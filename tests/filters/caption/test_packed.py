@@ -4,10 +4,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.caption.duplicates import duplicate_texts
+from filters.exposure.find import Search
 from filters.pipeline import STAGES
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending
+from sdtrain.exposure.document import use_rows
+from sdtrain.exposure.exposures import find_exposures
 from sdtrain.pack.captions import sources_in
 from tests.filters.caption.caption_fixtures import build_captioned, latents_rows, packed_json
 from tests.filters.removal_fixtures import (
@@ -21,6 +24,8 @@ from tests.filters.removal_fixtures import (
     rows_of,
     uid_of,
 )
+from tests.sdtrain.exposure.run_fixtures import config_of, record_run, replay
+from tests.training_fixtures import write_models
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +121,30 @@ def test_a_removal_killed_between_two_files_ends_the_same(copied, photo_site, mo
     build(copied, read_recipe(copied))
     assert files_with(copied.root, [caption_of(gone), uid_of(gone, port)]) == []
     assert build(copied, read_recipe(copied)) == []
+
+
+def test_exposed_tells_the_caption_of_each_use_and_traces_shards_that_lost_only_a_text(copied, photo_site, tmp_path):
+    port, models = photo_site[1], write_models(tmp_path / "models")
+    data = {"root": str(copied.root), "resolution": 32, "captions": {"alt": 1.0}}
+    config = config_of(tmp_path, models, data, vae="demo", steps=6, caption_dropout=0.3)
+    run = record_run(tmp_path / "run", config, checkpoints=(2,))
+    drawn, kept = replay(config), list(latents_rows(copied))
+
+    def told():
+        exposures = find_exposures(run, Search("uid", kept))
+        assert exposures.remarks == []
+        return {(use["step"], use["position"]): (use["uid"], use["caption"]) for use in use_rows(exposures)}
+
+    expected = {at: (sample.uid, "" if sample.is_dropped else sample.caption) for at, sample in drawn.items()}
+    assert told() == expected
+    gone, stays = sorted((6, 22), key=lambda n: uid_of(n, port) in kept)
+    assert {caption_of(gone), caption_of(stays)} <= {caption for _, caption in expected.values()}
+    remove(copied, "uid", [uid_of(gone, port)])
+    after = told()
+    assert {at: uid for at, (uid, _) in after.items()} == {at: uid for at, (uid, _) in expected.items()}
+    changed = {uid for at, (uid, caption) in after.items() if (uid, caption) != expected[at]}
+    assert uid_of(stays, port) in changed, "what it was called then is not known any more"
+    assert all(caption is None for uid, caption in after.values() if uid in changed)
 
 
 def test_without_the_stage_nothing_is_packed_but_what_was(photo_dataset):

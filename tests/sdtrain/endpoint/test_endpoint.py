@@ -14,6 +14,7 @@ from PIL import Image
 
 from sdtrain import redaction
 from sdtrain.endpoint import client
+from sdtrain.endpoint.answer_log import AnswerLog, forget_images
 from sdtrain.endpoint.answers import Answer, Usage, answer_of_record
 from sdtrain.endpoint.ask import ask, check_endpoint
 from sdtrain.endpoint.budget import Budget, usage_in
@@ -329,3 +330,15 @@ def test_it_can_be_called_where_an_event_loop_runs_and_from_a_generator_that_fai
         assert len(asyncio.run(inside(server))) == 3
         with pytest.raises(UserError, match="is damaged"):
             ask(config_of(server, concurrency=2), failing(), SECTION)
+
+
+def test_an_interrupted_shard_forgets_removed_images(tmp_path):
+    path, answer = tmp_path / "00000.answers.jsonl", Answer("text", "a scene")
+    with AnswerLog(path, "made of") as log:
+        for uid in ("kept", "removed"):
+            log.add(uid, "short", answer)
+    forget_images(path, lambda uid: uid == "removed")
+    assert b"removed" not in path.read_bytes()
+    with AnswerLog(path, "made of") as log:
+        assert log["kept", "short"] == answer
+        assert ("removed", "short") not in log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -28,12 +29,15 @@ def record_run(folder: Path, config: TrainConfig, origin: Origin | None = None, 
     folder.mkdir(parents=True)
     run.begin(config, 0)
     sample_record(store, config, origin).write(run.samples)
+    digest = store.digest
+    del store
+    gc.collect()  # which ends its lock
     run.log.truncate(0)
     (folder / "DONE").write_text(json.dumps({"step": config.steps, "checkpoint": "c"}))
     for step in checkpoints:
         layout = folder / "checkpoints" / f"step-{step:08d}" / "layout.json"
         layout.parent.mkdir(parents=True)
-        layout.write_text(json.dumps({"step": step, "data_digest": store.digest}))
+        layout.write_text(json.dumps({"step": step, "data_digest": digest}))
     return folder
 
 
@@ -41,8 +45,11 @@ def replay(config: TrainConfig, num_steps: int | None = None) -> dict[tuple[int,
     """(step, position) -> what training draws there."""
     store = open_samples(config, vae_scaling_factor(config.vae))
     maker = BatchMaker(store, load_text_encoder(config.text_encoder)[0], config, rank=0, world_size=1)
-    return {
+    drawn = {
         (step, position): maker.drawn(step, position)[1]
         for step in range(config.steps if num_steps is None else num_steps)
         for position in range(config.global_batch_size)
     }
+    del store, maker
+    gc.collect()  # which ends its lock
+    return drawn

@@ -4,8 +4,8 @@ from sdtrain.errors import UserError
 from sdtrain.impact import energy
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh, find_region, regions
 from sdtrain.impact.energy import EnergyLog, GpuCounter, Spent, cpu_counters, gpu_counters
+from sdtrain.impact.footprint import footprint
 from sdtrain.impact.gpus import board_watts, peak_tflops
-from sdtrain.model_card.energy import footprint
 from sdtrain.training.energy import EnergyRecorder, Meter
 
 

@@ -166,13 +166,20 @@ def test_the_evaluation_is_shown_with_its_protocol(tmp_path):
     run = make_run(tmp_path)
     (run / "evaluation").mkdir()
     rows = [{"model": "run", "guidance_scale": 3.0, "fid": 21.23456, "fid_interval": [20.0, 22.5]}]
-    results = {"protocol": {"num_prompts": 16, "sampler": "plms"}, "metrics": {"fid": "distance"}, "rows": rows}
+    rows[0] |= {"recall": 0.5, "recall_ci95": 0.0321, "kid": 0.01, "kid_std": 0.001, "coverage": None}
+    digests = {"inception": "ab12", "dinov2": "cd34"}
+    results = {
+        "protocol": {"num_prompts": 16, "sampler": "plms", "networks_sha256": digests},
+        "metrics": {"fid": "distance"},
+        "rows": rows,
+    }
     (run / "evaluation" / "results.json").write_text(json.dumps(results | {"notes": ["2 of 16 prompts are known."]}))
     (run / "evaluation" / "curve.png").write_bytes(b"")
     text = write_card(run).read_text()
     assert "- 2 of 16 prompts are known.\n" in text
-    assert "| run | 3 | 21.23 | 20 to 22.5 |" in text
-    assert "num_prompts 16, sampler plms" in text
+    assert "| model | guidance_scale | fid | fid_interval | recall | kid |" in text
+    assert "| run | 3 | 21.23 | 20 to 22.5 | 0.5 ± 0.032 | 0.01 ± 0.001 |" in text
+    assert "num_prompts 16, sampler plms, networks_sha256 inception ab12, dinov2 cd34" in text
     assert "(evaluation/curve.png)" in text
     (run / "evaluation" / "results.json").write_text("{}")
     with pytest.raises(UserError, match=r"results\.json"):

@@ -1,3 +1,5 @@
+import logging
+
 import open_clip
 import pytest
 import torch
@@ -56,6 +58,17 @@ def test_a_tokenizer_that_cannot_be_fetched_is_a_sentence(monkeypatch):
     monkeypatch.setattr(open_clip, "get_tokenizer", offline)
     with pytest.raises(UserError, match=r"cannot be loaded \(no connection\)"):
         load_clip("ViT-demo", "random:0")
+
+
+def test_retries_of_a_download_say_nothing_beside_the_sentence(monkeypatch, caplog):
+    def offline(*arguments, **settings):
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise RuntimeError("no connection")
+
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    with pytest.raises(UserError, match=r"cannot be loaded \(no connection\)"):
+        load_clip("ViT-demo", "random:0")
+    assert caplog.records == []
 
 
 class Network:

@@ -1,0 +1,160 @@
+"""ASK: decoded images -> the probability of yes for each question that a rule in words asks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from filters.ask_rules import COLUMN, questions_of
+from filters.caption_config import AskConfig
+from filters.recipe import Recipe
+from sdtrain.dataset.files import publish, read_parquet
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
+from sdtrain.dataset.rewriting import IN_TABLE
+from sdtrain.dataset.shard_report import ShardReport, fingerprint
+from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.endpoint.answer_log import AnswerLog
+from sdtrain.endpoint.answers import Answer
+from sdtrain.endpoint.ask import check_endpoint
+from sdtrain.endpoint.config import EndpointConfig
+from sdtrain.endpoint.images import Questions, ask_about_images
+
+_SCHEMA = pa.schema([("uid", pa.string()), (COLUMN, pa.map_(pa.string(), pa.float32()))])
+_FORM_OF_ANSWER = "{question} Answer with one word, yes or no."
+_MAX_TOKENS, _TOP_LOGPROBS = 8, 20
+_MADE_OF = b"sdtrain.ask"
+"""In a table's metadata: by whom, and about which images, its questions were answered."""
+Chances = dict[str, dict[str, float | None]]
+"""uid -> question -> probability of yes; None if the answer is neither yes nor no."""
+
+
+def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
+    """Writes the answers about one shard's decoded images; questions that it has answers to are not asked again.
+
+    UserError if the server cannot be used, or the budget is spent; the answers until then are kept.
+    """
+    config, questions = recipe.asked, questions_of(_lines(recipe))
+    uids, made_of = _decoded(dataset, shard), _made_of(dataset, config, shard)
+    known = _known(dataset, shard, made_of)
+    new = [question for question in questions if any(question not in known.get(uid, {}) for uid in uids.values())]
+    chances = _ask(dataset, config, shard, uids, new, made_of)
+    rows = [
+        {"uid": uid, COLUMN: [(q, chances[uid][q] if q in new else known[uid][q]) for q in questions]}
+        for uid in uids.values()
+    ]
+    unknown = sum(chance is None for row in rows for _, chance in row[COLUMN])
+    with publish(dataset.answers_table(shard)) as temporary:
+        table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_MADE_OF: made_of.encode()}))
+        pq.write_table(table, temporary, compression="zstd")
+    notes = [f"{unknown:,} of {len(rows) * len(questions):,} answers are neither yes nor no"] if unknown else []
+    outputs = describe_outputs(dataset, [dataset.answers_table(shard)])
+    counts = {"num_in": len(uids), "num_out": len(uids)}
+    return ShardReport(stage="ask", shard=shard, **counts, outputs=outputs, notes=notes)
+
+
+def _ask(
+    dataset: DatasetDir, config: AskConfig, shard: int, uids: Mapping[str, str], texts: Sequence[str], made_of: str
+) -> Chances:
+    if not texts:
+        return {}
+    asked = {text: _FORM_OF_ANSWER.format(question=text) for text in texts}
+    questions = Questions(asked, _MAX_TOKENS, config.image_px, _TOP_LOGPROBS)
+    with AnswerLog(dataset.answers_log(shard), made_of) as log:
+        ask_about_images(dataset, shard, uids, questions, _server(config), "ask.endpoint", log)
+        return {uid: {text: _chance(log[uid, text]) for text in texts} for uid in uids.values()}
+
+
+def _chance(answer: Answer) -> float | None:
+    # The first word is what counts: an answer that goes on and is cut off has said it.
+    return answer.probability_of_yes() if answer.kind in ("text", "too_long") else None
+
+
+def _known(dataset: DatasetDir, shard: int, made_of: str) -> Chances:
+    """The answers of the shard's table, if the same network gave them about the same images."""
+    path = dataset.answers_table(shard)
+    if not path.exists() or (pq.read_schema(path).metadata or {}).get(_MADE_OF) != made_of.encode():
+        return {}
+    return {row["uid"]: dict(row[COLUMN]) for row in read_parquet(path).to_pylist()}
+
+
+def _made_of(dataset: DatasetDir, config: AskConfig, shard: int) -> str:
+    described = {"endpoint": _server(config).described(), "image_px": config.image_px, "form": _FORM_OF_ANSWER}
+    return json.dumps(described | {"images": fingerprint("images", {}, [require_entry(dataset, "download", shard)])})
+
+
+def _decoded(dataset: DatasetDir, shard: int) -> dict[str, str]:
+    """Key -> uid of the images that SCORE could decode, in the order of their keys."""
+    rows = read_parquet(dataset.scores(shard), ["key", "uid", "reason"])
+    rows = rows.filter(pc.is_null(rows["reason"])).sort_by("key")
+    return dict(zip(rows["key"].to_pylist(), rows["uid"].to_pylist(), strict=True))
+
+
+def _server(config: AskConfig) -> EndpointConfig:
+    if config.endpoint is None:
+        raise AssertionError("the recipe refuses a rule that nobody answers")
+    return config.endpoint
+
+
+def _lines(recipe: Recipe) -> list[str]:
+    lines = recipe.decide.rules.get("ask")
+    return lines if isinstance(lines, list) else []
+
+
+def _is_on(recipe: Recipe) -> bool:
+    return bool(_lines(recipe))
+
+
+def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
+    return list(selected_shards(dataset))
+
+
+def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
+    # The questions, but no thresholds: these are DECIDE's.
+    config = {"questions": questions_of(_lines(recipe)), "made_of": _made_of(dataset, recipe.asked, shard)}
+    return fingerprint("ask/1", config, [require_entry(dataset, stage, shard) for stage in ("download", "score")])
+
+
+def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    for shard in shards:
+        yield ask_shard(dataset, recipe, shard)
+        dataset.answers_log(shard).unlink(missing_ok=True)
+
+
+def _files(recipe: Recipe) -> Openers:
+    return {"ask.endpoint": partial(check_endpoint, _server(recipe.asked), "ask.endpoint")}
+
+
+def _sized(recipe: Recipe, num_rows: int) -> Openers:
+    return {"ask.endpoint": partial(_say_requests, recipe, num_rows)}
+
+
+def _say_requests(recipe: Recipe, num_rows: int) -> str:
+    num, url = len(questions_of(_lines(recipe))), _server(recipe.asked).url
+    return f"up to {num_rows * num:,} requests to {url}, {num} about each image, which is sent there"
+
+
+ASK: Stage[Recipe] = Stage(
+    *("ask", _shards, _fingerprint, _run),
+    is_on=_is_on,
+    inputs=dict.fromkeys(("download", "score"), "same shard"),
+    planned_by=None,
+    num_shards=num_selected_shards,
+    beside=nothing_beside,
+    table=Table(
+        view="answers",
+        comment="For every image the probability of yes for each question that the rule `ask` names",
+        columns={"uid": "VARCHAR", COLUMN: "MAP(VARCHAR, FLOAT)", "shard": "INTEGER"},
+        path=DatasetDir.answers_table,
+        rewriting=IN_TABLE,
+    ),
+    drops=None,
+    uses_gpu=False,
+    needs=Needs(files=_files, networks=no_openers, sized=_sized),
+    work=None,
+)
