@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from sdtrain.evaluation.contamination import CLEAN, Found
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.further import FurtherNumbers
-from sdtrain.evaluation.metrics import Arrays, ImageArrays, Metric, numbers, open_metrics
+from sdtrain.evaluation.metric import Arrays, Metric
+from sdtrain.evaluation.metrics import ImageArrays, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.protocol import Protocol
 
