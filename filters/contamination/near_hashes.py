@@ -58,10 +58,13 @@ class NearHashes:
 
     def _matches_in(self, given: _Sorted, block: Hashes) -> list[Matches]:
         permuted = given.table.permuted(block)
+        order = np.argsort(permuted)  # searches in order are several times as fast
+        permuted = permuted[order]
         rest = np.uint64((1 << (HASH_BITS - given.table.key_bits)) - 1)
         first = np.searchsorted(given.hashes, permuted & ~rest, side="left")
         counts = np.searchsorted(given.hashes, permuted | rest, side="right") - first
-        return [self._near(given, permuted, *some) for some in _expanded(first, counts)]
+        near = (self._near(given, permuted, *some) for some in _expanded(first, counts))
+        return [Matches(order[rows], items) for rows, items in near]
 
     def _near(self, given: _Sorted, block: Hashes, rows: NDArray[np.int64], places: NDArray[np.int64]) -> Matches:
         differing = block[rows] ^ given.hashes[places]
