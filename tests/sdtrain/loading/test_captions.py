@@ -14,11 +14,13 @@ from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_text_encoder, vae_scaling_factor
 from sdtrain.loading import latent_store
 from sdtrain.loading.captions import Caption, CaptionMix
+from sdtrain.loading.image_store import ImageStore, OnlineVae
 from sdtrain.loading.loader import BatchMaker, captions_in_step
 from sdtrain.loading.sample_plan import sample_noise
 from sdtrain.loading.sources import open_samples
 from sdtrain.sampling.batch_view import show_batch
 from sdtrain.settings import parse_settings
+from tests.sdtrain.encode import caption_fixtures
 from tests.sdtrain.encode.caption_fixtures import add_captions, captions_of
 from tests.sdtrain.encode.packed_fixtures import Recipe, encode, write_packed
 from tests.training_fixtures import write_config
@@ -155,6 +157,16 @@ def test_packed_images_give_the_captions_of_latents(tmp_path, datasets):
     assert [[getattr(s, n) for n in names] for s in drawn(online, range(3))] == [
         [getattr(s, n) for n in names] for s in drawn(config, range(3))
     ]
+
+
+def test_the_last_packed_image_may_have_texts_of_any_length(tmp_path, monkeypatch):
+    long = [{"source": "long", "text": "word " * 60_000, "origin_uid": f"{7:032x}"}]
+    monkeypatch.setattr(caption_fixtures, "captions_of", lambda number: long)
+    dataset = add_captions(write_packed(tmp_path / "data"))
+    store = ImageStore(dataset.root, 64, OnlineVae("demo"), reads_captions=True)
+    last = store.fetch(np.array([4, 7]), np.zeros(2, np.int64), 0, store.buffer(2, 0))
+    assert last.damaged == {}
+    assert last.choices[0] == last.choices[1] == [Caption("long", long[0]["text"])]
 
 
 def test_a_mapped_index_without_captions_is_made_again_with_them(tmp_path, datasets, monkeypatch):
