@@ -132,6 +132,7 @@ def test_the_server_of_the_captions_answers_too():
     caption = {"endpoint": {"url": "http://h/v1", "model": "m"}}
     recipe = recipe_of(caption, decide={"rules": {"ask": TEXT}})
     assert recipe.asked.endpoint == recipe.caption.endpoint
+    assert list(ASK.needs.files(recipe)) == ["caption.endpoint"]
     assert ASK.is_on(recipe)
     assert not ASK.is_on(recipe_of(caption, decide={"rules": {"ask": False}}))
     with pytest.raises(UserError, match=r"name it in ask\.endpoint"):
