@@ -16,11 +16,11 @@ from filters.caption_config import AskConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read_entry, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
-from sdtrain.endpoint.answer_log import AnswerLog
+from sdtrain.endpoint.answer_log import AnswerLog, clear_finished
 from sdtrain.endpoint.answers import Answer
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.endpoint.config import EndpointConfig
@@ -129,6 +129,8 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    logs = dataset.answers_log(0).parent.glob("*.jsonl")
+    clear_finished(logs, lambda shard: read_entry(dataset, "ask", shard) is not None)
     num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
     _log.warning("ask: %s", _say_requests(recipe, num_images))
     for shard in shards:

@@ -16,9 +16,11 @@ from filters.caption_config import PROMPTS, CaptionConfig, CaptionModelConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
+from sdtrain.dataset.sync import evict_after
+from sdtrain.endpoint.answer_log import clear_finished
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.pack.captions import ALT
 
@@ -93,13 +95,15 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    logs = dataset.caption_answers(0).parent.glob("*.jsonl")
+    clear_finished(logs, lambda shard: read_entry(dataset, "caption", shard) is not None)
     if recipe.caption.endpoint:
         num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
         _log.warning("caption: %s", _say_requests(recipe.caption, num_images))
     for shard in shards:
         yield caption_shard(dataset, recipe, shard)
-        # Recorded by now. What a kill leaves here is of a finished shard, and goes with the next run or removal.
-        dataset.caption_answers(shard).unlink(missing_ok=True)
+        dataset.caption_answers(shard).unlink(missing_ok=True)  # the shard is recorded
+        evict_after(dataset, require_entry(dataset, "download", shard), [])
 
 
 def _files(recipe: Recipe) -> Openers:

@@ -8,16 +8,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
 from pydantic import ValidationError
 
-from sdtrain.config.card import CardConfig
 from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import Agreement
 from sdtrain.impact.energy import EnergyLog
-from sdtrain.model_card.energy import footprint
-from sdtrain.model_card.records import dataset_facts
-from sdtrain.preflight.machine import commit, cpu_model
 from sdtrain.settings import Settings
 
 RECORD = "record.json"
@@ -69,6 +64,10 @@ class DemoClock:
         """Writes the record, unless the run went on with what an earlier one left, whose seconds it lacks."""
         if not self._is_whole:
             return
+        import torch  # late: the flow is known to Prefect before any network is loaded
+
+        from sdtrain.preflight.machine import commit, cpu_model
+
         kwh, measured = _energy(run, dataset)
         made = DemoRecord(
             day=f"{datetime.now(UTC):%Y-%m-%d}",
@@ -99,6 +98,10 @@ def read_record(root: Path) -> DemoRecord | None:
 
 def _energy(run: Path, dataset: Path) -> tuple[float | None, float]:
     """Energy (kWh) of preparation and training, and the share of the training's hours that was measured."""
+    from sdtrain.config.card import CardConfig
+    from sdtrain.model_card.energy import footprint
+    from sdtrain.model_card.records import dataset_facts
+
     sessions = EnergyLog(run / "energy.csv").sessions()
     trained, card = footprint(sessions), CardConfig()
     prepared = dataset_facts(dataset).kwh(card.data_gpu, card.data_cores)

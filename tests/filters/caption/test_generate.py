@@ -176,6 +176,11 @@ def test_a_kill_loses_no_answer_and_gives_the_same_bytes(scored, dataset, tmp_pa
         log.write_bytes(log.read_bytes() + b'{"uid": "half a li')
         run_batch(CAPTION, dataset, recipe, pending(CAPTION, dataset, recipe))
         assert len(server.asked) == 12 + 1  # the one in flight
+        # Killed after the first shard was recorded, and before its answers were deleted.
+        dataset.caption_answers(0).write_bytes(b"left over")
+        dataset.manifest_entry("caption", 1).unlink()
+        run_batch(CAPTION, dataset, recipe, [1])
+        assert not dataset.caption_answers(0).exists()
     assert bytes_of(dataset) == bytes_of(whole)
 
 
