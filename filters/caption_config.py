@@ -79,7 +79,7 @@ class CaptionConfig(CollectedConfig):
     def described(self) -> dict[str, Any]:
         """The settings that determine the captions; a local model's files are in the fingerprint besides."""
         asked = {"endpoint", "model", "prompts", "max_tokens", "image_px"}
-        config: dict[str, Any] = self.model_dump(mode="json", exclude=asked, exclude_defaults=True)
+        config = {name: value for name, value in super().described().items() if name not in asked}
         if self.is_generated:
             config |= {"prompts": list((self.prompts or PROMPTS).items()), "max_tokens": self.max_tokens}
         if self.endpoint:
@@ -87,6 +87,12 @@ class CaptionConfig(CollectedConfig):
         if self.model:
             config["model"] = self.model.model_dump(mode="json", include={"precision", "batch_size"})
         return config
+
+    @model_validator(mode="after")
+    def _is_compared(self) -> CaptionConfig:
+        if self.min_caption_similarity is not None and self.is_on and not self.is_measured:
+            raise ValueError("caption.min_caption_similarity needs caption.similarity: true")
+        return self
 
     @model_validator(mode="after")
     def _has_one_network(self) -> CaptionConfig:

@@ -288,6 +288,12 @@ class Recipe(Settings):
         return self
 
     @model_validator(mode="after")
+    def _captions_are_compared(self) -> Recipe:
+        if self.caption.min_caption_similarity is not None and self.score.clip_weights is None:
+            raise ValueError("caption.min_caption_similarity is CLIP's, and score.clip_weights is null")
+        return self
+
+    @model_validator(mode="after")
     def _duplicates_are_searched(self) -> Recipe:
         if self.caption.from_duplicates and not self.duplicates.searched:
             raise ValueError(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from sdtrain.config import load_config
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
 from sdtrain.demo.checker import Agreement
+from sdtrain.demo.record import DemoClock
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
 from sdtrain.errors import user_error_of
@@ -188,13 +188,15 @@ def write_demo_report(demo: DemoDir, verdicts: dict[str, Agreement], sections: "
 
 def run_demo(output: Path, num_rows: int, steps: int | None) -> dict[str, float | str]:
     """Runs everything in order; returns the demo's metrics."""
-    demo, started = DemoDir(output.absolute()), time.monotonic()
+    demo = DemoDir(output.absolute())
+    clock = DemoClock(demo.root)
     with own_prefect(demo.root / "prefect"):
         build_demo(str(demo.root), num_rows)
         train_demo(str(demo.root), steps)
     verdicts = sample_demo(demo)
     report = write_demo_report(demo, verdicts, look_closer(demo))
-    figures: dict[str, float | str] = {"seconds": round(time.monotonic() - started, 1)}
+    clock.record(verdicts, demo.training.path, demo.data.root, num_rows, steps)
+    figures: dict[str, float | str] = {"seconds": round(clock.seconds, 1)}
     for name, verdict in verdicts.items():
         figures |= {f"color_{name}": round(verdict.color, 3), f"shape_{name}": round(verdict.shape, 3)}
     return figures | {"report": str(report)}

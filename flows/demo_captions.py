@@ -15,10 +15,12 @@ from pathlib import Path
 
 import yaml
 from PIL import Image, ImageDraw, ImageFont
+from prefect import flow
 
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
+from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions
 from flows.support.task_runners import own_prefect
 from flows.train_unet import train
@@ -72,22 +74,32 @@ def run_caption_demo(output: Path, num_rows: int, steps: int | None) -> dict[str
     """Builds, trains both models, samples them, and returns their agreement with their prompts."""
     demo, began = CaptionDemo(output.absolute()), time.monotonic()
     with own_prefect(demo.root / "prefect"):
-        _build(demo, num_rows)
-        for name in SOURCES:
-            train(_config(demo, name), str(demo.data.root), str(demo.training(name).path), steps)
+        build_and_train(str(demo.root), num_rows, steps)
     trials = {name: try_model(export_model(demo.training(name).path, demo.root / "models" / name)) for name in SOURCES}
     draw_comparison(trials).save(demo.sheet)
-    figures: dict[str, object] = {name: asdict(_both(trial)) for name, trial in trials.items()}
+    figures: dict[str, object] = {name: asdict(overall(trial)) for name, trial in trials.items()}
     figures |= {"useless_alt_texts": USELESS, "seconds": round(time.monotonic() - began, 1), "sheet": str(demo.sheet)}
     with publish(demo.figures) as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
     return figures
 
 
-def _build(demo: CaptionDemo, num_rows: int) -> None:
+@flow(name="demo-captions")
+@report_user_errors
+def build_and_train(output: str, num_rows: int, steps: int | None) -> None:
+    """Builds the dataset with its captions, and trains both models on it.
+
+    Args:
+        output: The demo's directory.
+        num_rows: Rows of metadata.
+        steps: Optimizer steps of each run; by default the config's.
+    """
+    demo = CaptionDemo(Path(output))
     world = make_world(demo.root / "world", num_rows, useless=USELESS)
     with serve_world(world), serve_captioner() as captioner:
         build(caption_recipe(world.metadata, captioner), BuildOptions(output=str(demo.data.root)), StageOptions())
+    for name in SOURCES:
+        train(write_config(demo, name), str(demo.data.root), str(demo.training(name).path), steps)
 
 
 def caption_recipe(metadata: Path, captioner: str) -> Recipe:
@@ -97,7 +109,7 @@ def caption_recipe(metadata: Path, captioner: str) -> Recipe:
     return parse_settings(Recipe, recipe, "demo with captions")
 
 
-def _config(demo: CaptionDemo, name: str) -> str:
+def write_config(demo: CaptionDemo, name: str) -> str:
     """The demo's training with captions of some sources, as a file that the launcher reads."""
     config = load_config(CONFIG).model_dump(mode="json", exclude_defaults=True)
     config["data"] = config.get("data", {}) | {"captions": {"first": list(SOURCES[name])}}
@@ -106,7 +118,7 @@ def _config(demo: CaptionDemo, name: str) -> str:
     return str(path)
 
 
-def _both(trial: Trial) -> Agreement:
+def overall(trial: Trial) -> Agreement:
     """Over all prompts: pairs in training, and pairs never seen together."""
     parts = trial.seen, trial.unseen
     num = sum(part.num_images for part in parts)
@@ -128,7 +140,7 @@ def draw_comparison(trials: dict[str, Trial]) -> Image.Image:
     titles = {"alt": f"alt texts, {USELESS:.0%} of them useless", "captions": "generated captions"}
     for (name, trial), sheet in zip(trials.items(), sheets, strict=True):
         page.paste(sheet, (left, head_px))
-        pen.text((left + 8, 10), f"{titles[name]}: {_both(trial).both:.0%} of prompts right", fill="black", font=font)
+        pen.text((left + 8, 10), f"{titles[name]}: {overall(trial).both:.0%} of prompts right", fill="black", font=font)
         left += sheet.width + gap_px
     return page
 

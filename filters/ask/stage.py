@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
@@ -15,16 +16,17 @@ from filters.caption_config import AskConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read_entry, require_entry, selected_shards
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
-from sdtrain.endpoint.answer_log import AnswerLog
+from sdtrain.endpoint.answer_log import AnswerLog, clear_finished
 from sdtrain.endpoint.answers import Answer
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.endpoint.config import EndpointConfig
 from sdtrain.endpoint.images import Questions, ask_about_images
 
+_log = logging.getLogger(__name__)
 _SCHEMA = pa.schema([("uid", pa.string()), (COLUMN, pa.map_(pa.string(), pa.float32()))])
 _FORM_OF_ANSWER = "{question} Answer with one word, yes or no."
 _MAX_TOKENS, _TOP_LOGPROBS = 8, 20
@@ -43,7 +45,7 @@ def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
     uids, made_of = _decoded(dataset, shard), _made_of(dataset, config, shard)
     known = _known(dataset, shard, made_of)
     new = [question for question in questions if any(question not in known.get(uid, {}) for uid in uids.values())]
-    chances = _ask(dataset, config, shard, uids, new, made_of)
+    chances = _ask(dataset, recipe, shard, uids, new, made_of)
     rows = [
         {"uid": uid, COLUMN: [(q, chances[uid][q] if q in new else known[uid][q]) for q in questions]}
         for uid in uids.values()
@@ -59,14 +61,15 @@ def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
 
 
 def _ask(
-    dataset: DatasetDir, config: AskConfig, shard: int, uids: Mapping[str, str], texts: Sequence[str], made_of: str
+    dataset: DatasetDir, recipe: Recipe, shard: int, uids: Mapping[str, str], texts: Sequence[str], made_of: str
 ) -> Chances:
     if not texts:
         return {}
+    config = recipe.asked
     asked = {text: _FORM_OF_ANSWER.format(question=text) for text in texts}
     questions = Questions(asked, _MAX_TOKENS, config.image_px, _TOP_LOGPROBS)
     with AnswerLog(dataset.answers_log(shard), made_of) as log:
-        ask_about_images(dataset, shard, uids, questions, _server(config), "ask.endpoint", log)
+        ask_about_images(dataset, shard, uids, questions, _server(config), _setting(recipe), log)
         return {uid: {text: _chance(log[uid, text]) for text in texts} for uid in uids.values()}
 
 
@@ -106,6 +109,11 @@ def _lines(recipe: Recipe) -> list[str]:
     return lines if isinstance(lines, list) else []
 
 
+def _setting(recipe: Recipe) -> str:
+    """Where the recipe names the server."""
+    return "ask.endpoint" if recipe.ask.endpoint else "caption.endpoint"
+
+
 def _is_on(recipe: Recipe) -> bool:
     return bool(_lines(recipe))
 
@@ -121,22 +129,26 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    logs = dataset.answers_log(0).parent.glob("*.jsonl")
+    clear_finished(logs, lambda shard: read_entry(dataset, "ask", shard) is not None)
+    num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
+    _log.warning("ask: %s", _say_requests(recipe, num_images))
     for shard in shards:
         yield ask_shard(dataset, recipe, shard)
         dataset.answers_log(shard).unlink(missing_ok=True)
 
 
 def _files(recipe: Recipe) -> Openers:
-    return {"ask.endpoint": partial(check_endpoint, _server(recipe.asked), "ask.endpoint")}
+    return {_setting(recipe): partial(check_endpoint, _server(recipe.asked), _setting(recipe))}
 
 
 def _sized(recipe: Recipe, num_rows: int) -> Openers:
-    return {"ask.endpoint": partial(_say_requests, recipe, num_rows)}
+    return {_setting(recipe): partial(_say_requests, recipe, num_rows)}
 
 
-def _say_requests(recipe: Recipe, num_rows: int) -> str:
+def _say_requests(recipe: Recipe, num_images: int) -> str:
     num, url = len(questions_of(_lines(recipe))), _server(recipe.asked).url
-    return f"up to {num_rows * num:,} requests to {url}, {num} about each image, which is sent there"
+    return f"up to {num_images * num:,} requests to {url}, {num} about each image, which is sent there"
 
 
 ASK: Stage[Recipe] = Stage(

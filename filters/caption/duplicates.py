@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -65,15 +66,12 @@ def duplicate_texts(dataset: DatasetDir, config: CaptionConfig, shard: int) -> d
     UserError if the groups are not finished.
     """
     path = _collected(dataset, config)
-    metadata = _footer(path, *_stamp(path))
-    place = metadata.schema.to_arrow_schema().get_field_index("shard")
+    metadata, firsts, lasts = _footer(path, *_stamp(path))
     found: dict[str, Texts] = {}
     with pq.ParquetFile(path, metadata=metadata) as file:
-        for number in range(metadata.num_row_groups):
-            held = metadata.row_group(number).column(place).statistics
-            if held.min <= shard <= held.max:
-                rows = (row for row in file.read_row_group(number).to_pylist() if row["shard"] == shard)
-                found |= {row["uid"]: row["texts"] for row in rows}
+        for number in range(bisect_left(lasts, shard), bisect_right(firsts, shard)):
+            rows = (row for row in file.read_row_group(number).to_pylist() if row["shard"] == shard)
+            found |= {row["uid"]: row["texts"] for row in rows}
     return found
 
 
@@ -87,7 +85,7 @@ def _collected(dataset: DatasetDir, config: CaptionConfig) -> Path:
     digest = fingerprint("duplicate_texts/1", [grouped.fingerprint, config.max_from_duplicates], [grouped])
     with _ONE_AT_A_TIME:
         path = dataset.duplicate_texts
-        if not path.exists() or (_footer(path, *_stamp(path)).metadata or {}).get(_DIGEST) != digest.encode():
+        if not path.exists() or (_footer(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
             _collect(dataset, config.max_from_duplicates, digest)
         return path
 
@@ -128,6 +126,9 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _footer(path: Path, inode: int, mtime_ns: int) -> pq.FileMetaData:
-    """Read once, as it grows with the number of shards."""
-    return pq.read_metadata(path)
+def _footer(path: Path, inode: int, mtime_ns: int) -> tuple[pq.FileMetaData, list[int], list[int]]:
+    """The footer, and each group's first and last shard; read once, as all grow with the number of shards."""
+    metadata = pq.read_metadata(path)
+    place = metadata.schema.to_arrow_schema().get_field_index("shard")
+    held = [metadata.row_group(number).column(place).statistics for number in range(metadata.num_row_groups)]
+    return metadata, [each.min for each in held], [each.max for each in held]

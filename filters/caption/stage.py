@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -15,11 +16,15 @@ from filters.caption_config import PROMPTS, CaptionConfig, CaptionModelConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, require_entry, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
+from sdtrain.dataset.sync import evict_after
+from sdtrain.endpoint.answer_log import clear_finished
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.pack.captions import ALT
+
+_log = logging.getLogger(__name__)
 
 
 def caption_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
@@ -90,10 +95,15 @@ def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
+    logs = dataset.caption_answers(0).parent.glob("*.jsonl")
+    clear_finished(logs, lambda shard: read_entry(dataset, "caption", shard) is not None)
+    if recipe.caption.endpoint:
+        num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
+        _log.warning("caption: %s", _say_requests(recipe.caption, num_images))
     for shard in shards:
         yield caption_shard(dataset, recipe, shard)
-        # Recorded by now. What a kill leaves here is of a finished shard, and goes with the next run or removal.
-        dataset.caption_answers(shard).unlink(missing_ok=True)
+        dataset.caption_answers(shard).unlink(missing_ok=True)  # the shard is recorded
+        evict_after(dataset, require_entry(dataset, "download", shard), [])
 
 
 def _files(recipe: Recipe) -> Openers:
@@ -118,14 +128,11 @@ def _sized(recipe: Recipe, num_rows: int) -> Openers:
     return {SETTING: partial(_say_requests, config, num_rows)} if config.endpoint else {}
 
 
-def _say_requests(config: CaptionConfig, num_rows: int) -> str:
+def _say_requests(config: CaptionConfig, num_images: int) -> str:
     if config.endpoint is None:
         raise AssertionError("without a server nothing is asked")
-    num_prompts = len(config.prompts or PROMPTS)
-    return (
-        f"up to {num_rows * num_prompts:,} requests to {config.endpoint.url}, {num_prompts} about each image, which is "
-        "sent there"
-    )
+    num, url = len(config.prompts or PROMPTS), config.endpoint.url
+    return f"up to {num_images * num:,} requests to {url}, {num} about each image, which is sent there"
 
 
 CAPTION: Stage[Recipe] = Stage(

@@ -3,7 +3,8 @@
 | file | what happens |
 |---|---|
 | selection, images, scores, duplicates, decisions | the rows go; all others keep their keys |
-| images, dataset, latents (tar) | the members go; all others are copied unchanged |
+| captions | the rows go, and those of others whose texts come from removed samples |
+| images, dataset, latents (tar) | the members go; all others are copied, their JSON without texts of removed samples |
 | manifest | counts and digests are updated; what was finished stays finished |
 | removed.parquet | digests of removed samples, to recognise them later |
 | removed-rows.parquet | digests and former rows of these, to tell which training steps saw them |

@@ -33,6 +33,7 @@ class Hit:
         reason: why it was dropped; None if kept, "undecided" before `decide`.
         scores: LAION's as `NAME_metadata` and ours as `NAME_image`, where present.
         others: further metadata columns.
+        found_in: the caption that has the words asked for, with its source, if it is not the alt text.
     """
 
     similarity: float
@@ -47,6 +48,7 @@ class Hit:
     sha256: str | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
+    found_in: str = ""
     extension: str = "jpg"
     offset: int | None = None
     num_bytes: int | None = None
@@ -66,7 +68,8 @@ class Hit:
         size = f"{self.width}x{self.height}" if self.width else None
         named = {"similarity": round(self.similarity, 4), "caption": self.caption, "url": self.url, "key": self.key}
         named |= {"status": self.status, "size": size, "uid": self.uid, "sha256": self.sha256, "image": self.place}
-        return named | dict(self.scores) | dict(self.others)
+        found = {"found_in": self.found_in} if self.found_in else {}
+        return named | found | dict(self.scores) | dict(self.others)
 
 
 def image_bytes(dataset: DatasetDir, hit: Hit) -> bytes:

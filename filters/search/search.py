@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,10 +38,18 @@ _MAX_LOOKED_AT = 1 << 14
 _WORD = re.compile(r"\w+")
 # Captions are split at anything but letters, digits and underscores, as `\w` has it.
 _MATCHED = """
-SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{{L}}\\p{{N}}_]+'), $words)) AS matched, shard, uid
-FROM (SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard
-      FROM ({images}) WHERE reason IS NULL AND caption IS NOT NULL)
-WHERE matched > 0"""
+SELECT len(list_intersect(string_split_regex(lower(caption), '[^\\p{{L}}\\p{{N}}_]+'), $words)) AS matched, shard, uid,
+       caption, source
+FROM ({texts}) WHERE matched > 0"""
+_OWN = """
+SELECT uid, caption, key, parse_filename(filename, true)::INTEGER AS shard, NULL AS source
+FROM ({images}) WHERE reason IS NULL AND caption IS NOT NULL"""
+_OTHERS = """
+SELECT i.uid, c.text, i.key, parse_filename(i.filename, true)::INTEGER, c.source
+FROM ({images}) i JOIN read_parquet($captions) c USING (uid)
+WHERE i.reason IS NULL AND c.text <> coalesce(i.caption, '')"""
+# Of an image's captions the one that has most of the words.
+_BEST = " QUALIFY row_number() OVER (PARTITION BY uid ORDER BY matched DESC, length(caption), caption) = 1"
 _KEPT = " AND uid IN (SELECT uid FROM read_parquet($decisions) WHERE reason IS NULL)"
 _FIRST = " ORDER BY matched DESC, length(caption), key LIMIT $top"
 
@@ -82,9 +91,11 @@ class Search:
         return self.nearest(self.embed(images), top, kept_only) if images else []
 
     def by_words(self, text: str, top: int, kept_only: bool = False) -> list[Hit]:
-        """Returns the images whose captions have most of the words."""
+        """Returns the images of which any caption has most of the words."""
         self._require_decisions(kept_only)
-        return look_up(self.dataset, by_words(self.dataset, text, top, kept_only))
+        matches = {match.uid: match for match in by_words(self.dataset, text, top, kept_only)}
+        hits = look_up(self.dataset, ((match.share, match.shard, match.uid) for match in matches.values()))
+        return [replace(hit, found_in=matches[hit.uid].described()) for hit in hits]
 
     def by_key(self, key: str) -> Hit | None:
         """Returns the downloaded image with this key."""
@@ -168,8 +179,22 @@ def read_image_file(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[tuple[float, int, str]]:
-    """Returns (share of the words, shard, uid) of downloaded images, most words first, then the shortest caption."""
+class WordMatch(NamedTuple):
+    """An image of which a caption has a share of the words; `source` is None for its own alt text."""
+
+    share: float
+    shard: int
+    uid: str
+    caption: str
+    source: str | None
+
+    def described(self) -> str:
+        """The caption with its source, if it is another than the alt text."""
+        return "" if self.source is None else f"{self.source}: {self.caption}"
+
+
+def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) -> list[WordMatch]:
+    """Returns downloaded images, most words first, then the shortest caption; captions of all sources are searched."""
     words = sorted(set(_WORD.findall(text.lower())))
     images = _images(dataset) if words else None
     if images is None:
@@ -177,9 +202,20 @@ def by_words(dataset: DatasetDir, text: str, top: int, kept_only: bool = False) 
     with connected() as connection:
         asked = {"words": words, "top": top, **images.values}
         asked |= {"decisions": str(dataset.decisions)} if kept_only else {}
-        query = _MATCHED.format(images=images.sql) + (_KEPT if kept_only else "") + _FIRST
+        captions = _captions(dataset)
+        asked |= {"captions": captions} if captions else {}
+        texts = " UNION ALL ".join(part.format(images=images.sql) for part in (_OWN, _OTHERS)[: 1 + bool(captions)])
+        best = _BEST if captions else ""
+        query = _MATCHED.format(texts=texts) + (_KEPT if kept_only else "") + best + _FIRST
         rows = connection.execute(query, asked).fetchall()
-    return [(matched / len(words), shard, uid) for matched, shard, uid in rows]
+    return [WordMatch(matched / len(words), *others) for matched, *others in rows]
+
+
+def _captions(dataset: DatasetDir) -> list[str]:
+    """The tables of all captions, of a dataset that has the stage `caption`."""
+    if not read_recipe(dataset).caption.is_on:
+        return []
+    return [str(path) for shard in selected_shards(dataset) if (path := dataset.captions_table(shard)).exists()]
 
 
 def by_key(dataset: DatasetDir, key: str) -> list[tuple[float, int, str]]:

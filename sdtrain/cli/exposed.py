@@ -123,6 +123,7 @@ def _use_row(use: dict[str, Any]) -> dict[str, Any]:
     return {name: use[name] for name in ("run", "step", "epoch")} | {
         "crop": box,
         "caption was": is_dropped,
+        "source": use["source"] or "not known",
         "caption": caption,
     }
 
@@ -133,7 +134,9 @@ def _sentences(exposures: Exposures) -> list[str]:
     num, used, uses = len(exposures.samples), exposures.num_used, len(exposures.uses)
     said = [f"The first {_SHOWN} samples; --json or --csv FILE gives all."] if num > _SHOWN else []
     steps = "; ".join(f"{trained.run}: {trained.num_steps:,} steps" for trained in exposures.chain)
-    said.append(f"{num:,} samples found, {used:,} of them used, {uses:,} times in all ({steps}).")
+    counted = f"{num:,} samples found, {used:,} of them used, {uses:,} times in all"
+    missing = "Nothing of this is, or is known to have been, in the shards that were read"
+    said.append(f"{counted if num else missing} ({steps}).")
     if first := exposures.first():
         found, run = clean_checkpoint(exposures, first), exposures.chain[first[0]].run
         said.append(f"First use: step {first[1]:,} of {run}, counted from 0.")

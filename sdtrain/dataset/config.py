@@ -117,6 +117,9 @@ class DownloadConfig(Settings):
         return proxy
 
 
+_CAPTION_LIMITS = ("min_caption_similarity", "max_caption_tokens")
+
+
 class CaptionConfig(Settings):
     """Captions of an image besides its own alt text; none by default, and then the stage `caption` is off."""
 
@@ -125,6 +128,10 @@ class CaptionConfig(Settings):
     with its URL that could not be fetched."""
     max_from_duplicates: int = Field(default=16, ge=1)
     """Most such texts of one image, as a placeholder may have a million duplicates."""
+    min_caption_similarity: float | None = Field(default=None, ge=-1, le=1)
+    """Pack only captions of at least this CLIP similarity; those whose similarity was not measured are not packed."""
+    max_caption_tokens: int | None = Field(default=None, ge=3)
+    """Pack only captions of at most so many of CLIP's tokens, the start and the end token included: it reads 77."""
 
     @property
     def is_on(self) -> bool:
@@ -133,7 +140,11 @@ class CaptionConfig(Settings):
 
     def described(self) -> dict[str, Any]:
         """The settings that determine the captions."""
-        return self.model_dump(mode="json", exclude_defaults=True)
+        return self.model_dump(mode="json", exclude=set(_CAPTION_LIMITS), exclude_defaults=True)
+
+    def limits(self) -> dict[str, float]:
+        """The limits that are set: which of the captions are packed."""
+        return self.model_dump(mode="json", include=set(_CAPTION_LIMITS), exclude_none=True)
 
 
 class PackConfig(Settings):

@@ -14,7 +14,8 @@ from sdtrain.dataset.files import publish
 from sdtrain.demo.checker import classify
 from sdtrain.demo.images import COLORS, SHAPES
 from sdtrain.errors import UserError
-from sdtrain.evaluation.metrics import Arrays, Metric, mean_of
+from sdtrain.evaluation.metric import Arrays, Metric
+from sdtrain.evaluation.metrics import mean_of
 from sdtrain.evaluation.networks import FeatureNetwork
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import Results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -73,3 +73,10 @@ def forget_images(path: Path, is_removed: Callable[[str], bool]) -> None:
     if len(kept) < len(lines):
         with publish(path) as temporary:
             temporary.write_bytes(b"".join(line + b"\n" for line in [first, *kept]))
+
+
+def clear_finished(logs: Iterable[Path], is_recorded: Callable[[int], bool]) -> None:
+    """Deletes the logs of recorded shards, whose writer was killed just before it did."""
+    for path in logs:
+        if is_recorded(int(path.name.partition(".")[0])):
+            path.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
-from sdtrain.evaluation.dinov2 import dinov2_view, find_dinov2, load_dinov2
-from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
+from sdtrain.evaluation.features.dinov2 import dinov2_view, find_dinov2, load_dinov2
+from sdtrain.evaluation.features.inception import find_inception, inception_view, load_inception
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.models.clip import Preprocess, clip_preprocess, clip_view, load_clip, normalised, pixels_of
 from sdtrain.models.device import claim_device, cores_of_process

@@ -18,16 +18,8 @@ from sdtrain.evaluation.contamination import TrainingSearch, contamination_notes
 from sdtrain.evaluation.distances import Gaussian
 from sdtrain.evaluation.further import FurtherNumbers
 from sdtrain.evaluation.layout import EvaluationDir, key_of, read_tensors, tensor_names, write_json
-from sdtrain.evaluation.metrics import (
-    Arrays,
-    ImageArrays,
-    Metric,
-    arrays_needed,
-    axes_of,
-    descriptions,
-    numbers,
-    open_metrics,
-)
+from sdtrain.evaluation.metric import Arrays, Metric
+from sdtrain.evaluation.metrics import ImageArrays, arrays_needed, axes_of, descriptions, numbers, open_metrics
 from sdtrain.evaluation.models import EvaluatedModel, identify_all, run_of
 from sdtrain.evaluation.networks import agreement_digest, check_networks, features_digest
 from sdtrain.evaluation.preference import check_preference, preference_digest
@@ -156,7 +148,10 @@ class Sweep:
             row = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
             row |= numbers(metrics, drawn, captions)
             row |= self.following.numbers(model, scale) if self.following else {}
-            rows.append(row | (clean.row(metrics, row, drawn, captions) if clean else {}))
+            if clean:
+                row |= clean.row(metrics, row, drawn, captions)
+                row |= clean.further_row(self.following, model, scale) if self.following else {}
+            rows.append(row)
         return rows
 
     def _drawn_images(self, model: EvaluatedModel, scale: float) -> ImageArrays:

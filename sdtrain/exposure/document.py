@@ -48,8 +48,11 @@ def sample_rows(exposures: Exposures) -> Iterator[dict[str, Any]]:
     """One row a sample: how often it was used, and first and last when."""
     for row, uses in exposures.of_each():
         first, last = (uses[0], uses[-1]) if len(uses) else (None, None)
+        named = _named(exposures, row)
         yield {
-            **_named(exposures, row),
+            "uid": named["uid"],
+            "url": named["url"],
+            "removed": "yes" if named["is_removed"] else "",
             "times": len(uses),
             "dropped": int((exposures.uses.captions[uses] == DROPPED).sum()),
             "first": "" if first is None else _moment(exposures, int(first)),

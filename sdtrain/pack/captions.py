@@ -9,8 +9,10 @@ from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from sdtrain.dataset.config import CaptionConfig
 from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
@@ -38,15 +40,32 @@ class PackedCaption(TypedDict):
     origin_uid: str
 
 
-def captions_of_all(dataset: DatasetDir) -> pa.RecordBatchReader:
-    """Each image's captions in the order of its table, shard after shard: `uid` and `captions`."""
+def captions_of_all(dataset: DatasetDir, config: CaptionConfig) -> pa.RecordBatchReader:
+    """Each image's captions that pass the limits, in the order of its table, shard after shard: `uid` and `captions`.
+
+    Where none passes, the image's own alt text stays: limits are on captions, and rules of DECIDE on images.
+    """
     paths = [dataset.captions_table(shard) for shard in selected_shards(dataset)]
-    return pa.RecordBatchReader.from_batches(_STREAMED, (_together(path) for path in paths))
+    return pa.RecordBatchReader.from_batches(_STREAMED, (_together(path, config) for path in paths))
 
 
-def _together(path: Path) -> pa.RecordBatch:
+def _passing(rows: pa.Table, config: CaptionConfig) -> pa.Table:
+    passes = pa.array(np.ones(len(rows), bool))
+    if config.min_caption_similarity is not None:
+        # As float32, which the table holds: 0.3 passes a limit of 0.3.
+        least = pa.scalar(config.min_caption_similarity, pa.float32())
+        passes = pc.fill_null(pc.greater_equal(rows["similarity"], least), False)
+    if config.max_caption_tokens is not None:
+        passes = pc.and_(passes, pc.less_equal(rows["num_tokens"], config.max_caption_tokens))
+    has_any = pc.is_in(rows["uid"], value_set=rows.filter(passes)["uid"].combine_chunks())
+    is_own = pc.and_(pc.equal(rows["source"], ALT), pc.equal(rows["uid"], rows["origin_uid"]))
+    return rows.filter(pc.or_(passes, pc.and_(is_own, pc.invert(has_any))))
+
+
+def _together(path: Path, config: CaptionConfig) -> pa.RecordBatch:
     """A shard's table, whose rows of one image lie together, with a row for each image."""
-    rows = read_parquet(path, ["uid", *(field.name for field in LIST.value_type)]).combine_chunks()
+    rows = read_parquet(path)
+    rows = (_passing(rows, config) if config.limits() else rows).combine_chunks()
     uids = rows["uid"].to_numpy(zero_copy_only=False)
     first = np.flatnonzero(np.append(True, uids[1:] != uids[:-1])) if len(uids) else np.empty(0, np.int64)
     captions = pa.StructArray.from_arrays(

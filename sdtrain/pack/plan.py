@@ -16,7 +16,7 @@ from typing import Any
 import duckdb
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.config import ImageRecipe, PackConfig
+from sdtrain.dataset.config import CaptionConfig, ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
@@ -94,14 +94,16 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), recorded) if decided else None
 
 
-def planned(dataset: DatasetDir, config: PackConfig, shard: int, with_captions: bool = False) -> list[dict[str, Any]]:
+def planned(
+    dataset: DatasetDir, config: PackConfig, shard: int, captions: CaptionConfig | None = None
+) -> list[dict[str, Any]]:
     """The samples of one packed shard in order: provenance, source shard and offset of the image.
 
-    `with_captions`: also all of a sample's, of a dataset that has the stage `caption`.
+    `captions`: also those of a sample that pass its limits, of a dataset that has the stage `caption`.
     """
     num_kept, decisions, changed_ns = _decided(dataset)
     ends = _ends(num_kept, config.samples_per_shard, decisions, changed_ns)
-    return _rows(_plan(dataset, config, with_captions), ends[shard - 1] if shard else 0, ends[shard])
+    return _rows(_plan(dataset, config, captions), ends[shard - 1] if shard else 0, ends[shard])
 
 
 def num_packed(dataset: DatasetDir, config: PackConfig, uids: Sequence[str]) -> Counter[int]:
@@ -124,20 +126,22 @@ def forget_plan(dataset: DatasetDir) -> None:
     dataset.pack_plan.unlink(missing_ok=True)
 
 
-def _plan(dataset: DatasetDir, config: PackConfig, with_captions: bool) -> Path:
+def _plan(dataset: DatasetDir, config: PackConfig, captions: CaptionConfig | None) -> Path:
     decided = require_entry(dataset, "decide", 0)
     # "keep" was the stage's name; unfinished builds have plans with this digest.
-    content = {"seed": config.seed, "keep": decided.fingerprint} | ({CAPTIONS: True} if with_captions else {})
+    content = {"seed": config.seed, "keep": decided.fingerprint} | (
+        {CAPTIONS: captions.limits() or True} if captions else {}
+    )
     digest = fingerprint("plan/1", content, [decided])
     with _ONE_AT_A_TIME:
         path = dataset.pack_plan
         if not path.exists() or (_groups(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
-            _write_plan(dataset, config, digest, with_captions)
+            _write_plan(dataset, config, digest, captions)
         return path
 
 
-def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str, with_captions: bool) -> None:
-    plan, values = _query(dataset, with_captions)
+def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str, captions: CaptionConfig | None) -> None:
+    plan, values = _query(dataset, captions is not None)
     values |= {
         "decisions": str(dataset.decisions),
         "images": [str(dataset.images_table(shard)) for shard in selected_shards(dataset)],
@@ -150,8 +154,8 @@ def _write_plan(dataset: DatasetDir, config: PackConfig, digest: str, with_capti
         connected(spill=folder) as connection,
     ):
         values["target"] = str(temporary)
-        if with_captions:
-            connection.register("all_captions", captions_of_all(dataset))
+        if captions:
+            connection.register("all_captions", captions_of_all(dataset, captions))
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {_ROWS_PER_GROUP}"
         try:
             # No user input is interpolated: the digest is hexadecimal.

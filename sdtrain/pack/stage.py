@@ -14,7 +14,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdtrain.dataset.config import ImageRecipe, PackConfig
+from sdtrain.dataset.config import CaptionConfig, ImageRecipe, PackConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
@@ -106,18 +106,20 @@ def _checked(dataset: DatasetDir, row: dict[str, Any], read: Callable[[], bytes]
     return row, content[_HEADER_BYTES:]
 
 
-def pack_shard(dataset: DatasetDir, config: PackConfig, shard: int, with_captions: bool = False) -> ShardReport:
+def pack_shard(
+    dataset: DatasetDir, config: PackConfig, shard: int, captions: CaptionConfig | None = None
+) -> ShardReport:
     """Copies one packed shard's samples out of the image shards, without re-encoding.
 
-    `with_captions`: each with all of its captions, from the stage `caption`.
+    `captions`: each with its captions that pass these limits, from the stage `caption`.
     """
-    rows = planned(dataset, config, shard, with_captions)
+    rows = planned(dataset, config, shard, captions)
     with closing(SourceTars(dataset)) as tars, publish(dataset.packed_tar(shard)) as temporary:
         samples = ((row["key"], _members(row, image)) for row, image in tars.read(rows))
         written = write_samples(temporary, samples)
     with publish(dataset.packed_table(shard)) as temporary:
         table = [_row(row, sample) for row, sample in zip(rows, written, strict=True)]
-        pq.write_table(pa.Table.from_pylist(table, _schema(rows, with_captions)), temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(table, _schema(rows, captions is not None)), temporary, compression="zstd")
     outputs = describe_outputs(dataset, [dataset.packed_tar(shard), dataset.packed_table(shard)])
     return ShardReport(stage="pack", shard=shard, num_in=len(rows), num_out=len(written), outputs=outputs)
 
@@ -167,14 +169,16 @@ def _fingerprint(dataset: DatasetDir, recipe: ImageRecipe, shard: int) -> str:
     decided = require_entry(dataset, "decide", 0)
     # Its fingerprint holds the image shards' digests: the same decisions may be about other bytes.
     # "keep" was the stage's name; finished datasets record this digest.
-    return fingerprint("pack/1", recipe.pack.model_dump(mode="json") | {"keep": decided.fingerprint}, [decided])
+    limits = recipe.caption.limits() if recipe.caption.is_on else {}
+    config = recipe.pack.model_dump(mode="json") | {"keep": decided.fingerprint}
+    return fingerprint("pack/1", config | ({"captions": limits} if limits else {}), [decided])
 
 
 def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Iterator[ShardReport]:
     if 0 in shards:  # once, not for each batch: other decisions make all shards pending
         _delete_beyond(dataset, len(_shards(dataset, recipe)))
     for shard in shards:
-        yield pack_shard(dataset, recipe.pack, shard, recipe.caption.is_on)
+        yield pack_shard(dataset, recipe.pack, shard, recipe.caption if recipe.caption.is_on else None)
 
 
 def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:

@@ -62,14 +62,14 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def _versions() -> Facts:
-    commit = _commit()
-    ours = {"sdtrain": f"{__version__} (commit {commit})" if commit else __version__}
+    of_checkout = commit()
+    ours = {"sdtrain": f"{__version__} (commit {of_checkout})" if of_checkout else __version__}
     system = {"Python": platform.python_version(), "system": f"{platform.platform()}, {_distribution()}"}
     needed = [name for name, extra in _requirements() if not extra]
     return ours | system | {name: _version(name) or "missing" for name in needed}
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of the checkout that this code is in, with + if files were changed; empty elsewhere."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():

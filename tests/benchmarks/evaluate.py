@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sdtrain.evaluation.metrics import ImageArrays, OverlapMetric, open_metrics
+from sdtrain.evaluation.features.metrics import OverlapMetric
+from sdtrain.evaluation.metrics import ImageArrays, open_metrics
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep

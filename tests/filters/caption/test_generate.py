@@ -176,6 +176,11 @@ def test_a_kill_loses_no_answer_and_gives_the_same_bytes(scored, dataset, tmp_pa
         log.write_bytes(log.read_bytes() + b'{"uid": "half a li')
         run_batch(CAPTION, dataset, recipe, pending(CAPTION, dataset, recipe))
         assert len(server.asked) == 12 + 1  # the one in flight
+        # Killed after the first shard was recorded, and before its answers were deleted.
+        dataset.caption_answers(0).write_bytes(b"left over")
+        dataset.manifest_entry("caption", 1).unlink()
+        run_batch(CAPTION, dataset, recipe, [1])
+        assert not dataset.caption_answers(0).exists()
     assert bytes_of(dataset) == bytes_of(whole)
 
 
@@ -187,7 +192,7 @@ def test_answers_to_another_prompt_are_not_taken(dataset):
         assert [asked.prompt for asked in server.asked].count("B?") == 3
 
 
-def test_before_anything_is_sent_it_is_said_how_much_and_where(dataset):
+def test_before_anything_is_sent_it_is_said_how_much_and_where(dataset, caplog):
     with chat_server(describe) as server:
         recipe = asking(server)
         (checked,) = CAPTION.needs.files(recipe).values()
@@ -195,6 +200,8 @@ def test_before_anything_is_sent_it_is_said_how_much_and_where(dataset):
         (said,) = CAPTION.needs.sized(recipe, 1_000_000).values()
         assert said() == f"up to 2,000,000 requests to {server.url}, 2 about each image, which is sent there"
         assert not server.asked
+        run_batch(CAPTION, dataset, recipe, [1])
+        assert f"caption: up to 6 requests to {server.url}, 2 about each image, which is sent there" in caplog.text
 
 
 @pytest.mark.parametrize(

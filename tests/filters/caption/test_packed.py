@@ -4,9 +4,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.caption.duplicates import duplicate_texts
-from filters.exposure.find import Search
+from filters.exposure import find
 from filters.pipeline import STAGES
 from filters.recipe_record import read_recipe
+from filters.search.search import Search
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending
 from sdtrain.exposure.document import use_rows
@@ -123,6 +124,21 @@ def test_a_removal_killed_between_two_files_ends_the_same(copied, photo_site, mo
     assert build(copied, read_recipe(copied)) == []
 
 
+def test_words_find_images_by_the_captions_of_duplicates(captioned, photo_site):
+    port = photo_site[1]
+    (hit,) = Search(captioned).by_words(caption_of(22), 1, kept_only=True)
+    kept = {uid_of(n, port): n for n in (6, 22)}
+    assert hit.uid in kept
+    assert hit.uid in latents_rows(captioned)
+    assert hit.found_in == ("" if kept[hit.uid] == 22 else f"alt: {caption_of(22)}")
+    everywhere = Search(captioned).by_words(caption_of(22), 2)
+    assert [found.similarity for found in everywhere] == [1.0, 1.0]
+    assert {found.uid: found.found_in for found in everywhere} == {
+        uid_of(22, port): "",
+        uid_of(6, port): f"alt: {caption_of(22)}",
+    }
+
+
 def test_exposed_tells_the_caption_of_each_use_and_traces_shards_that_lost_only_a_text(copied, photo_site, tmp_path):
     port, models = photo_site[1], write_models(tmp_path / "models")
     data = {"root": str(copied.root), "resolution": 32, "captions": {"alt": 1.0}}
@@ -131,7 +147,7 @@ def test_exposed_tells_the_caption_of_each_use_and_traces_shards_that_lost_only_
     drawn, kept = replay(config), list(latents_rows(copied))
 
     def told():
-        exposures = find_exposures(run, Search("uid", kept))
+        exposures = find_exposures(run, find.Search("uid", kept))
         assert exposures.remarks == []
         return {(use["step"], use["position"]): (use["uid"], use["caption"]) for use in use_rows(exposures)}
 

@@ -138,6 +138,19 @@ def test_the_texts_are_collected_once_for_all_shards_and_again_for_other_groups(
     assert dataset.duplicate_texts.stat().st_mtime_ns != collected
 
 
+@pytest.mark.parametrize("rows_in_group", [1, 2, 3, 7])
+def test_each_shard_reads_its_own_part_of_the_collection(made, rows_in_group):
+    dataset, recipe = made
+    rows = [row for row in images(dataset) if row["reason"] is None]
+    together = [row["uid"] for row in (*rows[5:9], *rows[20:])]
+    group(dataset, together)
+    expected = [duplicate_texts(dataset, recipe.caption, shard) for shard in range(4)]
+    assert sorted(uid for found in expected for uid in found) == sorted(together)
+    collected = pq.read_table(dataset.duplicate_texts)
+    pq.write_table(collected, dataset.duplicate_texts, row_group_size=rows_in_group)
+    assert [duplicate_texts(dataset, recipe.caption, shard) for shard in range(4)] == expected
+
+
 def test_a_second_run_gives_the_same_bytes(made):
     dataset, recipe = made
     run_batch(CAPTION, dataset, recipe, [0, 1, 2])

@@ -110,7 +110,7 @@ def test_nothing_found_and_wrong_options_are_said(history, capsys, monkeypatch, 
             cli.main()
         return end.value.code, capsys.readouterr()
 
-    assert "0 samples found" in said(run, "--url", "https://nowhere.example/1.jpg")[1].out
+    assert "Nothing of this is" in said(run, "--url", "https://nowhere.example/1.jpg")[1].out
     assert said(run, "--uid", "x")[0] == 2
     assert "Give one of" in said(run)[1].err
     assert "give OLD=NEW" in said(run, "--uid", "0" * 32, "--data", "x")[1].err

@@ -6,14 +6,16 @@ import sys
 import pyarrow.parquet as pq
 import pytest
 
+from filters.exposure.find import Search
 from sdtrain import cli
 from sdtrain.dataset.layout import DatasetDir
+from sdtrain.exposure.exposures import find_exposures
 from sdtrain.exposure.known_runs import known_runs, make_known
 from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.loading.sample_record import Origin
 from sdtrain.model_card import write_card
 from sdtrain.training.run_dir import RunDir
-from tests.filters.removal_fixtures import copy_of
+from tests.filters.removal_fixtures import copy_of, remove
 from tests.sdtrain.exposure.run_fixtures import config_of, record_run, replay
 from tests.training_fixtures import write_latents, write_models
 
@@ -108,3 +110,27 @@ def test_runs_that_are_gone_and_other_machines_are_named(photo_dataset, tmp_path
         cli.main()
     assert end.value.code == 0
     assert "/runs/gone: trained on this dataset on node7, and is not here" in capsys.readouterr().out
+
+
+def test_a_removal_that_was_killed_before_it_began_leaves_no_trace_in_answers(photo_dataset, tmp_path, monkeypatch):
+    dataset, models = copy_of(photo_dataset, tmp_path), write_models(tmp_path / "models")
+    config = config_of(tmp_path, models, {"root": str(dataset.root), "resolution": 32}, vae="demo", steps=4)
+    run = record_run(tmp_path / "run", config)
+    uids = pq.read_table(dataset.latents_table(0))["uid"].to_pylist()
+    before = find_exposures(run, Search("uid", uids))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("filters.remove.apply.write_ledger", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove(dataset, "uid", uids[:2])
+    monkeypatch.undo()
+    for gone in ([], uids[2:4]):
+        if gone:
+            remove(dataset, "uid", gone)
+        after = find_exposures(run, Search("uid", uids))
+        assert after.remarks == []
+        for name in ("steps", "positions", "epochs"):
+            assert sorted(getattr(after.uses, name).tolist()) == sorted(getattr(before.uses, name).tolist())
+        assert len(after.samples) == len(uids)

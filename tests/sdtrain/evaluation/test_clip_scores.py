@@ -73,7 +73,7 @@ def test_features_of_the_demo_tell_its_images_apart_and_do_not_depend_on_company
 
 
 def test_weights_that_are_not_finite_are_a_sentence(images, tmp_path):
-    from sdtrain.evaluation.inception import load_inception
+    from sdtrain.evaluation.features.inception import load_inception
 
     state = load_inception("random:0").state_dict()
     state["Mixed_7c.branch1x1.conv.weight"][:] = float("nan")

@@ -6,9 +6,9 @@ import pytest
 from sdtrain.errors import UserError
 from sdtrain.evaluation import metrics
 from sdtrain.evaluation.distances import Gaussian
+from sdtrain.evaluation.features.metrics import FeatureMetric
 from sdtrain.evaluation.metrics import (
     METRICS,
-    FeatureMetric,
     ImageArrays,
     arrays_needed,
     axes_of,

@@ -14,11 +14,13 @@ from sdtrain.errors import UserError
 from sdtrain.formats.frozen import load_text_encoder, vae_scaling_factor
 from sdtrain.loading import latent_store
 from sdtrain.loading.captions import Caption, CaptionMix
+from sdtrain.loading.image_store import ImageStore, OnlineVae
 from sdtrain.loading.loader import BatchMaker, captions_in_step
 from sdtrain.loading.sample_plan import sample_noise
 from sdtrain.loading.sources import open_samples
 from sdtrain.sampling.batch_view import show_batch
 from sdtrain.settings import parse_settings
+from tests.sdtrain.encode import caption_fixtures
 from tests.sdtrain.encode.caption_fixtures import add_captions, captions_of
 from tests.sdtrain.encode.packed_fixtures import Recipe, encode, write_packed
 from tests.training_fixtures import write_config
@@ -76,6 +78,12 @@ def test_shares_hold_and_are_divided_anew_where_a_source_is_missing(has, expecte
     texts = Counter(caption.text for caption in chosen if caption.source == "alt")
     if "alt" in has:  # of two texts of one source, each is as likely
         assert abs(texts["a"] / texts.total() - 0.5) < 5 * 0.5 / texts.total() ** 0.5
+
+
+def test_the_order_in_which_a_file_names_the_shares_says_nothing():
+    one, other = CaptionMix(SHARES), CaptionMix(dict(reversed(SHARES.items())))
+    for step in range(100):
+        assert one.choose(7, step, "u", "own", ALL) == other.choose(7, step, "u", "own", ALL)
 
 
 def test_an_order_takes_the_first_source_that_the_sample_has():
@@ -155,6 +163,16 @@ def test_packed_images_give_the_captions_of_latents(tmp_path, datasets):
     assert [[getattr(s, n) for n in names] for s in drawn(online, range(3))] == [
         [getattr(s, n) for n in names] for s in drawn(config, range(3))
     ]
+
+
+def test_the_last_packed_image_may_have_texts_of_any_length(tmp_path, monkeypatch):
+    long = [{"source": "long", "text": "word " * 60_000, "origin_uid": f"{7:032x}"}]
+    monkeypatch.setattr(caption_fixtures, "captions_of", lambda number: long)
+    dataset = add_captions(write_packed(tmp_path / "data"))
+    store = ImageStore(dataset.root, 64, OnlineVae("demo"), reads_captions=True)
+    last = store.fetch(np.array([4, 7]), np.zeros(2, np.int64), 0, store.buffer(2, 0))
+    assert last.damaged == {}
+    assert last.choices[0] == last.choices[1] == [Caption("long", long[0]["text"])]
 
 
 def test_a_mapped_index_without_captions_is_made_again_with_them(tmp_path, datasets, monkeypatch):

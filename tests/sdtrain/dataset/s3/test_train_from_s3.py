@@ -17,6 +17,7 @@ from sdtrain.loading.latent_store import LatentStore
 from sdtrain.pack.stage import PACK
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET
 from tests.sdtrain.encode.packed_fixtures import write_packed
+from tests.sdtrain.exposure.run_fixtures import config_of, record_run
 from tests.training_fixtures import write_latents, write_models
 
 NUM_SHARDS, NUM_SAMPLES = 3, 50
@@ -48,6 +49,18 @@ def test_latents_from_s3_are_those_of_the_disk_and_tars_come_when_needed(written
     assert [path.name for path in root.glob("latents/*.tar")] == ["00000.tar"]
     everything = np.arange(NUM_SAMPLES)
     assert there.get(everything).equal(here.get(everything))
+
+
+def test_uses_in_a_run_on_s3_are_those_of_a_run_on_the_disk(written, tmp_path, document):
+    url, local = written
+    answers = []
+    for name, root in (("there", url), ("here", str(local))):
+        config = config_of(tmp_path, tmp_path / "models", {"root": root}, steps=12)
+        run = record_run(tmp_path / name, config, checkpoints=(1, 12))
+        answers.append(document("exposed", run, "--uid", f"{7:032x}"))
+    there, here = ([(use["step"], use["caption"]) for use in found["samples"][0]["uses"]] for found in answers)
+    assert there == here != []
+    assert [found["remarks"] for found in answers] == [[], []]
 
 
 def test_packed_images_from_s3_are_those_of_the_disk_and_tars_come_when_needed(store, tmp_path):

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from filters.score.heads import load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
 from sdtrain.errors import UserError
-from sdtrain.evaluation.inception import load_inception
+from sdtrain.evaluation.features.inception import load_inception
 from sdtrain.models.clip import load_clip
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from torchvision.models import Inception3
 
 from sdtrain.errors import UserError
-from sdtrain.evaluation.inception import find_inception, inception_view, load_inception
+from sdtrain.evaluation.features.inception import find_inception, inception_view, load_inception
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from transformers import Dinov2Config, Dinov2Model
 
 from sdtrain.errors import UserError
-from sdtrain.evaluation.dinov2 import NARROW, VIT_L, dinov2_view, load_dinov2, make_dinov2, resample_positions
+from sdtrain.evaluation.features.dinov2 import NARROW, VIT_L, dinov2_view, load_dinov2, make_dinov2, resample_positions
 
 
 def published_names(depth):

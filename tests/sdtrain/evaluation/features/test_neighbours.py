@@ -4,9 +4,9 @@ import torch
 from scipy.spatial.distance import cdist
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from sdtrain.evaluation import neighbours
 from sdtrain.evaluation.distances import grouped, half_width
-from sdtrain.evaluation.neighbours import RealNeighbours
+from sdtrain.evaluation.features import neighbours
+from sdtrain.evaluation.features.neighbours import RealNeighbours
 
 
 def line(*places):

@@ -1,0 +1,1 @@
+"""Feature networks, and the metrics that compare two sets of their features."""
