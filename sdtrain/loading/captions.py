@@ -28,8 +28,9 @@ class CaptionMix:
     def __init__(self, wanted: Mapping[str, float | Sequence[str]] | None) -> None:
         wanted = wanted or {}
         order = wanted.get("first")
-        self._order = tuple(order) if isinstance(order, Sequence) else None
-        self._shares = {} if self._order else {source: float(share) for source, share in wanted.items()}  # type: ignore[arg-type]
+        self._order = tuple(order) if isinstance(order, Sequence) else ()
+        # Sorted, as the order in which a file names them says nothing.
+        self._shares = {source: share for source, share in sorted(wanted.items()) if not isinstance(share, Sequence)}
 
     @property
     def sources(self) -> tuple[str, ...]:

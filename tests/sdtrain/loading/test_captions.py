@@ -80,6 +80,12 @@ def test_shares_hold_and_are_divided_anew_where_a_source_is_missing(has, expecte
         assert abs(texts["a"] / texts.total() - 0.5) < 5 * 0.5 / texts.total() ** 0.5
 
 
+def test_the_order_in_which_a_file_names_the_shares_says_nothing():
+    one, other = CaptionMix(SHARES), CaptionMix(dict(reversed(SHARES.items())))
+    for step in range(100):
+        assert one.choose(7, step, "u", "own", ALL) == other.choose(7, step, "u", "own", ALL)
+
+
 def test_an_order_takes_the_first_source_that_the_sample_has():
     mix = CaptionMix({"first": ("short", "alt")})
     assert mix.choose(7, 3, "u", "own", ALL) == Caption("short", "b")
