@@ -24,6 +24,7 @@ from sdtrain.exposure.removed_rows import NO_ROW, SCHEMA, read_removed_rows
 from sdtrain.loading.shard_catalog import footer_digest
 
 _STAGES = ("pack", "encode")
+_SIDES = ("height", "width")
 
 
 def record_rows(dataset: DatasetDir, removal: Removal, number: int) -> None:
@@ -93,8 +94,7 @@ class _Reading:
         """
         folder = _folder(self._dataset, stage)
         paths = [folder / f"{shard:05d}.parquet" for shard in self._removal.touched.get(stage, [])]
-        sides = "height, width" if stage == "encode" else "NULL AS height, NULL AS width"
-        columns = f'uid, {sides}, parse_filename(filename) AS "table", file_row_number AS row'
+        columns = 'uid, height, width, parse_filename(filename) AS "table", file_row_number AS row'
         existing = [path for path in paths if path.exists()]
         tables = {path.name: _described(stage, path) for path in existing}
         without = set(tables)
@@ -120,6 +120,9 @@ class _Reading:
         for number, group in enumerate(self._columns.groups(paths)):
             values[f"paths_{number}"] = list(map(str, group))
             source = f"read_parquet($paths_{number}, filename = true, file_row_number = true)"
+            had = pq.read_schema(group[0]).names
+            for name in _SIDES:  # packed images have none, nor have latents of the first versions
+                source = source if name in had else f"(SELECT *, NULL AS {name} FROM {source})"  # noqa: S608
             parts.append(f"SELECT {columns} FROM {source} WHERE uid IN (SELECT unnest($uids))")  # noqa: S608 - constants
         if not parts:
             return []
