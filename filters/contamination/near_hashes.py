@@ -58,10 +58,13 @@ class NearHashes:
 
     def _matches_in(self, given: _Sorted, block: Hashes) -> list[Matches]:
         permuted = given.table.permuted(block)
+        order = np.argsort(permuted)  # searches in order are several times as fast
+        permuted = permuted[order]
         rest = np.uint64((1 << (HASH_BITS - given.table.key_bits)) - 1)
         first = np.searchsorted(given.hashes, permuted & ~rest, side="left")
         counts = np.searchsorted(given.hashes, permuted | rest, side="right") - first
-        return [self._near(given, permuted, *some) for some in _expanded(first, counts)]
+        near = (self._near(given, permuted, *some) for some in _expanded(first, counts))
+        return [Matches(order[rows], items) for rows, items in near]
 
     def _near(self, given: _Sorted, block: Hashes, rows: NDArray[np.int64], places: NDArray[np.int64]) -> Matches:
         differing = block[rows] ^ given.hashes[places]
@@ -73,9 +76,17 @@ class NearHashes:
 
 
 def _expanded(first: NDArray[np.int64], counts: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], ...]]:
-    """Yields (rows, places) for all `counts` places from `first` on, of each row, in pieces of bounded size."""
-    ends = np.cumsum(counts)
-    for low in range(0, int(ends[-1]) if len(ends) else 0, _PAIRS_AT_ONCE):
-        flat = np.arange(low, min(low + _PAIRS_AT_ONCE, int(ends[-1])))
-        rows = np.searchsorted(ends, flat, side="right")
-        yield rows, first[rows] + flat - (ends[rows] - counts[rows])
+    """Yields (rows, places) for all `counts` places from `first` on, of each row, in pieces of bounded size.
+
+    A row with more places than a piece has is a piece of its own.
+    """
+    some = np.flatnonzero(counts)
+    ends = np.cumsum(counts[some])
+    start = 0
+    while start < len(some):
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + _PAIRS_AT_ONCE, side="right")))
+        rows = some[start:stop]
+        repeated = np.repeat(first[rows] - (ends[start:stop] - counts[rows] - before), counts[rows])
+        yield np.repeat(rows, counts[rows]), repeated + np.arange(len(repeated))
+        start = stop

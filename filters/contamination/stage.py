@@ -21,7 +21,7 @@ from filters.dedup.clusters import unit
 from filters.dedup.perceptual import agree
 from sdtrain.dataset.files import publish, read_parquet
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, require_entries, selected_shards
+from sdtrain.dataset.manifest import describe_outputs, entries, require_entries, selected_shards
 from sdtrain.dataset.progress import report_progress
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Stage, plain_stage
@@ -29,24 +29,14 @@ from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.evaluation.layout import EvaluationDir, read_texts
 
-WAYS = ("text", "bytes", "pixels", "perceptual", "embedding")
-"""How an item may be recognised: the first of prompts, the others of images."""
+OF_PROMPTS, OF_IMAGES = ("text",), ("bytes", "pixels", "perceptual", "embedding")
+"""How a prompt may be recognised, and an image."""
 RADIUS, THRESHOLD = 4, 0.95
 """Bits in which perceptual hashes of one image may differ, and the least cosine of its embeddings: those of `dedup`."""
 
 _SHARDS_AT_ONCE = 64
 _COSINES_AT_ONCE = 1 << 24
 _SCHEMA = pa.schema([("uid", pa.string()), ("way", pa.string()), ("item", pa.int32())])
-
-# Letters and digits only: captions of the same words differ in case, spaces and the full stop at their end.
-_NORMALISED = r"trim(regexp_replace(lower(nfc_normalize({text})), '[^\p{{L}}\p{{N}}]+', ' ', 'g'))"
-_FOUND_IN_IMAGES = f"""
-WITH seen AS (SELECT uid, {_NORMALISED.format(text="caption")} AS text, sha256
-              FROM read_parquet($files, union_by_name = true)),
-     prompts AS (SELECT {_NORMALISED.format(text="text")} AS text, item FROM asked_prompts)
-SELECT uid, 'text' AS way, item FROM seen JOIN prompts USING (text) WHERE text != ''
-UNION ALL SELECT uid, 'bytes', item FROM seen JOIN asked_images USING (sha256)
-"""  # noqa: S608 - the expression is a constant
 
 
 @dataclass(frozen=True)
@@ -88,6 +78,8 @@ def _parts(dataset: DatasetDir, job: TrainingJob) -> list[int]:
 def _fingerprint(dataset: DatasetDir, job: TrainingJob, part: int) -> str:
     shards = job.shards(part)
     inputs = [entry for stage in ("download", "score") for entry in require_entries(job.training, stage, shards)]
+    captioned = entries(job.training, "caption")
+    inputs += [entry for shard in shards if (entry := captioned.get(shard))]
     asked = [job.prompts, job.signatures.digest if job.signatures else None]
     return fingerprint("training/1", [asked, RADIUS, THRESHOLD], inputs)
 
@@ -98,7 +90,7 @@ def _run(dataset: DatasetDir, job: TrainingJob, parts: Sequence[int]) -> Iterato
     near = NearHashes(known.hashes, RADIUS) if known else None
     for part in parts:
         shards = job.shards(part)
-        for stage in ("download", "score"):
+        for stage in ("download", "score", "caption"):
             fetch_outputs(job.training, stage, shards, tars=False)
         found = [_in_images(job.training, shards, prompts, known)]
         if known and near:
@@ -125,7 +117,27 @@ def _in_images(
             items = np.arange(len(values), dtype=np.int32)
             connection.register(name, pa.table({column: pa.array(values, pa.string()), "item": items}))
         files = {"files": [str(training.images_table(shard)) for shard in shards]}
-        return connection.execute(_FOUND_IN_IMAGES, files).to_arrow_table().cast(_SCHEMA)
+        captions = [str(path) for shard in shards if (path := training.captions_table(shard)).exists()]
+        given = files | ({"captions": captions} if captions else {})
+        found = connection.execute(_found_in_images(bool(captions)), given)
+        return found.to_arrow_table().cast(_SCHEMA)
+
+
+def _found_in_images(with_captions: bool) -> str:
+    """The question to the tables of images, and to those of further captions: of duplicates, and generated ones."""
+    further = " UNION ALL SELECT uid, text FROM read_parquet($captions)" if with_captions else ""
+    return f"""
+WITH seen AS (SELECT uid, caption, sha256 FROM read_parquet($files, union_by_name = true)),
+     texts AS (SELECT uid, {_normalised("caption")} AS text FROM (SELECT uid, caption FROM seen{further})),
+     prompts AS (SELECT {_normalised("text")} AS text, item FROM asked_prompts)
+SELECT DISTINCT uid, 'text' AS way, item FROM texts JOIN prompts USING (text) WHERE text != ''
+UNION ALL SELECT uid, 'bytes', item FROM seen JOIN asked_images USING (sha256)
+"""  # noqa: S608 - only names of columns
+
+
+def _normalised(column: str) -> str:
+    """Letters and digits only: captions of the same words differ in case, spaces and the full stop at their end."""
+    return rf"trim(regexp_replace(lower(nfc_normalize({column})), '[^\p{{L}}\p{{N}}]+', ' ', 'g'))"
 
 
 def _in_scores(path: Path, known: Signatures, near: NearHashes) -> pa.Table:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from filters.contamination.signatures import SignatureJob, prepare_signatures, signature_stage
-from filters.contamination.stage import RADIUS, THRESHOLD, WAYS, TrainingJob, training_stage
+from filters.contamination.stage import OF_IMAGES, OF_PROMPTS, RADIUS, THRESHOLD, TrainingJob, training_stage
 from filters.recipe import ScoreConfig
 from filters.recipe_record import read_recipe
 from filters.search.search import is_stand_in
@@ -24,7 +24,9 @@ from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.errors import UserError
 from sdtrain.evaluation.contamination import Contamination, Found, Occurrences
+from sdtrain.evaluation.layout import EvaluationDir
 from sdtrain.evaluation.models import EvaluatedModel, run_of
+from sdtrain.evaluation.prompts import digest_of
 from sdtrain.evaluation.sweep import Step, Sweep
 from sdtrain.exposure.lineage import lineage
 from sdtrain.models.weights import clip_digest
@@ -49,22 +51,27 @@ class Hit:
 
 @dataclass(frozen=True)
 class TrainingDataset:
-    """A dataset that models were trained on; `job` searches it, `notes` say what cannot be compared."""
+    """A dataset that models were trained on; `notes` say what cannot be compared.
+
+    `job` searches it for prompts and reference images, `further_job` for the prompts of `Sweep.following`, if any.
+    """
 
     job: TrainingJob
+    further_job: TrainingJob | None = None
     notes: tuple[str, ...] = ()
 
     def described(self) -> str:
         """Its name, with the number of samples in it."""
         return f"{self.job.training}: {require_entry(self.job.training, 'decide', 0).num_out:,} samples"
 
-    def hits(self, directory: DatasetDir) -> list[Hit]:
-        """What was found among the samples that were kept, each item once for each way."""
-        found = [str(self.job.path(directory, part)) for part in self.job.parts]
-        fetch_outputs(self.job.training, "decide")
-        with connected() as connection:
-            asked = {"found": found, "decisions": str(self.job.training.decisions)}
-            return [Hit(*row) for row in connection.execute(_KEPT, asked).fetchall()] if found else []
+
+def hits_of(job: TrainingJob, directory: DatasetDir) -> list[Hit]:
+    """What a job found among the samples that were kept, each item once for each way."""
+    found = [str(job.path(directory, part)) for part in job.parts]
+    fetch_outputs(job.training, "decide")
+    with connected() as connection:
+        asked = {"found": found, "decisions": str(job.training.decisions)}
+        return [Hit(*row) for row in connection.execute(_KEPT, asked).fetchall()] if found else []
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,14 @@ class TrainingDataSearch:
     def steps(self) -> list[Step]:
         """Signatures of the reference images, then one pass over each dataset."""
         steps = [Step(signature_stage(), job.directory, job) for job in self._signatures]
-        return steps + [Step(training_stage(each.job), self.sweep.directory, each.job) for each in self._all]
+        return steps + [Step(training_stage(job), directory, job) for directory, job in self._jobs]
 
     def found(self) -> dict[str, Found]:
         """What each model's data shares with the evaluation; contamination.csv lists it."""
-        hits = {each.job: each.hits(self.sweep.directory) for each in self._all}
-        by_model = {model: [hit for each in some for hit in hits[each.job]] for model, some in self.datasets.items()}
-        self._write(by_model)
-        return {model: self._found(self.datasets[model], some) for model, some in by_model.items()}
+        hits = {job: hits_of(job, directory) for directory, job in self._jobs}
+        found = {model: self._found(some, hits) for model, some in self.datasets.items()}
+        self._write(hits)
+        return found
 
     def notes(self) -> list[str]:
         """Why a model's data was not searched."""
@@ -110,30 +117,43 @@ class TrainingDataSearch:
     def _signatures(self) -> list[SignatureJob]:
         return list(dict.fromkeys(each.job.signatures for each in self._all if each.job.signatures))
 
-    def _found(self, datasets: Sequence[TrainingDataset], hits: Sequence[Hit]) -> Found:
-        prompts, images = ({way: _items(hits, way) for way in ways} for ways in (WAYS[:1], WAYS[1:]))
-        num_images = len(self.sweep.reference.places)
+    @property
+    def _jobs(self) -> list[tuple[EvaluationDir, TrainingJob]]:
+        jobs = [(self.sweep.directory, each.job) for each in self._all]
+        following = self.sweep.following
+        return jobs + [(following.directory, each.further_job) for each in self._all if following and each.further_job]
+
+    def _found(self, datasets: Sequence[TrainingDataset], hits: Mapping[TrainingJob, Sequence[Hit]]) -> Found:
+        own = [hit for each in datasets for hit in hits[each.job]]
+        further = [hit for each in datasets if each.further_job for hit in hits[each.further_job]]
+        prompts, images = _by_way(own, OF_PROMPTS), _by_way(own, OF_IMAGES)
+        judged, num_images = _by_way(further, OF_PROMPTS), len(self.sweep.reference.places)
+        texts = self.sweep.following.texts if self.sweep.following else ()
         record = Contamination(
             training_data=[each.described() for each in datasets],
             method=_method(datasets, num_images),
             prompts=_occurrences(self.sweep.protocol.num_prompts, prompts),
             reference=_occurrences(num_images, images) if num_images else None,
+            further_prompts=_occurrences(len(texts), judged) if texts else None,
             notes=list(dict.fromkeys(note for each in datasets for note in each.notes)),
         )
-        return Found(_union(prompts), _union(images), record)
+        return Found(_union(prompts), _union(images), _union(judged), record)
 
-    def _write(self, hits: Mapping[str, Sequence[Hit]]) -> None:
-        with (
-            publish(self.sweep.directory.root / "contamination.csv") as temporary,
-            temporary.open("w", newline="") as file,
-        ):
+    def _write(self, hits: Mapping[TrainingJob, Sequence[Hit]]) -> None:
+        path = self.sweep.directory.root / "contamination.csv"
+        with publish(path) as temporary, temporary.open("w", newline="") as file:
             table = csv.writer(file)
-            table.writerow(["model", "kind", "number", "item", "way", "training_uid"])
-            for model, some in hits.items():
-                table.writerows([model, *self._named(hit), hit.way, hit.uid] for hit in some)
+            table.writerow(["training_data", "kind", "number", "item", "way", "training_uid"])
+            for each in self._all:
+                for job in (each.job, each.further_job):
+                    rows = hits[job] if job else ()
+                    table.writerows([job.training, *self._named(job, hit), hit.way, hit.uid] for hit in rows if job)
 
-    def _named(self, hit: Hit) -> list[Any]:
-        if hit.way == WAYS[0]:
+    def _named(self, job: TrainingJob, hit: Hit) -> list[Any]:
+        following = self.sweep.following
+        if following and job.prompts != self.sweep.prompts.digest:
+            return ["prompt with questions", hit.item, following.texts[hit.item]]
+        if hit.way in OF_PROMPTS:
             return ["prompt", hit.item, self.sweep.prompts.texts[hit.item]]
         place = self.sweep.reference.places[hit.item]
         return ["reference", hit.item, place.path if place.size < 0 else f"{place.path} at byte {place.offset}"]
@@ -180,15 +200,16 @@ def _opened(name: str, sweep: Sweep) -> TrainingDataset:
     config = read_recipe(training).score
     if read_entry(training, "decide", 0) is None:
         raise UserError(f"{training} is not built as far as `decide`. Run `sdtrain build` again.")
+    further = TrainingJob(training, digest_of(sweep.following.texts), None) if sweep.following else None
     if not sweep.reference.places:
         note = "The reference is statistics, so nobody can tell which of its images occur in the training data."
-        return TrainingDataset(TrainingJob(training, sweep.prompts.digest, None), (note,))
+        return TrainingDataset(TrainingJob(training, sweep.prompts.digest, None), further, (note,))
     notes, clip = list[str](), _network(training, config)
     if clip is None:
         notes.append(f"{training} has no embeddings of a trained CLIP, so images are not compared by embedding.")
     digest = clip_digest(clip.clip_model, clip.clip_weights) if clip else ""
     signatures = prepare_signatures(sweep.reference, clip, digest)
-    return TrainingDataset(TrainingJob(training, sweep.prompts.digest, signatures), tuple(notes))
+    return TrainingDataset(TrainingJob(training, sweep.prompts.digest, signatures), further, tuple(notes))
 
 
 def _network(training: DatasetDir, config: ScoreConfig) -> ScoreConfig | None:
@@ -216,8 +237,8 @@ def _method(datasets: Sequence[TrainingDataset], num_images: int) -> str:
     )
 
 
-def _items(hits: Sequence[Hit], way: str) -> NDArray[np.int64]:
-    return np.unique(np.array([hit.item for hit in hits if hit.way == way], np.int64))
+def _by_way(hits: Sequence[Hit], ways: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    return {way: np.unique(np.array([hit.item for hit in hits if hit.way == way], np.int64)) for way in ways}
 
 
 def _union(by_way: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:

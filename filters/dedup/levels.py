@@ -64,7 +64,7 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
     """Writes the groups of duplicates, byte-identical for any order of images.
 
     Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
-    180 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
+    210 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
     uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate). UserError if
     the level is semantic and there are no embeddings, or faiss is needed and not installed.
     """

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from filters.exposure.packed_order import FEW, shards_holding
+from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry
 from filters.select.sql_functions import host_sql, host_suffix_sql, register_host_of
 from sdtrain.dataset.layout import DatasetDir
@@ -32,7 +34,8 @@ _SHARD_ROW = 'parse_filename(filename) AS "table", file_row_number AS row'
 class Search:
     """The samples that some entries of one kind mean: a `Locate`, which remembers its answers.
 
-    The tables of all shards are read once for each dataset, as their rows are in random order.
+    A few samples are found by their uids in a few tables. Otherwise the tables of all shards are read, once for each
+    dataset, as their rows are in random order.
     """
 
     def __init__(self, by: By, entries: Sequence[Entry]) -> None:
@@ -82,6 +85,8 @@ class _Tables:
         shards = sorted(table_folder(self._dataset, stage).glob("[0-9]*.parquet"))
         if by == "sha256":
             by, entries = "uid", self._uids(self._dataset.images_table, "sha256", entries)
+        if by == "uid" and len(entries) <= FEW:
+            shards = shards_holding(shards, entries, self._seed()) or shards
         if stage == "encode":
             return self._rows(shards, f"uid, url, caption, {CAPTIONS}, {_SHARD_ROW}", by, entries)
         if by != "uid":
@@ -89,6 +94,10 @@ class _Tables:
         packed = self._rows(shards, f"uid, {_SHARD_ROW}", by, entries)
         described = self._rows(self._of_shards(self._dataset.selection), "uid, url, caption", by, entries)
         return packed.join(described, "uid")
+
+    def _seed(self) -> int:
+        """Of the packing; where the recipe is lost, the samples are not found by it, and all shards are read."""
+        return read_recipe(self._dataset).pack.seed if self._dataset.recipe.exists() else 0
 
     def _uids(self, table: Callable[[int], Path], by: By, entries: Sequence[str]) -> list[str]:
         found: list[str] = self._rows(self._of_shards(table), "uid", by, entries)["uid"].to_pylist()

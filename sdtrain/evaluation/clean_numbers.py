@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 
 from sdtrain.evaluation.contamination import CLEAN, Found
 from sdtrain.evaluation.distances import Gaussian
+from sdtrain.evaluation.further import FurtherNumbers
 from sdtrain.evaluation.metric import Arrays, Metric
 from sdtrain.evaluation.metrics import ImageArrays, numbers, open_metrics
+from sdtrain.evaluation.models import EvaluatedModel
 from sdtrain.evaluation.protocol import Protocol
 
 _FEWEST = 2
@@ -28,6 +30,7 @@ class CleanNumbers:
     def __init__(self, protocol: Protocol, real: ImageArrays | Gaussian, found: Found) -> None:
         self._kept = np.setdiff1d(np.arange(protocol.num_prompts), found.prompts)
         self._protocol = protocol.model_copy(update={"num_prompts": len(self._kept)})
+        self._further = set(found.further_prompts.tolist())
         self._is_same = not len(found.prompts) and not len(found.reference)
         self._real, num_real = real, _FEWEST
         if isinstance(real, ImageArrays):
@@ -48,6 +51,11 @@ class CleanNumbers:
             found[f"{metric.name}{CLEAN}"] = measured.get(metric.name)
             found[f"{metric.name}{CLEAN}_{metric.spread}"] = measured.get(f"{metric.name}_{metric.spread}")
         return found
+
+    def further_row(self, following: FurtherNumbers, model: EvaluatedModel, scale: float) -> dict[str, Any]:
+        """The same for numbers of images of their own."""
+        measured = following.numbers(model, scale, self._further)
+        return {f"{name}{CLEAN}{end}": measured[f"{name}{end}"] for name in following.metrics for end in ("", "_ci95")}
 
     def _measured(self, drawn: ImageArrays, captions: Arrays) -> dict[str, float | None]:
         some = {name: values[self._kept] for name, values in captions.items()}

@@ -49,20 +49,27 @@ class Contamination(Settings):
     """How items were recognised, with all limits."""
     prompts: Occurrences
     reference: Occurrences | None = None
+    further_prompts: Occurrences | None = None
+    """Those of prompt following, if it is measured."""
     notes: list[str] = Field(default=[])
 
     def sentence(self) -> str:
         """The counts in words."""
         images = f", of the reference images {self.reference}" if self.reference else ""
-        return f"In the training data occur, of the prompts, {self.prompts}{images}"
+        judged = f", of the prompts with questions {self.further_prompts}" if self.further_prompts else ""
+        return f"In the training data occur, of the prompts, {self.prompts}{images}{judged}"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What occurs in a model's training data: the numbers of prompts and of reference images, and the record of it."""
+    """Numbers of the prompts, reference images and further prompts that occur in a model's training data.
+
+    `record` is what the results keep of it.
+    """
 
     prompts: NDArray[np.int64]
     reference: NDArray[np.int64]
+    further_prompts: NDArray[np.int64]
     record: Contamination
 
 

@@ -148,7 +148,10 @@ class Sweep:
             row = {"model": model.label, "guidance_scale": scale, "num_images": self.protocol.num_prompts}
             row |= numbers(metrics, drawn, captions)
             row |= self.following.numbers(model, scale) if self.following else {}
-            rows.append(row | (clean.row(metrics, row, drawn, captions) if clean else {}))
+            if clean:
+                row |= clean.row(metrics, row, drawn, captions)
+                row |= clean.further_row(self.following, model, scale) if self.following else {}
+            rows.append(row)
         return rows
 
     def _drawn_images(self, model: EvaluatedModel, scale: float) -> ImageArrays:

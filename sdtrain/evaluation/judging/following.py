@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,15 @@ class PromptFollowing:
                 steps.append(Step(judge_stage(job), self.directory, job))
         return steps
 
-    def numbers(self, model: EvaluatedModel, scale: float) -> dict[str, float | None]:
-        """The columns of a row, once every step is finished."""
-        return scores(self._judged(model, scale))
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts' texts."""
+        return tuple(prompt.prompt for prompt in self.prompts)
+
+    def numbers(self, model: EvaluatedModel, scale: float, left_out: Collection[int] = ()) -> dict[str, float | None]:
+        """The columns of a row, once every step is finished; without the prompts that are left out."""
+        judged = self._judged(model, scale)
+        return scores([image for number, image in enumerate(judged) if number not in left_out])
 
     def skills(self) -> list[dict[str, Any]]:
         """For each model and scale, rows by skill and by number of atoms."""
@@ -109,8 +116,9 @@ class PromptFollowing:
 
     def _job(self, model: EvaluatedModel, scale: float) -> JudgeJob:
         protocol = self.sweep.protocol.model_copy(update={"num_prompts": len(self.prompts)})
-        texts = digest_of([prompt.prompt for prompt in self.prompts])
-        return JudgeJob(SampleJob(protocol, model, texts, scale), questions_digest(self.prompts), self.judge)
+        return JudgeJob(
+            SampleJob(protocol, model, digest_of(self.texts), scale), questions_digest(self.prompts), self.judge
+        )
 
     def _table(self, model: EvaluatedModel, scale: float) -> pa.Table:
         job = self._job(model, scale)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -11,20 +12,24 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from filters.caption.table import Caption, write_captions
 from filters.contamination import stage as contamination_stage
 from filters.contamination import training_data
 from filters.contamination.training_data import search_training_data
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.tars import index_samples
+from sdtrain.endpoint.config import EndpointConfig
 from sdtrain.errors import UserError
 from sdtrain.evaluation.contamination import Occurrences
 from sdtrain.evaluation.distances import FrechetDistance, gaussian_of
+from sdtrain.evaluation.judging.following import with_prompt_following
 from sdtrain.evaluation.layout import read_tensors
 from sdtrain.evaluation.protocol import Protocol
 from sdtrain.evaluation.results import read_results, table_of
 from sdtrain.evaluation.sweep import plan
 from sdtrain.evaluation.workers import run_sweep
-from tests.filters.removal_fixtures import SMALL, caption_of, make_photo
+from tests.chat_server import MODEL, chat_server, completion
+from tests.filters.removal_fixtures import SMALL, caption_of, copy_of, make_photo
 from tests.training_fixtures import write_run
 
 KEPT, SAME, NEAR = 10, 11, 12
@@ -201,6 +206,43 @@ def test_where_all_is_in_the_training_data_nothing_is_left_to_measure(protocol, 
     assert results.rows[0]["num_images_clean"] == 0
     assert results.rows[0]["fid_demo_features_clean"] is None
     assert "clean" not in table_of(results)[0]["fid_demo_features"]
+
+
+def test_prompts_with_questions_are_looked_for_too(protocol, model, done, embedded_dataset, tmp_path):
+    shutil.copytree(done[0].directory.root, tmp_path / "out")
+    chances = {IN_TRAINING[0]: 0.9, "one of them": 0.5, "two of them": 0.3}
+    asked = {"vqa_list": [["Is it there?", "Yes"]], "skills": ["object"]}
+    lines = [json.dumps({"prompt": prompt} | asked) for prompt in chances]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+
+    def reply(question):
+        chance = next((chance for prompt, chance in chances.items() if f'"{prompt}"' in question.prompt), 0.5)
+        return completion("Yes", logprobs={"Yes": math.log(chance), "No": math.log(1 - chance)})
+
+    with chat_server(reply) as server:
+        sweep = plan(protocol, [model], tmp_path / "out")
+        judge = EndpointConfig(url=server.url, model=MODEL)
+        sweep = with_prompt_following(sweep, tmp_path / "questions.jsonl", judge)
+        sweep = search_training_data(sweep, [str(embedded_dataset.root)])
+        results = run_sweep(sweep, say=lambda line: None)
+    (found,) = results.contamination.values()
+    assert found.further_prompts == Occurrences(num=3, found=1, by={"text": 1})
+    (row,) = results.rows
+    assert row["vqa_score"] == pytest.approx((0.9 + 0.5 + 0.3) / 3)
+    assert row["vqa_score_clean"] == pytest.approx(0.4)
+    assert row["vqa_score_clean_ci95"] == pytest.approx(1.96 * np.std([0.5, 0.3], ddof=1) / np.sqrt(2), rel=1e-4)
+    assert "of the prompts with questions 1 of 3 (text 1)" in results.footnote()
+    assert "prompt with questions" in (tmp_path / "out" / "contamination.csv").read_text()
+
+
+def test_a_prompt_is_found_among_all_captions_of_a_sample(embedded_dataset, tmp_path):
+    dataset = copy_of(embedded_dataset, tmp_path)
+    (uid,) = pq.read_table(dataset.images_table(1), columns=["uid"]).slice(0, 1)["uid"].to_pylist()
+    captions = [Caption(uid, "alt", "An OTHER name!", "a-duplicate"), Caption(uid, "long", "an other, name", uid)]
+    write_captions(dataset.captions_table(1), captions)
+    found = contamination_stage._in_images(dataset, [0, 1], ["nothing", "an other name", *IN_TRAINING], None)
+    assert {(row["item"], row["uid"]) for row in found.to_pylist() if row["item"] == 1} == {(1, uid)}
+    assert found.num_rows == 1 + len({row["item"] for row in found.to_pylist()} - {1})
 
 
 def test_unknown_and_missing_training_data_is_told_and_a_named_one_must_be_there(protocol, model, tmp_path):

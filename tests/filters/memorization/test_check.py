@@ -79,10 +79,15 @@ def test_the_threshold_alone_calls_images_near_duplicates_and_the_notes_say_what
 
 
 @pytest.fixture(scope="module")
-def sscd(tmp_path_factory):
+def sscd_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("sscd") / "sscd_disc_mixup.torchscript.pt"
     write_scripted(path, Published())
-    return SscdEncoder(path, "cpu")
+    return path
+
+
+@pytest.fixture(scope="module")
+def sscd(sscd_file):
+    return SscdEncoder(sscd_file, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +183,29 @@ def test_the_command_writes_sheets_and_figures(embedded_dataset, drawn, tmp_path
     with Image.open(out / "memorised.png") as sheet:
         assert sheet.height > 4 * 192
     assert "same: a planted one" in (out / "memorised.html").read_text()
+
+
+def test_the_command_takes_the_weights_of_sscd(embedded_dataset, drawn, sscd_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(similarity, "_NUM_CALIBRATED_SSCD", 3)
+    command = [
+        "memorised",
+        drawn,
+        "--data",
+        embedded_dataset.root,
+        "--top",
+        1,
+        "--output",
+        tmp_path / "found",
+        "--json",
+    ]
+    command += ["--sscd", sscd_file, "--sscd-threshold", 0.25]
+    monkeypatch.setattr(sys, "argv", ["sdtrain", *map(str, command)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    document = json.loads(capsys.readouterr().out)
+    assert (document["limits"]["network"], document["limits"]["threshold"]) == ("SSCD", 0.25)
+    assert all("sscd" in neighbour for sample in document["samples"] for neighbour in sample["neighbours"])
 
 
 def test_captions_that_repeat_come_first(embedded_dataset):
