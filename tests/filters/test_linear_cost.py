@@ -42,7 +42,7 @@ def all_fingerprints(dataset: DatasetDir) -> None:
     from filters.recipe_record import read_recipe
 
     recipe = read_recipe(dataset)
-    for stage in pipeline.STAGES:
+    for stage in pipeline.stages_of(recipe):
         if stage.num_shards(dataset, recipe) != 1:
             for shard in stage.shards(dataset, recipe):
                 stage.fingerprint(dataset, recipe, shard)
