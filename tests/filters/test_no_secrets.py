@@ -6,6 +6,7 @@ import importlib
 import io
 import logging
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
@@ -58,6 +59,7 @@ LOCATIONS = {
 }  # fmt: skip
 WORDS = {
     "CardConfig": {"license", "region", "data_gpu"},
+    "CaptionConfig": {"prompts"},
     "CaptionModelConfig": {"revision"},
     "Change": {"name", "before", "after"},  # no setting, but what became of one
     "JoinConfig": {"columns"},
@@ -129,8 +131,18 @@ def run(monkeypatch, capfd, *arguments: object) -> tuple[int, str]:
 def models() -> dict[str, type[Settings]]:
     for module in MODULES:
         importlib.import_module(module)
-    found = {kind.__name__: kind for kind in Settings.__subclasses__() if kind.__module__.startswith(MODULES)}
-    return found | {kind.__name__: kind for kind in Settings.__subclasses__() if "config" in kind.__module__}
+    return {
+        kind.__name__: kind
+        for kind in kinds_of(Settings)
+        if kind.__module__.startswith(MODULES) or "config" in kind.__module__
+    }
+
+
+def kinds_of(kind: type[Settings]) -> Iterator[type[Settings]]:
+    """All kinds of settings, a kind before those that extend it."""
+    for narrower in kind.__subclasses__():
+        yield narrower
+        yield from kinds_of(narrower)
 
 
 def holds_text(annotation: Any) -> bool:
