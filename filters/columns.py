@@ -63,7 +63,7 @@ RESERVED = frozenset(
         ),
         *("pixel_sha256", "offset", "num_bytes", "size_in_metadata", "image_height", "image_width", "thumbnail"),
         *("side", "aspect_ratio", "caption_chars", "caption_words", "caption_is_name", "download_reason"),
-        *("score_reason", "file_row_number", "place", "rule_reason"),
+        *("score_reason", "file_row_number", "place", "rule_reason", "answers"),
     }
 )
 """Names, in lower case, that a user's own column may not have in our tables, because others of ours have them."""

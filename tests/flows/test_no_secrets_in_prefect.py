@@ -20,7 +20,7 @@ from tests.filters.store_fixtures import PLANTED, QUERY, SPELLINGS, needs_httpfs
 FLOWS = [build_dataset, evaluate_checkpoint, reproduce_sd_v1, train_unet]
 # Parameters that are text; a new one fails the test below until it is known whether it can hold a URL.
 LOCATIONS = {"metadata", "output", "engine_address", "model", "prompts", "reference", "data", "init_from"}
-LOCATIONS |= {"laion2b_en", "high_resolution", "aesthetics"}
+LOCATIONS |= {"laion2b_en", "high_resolution", "aesthetics", "questions", "training_data"}
 WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "slurm_options", "slurm_script"}
 
 SCRIPT = """

@@ -142,7 +142,7 @@ def test_words_find_images_by_the_captions_of_duplicates(captioned, photo_site):
 def test_exposed_tells_the_caption_of_each_use_and_traces_shards_that_lost_only_a_text(copied, photo_site, tmp_path):
     port, models = photo_site[1], write_models(tmp_path / "models")
     data = {"root": str(copied.root), "resolution": 32, "captions": {"alt": 1.0}}
-    config = config_of(tmp_path, models, data, vae="demo", steps=6, caption_dropout=0.3)
+    config = config_of(tmp_path, models, data, vae="demo", steps=60, caption_dropout=0.3)
     run = record_run(tmp_path / "run", config, checkpoints=(2,))
     drawn, kept = replay(config), list(latents_rows(copied))
 
