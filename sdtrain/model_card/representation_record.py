@@ -29,7 +29,8 @@ def measure_datasets(run: Path, datasets: Mapping[str, Path], lists: WordLists) 
 
     Where the tables of one are not on this machine, an earlier measurement stays.
     """
-    known = {one.name: one for one in read_representation(run)}
+    before = read_representation(run)
+    known = {one.name: one for one in before}
     for name, root in datasets.items():
         dataset = DatasetDir(root)
         if name in known and known[name].key == key_of(dataset, lists):
@@ -37,7 +38,7 @@ def measure_datasets(run: Path, datasets: Mapping[str, Path], lists: WordLists) 
         if found := measure(dataset, name, lists):
             known[name] = found
     kept = [known[name] for name in datasets if name in known]
-    if kept:
+    if kept and kept != before:
         with publish(run / RECORD) as temporary:
             temporary.write_bytes(_ALL.dump_json(kept, indent=1) + b"\n")
     return kept
@@ -57,11 +58,13 @@ def plot_path(run: Path, number: int) -> Path:
 
 
 def plot_all(run: Path, found: Sequence[Representation]) -> None:
-    """Writes the diagrams of all datasets."""
+    """Writes the diagrams of all datasets, unless they are there and follow the record."""
     from sdtrain.model_card.representation_plot import plot_representation
 
     for number, one in enumerate(found):
-        plot_representation(one, plot_path(run, number))
+        plot = plot_path(run, number)
+        if not plot.exists() or plot.stat().st_mtime_ns < (run / RECORD).stat().st_mtime_ns:
+            plot_representation(one, plot)
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,12 @@ def test_the_card_shows_table_and_plot_and_keeps_them_when_the_dataset_is_gone(r
     image = Image.open(run / "representation-1.png").convert("L")
     assert image.width > 700
     assert image.getextrema()[0] < 60
+    made = [run / name for name in ("representation.json", "representation-1.png")]
+    written = [path.stat().st_mtime_ns for path in made]
     root.rename(tmp_path / "moved")
     measure_representation(run)
     assert "| women | 37.50% | 28.57% | 25.00% |" in write_card(run).read_text()
+    assert [path.stat().st_mtime_ns for path in made] == written
 
 
 def test_it_is_measured_again_only_if_tables_or_lists_changed(root, tmp_path, monkeypatch):
