@@ -68,7 +68,11 @@ class StageEntries(Sequence[ShardReport]):
     @cached_property
     def _contents(self) -> pa.Array:
         """The entries' files; read when first asked for, as most questions are answered by the other columns."""
-        return _with_contents(self._folder, self.table)["entry"].combine_chunks()
+        table = _with_contents(self._folder, self.table)
+        with _lock:
+            if _cached.get(self._folder) is self.table:  # who asks once asks again
+                _cached[self._folder] = table
+        return table["entry"].combine_chunks()
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -93,6 +93,7 @@ def test_counts_are_told_without_the_entries(dataset, monkeypatch):
     found = entries(dataset, STAGE)
     assert (found.total("num_in"), found.table["entry"].null_count) == (50, 5)
     assert found.get(2) == report(2)
+    assert entries(dataset, STAGE).table["entry"].null_count == 0, "they are read once in a process"
 
 
 def test_an_entry_is_there_though_the_table_was_deleted_or_follows_other_files(dataset):
