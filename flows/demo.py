@@ -5,8 +5,6 @@
 
 import argparse
 import hashlib
-import json
-import logging
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ from prefect import flow
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
+from flows.support.command_line import print_figures
 from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions
 from flows.support.task_runners import own_prefect
@@ -29,7 +28,6 @@ from sdtrain.demo.checker import Agreement
 from sdtrain.demo.record import DemoClock
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world, open_world
-from sdtrain.errors import user_error_of
 from sdtrain.training.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -209,19 +207,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the tiny config's)")
     arguments = parser.parse_args()
-    try:
-        figures = run_demo(arguments.output, arguments.rows, arguments.steps)
-    except Exception as error:
-        problem = user_error_of(error)
-        if problem is None:
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    # Prefect logs at exit, but the metrics must be the last line.
-    logging.getLogger("prefect").setLevel(logging.WARNING)
-    print(f"Look at {figures['report']}")
-    print(json.dumps(figures))
-    return 0
+    return print_figures(lambda: run_demo(arguments.output, arguments.rows, arguments.steps), look_at="report")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ that they differ in their captions alone.
 
 import argparse
 import json
-import logging
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from prefect import flow
 from filters.build_options import BuildOptions
 from filters.recipe import Recipe, load_recipe
 from flows.build_dataset import build
+from flows.support.command_line import print_figures
 from flows.support.decorators import report_user_errors
 from flows.support.stage_runner import StageOptions
 from flows.support.task_runners import own_prefect
@@ -32,7 +32,6 @@ from sdtrain.demo.captioner import MODEL, serve_captioner
 from sdtrain.demo.checker import Agreement
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world
-from sdtrain.errors import user_error_of
 from sdtrain.formats.export import export_model
 from sdtrain.settings import parse_settings
 from sdtrain.training.run_dir import RunDir
@@ -152,18 +151,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the tiny config's)")
     arguments = parser.parse_args()
-    try:
-        figures = run_caption_demo(arguments.output, arguments.rows, arguments.steps)
-    except Exception as error:
-        problem = user_error_of(error)
-        if problem is None:
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    logging.getLogger("prefect").setLevel(logging.WARNING)  # it logs at exit, and the figures must be the last line
-    print(f"Look at {figures['sheet']}")
-    print(json.dumps(figures))
-    return 0
+    return print_figures(lambda: run_caption_demo(arguments.output, arguments.rows, arguments.steps), look_at="sheet")
 
 
 if __name__ == "__main__":

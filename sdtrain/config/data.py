@@ -59,7 +59,7 @@ class DataConfig(Settings):
     beside the latents, which saves 2.5 % of a step's FLOP at 256 px and 0.6 % at 512, and reads 118 kB a sample besides
     the latent's 16 or 66. Dropped captions get the embedding of ""; losses differ by rounding at most."""
     captions: Added[DecidesSamples[CaptionChoice | None]] = None
-    """The sources of which a step takes a sample's caption: shares, `{alt: 0.3, short: 0.6, long: 0.1}`, divided anew
+    """The sources of which a step takes a sample's caption: shares, `{alt: 0.3, short: 0.6, long: 0.1}`, divided again
     among those that the sample has; or `{first: [short, alt]}`, the first that it has. Of several captions of one
     source each is as likely. A sample with none of them keeps its own alt text, as all do by default."""
     verify: Free[bool] = False

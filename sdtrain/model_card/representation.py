@@ -93,7 +93,7 @@ def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation 
         return None
     with connected() as connection:
         _read(connection, dataset, paths, shards if is_sample else None, lists)
-        fates = _filters(dataset.database, connection)
+        statuses = _filters(dataset.database, connection)
         num_rows = int(downloaded.table["num_in"].to_numpy().sum())
         return Representation(
             name=name,
@@ -101,10 +101,10 @@ def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation 
             word_lists=lists.description,
             num_rows=num_rows,
             is_sample=is_sample,
-            levels=_levels(connection, fates),
-            languages=_by_column(connection, "language", fates),
-            countries=_by_column(connection, "country", fates),
-            groups=_groups(connection, lists, fates),
+            levels=_levels(connection, statuses),
+            languages=_by_column(connection, "language", statuses),
+            countries=_by_column(connection, "country", statuses),
+            groups=_groups(connection, lists, statuses),
             crossed=_crossed(connection, lists),
             captions=_captions(connection, dataset, shards, lists),
         )
@@ -126,9 +126,9 @@ def _read(
     shards: Sequence[int] | None,
     lists: WordLists,
 ) -> None:
-    """Creates the table `measured`: for each row its fate, country and language, and whether it is of each group.
+    """Creates the table `measured`: for each row its status, country and language, and whether it is of each group.
 
-    The fate is the reason why the row was dropped, "download" for all reasons of that stage; NULL for kept rows.
+    The status is the reason why the row was dropped, "download" for all reasons of that stage; NULL for kept rows.
     """
     columns = TableColumns(dataset)
     images = columns.scan(paths, "images")
@@ -140,10 +140,10 @@ def _read(
     of_shards = "WHERE list_contains($shards, shard)" if shards else ""
     connection.execute(
         "CREATE TEMP TABLE measured AS "  # noqa: S608 - names are from here
-        f"SELECT fate, {_COUNTRY} AS country, {language} AS language{of_groups} "
-        f"FROM (SELECT fate, url, caption, {words_sql()} AS words FROM ("
+        f"SELECT status, {_COUNTRY} AS country, {language} AS language{of_groups} "
+        f"FROM (SELECT status, url, caption, {words_sql()} AS words FROM ("
         "SELECT i.url, coalesce(i.caption, '') AS caption, "
-        "CASE WHEN i.reason IS NOT NULL THEN 'download' ELSE d.reason END AS fate "
+        "CASE WHEN i.reason IS NOT NULL THEN 'download' ELSE d.reason END AS status "
         f"FROM ({images.sql}) i JOIN ("
         f"SELECT uid, reason FROM read_parquet($decisions) {of_shards}) d USING (uid)))",
         images.values | bound | groups | decided,
@@ -153,53 +153,57 @@ def _read(
 def _filters(database: Path, connection: duckdb.DuckDBPyConnection) -> list[str]:
     """The reasons why downloaded images were dropped, in the order of the funnel if that is at hand."""
     found = connection.execute(
-        "SELECT DISTINCT fate FROM measured WHERE fate IS NOT NULL AND fate <> 'download' ORDER BY fate"
+        "SELECT DISTINCT status FROM measured WHERE status IS NOT NULL AND status <> 'download' ORDER BY status"
     )
-    fates = [fate for (fate,) in found.fetchall()]
+    statuses = [status for (status,) in found.fetchall()]
     try:
         with duckdb.connect(str(database), read_only=True) as other:
             order = [reason for (reason,) in other.execute("SELECT reason FROM funnel").fetchall()]
     except duckdb.Error:
         order = []
-    return sorted(fates, key=lambda fate: (order.index(fate) if fate in order else len(order), fate))
+    return sorted(statuses, key=lambda status: (order.index(status) if status in order else len(order), status))
 
 
-def _at_levels(by_fate: Mapping[str | None, int], fates: Sequence[str]) -> tuple[int, ...]:
+def _at_levels(by_status: Mapping[str | None, int], statuses: Sequence[str]) -> tuple[int, ...]:
     """Numbers left after each of: the selection, the download, each filter."""
-    drops = (0, by_fate.get("download", 0), *(by_fate.get(fate, 0) for fate in fates))
-    first = sum(by_fate.values())
+    drops = (0, by_status.get("download", 0), *(by_status.get(status, 0) for status in statuses))
+    first = sum(by_status.values())
     return tuple(first - gone for gone in accumulate(drops))
 
 
-def _levels(connection: duckdb.DuckDBPyConnection, fates: Sequence[str]) -> list[Counts]:
-    nums = _at_levels(dict(connection.execute("SELECT fate, count(*) FROM measured GROUP BY fate").fetchall()), fates)
-    names = [SELECTED, DOWNLOADED, *(f"after {fate}" for fate in fates[:-1]), *([KEPT] if fates else [])]
+def _levels(connection: duckdb.DuckDBPyConnection, statuses: Sequence[str]) -> list[Counts]:
+    nums = _at_levels(
+        dict(connection.execute("SELECT status, count(*) FROM measured GROUP BY status").fetchall()), statuses
+    )
+    names = [SELECTED, DOWNLOADED, *(f"after {status}" for status in statuses[:-1]), *([KEPT] if statuses else [])]
     found = [Counts(name=name, nums=(num,)) for name, num in zip(names, nums, strict=True)]
-    return found if fates else [*found, Counts(name=KEPT, nums=nums[-1:])]
+    return found if statuses else [*found, Counts(name=KEPT, nums=nums[-1:])]
 
 
-def _by_column(connection: duckdb.DuckDBPyConnection, column: str, fates: Sequence[str]) -> list[Counts]:
+def _by_column(connection: duckdb.DuckDBPyConnection, column: str, statuses: Sequence[str]) -> list[Counts]:
     """Counts of each value of a column, the most frequent first."""
-    rows = connection.execute(f"SELECT {column}, fate, count(*) FROM measured GROUP BY ALL")  # noqa: S608
+    rows = connection.execute(f"SELECT {column}, status, count(*) FROM measured GROUP BY ALL")  # noqa: S608
     found: dict[str, dict[str | None, int]] = {}
-    for value, fate, num in rows.fetchall():
-        found.setdefault(value, {})[fate] = num
-    counts = [Counts(name=value, nums=_nums(by_fate, fates)) for value, by_fate in found.items()]
+    for value, status, num in rows.fetchall():
+        found.setdefault(value, {})[status] = num
+    counts = [Counts(name=value, nums=_nums(by_status, statuses)) for value, by_status in found.items()]
     return sorted(counts, key=lambda one: (-one.nums[0], one.name))
 
 
-def _nums(by_fate: Mapping[str | None, int], fates: Sequence[str]) -> tuple[int, ...]:
-    nums = _at_levels(by_fate, fates)
-    return nums if fates else (*nums, nums[-1])
+def _nums(by_status: Mapping[str | None, int], statuses: Sequence[str]) -> tuple[int, ...]:
+    nums = _at_levels(by_status, statuses)
+    return nums if statuses else (*nums, nums[-1])
 
 
-def _groups(connection: duckdb.DuckDBPyConnection, lists: WordLists, fates: Sequence[str]) -> dict[str, list[Counts]]:
+def _groups(
+    connection: duckdb.DuckDBPyConnection, lists: WordLists, statuses: Sequence[str]
+) -> dict[str, list[Counts]]:
     each = list(lists.each())
     sums = "".join(f", count(*) FILTER (group_{number})" for number in range(len(each)))
-    rows = connection.execute(f"SELECT fate{sums} FROM measured GROUP BY fate").fetchall()  # noqa: S608
+    rows = connection.execute(f"SELECT status{sums} FROM measured GROUP BY status").fetchall()  # noqa: S608
     found: dict[str, list[Counts]] = {theme: [] for theme in lists.groups}
     for number, (theme, group, _) in enumerate(each, 1):
-        found[theme].append(Counts(name=group, nums=_nums({row[0]: row[number] for row in rows}, fates)))
+        found[theme].append(Counts(name=group, nums=_nums({row[0]: row[number] for row in rows}, statuses)))
     return found
 
 
@@ -211,7 +215,7 @@ def _crossed(connection: duckdb.DuckDBPyConnection, lists: WordLists) -> dict[st
     found = dict[str, dict[str, int]]()
     for name, column in first:
         sums = "".join(f", count(*) FILTER ({other})" for _, other in second)
-        row = connection.execute(f"SELECT count(*){sums} FROM measured WHERE fate IS NULL AND {column}").fetchone()  # noqa: S608
+        row = connection.execute(f"SELECT count(*){sums} FROM measured WHERE status IS NULL AND {column}").fetchone()  # noqa: S608
         found[name] = dict(zip(["captions", *(other for other, _ in second)], row or (), strict=True))
     return found
 

@@ -80,7 +80,7 @@ class Fid(FeatureMetric):
 
     @classmethod
     def names(cls, network: FeatureNetwork) -> tuple[str, str]:
-        """FID is Inception's; of other features it goes by another name."""
+        """FID is Inception's; of other features it has another name."""
         name, label = network.frechet
         return f"{name}{network.suffix}", f"{label}{network.label}"
 

@@ -30,7 +30,7 @@ def rows():
         for d in range(30)
         for n in range(30 - d)
     ]
-    lost = [("https://no.example.org/1.jpg", "a dog", *fate) for fate in (NOAI, NOAI, TDM, GONE, UNSAFE)]
+    lost = [("https://no.example.org/1.jpg", "a dog", *status) for status in (NOAI, NOAI, TDM, GONE, UNSAFE)]
     return kept + lost
 
 
