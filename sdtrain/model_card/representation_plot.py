@@ -75,6 +75,8 @@ def _bars(axes: Axes, found: Representation, rows: Sequence[Counts], title: str)
     axes.invert_yaxis()
     axes.set_xlabel("% of rows")
     axes.set_title(title, loc="left", fontsize=10)
+    if not rows:  # the title says that all are unknown
+        axes.set_axis_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
