@@ -196,9 +196,7 @@ class _Fields:
             self._renamed["max_tokens"] = "max_completion_tokens"
             return True
         if "temperature" in named - self._left_out:
-            _log.warning(
-                "The server does not take temperature 0: it draws its answers at random. It says: %s", complaint
-            )
+            _log.warning("The server takes no temperature 0, and draws its answers at random: %s", complaint)
         self._left_out |= named | ({"logprobs", "top_logprobs"} if named & {"logprobs", "top_logprobs"} else set())
         return bool(named)
 

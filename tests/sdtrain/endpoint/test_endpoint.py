@@ -225,7 +225,7 @@ def test_a_server_that_breaks_down_in_the_middle_ends_it_and_its_failures_are_as
     path = tmp_path / "00000.answers.jsonl"
     with chat_server(reply) as server, AnswerLog(path, "key") as log:
         config = config_of(server, retries=0, concurrency=4)
-        with pytest.raises(UserError, match="does not answer .HTTP 500: engine dead"):
+        with pytest.raises(UserError, match=r"does not answer .HTTP 500: engine dead"):
             ask(config, requests(1000), SECTION, None, lambda number, answer: log.add(str(number), "q", answer))
     assert len(server.asked) < 100
     with AnswerLog(path, "key") as log:
