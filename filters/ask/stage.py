@@ -20,6 +20,7 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.sync import fetch_if_stored
 from sdtrain.dataset.work import WORK
 from sdtrain.endpoint.answer_log import AnswerLog, clear_finished
 from sdtrain.endpoint.answers import Answer
@@ -129,6 +130,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     clear_finished(logs, lambda shard: read_entry(dataset, "ask", shard) is not None)
     num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
     _log.warning("ask: %s", _say_requests(recipe, num_images))
+    fetch_if_stored(dataset, *map(dataset.answers_table, shards))  # with answers to other questions
     for shard in shards:
         yield ask_shard(dataset, recipe, shard)
         dataset.answers_log(shard).unlink(missing_ok=True)
