@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from filters.ask_rules import questions_of
 from filters.build_options import BuildOptions
 from filters.caption_config import AskConfig, CaptionConfig
 from filters.columns import ALIASES, RESERVED, SwappedSizes
@@ -292,9 +293,15 @@ class Recipe(Settings):
         """`ask`, with the server of `caption` if it names none."""
         return self.ask if self.ask.endpoint else self.ask.model_copy(update={"endpoint": self.caption.endpoint})
 
+    @property
+    def questions(self) -> list[str]:
+        """The questions of rules in words, each once."""
+        lines = self.decide.rules.get("ask")
+        return questions_of(lines) if isinstance(lines, list) else []
+
     @model_validator(mode="after")
     def _somebody_answers(self) -> Recipe:
-        if self.decide.rules.get("ask") and self.asked.endpoint is None:
+        if self.questions and self.asked.endpoint is None:
             raise ValueError("decide.rules.ask asks a server about the images: name it in ask.endpoint")
         return self
 

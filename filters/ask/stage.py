@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from filters.ask_rules import COLUMN, questions_of
+from filters.ask_rules import COLUMN
 from filters.caption_config import AskConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet
@@ -20,6 +20,7 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.work import WORK
 from sdtrain.endpoint.answer_log import AnswerLog, clear_finished
 from sdtrain.endpoint.answers import Answer
 from sdtrain.endpoint.ask import check_endpoint
@@ -41,7 +42,7 @@ def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
 
     UserError if the server cannot be used, or the budget is spent; the answers until then are kept.
     """
-    config, questions = recipe.asked, questions_of(_lines(recipe))
+    config, questions = recipe.asked, recipe.questions
     uids, made_of = _decoded(dataset, shard), _made_of(dataset, config, shard)
     known = _known(dataset, shard, made_of)
     new = [question for question in questions if any(question not in known.get(uid, {}) for uid in uids.values())]
@@ -104,18 +105,13 @@ def _server(config: AskConfig) -> EndpointConfig:
     return config.endpoint
 
 
-def _lines(recipe: Recipe) -> list[str]:
-    lines = recipe.decide.rules.get("ask")
-    return lines if isinstance(lines, list) else []
-
-
 def _setting(recipe: Recipe) -> str:
     """Where the recipe names the server."""
     return "ask.endpoint" if recipe.ask.endpoint else "caption.endpoint"
 
 
 def _is_on(recipe: Recipe) -> bool:
-    return bool(_lines(recipe))
+    return bool(recipe.questions)
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -124,7 +120,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     # The questions, but no thresholds: these are DECIDE's.
-    config = {"questions": questions_of(_lines(recipe)), "made_of": _made_of(dataset, recipe.asked, shard)}
+    config = {"questions": recipe.questions, "made_of": _made_of(dataset, recipe.asked, shard)}
     return fingerprint("ask/1", config, [require_entry(dataset, stage, shard) for stage in ("download", "score")])
 
 
@@ -147,7 +143,7 @@ def _sized(recipe: Recipe, num_rows: int) -> Openers:
 
 
 def _say_requests(recipe: Recipe, num_images: int) -> str:
-    num, url = len(questions_of(_lines(recipe))), _server(recipe.asked).url
+    num, url = len(recipe.questions), _server(recipe.asked).url
     return f"up to {num_images * num:,} requests to {url}, {num} about each image, which is sent there"
 
 
@@ -168,5 +164,5 @@ ASK: Stage[Recipe] = Stage(
     drops=None,
     uses_gpu=False,
     needs=Needs(files=_files, networks=no_openers, sized=_sized),
-    work=None,
+    work=WORK["ask"],
 )

@@ -20,6 +20,7 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
 from sdtrain.dataset.sync import evict_after
+from sdtrain.dataset.work import WORK
 from sdtrain.endpoint.answer_log import clear_finished
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.pack.captions import ALT
@@ -158,5 +159,5 @@ CAPTION: Stage[Recipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=_files, networks=_networks, sized=_sized),
-    work=None,
+    work=WORK["caption"],
 )

@@ -62,7 +62,8 @@ class AnswerLog:
         if not first or json.loads(first) != {"key": self._key}:
             return 0
         for record in map(json.loads, lines):
-            self._answers[record["uid"], record["name"]] = answer_of_record(record["answer"])
+            if (answer := answer_of_record(record["answer"])).kind != "failed":  # another run asks again
+                self._answers[record["uid"], record["name"]] = answer
         return len(whole) + 1
 
 
