@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP, clusters
+from filters.dedup.levels import LEVELS
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
@@ -104,6 +106,11 @@ def test_what_it_would_drop_is_told_where_few_embeddings_are_stored_and_nothing_
     assert (found.removed, found.dropped, rows) == ({"exact": 0, "perceptual": 0, "copied": NUM_COPIES}, {}, [])
     clip = with_embeddings(planted(), np.eye(NUM, 2048, dtype=np.float16))
     assert search(clip, level="semantic")[1] == [], "copies are no semantic ones"
+
+
+def test_each_level_has_a_reason_that_explains_what_it_drops():
+    assert DECIDE.drops is not None
+    assert [f"duplicate_{level}" for level in LEVELS] == [name for name in DECIDE.drops.last if "duplicate" in name]
 
 
 def test_without_embeddings_a_sentence_says_what_to_set():
