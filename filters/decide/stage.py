@@ -258,6 +258,7 @@ DECIDE: Stage[Recipe] = Stage(
             "duplicate_exact": "the same pixels as a kept image",
             "duplicate_perceptual": "looks like a kept image",
             "duplicate_altered": "a mirrored, cropped or watermarked copy of a kept image",
+            "duplicate_copied": "an edited copy of a kept image, as SSCD's embeddings tell",
             "duplicate_semantic": "shows the same as a kept image",
         },
         explain=in_words,

@@ -137,7 +137,7 @@ def _read(
     groups = {f"group_{number}": pattern(words) for number, (*_, words) in enumerate(lists.each())}
     of_groups = "".join(f", regexp_matches(words, ${key}) AS {key}" for key in groups)
     decided: dict[str, Any] = {"decisions": str(dataset.decisions)} | ({"shards": list(shards)} if shards else {})
-    of_shards = "WHERE list_contains($shards, shard)" if shards else ""
+    of_shards = "WHERE shard IN (SELECT unnest($shards))" if shards else ""
     connection.execute(
         "CREATE TEMP TABLE measured AS "  # noqa: S608 - names are from here
         f"SELECT status, {_COUNTRY} AS country, {language} AS language{of_groups} "
