@@ -21,8 +21,8 @@ _EXACT_LEVELS, _EXACT_SLOPE_SHARE = 2.0, 0.1
 _EDGE_SLOPE, _EDGE_AGREEMENT, _LEAST_EDGES, _LEAST_DETAIL = 4.0, 0.88, 0.02, 0.6
 _LEAST_OVERLAP, _MAX_BOTH_WAYS = 0.7, 0.05
 _CHROMA_LEVELS, _CHROMA_LEVELS_FAR, _CHROMA_AGREEMENT = 10.0, 14.0, 0.9
-# The most that 3 x 3 neighbours together may differ, in tolerances squared: of images moved by half a pixel and more, of
-# those that lie still, and for each half side between.
+# The most that 3 x 3 neighbours together may differ, in tolerances squared: of images moved by half a pixel and more,
+# of those that lie still, and for each half side between.
 _MAX_WORST, _MAX_WORST_STILL, _MAX_WORST_SLOPE, _FAR = 4.0, 1.5, 80.0, 0.034
 
 
