@@ -122,6 +122,12 @@ def _leftovers(directory: Path) -> list[Path]:
         return [Path(file.path) for file in files if file.name.startswith(".") and file.name.endswith(_TEMPORARY)]
 
 
+def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
+    """The files of a folder that are named by a number, in its order; from 100,000 on, names are longer."""
+    found = {int(path.stem): path for path in folder.glob(f"[0-9]*{suffix}") if path.stem.isdecimal()}
+    return dict(sorted(found.items()))
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import EncodeConfig
-from sdtrain.dataset.files import one_process_at_a_time, publish
+from sdtrain.dataset.files import numbered_files, one_process_at_a_time, publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.encode.text import describe_text
 from sdtrain.errors import UserError
@@ -123,8 +123,7 @@ def _first_table(dataset: DatasetDir, shard: int) -> Path:
     recorded = _recorded_first(dataset.latents_info)
     if recorded is not None and dataset.latents_table(recorded).exists():
         return dataset.latents_table(min(recorded, shard))
-    tables = first.parent.glob("[0-9]*.parquet")
-    return min(tables, key=lambda table: int(table.stem), default=dataset.latents_table(shard))
+    return next(iter(numbered_files(first.parent, ".parquet").values()), dataset.latents_table(shard))
 
 
 def _recorded_first(path: Path) -> int | None:
