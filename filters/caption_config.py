@@ -81,7 +81,12 @@ class CaptionConfig(CollectedConfig):
         asked = {"endpoint", "model", "prompts", "max_tokens", "image_px"}
         config = {name: value for name, value in super().described().items() if name not in asked}
         if self.is_generated:
-            config |= {"prompts": list((self.prompts or PROMPTS).items()), "max_tokens": self.max_tokens}
+            config["prompts"] = list((self.prompts or PROMPTS).items())
+        return config | self.described_network()
+
+    def described_network(self) -> dict[str, Any]:
+        """Those of them that determine an answer besides its prompt."""
+        config: dict[str, Any] = {"max_tokens": self.max_tokens} if self.is_generated else {}
         if self.endpoint:
             config |= {"endpoint": self.endpoint.described(), "image_px": self.image_px}
         if self.model:

@@ -54,6 +54,7 @@ RESERVED = frozenset(
             "phash",
             "pixels_sha256",
             "embedding",
+            "sscd_embedding",
             "miniature",
             "group_id",
             "clip_similarity",

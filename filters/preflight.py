@@ -6,13 +6,14 @@ import logging
 from collections.abc import Iterable, Sequence
 
 from filters import pipeline
+from filters.planned import dataset_job
 from filters.recipe import Recipe
 from filters.select.metadata_files import metadata_of, num_rows_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.stage import Openers, Stage
 from sdtrain.dataset.work import Work
-from sdtrain.plan.estimate import DatasetJob, Machines, Planner, not_counted
+from sdtrain.plan.estimate import Machines, Planner, not_counted
 from sdtrain.plan.rates import load_rates
 from sdtrain.preflight.checks import ROOM_IS_SURELY_TOO_SMALL, Check, check_room, check_writable, require
 
@@ -89,10 +90,7 @@ def size_check_before_selection(dataset: DatasetDir, recipe: Recipe) -> Check:
 
 def _estimate(recipe: Recipe, num_rows: int, stages: Stages) -> float:
     planner = Planner(load_rates(), Machines(1, "h200"))
-    sizes = recipe.download.image_size, recipe.encode.resolution, recipe.encode.num_crops
-    has_texts = recipe.encode.text_embeddings != "none"
-    job = DatasetJob(recipe.name, *sizes, num_rows, has_texts)
-    lines = planner.dataset(job, _work(stages)) if num_rows else []
+    lines = planner.dataset(dataset_job(recipe, num_rows), _work(stages)) if num_rows else []
     return sum(line.disk_bytes for line in lines)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
+from filters.ask_rules import questions_of
 from filters.build_options import BuildOptions
 from filters.caption_config import AskConfig, CaptionConfig
 from filters.columns import ALIASES, RESERVED, SwappedSizes
@@ -33,7 +34,7 @@ def _checked_rules(rules: Any, info: ValidationInfo, in_decide: bool) -> Any:
 Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=False))]
 DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=True))]
 
-NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark")
+NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark", "sscd")
 """The networks of `score`, by their settings' prefix."""
 
 JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
@@ -138,17 +139,21 @@ class ScoreConfig(Settings):
     """LAION's first aesthetic predictor, on another scale: a column and a rule of its own, `min_aesthetic_v1`."""
     watermark_weights: str | None = "laion-watermark-v1"
     safety_weights: str | None = "laion-nsfw-l14"
+    sscd_weights: str | None = None
+    """SSCD, a network for copy detection: keeps its embeddings as a column `sscd_embedding` of float16 lists, 1 kB an
+    image. Its licence (CC BY-NC 4.0) forbids commercial use."""
     clip_sha256: Digest | None = None
     """The digest that the file of these weights must have; so for each of the following."""
     aesthetic_sha256: Digest | None = None
     aesthetic_v1_sha256: Digest | None = None
     watermark_sha256: Digest | None = None
     safety_sha256: Digest | None = None
+    sscd_sha256: Digest | None = None
     batch_size: int = Field(default=32, ge=1)
     """Images in one batch of the networks; 256 suits a large GPU."""
     dtype: Literal["float32", "bf16", "fp16", "auto"] = "float32"
-    """Of CLIP's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01. auto: bf16
-    where the machine that begins the dataset computes faster in it, else float32; the dataset keeps it."""
+    """Of CLIP's, SSCD's and the watermark detector's products; bf16 and fp16 move an aesthetic score by about 0.01.
+    auto: bf16 where the machine that begins the dataset computes faster in it, else float32; the dataset keeps it."""
     decode: Literal["cpu", "gpu", "auto"] = "cpu"
     """The decoder and resizer: the CPU, bit for bit as CLIP's authors do, or the GPU (auto: where there is one), whose
     pixels differ slightly, and so do their digests, by which exact duplicates are found: never mix the two."""
@@ -169,7 +174,8 @@ class ScoreConfig(Settings):
         A setting that came later counts only where it is set, so that datasets of earlier versions stay finished.
         """
         pins = {f"{name}_sha256" for name in NETWORKS}
-        return self.model_dump(mode="json", exclude=pins | (set() if self.store_miniatures else {"store_miniatures"}))
+        unset = {name for name in ("store_miniatures", "sscd_weights") if not getattr(self, name)}
+        return self.model_dump(mode="json", exclude=pins | unset)
 
     @model_validator(mode="after")
     def _pins_are_of_files(self) -> ScoreConfig:
@@ -180,15 +186,18 @@ class ScoreConfig(Settings):
         return self
 
 
-DuplicatesLevel = Literal["off", "exact", "perceptual", "altered", "semantic", "all"]
+DuplicatesLevel = Literal["off", "exact", "perceptual", "altered", "copied", "semantic", "all"]
 _SEARCHED: dict[DuplicatesLevel, tuple[str, ...]] = {
     "off": (),
     "exact": ("exact",),
     "perceptual": ("exact", "perceptual"),
     "altered": ("exact", "perceptual", "altered"),
+    "copied": ("exact", "perceptual", "copied"),
     "semantic": ("exact", "perceptual", "semantic"),  # as before there were altered copies
-    "all": ("exact", "perceptual", "altered", "semantic"),
+    "all": ("exact", "perceptual", "altered", "copied", "semantic"),
 }
+_LATER = {"altered": ("altered_agreement", "overlaid_agreement"), "copied": ("copy_similarity",)}
+"""Levels that came later, with their settings."""
 
 
 class DuplicatesConfig(Settings):
@@ -196,13 +205,18 @@ class DuplicatesConfig(Settings):
 
     level: DuplicatesLevel = "off"
     """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual, and copies that
-    are mirrored, cropped or overlaid with a text. semantic: perceptual, and near CLIP embeddings. all: all of these."""
+    are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which are those of
+    edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if score.sscd_weights are
+    given."""
     radius: int = Field(default=4, ge=0, le=16)
     """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
     altered_agreement: float = Field(default=0.88, gt=0, le=1)
     """Least share of the pixels of two miniatures that agree where they match best, for a mirrored or cropped copy."""
     overlaid_agreement: float = Field(default=0.9, gt=0, le=1)
     """Least share of their cells whose darkest, or brightest, pixels agree, for a copy with a text on it."""
+    copy_similarity: float = Field(default=0.75, gt=0, le=1)
+    """Least cosine between the SSCD embeddings of copies. Pairs of DISC 2021 above 0.75 are copies with a precision of
+    90 %, by sscd_disc_mixup (README.md of facebookresearch/sscd-copy-detection, "Using SSCD descriptors")."""
     semantic_threshold: float = Field(default=0.95, gt=0, le=1)
     """Least cosine between the CLIP embeddings of duplicates."""
     num_clusters: int | None = Field(default=None, ge=1)
@@ -210,14 +224,18 @@ class DuplicatesConfig(Settings):
     seed: int = 42
     """Of the clusters' first centres."""
 
-    @property
-    def searched(self) -> tuple[str, ...]:
-        """The names of the levels that `level` includes, in their order."""
-        return _SEARCHED[self.level]
+    def searched(self, has_sscd: bool = False) -> tuple[str, ...]:
+        """Returns the names of the levels that `level` includes, in their order.
 
-    def described(self) -> dict[str, Any]:
+        `has_sscd`: SSCD's embeddings are stored, without which `all` does not include `copied`.
+        """
+        without = {"copied"} if self.level == "all" and not has_sscd else set()
+        return tuple(name for name in _SEARCHED[self.level] if name not in without)
+
+    def described(self, has_sscd: bool = False) -> dict[str, Any]:
         """The settings that determine the groups; those of a level that came later count only where it is searched."""
-        later = set[str]() if "altered" in self.searched else {"altered_agreement", "overlaid_agreement"}
+        searched = self.searched(has_sscd)
+        later = {name for level, names in _LATER.items() if level not in searched for name in names}
         return self.model_dump(mode="json", exclude=later)
 
 
@@ -275,9 +293,15 @@ class Recipe(Settings):
         """`ask`, with the server of `caption` if it names none."""
         return self.ask if self.ask.endpoint else self.ask.model_copy(update={"endpoint": self.caption.endpoint})
 
+    @property
+    def questions(self) -> list[str]:
+        """The questions of rules in words, each once."""
+        lines = self.decide.rules.get("ask")
+        return questions_of(lines) if isinstance(lines, list) else []
+
     @model_validator(mode="after")
     def _somebody_answers(self) -> Recipe:
-        if self.decide.rules.get("ask") and self.asked.endpoint is None:
+        if self.questions and self.asked.endpoint is None:
             raise ValueError("decide.rules.ask asks a server about the images: name it in ask.endpoint")
         return self
 
@@ -295,7 +319,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _duplicates_are_searched(self) -> Recipe:
-        if self.caption.from_duplicates and not self.duplicates.searched:
+        if self.caption.from_duplicates and self.duplicates.level == "off":
             raise ValueError(
                 "caption.from_duplicates takes the texts of what dedup finds, and duplicates.level is off. Set it to "
                 "exact, perceptual or another level."
@@ -304,7 +328,7 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _compared_columns_are_kept(self) -> Recipe:
-        level, searched = self.duplicates.level, self.duplicates.searched
+        level, searched = self.duplicates.level, self.duplicates.searched(self.score.sscd_weights is not None)
         if "semantic" in searched and not (self.score.store_embeddings and self.score.clip_weights):
             raise ValueError(
                 f"duplicates.level: {level} compares CLIP's embeddings. Set score.store_embeddings: true and "
@@ -314,6 +338,11 @@ class Recipe(Settings):
             raise ValueError(
                 f"duplicates.level: {level} compares miniatures. Set score.store_miniatures: true, or "
                 "duplicates.level to perceptual."
+            )
+        if "copied" in searched and self.score.sscd_weights is None:
+            raise ValueError(
+                f"duplicates.level: {level} compares SSCD's embeddings. Set score.sscd_weights, or duplicates.level to "
+                "altered or perceptual."
             )
         return self
 

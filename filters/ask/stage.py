@@ -6,12 +6,13 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from filters.ask_rules import COLUMN, questions_of
+from filters.ask_rules import COLUMN
 from filters.caption_config import AskConfig
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, read_parquet
@@ -20,18 +21,20 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read
 from sdtrain.dataset.rewriting import IN_TABLE
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, no_openers, nothing_beside
+from sdtrain.dataset.sync import fetch_if_stored
+from sdtrain.dataset.work import WORK
 from sdtrain.endpoint.answer_log import AnswerLog, clear_finished
 from sdtrain.endpoint.answers import Answer
 from sdtrain.endpoint.ask import check_endpoint
 from sdtrain.endpoint.config import EndpointConfig
-from sdtrain.endpoint.images import Questions, ask_about_images
+from sdtrain.endpoint.images import Questions, ask_about_images, pixels_of
 
 _log = logging.getLogger(__name__)
-_SCHEMA = pa.schema([("uid", pa.string()), (COLUMN, pa.map_(pa.string(), pa.float32()))])
+_SCHEMA = pa.schema([("uid", pa.string()), (COLUMN, pa.map_(pa.string(), pa.float32())), ("pixels", pa.uint64())])
 _FORM_OF_ANSWER = "{question} Answer with one word, yes or no."
 _MAX_TOKENS, _TOP_LOGPROBS = 8, 20
-_MADE_OF = b"sdtrain.ask"
-"""In a table's metadata: by whom, and about which images, its questions were answered."""
+_MADE_BY = b"sdtrain.ask.by"
+"""In a table's metadata: by whom its questions were answered; `pixels` of an image say whether it is still the same."""
 Chances = dict[str, dict[str, float | None]]
 """uid -> question -> probability of yes; None if the answer is neither yes nor no."""
 
@@ -41,18 +44,16 @@ def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
 
     UserError if the server cannot be used, or the budget is spent; the answers until then are kept.
     """
-    config, questions = recipe.asked, questions_of(_lines(recipe))
-    uids, made_of = _decoded(dataset, shard), _made_of(dataset, config, shard)
-    known = _known(dataset, shard, made_of)
-    new = [question for question in questions if any(question not in known.get(uid, {}) for uid in uids.values())]
-    chances = _ask(dataset, recipe, shard, uids, new, made_of)
-    rows = [
-        {"uid": uid, COLUMN: [(q, chances[uid][q] if q in new else known[uid][q]) for q in questions]}
-        for uid in uids.values()
+    config, questions = recipe.asked, recipe.questions
+    uids, pixels = _decoded(dataset, shard), pixels_of(dataset, shard)
+    known = _known(dataset, shard, config, pixels)
+    chances = _ask(dataset, recipe, shard, uids, known)
+    rows: list[dict[str, Any]] = [
+        {"uid": uid, COLUMN: list(chances[uid].items()), "pixels": pixels[uid]} for uid in uids.values()
     ]
-    unknown = sum(chance is None for row in rows for _, chance in row[COLUMN])
+    unknown = sum(chance is None for each in chances.values() for chance in each.values())
     with publish(dataset.answers_table(shard)) as temporary:
-        table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_MADE_OF: made_of.encode()}))
+        table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata({_MADE_BY: _made_by(config).encode()}))
         pq.write_table(table, temporary, compression="zstd")
     notes = [f"{unknown:,} of {len(rows) * len(questions):,} answers are neither yes nor no"] if unknown else []
     outputs = describe_outputs(dataset, [dataset.answers_table(shard)])
@@ -60,17 +61,21 @@ def ask_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardReport:
     return ShardReport(stage="ask", shard=shard, **counts, outputs=outputs, notes=notes)
 
 
-def _ask(
-    dataset: DatasetDir, recipe: Recipe, shard: int, uids: Mapping[str, str], texts: Sequence[str], made_of: str
-) -> Chances:
-    if not texts:
-        return {}
-    config = recipe.asked
+def _ask(dataset: DatasetDir, recipe: Recipe, shard: int, uids: Mapping[str, str], known: Chances) -> Chances:
+    """All answers: those that are known, and those of the server to the rest."""
+    config, texts = recipe.asked, recipe.questions
+    answers = {uid: {text: known[uid][text] for text in texts if text in known.get(uid, {})} for uid in uids.values()}
     asked = {text: _FORM_OF_ANSWER.format(question=text) for text in texts}
     questions = Questions(asked, _MAX_TOKENS, config.image_px, _TOP_LOGPROBS)
-    with AnswerLog(dataset.answers_log(shard), made_of) as log:
+    with AnswerLog(dataset.answers_log(shard), _made_of(dataset, config, shard)) as log:
+        for uid, has in answers.items():
+            for text in has:
+                log.know(uid, text, Answer("text"))
         ask_about_images(dataset, shard, uids, questions, _server(config), _setting(recipe), log)
-        return {uid: {text: _chance(log[uid, text]) for text in texts} for uid in uids.values()}
+        return {
+            uid: {text: has[text] if text in has else _chance(log[uid, text]) for text in texts}
+            for uid, has in answers.items()
+        }
 
 
 def _chance(answer: Answer) -> float | None:
@@ -78,17 +83,31 @@ def _chance(answer: Answer) -> float | None:
     return answer.probability_of_yes() if answer.kind in ("text", "too_long") else None
 
 
-def _known(dataset: DatasetDir, shard: int, made_of: str) -> Chances:
-    """The answers of the shard's table, if the same network gave them about the same images."""
+def _known(dataset: DatasetDir, shard: int, config: AskConfig, pixels: Mapping[str, int | None]) -> Chances:
+    """The answers of the shard's former table that the same network gave about the same pixels."""
     path = dataset.answers_table(shard)
-    if not path.exists() or (pq.read_schema(path).metadata or {}).get(_MADE_OF) != made_of.encode():
+    fetch_if_stored(dataset, path)
+    if not path.exists() or (pq.read_schema(path).metadata or {}).get(_MADE_BY) != _made_by(config).encode():
         return {}
-    return {row["uid"]: dict(row[COLUMN]) for row in read_parquet(path).to_pylist()}
+    rows = read_parquet(path).to_pylist()
+    return {
+        row["uid"]: dict(row[COLUMN])
+        for row in rows
+        if row["pixels"] is not None and pixels.get(row["uid"]) == row["pixels"]
+    }
+
+
+def _described(config: AskConfig) -> dict[str, Any]:
+    return {"endpoint": _server(config).described(), "image_px": config.image_px, "form": _FORM_OF_ANSWER}
+
+
+def _made_by(config: AskConfig) -> str:
+    return json.dumps(_described(config))
 
 
 def _made_of(dataset: DatasetDir, config: AskConfig, shard: int) -> str:
-    described = {"endpoint": _server(config).described(), "image_px": config.image_px, "form": _FORM_OF_ANSWER}
-    return json.dumps(described | {"images": fingerprint("images", {}, [require_entry(dataset, "download", shard)])})
+    images = fingerprint("images", {}, [require_entry(dataset, "download", shard)])
+    return json.dumps(_described(config) | {"images": images})
 
 
 def _decoded(dataset: DatasetDir, shard: int) -> dict[str, str]:
@@ -104,18 +123,13 @@ def _server(config: AskConfig) -> EndpointConfig:
     return config.endpoint
 
 
-def _lines(recipe: Recipe) -> list[str]:
-    lines = recipe.decide.rules.get("ask")
-    return lines if isinstance(lines, list) else []
-
-
 def _setting(recipe: Recipe) -> str:
     """Where the recipe names the server."""
     return "ask.endpoint" if recipe.ask.endpoint else "caption.endpoint"
 
 
 def _is_on(recipe: Recipe) -> bool:
-    return bool(_lines(recipe))
+    return bool(recipe.questions)
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
@@ -124,7 +138,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     # The questions, but no thresholds: these are DECIDE's.
-    config = {"questions": questions_of(_lines(recipe)), "made_of": _made_of(dataset, recipe.asked, shard)}
+    config = {"questions": recipe.questions, "made_of": _made_of(dataset, recipe.asked, shard)}
     return fingerprint("ask/1", config, [require_entry(dataset, stage, shard) for stage in ("download", "score")])
 
 
@@ -133,6 +147,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     clear_finished(logs, lambda shard: read_entry(dataset, "ask", shard) is not None)
     num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
     _log.warning("ask: %s", _say_requests(recipe, num_images))
+    fetch_if_stored(dataset, *map(dataset.answers_table, shards))  # with answers to other questions
     for shard in shards:
         yield ask_shard(dataset, recipe, shard)
         dataset.answers_log(shard).unlink(missing_ok=True)
@@ -147,7 +162,7 @@ def _sized(recipe: Recipe, num_rows: int) -> Openers:
 
 
 def _say_requests(recipe: Recipe, num_images: int) -> str:
-    num, url = len(questions_of(_lines(recipe))), _server(recipe.asked).url
+    num, url = len(recipe.questions), _server(recipe.asked).url
     return f"up to {num_images * num:,} requests to {url}, {num} about each image, which is sent there"
 
 
@@ -161,12 +176,12 @@ ASK: Stage[Recipe] = Stage(
     table=Table(
         view="answers",
         comment="For every image the probability of yes for each question that the rule `ask` names",
-        columns={"uid": "VARCHAR", COLUMN: "MAP(VARCHAR, FLOAT)", "shard": "INTEGER"},
+        columns={"uid": "VARCHAR", COLUMN: "MAP(VARCHAR, FLOAT)", "pixels": "UBIGINT", "shard": "INTEGER"},
         path=DatasetDir.answers_table,
         rewriting=IN_TABLE,
     ),
     drops=None,
     uses_gpu=False,
     needs=Needs(files=_files, networks=no_openers, sized=_sized),
-    work=None,
+    work=WORK["ask"],
 )

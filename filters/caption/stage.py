@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-
-import pyarrow.compute as pc
+from typing import Any
 
 from filters.caption.duplicates import Texts, duplicate_texts
 from filters.caption.generate import SETTING, Generated, generate, weights_of
@@ -20,8 +19,10 @@ from sdtrain.dataset.manifest import describe_outputs, num_selected_shards, read
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, nothing_beside
 from sdtrain.dataset.sync import evict_after
+from sdtrain.dataset.work import WORK
 from sdtrain.endpoint.answer_log import clear_finished
 from sdtrain.endpoint.ask import check_endpoint
+from sdtrain.endpoint.images import pixels_of
 from sdtrain.pack.captions import ALT
 
 _log = logging.getLogger(__name__)
@@ -37,22 +38,23 @@ def caption_shard(dataset: DatasetDir, recipe: Recipe, shard: int) -> ShardRepor
     generated = generate(dataset, config, shard, images) if config.is_generated else Generated()
     captions = [caption for image in images for caption in _captions(image, others, generated)]
     metadata = _described(config, generated) if config.is_generated else {}
-    write_captions(dataset.captions_table(shard), _measured(dataset, recipe, shard, captions, images), metadata)
+    pixels = {image["uid"]: image["pixels"] for image in images if image["pixels"] is not None}
+    measured = _measured(dataset, recipe, shard, captions, images)
+    write_captions(dataset.captions_table(shard), measured, metadata, pixels)
     outputs = describe_outputs(dataset, [dataset.captions_table(shard)])
     counts = {"num_in": len(images), "num_out": len(images)}
     return ShardReport(stage="caption", shard=shard, **counts, outputs=outputs, notes=generated.remarks())
 
 
-def decoded_images(dataset: DatasetDir, shard: int) -> list[dict[str, str]]:
-    """Uid, key and caption of a shard's images that SCORE could decode, in the order of their keys."""
-    scores = read_parquet(dataset.scores(shard), ["uid", "reason"])
-    decoded = scores.filter(pc.is_null(scores["reason"]))["uid"]
-    rows = read_parquet(dataset.images_table(shard), ["uid", "key", "caption"])
-    images: list[dict[str, str]] = rows.filter(pc.is_in(rows["uid"], value_set=decoded)).to_pylist()
-    return sorted(images, key=lambda image: image["key"])
+def decoded_images(dataset: DatasetDir, shard: int) -> list[dict[str, Any]]:
+    """Uid, key, caption and pixels (`pixels_of`) of a shard's images that SCORE could decode, in their keys' order."""
+    pixels = pixels_of(dataset, shard)
+    rows = read_parquet(dataset.images_table(shard), ["uid", "key", "caption"]).to_pylist()
+    images = [row | {"pixels": pixels[row["uid"]]} for row in rows if row["uid"] in pixels]
+    return sorted(images, key=lambda image: str(image["key"]))
 
 
-def _captions(image: dict[str, str], others: dict[str, Texts], generated: Generated) -> Iterator[Caption]:
+def _captions(image: Mapping[str, Any], others: dict[str, Texts], generated: Generated) -> Iterator[Caption]:
     uid = image["uid"]
     yield Caption(uid, ALT, image["caption"] or "", uid)
     for other in others.get(uid, []):
@@ -61,7 +63,7 @@ def _captions(image: dict[str, str], others: dict[str, Texts], generated: Genera
 
 
 def _measured(
-    dataset: DatasetDir, recipe: Recipe, shard: int, captions: list[Caption], images: list[dict[str, str]]
+    dataset: DatasetDir, recipe: Recipe, shard: int, captions: list[Caption], images: list[dict[str, Any]]
 ) -> list[Caption]:
     if recipe.score.clip_weights is None or not recipe.caption.is_measured:
         return captions
@@ -150,6 +152,7 @@ CAPTION: Stage[Recipe] = Stage(
             "num_tokens": "INTEGER",
             "similarity": "FLOAT",
             "origin_uid": "VARCHAR",
+            "pixels": "UBIGINT",
             "shard": "INTEGER",
         },
         path=DatasetDir.captions_table,
@@ -158,5 +161,5 @@ CAPTION: Stage[Recipe] = Stage(
     drops=None,
     uses_gpu=True,
     needs=Needs(files=_files, networks=_networks, sized=_sized),
-    work=None,
+    work=WORK["caption"],
 )

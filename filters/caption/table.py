@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),  # of CLIP, with the start and the end token: all is read up to 77
         ("similarity", pa.float32()),
         ("origin_uid", pa.string()),
+        ("pixels", pa.uint64()),  # of the image, the beginning of their sha256: whether an answer is still about them
     ]
 )
 
@@ -48,14 +49,19 @@ class Caption:
     similarity: float | None = None
 
 
-def write_captions(path: Path, captions: Iterable[Caption], described: Mapping[str, str] | None = None) -> None:
+def write_captions(
+    path: Path,
+    captions: Iterable[Caption],
+    described: Mapping[str, str] | None = None,
+    pixels: Mapping[str, int] | None = None,
+) -> None:
     """Writes a shard's captions, of each image in turn; an empty text is none, and a text of one image counts once.
 
-    `described` goes into the file's metadata, under `sdtrain.caption.`.
+    `described` goes into the file's metadata, under `sdtrain.caption.`; `pixels` are by uid.
     """
     schema = SCHEMA.with_metadata({f"sdtrain.caption.{name}": value for name, value in (described or {}).items()})
     seen = set[tuple[str, str]]()
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names if name != "num_tokens"}
+    columns: dict[str, list[object]] = {name: [] for name in SCHEMA.names if name not in ("num_tokens", "pixels")}
     for caption in captions:
         identity = caption.uid, caption.text
         if caption.text.strip() and identity not in seen:
@@ -63,9 +69,18 @@ def write_captions(path: Path, captions: Iterable[Caption], described: Mapping[s
             for name, values in columns.items():
                 values.append(getattr(caption, name))
     texts = pa.array(columns["text"], pa.string())
-    counted = {**columns, "text": texts, "num_tokens": count_tokens(texts.to_pylist())}
+    of_images = [(pixels or {}).get(str(uid)) for uid in columns["uid"]]
+    counted = {**columns, "text": texts, "num_tokens": count_tokens(texts.to_pylist()), "pixels": of_images}
     with publish(path) as temporary:
         pq.write_table(pa.table([counted[name] for name in SCHEMA.names], schema), temporary, compression="zstd")
+
+
+def described_in(path: Path) -> dict[str, str]:
+    """What a table of captions says of how they came to be (`write_captions`)."""
+    found, prefix = pq.read_schema(path).metadata or {}, b"sdtrain.caption."
+    return {
+        name.removeprefix(prefix).decode(): value.decode() for name, value in found.items() if name.startswith(prefix)
+    }
 
 
 def _drop(dataset: DatasetDir, recipe: Recipe, shard: int, removed: Removed) -> None:

@@ -30,6 +30,7 @@ _NETWORKS = {
     "pwatermark": ("watermark",),
     "punsafe": ("clip", "safety"),
     "similarity": ("clip",),
+    "duplicate_copied": ("sscd",),
     "duplicate_semantic": ("clip",),
 }
 """By score or reason: the networks of `score` that it comes from."""
@@ -46,6 +47,7 @@ _CAUSES = {
     "duplicate_row": "the metadata may be there twice, as files of two releases or copies of one folder",
     "duplicate_exact": _PLACEHOLDER,
     "duplicate_perceptual": f"duplicates.radius may be too large, or {_PLACEHOLDER}",
+    "duplicate_copied": "duplicates.copy_similarity may be too low for these images",
     "duplicate_semantic": "duplicates.semantic_threshold may be too low for these images",
     "hash_mismatch": "the metadata's digests may be of other files, such as resized ones",
     "not_an_image": "the URLs may lead to pages instead of images",
@@ -81,7 +83,7 @@ def _sentences(funnel: Iterable[FunnelRow], recipe: Recipe, stage: str | None) -
 
 def _cause(stage: str, reason: str, recipe: Recipe) -> str:
     column = RULES[reason].column if reason in RULES else reason.removesuffix("_missing")
-    is_of_ours = stage != "select" and (recipe.decide.decide_by != "metadata" or reason == "duplicate_semantic")
+    is_of_ours = stage != "select" and (recipe.decide.decide_by != "metadata" or reason.startswith("duplicate_"))
     if is_of_ours and (random := _random_networks(column, recipe)):
         named = " and ".join(f"score.{name}_weights" for name in random)
         return f"{named} {'are' if len(random) > 1 else 'is'} random, so these scores mean nothing"

@@ -30,9 +30,9 @@ from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import (
     describe_outputs,
-    entries,
     require_entries,
     require_entry,
+    selected_entries,
     selected_shards,
     selection,
 )
@@ -140,7 +140,7 @@ def _check_asked(answers: Path, decide: DecideConfig) -> None:
 def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
     """Returns the entries of a stage of which at least the first shard is finished."""
     require_entry(dataset, stage, 0)
-    return entries(dataset, stage)
+    return selected_entries(dataset, stage)
 
 
 def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:
@@ -258,6 +258,7 @@ DECIDE: Stage[Recipe] = Stage(
             "duplicate_exact": "the same pixels as a kept image",
             "duplicate_perceptual": "looks like a kept image",
             "duplicate_altered": "a mirrored, cropped or watermarked copy of a kept image",
+            "duplicate_copied": "an edited copy of a kept image, as SSCD's embeddings tell",
             "duplicate_semantic": "shows the same as a kept image",
         },
         explain=in_words,

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,13 +32,26 @@ class Embedded(NamedTuple):
     vectors: NDArray[np.float16]
 
 
+@dataclass(frozen=True)
+class Clustering:
+    """How the embeddings of `column` are clustered: each is in the clusters of its `num_nearest` nearest centres."""
+
+    column: str
+    num_clusters: int
+    num_nearest: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_nearest", min(self.num_nearest, self.num_clusters))
+
+
 class Buckets:
     """Takes embeddings in any order and returns them cluster by cluster."""
 
-    def __init__(self, folder: Path, num_images: int, num_clusters: int) -> None:
+    def __init__(self, folder: Path, num_rows: int, num_clusters: int) -> None:
         self._folder = folder
         self._num_clusters = num_clusters
-        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_images // _ROWS_PER_BUCKET)
+        self._num = min(_MAX_BUCKETS, num_clusters, 1 + num_rows // _ROWS_PER_BUCKET)
         self._width = 0
         self._stack = ExitStack()
 
@@ -95,19 +109,23 @@ def num_clusters_for(num_images: int, wanted: int | None) -> int:
     return max(1, min(wanted, num_images))
 
 
-def cluster(images: Images, num_clusters: int, seed: int, folder: Path) -> Iterator[Embedded]:
-    """Yields each cluster's embeddings, which it stores in `folder` meanwhile.
+def cluster(images: Images, clustering: Clustering, folder: Path) -> Iterator[Embedded]:
+    """Yields each cluster's embeddings, which it stores in `folder` meanwhile, in each of their clusters.
 
     Independent of the number of threads and the order of images: the centres are learnt from the images with the
     smallest uids, which are digests and thus a random sample, and all matrix products have one size. UserError if
     several clusters are needed and faiss is not installed.
     """
-    owned = _all_in_one(images) if num_clusters == 1 else _owned(images, learn_centers(images, num_clusters, seed))
-    with Buckets(folder, images.num, num_clusters) as buckets:
-        for embedded, owners in report_progress(
-            owned, "dedup: clusters", images.num, "embeddings", lambda pair: len(pair[1])
-        ):
-            buckets.add(embedded, owners)
+    column, num_clusters, num_nearest = clustering.column, clustering.num_clusters, clustering.num_nearest
+    if num_clusters == 1:
+        owned = _all_in_one(images, column)
+    else:
+        owned = _owned(images, column, learn_centers(images, num_clusters, clustering.seed, column), num_nearest)
+    with Buckets(folder, images.num * num_nearest, num_clusters) as buckets:
+        step = f"dedup: clusters by {column}"
+        for embedded, owners in report_progress(owned, step, images.num, "embeddings", lambda pair: len(pair[1])):
+            for nearest in owners.T:
+                buckets.add(embedded, np.ascontiguousarray(nearest))
     yield from buckets.clusters()
 
 
@@ -119,9 +137,9 @@ def unit(vectors: NDArray[np.float16]) -> Vectors:
     return unit_vectors
 
 
-def learn_centers(images: Images, num_clusters: int, seed: int) -> Vectors:
+def learn_centers(images: Images, num_clusters: int, seed: int, column: str = "embedding") -> Vectors:
     """Learns (K, D) unit centres by cosine k-means on a sample; raises `UserError` without faiss."""
-    sample = unit(_sample(images, num_clusters))
+    sample = unit(_sample(images, num_clusters, column))
     options = {"niter": 20, "seed": seed, "spherical": True, "min_points_per_centroid": 1}
     options["max_points_per_centroid"] = len(sample)  # it is already a sample
     kmeans = load_faiss().Kmeans(sample.shape[1], min(num_clusters, len(sample)), **options)
@@ -145,13 +163,19 @@ def load_faiss(
     return faiss
 
 
-def _all_in_one(images: Images) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
-    for embedded in _blocks(images):
-        yield embedded, np.zeros(len(embedded.nodes), np.int32)
+def _all_in_one(images: Images, column: str) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+    for embedded in _blocks(images, column):
+        yield embedded, np.zeros((len(embedded.nodes), 1), np.int32)
 
 
-def _owned(images: Images, centers: Vectors) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
-    """Yields all embeddings with their nearest centre's cluster, in order; each processor works on its own block."""
+def _owned(
+    images: Images, column: str, centers: Vectors, num_nearest: int
+) -> Iterator[tuple[Embedded, NDArray[np.int32]]]:
+    """Yields all embeddings with the clusters of their nearest centres, (N, num_nearest), the nearest first.
+
+    They come in order; each processor works on its own block.
+    """
+    num_nearest = min(num_nearest, len(centers))
     index = load_faiss().IndexFlatIP(centers.shape[1])
     index.add(centers)
 
@@ -159,13 +183,13 @@ def _owned(images: Images, centers: Vectors) -> Iterator[tuple[Embedded, NDArray
         # Always the same size: matrix kernels round differently at edges.
         padded = np.zeros((_ROWS_AT_ONCE, vectors.shape[1]), np.float32)
         padded[: len(vectors)] = unit(vectors)
-        owners: NDArray[np.int32] = index.search(padded, 1)[1][: len(vectors), 0].astype(np.int32)
+        owners: NDArray[np.int32] = index.search(padded, num_nearest)[1][: len(vectors)].astype(np.int32)
         return owners.clip(0)  # NaN has nearest centre -1
 
     num_threads = len(os.sched_getaffinity(0))
     with _one_thread_each(num_threads) as threads:
         waiting = deque[tuple[Embedded, Future[NDArray[np.int32]]]]()
-        for embedded in _blocks(images):
+        for embedded in _blocks(images, column):
             waiting.append((embedded, threads.submit(nearest, embedded.vectors)))
             if len(waiting) > 2 * num_threads:
                 done, owners = waiting.popleft()
@@ -178,16 +202,16 @@ def _one_thread_each(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, initializer=load_faiss().omp_set_num_threads, initargs=(1,))
 
 
-def _sample(images: Images, num_clusters: int) -> NDArray[np.float16]:
+def _sample(images: Images, num_clusters: int, column: str) -> NDArray[np.float16]:
     """Returns the embeddings of the images with the smallest uids, in uid order."""
     best, num_rows = list[pa.Table](), num_clusters * _TRAINING_ROWS_PER_CLUSTER
-    for table in images.read(["uid", "embedding"]):
-        best.append(table.filter(pc.is_valid(table["embedding"])))
-        vector_bytes = 4 * table.schema.field("embedding").type.list_size
+    for table in images.read(["uid", column]):
+        best.append(table.filter(pc.is_valid(table[column])))
+        vector_bytes = 4 * table.schema.field(column).type.list_size
         num_rows = min(num_rows, max(num_clusters, _MAX_TRAINING_BYTES // vector_bytes))
         if sum(map(len, best)) > 2 * num_rows:
             best = [_smallest(best, num_rows)]
-    return _vectors(_smallest(best, num_rows)["embedding"])
+    return _vectors(_smallest(best, num_rows)[column])
 
 
 def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
@@ -196,10 +220,10 @@ def _smallest(tables: list[pa.Table], num_rows: int) -> pa.Table:
     return rows.take(chosen).combine_chunks()
 
 
-def _blocks(images: Images) -> Iterator[Embedded]:
+def _blocks(images: Images, column: str) -> Iterator[Embedded]:
     start = 0
-    for table in images.read(["embedding"]):
-        embeddings = table["embedding"]
+    for table in images.read([column]):
+        embeddings = table[column]
         nodes = start + np.flatnonzero(pc.is_valid(embeddings).to_numpy())
         vectors = _vectors(embeddings.drop_null())
         start += len(table)

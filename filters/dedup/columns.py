@@ -25,13 +25,14 @@ class Images:
     """All images to compare; node n is the n-th of them.
 
     `read` yields tables of the given columns, always in the same order. Columns: uid, pixel_sha256, sha256 (of the
-    file; null if unknown), phash, thumbnail, and maybe miniature and embedding.
+    file; null if unknown), phash, thumbnail, and maybe miniature, embedding (CLIP's) and sscd_embedding.
     """
 
     read: Callable[[Sequence[str]], Iterator[pa.Table]]
     num: int
     has_embeddings: bool = False
     has_miniatures: bool = False
+    has_sscd: bool = False
 
 
 @dataclass(frozen=True)

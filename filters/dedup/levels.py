@@ -1,4 +1,4 @@
-"""Groups of duplicates by level: exact, perceptual, altered and semantic ones."""
+"""Groups of duplicates by level: exact, perceptual, altered, copied and semantic ones."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from filters.dedup.altered import Limits, link_altered
-from filters.dedup.clusters import MAX_ONE_CLUSTER, Embedded, Vectors, cluster, load_faiss, num_clusters_for, unit
+from filters.dedup.clusters import MAX_ONE_CLUSTER, load_faiss, num_clusters_for
 from filters.dedup.columns import Columns, Images, store_columns
 from filters.dedup.ordering import Rows, divide_rows, in_threads
 from filters.dedup.perceptual import link_near_duplicates
+from filters.dedup.similar import link_similar, similarity_of
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
 from sdtrain.dataset.progress import report_progress
 from sdtrain.errors import UserError
 
-LEVELS = ("exact", "perceptual", "altered", "semantic")
-# Up to here, levels beyond the recipe's are searched too, to report what they would drop; the semantic one only while
-# all pairs can be compared.
+LEVELS = ("exact", "perceptual", "altered", "copied", "semantic")
+# Up to here, levels beyond the recipe's are searched too, to report what they would drop; those of embeddings only
+# while all pairs can be compared.
 _MAX_PREVIEW, _MAX_PREVIEW_RADIUS = 1_000_000, 8
 _ROWS_AT_ONCE, _MEMORY_MIB = 1 << 17, 1024
-_BLOCK_ROWS, _PAIRS_AT_ONCE = 1024, 1 << 16
-# Exceeds the error of float32 products of unit vectors: closer calls are recomputed.
-_ROUNDING = 1e-4
 _TABLE = pa.schema([("uid", pa.string()), ("group_id", pa.string()), ("kind", pa.string())])
 _MEMBERS = pa.schema([("uid", pa.string()), ("root", pa.int64()), ("level", pa.uint8())])
 _GROUPED = """
@@ -64,17 +62,18 @@ def group_images(images: Images, config: DuplicatesConfig, folder: Path, target:
     """Writes the groups of duplicates, byte-identical for any order of images.
 
     Memory holds 8 bytes per image and pieces of bounded size. The rest is memory-mapped in the empty `folder`: up to
-    210 bytes per image, plus embeddings if compared. `target` is Parquet sorted by uid, for groups of two and more:
-    uid, group_id (the group's smallest uid), kind (the first level at which the image has a duplicate). UserError if
-    the level is semantic and there are no embeddings, or faiss is needed and not installed.
+    210 bytes per image, plus embeddings if compared, SSCD's eight times. `target` is Parquet sorted by uid, for groups
+    of two and more: uid, group_id (the group's smallest uid), kind (the first level at which the image has a
+    duplicate). UserError if the level's miniatures or embeddings are not there, or faiss is needed and not installed.
     """
     found, components = Found(images.num), Components(images.num)
     kinds, members = np.zeros(images.num, np.uint8), folder / "members.parquet"
+    asked = config.searched(images.has_sscd)
     for level in _search(images, config, folder, components):
         found.removed[level] = components.num_linked
-        if level in config.searched:
+        if level in asked:
             kinds[(kinds == 0) & components.grouped()] = 1 + LEVELS.index(level)
-        if config.searched[-1:] == (level,):
+        if asked[-1:] == (level,):
             _write_members(images, kinds, components, members)
     found.dropped = _write_groups(members, folder, target)
     return found
@@ -95,22 +94,18 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
         limits = Limits(config.altered_agreement, config.overlaid_agreement)
         link_altered(images, columns, limits, components)
         yield "altered"
-    if "semantic" in levels:
-        num_clusters = num_clusters_for(images.num, config.num_clusters)
-        clusters = cluster(images, num_clusters, config.seed, folder)
-        compared = report_progress(
-            clusters, "dedup: embeddings", images.num, "embeddings", lambda embedded: len(embedded.nodes)
-        )
-        link_similar(compared, config.semantic_threshold, components)
-        yield "semantic"
+    for level in ("copied", "semantic"):
+        if level in levels:
+            link_similar(images, similarity_of(level, config), config, folder, components)
+            yield level
 
 
 def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
     """Returns the requested levels, and cheap ones beyond them.
 
-    UserError if the semantic level's needs are not met, so that it does not fail after hours of earlier levels.
+    UserError if a later level's needs are not met, so that it does not fail after hours of earlier levels.
     """
-    asked, levels = config.searched, ["exact"]
+    asked, levels = config.searched(images.has_sscd), ["exact"]
     few = images.num <= _MAX_PREVIEW and config.radius <= _MAX_PREVIEW_RADIUS
     if "perceptual" in asked or few:
         levels.append("perceptual")
@@ -122,17 +117,27 @@ def _levels(images: Images, config: DuplicatesConfig) -> Sequence[str]:
             )
         levels.append("altered")
     one_cluster = num_clusters_for(images.num, config.num_clusters) == 1
+    all_pairs = few and one_cluster and images.num <= MAX_ONE_CLUSTER
+    if "copied" in asked:
+        if not images.has_sscd:
+            raise UserError(
+                f"duplicates.level: {config.level} compares SSCD's embeddings, and the scores hold none. Set "
+                "score.sscd_weights, or duplicates.level to altered or perceptual."
+            )
+        levels.append("copied")
+    elif all_pairs and images.has_sscd and "semantic" not in asked:  # which counts all levels before it
+        levels.append("copied")
     if "semantic" in asked:
         if not images.has_embeddings:
             raise UserError(
                 f"duplicates.level: {config.level} compares CLIP's embeddings, and the scores hold none. Set "
                 "score.store_embeddings: true (and score.clip_weights), or duplicates.level to perceptual."
             )
-        if not one_cluster:
-            load_faiss()
         levels.append("semantic")
-    elif few and one_cluster and images.has_embeddings and images.num <= MAX_ONE_CLUSTER:
+    elif all_pairs and images.has_embeddings:
         levels.append("semantic")
+    if not one_cluster and {"copied", "semantic"} & set(asked):
+        load_faiss(f"duplicates.level: {config.level}, for so many images,")
     return levels if images.num else ()
 
 
@@ -191,39 +196,3 @@ def link_exact(columns: Columns, components: Components) -> None:
             first = rows.nodes[starts][np.cumsum(starts) - 1]
             linked = (first != rows.nodes) & ((rows.first | rows.second) != 0)  # zero: unknown digest
             components.link(first[linked], rows.nodes[linked])
-
-
-def link_similar(clusters: Iterator[Embedded], threshold: float, components: Components) -> None:
-    """Links images in each cluster whose embeddings have a cosine of at least `threshold`.
-
-    Follows SemDeDup (Abbas et al. 2023, arXiv 2303.09540); `filters.decide.stage` decides which one stays. Rounding of
-    matrix products depends on the machine's kernels and threads, so they only propose pairs; the decisive cosine is one
-    of two vectors, in float64.
-    """
-    for nodes, stored in clusters:
-        vectors = unit(stored)
-        for ones, others in _proposed(vectors, threshold - _ROUNDING):
-            apart = components.roots(nodes[ones]) != components.roots(nodes[others])
-            ones, others = ones[apart], others[apart]
-            close = _cosines(stored[ones], stored[others]) >= threshold
-            components.link(nodes[ones[close]], nodes[others[close]])
-
-
-def _proposed(vectors: Vectors, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Yields pairs of rows whose product is at least `threshold`, block by block of the upper triangle."""
-    for top in range(0, len(vectors), _BLOCK_ROWS):
-        for left in range(top, len(vectors), _BLOCK_ROWS):
-            products = vectors[top : top + _BLOCK_ROWS] @ vectors[left : left + _BLOCK_ROWS].T
-            rows, columns = np.nonzero(products >= threshold)
-            ones, others = rows + top, columns + left
-            upper = ones < others
-            ones, others = ones[upper], others[upper]
-            for start in range(0, len(ones), _PAIRS_AT_ONCE):
-                yield ones[start : start + _PAIRS_AT_ONCE], others[start : start + _PAIRS_AT_ONCE]
-
-
-def _cosines(stored: NDArray[np.float16], others: NDArray[np.float16]) -> NDArray[np.float64]:
-    one, other = stored.astype(np.float64), others.astype(np.float64)
-    lengths = np.sqrt((one * one).sum(axis=1) * (other * other).sum(axis=1))
-    cosines: NDArray[np.float64] = (one * other).sum(axis=1) / np.maximum(lengths, np.finfo(np.float64).tiny)
-    return cosines

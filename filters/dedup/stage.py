@@ -25,9 +25,10 @@ from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
 
-_PREVIEWED = [level for level in LEVELS if level != "altered"]  # which needs a column of its own
+_PREVIEWED = [level for level in LEVELS if level not in ("altered", "copied")]  # which need columns of their own
 _MINIATURE = b"sdtrain.miniature"  # SCORE's record of the version
-_NETWORK = (b"sdtrain.clip_model", b"sdtrain.clip_digest")  # SCORE's record of the embeddings' network
+# SCORE's records of the embeddings' networks.
+_NETWORKS = {"embedding": (b"sdtrain.clip_model", b"sdtrain.clip_digest"), "sscd_embedding": (b"sdtrain.sscd_digest",)}
 
 
 def scored_images(dataset: DatasetDir) -> Images:
@@ -36,31 +37,42 @@ def scored_images(dataset: DatasetDir) -> Images:
     num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
     # Of each schema only this is kept: whole it takes about 10 kB.
     kinds = {_kind(pq.read_schema(dataset.scores(shard))) for shard in shards}
-    has_embeddings = bool(kinds) and all(kind.has_embeddings for kind in kinds)
     has_miniatures = {kind.miniature for kind in kinds} == {MINIATURE_VERSION.encode()}
-    networks = {kind.network for kind in kinds}
-    if has_embeddings and len(networks) > 1:
-        raise UserError(
-            f"The embeddings in {dataset.root / 'scores'} are of different CLIP networks or weights, which cannot be "
-            "compared. Run the build again: it scores again the shards that are not of the recipe."
-        )
-    return Images(partial(_read, dataset, shards), num, has_embeddings, has_miniatures)
+    has_clip = _are_of_one_network(dataset, "CLIP", {kind.clip for kind in kinds})
+    has_sscd = _are_of_one_network(dataset, "SSCD", {kind.sscd for kind in kinds})
+    return Images(partial(_read, dataset, shards), num, has_clip, has_miniatures, has_sscd)
+
+
+_Network = tuple[bytes | None, ...]
 
 
 class _Kind(NamedTuple):
-    """A shard's optional columns, and whose they are; `miniature` is None without that column."""
+    """Whose a shard's optional columns are; None without the column."""
 
-    has_embeddings: bool
-    network: tuple[bytes | None, ...]
+    clip: _Network | None
+    sscd: _Network | None
     miniature: bytes | None
 
 
 def _kind(schema: pa.Schema) -> _Kind:
     described = schema.metadata or {}
-    network = tuple(described.get(name) for name in _NETWORK)
-    return _Kind(
-        "embedding" in schema.names, network, described.get(_MINIATURE) if "miniature" in schema.names else None
+    clip, sscd = (
+        tuple(described.get(name) for name in names) if column in schema.names else None
+        for column, names in _NETWORKS.items()
     )
+    return _Kind(clip, sscd, described.get(_MINIATURE) if "miniature" in schema.names else None)
+
+
+def _are_of_one_network(dataset: DatasetDir, name: str, networks: set[_Network | None]) -> bool:
+    """Returns whether all shards have embeddings; raises `UserError` if they cannot be compared."""
+    if not networks or None in networks:
+        return False
+    if len(networks) > 1:
+        raise UserError(
+            f"The embeddings in {dataset.root / 'scores'} are of different {name} networks or weights, which cannot be "
+            "compared. Run the build again: it scores again the shards that are not of the recipe."
+        )
+    return True
 
 
 def check_decoders(dataset: DatasetDir) -> None:
@@ -101,7 +113,7 @@ def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:
 
 def _fingerprint(dataset: DatasetDir, recipe: Recipe, shard: int) -> str:
     inputs = require_entries(dataset, "score", selected_shards(dataset))
-    return fingerprint("dedup/2", recipe.duplicates.described(), inputs)
+    return fingerprint("dedup/2", recipe.duplicates.described(recipe.score.sscd_weights is not None), inputs)
 
 
 def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -126,16 +138,16 @@ def _path(dataset: DatasetDir, shard: int) -> Path:
 
 
 def _sized(recipe: Recipe, num_rows: int) -> Openers:
-    is_semantic = "semantic" in recipe.duplicates.searched
-    return {"duplicates.level": partial(_check_semantic, recipe, num_rows)} if is_semantic else {}
+    compared = {"copied", "semantic"} & set(recipe.duplicates.searched(recipe.score.sscd_weights is not None))
+    return {"duplicates.level": partial(_check_clusters, recipe, num_rows)} if compared else {}
 
 
-def _check_semantic(recipe: Recipe, num_rows: int) -> str:
+def _check_clusters(recipe: Recipe, num_rows: int) -> str:
     from filters.dedup.clusters import load_faiss, num_clusters_for
 
     num_clusters = num_clusters_for(num_rows, recipe.duplicates.num_clusters)
     if num_clusters > 1:
-        load_faiss()
+        load_faiss(f"duplicates.level: {recipe.duplicates.level}, for so many images,")
     return f"{recipe.duplicates.level}, {num_clusters:,} clusters"
 
 

@@ -17,11 +17,12 @@ _END = ("~",)  # after all hexadecimal digests
 
 
 def shards_holding(shards: Sequence[Path], uids: Sequence[str], seed: int) -> list[Path] | None:
-    """The shards that hold the samples, of those in the order of packing with this seed; None if one is not found so.
+    """The shards that hold the samples, of those numbered in the order of packing with this seed.
 
-    Then it may not be there, or shards of two packings lie side by side: only a look into all of them tells. The number
-    of tables read grows with the logarithm of the number of shards.
+    None if a sample is not found so: it may not be there, or shards of two packings lie side by side, and only a look
+    into all of them tells. The number of tables read grows with the logarithm of the number of shards.
     """
+    shards = sorted(shards, key=lambda path: int(path.stem))  # not by name: from 100,000 on, names are longer
 
     @cache
     def held_by(number: int) -> pa.ChunkedArray:

@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 from filters.score.jpeg_decoder import JpegDecoder
 from filters.score.preprocess import (
+    SSCD_PX,
     WATERMARK_PX,
     Measured,
     PreprocessedImage,
@@ -97,10 +98,11 @@ def _by_shape(pixels: Mapping[int, Tensor]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Views:
-    """Views of images of one shape: CLIP's, the watermark detector's, and copies of the latter and the whole images."""
+    """Views of images of one shape: the networks', and copies of the watermark detector's and of the whole images."""
 
     clip: Sequence[Tensor | None]
     watermark: Tensor
+    sscd: Sequence[Tensor | None]
     squashed: PendingCopy
     whole: PendingCopy
 
@@ -110,16 +112,17 @@ class _Views:
         squashed = _resized(pixels, (WATERMARK_PX, WATERMARK_PX), "bilinear")
         squashed, whole = (values.permute(0, 2, 3, 1).contiguous() for values in (squashed, pixels))
         clip = _clip_view(pixels, required.clip) if required.clip else None
+        sscd = _resized(pixels, (SSCD_PX, SSCD_PX), "bilinear").permute(0, 2, 3, 1) if required.sscd else None
         copies = copies_of(pixels.device)
-        for kept in (squashed, clip):
+        for kept in (squashed, clip, sscd):
             if kept is not None and kept.is_cuda:  # the networks read it on another stream than it was allocated on
                 kept.record_stream(torch.cuda.default_stream(kept.device))
-        views = [None] * len(pixels) if clip is None else list(clip)
-        return cls(views, squashed, copies.to_host(squashed), copies.to_host(whole))
+        clips, sscds = ([None] * len(pixels) if views is None else list(views) for views in (clip, sscd))
+        return cls(clips, squashed, sscds, copies.to_host(squashed), copies.to_host(whole))
 
-    def wait(self) -> Iterator[tuple[Tensor | None, Tensor, Tensor, Tensor]]:
+    def wait(self) -> Iterator[tuple[Tensor | None, Tensor, Tensor | None, Tensor, Tensor]]:
         """Yields an image's views, once its copies have arrived; all that was queued before them is done then."""
-        return zip(self.clip, self.watermark, self.squashed.wait(), self.whole.wait(), strict=True)
+        return zip(self.clip, self.watermark, self.sscd, self.squashed.wait(), self.whole.wait(), strict=True)
 
 
 def _clip_view(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -137,9 +140,15 @@ def _resized(pixels: Tensor, size: tuple[int, int], resample: str) -> Tensor:
 
 
 def _described(
-    sample: Sample, required: RequiredViews, clip: Tensor | None, watermark: Tensor, squashed: Tensor, whole: Tensor
+    sample: Sample,
+    required: RequiredViews,
+    clip: Tensor | None,
+    watermark: Tensor,
+    sscd: Tensor | None,
+    squashed: Tensor,
+    whole: Tensor,
 ) -> PreprocessedImage:
     pixels = whole.numpy()
     measured = Measured(pixels, thumbnail(pixels), Image.fromarray(squashed.numpy()))
     row = describe(sample, Image.fromarray(pixels), measured, required)
-    return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None)
+    return PreprocessedImage(row, caption_of(sample), clip, watermark if required.watermark else None, sscd)

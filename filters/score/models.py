@@ -7,7 +7,7 @@ import math
 import multiprocessing
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from filters.recipe import ScoreConfig
 from filters.score.heads import EMBEDDING_SIZE, load_aesthetic, load_aesthetic_v1, load_safety, load_watermark
 from filters.score.preprocess import WATERMARK_MEAN, WATERMARK_STD, PreprocessedImage, RequiredViews
+from filters.score.sscd import MEAN, STD, Sscd, load_sscd
 from filters.score.weights import PUBLISHED
 from sdtrain.errors import UserError
 from sdtrain.models.clip import Preprocess, clip_preprocess, embedding_size, load_clip, normalised
@@ -48,24 +49,26 @@ class Models:
     watermark: Any | None = None
     store_embeddings: bool = False
     store_miniatures: bool = False
+    sscd: Sscd | None = None
 
     @property
     def required_views(self) -> RequiredViews:
         """The views of an image that the networks and the score table need."""
-        return RequiredViews(self.preprocess, self.watermark is not None, self.store_miniatures)
+        has_sscd = self.sscd is not None
+        return RequiredViews(self.preprocess, self.watermark is not None, self.store_miniatures, has_sscd)
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
     """A batch whose scores, by name one per undamaged image, are in transit from the device.
 
-    `embeddings` are the undamaged images', float16; None if the recipe does not store them. `arrived` signals that the
-    scores can be read; None if they already can.
+    `embeddings`, by column and float16, are the undamaged images', if the recipe stores them. `arrived` signals that
+    the scores can be read; None if they already can.
     """
 
     batch: Sequence[PreprocessedImage]
     scores: dict[str, Tensor]
-    embeddings: Tensor | None = None
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
     arrived: torch.cuda.Event | None = None
 
     def rows(self) -> list[dict[str, Any]]:
@@ -78,9 +81,9 @@ class ScoredBatch:
             for row, value in zip(alive, values.tolist(), strict=True):
                 # SQL orders NaN above every limit, so it would pass rules; NULL counts as missing.
                 row[name] = value if math.isfinite(value) else None
-        if self.embeddings is not None:
-            for row, embedding in zip(alive, self.embeddings, strict=True):
-                row["embedding"] = embedding.numpy() if embedding.isfinite().all() else None
+        for name, embeddings in self.embeddings.items():
+            for row, embedding in zip(alive, embeddings, strict=True):
+                row[name] = embedding.numpy() if embedding.isfinite().all() else None
         return rows
 
 
@@ -95,12 +98,15 @@ def score_batch(batch: Sequence[PreprocessedImage], models: Models) -> ScoredBat
             images = _image_embeddings(whole, models)
             texts = _text_embeddings(whole, models)
             scores = _watermark_scores(whole, models)
+            embeddings = _sscd_embeddings(whole, models)
         if images is not None and texts is not None:
             scores["similarity"] = (images * texts).sum(dim=-1)
             scores |= {name: head(images) for name, head in models.heads}
         # Not waited for: a non-blocking copy from a GPU goes to pinned memory.
         here = {name: values.float().to("cpu", non_blocking=cuda) for name, values in scores.items()}
-        kept = images.half().to("cpu", non_blocking=cuda) if models.store_embeddings and images is not None else None
+        if models.store_embeddings and images is not None:
+            embeddings["embedding"] = images
+        kept = {name: values.half().to("cpu", non_blocking=cuda) for name, values in embeddings.items()}
         arrived = torch.cuda.current_stream().record_event() if cuda else None
     return ScoredBatch(batch, here, kept, arrived)
 
@@ -133,6 +139,13 @@ def _watermark_scores(images: Sequence[PreprocessedImage], models: Models) -> di
     return {"pwatermark": models.watermark(normalised(pixels, WATERMARK_MEAN, WATERMARK_STD))}
 
 
+def _sscd_embeddings(images: Sequence[PreprocessedImage], models: Models) -> dict[str, Tensor]:
+    if models.sscd is None:
+        return {}
+    pixels = _on_device([item.sscd for item in images], models.device)
+    return {"sscd_embedding": models.sscd(normalised(pixels, MEAN, STD))}
+
+
 def _on_device(views: Sequence[Tensor | None], device: torch.device) -> Tensor:
     """Stacks the views to (B, H, W, 3) uint8: a quarter of the bytes of float32 to transfer."""
     present = [view for view in views if view is not None]
@@ -158,7 +171,7 @@ def load_network(config: ScoreConfig, name: str) -> Any:
     if name == "clip":
         return load_clip(config.clip_model, str(config.clip_weights))[0]
     load = {"watermark": load_watermark, "aesthetic": load_aesthetic, "aesthetic_v1": load_aesthetic_v1}
-    return (load | {"safety": load_safety})[name](getattr(config, f"{name}_weights"))
+    return (load | {"safety": load_safety, "sscd": load_sscd})[name](getattr(config, f"{name}_weights"))
 
 
 @lru_cache(maxsize=1)
@@ -169,14 +182,20 @@ def _load_models(config: ScoreConfig) -> Models:
     if config.decode == "gpu" and device.type != "cuda":
         raise UserError("score.decode: gpu needs an NVIDIA GPU, and none is seen here. Set it to auto or cpu.")
     watermark = load_watermark(config.watermark_weights).to(device) if config.watermark_weights else None
-    models = Models(device, torch_dtype(config.dtype), watermark=watermark, store_miniatures=config.store_miniatures)
+    sscd = load_sscd(config.sscd_weights).to(device) if config.sscd_weights else None
+    models = Models(
+        *(device, torch_dtype(config.dtype)),
+        watermark=watermark,
+        store_embeddings=config.store_embeddings,
+        store_miniatures=config.store_miniatures,
+        sscd=sscd,
+    )
     if config.clip_weights is None:
         return models
     clip, tokenizer = load_clip(config.clip_model, config.clip_weights)
     preprocess = clip_preprocess(clip, config.clip_model, config.clip_weights)
     heads = tuple((name, load(weights).to(device)) for name, load, weights in _heads(config) if weights)
-    rest = (clip.to(device), tokenizer, preprocess, heads, watermark, config.store_embeddings, config.store_miniatures)
-    return Models(device, torch_dtype(config.dtype), *rest)
+    return replace(models, clip=clip.to(device), tokenizer=tokenizer, preprocess=preprocess, heads=heads)
 
 
 def _heads(config: ScoreConfig) -> tuple[tuple[str, Any, str | None], ...]:

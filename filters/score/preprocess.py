@@ -32,6 +32,9 @@ THUMBNAIL = View((4, 4), Image.Resampling.BOX)
 WATERMARK_PX = 256
 WATERMARK_VIEW = View((WATERMARK_PX, WATERMARK_PX), Image.Resampling.BILINEAR)
 WATERMARK_MEAN, WATERMARK_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# SSCD's `skew_320`, which suits batches: README.md of sscd-copy-detection, "Preprocessing".
+SSCD_PX = 320
+SSCD_VIEW = View((SSCD_PX, SSCD_PX), Image.Resampling.BILINEAR)
 # Gray levels by which "one colour" may vary: what JPEG leaves of a flat border.
 _FUZZ = 8
 
@@ -60,20 +63,22 @@ class RequiredViews:
     watermark: bool
     miniature: bool = False
     """For the search for altered copies, not for a network."""
+    sscd: bool = False
 
 
 @dataclass(frozen=True)
 class PreprocessedImage:
     """Everything computed from one decode: the score table's `row`, the `caption` for CLIP's comparison, and views.
 
-    `clip` is CLIP's view, (H, W, 3) uint8; None for a damaged image or if no network needs it. `watermark`, the
-    watermark detector's view, likewise.
+    `clip` is CLIP's view, (H, W, 3) uint8; None for a damaged image or if no network needs it. `watermark` and `sscd`,
+    the views of the watermark detector and of SSCD, likewise.
     """
 
     row: dict[str, Any]
     caption: str
     clip: Tensor | None = None
     watermark: Tensor | None = None
+    sscd: Tensor | None = None
 
     @property
     def is_damaged(self) -> bool:
@@ -103,13 +108,15 @@ def preprocess(sample: Sample, required: RequiredViews) -> PreprocessedImage:
         return damaged(sample)
     pixels = np.asarray(image)
     clip = [clip_view(required.clip, *image.size)] if required.clip else []
-    small, squashed, *seen = resample(pixels, [THUMBNAIL, WATERMARK_VIEW, *clip])
+    copies = [SSCD_VIEW] if required.sscd else []
+    small, squashed, *seen = resample(pixels, [THUMBNAIL, WATERMARK_VIEW, *clip, *copies])
     measured = Measured(pixels, small.tobytes(), Image.fromarray(squashed))
     return PreprocessedImage(
         describe(sample, image, measured, required),
         caption_of(sample),
-        torch.from_numpy(seen[0]) if seen else None,
+        torch.from_numpy(seen[0]) if clip else None,
         torch.from_numpy(squashed) if required.watermark else None,
+        torch.from_numpy(seen[-1]) if copies else None,
     )
 
 

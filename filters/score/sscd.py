@@ -17,16 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from filters.score.weights import find_weights
 from sdtrain.dataset.files import sha256_of
 from sdtrain.errors import UserError
 from sdtrain.formats.tensor_file import TensorFile
 from sdtrain.models.clip import normalised
+from sdtrain.models.weights import RANDOM_FULL, random_seed, seeded
 
-# README.md of sscd-copy-detection, "Preprocessing": `small_288`.
+# README.md of sscd-copy-detection, "Preprocessing": `small_288`; SCORE's view is `skew_320`.
 SMALL_SIDE_PX = 288
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _GEM_POWER, _GEM_LEAST = 3.0, 1e-6
-_NUM_LAYERS = 4
+_NUM_LAYERS, _EMBEDDING_SIZE = 4, 512
 _COUNTER = "num_batches_tracked"  # of training; some files leave it out
 # Classy Vision's names of a bottleneck's parts -> torchvision's (classy_vision/models/resnext.py).
 _BLOCK = re.compile(r"backbone\.blocks\.(\d)\.(?:block\d+-)?(\d+)\.(?:_module\.)?(.+)\.(\w+)")
@@ -42,7 +44,7 @@ class GeneralisedMean(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Pools features, none of which counts as less than 1e-6."""
-        return features.clamp(min=_GEM_LEAST).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
+        return features.float().clamp(min=_GEM_LEAST).pow(_GEM_POWER).mean(dim=(2, 3)).pow(1 / _GEM_POWER)
 
 
 class Sscd(nn.Module):
@@ -63,6 +65,11 @@ class Sscd(nn.Module):
         if wrong := [*others, *(name for name in missing if not name.endswith(_COUNTER))]:
             raise ValueError(f"its tensors differ in {wrong[0]}")
 
+    @property
+    def width(self) -> int:
+        """The number of an embedding's dimensions."""
+        return self.trunk.fc.out_features
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Returns unit embeddings (B, D) of normalised images (B, 3, H, W)."""
         return nn.functional.normalize(self.trunk(pixels).float(), dim=-1)
@@ -75,16 +82,8 @@ class SscdEncoder:
     """
 
     def __init__(self, path: Path, device: str | None = None) -> None:
-        tensors = TensorFile(path)
-        try:
-            network = Sscd(dict(_torchvision_names(tensors)))
-        except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
-            raise UserError(
-                f"{path} does not hold the weights of SSCD ({str(error).splitlines()[0]}). Take "
-                "sscd_disc_mixup.torchscript.pt or .torchvision.pt of facebookresearch/sscd-copy-detection."
-            ) from error
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._network = network.eval().to(self._device)
+        self._network = _read(path).to(self._device)
         self.digest = sha256_of(path)
 
     @torch.inference_mode()
@@ -93,6 +92,32 @@ class SscdEncoder:
         found = [self._network(normalised(_pixels(image)[None].to(self._device), MEAN, STD)) for image in images]
         embeddings: NDArray[np.float32] = torch.cat(found).cpu().numpy()
         return embeddings
+
+
+def load_sscd(name: str) -> Sscd:
+    """Loads SSCD from a file or by a known name; raises `UserError` for another network's weights.
+
+    For trials, `random:SEED` is a narrow network and `random-full:SEED` one of the published size, both of 512 numbers.
+    """
+    seed = random_seed(name)
+    if seed is None:
+        return _read(find_weights(name))
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    layers, width = ([3, 4, 6, 3], 64) if name.startswith(RANDOM_FULL) else ([1] * _NUM_LAYERS, 8)
+    with seeded(seed):
+        return Sscd(ResNet(Bottleneck, layers, _EMBEDDING_SIZE, width_per_group=width).state_dict()).eval()
+
+
+def _read(path: Path) -> Sscd:
+    tensors = TensorFile(path)
+    try:
+        return Sscd(dict(_torchvision_names(tensors))).eval()
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path} does not hold the weights of SSCD ({str(error).splitlines()[0]}). Take "
+            "sscd_disc_mixup.torchscript.pt or .torchvision.pt of facebookresearch/sscd-copy-detection."
+        ) from error
 
 
 def _pixels(image: Image.Image) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,9 @@ from sdtrain.images.miniature import MINIATURE_BYTES
 from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
 from sdtrain.models.weights import clip_digest
 
+if TYPE_CHECKING:
+    from filters.score.models import Models
+
 _TABLE = pa.schema(
     [
         *((name, pa.string()) for name in ("uid", "key", "pixel_sha256")),
@@ -36,6 +39,7 @@ _TABLE = pa.schema(
         ("reason", pa.string()),
     ]
 )
+_ALONE = ("watermark", "sscd")  # they see the image, and heads see CLIP's embedding of it
 
 
 def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]) -> Iterator[ShardReport]:
@@ -48,7 +52,7 @@ def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]
     weight_digests(config)  # first, to fail on weights other than the recipe pins before loading them
     models = load_models(config)
     on_gpu = require_decoder(models.device, config.decode)
-    schema = _schema(config).with_metadata(_described(config, models.device.type, on_gpu))
+    schema = _schema(config, models).with_metadata(_described(config, models.device.type, on_gpu))
     for shard, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
         yield _write(dataset, shard, rows, schema)
 
@@ -67,11 +71,13 @@ def _write(dataset: DatasetDir, shard: int, rows: list[dict[str, Any]], schema: 
     )
 
 
-def _schema(config: ScoreConfig) -> pa.Schema:
+def _schema(config: ScoreConfig, models: Models) -> pa.Schema:
     """Returns the table's columns; miniatures and embeddings, many times the size of the others, only if requested."""
     table = _TABLE
     if config.store_miniatures:
         table = table.append(pa.field("miniature", pa.binary(MINIATURE_BYTES)))
+    if models.sscd is not None:
+        table = table.append(pa.field("sscd_embedding", pa.list_(pa.float16(), models.sscd.width)))
     if not config.store_embeddings or config.clip_weights is None:
         return table
     from sdtrain.models.clip import embedding_size
@@ -89,11 +95,13 @@ def _described(config: ScoreConfig, device: str, on_gpu: bool) -> dict[str, str]
 
 @lru_cache(maxsize=1)
 def weight_digests(config: ScoreConfig) -> tuple[tuple[str, str], ...]:
-    """Returns (network, digest) for all `NETWORKS`; without CLIP, all but the watermark detector's are "none".
+    """Returns (network, digest) for all `NETWORKS`; "none" for those without weights, and for heads without CLIP.
 
-    UserError if weights are unavailable, or not those that the recipe pins.
+    SSCD, which came later, counts only where it is used. UserError if weights are unavailable, or not those that the
+    recipe pins.
     """
-    return tuple((name, weight_digest(config, name)) for name in NETWORKS)
+    used = [name for name in NETWORKS if name != "sscd" or config.sscd_weights is not None]
+    return tuple((name, weight_digest(config, name)) for name in used)
 
 
 @lru_cache
@@ -103,7 +111,7 @@ def weight_digest(config: ScoreConfig, name: str) -> str:
     if name == "clip":
         digest = clip_digest(config.clip_model, weights)
     else:
-        digest = digest_of(weights if name == "watermark" or config.clip_weights is not None else None)
+        digest = digest_of(weights if name in _ALONE or config.clip_weights is not None else None)
     pinned = config.pins.get(name)
     if pinned and digest not in (pinned, "none"):
         raise UserError(

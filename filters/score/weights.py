@@ -9,6 +9,7 @@ from sdtrain.models import weights
 from sdtrain.models.weights import Published, random_seed
 
 _LAION = "https://github.com/LAION-AI"
+_SSCD = "https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt"
 PUBLISHED = {
     "laion-aesthetic-v2-l14": Published(
         "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac%2Blogos%2Bava1-l14-linearMSE.pth",
@@ -27,6 +28,7 @@ PUBLISHED = {
         f"{_LAION}/CLIP-based-NSFW-Detector/raw/main/models/clip_ViT-L-14_openai_binary_nsfw_head.pth",
         "clip_ViT-L-14_openai_binary_nsfw_head.pth",
     ),
+    "sscd-disc-mixup": Published(_SSCD, "sscd_disc_mixup.torchscript.pt"),
 }
 
 

@@ -22,6 +22,9 @@ URL_CAPTION = f"md5_number({uid_text_sql(*_RAW)})"
 _HOST = "host_of_row"
 # A host of letters, digits, hyphens and underscores, followed by nothing that changes the host.
 _PLAIN = r"^(?i:https?)://([a-zA-Z0-9_-]+(?:[.][a-zA-Z0-9_-]+)*)(?:[/?#]|$)"
+# A host among some, or a subdomain of theirs, in a plain URL.
+_LISTED_BEGIN, _LISTED_END = r"^(?i:https?)://(?:[a-zA-Z0-9_-]+[.])*(?i:", r")(?:[/?#]|$)"
+_MOST_IN_PATTERN = 1000
 # A plain web address: no user, port or literal address, and a dotted name without a local suffix.
 # Must never be looser than `why_not_allowed`.
 _SURELY_FINE = (
@@ -59,6 +62,24 @@ def host_sql(column: str) -> str:
     """Returns SQL for a URL's host: a regular expression reads plain URLs (nearly all), Python the few others."""
     plain = f"lower(regexp_extract({column}, '{_PLAIN}', 1))"
     return f"CASE WHEN regexp_matches({column}, '{_PLAIN}') THEN {plain} ELSE host_of({column}) END"
+
+
+def of_hosts_sql(column: str, hosts: Sequence[str], bound: str) -> str:
+    """Returns the SQL condition that a URL is of one of the hosts, in lower case, or of their subdomains.
+
+    `bound` is the parameter that holds them as a list. Up to 1,000 are one regular expression, which takes plain URLs a
+    fifth of the time in which their hosts are taken apart.
+    """
+    lengths, url = sorted({host.count(".") + 1 for host in hosts}), f"trim({column})"
+    if len(hosts) > _MOST_IN_PATTERN:
+        suffixes = [host_suffix_sql(length, host_sql(url)) for length in lengths]
+        return " OR ".join(f"{suffix} IN (SELECT unnest({bound}))" for suffix in suffixes)
+    if not hosts:
+        return "false"
+    odd = [f"list_contains({bound}, {host_suffix_sql(length, f'host_of({url})')})" for length in lengths]
+    listed = f"array_to_string(list_transform({bound}, host -> regexp_escape(host)), '|')"
+    plain = f"regexp_matches({column}, '{_LISTED_BEGIN}' || {listed} || '{_LISTED_END}')"
+    return f"CASE WHEN regexp_matches({column}, '{_PLAIN}') THEN {plain} ELSE {' OR '.join(odd)} END"
 
 
 def register_url_check(connection: duckdb.DuckDBPyConnection, allow_private: bool) -> None:

@@ -13,7 +13,7 @@ from sdtrain.cli.output import AsJson, print_json, print_table
 from sdtrain.errors import UserError
 
 if TYPE_CHECKING:
-    from sdtrain.plan.estimate import DatasetJob, Line, Machines
+    from sdtrain.plan.estimate import Line, Machines
     from sdtrain.plan.rates import Rates
 
 _GENERAL = {
@@ -65,7 +65,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Estimate images, disk, hours, cost and CO2 of a dataset or a chain of runs, each with its source."""
-    from sdtrain.dataset.work import WORK
+    from filters.planned import dataset_job, planned_work
+    from filters.recipe import load_recipe
     from sdtrain.impact.carbon import find_region
     from sdtrain.plan.chain import PHASES, configs_of, find_chain
     from sdtrain.plan.estimate import Machines, Planner, not_counted, total
@@ -80,15 +81,17 @@ def plan(
     machines = Machines(gpus, gpu.lower(), find_region(region).kg_per_kwh if region else None, price_per_gpu_hour)
     planner = Planner(rates, machines)
     phases = find_chain(chain) if chain else []
-    jobs = [_job(name, rows) for name in dict.fromkeys([recipe] if recipe else (phase.recipe for phase in phases))]
+    recipes = [load_recipe(name) for name in dict.fromkeys([recipe] if recipe else (each.recipe for each in phases))]
+    jobs = [dataset_job(each, rows) for each in recipes]
+    stages = [planned_work(each) for each in recipes]
     if rows:  # stated, so the known number is unused
         rates.pop(f"rows_{jobs[0].recipe}", None)
     if recipe:  # with the first run on that dataset
         phases = [phase for phase in PHASES if phase.recipe == jobs[0].recipe][:1]
     runs = configs_of(phases)
-    lines = [line for job in jobs for line in planner.dataset(job, WORK)]
+    lines = [line for job, work in zip(jobs, stages, strict=True) for line in planner.dataset(job, work)]
     lines += [planner.training(run) for run in runs]
-    left_out = not_counted(WORK)
+    left_out = list(dict.fromkeys(name for work in stages for name in not_counted(work)))
     if as_json:
         described = {name: rate.model_dump(exclude_none=True) for name, rate in rates.items()}
         shown = [asdict(line) for line in (*lines, total(lines))]
@@ -114,24 +117,13 @@ def _plan_retraining(run: Path, as_json: bool) -> None:
         print(f"No sample that {run} is known to have used was removed since.", *found.remarks, sep="\n")
 
 
-def _job(name: str, rows: int | None) -> DatasetJob:
-    from filters.recipe import load_recipe
-    from sdtrain.plan.estimate import DatasetJob
-
-    recipe = load_recipe(name)
-    num_crops = getattr(recipe.encode, "num_crops", 1)
-    sizes = recipe.download.image_size, recipe.encode.resolution, num_crops
-    has_texts = getattr(recipe.encode, "text_embeddings", "none") != "none"
-    return DatasetJob(recipe.name, *sizes, rows, has_texts, recipe.select.shuffle_by == "url")
-
-
 def _shown(line: Line) -> dict[str, object]:
     columns: dict[str, object] = {
         "part": line.part,
         "stage": line.stage,
         "in": f"{line.num:,.0f}" if line.num else "",
         "disk": f"{line.disk_bytes / 1e12:,.2f} TB",
-        "hours": f"{line.hours:,.1f}",
+        "hours": "not known" if line.hours is None else f"{line.hours:,.1f}",
         "GPU-hours": f"{line.gpu_hours:,.0f}",
         "core-hours": f"{line.core_hours:,.0f}",
     }
@@ -151,8 +143,10 @@ def _remarks(lines: list[Line], rates: Rates, machines: Machines, chain: str | N
     recipes = {line.part for line in lines if line.stage == "download"}
     names = [name for name in rates if name.partition("_")[2] in recipes or name in _GENERAL]
     general = [f"{name} {rates[name].value:,.10g} {rates[name].unit}: {rates[name]}" for name in names]
+    untimed = [line.stage for line in lines if line.hours is None]
     return [
         "",
+        *([f"not in the hours, nor in what follows from them: {', '.join(untimed)}"] if untimed else []),
         *(_beside_the_card(lines, rates, machines, chain) if chain else []),
         _whose(lines),
         *(f"{', '.join(parts)}: {source}" for source, parts in sources.items()),

@@ -49,6 +49,10 @@ class AnswerLog:
         self._answers[uid, name] = answer
         self._write({"uid": uid, "name": name, "answer": answer.as_record()})
 
+    def know(self, uid: str, name: str, answer: Answer) -> None:
+        """Takes over an answer that is kept elsewhere; one that is in the log already stays."""
+        self._answers.setdefault((uid, name), answer)
+
     def _write(self, record: dict[str, object]) -> None:
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()  # to the system, which outlives this process
@@ -62,7 +66,8 @@ class AnswerLog:
         if not first or json.loads(first) != {"key": self._key}:
             return 0
         for record in map(json.loads, lines):
-            self._answers[record["uid"], record["name"]] = answer_of_record(record["answer"])
+            if (answer := answer_of_record(record["answer"])).kind != "failed":  # another run asks again
+                self._answers[record["uid"], record["name"]] = answer
         return len(whole) + 1
 
 

@@ -28,6 +28,9 @@ _REFUSAL = re.compile(
     r"(?:as|being) an ai\b",
     re.I,
 )
+# A model's thoughts before its answer, where the server does not tell them apart; the opening mark may be the prompt's.
+_THOUGHTS = re.compile(r".*(?:</think>|\[/THINK\]|◁/think▷)", re.S)
+_BEGINS_TO_THINK = re.compile(r"\s*(?:<think>|\[THINK\]|◁think▷)")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Answer:
         text: stripped of white space around it.
         model: the model's id, as the server reports it with the answer.
         usage: its tokens; None if the server does not count them.
-        first_token: probabilities of the candidates for the first token; empty without logprobs.
+        first_token: probabilities of the candidates for the first token; empty without logprobs, and where the model
+            thinks before it answers, as that token is then none of the answer's.
         detail: why the request was "rejected" or has "failed".
     """
 
@@ -95,13 +99,16 @@ def parse_answer(content: Any, max_tokens: int) -> Answer:
     try:
         choice = content["choices"][0]
         message = choice["message"]
-        text = _text_of(message.get("content")).strip()
+        said = _text_of(message.get("content")).strip()
+        thoughts = message.get("reasoning_content") or message.get("reasoning")
         refusal = message.get("refusal")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BrokenAnswerError("the answer is not a chat completion") from None
+    text = _without_thoughts(said)
     usage = _usage_of(content.get("usage"))
     kind = _kind(text, bool(refusal), choice.get("finish_reason"), usage, max_tokens)
-    return Answer(kind, text, str(content.get("model") or ""), usage, _first_token(choice.get("logprobs")))
+    first_token = {} if thoughts or text != said else _first_token(choice.get("logprobs"))
+    return Answer(kind, text, str(content.get("model") or ""), usage, first_token)
 
 
 def kind_of(text: str) -> Kind:
@@ -113,18 +120,24 @@ def _kind(text: str, is_refusal: bool, finish: Any, usage: Usage | None, max_tok
     if is_refusal or finish == "content_filter":
         return "refused"
     if (kind := kind_of(text)) != "text":
-        return kind
+        return "too_long" if not text and finish == "length" else kind  # it was still thinking
     # Some servers ignore max_tokens, and some count no tokens; a word is a token at least.
     num_tokens = max(usage.completion_tokens if usage else 0, len(text.split()))
     return "too_long" if finish == "length" or num_tokens > max_tokens else "text"
 
 
+def _without_thoughts(text: str) -> str:
+    text = _THOUGHTS.sub("", text, count=1).strip()
+    return "" if _BEGINS_TO_THINK.match(text) else text
+
+
 def _text_of(content: Any) -> str:
     if isinstance(content, list):  # in parts, as some servers write it
-        return "".join(part.get("text") or "" for part in content)
+        content = "".join(part.get("text") or "" for part in content)
     if content is not None and not isinstance(content, str):
         raise TypeError("neither text nor parts")
-    return content or ""
+    # Half of a surrogate pair, as of an emoji that was cut off, is no text that a table can hold.
+    return (content or "").encode(errors="replace").decode()
 
 
 def _usage_of(counts: Any) -> Usage | None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import math
 import os
+import re
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -22,12 +25,19 @@ from sdtrain.endpoint.failures import (
     ServerBusyError,
     failure_of_status,
 )
-from sdtrain.endpoint.messages import Request, body_of
+from sdtrain.endpoint.messages import Request, body_of, grey_jpeg
 from sdtrain.redaction import remember_secret, without_secrets
 from sdtrain.settings import nearest
 
 _MOST_BYTES = 4 << 20
 _MOST_REJECTED = 20  # before the first answer: then it is no matter of single requests
+_MOST_FAILED = 20  # in a row: then the server may have broken down
+# Fields that some servers or models do not know, or only with another value.
+_OPTIONAL = ("logprobs", "top_logprobs", "temperature", "seed")
+_IS_ABOUT_A_FIELD = re.compile(r"support|extra|unknown|unrecogni|permitted|allowed|unexpected|instead", re.I)
+_given_up = dict[str, float]()
+"""Servers that a client of this process gave up, and when: the next batches of a build do not wait as long, each."""
+_log = logging.getLogger(__name__)
 
 
 class Client:
@@ -40,7 +50,7 @@ class Client:
         self._config, self._setting = config, setting
         self._headers = _headers(config, setting)
         self._open_at = 0.0
-        self._num_answered = self._num_rejected = 0
+        self._num_answered = self._num_rejected = self._num_failed = 0
         self._fields = _Fields()
 
     async def __aenter__(self) -> Client:
@@ -56,24 +66,26 @@ class Client:
 
     async def ask(self, request: Request) -> Answer:
         """Asks until there is an answer, of whatever kind; EndpointError if the server or a setting is at fault."""
-        give_up_at, num_broken, num_busy = time.monotonic() + self._config.patience_s, 0, 0
+        now, patience_s = time.monotonic(), self._config.patience_s
+        is_given_up = now - _given_up.get(self._config.url, -math.inf) < patience_s
+        give_up_at = now + (0 if is_given_up else patience_s)
+        num_broken = num_busy = 0
         while True:
             await self._wait_until_open()
             try:
                 return self._counted(await self._attempt(request))
             except RejectedError as rejected:
-                if not self._fields.adapt(str(rejected)):
-                    return self._rejected(rejected)
+                return self._rejected(rejected)
             except ServerBusyError as busy:
                 num_busy += 1
-                pause_s = backoff_s(num_busy) if busy.retry_after_s is None else busy.retry_after_s
+                pause_s = busy.retry_after_s or backoff_s(num_busy)
                 if time.monotonic() + pause_s > give_up_at:
                     raise self._unavailable(str(busy)) from None
                 self._open_at = max(self._open_at, time.monotonic() + pause_s)
             except BrokenAnswerError as broken:
                 num_broken += 1
-                if num_broken > self._config.retries:
-                    return self._failed(broken)
+                if num_broken > self._config.retries or is_given_up:
+                    return await self._failed(request, broken)
                 await asyncio.sleep(backoff_s(num_broken))
 
     async def check(self) -> str:
@@ -100,8 +112,13 @@ class Client:
             ) from None
 
     async def _attempt(self, request: Request) -> Answer:
-        body = self._fields.of(body_of(request, self._config))
-        return parse_answer(await self._json("POST", "/chat/completions", body), request.max_tokens)
+        while True:
+            body = self._fields.of(body_of(request, self._config))
+            try:
+                return parse_answer(await self._json("POST", "/chat/completions", body), request.max_tokens)
+            except RejectedError as rejected:
+                if not self._fields.adapt(str(rejected), body):
+                    raise
 
     async def _json(self, method: str, path: str, body: Any) -> Any:
         url = self._config.url + path
@@ -130,6 +147,8 @@ class Client:
 
     def _counted(self, answer: Answer) -> Answer:
         self._num_answered += 1
+        self._num_failed = 0
+        _given_up.pop(self._config.url, None)
         if answer.usage is None and self._config.has_budget:
             raise EndpointError(
                 f"{self._setting}: {self._config.url} does not report its usage, so that a budget cannot be kept. "
@@ -143,12 +162,23 @@ class Client:
             raise EndpointError(f"{self._setting}: {self._config.url} rejects every request: {rejected}.")
         return Answer("rejected", detail=without_secrets(str(rejected)))
 
-    def _failed(self, broken: BrokenAnswerError) -> Answer:
-        if not self._num_answered:
+    async def _failed(self, request: Request, broken: BrokenAnswerError) -> Answer:
+        self._num_failed += 1
+        if (not self._num_answered or self._num_failed >= _MOST_FAILED) and not await self._is_alive(request):
             raise self._unavailable(str(broken)) from None
         return Answer("failed", detail=without_secrets(str(broken)))
 
+    async def _is_alive(self, request: Request) -> bool:
+        """Whether a harmless request of the same kind is answered, so that the failed ones are at fault themselves."""
+        try:
+            await self._attempt(Request("Hi", tuple(grey_jpeg() for _ in request.images), max_tokens=1))
+        except (BrokenAnswerError, ServerBusyError, RejectedError):
+            return False
+        self._num_answered, self._num_failed = self._num_answered + 1, 0
+        return True
+
     def _unavailable(self, detail: str) -> EndpointError:
+        _given_up[self._config.url] = time.monotonic()
         return EndpointError(
             f"{self._setting}.url: {self._config.url} does not answer ({detail}). Start the server, or check the "
             "address; run the same command to go on."
@@ -159,20 +189,28 @@ class _Fields:
     """Leaves out or renames fields of requests that this server does not accept, as it says at the first of them."""
 
     def __init__(self) -> None:
-        self._without_logprobs = self._renames_max_tokens = False
+        self._left_out: set[str] = set()
+        self._renamed: dict[str, str] = {}
 
-    def adapt(self, complaint: str) -> bool:
-        """Returns whether the complaint was about such a field, and the request is worth another attempt."""
-        before = (self._without_logprobs, self._renames_max_tokens)
-        self._without_logprobs |= "logprobs" in complaint
-        self._renames_max_tokens |= "max_completion_tokens" in complaint
-        return before != (self._without_logprobs, self._renames_max_tokens)
+    def adapt(self, complaint: str, sent: Mapping[str, Any]) -> bool:
+        """Returns whether the complaint is about a field that was sent, and the request is worth another attempt.
+
+        Requests in flight together all complain of the same field.
+        """
+        if not _IS_ABOUT_A_FIELD.search(complaint):
+            return False
+        named = {name for name in _OPTIONAL if name in sent and re.search(rf"(?<![a-z]){name}\b", complaint)}
+        if "max_tokens" in sent and "max_completion_tokens" in complaint:
+            self._renamed["max_tokens"] = "max_completion_tokens"
+            return True
+        if "temperature" in named - self._left_out:
+            _log.warning("The server takes no temperature 0, and draws its answers at random: %s", complaint)
+        self._left_out |= named | ({"logprobs", "top_logprobs"} if named & {"logprobs", "top_logprobs"} else set())
+        return bool(named)
 
     def of(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The body as this server accepts it."""
-        left_out = {"logprobs", "top_logprobs"} if self._without_logprobs else set()
-        renamed = {"max_tokens": "max_completion_tokens"} if self._renames_max_tokens else {}
-        return {renamed.get(name, name): value for name, value in body.items() if name not in left_out}
+        return {self._renamed.get(name, name): value for name, value in body.items() if name not in self._left_out}
 
 
 def _headers(config: EndpointConfig, setting: str) -> dict[str, str]:

@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import pyarrow.parquet as pq
+
+from sdtrain.dataset.files import read_parquet
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.sync import fetch_shard_file
 from sdtrain.dataset.tars import read_samples
@@ -72,6 +75,15 @@ def ask_about_images(
 
     if any(missing.values()):
         ask(config, requests(), setting, Budget(config, dataset.spent), keep)
+
+
+def pixels_of(dataset: DatasetDir, shard: int) -> dict[str, int | None]:
+    """Of the images of a shard that SCORE could decode, by uid: the first 64 bits of their pixels' sha256."""
+    wanted = {"uid", "reason", "pixel_sha256"}  # the oldest datasets have no digests
+    known = [name for name in pq.read_schema(dataset.scores(shard)).names if name in wanted]
+    rows = read_parquet(dataset.scores(shard), known).to_pylist()
+    digests = {row["uid"]: row.get("pixel_sha256") for row in rows if row["reason"] is None}
+    return {uid: int(digest[:16], 16) if digest else None for uid, digest in digests.items()}
 
 
 def shard_images(dataset: DatasetDir, shard: int, keys: Collection[str]) -> Iterator[tuple[str, bytes]]:

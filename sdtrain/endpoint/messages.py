@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sdtrain.endpoint.config import EndpointConfig
@@ -43,6 +44,14 @@ def jpeg_of(image: Image.Image, longest_px: int) -> bytes:
     file = io.BytesIO()
     image.save(file, "JPEG", quality=JPEG_QUALITY, exif=b"", icc_profile=None)
     return file.getvalue()
+
+
+@cache
+def grey_jpeg() -> bytes:
+    """A small image that no model or server has a reason to refuse."""
+    from PIL import Image
+
+    return jpeg_of(Image.new("RGB", (64, 64), (128, 128, 128)), 64)
 
 
 def body_of(request: Request, config: EndpointConfig) -> dict[str, Any]:

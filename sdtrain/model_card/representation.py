@@ -12,7 +12,7 @@ import duckdb
 from pydantic import Field
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import bulk_reads, entries, newest_change_ns
+from sdtrain.dataset.manifest import bulk_reads, entries, newest_change_ns, selected_entries
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.model_card.caption_facts import CaptionFacts, measure_captions
@@ -86,7 +86,7 @@ def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation 
     None if the dataset has no decisions yet, or its tables are not on this machine.
     """
     with bulk_reads():
-        downloaded = entries(dataset, "download")
+        downloaded = selected_entries(dataset, "download")
     shards, is_sample = _chosen(downloaded.table["num_in"].to_pylist(), downloaded.shards.tolist())
     paths = [path for path in map(dataset.images_table, shards) if path.exists()]
     if not paths or not dataset.decisions.exists():
@@ -137,7 +137,7 @@ def _read(
     groups = {f"group_{number}": pattern(words) for number, (*_, words) in enumerate(lists.each())}
     of_groups = "".join(f", regexp_matches(words, ${key}) AS {key}" for key in groups)
     decided: dict[str, Any] = {"decisions": str(dataset.decisions)} | ({"shards": list(shards)} if shards else {})
-    of_shards = "WHERE list_contains($shards, shard)" if shards else ""
+    of_shards = "WHERE shard IN (SELECT unnest($shards))" if shards else ""
     connection.execute(
         "CREATE TEMP TABLE measured AS "  # noqa: S608 - names are from here
         f"SELECT status, {_COUNTRY} AS country, {language} AS language{of_groups} "

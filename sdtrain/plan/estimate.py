@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from sdtrain.config import TrainConfig
 from sdtrain.dataset.work import Amount, Work
 from sdtrain.errors import UserError
 from sdtrain.impact.carbon import CORE_W, emissions_kg, energy_kwh
 from sdtrain.impact.gpus import board_watts
-from sdtrain.plan.rates import Rates, find_rate, stated_speed
+from sdtrain.plan.rates import TO_STATE, Rates, find_rate, stated_speed
+from sdtrain.plan.requests import Requests
 from sdtrain.plan.speeds import Load, SpeedEstimate, estimate_speed, require_gpu
 
 _LARGE_MICRO_BATCH = 32
@@ -42,11 +43,13 @@ class DatasetJob:
     """Whether text embeddings are stored beside the latents."""
     has_urls_together: bool = False
     """Whether the rows of a URL are in one shard (`select.shuffle_by: url`), so that it is fetched once."""
+    requests: Mapping[str, Requests] = field(default_factory=dict)
+    """What a network is asked about each image, by stage."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One stage of `part` (dataset or run); hours are wall clock on all machines.
+    """One stage of `part` (dataset or run); hours are wall clock on all machines, None if no rate is known.
 
     `num` counts input rows or images. `cost` of the GPUs is in the user's currency, None if no price was stated; `kg`
     of CO2 equivalents None if no region was. `source` and `remarks` are the rate's: its origin and further assumptions.
@@ -56,7 +59,7 @@ class Line:
     stage: str
     num: float
     disk_bytes: float
-    hours: float
+    hours: float | None
     gpu_hours: float
     core_hours: float
     cost: float | None
@@ -84,9 +87,13 @@ class Planner:
                 written, size = work.writes or (work.num, "")
                 each = (sizes[size] if size in sizes else self._value(size)) if size else 0.0
                 line = self._stage(job, name, work, amounts[work.num], amounts[written] * each)
-                fetches_once = work.num == "urls" and job.has_urls_together
-                lines.append(replace(line, remarks=(self._fetched_once(),)) if fetches_once else line)
+                lines.append(replace(line, remarks=self._remarks(job, line, work)))
         return lines
+
+    def _remarks(self, job: DatasetJob, line: Line, work: Work) -> tuple[str, ...]:
+        if line.stage in job.requests:
+            return job.requests[line.stage].remarks(line.stage, line.num, self._rates)
+        return (self._fetched_once(),) if work.num == "urls" and job.has_urls_together else ()
 
     def _fetched_once(self) -> str:
         return f"a URL is fetched once: urls_per_row {self._value('urls_per_row'):g}, {self._rates['urls_per_row']}"
@@ -102,6 +109,8 @@ class Planner:
         kept = images * self._value("kept_share")
         urls = rows * self._value("urls_per_row") if job.has_urls_together else rows
         selected: dict[Amount, float] = {"metadata": metadata, "rows": rows, "urls": urls}
+        asked = {stage: images * requests.num for stage, requests in job.requests.items()}
+        selected |= {"captions": asked.get("caption", 0.0), "answers": asked.get("ask", 0.0)}
         return selected | {"images": images, "kept": kept, "crops": kept * job.num_crops}
 
     def training(self, config: TrainConfig) -> Line:
@@ -130,6 +139,9 @@ class Planner:
         return found.value
 
     def _stage(self, job: DatasetJob, stage: str, work: Work, num: float, disk: float) -> Line:
+        if work.rate in TO_STATE and work.rate not in self._rates:
+            source = f"not known: state --assume {work.rate}=N, in {TO_STATE[work.rate]}"
+            return replace(self._line(job.recipe, stage, num, disk, 0.0, 0.0, 0.0, source), hours=None)
         rate = find_rate(work.rate, self._rates)
         per_s, source = rate.value, str(rate)
         if rate.resolution not in (None, job.resolution):
@@ -137,6 +149,8 @@ class Planner:
             source += f"; {rate.value:g} at {rate.resolution} px, {per_s:.4g} at {job.resolution} by their pixels"
         if work.on == "GPUs":
             return self._on_gpus(job.recipe, stage, num, disk, per_s, source)
+        if work.on == "a server":
+            return self._line(job.recipe, stage, num, disk, num / per_s / 3600, 0.0, 0.0, source)
         core_hours = num / per_s / 3600
         hours = core_hours if work.on == "one core" else core_hours / self._value("cpu_cores")
         return self._line(job.recipe, stage, num, disk, hours, 0.0, core_hours, source)
@@ -167,14 +181,14 @@ def latent_bytes(resolution: int) -> int:
 
 
 def total(lines: Sequence[Line]) -> Line:
-    """The sum of all lines, as if run one after the other."""
+    """The sum of all lines, as if run one after the other; hours that are not known are not in it."""
     costs, kgs = [line.cost for line in lines], [line.kg for line in lines]
     return Line(
         "all",
         "",
         0.0,
         sum(line.disk_bytes for line in lines),
-        sum(line.hours for line in lines),
+        sum(line.hours or 0.0 for line in lines),
         sum(line.gpu_hours for line in lines),
         sum(line.core_hours for line in lines),
         None if None in costs else sum(cost for cost in costs if cost is not None),

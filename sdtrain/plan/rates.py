@@ -14,6 +14,14 @@ from sdtrain.plan.speeds import TFLOP_PER_IMAGE, published_speeds
 from sdtrain.settings import Settings, nearest
 
 _FILE = Path(__file__).parent / "rates.yaml"
+TO_STATE = {
+    "caption_requests": "requests/s",
+    "caption_model": "captions/GPU/s",
+    "ask_requests": "requests/s",
+    **dict.fromkeys(("caption_prompt_tokens", "caption_completion_tokens"), "tokens"),
+    **dict.fromkeys(("ask_prompt_tokens", "ask_completion_tokens"), "tokens"),
+}
+"""Units of the rates of users' own networks and servers: there is no number that would do for all of them."""
 
 
 class Rate(Settings):
@@ -52,9 +60,10 @@ def load_rates(assumed: Iterable[str] = (), gpu: str = "") -> Rates:
     for ours in read_measured().rates:
         if ours.gpu == gpu:
             found = {"value": ours.value, "resolution": ours.resolution, "source": ours.source}
-            rates[ours.name] = Rate(unit=find_rate(ours.name, rates).unit, kind="measured", **found)
+            unit = TO_STATE.get(ours.name) or find_rate(ours.name, rates).unit
+            rates[ours.name] = Rate(unit=unit, kind="measured", **found)
     speeds = {stated_speed(known, px): "images/GPU/s" for known in published_speeds() for px in TFLOP_PER_IMAGE}
-    units = speeds | {name: rate.unit for name, rate in rates.items()}
+    units = speeds | TO_STATE | {name: rate.unit for name, rate in rates.items()}
     for text in assumed:
         name, _, value = text.partition("=")
         name = current_rate(name)

@@ -108,9 +108,19 @@ def scan(folder: Path) -> None:
     for number in range(SCANNED):
         write_table(dataset.latents_table(number), number * ROWS)
     uid = pq.read_table(dataset.latents_table(50), columns=["uid"])["uid"][7].as_py()
-    for by, entry in (("uid", uid), ("host", "host-5.example")):
-        found = timed(f"search by {by} in {SCANNED} shards", lambda: Search(by, [entry])(dataset, "encode"))  # noqa: B023
-        print(f"found {len(found):,}")
+    url = pq.read_table(dataset.latents_table(50), columns=["url"])["url"][7].as_py()
+    hosts = [f"host-{number}.example" for number in range(90, 100_000)]
+    for what, by, entries in (
+        ("a uid", "uid", [uid]),
+        ("a URL", "url", [url]),
+        ("a host", "host", ["host-5.example"]),
+        ("1,000 hosts", "host", hosts[:1000]),
+        ("1,001 hosts", "host", hosts[:1001]),
+    ):
+        began = time.process_time()
+        found = timed(f"search by {what} in {SCANNED} shards", lambda: Search(by, entries)(dataset, "encode"))  # noqa: B023
+        per_million = (time.process_time() - began) / (SCANNED * ROWS / 1e6)
+        print(f"found {len(found):,}; processor time of a million rows: {per_million:.2f} s")
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ LOCATIONS = {
         "prompts", "reference", "tokenizer", "network_weights", "dinov2_weights", "clip_weights", "preference"
     },
     "ScoreConfig": {
-        "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights"
+        "clip_weights", "aesthetic_weights", "aesthetic_v1_weights", "watermark_weights", "safety_weights",
+        "sscd_weights",
     },
     "SelectConfig": {"metadata"},
     "SourceConfig": {"root"},
@@ -71,7 +72,7 @@ WORDS = {
     "Protocol": {"agreement", "clip_model", "networks"},
     "Recipe": {"name", "description", "expected_rows"},
     "ScoreConfig": {"clip_model", "clip_sha256", "aesthetic_sha256", "aesthetic_v1_sha256", "watermark_sha256"}
-    | {"safety_sha256"},
+    | {"safety_sha256", "sscd_sha256"},
     "SelectConfig": {"carry", "columns", "rules"},
     "TrainConfig": {"name", "description"},
     "UNetConfig": {"down_block_types", "up_block_types"},

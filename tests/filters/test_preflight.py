@@ -50,13 +50,15 @@ def test_a_build_that_lacks_nothing_passes_and_says_what_it_found(tmp_path, reci
 
 def test_everything_that_is_missing_is_said_at_once(tmp_path, recipe):
     recipe = changed(recipe, "encode", vae=str(tmp_path / "no-vae"))
-    recipe = changed(recipe, "score", clip_weights=str(tmp_path / "no-clip.pt"), watermark_weights="laion-watermrk-v1")
+    weights = {"clip_weights": str(tmp_path / "no-clip.pt"), "watermark_weights": "laion-watermrk-v1"}
+    recipe = changed(recipe, "score", sscd_weights=str(tmp_path / "no-sscd.pt"), **weights)
     assert set(problems(DatasetDir(tmp_path), recipe)) == {
         "encode.vae",
         "score.clip_weights",
         "score.watermark_weights",
+        "score.sscd_weights",
     }
-    with pytest.raises(UserError, match="3 things") as raised:
+    with pytest.raises(UserError, match="4 things") as raised:
         BuildPreflight(DatasetDir(tmp_path / "data"), recipe)("select", 1, 1)
     assert all(word in str(raised.value) for word in ("no-vae", "no-clip", "laion-watermark-v1"))
 

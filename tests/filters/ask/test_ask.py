@@ -17,7 +17,7 @@ from filters.decide.what_if import decide_again, with_decide_rules
 from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry
+from sdtrain.dataset.manifest import read_entry, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
 from sdtrain.images.decode import decode_rgb
@@ -111,6 +111,22 @@ def test_a_new_question_is_asked_alone_and_not_decided_before(dataset):
     after = answers_of(dataset)
     assert {uid: answers[TEXT] for uid, answers in after.items()} == {uid: row[TEXT] for uid, row in before.items()}
     assert all(0 < answers[RED] < 1 for answers in after.values())
+
+
+def test_a_download_that_found_more_images_asks_about_those_alone(dataset):
+    with chat_server(answer) as server:
+        recipe = asking(server, TEXT)
+        build(dataset, recipe)
+        before = answers_of(dataset)
+        entry = read_entry(dataset, "download", 0)
+        outputs = {name: output.model_copy(update={"sha256": "0" * 64}) for name, output in entry.outputs.items()}
+        write_entry(dataset, entry.model_copy(update={"outputs": outputs}))
+        table = pq.read_table(dataset.answers_table(0))
+        pq.write_table(table.slice(1), dataset.answers_table(0))  # as if the first had not been there
+        assert pending(ASK, dataset, recipe) == [0]
+        run_batch(ASK, dataset, recipe, [0])
+        assert len(server.asked) == NUM_IMAGES + 1
+    assert answers_of(dataset) == before
 
 
 def test_without_logprobs_the_word_counts_and_an_answer_that_is_neither_drops_the_image(dataset):

@@ -18,7 +18,7 @@ from filters.caption_config import PROMPTS
 from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import read_entry
+from sdtrain.dataset.manifest import read_entry, write_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.endpoint.budget import usage_in
 from sdtrain.endpoint.messages import jpeg_of
@@ -190,6 +190,35 @@ def test_answers_to_another_prompt_are_not_taken(dataset):
             run_batch(CAPTION, dataset, asking(server, {"short": "A?"}, max_total_tokens=100), [0])
         run_batch(CAPTION, dataset, asking(server, {"short": "B?"}), [0])
         assert [asked.prompt for asked in server.asked].count("B?") == 3
+
+
+def test_what_was_answered_is_not_asked_again_when_the_dataset_has_changed_around_it(dataset):
+    replies = iter([completion("I'm sorry, but I can't help with that.")])
+    with chat_server(lambda asked: next(replies, None) or describe(asked)) as server:
+        recipe = asking(server, {"short": "What is it?"}, concurrency=1)
+        run_batch(CAPTION, dataset, recipe, [0, 1])
+        first, before = len(server.asked), rows_of(dataset)
+        entry = read_entry(dataset, "dedup", 0)  # as after the dataset has grown
+        write_entry(dataset, entry.model_copy(update={"fingerprint": "f" * 64}))
+        assert pending(CAPTION, dataset, recipe) == [0, 1]
+        run_batch(CAPTION, dataset, recipe, [0, 1])
+        assert len(server.asked) == first + 1, "the one that was refused"
+        after = rows_of(dataset)
+        assert [row for row in before if row not in after] == []
+        assert len(after) == len(before) + 1
+        described = pq.read_schema(dataset.captions_table(1)).metadata
+        assert json.loads(described[b"sdtrain.caption.models"]) == [MODEL]
+        assert json.loads(described[b"sdtrain.caption.answers"]) == {"short": {"text": 3}}
+        # Another prompt beside it is asked alone.
+        run_batch(CAPTION, dataset, asking(server, {"short": "What is it?", "why": "Why?"}), [0, 1])
+        assert [asked.prompt for asked in server.asked[first + 1 :]] == ["Why?"] * 6
+        # An image whose pixels are others is asked about again.
+        scores = pq.read_table(dataset.scores(1))
+        digests = ["0" * 64, *scores["pixel_sha256"].to_pylist()[1:]]
+        place = scores.column_names.index("pixel_sha256")
+        pq.write_table(scores.set_column(place, "pixel_sha256", [digests]), dataset.scores(1))
+        run_batch(CAPTION, dataset, recipe, [1])
+        assert len(server.asked) == first + 1 + 6 + 1
 
 
 def test_before_anything_is_sent_it_is_said_how_much_and_where(dataset, caplog):

@@ -33,6 +33,7 @@ def warned(stage, reason, dropped, remaining, **sections):
     ("stage", "reason", "dropped", "remaining", "cause"),
     [
         ("decide", "duplicate_semantic", 2999, 1, "semantic_threshold may be too low"),
+        ("decide", "duplicate_copied", 2999, 1, "copy_similarity may be too low"),
         ("decide", "duplicate_perceptual", 95, 5, "radius"),
         ("decide", "min_aesthetic", 20, 0, "aesthetic goes from 1 to 10"),
         ("decide", "min_entropy", 100, 1, "0 to 8 bits"),
@@ -73,6 +74,8 @@ def test_scores_of_random_networks_are_named_as_the_cause_where_they_decide():
     random = {"clip_weights": "random:0", "aesthetic_weights": "random:1"}
     (semantic,) = warned("decide", "duplicate_semantic", 2999, 1, score=random)
     assert "score.clip_weights is random" in semantic
+    (copied,) = warned("decide", "duplicate_copied", 2999, 1, score={"sscd_weights": "random-full:0"})
+    assert "score.sscd_weights is random" in copied
     (ours,) = warned("decide", "min_aesthetic", 99, 1, score=random, decide={"decide_by": "image"})
     assert "score.clip_weights and score.aesthetic_weights are random" in ours
     (metadata,) = warned("decide", "min_aesthetic", 99, 1, score=random)

@@ -71,9 +71,9 @@ def looks_table(hashes: np.ndarray, colors: np.ndarray, pixels: Any = None, file
     })  # fmt: skip
 
 
-def with_embeddings(table: pa.Table, vectors: np.ndarray) -> pa.Table:
+def with_embeddings(table: pa.Table, vectors: np.ndarray, column: str = "embedding") -> pa.Table:
     flat = pa.array(np.asarray(vectors, np.float16).ravel())
-    return table.append_column("embedding", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
+    return table.append_column(column, pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
 
 
 def images_of(*tables: pa.Table) -> Images:
@@ -83,6 +83,7 @@ def images_of(*tables: pa.Table) -> Images:
         sum(map(len, tables)),
         has_embeddings="embedding" in names,
         has_miniatures="miniature" in names,
+        has_sscd="sscd_embedding" in names,
     )
 
 
@@ -113,9 +114,9 @@ def alike(hashes: np.ndarray, colors: np.ndarray, radius: int) -> np.ndarray:
 
 
 def groups_by_brute_force(relations: list[np.ndarray]) -> Groups:
-    """What `groups_of` must give, from one (N, N) relation a level: `LEVELS` but for altered copies, in order."""
+    """What `groups_of` must give, from one (N, N) relation a level: but for altered and copied images, in order."""
     kinds, together = dict[int, str](), np.eye(len(relations[0]), dtype=bool)
-    levels = [level for level in LEVELS if level != "altered"]
+    levels = [level for level in LEVELS if level not in ("altered", "copied")]
     for level, relation in zip(levels, relations, strict=False):
         together |= relation
         labels = connected_components(together, directed=False)[1]

@@ -194,7 +194,7 @@ def test_every_step_of_the_search_says_how_far_it_is():
     heard = dict[str, tuple[int, int]]()
     with progress_listener(lambda step: heard.update({step.name: (step.done, step.total)})):
         search(planted(), level="semantic")
-    steps = ("reading", "equal pixels", "equal bytes", "near hashes", "clusters", "embeddings")
+    steps = ("reading", "equal pixels", "equal bytes", "near hashes", "clusters by embedding", "pairs by embedding")
     assert list(heard) == [f"dedup: {step}" for step in steps]
     assert all(done == total > 0 for done, total in heard.values())
 

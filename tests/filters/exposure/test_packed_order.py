@@ -41,6 +41,15 @@ def test_the_reads_grow_with_the_logarithm_of_the_shards(shards, monkeypatch):
     assert len(read) <= 2 * math.ceil(math.log2(300)) + 1
 
 
+def test_the_order_is_that_of_the_numbers_also_where_names_are_longer(shards, tmp_path):
+    paths, held = shards
+    renamed = [tmp_path / f"{99_900 + number:05d}.parquet" for number in range(len(paths))]
+    for path, new in zip(paths, renamed, strict=True):
+        new.symlink_to(path)
+    for number in (99, 110, 250):
+        assert shards_holding(sorted(renamed), [held[number][0]], SEED) == [renamed[number]]
+
+
 @pytest.mark.parametrize(("uids", "seed"), [(["f" * 32], SEED), ([f"{7:032x}", f"{8:032x}"], 41)])
 def test_what_is_not_found_in_order_is_left_to_a_look_into_all(shards, uids, seed):
     assert shards_holding(shards[0], uids, seed) is None

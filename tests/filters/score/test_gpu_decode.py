@@ -18,7 +18,7 @@ from sdtrain.errors import UserError
 from sdtrain.models.clip import Preprocess
 from tests.image_fixtures import encoded, scene_image
 
-WANTED = RequiredViews(Preprocess(64), watermark=True)
+WANTED = RequiredViews(Preprocess(64), watermark=True, sscd=True)
 CPU = torch.device("cpu")
 
 
@@ -74,7 +74,7 @@ def test_it_sees_nearly_what_the_cpu_sees_and_says_the_same_of_it(decoded):
             continue
         assert (item.row["phash"] ^ wanted.row["phash"]).bit_count() <= 2
         assert item.row["contrast"] == pytest.approx(wanted.row["contrast"], abs=0.01)
-        for ours, theirs in ((item.clip, wanted.clip), (item.watermark, wanted.watermark)):
+        for ours, theirs in ((item.clip, wanted.clip), (item.watermark, wanted.watermark), (item.sscd, wanted.sscd)):
             assert ours.shape == theirs.shape
             assert ours.dtype == torch.uint8
             assert np.abs(ours.int() - theirs.int()).float().mean() < 1
@@ -186,4 +186,4 @@ def test_torchcodec_is_taken_where_it_can_decode_images_and_torchvision_without_
 
 def test_views_that_no_network_wants_are_not_kept():
     (item,) = on_device(MIXED[:1], RequiredViews(None, watermark=False))
-    assert (item.clip, item.watermark) == (None, None)
+    assert (item.clip, item.watermark, item.sscd) == (None, None, None)

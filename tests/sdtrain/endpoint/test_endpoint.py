@@ -30,6 +30,7 @@ SECTION = "caption.endpoint"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(client, "backoff_s", lambda attempt: 0.0)
+    monkeypatch.setattr(client, "_given_up", {})
 
 
 def config_of(server, **settings):
@@ -185,15 +186,88 @@ def test_kinds_of_answers_are_told_apart():
         "question 7": completion("and so on " * 1300, usage=None),
         "question 8": error(400, "image too large"),
         "question 9": completion([{"type": "text", "text": "in parts"}]),
+        "question 10": completion("half an emoji \ud83d"),
     }
     with chat_server(lambda asked: replies[asked.prompt]) as server:
-        answers = ask(config_of(server), requests(10), SECTION)
+        answers = ask(config_of(server), requests(11), SECTION)
     kinds = [answer.kind for answer in answers]
-    assert kinds == ["text", *["empty"] * 2, *["refused"] * 3, *["too_long"] * 2, "rejected", "text"]
+    assert kinds == ["text", *["empty"] * 2, *["refused"] * 3, *["too_long"] * 2, "rejected", "text", "text"]
     assert answers[0].text == "A red ball."
     assert answers[9].text == "in parts"
+    assert answers[10].text == "half an emoji ?"
     assert answers[8].detail == "HTTP 400: image too large"
     assert [answer_of_record(json.loads(json.dumps(answer.as_record()))) for answer in answers] == answers
+
+
+def test_a_models_thoughts_are_none_of_its_answer():
+    logprobs = {"<think>": -0.01, "No": -6.0, "Yes": -9.0}
+    replies = {
+        "question 0": completion("<think>\nIs it red? No, wait.\n</think>\n\nYes", logprobs=logprobs),
+        "question 1": completion("the mark was the prompt's </think> Yes", logprobs=logprobs),
+        "question 2": completion("Yes", reasoning_content="No, wait.", logprobs=logprobs),
+        "question 3": completion("Yes", reasoning="No, wait.", logprobs=logprobs),
+        "question 4": completion("<think> and so", finish="length"),
+        "question 5": completion(None, finish="length", reasoning_content="and so"),
+    }
+    with chat_server(lambda asked: replies[asked.prompt]) as server:
+        answers = ask(config_of(server), requests(6), SECTION)
+    assert [(answer.kind, answer.text) for answer in answers] == [("text", "Yes")] * 4 + [("too_long", "")] * 2
+    assert [answer.probability_of_yes() for answer in answers] == [1.0] * 4 + [None] * 2
+
+
+def test_a_server_that_was_given_up_is_not_waited_for_again_until_it_answers():
+    def reply(asked):
+        return echo(asked) if is_back.is_set() else error(503, "loading")
+
+    is_back = threading.Event()
+    with chat_server(reply) as server:
+        config = config_of(server, patience_s=0.3, retries=3)
+        for least_s in (0.15, 0.0):  # as in the next batch of a build
+            started, asked_before = time.monotonic(), len(server.asked)
+            with pytest.raises(UserError, match=r"does not answer .HTTP 503"):
+                ask(config, requests(1), SECTION)
+            assert time.monotonic() - started >= least_s
+            num_asked = len(server.asked) - asked_before
+        assert num_asked == 1
+        is_back.set()
+        assert [answer.kind for answer in ask(config, requests(3), SECTION)] == ["text"] * 3
+        is_back.clear()
+        asked_before = len(server.asked)
+        with pytest.raises(UserError, match="does not answer"):
+            ask(config, requests(1), SECTION)
+        assert len(server.asked) > asked_before + 1
+
+
+def test_a_server_that_breaks_down_in_the_middle_ends_it_and_its_failures_are_asked_again(tmp_path):
+    broken = threading.Event()
+
+    def reply(asked):
+        if asked.prompt == "question 30":
+            broken.set()
+        return error(500, "engine dead") if broken.is_set() else echo(asked)
+
+    path = tmp_path / "00000.answers.jsonl"
+    with chat_server(reply) as server, AnswerLog(path, "key") as log:
+        config = config_of(server, retries=0, concurrency=4)
+        with pytest.raises(UserError, match=r"does not answer .HTTP 500: engine dead"):
+            ask(config, requests(1000), SECTION, None, lambda number, answer: log.add(str(number), "q", answer))
+    assert len(server.asked) < 100
+    with AnswerLog(path, "key") as log:
+        assert ("29", "q") in log
+        assert ("30", "q") not in log
+
+
+def test_requests_that_fail_for_themselves_do_not_stop_a_run_that_has_nothing_else_left():
+    def reply(asked):
+        is_poison = asked.prompt.startswith("question")
+        return error(500, "crash") if is_poison else echo(asked)
+
+    image = jpeg_of(Image.new("RGB", (8, 8)), 8)
+    with chat_server(reply) as server:
+        questions = [Request(f"question {number}", (image,)) for number in range(50)]
+        answers = ask(config_of(server, retries=0), questions, SECTION)
+        assert {answer.kind for answer in answers} == {"failed"}
+        assert all(len(asked.images) == 1 for asked in server.asked)
 
 
 def test_one_poisonous_request_does_not_stop_the_others_but_a_broken_server_does():
@@ -234,13 +308,43 @@ def test_fields_that_a_server_does_not_accept_are_left_out_or_renamed():
             return error(422, "Unsupported fields in the request: {'logprobs', 'top_logprobs'}")
         if "max_tokens" in asked.body:
             return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        if "temperature" in asked.body:
+            return error(400, "Unsupported value: 'temperature' does not support 0 with this model.")
+        if "seed" in asked.body:  # as pydantic writes it
+            body = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "input": 0}]}
+            return Reply(json.dumps(body).encode(), 422)
         return completion("yes")
 
-    with chat_server(reply) as server:
+    with chat_server(reply, models=["another"]) as server:
+        assert check_endpoint(config_of(server), SECTION).startswith(MODEL)
+        server.asked.clear()
         answers = ask(config_of(server, concurrency=1), [Request("Is it red?", top_logprobs=5)] * 3, SECTION)
     assert [answer.probability_of_yes() for answer in answers] == [1.0] * 3
-    assert len(server.asked) == 5
+    assert len(server.asked) == 7
     assert server.asked[-1].body["max_completion_tokens"] == 128
+
+
+def test_requests_in_flight_together_adapt_to_the_same_complaint():
+    together = threading.Barrier(24)
+
+    def reply(asked):
+        if "max_tokens" in asked.body:
+            together.wait(10)
+            return error(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+        return echo(asked)
+
+    with chat_server(reply) as server:
+        answers = ask(config_of(server, concurrency=24), requests(24), SECTION)
+    assert [answer.kind for answer in answers] == ["text"] * 24
+
+
+def test_what_a_process_spends_on_many_shards_is_one_file(tmp_path):
+    with chat_server(echo) as server:
+        config = config_of(server, max_total_tokens=10**6)
+        for _ in range(3):
+            ask(config, requests(2), SECTION, Budget(config, tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert usage_in(tmp_path).total_tokens == 3 * 2 * 110
 
 
 def test_the_budget_stops_clearly_and_goes_on_when_raised(tmp_path):

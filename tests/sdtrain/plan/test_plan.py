@@ -78,6 +78,53 @@ def test_rows_of_a_url_that_lie_together_are_fetched_once():
     assert "urls_per_row 0.8" in line.remarks[0]
 
 
+CAPTIONED = """
+name: captioned
+caption:
+  endpoint: {url: "http://127.0.0.1:8000/v1", model: llava, prompt_price: 2, completion_price: 8}
+  max_tokens: 100
+decide:
+  rules: {ask: ["Is there a text?", "Is it a drawing?", "Is it blurred?"]}
+"""
+
+
+def test_requests_about_images_are_counted_and_unknown_speeds_are_said(plan, tmp_path):
+    recipe = tmp_path / "captioned.yaml"
+    recipe.write_text(CAPTIONED)
+    rows = "--recipe", recipe, "--rows", 1_000_000, "--assume", "link_rot=0.5"
+    _, out, _ = plan(*rows)
+    assert "caption: not known: state --assume caption_requests=N, in requests/s" in out
+    assert "not in the hours, nor in what follows from them: caption, ask" in out
+    assert "1,000,000 requests, 2 about each image; their tokens and price depend on the network, an answer at" in out
+    assert "1,500,000 requests, 3 about each image" in out
+    speeds = "--assume", "caption_requests=100", "--assume", "ask_requests=50"
+    tokens = "--assume", "caption_prompt_tokens=300", "--assume", "caption_completion_tokens=50"
+    _, out, _ = plan(*rows, *speeds, *tokens, "--json")
+    lines = {line["stage"]: line for line in json.loads(out)["lines"]}
+    assert list(lines)[3:7] == ["dedup", "caption", "ask", "pack"]
+    assert lines["caption"]["hours"] == pytest.approx(1_000_000 / 100 / 3600)
+    assert (lines["ask"]["num"], lines["ask"]["hours"]) == (1_500_000, pytest.approx(1_500_000 / 50 / 3600))
+    assert lines["ask"]["gpu_hours"] == 0  # the server is none of the plan's machines
+    # 300 million tokens at 2 dollars a million, and 50 million at 8.
+    assert "300,000,000 tokens of questions and 50,000,000 of answers, 1,000.00 US" in lines["caption"]["remarks"][0]
+
+
+def test_a_captioner_on_the_machines_takes_their_gpus(plan, tmp_path):
+    recipe = tmp_path / "captioned.yaml"
+    recipe.write_text("name: captioned\ncaption: {model: {name: folder}, prompts: {short: '<CAPTION>'}}\n")
+    arguments = "--recipe", recipe, "--rows", 7200, "--assume", "link_rot=0", "--assume", "caption_model=2"
+    _, out, _ = plan(*arguments, "--gpus", 2, "--json")
+    line = next(line for line in json.loads(out)["lines"] if line["stage"] == "caption")
+    assert (line["num"], line["gpu_hours"], line["hours"]) == (7200, 1, 0.5)
+
+
+def test_texts_of_duplicates_ask_nobody_and_are_named_as_not_counted(plan, tmp_path):
+    recipe = tmp_path / "captioned.yaml"
+    recipe.write_text("name: captioned\nduplicates: {level: exact}\ncaption: {from_duplicates: true}\n")
+    _, out, _ = plan("--recipe", recipe, "--rows", 1000)
+    assert "not counted, as their rates are not known: caption, decide" in out
+
+
 def test_latents_are_as_large_as_the_encode_stage_writes_them():
     import numpy as np
 
