@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,20 @@ def scratch(directory: Path, name: str) -> Iterator[Path]:
 def scratch_path(directory: Path, name: str) -> Path:
     """The path of `scratch`'s folder, for users that create it only if needed, as DuckDB does to spill."""
     return directory / f".{name}.{os.getpid()}{_TEMPORARY}"
+
+
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits while another process of this machine is in such a block about the same folder; a kill releases it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # without locks, as on some network file systems, work is only done twice
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a child inherited the descriptor
+        os.close(descriptor)
 
 
 def raise_if_disk_full(error: Exception, target: Path) -> None:
