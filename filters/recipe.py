@@ -206,8 +206,8 @@ class DuplicatesConfig(Settings):
     level: DuplicatesLevel = "off"
     """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual if pixels agree,
     and copies that are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which
-    are those of edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if score.sscd_weights are
-    given."""
+    are those of edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if
+    score.sscd_weights are given."""
     radius: int = Field(default=4, ge=0, le=16)
     """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
     altered_agreement: float = Field(default=0.88, gt=0, le=1)
