@@ -45,6 +45,8 @@ def evaluate_checkpoint(
     output: Location | None = None,
     num_prompts: Several = 10_000,
     scales: list[Scale] = list(CARD_SCALES),  # noqa: B006  # Prefect copies the defaults
+    x: str | None = None,
+    y: str | None = None,
     training_data: list[Location] | None = None,
     contamination: bool = True,
     questions: Location | None = None,
@@ -65,6 +67,8 @@ def evaluate_checkpoint(
         output: The evaluation's directory; by default `evaluation` in the run's.
         num_prompts: Prompts, and images for each scale.
         scales: Guidance scales.
+        x: The plot's axis across: a column of the results, or guidance_scale. By default agreement.
+        y: The plot's axis up: a column, as fd_dinov2. By default FID.
         training_data: Datasets on which the models were trained, besides those that runs record.
         contamination: Look for the prompts and reference images in the training data.
         questions: GenEval 2's geneval2_data.jsonl, for prompt following.
@@ -84,7 +88,8 @@ def evaluate_checkpoint(
     options = StageOptions(workers, parts_per_task, engine, engine_address)
     data = tuple(training_data or ()) if contamination else None
     asked = (questions, parse_settings(EndpointConfig, judge or {}, "parameter judge")) if questions else None
-    return evaluate([model] if isinstance(model, str) else model, settings, output, options, retries, data, asked)
+    models = [model] if isinstance(model, str) else model
+    return evaluate(models, settings, output, options, retries, data, asked, (x, y))
 
 
 def evaluate(
@@ -95,18 +100,21 @@ def evaluate(
     retries: int = 0,
     training_data: Sequence[str] | None = (),
     asked: tuple[str, EndpointConfig] | None = None,
+    columns: tuple[str | None, str | None] = (None, None),
 ) -> str:
     """Evaluates within a flow; returns the evaluation's directory.
 
     `training_data` are datasets to search besides those that runs record; None to search none. `asked` are a file of
-    questions about prompts of its own, and the judge that answers them.
+    questions about prompts of its own, and the judge that answers them. `columns` are the plot's, across and up.
 
     UserError for a mistake that the user can correct; finished parts are kept.
     """
     from filters.contamination.training_data import search_training_data  # late: imports all networks
+    from sdtrain.evaluation.judging.scores import AXES
     from sdtrain.evaluation.sweep import plan
 
-    sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None)
+    further = AXES if asked else {}
+    sweep = plan(protocol, [Path(model) for model in models], Path(output) if output else None, *columns, further)
     if asked is not None:
         from sdtrain.evaluation.judging.following import with_prompt_following
 

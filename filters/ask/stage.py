@@ -147,6 +147,7 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
     clear_finished(logs, lambda shard: read_entry(dataset, "ask", shard) is not None)
     num_images = sum(require_entry(dataset, "score", shard).num_out for shard in shards)
     _log.warning("ask: %s", _say_requests(recipe, num_images))
+    fetch_if_stored(dataset, *map(dataset.answers_table, shards))  # with answers to other questions
     for shard in shards:
         yield ask_shard(dataset, recipe, shard)
         dataset.answers_log(shard).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import duckdb
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import CaptionConfig
-from sdtrain.dataset.files import publish, raise_if_disk_full, scratch
+from sdtrain.dataset.files import one_process_at_a_time, publish, raise_if_disk_full, scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
@@ -83,8 +83,8 @@ def forget_duplicate_texts(dataset: DatasetDir) -> None:
 def _collected(dataset: DatasetDir, config: CaptionConfig) -> Path:
     grouped = require_entry(dataset, "dedup", 0)
     digest = fingerprint("duplicate_texts/1", [grouped.fingerprint, config.max_from_duplicates], [grouped])
-    with _ONE_AT_A_TIME:
-        path = dataset.duplicate_texts
+    path = dataset.duplicate_texts
+    with _ONE_AT_A_TIME, one_process_at_a_time(path.parent):
         if not path.exists() or (_footer(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
             _collect(dataset, config.max_from_duplicates, digest)
         return path

@@ -9,9 +9,9 @@ from typing import TypedDict
 from filters.recipe import Recipe
 from filters.rules import RuleValue, explain
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, require_entry, selection
+from sdtrain.dataset.manifest import require_entry, selection
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import Drops, Stage
+from sdtrain.dataset.stage import Drops, Stage, current_entries
 from sdtrain.errors import UserError
 
 Stages = Sequence[Stage[Recipe]]
@@ -58,13 +58,13 @@ def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     kind = "imported images" if recipe.source else "rows"
     ours = f"{selected.num_out:,} of {selected.num_in:,} {kind} selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    noted = (note for stage in stages for note in entries(dataset, stage.name).listed("notes"))
+    noted = (note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes"))
     return [ours + published, *dict.fromkeys(noted)]
 
 
 def _counts(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> tuple[Counter[str], int]:
     num_shards = stage.num_shards(dataset, recipe) or 1
-    finished = entries(dataset, stage.name).below(num_shards)
+    finished = current_entries(stage, dataset, recipe)
     if len(finished) < num_shards:
         missing = next(shard for shard in range(num_shards) if finished.get(shard) is None)
         require_entry(dataset, stage.name, missing)

@@ -30,9 +30,9 @@ from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import (
     describe_outputs,
-    entries,
     require_entries,
     require_entry,
+    selected_entries,
     selected_shards,
     selection,
 )
@@ -140,7 +140,7 @@ def _check_asked(answers: Path, decide: DecideConfig) -> None:
 def _finished(dataset: DatasetDir, stage: str) -> Sequence[ShardReport]:
     """Returns the entries of a stage of which at least the first shard is finished."""
     require_entry(dataset, stage, 0)
-    return entries(dataset, stage)
+    return selected_entries(dataset, stage)
 
 
 def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None:

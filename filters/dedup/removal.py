@@ -11,7 +11,7 @@ from filters.dedup.levels import LEVELS
 from filters.recipe import Recipe
 from sdtrain.dataset.files import publish, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries
+from sdtrain.dataset.manifest import selected_entries
 from sdtrain.dataset.rewriting import Removed, described_again
 from sdtrain.dataset.shard_report import ShardReport
 
@@ -41,6 +41,6 @@ def recount(dataset: DatasetDir, entry: ShardReport, tables: Sequence[Path]) -> 
     """Recounts: all members of a group but one are dropped, by the level that found them."""
     with duckdb.connect() as connection:
         dropped = dict(connection.execute(_COUNTED, {"levels": list(LEVELS), "table": str(tables[0])}).fetchall())
-    num_in = entries(dataset, "score").total("num_out")
+    num_in = selected_entries(dataset, "score").total("num_out")
     counts = {"num_in": num_in, "num_out": num_in - sum(dropped.values()), "dropped": dropped}
     return described_again(dataset, entry, counts)

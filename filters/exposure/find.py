@@ -16,6 +16,7 @@ from filters.exposure.packed_order import FEW, shards_holding
 from filters.recipe_record import read_recipe
 from filters.select.list_entries import Entry
 from filters.select.sql_functions import of_hosts_sql, register_host_of
+from sdtrain.dataset.files import numbered_files
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards
 from sdtrain.dataset.removal_ledger import key_digest
@@ -82,7 +83,7 @@ class _Tables:
 
     def find(self, stage: Stage, by: By, entries: Sequence[str]) -> pa.Table:
         """Columns uid, url, caption, table and row, and of latents captions, of the samples that entries mean."""
-        shards = sorted(table_folder(self._dataset, stage).glob("[0-9]*.parquet"))
+        shards = list(numbered_files(table_folder(self._dataset, stage), ".parquet").values())
         if by == "sha256":
             by, entries = "uid", self._uids(self._dataset.images_table, "sha256", entries)
         if by == "uid" and len(entries) <= FEW:

@@ -15,7 +15,7 @@ from filters.inspect.views import derived_views, view_over
 from filters.recipe import Recipe
 from filters.rules import RULES, derived_sql, reason_case
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries
+from sdtrain.dataset.manifest import selected_entries
 from sdtrain.dataset.stage import Table
 from sdtrain.report.examples import GROUPS
 
@@ -39,7 +39,7 @@ def narrow(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: R
     `connection` has metadata.duckdb open. The shards are chosen at random, the same ones each time, and those of the
     groups of duplicates that the report shows are added. One question then reads a few hundred files, not 132,000.
     """
-    downloaded = entries(dataset, "download")
+    downloaded = selected_entries(dataset, "download")
     rows = downloaded.table["num_in"].to_numpy()
     if rows.sum() <= MAX_ROWS and len(rows) <= MAX_SHARDS:
         return ""

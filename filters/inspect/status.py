@@ -13,9 +13,8 @@ from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import active_commands
-from sdtrain.dataset.manifest import entries
 from sdtrain.dataset.manifest_table import StageEntries
-from sdtrain.dataset.stage import Stage
+from sdtrain.dataset.stage import Stage, current_entries
 
 _WINDOW_S = 3600.0
 """Window of the rate, back from the last finished shard."""
@@ -70,7 +69,7 @@ def dataset_status(dataset: DatasetDir) -> DatasetStatus:
 
 
 def _status(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> StageStatus:
-    done = entries(dataset, stage.name)
+    done = current_entries(stage, dataset, recipe)
     num_shards, rate = stage.num_shards(dataset, recipe), _rate(done)
     num_in = done.total("num_in")
     left_s = None

@@ -18,7 +18,7 @@ from filters.select.schema import normalised_sql
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, recorded_stages
-from sdtrain.dataset.stage import Stage, Table
+from sdtrain.dataset.stage import Stage, Table, current_entries
 from sdtrain.dataset.sync import fetch_tables
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.errors import UserError
@@ -73,7 +73,7 @@ def write_views(dataset: DatasetDir, recipe: Recipe) -> Path:
             connection.execute(f'CREATE VIEW "{name}" AS {statement}')
         _write_funnel(connection, root, recipe)
         _write_remarks(connection, root, recipe)
-        _write_stages(connection, root)
+        _write_stages(connection, root, recipe)
         for name, comment in _comments(recipe).items():
             kind = "TABLE" if name in ("funnel", "remarks", "stages") else "VIEW"
             connection.execute(f'COMMENT ON {kind} "{name}" IS {_literal(comment)}')
@@ -106,9 +106,8 @@ def view_over(
 
 
 def _files(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> list[Path]:
-    """Returns the Parquet files of finished shards, without leftovers of an earlier, larger selection."""
-    finished = entries(dataset, stage.name).below(stage.num_shards(dataset, recipe) or 0)
-    return [dataset.root / name for name in finished.listed("tables")]
+    """Returns the Parquet files of finished shards."""
+    return [dataset.root / name for name in current_entries(stage, dataset, recipe).listed("tables")]
 
 
 def _nothing(columns: Mapping[str, str]) -> str:
@@ -186,18 +185,20 @@ def _write_remarks(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, r
         )
 
 
-def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
+def _write_stages(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, recipe: Recipe) -> None:
     connection.execute(
         "CREATE TABLE stages (stage VARCHAR, shard INTEGER, num_in BIGINT, num_out BIGINT, seconds DOUBLE, "
         "bytes BIGINT, dropped JSON, uses_gpu BOOLEAN, finished_at TIMESTAMP)"
     )
-    on_gpu = {stage.name for stage in pipeline.STAGES if stage.uses_gpu}
-    for stage in recorded_stages(dataset):
-        connection.register("finished", entries(dataset, stage).table)
+    known = {stage.name: stage for stage in pipeline.STAGES}
+    for name in recorded_stages(dataset):
+        stage = known.get(name)
+        found = current_entries(stage, dataset, recipe) if stage else entries(dataset, name)
+        connection.register("finished", found.table)
         connection.execute(
             "INSERT INTO stages SELECT ?, shard, num_in, num_out, seconds, num_bytes, to_json(dropped), ?, "
             "make_timestamp(CAST(nullif(finished_at, 0) * 1e6 AS BIGINT)) FROM finished",
-            [stage, stage in on_gpu],
+            [name, stage is not None and stage.uses_gpu],
         )
         connection.unregister("finished")
 

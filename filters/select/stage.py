@@ -22,9 +22,9 @@ from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
 from filters.select.shuffle import Order, Shuffle, SourceOrder
 from filters.select.side_inputs import identify_side_inputs
-from sdtrain.dataset.files import scratch
+from sdtrain.dataset.files import numbered_files, scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry
+from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, shard_of
 from sdtrain.dataset.removal_ledger import REMOVED, read_ledger
 from sdtrain.dataset.rewriting import IN_TABLE, Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
@@ -232,13 +232,13 @@ def _run(dataset: DatasetDir, recipe: Recipe, shards: Sequence[int]) -> Iterator
 
 def _before(dataset: DatasetDir, number: int) -> Before:
     reports = entries(dataset, "select")[:number]
-    files = [[dataset.root / name for name in sorted(report.outputs)] for report in reports]
+    files = [[dataset.selection(shard) for shard in sorted(map(shard_of, report.outputs))] for report in reports]
     return Before(number, files, sum(report.num_out for report in reports))
 
 
 def _delete_from(dataset: DatasetDir, shard: int) -> None:
-    for path in dataset.selection(0).parent.glob("*.parquet"):
-        if int(path.stem) >= shard:
+    for number, path in numbered_files(dataset.selection(0).parent, ".parquet").items():
+        if number >= shard:
             path.unlink()
 
 

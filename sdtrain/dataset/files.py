@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,20 @@ def scratch_path(directory: Path, name: str) -> Path:
     return directory / f".{name}.{os.getpid()}{_TEMPORARY}"
 
 
+@contextmanager
+def one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits while another process of this machine is in such a block about the same folder; a kill releases it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # without locks, as on some network file systems, work is only done twice
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # also where a child inherited the descriptor
+        os.close(descriptor)
+
+
 def raise_if_disk_full(error: Exception, target: Path) -> None:
     """Raises a UserError for "no space left"; ignores any other error."""
     number = error.errno if isinstance(error, OSError) else None
@@ -105,6 +120,12 @@ def _leftovers(directory: Path) -> list[Path]:
         return []
     with os.scandir(directory) as files:  # a glob takes 1.7 times as long
         return [Path(file.path) for file in files if file.name.startswith(".") and file.name.endswith(_TEMPORARY)]
+
+
+def numbered_files(folder: Path, suffix: str) -> dict[int, Path]:
+    """The files of a folder that are named by a number, in its order; from 100,000 on, names are longer."""
+    found = {int(path.stem): path for path in folder.glob(f"[0-9]*{suffix}") if path.stem.isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def sha256_of(path: Path) -> str:

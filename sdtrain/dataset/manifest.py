@@ -103,6 +103,11 @@ def _entries(dataset: DatasetDir, stage: str) -> StageEntries:
     return found
 
 
+def selected_entries(dataset: DatasetDir, stage: str) -> StageEntries:
+    """Those of the shards that are selected now: what an earlier, larger selection has left may be used again."""
+    return entries(dataset, stage).below(num_selected_shards(dataset, None) or 0)
+
+
 def newest_change_ns(dataset: DatasetDir, stage: str) -> int:
     """When an entry of a stage was last written or copied here, in ns since 1970; 0 for a stage without entries."""
     listed = entries(dataset, stage).table["mtime_ns"].to_numpy()
@@ -185,10 +190,10 @@ def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def _selected_shards(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> Mapping[int, Output]:
     outputs = _selection(dataset, changed_ns).outputs
-    return MappingProxyType({_shard_of(name): output for name, output in outputs.items()})
+    return MappingProxyType({shard_of(name): output for name, output in outputs.items()})
 
 
-def _shard_of(name: str) -> int:
+def shard_of(name: str) -> int:
     """The number in a selection's name; a `Path` would take as long as reading the entry."""
     return int(name.rpartition("/")[2].partition(".")[0])
 
@@ -208,7 +213,7 @@ def _selection(dataset: DatasetDir, changed_ns: tuple[int, ...]) -> ShardReport:
         num_in=sum(report.num_in for report in reports),
         num_out=sum(report.num_out for report in reports),
         dropped=dict(dropped),
-        outputs=dict(sorted(outputs.items(), key=lambda item: _shard_of(item[0]))),
+        outputs=dict(sorted(outputs.items(), key=lambda item: shard_of(item[0]))),
         inputs=[name for report in reports for name in report.inputs],
         notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
     )

@@ -8,6 +8,7 @@ reads the files that changed since.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,9 @@ _QUIET_NS = 60_000_000_000
 """A stage is quiet, and its table written however small that share, once no entry has changed for so long."""
 _STILL_CHANGING_NS = 2_000_000_000
 """A file that changed twice within one tick of its file system's clock looks unchanged: younger ones are read again."""
+_CLOCKS_DIFFER_NS = 600_000_000_000
+"""As are those of a file server whose clock is ahead; where ours was set back, older files lie in the future."""
+_ENTRY = re.compile(r"([0-9]{5}|[1-9][0-9]{5,8})[.]json")
 _CACHED_STAGES = 16
 _BATCH_ROWS = 4096
 """Entries held at once as Python's objects, which take more memory than the table's rows."""
@@ -180,13 +184,14 @@ def _listing(folder: Path) -> NDArray[np.int64]:
                     continue
                 found.append((int(file.name[:-5]), status.st_mtime_ns, status.st_size))
     listed = np.array(found, np.int64).reshape(-1, 3)
-    listed[asked_ns - listed[:, 1] <= _STILL_CHANGING_NS, 1] = -1
+    age_ns = asked_ns - listed[:, 1]
+    listed[(age_ns <= _STILL_CHANGING_NS) & (age_ns >= -_CLOCKS_DIFFER_NS), 1] = -1
     return listed[np.argsort(listed[:, 0])]
 
 
 def is_entry(name: str) -> bool:
-    """Whether a file in `manifest/STAGE` is an entry, by its name."""
-    return name.endswith(".json") and name[:-5].isdecimal()
+    """Whether a file in `manifest/STAGE` is an entry, by its name, of which each shard has one."""
+    return _ENTRY.fullmatch(name) is not None
 
 
 def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Table:

@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic
 
-from sdtrain.dataset.files import sweep
+from sdtrain.dataset.files import numbered_files, sweep
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import bulk_reads, forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.manifest import bulk_reads, entries, forget_entry, is_whole, read_entry, write_entry
+from sdtrain.dataset.manifest_table import StageEntries
 from sdtrain.dataset.rewriting import RecipeT, Rewriting
 from sdtrain.dataset.s3.lock import with_lock_token
 from sdtrain.dataset.shard_report import ShardReport
@@ -47,7 +48,7 @@ class Table(Generic[RecipeT]):
         first = self.path(dataset, 0)
         if first == self.path(dataset, 1):
             return {0: first} if first.exists() else {}
-        return {int(path.stem): path for path in sorted(first.parent.glob("[0-9]*.parquet"))}
+        return numbered_files(first.parent, ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +202,11 @@ def is_finished(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT, sha
     if entry is None or not is_whole(dataset, entry):
         return False
     return entry.fingerprint == stage.fingerprint(dataset, recipe, shard)
+
+
+def current_entries(stage: Stage[RecipeT], dataset: DatasetDir, recipe: RecipeT) -> StageEntries:
+    """The entries of a stage's finished shards, without what an earlier, larger selection has left."""
+    return entries(dataset, stage.name).below(stage.num_shards(dataset, recipe) or 0)
 
 
 def run_batch(

@@ -15,19 +15,30 @@ MayKeep = Callable[[Selected, str, Callable[[], bytes]], bool]
 
 
 class EarlierRows:
-    """The rows of an earlier version by uid, with their images; close it when done.
+    """The rows of an earlier version, with their images; close it when done.
 
-    `may_keep` is asked about images where the selection has changed since.
+    A row that is new in a changed selection has the outcome of one that names the same URL. `may_keep` is asked about
+    images where the selection has changed since.
     """
 
     def __init__(self, earlier: EarlierShard, may_keep: MayKeep) -> None:
         self._earlier, self._may_keep = earlier, may_keep
-        self._rows: dict[str, Row] = {row["uid"]: row for row in read_rows(earlier.table)}
+        rows = read_rows(earlier.table)
+        self._rows: dict[str, Row] = {row["uid"]: row for row in rows}
+        self._of_url: dict[str, Row] = {row["url"]: row for row in rows if earlier.selection_changed}
+        self._of_url |= {row["url"]: row for row in rows if row["reason"] is None and earlier.selection_changed}
+        self._taken: dict[str, Row] = {}
 
     def kept(self, selected: Selected) -> Row | None:
         """The selected row with its earlier outcome, image or failure; None if it is to be fetched."""
-        row = self._rows.get(selected.uid)
-        if row is None or row["reason"] in self._earlier.retried:
+        for row in (self._rows.get(selected.uid), self._of_url.get(selected.url)):
+            if row is not None and (kept := self._kept(selected, row)):
+                self._taken[selected.key] = row
+                return kept
+        return None
+
+    def _kept(self, selected: Selected, row: Row) -> Row | None:
+        if row["reason"] in self._earlier.retried:
             return None
         if not self._earlier.selection_changed:
             return {name: row.get(name) for name in SCHEMA.names}
@@ -37,7 +48,7 @@ class EarlierRows:
 
     def members(self, row: Row) -> dict[str, bytes]:
         """The tar members of a kept row: byte for byte the earlier ones, unless the row has changed."""
-        before = self._rows[row["uid"]]
+        before = self._taken[row["key"]]
         if all(row[name] == before.get(name) for name in SCHEMA.names):
             return self._tar(before["key"])
         return new_members(row, *self._image(before["key"]))

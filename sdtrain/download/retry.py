@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from sdtrain.dataset.config import DownloadConfig, ImageRecipe
 from sdtrain.dataset.files import scratch
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import entries, forget_entry, read_entry
+from sdtrain.dataset.manifest import forget_entry, read_entry
 from sdtrain.dataset.shard_report import ShardReport
-from sdtrain.dataset.stage import clear_leftovers, is_finished, record, release
+from sdtrain.dataset.stage import clear_leftovers, current_entries, is_finished, record, release
 from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.download.http.failures import is_transient
 from sdtrain.download.image_shards import read_shard_table
@@ -122,7 +122,7 @@ class RetryCounts:
 def retry_and_count(dataset: DatasetDir, recipe: ImageRecipe) -> RetryCounts:
     """Runs `retry_failed` on retryable rows, and counts."""
     started = time.monotonic()
-    before = {entry.shard: entry for entry in entries(dataset, "download")}
+    before = {entry.shard: entry for entry in current_entries(DOWNLOAD, dataset, recipe)}
     changed = retry_failed(dataset, recipe)
     return RetryCounts(
         num_failed=sum(entry.num_in - entry.num_out for entry in before.values()),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import EncodeConfig
-from sdtrain.dataset.files import publish
+from sdtrain.dataset.files import numbered_files, one_process_at_a_time, publish
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.encode.text import describe_text
 from sdtrain.errors import UserError
@@ -109,7 +106,7 @@ def describe_rows(*columns: Sequence[Any]) -> str:
 
 def write_info(dataset: DatasetDir, config: EncodeConfig, shard: int) -> None:
     """Writes latents/info.json once a shard's table is there, with the decode quality of the first finished shard."""
-    with _alone(dataset.latents_info.parent):
+    with one_process_at_a_time(dataset.latents_info.parent):
         quality = _quality(_first_table(dataset, shard))
         content = latents_info(dataset, config) | ({"check": quality} if quality else {})
         with publish(dataset.latents_info) as temporary:
@@ -126,8 +123,7 @@ def _first_table(dataset: DatasetDir, shard: int) -> Path:
     recorded = _recorded_first(dataset.latents_info)
     if recorded is not None and dataset.latents_table(recorded).exists():
         return dataset.latents_table(min(recorded, shard))
-    tables = first.parent.glob("[0-9]*.parquet")
-    return min(tables, key=lambda table: int(table.stem), default=dataset.latents_table(shard))
+    return next(iter(numbered_files(first.parent, ".parquet").values()), dataset.latents_table(shard))
 
 
 def _recorded_first(path: Path) -> int | None:
@@ -142,18 +138,6 @@ def _quality(table: Path) -> dict[str, Any] | None:
         return None
     stated = (pq.read_schema(table).metadata or {}).get(CHECK_KEY.encode())
     return {"shard": table.stem, **json.loads(stated)} if stated else None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Locks out other processes that encode into the folder, as each would overwrite the others' newer content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network mounts have no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def require_latents(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -34,6 +35,8 @@ _MOST_FAILED = 20  # in a row: then the server may have broken down
 # Fields that some servers or models do not know, or only with another value.
 _OPTIONAL = ("logprobs", "top_logprobs", "temperature", "seed")
 _IS_ABOUT_A_FIELD = re.compile(r"support|extra|unknown|unrecogni|permitted|allowed|unexpected|instead", re.I)
+_given_up = dict[str, float]()
+"""Servers that a client of this process gave up, and when: the next batches of a build do not wait as long, each."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,7 +66,10 @@ class Client:
 
     async def ask(self, request: Request) -> Answer:
         """Asks until there is an answer, of whatever kind; EndpointError if the server or a setting is at fault."""
-        give_up_at, num_broken, num_busy = time.monotonic() + self._config.patience_s, 0, 0
+        now, patience_s = time.monotonic(), self._config.patience_s
+        is_given_up = now - _given_up.get(self._config.url, -math.inf) < patience_s
+        give_up_at = now + (0 if is_given_up else patience_s)
+        num_broken = num_busy = 0
         while True:
             await self._wait_until_open()
             try:
@@ -78,7 +84,7 @@ class Client:
                 self._open_at = max(self._open_at, time.monotonic() + pause_s)
             except BrokenAnswerError as broken:
                 num_broken += 1
-                if num_broken > self._config.retries:
+                if num_broken > self._config.retries or is_given_up:
                     return await self._failed(request, broken)
                 await asyncio.sleep(backoff_s(num_broken))
 
@@ -142,6 +148,7 @@ class Client:
     def _counted(self, answer: Answer) -> Answer:
         self._num_answered += 1
         self._num_failed = 0
+        _given_up.pop(self._config.url, None)
         if answer.usage is None and self._config.has_budget:
             raise EndpointError(
                 f"{self._setting}: {self._config.url} does not report its usage, so that a budget cannot be kept. "
@@ -171,6 +178,7 @@ class Client:
         return True
 
     def _unavailable(self, detail: str) -> EndpointError:
+        _given_up[self._config.url] = time.monotonic()
         return EndpointError(
             f"{self._setting}.url: {self._config.url} does not answer ({detail}). Start the server, or check the "
             "address; run the same command to go on."

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from sdtrain.dataset.files import read_parquet, sha256_of
+from sdtrain.dataset.files import numbered_files, read_parquet, sha256_of
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries
 from sdtrain.dataset.open import open_to_ask
@@ -197,7 +197,7 @@ def _dataset_places(dataset: DatasetDir) -> list[Place]:
     """The packed images of a dataset, else the downloaded ones, of finished shards, local or remote."""
     for stage, folder in (("pack", dataset.packed_tar(0).parent), ("download", dataset.images_tar(0).parent)):
         finished = [name for entry in entries(dataset, stage) for name in entry.outputs if name.endswith(".tar")]
-        tars = [dataset.root / name for name in finished] or sorted(folder.glob("[0-9]*.tar"))
+        tars = [dataset.root / name for name in finished] or list(numbered_files(folder, ".tar").values())
         if tars:
             return [Place(str(tar), *place) for tar in tars for place in _images_in(tar)]
     return []

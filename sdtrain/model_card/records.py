@@ -44,7 +44,11 @@ class DatasetFacts(Settings):
     def hub_id(self) -> str | None:
         """The metadata's Hub id, if any."""
         parts = self.metadata.removeprefix("hf://datasets/").split("/")
-        return "/".join(parts[:2]) if self.metadata.startswith("hf://datasets/") and len(parts) > 1 else None
+        return (
+            "/".join(parts[:2]).partition("@")[0]
+            if self.metadata.startswith("hf://datasets/") and len(parts) > 1
+            else None
+        )
 
     def kwh(self, gpu: str | None, cores: float) -> float:
         """Energy of the stages at stated power, as nothing measured it; `gpu_stages` ran on `gpu` if given."""

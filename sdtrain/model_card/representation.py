@@ -12,7 +12,7 @@ import duckdb
 from pydantic import Field
 
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import bulk_reads, entries, newest_change_ns
+from sdtrain.dataset.manifest import bulk_reads, entries, newest_change_ns, selected_entries
 from sdtrain.dataset.tables.columns import TableColumns
 from sdtrain.dataset.tables.connection import connected
 from sdtrain.model_card.caption_facts import CaptionFacts, measure_captions
@@ -86,7 +86,7 @@ def measure(dataset: DatasetDir, name: str, lists: WordLists) -> Representation 
     None if the dataset has no decisions yet, or its tables are not on this machine.
     """
     with bulk_reads():
-        downloaded = entries(dataset, "download")
+        downloaded = selected_entries(dataset, "download")
     shards, is_sample = _chosen(downloaded.table["num_in"].to_pylist(), downloaded.shards.tolist())
     paths = [path for path in map(dataset.images_table, shards) if path.exists()]
     if not paths or not dataset.decisions.exists():

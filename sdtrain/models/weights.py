@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import pickle
@@ -131,7 +132,7 @@ def _download(published: Published, path: Path, otherwise: str) -> None:
     try:
         with urllib.request.urlopen(published.url, timeout=_TIMEOUT_S) as response:  # noqa: S310  # a fixed https URL
             content = response.read()
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the latter where the connection ends early
         raise UserError(
             f"The weights {published.file} are not in {path.parent} and could not be fetched ({error}). Download "
             f"{published.url} elsewhere and put it there, or {otherwise}."

@@ -17,7 +17,7 @@ import duckdb
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import CaptionConfig, ImageRecipe, PackConfig
-from sdtrain.dataset.files import publish, raise_if_disk_full, scratch, scratch_path
+from sdtrain.dataset.files import one_process_at_a_time, publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
@@ -133,8 +133,8 @@ def _plan(dataset: DatasetDir, config: PackConfig, captions: CaptionConfig | Non
         {CAPTIONS: captions.limits() or True} if captions else {}
     )
     digest = fingerprint("plan/1", content, [decided])
-    with _ONE_AT_A_TIME:
-        path = dataset.pack_plan
+    path = dataset.pack_plan
+    with _ONE_AT_A_TIME, one_process_at_a_time(path.parent):
         if not path.exists() or (_groups(path, *_stamp(path))[0].metadata or {}).get(_DIGEST) != digest.encode():
             _write_plan(dataset, config, digest, captions)
         return path

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.config import CaptionConfig, ImageRecipe, PackConfig
-from sdtrain.dataset.files import publish
+from sdtrain.dataset.files import numbered_files, publish
 from sdtrain.dataset.layout import DatasetDir, delete_index
 from sdtrain.dataset.manifest import describe_outputs, entries, require_entry
 from sdtrain.dataset.rewriting import Removed, Rewriting, count_rows, drop_members
@@ -183,8 +183,7 @@ def _run(dataset: DatasetDir, recipe: ImageRecipe, shards: Sequence[int]) -> Ite
 
 def _delete_beyond(dataset: DatasetDir, num_shards: int) -> None:
     """Deletes an earlier packing's surplus shards and their latents, because readers list the folders."""
-    for entry in dataset.manifest_entry("pack", 0).parent.glob("[0-9]*.json"):
-        shard = int(entry.stem)
+    for shard, entry in numbered_files(dataset.manifest_entry("pack", 0).parent, ".json").items():
         if shard >= num_shards:
             files = (dataset.latents_table, dataset.latents_tar, dataset.packed_table, dataset.packed_tar)
             for path in (dataset.manifest_entry("encode", shard), *(file(shard) for file in files)):

@@ -95,6 +95,16 @@ def test_the_steps_are_sent_to_workers_by_the_names_of_their_functions(
         assert pickle.loads(pickle.dumps(step)) == step
 
 
+@pytest.mark.parametrize("axis", ["x", "y"])
+def test_an_axis_that_is_no_column_is_refused_before_anything_is_drawn(
+    axis: str, little: dict[str, Any], tmp_path: Path
+) -> None:
+    with disable_run_logger():
+        ended = evaluate_checkpoint.fn(**little, output=str(tmp_path / "out"), **{axis: "fidd"})
+    assert ended.message.startswith(f"--{axis} 'fidd': this evaluation has no such column.")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_flow_leaves_results_and_artifacts_and_a_second_run_does_nothing(
     little: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -109,8 +119,12 @@ def test_the_flow_leaves_results_and_artifacts_and_a_second_run_does_nothing(
         with get_client(sync_client=True) as client:
             artifacts = {artifact.key: artifact.data for artifact in client.read_artifacts()}
             num_tasks = len(client.read_task_runs())
+            curve = (output / "curve.png").read_bytes()
+            assert evaluate_checkpoint(**little, output=str(tmp_path / "out"), x="guidance_scale") == str(output)
+            assert len(client.read_task_runs()) == num_tasks  # another plot draws no image
+            assert (output / "curve.png").read_bytes() != curve
             assert evaluate_checkpoint(**little, output=str(tmp_path / "out")) == str(output)
-            assert len(client.read_task_runs()) == num_tasks
+            assert (output / "curve.png").read_bytes() == curve
         with pytest.raises(Exception, match="too few for 5"):
             evaluate_checkpoint(**(little | {"num_prompts": 5}), output=str(tmp_path / "out"))
     assert (output / "results.json").read_bytes() == written

@@ -30,7 +30,7 @@ from sdtrain.errors import UserError
 
 SEAL = "manifest/seal.json"
 _MANIFEST = "manifest/"
-_ENTRY = re.compile(r"manifest/[^/]+/\d+\.json")
+_ENTRY = re.compile(r"manifest/[^/]+/([0-9]{5}|[1-9][0-9]{5,8})[.]json")
 _TABLE = re.compile(r"manifest/[^/]+\.parquet")
 _LOCAL_SEAL = ".s3-seal"
 _WORTH_A_TABLE = 50

@@ -140,7 +140,6 @@ def _unreadable(path: Path | str, error: Exception) -> UserError:
 
 def _read(path: Path) -> Any:
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowException):
+        return pq.read_table(path).cast(_SCHEMA).combine_chunks()
+    except (OSError, ValueError, pa.ArrowException):  # damaged, or of another version
         return _SCHEMA.empty_table()
-    return table.cast(_SCHEMA).combine_chunks() if table.schema.names == _SCHEMA.names else _SCHEMA.empty_table()

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sdtrain.dataset.addresses import IMPORT
+from sdtrain.dataset.files import numbered_files
 from sdtrain.errors import UserError
 
 ROWS_PER_GROUP = 10_000
@@ -74,7 +75,7 @@ def url_of(name: str, file: str, fragment: str = "") -> str:
 
 def catalogue_files(folder: Path) -> list[Path]:
     """A dataset's catalogues, in the order of the imports."""
-    return sorted(folder.glob("[0-9]*.parquet"))
+    return list(numbered_files(folder, ".parquet").values())
 
 
 def write_catalogue(path: Path, batches: Iterable[pa.RecordBatch], first_row: int, remarks: Sequence[str]) -> int:

@@ -93,7 +93,7 @@ def _records(text: str, path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         yield from ((f"entry {number}", record) for number, record in enumerate(_json(text, str(path)), 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON's strings may hold other characters that end lines
         if line.strip():
             yield f"line {number}", _json(line, f"{path}, line {number}")
 

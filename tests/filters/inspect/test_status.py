@@ -6,6 +6,7 @@ import re
 import urllib.request
 from pathlib import Path
 
+import duckdb
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from filters.inspect.prometheus import serve_metrics
 from filters.inspect.status import dataset_status
+from filters.inspect.views import write_views
 from filters.recipe import load_recipe
 from filters.recipe_record import record_recipe
 from sdtrain.cli import app
@@ -81,6 +83,15 @@ def test_rate_and_time_left_come_from_when_shards_were_finished(dataset):
     per_shard = load_recipe("demo").pack.samples_per_shard
     again = {stage.stage: stage for stage in dataset_status(dataset).stages}
     assert again["encode"].num_shards == -(-300 // per_shard)
+
+
+def test_what_an_earlier_larger_selection_left_is_not_counted(dataset):
+    finish(dataset, "select", 0, 500, {"over_limit": 300}, {f"selection/{shard:05d}.parquet": 1000 for shard in (0, 1)})
+    download = next(stage for stage in dataset_status(dataset).stages if stage.stage == "download")
+    assert (download.num_done, download.num_shards, download.left_s) == (2, 2, 0)
+    assert (download.num_in, download.dropped, download.num_bytes) == (200, {"http_404": 20}, 10_000)
+    with duckdb.connect(write_views(dataset, load_recipe("demo")), read_only=True) as connection:
+        assert connection.execute("SELECT shard FROM stages WHERE stage = 'download'").fetchall() == [(0,), (1,)]
 
 
 def test_who_is_at_work_is_named_and_not_held_up(dataset):

@@ -80,3 +80,14 @@ def test_a_file_that_is_gone_or_a_changed_rule_makes_one_selection_of_all(build,
     assert (report.shard, report.num_out) == (0, 50)
     assert list(selected_shards(dataset)) == [0, 1]
     assert sorted(p.name for p in dataset.selection(0).parent.iterdir()) == ["00000.parquet", "00001.parquet"]
+
+
+def test_known_rows_do_not_come_again_where_names_are_longer_than_others(build, tmp_path, monkeypatch):
+    """As from 100,000 shards on, when the order of the names is not that of the shards; here from 10 on."""
+    monkeypatch.setattr(DatasetDir, "selection", lambda self, shard: self.root / "selection" / f"{shard}.parquet")
+    monkeypatch.setattr("filters.select.stage._ROWS_PER_BUCKET", 8)
+    build(samples_per_shard=5)
+    write(tmp_path / "metadata" / "a.parquet", URL=list(map(url, range(160))), TEXT=["t"] * 160)
+    dataset, (added,) = build(samples_per_shard=5)
+    assert (added.num_out, added.dropped) == (60, {"duplicate_row": 100})
+    assert list(selected_shards(dataset)) == list(range(32))

@@ -261,3 +261,34 @@ def test_a_kill_while_the_table_is_written_loses_nothing(dataset, moment, has_ta
     assert {path: path.read_bytes() for path in folder.iterdir()} == files
     sweep(folder.parent)
     assert list(folder.parent.glob(".*.partial")) == []
+
+
+def test_each_shard_has_one_entry_whatever_else_lies_in_the_folder(dataset):
+    write(dataset, 100_000)
+    folder = dataset.manifest_entry(STAGE, 0).parent
+    for name in (
+        "7.json",
+        "000001.json",
+        "0100000.json",
+        "00001.json~",
+        "00001 (copy).json",
+        "99999999999.json",
+        "٣.json",
+    ):
+        (folder / name).write_text(report(1).model_dump_json())
+    found = entries(dataset, STAGE)
+    assert found.shards.tolist() == [0, 1, 2, 3, 4, 100_000]
+    assert found.total("num_in") == 60
+
+
+def test_entries_of_a_clock_that_was_set_back_since_are_read_once(dataset, monkeypatch):
+    for shard in range(5):
+        write(dataset, shard, time.time() + 86_400)
+    entries(dataset, STAGE)
+    forget_memory()
+    read = count_reads(monkeypatch)
+    assert len(entries(dataset, STAGE)) == 5
+    assert read == []
+    write(dataset, 2, num_out=9)
+    assert entries(dataset, STAGE).total("num_out") == 4 * 7 + 9
+    assert [path.name for path in read] == ["00002.json"]

@@ -89,6 +89,23 @@ def test_only_new_rows_are_fetched(build, site, tmp_path, change):
     run_and_compare(build, site, tmp_path / "fresh", new)
 
 
+def test_a_new_row_of_a_url_that_an_earlier_row_named_fetches_nothing(build, site, tmp_path):
+    """Another caption is another sample: of an image that is here, of one that failed, of one that is new."""
+    numbers = [0, 0, 1, 3, 3, 5, 5]
+    rows = [{"uid": f"other-{at}", "caption": f"another cäption {at}", "width": 96 + at} for at in range(len(numbers))]
+    prepare(
+        build.dataset.root, [site.url(f"photo/{n}.jpg") for n in numbers], rows=[*rows[:2], {"uid": "uid-1"}, *rows[3:]]
+    )
+    run_and_compare(build, site, tmp_path / "fresh", [5])
+    assert [row["uid"] for row in build.rows()] == ["other-0", "other-1", "uid-1", *(f"other-{n}" for n in range(3, 7))]
+    assert [row["reason"] for row in build.rows()] == [None] * 3 + ["http_404"] * 2 + [None] * 2
+
+
+def test_a_new_row_with_digests_that_cannot_be_compared_is_fetched(build, site, tmp_path):
+    select(build, site, range(5), {0: {"uid": "other", "md5": digests_of(site, 0)["md5"]}, 1: {"uid": "another"}})
+    run_and_compare(build, site, tmp_path / "fresh", [0])
+
+
 def test_a_selection_that_grows_twice_fetches_each_url_once(build, site, tmp_path):
     select(build, site, range(6))
     build.run()

@@ -30,6 +30,7 @@ SECTION = "caption.endpoint"
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
     monkeypatch.setattr(client, "backoff_s", lambda attempt: 0.0)
+    monkeypatch.setattr(client, "_given_up", {})
 
 
 def config_of(server, **settings):
@@ -212,6 +213,29 @@ def test_a_models_thoughts_are_none_of_its_answer():
         answers = ask(config_of(server), requests(6), SECTION)
     assert [(answer.kind, answer.text) for answer in answers] == [("text", "Yes")] * 4 + [("too_long", "")] * 2
     assert [answer.probability_of_yes() for answer in answers] == [1.0] * 4 + [None] * 2
+
+
+def test_a_server_that_was_given_up_is_not_waited_for_again_until_it_answers():
+    def reply(asked):
+        return echo(asked) if is_back.is_set() else error(503, "loading")
+
+    is_back = threading.Event()
+    with chat_server(reply) as server:
+        config = config_of(server, patience_s=0.3, retries=3)
+        for least_s in (0.15, 0.0):  # as in the next batch of a build
+            started, asked_before = time.monotonic(), len(server.asked)
+            with pytest.raises(UserError, match=r"does not answer .HTTP 503"):
+                ask(config, requests(1), SECTION)
+            assert time.monotonic() - started >= least_s
+            num_asked = len(server.asked) - asked_before
+        assert num_asked == 1
+        is_back.set()
+        assert [answer.kind for answer in ask(config, requests(3), SECTION)] == ["text"] * 3
+        is_back.clear()
+        asked_before = len(server.asked)
+        with pytest.raises(UserError, match="does not answer"):
+            ask(config, requests(1), SECTION)
+        assert len(server.asked) > asked_before + 1
 
 
 def test_a_server_that_breaks_down_in_the_middle_ends_it_and_its_failures_are_asked_again(tmp_path):

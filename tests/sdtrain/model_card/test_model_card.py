@@ -11,7 +11,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.model_card import write_card
-from sdtrain.model_card.records import dataset_facts
+from sdtrain.model_card.records import DatasetFacts, dataset_facts
 from sdtrain.train import train
 from sdtrain.training.run_dir import RunDir
 from tests.training_fixtures import write_config
@@ -57,6 +57,11 @@ def row_of(card, name):
     """The cells of a row of the table of the training procedure: this run's, and the original's."""
     line = next(line for line in card.read_text().splitlines() if line.startswith(f"| {name} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_the_hubs_name_of_metadata_is_without_its_revision():
+    for metadata in ("hf://datasets/org/meta/*.parquet", "hf://datasets/org/meta@~parquet/default/*.parquet"):
+        assert DatasetFacts(root="x", metadata=metadata).hub_id == "org/meta"
 
 
 def test_differences_from_the_original_run_are_listed(tmp_path):

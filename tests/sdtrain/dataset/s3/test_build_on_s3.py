@@ -23,10 +23,11 @@ from filters.recipe import RECIPES_DIR
 from sdtrain.cli import app
 from sdtrain.demo.server import serve_world
 from sdtrain.demo.world import make_world
+from tests.chat_server import MODEL, Asked, Reply, chat_server, completion
 from tests.sdtrain.dataset.s3.s3_fixtures import BUCKET, KEY_ID, SECRET
 
 LEAN = ["--no-keep-local"]
-KEPT = re.compile(r"(selection|images|scores|dataset|latents)/|(duplicates|decisions)\.parquet")
+KEPT = re.compile(r"(selection|images|scores|captions|answers|dataset|latents)/|(duplicates|decisions)\.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,17 @@ def recipe(server, tmp_path_factory) -> Path:
     content["select"] |= {"metadata": f"s3://{BUCKET}/metadata/", "samples_per_shard": 30, "carry": ["num_faces"]}
     content["pack"]["samples_per_shard"] = 25
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    with serve_world(world):
+    with serve_world(world), chat_server(said) as answering:
+        endpoint = {"url": answering.url, "model": MODEL}
+        content["caption"] = {"endpoint": endpoint, "prompts": {"short": "Describe it."}, "image_px": 64}
+        content["decide"]["rules"]["ask"] = [{"question": "Is it red?", "max": 1}]
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         yield path
+
+
+def said(asked: Asked) -> Reply:
+    """The same about the same image."""
+    return completion(f"No {hashlib.sha256(asked.images[0]).hexdigest()[:8]}")
 
 
 def start(server, arguments: list[str], work: Path, log: Path) -> subprocess.Popen:
@@ -96,7 +105,7 @@ def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identica
     whole = server.objects("whole")
 
     arguments = ["build", str(recipe), "--output", f"s3://{BUCKET}/killed"]
-    for number, stage in enumerate(("download", "pack")):
+    for number, stage in enumerate(("caption", "ask", "pack")):
         process = start(server, [*arguments, *(LEAN if number else [])], tmp_path / f"machine-{number}", log)
         kill_after(server, process, "killed", stage, rng.uniform(0, 0.2))
         time.sleep(3.5)  # until the lock of the killed one has expired
@@ -106,7 +115,13 @@ def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identica
     assert not list((tmp_path / "machine-last").rglob("*.tar"))
 
     assert digests(killed) == digests(whole)
-    assert digests(whole).keys() >= {"latents/00000.tar", "decisions.parquet", "selection/00000.parquet"}
+    assert digests(whole).keys() >= {
+        "latents/00000.tar",
+        "captions/00000.parquet",
+        "answers/00000.parquet",
+        "decisions.parquet",
+        "selection/00000.parquet",
+    }
     for objects in (whole, killed):
         assert outputs(objects) == {name: digests(objects)[name] for name in outputs(objects)}
         assert objects.keys() >= {"recipe.yaml", "report.html", "dataset/index.json", "latents/info.json"}

@@ -86,3 +86,12 @@ def test_duckdb_keeps_nothing_of_the_files_it_has_read(dataset):
         connection.execute("SELECT sum(score) FROM read_parquet(?)", [list(map(str, paths))]).fetchall()
         kept = "SELECT sum(memory_usage_bytes) FROM duckdb_memory() WHERE tag = 'EXTERNAL_FILE_CACHE'"
         assert connection.execute(kept).fetchall() == [(0,)]
+
+
+def test_what_is_remembered_by_another_version_is_read_again(dataset):
+    paths = [write(dataset, 0, WIDE)]
+    remembered = dataset.root / "manifest" / "columns.parquet"
+    unlike = pa.table({"file": ["scores/00000.parquet"], "mtime_ns": ["?"], "bytes": [1], "columns": ["uid string"]})
+    for table in (unlike, unlike.select(["file"]), unlike.append_column("more", [[1]])):
+        pq.write_table(table, remembered)
+        assert rows(dataset, paths) == [("a", 1.5)]

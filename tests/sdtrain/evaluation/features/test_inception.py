@@ -1,3 +1,5 @@
+from http.client import IncompleteRead
+
 import numpy as np
 import pytest
 import torch
@@ -88,11 +90,12 @@ def test_another_network_is_a_sentence(network, tmp_path):
         load_inception(str(tmp_path / "w.pth"))
 
 
-def test_without_the_file_and_the_network_a_sentence_says_where_to_put_it(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no route to host"), IncompleteRead(b"half", 100)])
+def test_without_the_file_and_the_network_a_sentence_says_where_to_put_it(tmp_path, monkeypatch, error):
     monkeypatch.setenv("SDTRAIN_CACHE", str(tmp_path / "cache"))
 
     def no_network(*_, **__):
-        raise OSError("no route to host")
+        raise error
 
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     expected = r"pt_inception-2015-12-05-6726825d\.pth are not in .*cache and could not be fetched .*put it there"

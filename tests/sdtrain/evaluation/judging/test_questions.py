@@ -42,6 +42,13 @@ def test_the_published_form_is_read_and_asked_as_geneval_2_asks_it(tmp_path):
     ]
 
 
+def test_a_byte_order_mark_windows_lines_and_other_line_ends_in_a_text_are_read(tmp_path):
+    records = [PUBLISHED, OTHER | {"prompt": "a red fox\u2028at dawn\u0085"}]
+    lines = "".join(f"{json.dumps(record, ensure_ascii=False)}\r\n" for record in records)
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    assert [prompt.prompt for prompt in read_questions(tmp_path / "a.jsonl")] == [each["prompt"] for each in records]
+
+
 def test_a_json_list_is_the_same_and_the_digest_tells_others_apart(tmp_path):
     lines = read_questions(write(tmp_path / "a.jsonl", PUBLISHED, OTHER))
     (tmp_path / "b.json").write_text(json.dumps([PUBLISHED, OTHER], indent=1))
