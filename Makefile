@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-TESTS := -p xdist -n 2
+# Three for two cores: some wait, for a server or for a lock to expire.
+TESTS := -p xdist -n 3
 
 .PHONY: setup demo demo-captions up down deploy test test-slow test-kills test-long test-all check bench gpu-check docs lock clean
 
@@ -41,8 +42,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -m "not slow and not long" $(ARGS)
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile -m "slow and not alone and not long" $(ARGS)
-	$(BIN)/python -m pytest -m alone $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) --dist loadfile --no-loadscope-reorder -m "slow and not long" $(ARGS)
 
 # As CI runs them, but 20 times each.
 test-kills: setup

@@ -24,8 +24,8 @@ STEPS_WHOSE_FILES_MATTER = ("selection", "images", "scores", "dataset", "latents
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A served world of 240 rows."""
-    world = make_world(tmp_path_factory.mktemp("world"), num_rows=240)
+    """A served world of 120 rows."""
+    world = make_world(tmp_path_factory.mktemp("world"), num_rows=120, http_port=0, https_port=0)
     with serve_world(world):
         yield world
 
@@ -34,9 +34,9 @@ def world(tmp_path_factory):
 def recipe(world, tmp_path_factory) -> Path:
     """The demo's recipe on the small world, with several shards a stage."""
     content = yaml.safe_load((RECIPES_DIR / "demo.yaml").read_text())
-    content["select"] |= {"metadata": str(world.metadata), "samples_per_shard": 30}
+    content["select"] |= {"metadata": str(world.metadata), "samples_per_shard": 15}
     content["download"]["shards_per_process"] = 2
-    content["pack"]["samples_per_shard"] = 25
+    content["pack"]["samples_per_shard"] = 12
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path

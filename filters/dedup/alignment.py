@@ -16,7 +16,7 @@ _MAX_GAIN, _MAX_OFFSET = 4 / 3, 30.0
 _OUTLIER_LEVELS = 12.0
 _DAMPING = 1e-2
 _MAX_MISFIT, _OUTLIER_CAP = 10.0, 20.0  # levels: 99 of 100 copies cropped by 5 % have 9.9
-_COARSE_STEPS, _FINE_STEPS = 6, 2
+_COARSE_STEPS, _FINE_STEPS = 6, 4
 
 
 class Placement(NamedTuple):
@@ -41,6 +41,11 @@ class Placement(NamedTuple):
     def chosen(self, rows: NDArray[np.intp]) -> Placement:
         """Returns some of the placements."""
         return Placement(*(values[rows] for values in self))
+
+    def distance(self) -> Values:
+        """Returns (P,): the farthest that an edge moves, in half sides."""
+        farthest: Values = (np.abs(self.scale) + np.abs(self.shift)).max(axis=1)
+        return farthest
 
 
 def unmoved(num: int) -> Placement:

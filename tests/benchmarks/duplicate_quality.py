@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from filters.recipe import DuplicatesConfig
 from filters.score.preprocess import pixel_sha256, thumbnail
 from sdtrain.images.miniature import MINIATURE_BYTES, SOURCE_PX, miniature
 from sdtrain.images.perceptual_hash import perceptual_hash
-from tests.benchmarks.planted import CHANGES, base_images, hard_negatives
+from tests.benchmarks.look_alikes import hard_negatives
+from tests.benchmarks.planted import CHANGES, base_images
 
-CONFIG, ALTERED = DuplicatesConfig(level="perceptual"), DuplicatesConfig(level="altered")
+CONFIG, ALTERED_CONFIG = DuplicatesConfig(level="perceptual"), DuplicatesConfig(level="altered")
 PROMISED = {"perceptual": tuple(CHANGES)[:2], "altered": tuple(CHANGES)[:5]}
+ALTERED = PROMISED["altered"][2:]
 
 
 def find_planted(
@@ -42,14 +45,34 @@ def find_planted(
     return recall, precision
 
 
-def count_negatives(config: DuplicatesConfig) -> dict[str, float]:
-    """By kind of hard negative, the share of different images that are grouped."""
+def count_negatives(kinds: dict[str, list[Image.Image]], config: DuplicatesConfig) -> dict[str, float]:
+    """By kind of look-alikes, the share of different images that are grouped."""
     shares = dict[str, float]()
-    for kind, images in hard_negatives().items():
-        table = _described(images, 0)
-        shares[kind] = len(_groups(table, config)) / len(images)
+    for kind, images in kinds.items():
+        shares[kind] = len(_groups(_described(images, 0), config)) / len(images)
         print(f"{config.level:12} {kind:24} wrongly grouped {shares[kind]:6.3f} of {len(images)}", flush=True)
     return shares
+
+
+def find_among_look_alikes(
+    kinds: dict[str, list[Image.Image]], config: DuplicatesConfig
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By kind, the share of copies that are found among look-alikes, and the share of right pairs in the groups.
+
+    An image has one copy, by one of the three altered changes in turn.
+    """
+    recall, precision = dict[str, float](), dict[str, float]()
+    for kind, images in kinds.items():
+        copies = [CHANGES[ALTERED[i % len(ALTERED)]](image) for i, image in enumerate(images)]
+        groups, num = _groups(_described([*images, *copies], 0), config), len(images)
+        found = sum(i in groups and groups[i] == groups.get(num + i) for i in range(num))
+        num_pairs = sum(size * (size - 1) // 2 for size in Counter(groups.values()).values())
+        recall[kind], precision[kind] = found / num, found / num_pairs if num_pairs else 1.0
+        print(
+            f"{config.level:12} {kind:24} recall {recall[kind]:6.3f}   precision {precision[kind]:6.3f} of pairs",
+            flush=True,
+        )
+    return recall, precision
 
 
 def _described(images: Sequence[Image.Image], first: int) -> pa.Table:
@@ -82,14 +105,16 @@ def measure_quality(num_scenes: int) -> dict[str, float]:
     images = base_images(num_scenes)
     described = _described(images, 0)
     copies = {change: _described([make(image) for image in images], len(images)) for change, make in CHANGES.items()}
+    kinds = hard_negatives(120 if num_scenes >= 400 else 24)
     figures = dict[str, float]()
-    for config, suffix in ((CONFIG, ""), (ALTERED, "_altered")):
+    for config, suffix in ((CONFIG, ""), (ALTERED_CONFIG, "_altered")):
         recall, precision = find_planted(described, copies, config)
-        count_negatives(config)
+        count_negatives(kinds, config)
         means = {
             "recall": list(recall.values()),
             "recall_promised": [recall[change] for change in PROMISED[config.level]],
             "precision": list(precision.values()),
         }
         figures |= {name + suffix: round(float(np.mean(values)), 3) for name, values in means.items()}
+    find_among_look_alikes(kinds, ALTERED_CONFIG)
     return figures

@@ -8,14 +8,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP, altered, proposals
+from filters.dedup.comparison import Limits, are_copies
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
+from sdtrain.images.miniature import miniature, planes_of
+from tests.benchmarks.look_alikes import KINDS
 from tests.benchmarks.planted import CHANGES
-from tests.filters.dedup.duplicate_fixtures import groups_of, search, table_of, uid_of
+from tests.filters.dedup.duplicate_fixtures import groups_of, search, squashed, table_of, uid_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 NUM = 40
@@ -92,6 +95,18 @@ def test_images_that_only_look_alike_are_no_copies(draw):
     table = table_of([draw(rng) for _ in range(30)])
     kinds = [kind for _, kind in groups_of(table, level="altered").values()]
     assert "altered" not in kinds
+
+
+@pytest.mark.parametrize("kind", ["illustrated slides", "memes of one picture", "bottles", "frames of one scene"])
+def test_other_content_in_the_same_frame_is_no_copy(kind):
+    rng = np.random.default_rng(5)
+    images = [KINDS[kind](rng, 6 * i) for i in range(16)]  # all of one template
+    miniatures = np.stack([np.frombuffer(miniature(squashed(image)), np.uint8) for image in images])
+    ones, others = np.triu_indices(len(images), 1)
+    found = are_copies(
+        planes_of(miniatures[ones]), planes_of(miniatures[others]), np.zeros(len(ones), bool), Limits(0.88, 0.9)
+    )
+    assert found.sum() <= 1, "of 120 pairs"
 
 
 def test_neighbouring_views_of_one_scene_are_no_copies():

@@ -142,9 +142,14 @@ def reset(*headers: str) -> Act:
 
 
 def bomb() -> bytes:
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    zeros = bytes(1 << 20)
-    return b"".join(packer.compress(zeros) for _ in range(512)) + packer.flush()
+    """512 MiB of zeros as gzip. A full flush forgets what came before, so every MiB is the same block: made once."""
+    zeros, checksum = bytes(1 << 20), 0
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    block = packer.compress(zeros) + packer.flush(zlib.Z_FULL_FLUSH)
+    for _ in range(512):
+        checksum = zlib.crc32(zeros, checksum)
+    header, trailer = b"\x1f\x8b\x08" + bytes(7), struct.pack("<2I", checksum, 512 << 20)
+    return header + block * 512 + packer.flush() + trailer
 
 
 def bare_deflate(data: bytes) -> bytes:
