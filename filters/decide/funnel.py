@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -13,6 +14,7 @@ from sdtrain.dataset.manifest import require_entry, selection
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Drops, Stage, current_entries
 from sdtrain.errors import UserError
+from sdtrain.models.weights import RANDOM, RANDOM_FULL
 
 Stages = Sequence[Stage[Recipe]]
 
@@ -52,14 +54,20 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
     return rows
 
 
+# As in the demo.
+_UNTRAINED = "to CLIP's random weights nearly all images are alike, so what semantic would drop means nothing here"
+
+
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     """Returns the subset's published size and remarks on odd input; raises `UserError` before a selection."""
     selected = selection(dataset)
     kind = "imported images" if recipe.source else "rows"
     ours = f"{selected.num_out:,} of {selected.num_in:,} {kind} selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    noted = (note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes"))
-    return [ours + published, *dict.fromkeys(noted)]
+    noted = [note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes")]
+    is_random = (recipe.score.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
+    untrained = [_UNTRAINED] if is_random and any(re.search(r"semantic \d", note) for note in noted) else []
+    return [ours + published, *dict.fromkeys([*noted, *untrained])]
 
 
 def _counts(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> tuple[Counter[str], int]:

@@ -104,8 +104,12 @@ def _entries(dataset: DatasetDir, stage: str) -> StageEntries:
 
 
 def selected_entries(dataset: DatasetDir, stage: str) -> StageEntries:
-    """Those of the shards that are selected now: what an earlier, larger selection has left may be used again."""
-    return entries(dataset, stage).below(num_selected_shards(dataset, None) or 0)
+    """Those of the shards that are selected now, all without a selection.
+
+    What an earlier, larger one has left may be used again.
+    """
+    found, num = entries(dataset, stage), num_selected_shards(dataset, None)
+    return found if num is None else found.below(num)
 
 
 def newest_change_ns(dataset: DatasetDir, stage: str) -> int:

@@ -75,7 +75,7 @@ class Client:
             try:
                 return self._counted(await self._attempt(request))
             except RejectedError as rejected:
-                return self._rejected(rejected)
+                return await self._rejected(request, rejected)
             except ServerBusyError as busy:
                 num_busy += 1
                 pause_s = busy.retry_after_s or backoff_s(num_busy)
@@ -156,9 +156,10 @@ class Client:
             )
         return answer
 
-    def _rejected(self, rejected: RejectedError) -> Answer:
+    async def _rejected(self, request: Request, rejected: RejectedError) -> Answer:
         self._num_rejected += 1
-        if not self._num_answered and self._num_rejected >= _MOST_REJECTED:
+        is_all = not self._num_answered and self._num_rejected >= _MOST_REJECTED
+        if is_all and not await self._is_alive(request):
             raise EndpointError(f"{self._setting}: {self._config.url} rejects every request: {rejected}.")
         return Answer("rejected", detail=without_secrets(str(rejected)))
 

@@ -257,16 +257,17 @@ def test_a_server_that_breaks_down_in_the_middle_ends_it_and_its_failures_are_as
         assert ("30", "q") not in log
 
 
-def test_requests_that_fail_for_themselves_do_not_stop_a_run_that_has_nothing_else_left():
+@pytest.mark.parametrize(("status", "kind"), [(500, "failed"), (400, "rejected")])
+def test_requests_that_fail_for_themselves_do_not_stop_a_run_that_has_nothing_else_left(status, kind):
     def reply(asked):
         is_poison = asked.prompt.startswith("question")
-        return error(500, "crash") if is_poison else echo(asked)
+        return error(status, "crash") if is_poison else echo(asked)
 
     image = jpeg_of(Image.new("RGB", (8, 8)), 8)
     with chat_server(reply) as server:
         questions = [Request(f"question {number}", (image,)) for number in range(50)]
         answers = ask(config_of(server, retries=0), questions, SECTION)
-        assert {answer.kind for answer in answers} == {"failed"}
+        assert {answer.kind for answer in answers} == {kind}
         assert all(len(asked.images) == 1 for asked in server.asked)
 
 
