@@ -55,7 +55,7 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
 
 
 # As in the demo.
-_UNTRAINED = "to CLIP's random weights nearly all images are alike, so what semantic would drop means nothing here"
+_UNTRAINED = "to {network}'s random weights nearly all images are alike, so what {level} would drop means nothing here"
 
 
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
@@ -65,8 +65,12 @@ def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     ours = f"{selected.num_out:,} of {selected.num_in:,} {kind} selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
     noted = [note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes")]
-    is_random = (recipe.score.clip_weights or "").startswith((RANDOM, RANDOM_FULL))
-    untrained = [_UNTRAINED] if is_random and any(re.search(r"semantic \d", note) for note in noted) else []
+    compared = (("copied", "SSCD", recipe.score.sscd_weights), ("semantic", "CLIP", recipe.score.clip_weights))
+    untrained = [
+        _UNTRAINED.format(network=network, level=level)
+        for level, network, weights in compared
+        if (weights or "").startswith((RANDOM, RANDOM_FULL)) and any(re.search(rf"{level} \d", note) for note in noted)
+    ]
     return [ours + published, *dict.fromkeys([*noted, *untrained])]
 
 

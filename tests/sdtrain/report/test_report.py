@@ -94,10 +94,11 @@ def test_scores_of_networks_that_learnt_nothing_are_said_to_mean_nothing(recipe)
     assert "clip" not in scores_note(with_clip("openai"))
 
 
-def test_semantic_duplicates_by_random_weights_are_said_to_mean_nothing(tmp_path):
+def test_duplicates_by_random_weights_are_said_to_mean_nothing(tmp_path):
     dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(number))) for number in range(3)])
-    for weights, num_said in (("random:0", 1), (None, 0)):
-        recipe = parse_settings(Recipe, {"name": "few", "score": SCORED | {"clip_weights": weights}}, "recipe.yaml")
+    for clip, sscd, num_said in (("random:0", None, 1), (None, None, 0), (None, "random:0", 1)):
+        score = SCORED | {"clip_weights": clip, "sscd_weights": sscd}
+        recipe = parse_settings(Recipe, {"name": "few", "score": score}, "recipe.yaml")
         for stage in (SCORE, DEDUP):
             run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
         said = remarks(dataset, recipe, (SELECT, SCORE, DEDUP))
