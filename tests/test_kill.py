@@ -78,6 +78,7 @@ def digests(output: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.first
 @pytest.mark.timeout(900)
 def test_kill_9_in_every_stage_then_rerun_gives_the_bytes_of_an_undisturbed_run(recipe, tmp_path):
     build(recipe, tmp_path / "undisturbed")

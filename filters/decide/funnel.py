@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
@@ -13,6 +14,7 @@ from sdtrain.dataset.manifest import require_entry, selection
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import Drops, Stage, current_entries
 from sdtrain.errors import UserError
+from sdtrain.models.weights import RANDOM, RANDOM_FULL
 
 Stages = Sequence[Stage[Recipe]]
 
@@ -52,14 +54,24 @@ def funnel(dataset: DatasetDir, recipe: Recipe, stages: Stages, decided: ShardRe
     return rows
 
 
+# As in the demo.
+_UNTRAINED = "to {network}'s random weights nearly all images are alike, so what {level} would drop means nothing here"
+
+
 def remarks(dataset: DatasetDir, recipe: Recipe, stages: Stages) -> list[str]:
     """Returns the subset's published size and remarks on odd input; raises `UserError` before a selection."""
     selected = selection(dataset)
     kind = "imported images" if recipe.source else "rows"
     ours = f"{selected.num_out:,} of {selected.num_in:,} {kind} selected"
     published = f"; published: {recipe.expected_rows}" if recipe.expected_rows else ""
-    noted = (note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes"))
-    return [ours + published, *dict.fromkeys(noted)]
+    noted = [note for stage in stages for note in current_entries(stage, dataset, recipe).listed("notes")]
+    compared = (("copied", "SSCD", recipe.score.sscd_weights), ("semantic", "CLIP", recipe.score.clip_weights))
+    untrained = [
+        _UNTRAINED.format(network=network, level=level)
+        for level, network, weights in compared
+        if (weights or "").startswith((RANDOM, RANDOM_FULL)) and any(re.search(rf"{level} \d", note) for note in noted)
+    ]
+    return [ours + published, *dict.fromkeys([*noted, *untrained])]
 
 
 def _counts(stage: Stage[Recipe], dataset: DatasetDir, recipe: Recipe) -> tuple[Counter[str], int]:

@@ -25,8 +25,9 @@ from filters.rules import (
     stage_item,
     stage_rules,
 )
+from filters.select.faults import first_line
 from filters.select.removed_rows import near_duplicate_uids
-from sdtrain.dataset.files import publish, scratch_path
+from sdtrain.dataset.files import publish, raise_if_disk_full, scratch_path
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import (
     describe_outputs,
@@ -42,7 +43,7 @@ from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import NOTHING, Drops, Stage, Table, always_on, nothing_beside, one_shard
 from sdtrain.dataset.sync import fetch_outputs
 from sdtrain.dataset.tables.carried import carried_columns
-from sdtrain.dataset.tables.columns import TableColumns
+from sdtrain.dataset.tables.columns import Scan, TableColumns
 from sdtrain.dataset.tables.connection import connected, unordered
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
@@ -53,13 +54,13 @@ _JOINED = """
 SELECT s.uid, s.key, s.shard, i.reason AS download_reason, c.reason AS score_reason, d.group_id, d.kind,
        i.original_width::BIGINT * i.original_height AS area, b.uid IS NOT NULL AS is_removed, {columns}
 FROM (SELECT *, parse_filename(filename, true)::INTEGER AS shard FROM ({selection})) s
-LEFT JOIN read_parquet($images) i USING (uid)
-LEFT JOIN read_parquet($scores) c USING (uid)
+LEFT JOIN ({images}) i USING (uid)
+LEFT JOIN ({scores}) c USING (uid)
 LEFT JOIN read_parquet($duplicates) d USING (uid)
 LEFT JOIN blocked b USING (uid)
 {joins}
 """
-_HASHES = "SELECT uid, phash FROM read_parquet($images) UNION ALL SELECT uid, phash FROM ({scores})"
+_HASHES = "SELECT uid, phash FROM ({images}) UNION ALL SELECT uid, phash FROM ({scores})"
 # Of each group, the largest image that passes every rule stays, then the best scored, then the smallest uid.
 _DECIDED = """
 WITH judged AS (SELECT *, {case} AS rule_reason FROM joined),
@@ -80,21 +81,36 @@ _BEFORE_RULES = (
 
 
 def decide(dataset: DatasetDir, recipe: Recipe, target: Path | None = None) -> dict[str | None, int]:
-    """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept)."""
+    """Decides on each row of a dataset finished to `dedup`, into `target` if given; counts by reason (None: kept).
+
+    UserError if a table is missing, damaged or without a column that a rule names.
+    """
+    try:
+        return _decide(dataset, recipe, target)
+    except duckdb.Error as error:
+        raise_if_disk_full(error, dataset.decisions)
+        raise UserError(
+            f"The tables of {dataset.root} cannot be read as they must be for decisions ({first_line(error)}). Run the "
+            "build again: it makes what is missing or damaged. Tables of an older version must be deleted first."
+        ) from error
+
+
+def _decide(dataset: DatasetDir, recipe: Recipe, target: Path | None) -> dict[str | None, int]:
     case, values = reason_case(recipe.decide.rules)
     case = f"coalesce(CASE {_BEFORE_RULES} END, {case})"
     columns, measured = ", ".join(_columns(dataset, recipe.decide)), _measured(dataset, recipe.decide)
     tables = TableColumns(dataset)
-    selected = tables.scan(_selections(dataset), "selection")
+    sources = _sources(dataset, tables)
     scans = {name: tables.scan(paths, name) for name, paths in measured.items()}
     joins = "\n".join(f"LEFT JOIN ({scan.sql}) {name} USING (uid)" for name, scan in scans.items())
     with connected(spill=scratch_path(dataset.root, "decide")) as connection:
-        connection.register("blocked", _near_duplicates_of_removed(connection, dataset, tables))
-        joined = _JOINED.format(columns=columns, joins=joins, selection=selected.sql)
+        connection.register("blocked", _near_duplicates_of_removed(connection, dataset, sources))
+        joined = _JOINED.format(columns=columns, joins=joins, **{name: scan.sql for name, scan in sources.items()})
         tables.save()
-        bound = [selected.values, *(scan.values for scan in scans.values())]
+        bound = ChainMap(*(scan.values for scan in (*sources.values(), *scans.values())))
         with unordered(connection):
-            connection.execute(f"CREATE TEMP TABLE joined AS {joined}", _sources(dataset) | dict(ChainMap(*bound)))
+            values_of = {"duplicates": str(dataset.duplicates), **bound}
+            connection.execute(f"CREATE TEMP TABLE joined AS {joined}", values_of)
         # `case` holds only the names and conditions of filters.rules; the recipe's values are bound.
         connection.execute(f"CREATE TEMP TABLE decided AS {_DECIDED.format(case=case)}", values)
         if target:
@@ -156,29 +172,26 @@ def _check_known(dataset: DatasetDir, column: str, decide: DecideConfig) -> None
 
 
 def _near_duplicates_of_removed(
-    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, tables: TableColumns
+    connection: duckdb.DuckDBPyConnection, dataset: DatasetDir, sources: Mapping[str, Scan]
 ) -> pa.Table:
     """Returns uids of images similar to one that was removed with a radius."""
     ledger = read_ledger(dataset.removed)
     if not len(removed_hashes(ledger)):
         return pa.table({"uid": pa.array([], pa.string())})
-    sources = _sources(dataset)
-    scores = tables.scan([Path(path) for path in sources["scores"]], "scores")
-    hashes = _HASHES.format(scores=scores.sql)
-    return near_duplicate_uids(connection, hashes, {"images": sources["images"], **scores.values}, ledger)
+    images, scores = sources["images"], sources["scores"]
+    hashes = _HASHES.format(images=images.sql, scores=scores.sql)
+    return near_duplicate_uids(connection, hashes, images.values | scores.values, ledger)
 
 
 def _selections(dataset: DatasetDir) -> list[Path]:
     return [dataset.selection(shard) for shard in selected_shards(dataset)]
 
 
-def _sources(dataset: DatasetDir) -> dict[str, list[str] | str]:
+def _sources(dataset: DatasetDir, tables: TableColumns) -> dict[str, Scan]:
+    """Scans of the tables that each selected shard has; those of other versions may have other columns."""
+    paths = {"selection": dataset.selection, "images": dataset.images_table, "scores": dataset.scores}
     shards = selected_shards(dataset)
-    return {
-        "images": [str(dataset.images_table(shard)) for shard in shards],
-        "scores": [str(dataset.scores(shard)) for shard in shards],
-        "duplicates": str(dataset.duplicates),
-    }
+    return {name: tables.scan([path(shard) for shard in shards], name) for name, path in paths.items()}
 
 
 def _shards(dataset: DatasetDir, recipe: Recipe) -> list[int]:

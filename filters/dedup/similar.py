@@ -67,12 +67,29 @@ def link_similar(
 
 
 def _link_cluster(embedded: Embedded, threshold: float, components: Components) -> None:
-    nodes, stored = embedded
+    nodes, stored = _link_equal(embedded, threshold, components)
     for ones, others in _proposed(unit(stored), threshold - _ROUNDING):
         apart = components.roots(nodes[ones]) != components.roots(nodes[others])
         ones, others = ones[apart], others[apart]
         close = _cosines(stored[ones], stored[others]) >= threshold
         components.link(nodes[ones[close]], nodes[others[close]])
+
+
+def _link_equal(embedded: Embedded, threshold: float, components: Components) -> Embedded:
+    """Links embeddings that are equal to the bit, and returns one of each.
+
+    A placeholder that a million hosts answer with would else be compared a million times a million.
+    """
+    nodes, stored = embedded
+    rows = np.ascontiguousarray(stored).view(f"V{stored[0].nbytes}")[:, 0]
+    _, first, places = np.unique(rows, return_index=True, return_inverse=True)
+    same = first[places]
+    repeated = np.flatnonzero(same != np.arange(len(nodes)))
+    repeated = repeated[_cosines(stored[repeated], stored[repeated]) >= threshold]  # not so for zero
+    components.link(nodes[same[repeated]], nodes[repeated])
+    left = np.ones(len(nodes), bool)
+    left[repeated] = False
+    return Embedded(nodes[left], stored[left])
 
 
 def _proposed(vectors: Vectors, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -93,6 +93,11 @@ def ask(dataset: DatasetDir, sql: str, explain: bool = False) -> Iterator[pa.Rec
             with result.to_arrow_reader(_BATCH_ROWS) as answer:
                 yield answer
         except duckdb.Error as error:
+            if isinstance(error, duckdb.PermissionException) and _was_moved(connection, dataset):
+                raise UserError(
+                    f"{dataset.root} was moved or copied since its views were written, and they read the old place. "
+                    f"Run `sdtrain views {dataset.root}`, and ask again."
+                ) from error
             raise UserError(f"The query cannot be answered. {_without_advice(error)}") from error
 
 
@@ -114,6 +119,12 @@ def _open(dataset: DatasetDir) -> duckdb.DuckDBPyConnection:
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     return connection
+
+
+def _was_moved(connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> bool:
+    """Whether the view of the selection, which every finished dataset has, reads files of another folder."""
+    asked = "SELECT bool_and(NOT contains(sql, ?)) FROM duckdb_views() WHERE view_name = 'selection'"
+    return bool(connection.execute(asked, [f"{dataset.root.absolute()}/"]).fetchall()[0][0])
 
 
 def _check_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

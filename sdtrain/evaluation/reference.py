@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from sdtrain.dataset.files import numbered_files, read_parquet, sha256_of
@@ -42,6 +43,7 @@ _THUMBNAILS = "@eaDir"
 """Where Synology's storage keeps small copies of a folder's images."""
 _PART_SIZE = 512
 _PLACE = ["picture_offset", "picture_bytes"]
+_MOST_PERMUTED = 1 << 27  # a permutation of more takes gigabytes
 
 
 class Place(NamedTuple):
@@ -107,17 +109,24 @@ def open_reference(name: str | Path, num: int, seed: int = 0) -> Reference:
             "tar, or an .npz."
         )
     dataset = DatasetDir((path if path.is_dir() else path.parent).absolute())
-    places, kind = _dataset_places(dataset) if path.is_dir() else [], "dataset"
-    if not places and dataset.recipe.exists():
+    picked, num_all, kind = *(_of_dataset(dataset, num, seed) if path.is_dir() else ([], 0)), "dataset"
+    if not num_all and dataset.recipe.exists():
         raise UserError(f"{path} is a dataset that holds no images yet. Run its build first.")
-    if not places:
+    if not num_all:
         places, kind = _places_of_others(path)
-    if len(places) < 2:
-        raise UserError(f"{path} holds {len(places)} images; a reference needs two at least, and better thousands.")
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(places))[:num])
-    picked = tuple(places[place] for place in chosen)
-    source = f"{path.name}: {kind}, {len(picked):,} of {len(places):,} images, seed {seed}"
-    return Reference(source, _digest(picked, dataset), picked)
+        picked, num_all = [places[number] for number in _chosen(len(places), num, seed)], len(places)
+    if num_all < 2:
+        raise UserError(f"{path} holds {num_all} images; a reference needs two at least, and better thousands.")
+    source = f"{path.name}: {kind}, {len(picked):,} of {num_all:,} images, seed {seed}"
+    return Reference(source, _digest(picked, dataset), tuple(picked))
+
+
+def _chosen(num_all: int, num: int, seed: int) -> NDArray[np.int64]:
+    """The numbers of a seeded choice, ascending; of very many images in memory for the chosen ones alone."""
+    random = np.random.default_rng(seed)
+    if num_all > _MOST_PERMUTED:
+        return np.sort(random.choice(num_all, min(num, num_all), replace=False))
+    return np.sort(random.permutation(num_all)[:num])
 
 
 def _places_of_others(path: Path) -> tuple[list[Place], str]:
@@ -193,20 +202,53 @@ def _statistics(path: Path) -> Gaussian:
     return Gaussian(mean, covariance)
 
 
-def _dataset_places(dataset: DatasetDir) -> list[Place]:
-    """The packed images of a dataset, else the downloaded ones, of finished shards, local or remote."""
+def _of_dataset(dataset: DatasetDir, num: int, seed: int) -> tuple[list[Place], int]:
+    """Chosen images of a dataset, and the number of all: the packed ones, else the downloaded, local or remote.
+
+    Only the shards of chosen images are looked into, where the footers of tables tell how many each has.
+    """
+    tars = _tars(dataset)
+    ends = np.cumsum([_num_images(tar) for tar in tars], dtype=np.int64)
+    num_all = int(ends[-1]) if tars else 0
+    chosen = _chosen(num_all, num, seed)
+    shards = np.searchsorted(ends, chosen, side="right")
+    found: list[Place] = []
+    for shard in np.unique(shards).tolist():
+        places, first = list(_images_in(tars[shard])), int(ends[shard - 1]) if shard else 0
+        found += [Place(str(tars[shard]), *places[number - first]) for number in chosen[shards == shard].tolist()]
+    return found, num_all
+
+
+def _tars(dataset: DatasetDir) -> list[Path]:
+    """Of finished shards."""
     for stage, folder in (("pack", dataset.packed_tar(0).parent), ("download", dataset.images_tar(0).parent)):
         finished = [name for entry in entries(dataset, stage) for name in entry.outputs if name.endswith(".tar")]
-        tars = [dataset.root / name for name in finished] or list(numbered_files(folder, ".tar").values())
-        if tars:
-            return [Place(str(tar), *place) for tar in tars for place in _images_in(tar)]
+        if tars := [dataset.root / name for name in finished] or list(numbered_files(folder, ".tar").values()):
+            return tars
     return []
+
+
+def _num_images(tar: Path) -> int:
+    """As many as `_images_in` yields."""
+    if (table := _own_table(tar)) is None:
+        return sum(1 for _ in _images_in(tar))
+    metadata = pq.read_metadata(table)
+    place = metadata.schema.to_arrow_schema().get_field_index(_PLACE[1])
+    columns = [metadata.row_group(number).column(place).statistics for number in range(metadata.num_row_groups)]
+    if all(column is not None and column.has_null_count for column in columns):
+        return metadata.num_rows - sum(column.null_count for column in columns)
+    return sum(1 for _ in _images_in(tar))
+
+
+def _own_table(tar: Path) -> Path | None:
+    """Our table beside a tar; img2dataset's has no offsets."""
+    table = tar.with_suffix(".parquet")
+    return table if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names) else None
 
 
 def _images_in(tar: Path) -> Iterator[tuple[int, int]]:
     """Offset and size of each image in order, from our table beside the tar, else from its headers."""
-    table = tar.with_suffix(".parquet")
-    if table.exists() and set(_PLACE) <= set(pq.read_schema(table).names):  # img2dataset's has no offsets
+    if table := _own_table(tar):
         rows = read_parquet(table, _PLACE).to_pylist()
         yield from sorted((row[_PLACE[0]], row[_PLACE[1]]) for row in rows if row[_PLACE[1]] is not None)
         return

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from sdtrain.exposure.located import ABSENT, LOCATED, UNKNOWN, Locate, sample_numbers, untraced
 from sdtrain.exposure.shard_rows import Ints
+from sdtrain.exposure.substituted import as_trained, drawn_by
 from sdtrain.exposure.trained import Checkpoint, Opened, Trained, at_hand, last_clean_checkpoint, trained_steps
 from sdtrain.loading.sample_plan import sample_noise
 
@@ -115,13 +116,10 @@ def _in_source(trained: Trained, source: int, locate: Locate) -> tuple[pa.Table,
         return LOCATED.empty_table(), _no_uses(), [f"{dataset}, on which {trained.run} was trained, is not there."]
     located = locate(dataset, record.stage)
     numbers, plan = sample_numbers(record, source, dataset, located), record.plan(trained.config)
-    (rows,) = np.nonzero((numbers >= 0) & (numbers < plan.size))
-    batch = trained.config.global_batch_size
-    exposures = plan.find(numbers[rows], trained.num_steps * batch)
-    steps, positions = np.divmod(exposures.positions, batch)
-    places = rows[exposures.rows]
-    captions, nothing = _captions(trained, located, places, steps), np.zeros_like(steps)
-    uses = Uses(nothing, places, nothing, steps, positions, exposures.epochs, captions)
+    span = trained.num_steps, trained.config.global_batch_size
+    drawn = as_trained(drawn_by(plan, numbers, *span), numbers, plan, *span, trained.substitutes)
+    captions, nothing = _captions(trained, located, drawn.places, drawn.steps), np.zeros_like(drawn.steps)
+    uses = Uses(nothing, drawn.places, nothing, drawn.steps, drawn.positions, drawn.epochs, captions)
     return located, uses, _limits(trained, source, numbers, plan.size)
 
 

@@ -9,7 +9,9 @@ from sdtrain.config import TrainConfig
 from sdtrain.errors import UserError
 from sdtrain.impact.energy import EnergyLog, Spent
 from sdtrain.settings import load_settings
-from sdtrain.training.run_dir import RunDir, StepTable
+from sdtrain.training.run_dir import RunDir
+
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,19 @@ def _find(init_from: str, run: Path) -> Path | None:
     """Finds the run of `init_from`: as written, beside this run, or the run that contains the checkpoint."""
     for path in (Path(init_from), run.parent / Path(init_from).name):
         for folder in (path, path.parent.parent):
-            if (folder / "config.yaml").exists() and (folder / "log.csv").exists():
+            if (folder / "config.yaml").exists() and any(
+                (folder / name).exists() for name in ("log.csv", _CHECKPOINTS)
+            ):
                 return folder
     return None
 
 
 def _step(run: Path) -> int | None:
+    """The last one that is recorded: a run that was stopped has a checkpoint of steps that it did not log."""
+    log = RunDir(run).log
+    logged = [int(row["step"]) for row in log.rows()[-1:]] if log.path.exists() else []
+    saved = [
+        int(path.parent.name.removeprefix("step-")) for path in run.glob(f"{_CHECKPOINTS}/step-[0-9]*/layout.json")
+    ]
     done = RunDir(run).finished_step()
-    return done if done is not None else _last_logged(RunDir(run).log)
-
-
-def _last_logged(log: StepTable) -> int | None:
-    rows = log.rows() if log.path.exists() else []
-    return int(rows[-1]["step"]) if rows else None
+    return max([*logged, *saved, *([] if done is None else [done])], default=None)

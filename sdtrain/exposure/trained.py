@@ -16,6 +16,7 @@ from sdtrain.exposure.lineage import Ancestor, lineage
 from sdtrain.loading.planning import digest_of_sources
 from sdtrain.loading.sample_record import RecordedSource, SampleRecord, Stage
 from sdtrain.loading.shard_catalog import Catalogue
+from sdtrain.loading.substitutes import Substitutes, read_substitutes
 from sdtrain.training.run_dir import RunDir
 
 Opened = Callable[[str, Stage], DatasetDir]
@@ -34,6 +35,7 @@ class Trained:
     num_steps: int
     record: SampleRecord | None
     datasets: tuple[DatasetDir, ...]
+    substitutes: Substitutes
     remarks: tuple[str, ...] = ()
 
 
@@ -76,7 +78,8 @@ def _trained(link: Ancestor, config: TrainConfig, num_steps: int, opened: Opened
     if record is None:
         record, missing = _record_now(run, config, datasets)
         remarks += [missing] if missing else []
-    return Trained(run, config, num_steps, record, datasets, (*remarks, *_remarks(run)))
+    substitutes = read_substitutes(RunDir(run).substitutes)
+    return Trained(run, config, num_steps, record, datasets, substitutes, (*remarks, *_remarks(run, substitutes)))
 
 
 def _steps_before(trained: Trained, chain: list[Ancestor]) -> tuple[int, str]:
@@ -97,13 +100,20 @@ def _steps_before(trained: Trained, chain: list[Ancestor]) -> tuple[int, str]:
     )
 
 
-def _remarks(run: Path) -> Iterator[str]:
+def _remarks(run: Path, substitutes: Substitutes) -> Iterator[str]:
     """What the run's log says of steps that did not go by the plan."""
     rows = RunDir(run).log.rows()
-    if num := max((int(float(row.get("num_substituted") or 0)) for row in rows), default=0):
+    begun = substitutes.recorded_from
+    before = rows if begun is None else [row for row in rows if int(row["step"]) <= begun]
+    if num := max((int(float(row.get("num_substituted") or 0)) for row in before), default=0):
         yield (
-            f"{run} replaced unreadable samples by others (data.on_corrupt: skip; {num:,} on its first rank), without "
+            f"{run} replaced unreadable samples by others (data.on_corrupt: skip; {num:,} samples), without "
             "recording which: some uses were of another sample than is said here."
+        )
+    if substitutes.full_from is not None:
+        yield (
+            f"{run} replaced more unreadable samples by others than it recorded: from step "
+            f"{substitutes.full_from:,} on some uses were of another sample than is said here."
         )
     if rows and (num := int(float(rows[-1].get("num_skipped") or 0))):
         yield f"{run} skipped {num:,} steps, which drew their samples without learning from them; they count here."

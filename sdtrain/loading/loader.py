@@ -25,6 +25,7 @@ from sdtrain.loading.image_store import OnlineVae
 from sdtrain.loading.sample_plan import SampleIndices, SampleNoise, sample_noise
 from sdtrain.loading.sample_store import Fetched, SampleStore
 from sdtrain.loading.sources import make_plan
+from sdtrain.loading.substitutes import SubstituteLog
 from sdtrain.models.batch_rows import fill_rows
 from sdtrain.models.text import CaptionTokens
 
@@ -145,11 +146,11 @@ class BatchMaker:
     def __len__(self) -> int:
         return len(self._store)
 
-    def make(self, step: int, micro_step: int) -> MicroBatch:
-        """The rank's share of micro-step `micro_step` of optimizer step `step`."""
+    def make(self, step: int, micro_step: int, log: SubstituteLog | None = None) -> MicroBatch:
+        """The rank's share of micro-step `micro_step` of optimizer step `step`; `log` notes substitutes."""
         config = self._config
         samples = self._plan.micro_batch(step, micro_step, self._rank, self._world_size, config.micro_batch)
-        return self.assemble(samples, step, config.caption_dropout)
+        return self.assemble(samples, step, config.caption_dropout, log)
 
     def drawn(self, step: int, position: int) -> tuple[MicroBatch, DrawnSample]:
         """One sample of optimizer step `step`, at a position of its batch, with what was drawn for it.
@@ -159,7 +160,8 @@ class BatchMaker:
         config = self._config
         samples = self._plan.at(np.array([step * config.global_batch_size + position], dtype=np.int64))
         index, epoch = int(samples.indices[0]), int(samples.epochs[0])
-        fetched = self._fetch(samples, self._store.buffer(1, self._store.size_number(index)))
+        fetched, substitutes = self._fetch(samples, self._store.buffer(1, self._store.size_number(index)))
+        index = substitutes.get(0, index)
         caption = _chosen(self._mix, config.seed, step, fetched)[0]
         draw = sample_noise(config.seed, step, fetched.uids[0], config.diffusion.num_timesteps, (4, 1, 1))
         described = DrawnSample(
@@ -174,12 +176,16 @@ class BatchMaker:
         )
         return self.assemble(samples, step, config.caption_dropout), described
 
-    def assemble(self, samples: SampleIndices, step: int, caption_dropout: float) -> MicroBatch:
+    def assemble(
+        self, samples: SampleIndices, step: int, caption_dropout: float, log: SubstituteLog | None = None
+    ) -> MicroBatch:
         """The batch of some samples of one size, with their noise of optimizer step `step`."""
         config, num_samples = self._config, len(samples.indices)
         size_number = self._store.size_number(int(samples.indices[0]))
         rows = self._store.buffer(num_samples, size_number)
-        fetched = self._fetch(samples, rows)
+        fetched, substitutes = self._fetch(samples, rows)
+        if log and substitutes:
+            log.add(step, samples, substitutes)
         shape = (num_samples, 4, *self._store.sizes[size_number])
         posterior, noise = np.empty(shape, np.float32), np.empty(shape, np.float32)
         draws = self._draws(step, fetched.uids, posterior, noise)
@@ -214,14 +220,16 @@ class BatchMaker:
             for position, uid in enumerate(uids)
         ]
 
-    def prefetch(self, first_step: int, last_step: int, pin_memory: bool) -> Iterator[MicroBatch]:
+    def prefetch(
+        self, first_step: int, last_step: int, pin_memory: bool, log: SubstituteLog | None = None
+    ) -> Iterator[MicroBatch]:
         """All micro-batches of steps [first_step, last_step), prepared by threads during training."""
         wanted = ((step, k) for step in range(first_step, last_step) for k in range(self.accumulation))
         ahead: deque[Future[MicroBatch]] = deque()
         pool = ThreadPoolExecutor(self._config.data.num_workers, "latent-loader")
         try:
             for step, micro_step in wanted:
-                ahead.append(pool.submit(self._make_pinned if pin_memory else self.make, step, micro_step))
+                ahead.append(pool.submit(self._make_pinned if pin_memory else self.make, step, micro_step, log))
                 if len(ahead) > self._config.data.num_prefetch:
                     yield ahead.popleft().result()
             while ahead:
@@ -229,19 +237,19 @@ class BatchMaker:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _make_pinned(self, step: int, micro_step: int) -> MicroBatch:
-        return self.make(step, micro_step).pinned()
+    def _make_pinned(self, step: int, micro_step: int, log: SubstituteLog | None) -> MicroBatch:
+        return self.make(step, micro_step, log).pinned()
 
-    def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> Fetched:
-        """Reads samples into `rows`; `data.on_corrupt: skip` replaces damaged ones.
+    def _fetch(self, samples: SampleIndices, rows: NDArray[Any]) -> tuple[Fetched, dict[int, int]]:
+        """Reads samples into `rows`; `data.on_corrupt: skip` replaces damaged ones, by position by these numbers.
 
         A substitute is drawn from (seed, sample, attempt) within its dataset and size: equal on every rank and resume.
         """
         seed = self._config.seed
-        fetched = self._store.fetch(samples.indices, samples.epochs, seed, rows)
+        fetched, substitutes = self._store.fetch(samples.indices, samples.epochs, seed, rows), dict[int, int]()
         for attempt in range(_SUBSTITUTES):
             if not fetched.damaged:
-                return fetched
+                return fetched, substitutes
             if self._config.data.on_corrupt == "stop":
                 fetched.require_whole()
             self._note(fetched)
@@ -250,6 +258,7 @@ class BatchMaker:
             spare = np.empty_like(rows[: len(positions)])
             fetched.put(positions, self._store.fetch(others, samples.epochs[positions], seed, spare))
             rows[positions] = spare
+            substitutes |= zip(positions, others.tolist(), strict=True)
         raise UserError(
             f"A damaged sample's {_SUBSTITUTES} substitutes are damaged as well, so on_corrupt: skip cannot help; "
             f"repair its shard: {next(iter(fetched.damaged.values()))}"

@@ -39,7 +39,7 @@ class RunDir:
 
     `log` has a row every `log_every` steps; `validation` a row per timestep of each validation, for averaged ("ema")
     and raw weights. `previews` is the folder of the sheets of samples, and `samples` the record of what the samples'
-    numbers mean (`sdtrain.loading.sample_record`).
+    numbers mean (`sdtrain.loading.sample_record`). `substitutes` has the samples that took the place of damaged ones.
     """
 
     def __init__(self, path: Path):
@@ -47,6 +47,7 @@ class RunDir:
         self.log = StepTable(path / "log.csv", _LOG)
         self.validation = StepTable(path / "validation.csv", ("step", "weights", "timestep", "loss"))
         self.previews, self.samples = path / "previews", path / "samples.parquet"
+        self.substitutes = path / "substitutes"
         self._config, self._done = path / "config.yaml", path / "DONE"
         self._changes = path / "config-changes.jsonl"
 

@@ -17,6 +17,7 @@ from sdtrain.encode.text import embed_empty
 from sdtrain.formats.frozen import load_text_encoder, load_vae, vae_scaling_factor
 from sdtrain.loading.loader import BatchMaker, MicroBatch
 from sdtrain.loading.sources import open_samples, sample_record
+from sdtrain.loading.substitutes import SubstituteLog
 from sdtrain.models.backends import attention_kernels, begin_graphs, compile_unet, set_backends
 from sdtrain.models.schedulers import sampling_scheduler
 from sdtrain.models.unet import build_unet, memory_format, prepare_for
@@ -147,8 +148,11 @@ class TrainingState:
         )
 
     def batches(self, first_step: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches from `first_step` to the end."""
-        return self._batches.prefetch(first_step, self._config.steps, self._ranks.device.type == "cuda")
+        """This rank's micro-batches from `first_step` to the end; the run records what replaces damaged samples."""
+        config, ranks = self._config, self._ranks
+        may_skip = config.data.on_corrupt == "skip"
+        log = SubstituteLog(self._run_dir.substitutes, ranks.rank, ranks.world_size, first_step, may_skip)
+        return self._batches.prefetch(first_step, config.steps, ranks.device.type == "cuda", log)
 
     def micro_batches(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
         """The micro-batches of one optimizer step, on the device.

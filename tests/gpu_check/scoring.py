@@ -18,7 +18,7 @@ def score(check: Check) -> None:
     config, num_images, num_shards = settings(quick=True)
     if check.is_small:
         num_images = 8
-        config = config.model_copy(update={"batch_size": 4})
+        config = config.model_copy(update={"clip_model": "ViT-demo", "batch_size": 4})
     dataset, shards = make_shards(check.work / "score", num_images, num_images // num_shards), list(range(num_shards))
     models = load_models(config)
     check.record(model=config.clip_model, dtype=config.dtype, images=num_images, decoding_threads=num_threads())

@@ -9,6 +9,7 @@ from sdtrain.config import load_config
 from sdtrain.errors import UserError
 from sdtrain.formats.any_model import open_model
 from sdtrain.formats.checkpoint import find_checkpoint
+from sdtrain.loading.substitutes import read_substitutes
 from sdtrain.models.unet import build_unet
 from sdtrain.train import parse_arguments, run, train
 from sdtrain.training.run_dir import RunDir
@@ -45,6 +46,22 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, world, ranks
     assert files[0] == files[1]
     done = json.loads((stopped / "DONE").read_text())
     assert done == {"step": config.steps, "checkpoint": f"checkpoints/step-{config.steps:08d}"}
+
+
+def test_training_records_what_it_put_in_the_place_of_damaged_samples(tmp_path, world, ranks):
+    models, _ = world
+    latents = write_latents(tmp_path / "data", models, num_samples=20, samples_per_shard=10)
+    (latents / "latents" / "00001.tar").write_bytes(b"cut short")
+    data = {"root": str(latents), "resolution": 64, "on_corrupt": "skip"}
+    config, directory = config_of(tmp_path, (models, latents), data=data), RunDir(tmp_path / "run")
+    assert train(config, directory, ranks, stop_requested=after(3)) == 3
+    recorded = read_substitutes(directory.substitutes)
+    assert (recorded.recorded_from, recorded.full_from) == (0, None)
+    steps, damaged, _, taken = recorded.rows.T
+    assert {0, 1, 2} <= set(steps.tolist())
+    assert int(damaged.min()) >= 10 > int(taken.max())
+    # It counts substitutes that were damaged too.
+    assert 0 < (steps < 3).sum() <= int(directory.log.rows()[-1]["num_substituted"])
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from filters import rules as known_rules
 from filters.decide.stage import DECIDE, decide
-from filters.recipe import DecideConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
+from tests.filters.dataset_fixtures import make_dataset
 from tests.image_fixtures import Fetched, write_downloads
 
 SCORE_NAMES = ("aesthetic", "pwatermark", "punsafe", "similarity")
@@ -329,3 +331,35 @@ def test_a_new_rule_on_any_kind_of_column_works_where_its_column_is_known_and_is
     [(name, values)] = kinds.items()
     dataset = write_dataset(tmp_path, [row(**{name: value}) for value in values])
     assert decided(dataset, rules=rules, decide_by="image") == [None, "mine"]
+
+
+def test_tables_of_versions_with_other_columns_are_read_together(tmp_path):
+    """A score that the first shard was made without is missing there, and known of the others."""
+    dataset, recipe = make_dataset(tmp_path)
+    recipe = recipe.model_copy(update={"decide": DecideConfig(decide_by="image", rules={"min_similarity": 0.3})})
+    for shard in (1, 2):
+        scores = pq.read_table(dataset.scores(shard))
+        pq.write_table(
+            scores.add_column(0, "similarity", pa.array([0.25 + shard / 10] * len(scores))), dataset.scores(shard)
+        )
+    images = pq.read_table(dataset.images_table(2))
+    pq.write_table(images.drop_columns(["phash"]).append_column("later", [[1] * len(images)]), dataset.images_table(2))
+    missing, whole = decide(dataset, recipe), [pq.read_table(dataset.scores(shard)) for shard in range(3)]
+    sound = [table["reason"].null_count for table in whole]
+    assert missing["similarity_missing"] == sound[0]
+    assert missing[None] == sum(sound[1:]), "0.35 and 0.45 are enough"
+
+
+@pytest.mark.parametrize("table", [DatasetDir.images_table, DatasetDir.scores, DatasetDir.selection])
+def test_a_missing_table_is_a_sentence(tmp_path, table):
+    dataset, recipe = make_dataset(tmp_path)
+    table(dataset, 1).unlink()
+    with pytest.raises(UserError, match=r"00001\.parquet cannot be read.*Run the build again"):
+        decide(dataset, recipe)
+
+
+def test_tables_without_a_column_that_a_rule_names_are_a_sentence(tmp_path):
+    dataset, recipe = make_dataset(tmp_path)
+    by_image = DecideConfig(decide_by="image", rules={"min_similarity": 0.3})
+    with pytest.raises(UserError, match=r"cannot be read as they must be for decisions \(.*similarity"):
+        decide(dataset, recipe.model_copy(update={"decide": by_image}))

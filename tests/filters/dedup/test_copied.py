@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.decide.stage import DECIDE
-from filters.dedup import DEDUP, clusters
+from filters.dedup import DEDUP, clusters, similar
 from filters.dedup.levels import LEVELS
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
@@ -22,6 +22,7 @@ from tests.filters.dedup.duplicate_fixtures import (
     groups_of,
     looks_table,
     search,
+    uid_of,
     with_embeddings,
 )
 from tests.filters.sscd_fixtures import Published, write_scripted
@@ -67,6 +68,25 @@ def test_clusters_of_several_nearest_centres_lose_few_copies_though_nothing_clus
     by_clip = planted().rename_columns({"sscd_embedding": "embedding"})
     nearest_only = groups_of(by_clip, level="semantic", semantic_threshold=0.75, num_clusters=45)
     assert len(nearest_only) < 0.8 * len(EXPECTED), "else one cluster for each would do"
+
+
+def test_equal_embeddings_are_compared_as_one_with_the_same_groups(monkeypatch):
+    table = planted().take([*range(NUM), *[3] * 300, *[NUM - NUM_COPIES + 3] * 200])
+    table = table.set_column(0, "uid", [[uid_of(i) for i in range(len(table))]])
+    compared = []
+    original = similar._proposed
+    monkeypatch.setattr(
+        similar, "_proposed", lambda vectors, least: compared.append(len(vectors)) or original(vectors, least)
+    )
+    found = copied(table, radius=0)
+    assert compared == [NUM]
+    assert {i for i, (first, _) in found.items() if first == 3} == {3, NUM - NUM_COPIES + 3, *range(NUM, NUM + 500)}
+    assert len(found) == len(EXPECTED) + 500
+
+
+def test_embeddings_of_zeros_are_like_none_not_even_each_other():
+    table = looks_table(np.array([0, 2**40 - 1, 2**63 - 1], np.uint64), distinct_colors(3))
+    assert copied(with_embeddings(table, np.zeros((3, 8)), "sscd_embedding")) == {}
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import duckdb
@@ -11,9 +12,10 @@ import pytest
 
 from filters.inspect.query import ask
 from filters.inspect.views import write_views
-from filters.recipe import Recipe, SelectConfig
-from filters.recipe_record import record_recipe
+from filters.recipe import Recipe
+from filters.recipe_record import read_recipe, record_recipe
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.cli import main
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch
@@ -77,6 +79,15 @@ def test_nothing_else_is_possible_and_the_reason_is_a_sentence(dataset, sql):
         with pytest.raises(UserError, match=r"cannot be answered|may only read|one SQL statement"):
             answer(dataset, sql.format(root=dataset.root), explain=explain)
     assert sorted(dataset.root.rglob("*")) == before
+
+
+def test_a_moved_dataset_says_how_its_views_are_written_again(dataset, tmp_path):
+    moved = DatasetDir(shutil.copytree(dataset.root, tmp_path / "moved"))
+    with pytest.raises(UserError, match=r"was moved or copied .* Run `sdtrain views .*/moved`"):
+        answer(moved, "FROM selection")
+    assert answer(moved, "SELECT count(*) AS num FROM funnel")
+    write_views(moved, read_recipe(moved))
+    assert answer(moved, "SELECT count(*) AS num FROM selection") == [{"num": 5}]
 
 
 def test_a_folder_beside_the_dataset_with_the_same_beginning_is_out_of_reach(dataset):

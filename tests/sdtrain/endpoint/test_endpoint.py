@@ -257,16 +257,17 @@ def test_a_server_that_breaks_down_in_the_middle_ends_it_and_its_failures_are_as
         assert ("30", "q") not in log
 
 
-def test_requests_that_fail_for_themselves_do_not_stop_a_run_that_has_nothing_else_left():
+@pytest.mark.parametrize(("status", "kind"), [(500, "failed"), (400, "rejected")])
+def test_requests_that_fail_for_themselves_do_not_stop_a_run_that_has_nothing_else_left(status, kind):
     def reply(asked):
         is_poison = asked.prompt.startswith("question")
-        return error(500, "crash") if is_poison else echo(asked)
+        return error(status, "crash") if is_poison else echo(asked)
 
     image = jpeg_of(Image.new("RGB", (8, 8)), 8)
     with chat_server(reply) as server:
         questions = [Request(f"question {number}", (image,)) for number in range(50)]
         answers = ask(config_of(server, retries=0), questions, SECTION)
-        assert {answer.kind for answer in answers} == {"failed"}
+        assert {answer.kind for answer in answers} == {kind}
         assert all(len(asked.images) == 1 for asked in server.asked)
 
 
@@ -322,6 +323,25 @@ def test_fields_that_a_server_does_not_accept_are_left_out_or_renamed():
     assert [answer.probability_of_yes() for answer in answers] == [1.0] * 3
     assert len(server.asked) == 7
     assert server.asked[-1].body["max_completion_tokens"] == 128
+
+
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "Requested sample logprobs of 20, which is greater than max allowed: 5",
+        "top_logprobs must be less than or equal to 5",
+    ],
+)
+def test_a_server_that_tells_fewer_probabilities_is_asked_for_as_many(complaint):
+    def reply(asked):
+        if asked.body["top_logprobs"] > 5:
+            return error(400, complaint)
+        return completion("Yes", logprobs={"Yes": -0.5, "No": -1.5})
+
+    with chat_server(reply) as server:
+        answers = ask(config_of(server, concurrency=2), [Request("Is it red?", top_logprobs=20)] * 4, SECTION)
+    assert [answer.probability_of_yes() for answer in answers] == [pytest.approx(1 / (1 + np.exp(-1.0)))] * 4
+    assert server.asked[-1].body["top_logprobs"] == 5
 
 
 def test_requests_in_flight_together_adapt_to_the_same_complaint():

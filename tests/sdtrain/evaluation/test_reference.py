@@ -12,6 +12,7 @@ from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport
 from sdtrain.dataset.tars import write_samples
 from sdtrain.errors import UserError
+from sdtrain.evaluation import reference
 from sdtrain.evaluation.reference import open_reference
 from tests.sdtrain.evaluation.evaluation_fixtures import write_images
 
@@ -98,6 +99,33 @@ def test_a_dataset_is_its_packed_images(tmp_path):
     outputs[dataset.relative(dataset.packed_tar(1))].sha256 = "0" * 64
     write_entry(dataset, ShardReport(stage="pack", shard=1, num_in=2, num_out=2, outputs=outputs))
     assert open_reference(dataset.root, 100).digest != known.digest
+
+
+def test_only_the_shards_of_chosen_images_are_looked_into(tmp_path, monkeypatch):
+    dataset, bodies = DatasetDir(tmp_path / "data"), {}
+    dataset.images_tar(0).parent.mkdir(parents=True)
+    for shard in range(6):
+        own = {f"{shard:05d}{i:04d}": f"image {shard} {i}".encode() for i in range(3)}
+        placed = write_samples(dataset.images_tar(shard), [(key, {"jpg": body}) for key, body in own.items()])
+        places = [sample.members["jpg"] for sample in placed]
+        # The first row's image was not fetched.
+        columns = {
+            "picture_offset": [None, *(m.offset for m in places)],
+            "picture_bytes": [None, *(m.size for m in places)],
+        }
+        pq.write_table(pa.table(columns), dataset.images_tar(shard).with_suffix(".parquet"), row_group_size=2)
+        bodies |= own
+    everything = open_reference(dataset.root, 100)
+    assert [place.read() for place in everything.places] == list(bodies.values())
+    looked, images_in = [], reference._images_in
+    monkeypatch.setattr(reference, "_images_in", lambda tar: looked.append(tar) or images_in(tar))
+    for most in (1 << 27, 5):  # also where there are too many for a permutation
+        monkeypatch.setattr(reference, "_MOST_PERMUTED", most)
+        looked.clear()
+        few = open_reference(dataset.root, 2, 3)
+        assert len(set(few.places) & set(everything.places)) == 2
+        assert {str(tar) for tar in looked} == {place.path for place in few.places}
+        assert few.source == "data: dataset, 2 of 18 images, seed 3"
 
 
 def test_tars_beside_tables_of_others_are_read_by_their_headers(tmp_path):

@@ -1,7 +1,10 @@
 """Answers are those of a replay, on small plans of every kind."""
 
+import gc
+
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -9,7 +12,13 @@ from sdtrain.exposure.crops import crop_of
 from sdtrain.exposure.exposures import DROPPED, find_exposures
 from sdtrain.exposure.located import present_as_located
 from sdtrain.exposure.trained import table_folder
+from sdtrain.formats.frozen import load_text_encoder, vae_scaling_factor
+from sdtrain.loading import substitutes
+from sdtrain.loading.loader import BatchMaker
+from sdtrain.loading.sample_plan import SampleIndices
 from sdtrain.loading.sample_record import Origin, SampleRecord
+from sdtrain.loading.sources import open_samples
+from sdtrain.loading.substitutes import SubstituteLog
 from sdtrain.training.run_dir import RunDir
 from tests.sdtrain.encode.packed_fixtures import Recipe, encode, write_packed
 from tests.sdtrain.exposure.run_fixtures import config_of, record_run, replay
@@ -85,6 +94,68 @@ def test_all_uses_are_those_of_a_replay(tmp_path, models, way):
     held_out = ["held 4 of the samples out for validation"] if way.startswith("held") else []
     assert len(exposures.remarks) == len(held_out)
     assert all(words in said for words, said in zip(held_out, exposures.remarks, strict=True))
+
+
+def test_uses_are_those_of_the_samples_that_took_the_place_of_damaged_ones(tmp_path, models):
+    data = write_latents(tmp_path / "data", models, num_samples=23, samples_per_shard=5)
+    damaged = [data / "latents" / f"0000{shard}.tar" for shard in (1, 3)]
+    whole = [path.read_bytes() for path in damaged]
+    config = config_of(tmp_path, models, {"on_corrupt": "skip"}, steps=9, caption_dropout=0.3)
+    run = RunDir(record_run(tmp_path / "run", config))
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:6000])
+    damaged_replay = replayed(config)
+    train(run, config, 0, 7, world_size=2)  # and is killed: a checkpoint of step 4 is the last
+    damaged[0].write_bytes(whole[0])
+    train(run, config, 4, 6, world_size=1)
+    damaged[1].write_bytes(whole[1])
+    train(run, config, 6, 9, world_size=2)
+    repaired = replayed(config)
+    damaged[1].write_bytes(whole[1][:6000])
+    half_repaired = replayed(config)
+    damaged[1].write_bytes(whole[1])
+    expected = {
+        place: (damaged_replay if place[0] < 4 else half_repaired if place[0] < 6 else repaired)[place]
+        for place in repaired
+    }
+    assert all(replay != expected for replay in (damaged_replay, half_repaired, repaired))
+    exposures = find_exposures(run.path, everything)
+    assert answered(exposures) == expected
+    assert exposures.remarks == []
+    one = exposures.samples["uid"][7].as_py()
+    alone = find_exposures(run.path, lambda *stored: (rows := everything(*stored)).filter(pc.equal(rows["uid"], one)))
+    assert answered(alone) == {place: found for place, found in expected.items() if found[0] == one}
+
+
+def train(run, config, first_step, end, world_size):
+    """The batches of a process that was killed after these steps."""
+    store = open_samples(config, vae_scaling_factor(config.vae))
+    tokenizer = load_text_encoder(config.text_encoder)[0]
+    for rank in range(world_size):
+        log = SubstituteLog(run.substitutes, rank, world_size, first_step, is_kept=True)
+        maker = BatchMaker(store, tokenizer, config, rank, world_size)
+        assert len(list(maker.prefetch(first_step, end, False, log))) == (end - first_step) * maker.accumulation
+    del store, maker
+    gc.collect()  # which ends its lock
+
+
+def test_substitutes_that_were_not_recorded_are_said(tmp_path, models, monkeypatch):
+    write_latents(tmp_path / "data", models, num_samples=5)
+    run = RunDir(record_run(tmp_path / "run", config_of(tmp_path, models, {"on_corrupt": "skip"}, steps=4)))
+    log = SubstituteLog(run.substitutes, 0, 1, 2, is_kept=True)
+    assert find_exposures(run.path, everything).remarks == []
+    run.log.add(step=2, num_substituted=3)  # by a version that kept no record
+    (remark,) = find_exposures(run.path, everything).remarks
+    assert "3 samples), without recording which" in remark
+    monkeypatch.setattr(substitutes, "MOST", 3)
+    samples = SampleIndices(np.array([1, 2]), np.array([0, 0]))
+    for step in (3, 5, 4):
+        log.add(step, samples, {0: 3, 1: 4})
+    file = run.substitutes / "rank-00000.bin"
+    file.write_bytes(file.read_bytes() + b"half a row")
+    found = substitutes.read_substitutes(run.substitutes)
+    assert (found.rows.tolist(), found.recorded_from, found.full_from) == ([[3, 1, 0, 3], [3, 2, 0, 4]], 2, 4)
+    assert "from step 4 on some uses" in find_exposures(run.path, everything).remarks[1]
 
 
 def test_a_run_counts_with_the_steps_that_a_later_run_began_with(tmp_path, models):

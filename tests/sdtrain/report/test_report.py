@@ -6,16 +6,21 @@ import re
 
 import pytest
 
+from filters.decide.funnel import remarks
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
 from filters.inspect.report import finish_dataset, report_on, scores_note
 from filters.inspect.views import write_views
+from filters.recipe import Recipe
 from filters.score.stage import SCORE
+from filters.select.stage import SELECT
 from sdtrain.dataset.stage import run_batch
 from sdtrain.errors import UserError
 from sdtrain.report.page import Report, write_report
 from sdtrain.report.plots import plot_funnel, plot_histogram, plot_loss
+from sdtrain.settings import parse_settings
 from sdtrain.training.run_dir import RunDir
+from tests.filters.embedded_fixtures import SCORED
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
 
 
@@ -87,6 +92,17 @@ def test_scores_of_networks_that_learnt_nothing_are_said_to_mean_nothing(recipe)
 
     assert "those of clip" in scores_note(with_clip("random-full:0"))
     assert "clip" not in scores_note(with_clip("openai"))
+
+
+def test_duplicates_by_random_weights_are_said_to_mean_nothing(tmp_path):
+    dataset = write_downloads(tmp_path, [Fetched(encoded(scene_image(number))) for number in range(3)])
+    for clip, sscd, num_said in (("random:0", None, 1), (None, None, 0), (None, "random:0", 1)):
+        score = SCORED | {"clip_weights": clip, "sscd_weights": sscd}
+        recipe = parse_settings(Recipe, {"name": "few", "score": score}, "recipe.yaml")
+        for stage in (SCORE, DEDUP):
+            run_batch(stage, dataset, recipe, stage.shards(dataset, recipe))
+        said = remarks(dataset, recipe, (SELECT, SCORE, DEDUP))
+        assert sum("random weights" in remark for remark in said) == num_said
 
 
 def test_a_dataset_without_decisions_is_a_sentence(tmp_path, recipe):

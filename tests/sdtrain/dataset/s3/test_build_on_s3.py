@@ -96,6 +96,7 @@ def kill_after(server, process: subprocess.Popen, prefix: str, stage: str, delay
 
 
 @pytest.mark.slow
+@pytest.mark.first
 @pytest.mark.timeout(600)
 def test_a_build_killed_on_one_machine_is_finished_on_an_empty_one_with_identical_objects(
     server, store, recipe, tmp_path
