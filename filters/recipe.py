@@ -8,123 +8,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from filters.ask_rules import questions_of
 from filters.build_options import BuildOptions
 from filters.caption_config import AskConfig, CaptionConfig
-from filters.columns import ALIASES, RESERVED, SwappedSizes
-from filters.rules import RULES, RuleValue, check_carried, check_rules
+from filters.rules import RuleValue, check_carried
+from filters.select_config import SelectConfig, checked_rules
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
-from sdtrain.settings import Settings, load_settings, nearest, parse_settings
+from sdtrain.settings import Settings, load_settings, parse_settings, shipped, shipped_or_file
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-
-
-def _checked_rules(rules: Any, info: ValidationInfo, in_decide: bool) -> Any:
-    if not isinstance(rules, dict):
-        raise ValueError("rules are `name: value` lines")
-    try:
-        return check_rules(rules, in_decide, None if in_decide else info.data.get("carry", ()))
-    except UserError as error:
-        raise ValueError(str(error)) from error
-
-
-Rules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=False))]
-DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(_checked_rules, in_decide=True))]
+DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(checked_rules, in_decide=True))]
 
 NETWORKS = ("clip", "aesthetic", "aesthetic_v1", "safety", "watermark", "sscd")
 """The networks of `score`, by their settings' prefix."""
-
-JOINABLE = frozenset(ALIASES) - {"url", "caption", "hash", "source_row"}
-
-
-def _joinable(columns: list[str] | None) -> list[str] | None:
-    for name in columns or []:
-        if name not in JOINABLE:
-            raise ValueError(f"column '{name}' cannot be joined.{nearest(name, sorted(JOINABLE))}")
-    return columns
-
-
-class JoinConfig(Settings):
-    """Separate files of scores, which fill gaps in the metadata."""
-
-    files: str
-    """Parquet, CSV, TSV or JSON lines: a file, a folder or a glob."""
-    by: Literal["hash", "url_caption"] = "hash"
-    """The key of a score's row in the metadata: LAION's `hash` of URL and TEXT, or these themselves."""
-    columns: Annotated[list[str] | None, AfterValidator(_joinable)] = None
-    """The columns to take, by our names; all that the files have by default."""
-
-
-class ListConfig(Settings):
-    """Entries that drop rows (a blocklist) or that rows must be among (an allowlist)."""
-
-    files: str
-    """Parquet, or text with one entry a line and comments after # (but by url_caption only in lines of their own): a
-    file, a folder or a glob."""
-    by: Literal["url", "host", "hash", "uid", "md5", "sha256", "url_caption"]
-    """The kind of an entry. A host means its subdomains too; in text, url_caption is URL, tab, caption. A uid is
-    sdtrain's (the md5 of URL, line feed and caption) or, if the metadata has a column uid as DataComp's, that one."""
-
-
-def _known_columns(columns: dict[str, str]) -> dict[str, str]:
-    for name in columns:
-        if name not in ALIASES:
-            raise ValueError(f"'{name}' is none of our columns.{nearest(name, list(ALIASES))}")
-    return columns
-
-
-def _carriable(names: list[str]) -> list[str]:
-    for number, name in enumerate(names):
-        if name.lower() in RESERVED:
-            raise ValueError(f"'{name}' is a column of our own tables; carry it under another name of the metadata's")
-        if name.lower() in map(str.lower, names[:number]):
-            raise ValueError(f"'{name}' is there twice")
-        if not name.strip() or not name.isprintable() or set(name) & set("\"'?{}\\"):
-            raise ValueError(f"{name!r} cannot be a column of our tables")
-        if name in RULES:
-            raise ValueError(f"'{name}' is the name of a rule")
-    return names
-
-
-Carried = Annotated[list[str], AfterValidator(_carriable)]
-Columns = Annotated[dict[str, str], AfterValidator(_known_columns)]
-
-
-class SelectConfig(Settings):
-    """Selection of the metadata rows that are worth downloading."""
-
-    metadata: str = ""
-    """Parquet, CSV, TSV or JSON lines (also .gz, .zst) with LAION's columns: a file, a folder or a glob; local, or on
-    s3://, gs://, hf:// or https://. Records keep no query or password of a URL: give it again, or write ${NAME} and set
-    that environment variable."""
-    swapped_sizes: SwappedSizes = "auto"
-    """Whether WIDTH and HEIGHT are exchanged; "auto": in the raw files of laion400m and laion2B-en, where they are."""
-    columns: Columns = Field(default={})
-    """Our names of columns -> the files', where they are none of the usual: {url: image_url, caption: raw_caption}."""
-    carry: Carried = Field(default=[])
-    """Further columns to carry into the selection, views and the JSON of packed samples, and to use in rules."""
-    joins: list[JoinConfig] = Field(default=[])
-    """Files with scores for the rows, joined before the rules; the first that has a score wins."""
-    rules: Rules = Field(default={})
-    """Rule name -> value, checked in this order; the first that fails is the reason."""
-    blocklists: list[ListConfig] = Field(default=[])
-    """Rows on any of these are dropped."""
-    allowlists: list[ListConfig] = Field(default=[])
-    """Rows must be on each of these."""
-    null_policy: Literal["drop", "score_later"] = "drop"
-    """A NULL score drops the row as SQL would, or leaves the decision to the image's own score."""
-    limit: int | None = Field(default=None, ge=1)
-    """At most this many rows, the first in shuffled order."""
-    seed: int = 42
-    shuffle_by: Literal["uid", "url"] = "uid"
-    """The order is of single rows, or of URLs, whose rows with other captions come together: one fetch serves them."""
-    samples_per_shard: int = Field(default=10_000, ge=1)
-    new_files: Literal["append", "reshuffle"] = "append"
-    """Metadata files that were added since give shards after the finished ones, or a new shuffle of everything."""
-
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -204,10 +103,10 @@ class DuplicatesConfig(Settings):
     """Definition of duplicates among the images."""
 
     level: DuplicatesLevel = "off"
-    """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual, and copies that
-    are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which are those of
-    edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if score.sscd_weights are
-    given."""
+    """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual if pixels agree,
+    and copies that are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which
+    are those of edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if
+    score.sscd_weights are given."""
     radius: int = Field(default=4, ge=0, le=16)
     """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
     altered_agreement: float = Field(default=0.88, gt=0, le=1)
@@ -349,7 +248,7 @@ class Recipe(Settings):
 
 def known_recipes() -> list[str]:
     """Returns the names of the recipes shipped with sdtrain."""
-    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+    return shipped(RECIPES_DIR)
 
 
 def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recipe:
@@ -357,12 +256,7 @@ def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recip
 
     UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
-    path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES_DIR / f"{name_or_file}.yaml"
-        if not path.exists():
-            raise UserError(f"There is no recipe '{name_or_file}'.{nearest(name_or_file, known_recipes())}")
-    recipe = load_settings(Recipe, path)
+    recipe = load_settings(Recipe, shipped_or_file(name_or_file, RECIPES_DIR, "recipe"))
     return _override(recipe, options) if options else recipe
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from filters.columns import SCORE_COLUMNS
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.rules import RULES, active_rules
+from filters.select_config import SelectConfig
 from sdtrain.dataset.config import SourceConfig
 from sdtrain.dataset.files import publish
 from sdtrain.dataset.layout import DatasetDir

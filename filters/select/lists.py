@@ -10,7 +10,6 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from filters.recipe import ListConfig, SelectConfig
 from filters.select.faults import first_line
 from filters.select.httpfs import is_remote
 from filters.select.list_entries import Entry, read_entries
@@ -27,6 +26,7 @@ from filters.select.sql_functions import (
     lookup_sql,
     register_host_of,
 )
+from filters.select_config import ListConfig, SelectConfig
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 

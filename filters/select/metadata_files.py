@@ -12,7 +12,6 @@ from pathlib import Path
 import duckdb
 
 from filters.columns import ALIASES, SCORE_COLUMNS, SwappedSizes
-from filters.recipe import SelectConfig
 from filters.rules import RULES, active_rules
 from filters.select.faults import first_line
 from filters.select.httpfs import is_remote, load_remote
@@ -20,6 +19,7 @@ from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without
 from filters.select.named_columns import find_carried, map_columns
 from filters.select.schema import MetadataFile, describe_file, turn_sizes
 from filters.select.text_files import describe_text, is_text
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 

@@ -16,7 +16,6 @@ import psutil
 import pyarrow as pa
 
 from filters.columns import ALIASES, SCORE_COLUMNS
-from filters.recipe import SelectConfig
 from filters.rules import derived_sql, reason_case
 from filters.select.faults import fault
 from filters.select.metadata_files import prepare
@@ -26,6 +25,7 @@ from filters.select.schema import MetadataFile, check_columns, normalised_sql, q
 from filters.select.side_inputs import SideInputs, has_side_inputs, load_side_inputs
 from filters.select.sql_functions import allowed_sql, register_url_check
 from filters.select.text_files import first_bad_line
+from filters.select_config import SelectConfig
 from sdtrain.dataset.addresses import IMPORT
 from sdtrain.dataset.files import raise_if_disk_full
 from sdtrain.dataset.removal_ledger import LEDGER

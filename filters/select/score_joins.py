@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import duckdb
 
 from filters.columns import ALIASES
-from filters.recipe import JOINABLE, JoinConfig
 from filters.select.faults import fault
 from filters.select.locations import PARQUET, TEXT_SUFFIXES, find_files, without_texts_beside_parquet
 from filters.select.metadata_files import describe_files, prepare
 from filters.select.schema import MetadataFile, check_hashes, normalised_sql, turn_sizes
 from filters.select.sql_functions import URL_CAPTION, Lookup, lookup_sql
+from filters.select_config import JOINABLE, JoinConfig
 from sdtrain.errors import UserError
 from sdtrain.redaction import without_secrets
 

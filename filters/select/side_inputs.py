@@ -11,7 +11,6 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from filters.recipe import SelectConfig
 from filters.select.httpfs import is_remote
 from filters.select.lists import Lists, list_files, load_lists
 from filters.select.locations import is_parquet
@@ -20,6 +19,7 @@ from filters.select.removed_rows import Blocked
 from filters.select.schema import MetadataFile, check_hashes
 from filters.select.score_joins import Joins, join_files, load_joins
 from filters.select.sql_functions import register_laion_hash
+from filters.select_config import SelectConfig
 from sdtrain.dataset.removal_ledger import LEDGER, REMOVED
 from sdtrain.redaction import without_secrets
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.rules import RuleValue, in_words
 from filters.select.lists import WHICH_UID
 from filters.select.metadata_files import metadata_of, num_rows_of, remarks_on
@@ -22,6 +22,7 @@ from filters.select.schema import MetadataFile
 from filters.select.shard_writer import ExactShards, SelectedUids
 from filters.select.shuffle import Order, Shuffle, SourceOrder
 from filters.select.side_inputs import identify_side_inputs
+from filters.select_config import SelectConfig
 from sdtrain.dataset.files import numbered_files, scratch
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, entries, forget_entry, shard_of

@@ -118,8 +118,8 @@ def _word(salt: int) -> str:
 
 
 def select_ours(metadata: Path, output: Path) -> int:
-    from filters.recipe import SelectConfig
     from filters.select.stage import select_rows
+    from filters.select_config import SelectConfig
     from sdtrain.dataset.layout import DatasetDir
 
     config = SelectConfig(metadata=str(metadata), rules=RULES, samples_per_shard=SAMPLES_PER_SHARD)

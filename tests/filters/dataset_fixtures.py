@@ -5,8 +5,9 @@ from collections import Counter
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.recipe import DecideConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport

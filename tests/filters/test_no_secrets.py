@@ -34,6 +34,7 @@ from tests.filters.store_fixtures import PASSWORD, PLANTED, QUERY, SPELLINGS, St
 # All settings that are text. A new one fails the test below until it is known whether it can hold a URL.
 MODULES = (
     "filters.recipe",
+    "filters.select_config",
     "filters.caption_config",
     "sdtrain.config",
     "sdtrain.endpoint.config",
@@ -348,7 +349,7 @@ def test_a_build_from_presigned_urls_leaves_no_secret_and_resumes_with_another_s
 
 @needs_httpfs
 def test_what_identifies_a_file_is_the_same_whatever_its_signature():
-    from filters.recipe import SelectConfig
+    from filters.select_config import SelectConfig
 
     with serving() as store:
         store.files.update(FILES)

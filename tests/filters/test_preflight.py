@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from filters.preflight import BuildPreflight, local_checks, network_checks, size_check_before_selection
-from filters.recipe import ListConfig, Recipe, load_recipe
+from filters.recipe import Recipe, load_recipe
+from filters.select_config import ListConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import write_entry
 from sdtrain.dataset.shard_report import ShardReport

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from filters.recipe import DecideConfig, SelectConfig, load_recipe
+from filters.recipe import DecideConfig, load_recipe
 from filters.rules import DERIVED, RULES, Rule, derived_sql, explain, reason_case
 from filters.select.pushdown import Pushdown, pushdown_sql
 from filters.select.schema import column_sql
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 
 NAN = float("nan")

@@ -31,7 +31,7 @@ def without_prefect(folder: Path) -> Path:
     return folder
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.first, pytest.mark.timeout(1600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1600)]
 
 
 def test_every_stage_passes_without_a_gpu(result: dict) -> None:

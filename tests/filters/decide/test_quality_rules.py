@@ -6,8 +6,9 @@ from PIL import Image, ImageFilter, ImageOps
 
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP
-from filters.recipe import DecideConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe
 from filters.score.stage import SCORE
+from filters.select_config import SelectConfig
 from sdtrain.dataset.manifest import selection
 from sdtrain.dataset.stage import run_batch
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from filters import rules as known_rules
 from filters.decide.stage import DECIDE, decide
-from filters.recipe import DecideConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import describe_outputs, write_entry
 from sdtrain.dataset.shard_report import ShardReport

@@ -8,8 +8,9 @@ import pytest
 from filters.decide.stage import DECIDE
 from filters.decide.what_if import compare, decide_again, parse_rules, with_decide_rules
 from filters.pipeline import STAGES
-from filters.recipe import DecideConfig, Recipe, SelectConfig
+from filters.recipe import DecideConfig, Recipe
 from filters.recipe_record import read_recipe, record_recipe
+from filters.select_config import SelectConfig
 from sdtrain import cli
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError

@@ -24,11 +24,12 @@ from filters.decide.funnel import remarks
 from filters.importing import ImportOptions, open_import
 from filters.inspect.status import dataset_status
 from filters.pipeline import STAGES
-from filters.recipe import SelectConfig, load_recipe
+from filters.recipe import load_recipe
 from filters.recipe_record import read_recipe
 from filters.remove.apply import finish_removal, start_removal
 from filters.remove.plan import find_removal
 from filters.select.stage import select_rows
+from filters.select_config import SelectConfig
 from sdtrain import cli
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import lock_to_change

@@ -12,9 +12,10 @@ import pytest
 
 from filters.inspect.query import ask
 from filters.inspect.views import write_views
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.cli import main
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import run_batch

@@ -3,8 +3,8 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from filters.recipe import SelectConfig
 from filters.select.stage import select_rows
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 
 

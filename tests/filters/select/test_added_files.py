@@ -3,8 +3,9 @@
 import pyarrow.parquet as pq
 import pytest
 
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import selected_shards, selection
 from sdtrain.dataset.stage import pending, run_batch

@@ -13,10 +13,11 @@ from filters.decide.stage import decide
 from filters.inspect.query import ask
 from filters.inspect.views import write_views
 from filters.pipeline import STAGES, stages_of
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.recipe_record import read_recipe, record_recipe
 from filters.rules import explain
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.recipe import SelectConfig
 from filters.select.httpfs import is_remote, load_remote, without_secrets
 from filters.select.metadata_files import find_metadata, prepare
 from filters.select.pushdown import Pushdown
 from filters.select.schema import normalised_sql
 from filters.select.side_inputs import identify_side_inputs
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 from tests.filters.store_fixtures import needs_httpfs, serving
 from tests.sdtrain.download.http.proxy_server import ProxyServer

@@ -6,10 +6,10 @@ import json
 import duckdb
 import pytest
 
-from filters.recipe import SelectConfig
 from filters.select.metadata_files import find_metadata
 from filters.select.side_inputs import has_side_inputs, identify_side_inputs, load_side_inputs
 from filters.select.sql_functions import host_of, host_sql, register_host_of
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 from tests.filters.select.metadata_fixtures import rows_of, select
 from tests.filters.select.side_input_fixtures import (

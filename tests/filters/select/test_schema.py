@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from filters.columns import ALIASES, TYPES
-from filters.recipe import SelectConfig
 from filters.select.metadata_files import find_metadata, remarks_on
 from filters.select.pushdown import Pushdown
 from filters.select.schema import check_columns, normalised_sql
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 
 NAN = float("nan")

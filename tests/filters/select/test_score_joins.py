@@ -3,8 +3,9 @@
 import mmh3
 import pytest
 
-from filters.recipe import SelectConfig, load_recipe
+from filters.recipe import load_recipe
 from filters.select.sql_functions import laion_hash
+from filters.select_config import SelectConfig
 from sdtrain.errors import UserError
 from tests.filters.select.side_input_fixtures import HASHES, MD5S, NUM_ROWS, TEXTS, URLS, apply, write, write_metadata
 

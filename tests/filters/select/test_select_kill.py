@@ -18,7 +18,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from filters.select.stage import SELECT
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import clear_leftovers, pending, run_batch
 dataset = DatasetDir(Path(sys.argv[1]))

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.select.shard_writer import shard_key
 from filters.select.stage import SELECT, _digest
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError

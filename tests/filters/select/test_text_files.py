@@ -12,10 +12,11 @@ import pytest
 
 from filters.inspect.query import ask
 from filters.inspect.views import write_views
-from filters.recipe import Recipe, SelectConfig
+from filters.recipe import Recipe
 from filters.recipe_record import record_recipe
 from filters.select.metadata_files import find_metadata, remarks_on
 from filters.select.stage import SELECT
+from filters.select_config import SelectConfig
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
