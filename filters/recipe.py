@@ -17,7 +17,7 @@ from filters.rules import RuleValue, check_carried
 from filters.select_config import SelectConfig, checked_rules
 from sdtrain.dataset.config import DownloadConfig, EncodeConfig, PackConfig, SourceConfig
 from sdtrain.errors import UserError
-from sdtrain.settings import Settings, load_settings, nearest, parse_settings
+from sdtrain.settings import Settings, load_settings, parse_settings, shipped, shipped_or_file
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 DecideRules = Annotated[dict[str, RuleValue], BeforeValidator(partial(checked_rules, in_decide=True))]
@@ -103,10 +103,10 @@ class DuplicatesConfig(Settings):
     """Definition of duplicates among the images."""
 
     level: DuplicatesLevel = "off"
-    """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual, and copies that
-    are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which are those of
-    edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if score.sscd_weights are
-    given."""
+    """exact: equal pixels or bytes. perceptual: near perceptual hashes as well. altered: perceptual if pixels agree,
+    and copies that are mirrored, cropped or overlaid with a text. copied: perceptual, and near SSCD embeddings, which
+    are those of edited copies. semantic: perceptual, and near CLIP embeddings. all: all of these, copied if
+    score.sscd_weights are given."""
     radius: int = Field(default=4, ge=0, le=16)
     """Largest Hamming distance between 64-bit perceptual hashes of duplicates; each bit above 6 multiplies the time."""
     altered_agreement: float = Field(default=0.88, gt=0, le=1)
@@ -248,7 +248,7 @@ class Recipe(Settings):
 
 def known_recipes() -> list[str]:
     """Returns the names of the recipes shipped with sdtrain."""
-    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+    return shipped(RECIPES_DIR)
 
 
 def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recipe:
@@ -256,12 +256,7 @@ def load_recipe(name_or_file: str, options: BuildOptions | None = None) -> Recip
 
     UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
-    path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES_DIR / f"{name_or_file}.yaml"
-        if not path.exists():
-            raise UserError(f"There is no recipe '{name_or_file}'.{nearest(name_or_file, known_recipes())}")
-    recipe = load_settings(Recipe, path)
+    recipe = load_settings(Recipe, shipped_or_file(name_or_file, RECIPES_DIR, "recipe"))
     return _override(recipe, options) if options else recipe
 
 

@@ -41,6 +41,21 @@ def load_settings(model: type[SettingsT], path: Path) -> SettingsT:
     return parse_settings(model, content, str(path))
 
 
+def shipped(folder: Path) -> list[str]:
+    """The names of the YAML files in one of sdtrain's own folders."""
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def shipped_or_file(name_or_file: str, folder: Path, what: str) -> Path:
+    """The user's own YAML file, or that of a name in `folder`; UserError, with the nearest, for a name of none."""
+    path = Path(name_or_file)
+    if path.suffix in (".yaml", ".yml"):
+        return path
+    if not (path := folder / f"{name_or_file}.yaml").exists():
+        raise UserError(f"There is no {what} '{name_or_file}'.{nearest(name_or_file, shipped(folder))}")
+    return path
+
+
 def parse_settings(model: type[SettingsT], content: dict[str, Any], where: str) -> SettingsT:
     """Validates `content`, which came from `where`, against `model`; UserError for an unknown key or a bad value."""
     return _validate(model, content, where)

@@ -42,6 +42,10 @@ class Placement(NamedTuple):
         """Returns some of the placements."""
         return Placement(*(values[rows] for values in self))
 
+    def at_rest(self) -> Placement:
+        """Returns the same change of brightness without the move."""
+        return self._replace(scale=np.zeros_like(self.scale), shift=np.zeros_like(self.shift))
+
     def distance(self) -> Values:
         """Returns (P,): the farthest that an edge moves, in half sides."""
         farthest: Values = (np.abs(self.scale) + np.abs(self.shift)).max(axis=1)

@@ -1,7 +1,8 @@
 """Altered copies: mirrored, cropped or overlaid with a text, as their pixels decide.
 
 Signatures propose pairs (`filters.dedup.proposals`), and a comparison of their miniatures decides
-(`filters.dedup.comparison`). `python -m tests.benchmarks.duplicates` prints what is found.
+(`filters.dedup.comparison`). Pixels also decide on the pairs of near hashes, which are those of one template as often
+as of one image. `python -m tests.benchmarks.duplicates` prints what is found.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
 from typing import IO, Any
 
 import numpy as np
@@ -19,38 +18,60 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from filters.dedup.columns import Columns, Images
-from filters.dedup.comparison import Limits, are_copies
+from filters.dedup.comparison import Limits, are_confirmed, are_copies
 from filters.dedup.proposals import Entries, Pairs, propose
 from filters.dedup.signatures import SIGNATURE_BYTES, signatures_of
-from filters.dedup.union_find import Components
+from filters.dedup.union_find import Components, Nodes
 from sdtrain.dataset.progress import report_progress
-from sdtrain.images.miniature import MINIATURE_BYTES, planes_of
+from sdtrain.images.miniature import MINIATURE_BYTES, Planes, planes_of
 
 _PAIRS_AT_ONCE = 1024
 _PROPOSED_AT_ONCE = 1 << 14
 _IMAGES_AT_ONCE = 4096
+_MAX_REFUSED = 64
 
 
-def link_altered(images: Images, columns: Columns, limits: Limits, components: Components) -> None:
-    """Links images of which one is an altered copy of the other, or others that connect the same images.
+class Miniatures:
+    """Miniatures and signatures in memory-mapped files, and what their pixels decide.
 
-    Needs the column `miniature`. Stores 1.8 kB per image in the columns' folder.
+    Takes 1.8 kB per image in the columns' folder, and 2 bytes in memory. `planes` are the signatures' planes and their
+    views.
     """
-    stored = _store(images, columns)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        for plane in stored.planes:
-            for pairs in _batched(propose(stored.entries(plane), plane), components):
-                pieces = list(_pieces(pairs))
-                for piece, copies in zip(pieces, threads.map(partial(stored.are_copies, limits), pieces), strict=True):
-                    components.link(piece.ones[copies], piece.others[copies])
 
+    def __init__(self, columns: Columns, limits: Limits, planes: dict[str, tuple[str, ...]]) -> None:
+        self.columns, self.limits, self.planes = columns, limits, planes
+        self._refused = np.zeros(columns.num, np.uint16)
 
-@dataclass(frozen=True)
-class _Stored:
-    """Miniatures and signatures in memory-mapped files; `planes` are the signatures' planes and their views."""
+    @classmethod
+    def store(cls, images: Images, columns: Columns, limits: Limits) -> Miniatures:
+        """Reads the column `miniature`."""
+        return cls(columns, limits, _store(images, columns))
 
-    columns: Columns
-    planes: dict[str, tuple[str, ...]]
+    def link_altered(self, components: Components) -> None:
+        """Links images of which one is an altered copy of the other, or others that connect the same images."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            for plane in self.planes:
+                for pairs in _batched(propose(self.entries(plane), plane), components):
+                    pieces = list(_pieces(pairs))
+                    for piece, copies in zip(pieces, threads.map(self.are_copies, pieces), strict=True):
+                        components.link(piece.ones[copies], piece.others[copies])
+
+    def confirm(self, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes, Nodes]]:
+        """Yields those of some pairs of images with near hashes whose pixels confirm them.
+
+        An image that was refused often is one of a crowd of one template, and is not compared further: so the cost
+        stays in proportion to the number of images.
+        """
+        pairs = Pairs(ones, others, np.zeros(len(ones), bool))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            for start in range(0, len(ones), _PROPOSED_AT_ONCE):
+                waiting = pairs.chosen(slice(start, start + _PROPOSED_AT_ONCE))
+                refused = np.maximum(self._refused[waiting.ones], self._refused[waiting.others])
+                pieces = list(_pieces(waiting.chosen(refused < _MAX_REFUSED)))
+                for piece, equal in zip(pieces, threads.map(self._are_confirmed, pieces), strict=True):
+                    yield piece.ones[equal], piece.others[equal]
+                    for nodes in (piece.ones[~equal], piece.others[~equal]):
+                        np.add.at(self._refused, nodes, 1)
 
     def entries(self, plane: str) -> Entries:
         """Returns the signatures of a plane."""
@@ -63,8 +84,15 @@ class _Stored:
         known = np.asarray(np.memmap(folder / f"{plane}-known", np.bool_, "r", shape=(num,)))
         return Entries(known, tuple(views), np.asarray(self.columns.words("pixels0")))
 
-    def are_copies(self, limits: Limits, pairs: Pairs) -> NDArray[np.bool_]:
-        """Returns (P,): whether the miniatures of each pair are of altered copies.
+    def are_copies(self, pairs: Pairs) -> NDArray[np.bool_]:
+        """Returns (P,): whether the miniatures of each pair are of altered copies."""
+        return are_copies(*self._laid(pairs), pairs.mirrored, self.limits)
+
+    def _are_confirmed(self, pairs: Pairs) -> NDArray[np.bool_]:
+        return are_confirmed(*self._laid(pairs), self.limits)
+
+    def _laid(self, pairs: Pairs) -> tuple[Planes, Planes]:
+        """Returns both miniatures of each pair.
 
         Independent of the order of images: the one with the smaller digest is laid on the other.
         """
@@ -74,10 +102,10 @@ class _Stored:
         ones, others = np.where(swapped, others, ones), np.where(swapped, ones, others)
         shape = (self.columns.num, MINIATURE_BYTES)
         miniatures = np.memmap(self.columns.folder / "miniatures", np.uint8, "r", shape=shape)
-        return are_copies(planes_of(miniatures[ones]), planes_of(miniatures[others]), pairs.mirrored, limits)
+        return planes_of(miniatures[ones]), planes_of(miniatures[others])
 
 
-def _store(images: Images, columns: Columns) -> _Stored:
+def _store(images: Images, columns: Columns) -> dict[str, tuple[str, ...]]:
     planes = dict[str, tuple[str, ...]]()
     with ExitStack() as stack:
         files = dict[str, IO[bytes]]()
@@ -98,7 +126,7 @@ def _store(images: Images, columns: Columns) -> _Stored:
                     planes[found.plane] = tuple(
                         write(f"{found.plane}-{view}", values) for view, values in views.items() if values is not None
                     )
-    return _Stored(columns, planes)
+    return planes
 
 
 def _blocks(column: pa.ChunkedArray) -> Iterator[NDArray[np.uint8]]:

@@ -8,13 +8,14 @@ planted copies and on images that only look alike (docs/LOG.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from filters.dedup.alignment import Values
 from filters.dedup.measures import FloatPlanes
-from filters.dedup.moves import are_moved
+from filters.dedup.moves import are_moved, are_still, may_be_moved
 from filters.dedup.overlays import are_overlaid
 from sdtrain.images.miniature import Planes
 
@@ -38,13 +39,30 @@ class Limits:
 def are_copies(ones: Planes, others: Planes, mirrored: NDArray[np.bool_], limits: Limits) -> NDArray[np.bool_]:
     """Returns (P,): whether miniatures are of altered copies, after mirroring `ones` where `mirrored`."""
     copies = np.zeros(len(mirrored), bool)
-    one, other = (FloatPlanes(*(plane.astype(np.float32) for plane in planes)) for planes in (ones, others))
+    one, other = _floats(ones), _floats(others)
     one = FloatPlanes(*(np.where(_beside(mirrored, plane), plane[..., ::-1], plane) for plane in one))
     left = np.flatnonzero(_may_be_copies(one, other))
     one, other = one.chosen(left), other.chosen(left)
     copies[left] = overlaid = are_overlaid(one, other, limits.overlaid_agreement)
     copies[left[~overlaid]] = are_moved(one.chosen(~overlaid), other.chosen(~overlaid), limits.agreement)
     return copies
+
+
+def are_confirmed(ones: Planes, others: Planes, limits: Limits) -> NDArray[np.bool_]:
+    """Returns (P,): whether miniatures of images that look alike are not those of different content in one frame.
+
+    Other than in `are_copies`, images without structure of their own may be copies.
+    """
+    one, other = _floats(ones), _floats(others)
+    confirmed = are_still(one.luma, other.luma)
+    for test in (partial(are_overlaid, agreement=limits.overlaid_agreement), may_be_moved):
+        left = np.flatnonzero(~confirmed)
+        confirmed[left] = test(one.chosen(left), other.chosen(left))
+    return confirmed
+
+
+def _floats(planes: Planes) -> FloatPlanes:
+    return FloatPlanes(*(plane.astype(np.float32) for plane in planes))
 
 
 def _may_be_copies(one: FloatPlanes, other: FloatPlanes) -> NDArray[np.bool_]:

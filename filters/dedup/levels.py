@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from filters.dedup.altered import Limits, link_altered
+from filters.dedup.altered import Limits, Miniatures
 from filters.dedup.clusters import MAX_ONE_CLUSTER, load_faiss, num_clusters_for
 from filters.dedup.columns import Columns, Images, store_columns
 from filters.dedup.ordering import Rows, divide_rows, in_threads
-from filters.dedup.perceptual import link_near_duplicates
+from filters.dedup.perceptual import confirm_all, link_near_duplicates
 from filters.dedup.similar import link_similar, similarity_of
 from filters.dedup.union_find import Components
 from filters.recipe import DuplicatesConfig
@@ -87,12 +87,14 @@ def _search(images: Images, config: DuplicatesConfig, folder: Path, components: 
     columns = store_columns(images, folder, with_appearance="perceptual" in levels)
     link_exact(columns, components)
     yield "exact"
+    limits = Limits(config.altered_agreement, config.overlaid_agreement)
+    miniatures = Miniatures.store(images, columns, limits) if "altered" in levels else None
     if "perceptual" in levels:
-        link_near_duplicates(columns, config.radius, components)
+        confirm = miniatures.confirm if miniatures else confirm_all
+        link_near_duplicates(columns, config.radius, components, confirm)
         yield "perceptual"
-    if "altered" in levels:
-        limits = Limits(config.altered_agreement, config.overlaid_agreement)
-        link_altered(images, columns, limits, components)
+    if miniatures:
+        miniatures.link_altered(components)
         yield "altered"
     for level in ("copied", "semantic"):
         if level in levels:

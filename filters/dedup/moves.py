@@ -24,6 +24,8 @@ _CHROMA_LEVELS, _CHROMA_LEVELS_FAR, _CHROMA_AGREEMENT = 10.0, 14.0, 0.9
 # The most that 3 x 3 neighbours together may differ, in tolerances squared: of images moved by half a pixel and more,
 # of those that lie still, and for each half side between.
 _MAX_WORST, _MAX_WORST_STILL, _MAX_WORST_SLOPE, _FAR = 4.0, 1.5, 80.0, 0.034
+# Of images whose hashes are near: exact and smoothed as they lie, and moved; so many levels are within the first.
+_MAX_WORST_ALIKE, _STILL_LEVELS = (4.0, 0.3, 2.4), 4.0
 
 
 def are_moved(one: FloatPlanes, other: FloatPlanes, agreement: float) -> NDArray[np.bool_]:
@@ -39,6 +41,34 @@ def are_moved(one: FloatPlanes, other: FloatPlanes, agreement: float) -> NDArray
         colors <= np.where(is_far, _CHROMA_LEVELS_FAR, _CHROMA_LEVELS)
     )
     return moved
+
+
+def may_be_moved(one: FloatPlanes, other: FloatPlanes) -> NDArray[np.bool_]:
+    """Returns (P,): whether pairs, aligned or as they lie, nowhere differ as another content does."""
+    may_be = np.zeros(len(one.luma), bool)
+    placement, rows = align(one.luma, other.luma)
+    placed = _place(one.luma[rows], other.luma[rows], placement)
+    still = _place(one.luma[rows], other.luma[rows], placement.at_rest())
+    colors = chroma_difference(one.chroma[rows], other.chroma[rows], placement, _CHROMA_AGREEMENT)
+    alike = _agree_everywhere(placed, placement.distance(), _MAX_WORST_ALIKE[2]) & (colors <= _CHROMA_LEVELS_FAR)
+    may_be[rows] = alike | _hardly_differ(*still)
+    return may_be
+
+
+def are_still(one: Values, other: Values) -> NDArray[np.bool_]:
+    """Returns (P,): whether pairs are about equal as they lie, but for their brightness; saves the alignment."""
+    difference = other - one
+    difference -= np.median(difference, axis=(1, 2), keepdims=True)
+    small: NDArray[np.bool_] = np.abs(difference).max(axis=(1, 2)) <= _STILL_LEVELS
+    return small
+
+
+def _hardly_differ(one: Values, other: Values, known: Mask) -> NDArray[np.bool_]:
+    """Returns (P,): whether neighbours differ no more, exactly or smoothed, than those of a strongly resized copy."""
+    exact = _worst(one, other, known, _EXACT_LEVELS, _EXACT_SLOPE_SHARE)
+    smoothed = _worst(smooth(one), smooth(other), known, _LEVELS, _SLOPE_SHARE)
+    hardly: NDArray[np.bool_] = (exact <= _MAX_WORST_ALIKE[0]) | (smoothed <= _MAX_WORST_ALIKE[1])
+    return hardly
 
 
 class _Placed(NamedTuple):
@@ -74,7 +104,7 @@ def _agree(placed: _Placed, agreement: float) -> NDArray[np.bool_]:
     return agree
 
 
-def _agree_everywhere(placed: _Placed, distance: Values) -> NDArray[np.bool_]:
+def _agree_everywhere(placed: _Placed, distance: Values, most: float = _MAX_WORST) -> NDArray[np.bool_]:
     """Returns (P,): whether no neighbours differ together, for pairs moved so far, (P,), in half sides.
 
     The nearer an image lies to where it is, the less its pixels are interpolated, and the more must they be equal.
@@ -83,7 +113,7 @@ def _agree_everywhere(placed: _Placed, distance: Values) -> NDArray[np.bool_]:
     exact = _worst(one, other, known, _EXACT_LEVELS, _EXACT_SLOPE_SHARE)
     moved = _worst(smooth(one), smooth(other), known, _LEVELS, _SLOPE_SHARE)
     equal: NDArray[np.bool_] = np.where(
-        distance < _FAR, exact <= _MAX_WORST_STILL + _MAX_WORST_SLOPE * distance, moved <= _MAX_WORST
+        distance < _FAR, exact <= _MAX_WORST_STILL + _MAX_WORST_SLOPE * distance, moved <= most
     )
     return equal
 

@@ -6,7 +6,8 @@ recoloured ones: `python -m tests.benchmarks.duplicates` prints the table. `filt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,14 @@ _PLACES = np.array([1, _ROW, _ROW * _ROW])
 _NEIGHBOURS = [int(np.dot(_PLACES, steps)) for steps in product((-1, 0, 1), repeat=len(_PLACES))]
 
 Colors = NDArray[np.uint8]
+Pairs = tuple[Nodes, Nodes]
+Confirm = Callable[[Nodes, Nodes], Iterable[Pairs]]
+"""Yields those of some pairs that are duplicates."""
+
+
+def confirm_all(ones: Nodes, others: Nodes) -> Iterable[Pairs]:
+    """Takes hashes and colours at their word."""
+    return [(ones, others)]
 
 
 def agree(colors: Colors, others: Colors) -> NDArray[np.bool_]:
@@ -98,8 +107,10 @@ class Appearances(NamedTuple):
     starts: NDArray[np.int64]
 
 
-def link_near_duplicates(columns: Columns, radius: int, components: Components) -> None:
+def link_near_duplicates(columns: Columns, radius: int, components: Components, confirm: Confirm = confirm_all) -> None:
     """Links images with hashes within `radius` and agreeing colours, or others that connect the same images.
+
+    `confirm` decides on pairs of which both agree, other than those of equal hash and equal colours.
 
     Blank images hash alike whatever their colour, and number thousands. So images of equal hash and colours link to the
     first of them, the only one compared further; linked images with one hash are not compared again; and only distinct
@@ -107,11 +118,12 @@ def link_near_duplicates(columns: Columns, radius: int, components: Components) 
     """
     colors = columns.colors()
     appearances = _store_appearances(columns, components)
-    _link_equal_hashes(appearances, colors, components)
+    link = partial(_link_agreeing, colors, components, confirm)
+    _link_equal_hashes(appearances, colors, link)
     for ones, others in _batched(near_pairs(appearances.hashes, radius, columns.folder)):
         one, other = np.searchsorted(appearances.hashes, ones), np.searchsorted(appearances.hashes, others)
         for left, right in _products(appearances.starts, one, other):
-            _link_agreeing(appearances.nodes[left], appearances.nodes[right], colors, components)
+            link(appearances.nodes[left], appearances.nodes[right])
 
 
 def _store_appearances(columns: Columns, components: Components) -> Appearances:
@@ -122,8 +134,9 @@ def _store_appearances(columns: Columns, components: Components) -> Appearances:
         pieces = divide_rows(columns.words("hash"), columns.words("color"), folder)
         for rows in in_threads(Rows.in_order, pieces):
             starts = rows.starts_of_runs()
-            first = rows.nodes[starts]
-            components.link(first[np.cumsum(starts) - 1][~starts], rows.nodes[~starts])
+            first = _first_by_content(columns, rows.nodes, starts)
+            same = first[np.cumsum(starts) - 1]
+            components.link(same[same != rows.nodes], rows.nodes[same != rows.nodes])
             distinct, begins = _runs(rows.first[starts])
             first.tofile(node_file)
             distinct.tofile(hash_file)
@@ -133,6 +146,17 @@ def _store_appearances(columns: Columns, components: Components) -> Appearances:
     return Appearances(
         *(_mapped(path, kind) for path, kind in zip(names, (np.int64, np.uint64, np.int64), strict=True))
     )
+
+
+def _first_by_content(columns: Columns, nodes: NDArray[np.int64], starts: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Returns one of each run of nodes, the one with the smallest digest, whatever the order of images."""
+    first, runs = nodes[starts], np.cumsum(starts) - 1
+    repeated = np.flatnonzero(np.bincount(runs)[runs] > 1) if len(nodes) else np.empty(0, np.int64)
+    digests = columns.words("pixels0")[nodes[repeated]]
+    order = repeated[np.lexsort((digests, runs[repeated]))]
+    begins = np.flatnonzero(np.diff(runs[order], prepend=-1))
+    first[runs[order[begins]]] = nodes[order[begins]]
+    return first
 
 
 def _runs(in_order: Words) -> tuple[Words, NDArray[np.int64]]:
@@ -145,24 +169,29 @@ def _mapped(path: Path, kind: type) -> NDArray:
     return np.memmap(path, kind, "r")
 
 
-def _link_equal_hashes(appearances: Appearances, colors: Colors, components: Components) -> None:
+def _link_equal_hashes(appearances: Appearances, colors: Colors, link: Callable[..., None]) -> None:
     """Links images with one hash: pairwise for most hashes, by `seeds_of` for frequent ones."""
     for start in range(0, len(appearances.hashes), _CHUNK_PAIRS):
         counts = np.diff(appearances.starts[start : start + _CHUNK_PAIRS + 1])
         few = start + np.flatnonzero((counts > 1) & (counts <= _LARGE_RUN))
         for left, right in _products(appearances.starts, few, few):
             upper = left < right
-            _link_agreeing(appearances.nodes[left[upper]], appearances.nodes[right[upper]], colors, components)
+            link(appearances.nodes[left[upper]], appearances.nodes[right[upper]])
         for run in (start + np.flatnonzero(counts > _LARGE_RUN)).tolist():
             nodes = appearances.nodes[appearances.starts[run] : appearances.starts[run + 1]]
-            components.link(nodes, nodes[seeds_of(colors[nodes])])
+            link(nodes, nodes[seeds_of(colors[nodes])], agree_already=True)
 
 
-def _link_agreeing(ones: Nodes, others: Nodes, colors: Colors, components: Components) -> None:
+def _link_agreeing(
+    colors: Colors, components: Components, confirm: Confirm, ones: Nodes, others: Nodes, agree_already: bool = False
+) -> None:
     apart = components.roots(ones) != components.roots(others)
     ones, others = ones[apart], others[apart]
-    same = agree(colors[ones], colors[others])
-    components.link(ones[same], others[same])
+    if not agree_already:
+        same = agree(colors[ones], colors[others])
+        ones, others = ones[same], others[same]
+    for pairs in confirm(ones, others):
+        components.link(*pairs)
 
 
 def _products(starts: Nodes, ones: Nodes, others: Nodes) -> Iterator[tuple[Nodes, Nodes]]:

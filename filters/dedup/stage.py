@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from filters.dedup.columns import Images
 from filters.dedup.levels import LEVELS, Found, group_images
@@ -21,6 +20,7 @@ from sdtrain.dataset.manifest import describe_outputs, require_entries, selected
 from sdtrain.dataset.rewriting import Rewriting
 from sdtrain.dataset.shard_report import ShardReport, fingerprint
 from sdtrain.dataset.stage import Needs, Openers, Stage, Table, always_on, no_openers, nothing_beside, one_shard
+from sdtrain.dataset.tables.columns import schema_of
 from sdtrain.dataset.work import WORK
 from sdtrain.errors import UserError
 from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
@@ -32,11 +32,11 @@ _NETWORKS = {"embedding": (b"sdtrain.clip_model", b"sdtrain.clip_digest"), "sscd
 
 
 def scored_images(dataset: DatasetDir) -> Images:
-    """Returns the decodable images with SCORE's results; raises `UserError` if embeddings' networks differ."""
+    """Returns the decodable images with SCORE's results; `UserError` if networks differ, or a table is missing."""
     shards = list(selected_shards(dataset))
     num = sum(entry.num_out for entry in require_entries(dataset, "score", shards))
     # Of each schema only this is kept: whole it takes about 10 kB.
-    kinds = {_kind(pq.read_schema(dataset.scores(shard))) for shard in shards}
+    kinds = {_kind(schema_of(dataset.scores(shard))) for shard in shards}
     has_miniatures = {kind.miniature for kind in kinds} == {MINIATURE_VERSION.encode()}
     has_clip = _are_of_one_network(dataset, "CLIP", {kind.clip for kind in kinds})
     has_sscd = _are_of_one_network(dataset, "SSCD", {kind.sscd for kind in kinds})
@@ -77,7 +77,7 @@ def _are_of_one_network(dataset: DatasetDir, name: str, networks: set[_Network |
 
 def check_decoders(dataset: DatasetDir) -> None:
     """Raises `UserError` if both CPU and GPU decoded shards, whose digests and hashes cannot be compared."""
-    schemas = (pq.read_schema(dataset.scores(shard)) for shard in selected_shards(dataset))
+    schemas = (schema_of(dataset.scores(shard)) for shard in selected_shards(dataset))
     if len({(schema.metadata or {}).get(b"sdtrain.decode", b"cpu") for schema in schemas}) > 1:
         raise UserError(
             f"Some shards in {dataset.root / 'scores'} were decoded by the CPU and others by a GPU, whose pixels "

@@ -7,16 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import duckdb
+
 from filters import pipeline
 from filters.caption.duplicates import forget_duplicate_texts
 from filters.decide.losses import heavy_losses
 from filters.inspect.views import write_views
 from filters.recipe import NETWORKS, Recipe
 from filters.rules import RULES, Rule, decide_item, select_item, stage_item
+from filters.select.faults import first_line
 from filters.select.metadata_files import prepare
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import newest_change_ns, recorded_stages
 from sdtrain.dataset.storage import storage_of
+from sdtrain.errors import UserError
 from sdtrain.models.weights import RANDOM, RANDOM_FULL
 from sdtrain.pack.plan import forget_plan
 from sdtrain.pack.stage import write_index
@@ -62,7 +66,14 @@ def report_on(dataset: DatasetDir, recipe: Recipe) -> Path:
         scores_note=scores_note(recipe),
         warn=partial(heavy_losses, recipe=recipe),
     )
-    return write_report(report, dataset.report)
+    try:
+        return write_report(report, dataset.report)
+    except duckdb.IOException as error:
+        raise UserError(
+            f"The report needs tables that are not where the views of {dataset.root} look for them "
+            f"({first_line(error)}). If the dataset was moved, run `sdtrain views {dataset.root}`; otherwise run the "
+            "build again."
+        ) from error
 
 
 def scores_note(recipe: Recipe) -> str:

@@ -41,7 +41,7 @@ from sdtrain.config.sections import (
 from sdtrain.errors import UserError
 from sdtrain.precision import Precision
 from sdtrain.redaction import as_recorded
-from sdtrain.settings import Settings, load_settings, nearest, parse_settings
+from sdtrain.settings import Settings, load_settings, parse_settings, shipped, shipped_or_file
 
 CONFIGS_DIR = Path(__file__).parents[1] / "configs"
 
@@ -187,7 +187,7 @@ MAY_CHANGE = changeable(_RULES)
 
 def known_configs() -> list[str]:
     """Names of the configurations shipped with sdtrain."""
-    return sorted(path.stem for path in CONFIGS_DIR.glob("*.yaml"))
+    return shipped(CONFIGS_DIR)
 
 
 def load_config(name_or_file: str) -> TrainConfig:
@@ -195,12 +195,7 @@ def load_config(name_or_file: str) -> TrainConfig:
 
     UserError for an unknown name (with the nearest known one), an unknown key or a bad value.
     """
-    path = Path(name_or_file)
-    if path.suffix not in (".yaml", ".yml"):
-        path = CONFIGS_DIR / f"{name_or_file}.yaml"
-        if not path.exists():
-            raise UserError(f"There is no training config '{name_or_file}'.{nearest(name_or_file, known_configs())}")
-    return load_settings(TrainConfig, path)
+    return load_settings(TrainConfig, shipped_or_file(name_or_file, CONFIGS_DIR, "training config"))
 
 
 class Change(Settings):

@@ -34,7 +34,9 @@ _MOST_REJECTED = 20  # before the first answer: then it is no matter of single r
 _MOST_FAILED = 20  # in a row: then the server may have broken down
 # Fields that some servers or models do not know, or only with another value.
 _OPTIONAL = ("logprobs", "top_logprobs", "temperature", "seed")
-_IS_ABOUT_A_FIELD = re.compile(r"support|extra|unknown|unrecogni|permitted|allowed|unexpected|instead", re.I)
+_IS_ABOUT_A_FIELD = re.compile(
+    r"support|extra|unknown|unrecogni|permitted|allowed|unexpected|instead|less than|at most", re.I
+)
 _given_up = dict[str, float]()
 """Servers that a client of this process gave up, and when: the next batches of a build do not wait as long, each."""
 _log = logging.getLogger(__name__)
@@ -192,6 +194,7 @@ class _Fields:
     def __init__(self) -> None:
         self._left_out: set[str] = set()
         self._renamed: dict[str, str] = {}
+        self._most_logprobs: int | None = None
 
     def adapt(self, complaint: str, sent: Mapping[str, Any]) -> bool:
         """Returns whether the complaint is about a field that was sent, and the request is worth another attempt.
@@ -204,6 +207,10 @@ class _Fields:
         if "max_tokens" in sent and "max_completion_tokens" in complaint:
             self._renamed["max_tokens"] = "max_completion_tokens"
             return True
+        numbers = map(int, re.findall(r"\b\d{1,2}\b", complaint)) if "logprobs" in complaint else ()
+        if fewer := [number for number in numbers if 0 < number < sent.get("top_logprobs", 0)]:
+            self._most_logprobs = max(fewer)  # "greater than max allowed: 5"
+            return True
         if "temperature" in named - self._left_out:
             _log.warning("The server takes no temperature 0, and draws its answers at random: %s", complaint)
         self._left_out |= named | ({"logprobs", "top_logprobs"} if named & {"logprobs", "top_logprobs"} else set())
@@ -211,7 +218,10 @@ class _Fields:
 
     def of(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The body as this server accepts it."""
-        return {self._renamed.get(name, name): value for name, value in body.items() if name not in self._left_out}
+        kept = {self._renamed.get(name, name): value for name, value in body.items() if name not in self._left_out}
+        if self._most_logprobs is not None and "top_logprobs" in kept:
+            kept["top_logprobs"] = min(kept["top_logprobs"], self._most_logprobs)
+        return kept
 
 
 def _headers(config: EndpointConfig, setting: str) -> dict[str, str]:

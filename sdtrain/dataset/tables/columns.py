@@ -127,11 +127,16 @@ def _columns_of(paths: Iterable[Path]) -> Iterator[str]:
         yield from pool.map(_described, paths)
 
 
-def _described(path: Path) -> str:
+def schema_of(path: Path) -> pa.Schema:
+    """The schema of a dataset's table; UserError if it is missing or damaged."""
     try:
-        return ", ".join(f"{field.name} {field.type}" for field in pq.read_schema(path))
+        return pq.read_schema(path)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
+
+
+def _described(path: Path) -> str:
+    return ", ".join(f"{field.name} {field.type}" for field in schema_of(path))
 
 
 def _unreadable(path: Path | str, error: Exception) -> UserError:

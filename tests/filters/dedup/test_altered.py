@@ -8,14 +8,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP, altered, proposals
-from filters.dedup.comparison import Limits, are_copies
+from filters.dedup.comparison import Limits, are_confirmed, are_copies
 from filters.dedup.stage import scored_images
 from filters.recipe import DuplicatesConfig, Recipe, ScoreConfig
 from filters.score.stage import SCORE
 from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
-from sdtrain.images.miniature import miniature, planes_of
+from sdtrain.images.miniature import Planes, miniature, planes_of
 from tests.benchmarks.look_alikes import KINDS
 from tests.benchmarks.planted import CHANGES
 from tests.filters.dedup.duplicate_fixtures import groups_of, search, squashed, table_of, uid_of
@@ -107,6 +107,26 @@ def test_other_content_in_the_same_frame_is_no_copy(kind):
         planes_of(miniatures[ones]), planes_of(miniatures[others]), np.zeros(len(ones), bool), Limits(0.88, 0.9)
     )
     assert found.sum() <= 1, "of 120 pairs"
+
+
+def test_pixels_part_those_of_one_template_whose_hashes_are_near_at_a_bounded_cost(monkeypatch):
+    rng = np.random.default_rng(5)
+    table = table_of([KINDS["certificates"](rng, 6 * i) for i in range(30)])
+    assert len(groups_of(table)) > 20, "at the level perceptual"
+    compared = list[int]()
+
+    def count(ones: Planes, others: Planes, limits: Limits) -> np.ndarray:
+        compared.append(len(ones.luma))
+        return are_confirmed(ones, others, limits)
+
+    monkeypatch.setattr(altered, "are_confirmed", count)
+    assert groups_of(table, level="altered") == {}
+    without_limit = sum(compared)
+    compared.clear()
+    monkeypatch.setattr(altered, "_MAX_REFUSED", 4)
+    monkeypatch.setattr(altered, "_PROPOSED_AT_ONCE", 8)
+    groups_of(table, level="altered")
+    assert sum(compared) < without_limit / 2
 
 
 def test_neighbouring_views_of_one_scene_are_no_copies():

@@ -1,6 +1,7 @@
 """The report of a large dataset reads a part of its shards, counts all, and shows nothing that is not so."""
 
 import re
+import shutil
 
 import duckdb
 import pytest
@@ -9,6 +10,8 @@ from filters.inspect import shown_part
 from filters.inspect.report import report_on
 from filters.inspect.views import write_views
 from filters.recipe_record import record_recipe
+from sdtrain.dataset.layout import DatasetDir
+from sdtrain.errors import UserError
 from tests.filters.dataset_fixtures import DECIDE, DOWNLOAD, NUM_ROWS, PER_SHARD, UNDECODABLE, make_dataset
 
 
@@ -73,3 +76,13 @@ def test_the_page_counts_all_and_says_what_it_shows(made, monkeypatch):
     assert dropped == len({**DOWNLOAD, **UNDECODABLE, **DECIDE})
     assert facts["kept"] + dropped == facts["selected"]
     assert facts["selected"] > PER_SHARD
+
+
+def test_the_report_of_a_moved_dataset_is_a_sentence(made, tmp_path):
+    dataset, recipe = made
+    there = tmp_path / "there"
+    shutil.copytree(dataset.root, there)
+    write_views(DatasetDir(there), recipe)
+    here = DatasetDir(there.rename(tmp_path / "here"))
+    with pytest.raises(UserError, match=r"If the dataset was moved, run `sdtrain views .*/here`"):
+        report_on(here, recipe)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from filters.recipe_record import read_recipe
 from filters.search.embeddings import embeddings_of
+from filters.search.index import forget_index
 from filters.search.search import Search
 from sdtrain import cli
 from sdtrain.errors import UserError
@@ -116,6 +117,15 @@ def test_a_damaged_index_is_a_sentence(embedded_dataset, tmp_path):
     Search(dataset).by_images([photo(1)], top=1)
     next(dataset.search.glob("*/index.faiss")).write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"cannot be read .* Delete it: the next search makes it"):
+        Search(dataset).by_images([photo(1)], top=1)
+
+
+def test_a_missing_table_of_scores_is_a_sentence(embedded_dataset, tmp_path):
+    dataset = copy_of(embedded_dataset, tmp_path)
+    forget_index(dataset)
+    last = max(dataset.scores(0).parent.glob("*.parquet"))
+    last.unlink()
+    with pytest.raises(UserError, match=rf"{last.name} cannot be read.*Run the build again"):
         Search(dataset).by_images([photo(1)], top=1)
 
 

@@ -325,6 +325,25 @@ def test_fields_that_a_server_does_not_accept_are_left_out_or_renamed():
     assert server.asked[-1].body["max_completion_tokens"] == 128
 
 
+@pytest.mark.parametrize(
+    "complaint",
+    [
+        "Requested sample logprobs of 20, which is greater than max allowed: 5",
+        "top_logprobs must be less than or equal to 5",
+    ],
+)
+def test_a_server_that_tells_fewer_probabilities_is_asked_for_as_many(complaint):
+    def reply(asked):
+        if asked.body["top_logprobs"] > 5:
+            return error(400, complaint)
+        return completion("Yes", logprobs={"Yes": -0.5, "No": -1.5})
+
+    with chat_server(reply) as server:
+        answers = ask(config_of(server, concurrency=2), [Request("Is it red?", top_logprobs=20)] * 4, SECTION)
+    assert [answer.probability_of_yes() for answer in answers] == [pytest.approx(1 / (1 + np.exp(-1.0)))] * 4
+    assert server.asked[-1].body["top_logprobs"] == 5
+
+
 def test_requests_in_flight_together_adapt_to_the_same_complaint():
     together = threading.Barrier(24)
 
