@@ -13,6 +13,7 @@ from filters.recipe import Recipe
 from filters.recipe_record import read_recipe
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.lock import active_commands
+from sdtrain.dataset.manifest import bulk_reads
 from sdtrain.dataset.manifest_table import StageEntries
 from sdtrain.dataset.stage import Stage, current_entries
 
@@ -63,7 +64,8 @@ class DatasetStatus:
 def dataset_status(dataset: DatasetDir) -> DatasetStatus:
     """Returns a dataset's progress; raises `UserError` if it does not exist or its manifest is damaged."""
     recipe = read_recipe(dataset)
-    stages = [_status(stage, dataset, recipe) for stage in pipeline.stages_of(recipe)]
+    with bulk_reads():
+        stages = [_status(stage, dataset, recipe) for stage in pipeline.stages_of(recipe)]
     name = f"{recipe.name}, imported from {recipe.source.path}" if recipe.source else recipe.name
     return DatasetStatus(str(dataset), name, stages, active_commands(dataset), shutil.disk_usage(dataset.root).free)
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from sdtrain.dataset.files import publish, sha256_of
 from sdtrain.dataset.layout import DatasetDir, current_stage
 from sdtrain.dataset.local_storage import LocalStorage
-from sdtrain.dataset.manifest_table import StageEntries, is_entry, stage_entries
+from sdtrain.dataset.manifest_table import StageEntries, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
@@ -136,15 +136,6 @@ def recorded_stages(dataset: DatasetDir) -> list[str]:
     return sorted({current_stage(path.name) for path in (dataset.root / "manifest").glob("*") if path.is_dir()})
 
 
-def num_entries(dataset: DatasetDir, stage: str) -> int:
-    """The number of a stage's finished shards, by the names of their entries alone; more where one has two names."""
-    num = 0
-    for folder in dataset.manifest_folders(stage):
-        with suppress(FileNotFoundError), os.scandir(folder) as files:
-            num += sum(is_entry(file.name) for file in files)
-    return num
-
-
 def is_whole(dataset: DatasetDir, entry: ShardReport) -> bool:
     """Whether every output of the entry still exists, here or on S3, with its recorded size."""
     storage = _storage(dataset)
@@ -180,7 +171,9 @@ def selected_shards(dataset: DatasetDir) -> Mapping[int, Output]:
 
 def num_selected_shards(dataset: DatasetDir, recipe: object) -> int | None:
     """The number of selected shards, for later stages' `Stage.num_shards`; None before the first selection."""
-    return len(selected_shards(dataset)) if dataset.manifest_entry("select", 0).exists() else None
+    selections = entries(dataset, "select")
+    # By the table, because an entry that lists 100,000 files takes a second to read.
+    return len(selections.listed("tables")) if 0 in selections.shards else None
 
 
 def _changed_ns(dataset: DatasetDir) -> tuple[int, ...]:

@@ -40,6 +40,8 @@ _SCHEMA = pa.schema(
 )
 _WORTH_WRITING = 256
 """Entries that the table must lack before it is written again: fewer are read faster than it is written."""
+_BYTES_WORTH_WRITING = 1 << 20
+"""Or the size of one of them: the selection's lists a file for each shard."""
 _SHARE_WORTH_WRITING = 0.05
 """And the share of all, so that a build that is watched writes the table a few dozen times, not once a look."""
 _QUIET_NS = 60_000_000_000
@@ -138,7 +140,8 @@ def stage_entries(folder: Path) -> StageEntries:
     with _lock:
         listed = _listing(folder)
         before = _cached.get(folder)
-        kept = _read_counts(folder) if before is None and len(listed) >= _WORTH_WRITING else before
+        is_written = len(listed) >= _WORTH_WRITING or listed[:, 2].max(initial=0) >= _BYTES_WORTH_WRITING
+        kept = _read_counts(folder) if before is None and is_written else before
         table = _refreshed(folder, listed, _SCHEMA.empty_table() if kept is None else kept)
         if before is None and len(_cached) >= _CACHED_STAGES:
             _cached.clear()
@@ -177,7 +180,7 @@ def _listing(folder: Path) -> NDArray[np.int64]:
     asked_ns, found = time.time_ns(), list[tuple[int, int, int]]()
     with suppress(FileNotFoundError), os.scandir(folder) as files:
         for file in files:
-            if is_entry(file.name):
+            if _ENTRY.fullmatch(file.name):
                 try:
                     status = file.stat()
                 except FileNotFoundError:  # deleted since it was listed
@@ -189,24 +192,27 @@ def _listing(folder: Path) -> NDArray[np.int64]:
     return listed[np.argsort(listed[:, 0])]
 
 
-def is_entry(name: str) -> bool:
-    """Whether a file in `manifest/STAGE` is an entry, by its name, of which each shard has one."""
-    return _ENTRY.fullmatch(name) is not None
-
-
 def _refreshed(folder: Path, listed: NDArray[np.int64], kept: pa.Table) -> pa.Table:
     stamps = _stamps(kept)
     if np.array_equal(stamps, listed) and not (listed[:, 1] < 0).any():
         return kept
     rows, is_same = _places(listed, stamps)
     fresh = _parsed(folder, listed[~is_same])
-    table = pa.concat_tables([kept.take(rows[is_same]), fresh]).sort_by("shard").combine_chunks()
-    settled = fresh["mtime_ns"].to_numpy()[fresh["mtime_ns"].to_numpy() >= 0]
-    is_quiet = time.time_ns() - settled.max(initial=0) > _QUIET_NS
-    if len(settled) >= max(_WORTH_WRITING, 0 if is_quiet else _SHARE_WORTH_WRITING * len(table)):
+    # Indices in an array make pyarrow load pandas.
+    table = pa.concat_tables([kept.take(rows[is_same]), fresh]) if is_same.any() else fresh
+    table = table.sort_by("shard").combine_chunks()
+    if _is_worth_writing(fresh, len(table)):
         table = _with_contents(folder, table)
         _write(folder, table)
     return table
+
+
+def _is_worth_writing(fresh: pa.Table, num_all: int) -> bool:
+    times, sizes = (fresh[name].to_numpy() for name in ("mtime_ns", "file_bytes"))
+    num_settled = int((times >= 0).sum())
+    is_quiet = time.time_ns() - times.max(initial=0) > _QUIET_NS
+    is_many = num_settled >= max(_WORTH_WRITING, 0 if is_quiet else _SHARE_WORTH_WRITING * num_all)
+    return is_many or bool(sizes[times >= 0].max(initial=0) >= _BYTES_WORTH_WRITING)
 
 
 def _with_contents(folder: Path, table: pa.Table) -> pa.Table:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from sdtrain.dataset.config import CaptionConfig, ImageRecipe, PackConfig
 from sdtrain.dataset.files import one_process_at_a_time, publish, raise_if_disk_full, scratch, scratch_path
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import num_entries, read_entry, require_entry, selected_shards
+from sdtrain.dataset.manifest import entries, read_entry, require_entry, selected_shards
 from sdtrain.dataset.shard_report import fingerprint
 from sdtrain.dataset.sync import fetch_if_stored, fetch_outputs
 from sdtrain.dataset.tables.carried import carried_columns
@@ -90,7 +90,7 @@ def expected_shards(dataset: DatasetDir, recipe: ImageRecipe) -> int | None:
     """The number of packed shards, from the manifest alone; None before the decisions."""
     decided = read_entry(dataset, "decide", 0)
     # After removals there may be more shards than the samples would fill.
-    recorded = num_entries(dataset, "pack")
+    recorded = len(entries(dataset, "pack"))
     return max(math.ceil(decided.num_out / recipe.pack.samples_per_shard), recorded) if decided else None
 
 

@@ -13,7 +13,15 @@ import pytest
 from sdtrain.dataset import manifest_table
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, require_entries, write_entry
+from sdtrain.dataset.manifest import (
+    bulk_reads,
+    entries,
+    num_selected_shards,
+    read_entry,
+    require_entries,
+    selected_shards,
+    write_entry,
+)
 from sdtrain.dataset.shard_report import Output, ShardReport
 from sdtrain.errors import UserError
 
@@ -132,6 +140,25 @@ def test_few_new_entries_are_written_down_once_the_stage_is_quiet(dataset, monke
     forget_memory()
     assert len(entries(dataset, STAGE)) == 6
     assert (table_file(dataset).read_bytes() != before) == is_written
+
+
+def test_the_number_of_selected_shards_is_told_without_reading_a_large_selections_entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_table, "_WORTH_WRITING", 256)
+    monkeypatch.setattr(manifest_table, "_BYTES_WORTH_WRITING", 500)
+    dataset = DatasetDir(tmp_path)
+    assert num_selected_shards(dataset, None) is None
+    for number in range(2):
+        outputs = {
+            f"selection/{shard:05d}.parquet": Output(sha256="a" * 64, bytes=1) for shard in range(4 + 3 * number)
+        }
+        entry = ShardReport(stage="select", shard=number, num_in=1, num_out=1, outputs=outputs)
+        write_entry(dataset, entry)
+        os.utime(dataset.manifest_entry("select", number), (LONG_AGO, LONG_AGO))
+    assert num_selected_shards(dataset, None) == len(selected_shards(dataset)) == 7
+    forget_memory()
+    read = count_reads(monkeypatch)
+    assert num_selected_shards(dataset, None) == 7
+    assert not read
 
 
 @pytest.mark.parametrize("other_process", [False, True])

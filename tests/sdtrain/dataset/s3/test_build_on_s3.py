@@ -32,14 +32,14 @@ KEPT = re.compile(r"(selection|images|scores|captions|answers|dataset|latents)/|
 
 @pytest.fixture(scope="module")
 def recipe(server, tmp_path_factory) -> Path:
-    world = make_world(tmp_path_factory.mktemp("world"), num_rows=120, http_port=0, https_port=0)
+    world = make_world(tmp_path_factory.mktemp("world"), num_rows=60, http_port=0, https_port=0)
     for path in Path(world.metadata).rglob("*.parquet") if Path(world.metadata).is_dir() else [Path(world.metadata)]:
         rows = pq.read_table(path)
         pq.write_table(rows.append_column("num_faces", [[row % 3 for row in range(len(rows))]]), path)
         server.put(path, f"metadata/{path.name}")
     content = yaml.safe_load((RECIPES_DIR / "demo.yaml").read_text())
-    content["select"] |= {"metadata": f"s3://{BUCKET}/metadata/", "samples_per_shard": 30, "carry": ["num_faces"]}
-    content["pack"]["samples_per_shard"] = 25
+    content["select"] |= {"metadata": f"s3://{BUCKET}/metadata/", "samples_per_shard": 15, "carry": ["num_faces"]}
+    content["pack"]["samples_per_shard"] = 12
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     with serve_world(world), chat_server(said) as answering:
         endpoint = {"url": answering.url, "model": MODEL}
