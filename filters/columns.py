@@ -52,6 +52,7 @@ RESERVED = frozenset(
         *("original_width", "original_height", "original_md5", "exif", "error_message", "status", "reason", "kind"),
         *(
             "phash",
+            "pixels",
             "pixels_sha256",
             "embedding",
             "sscd_embedding",

@@ -46,6 +46,8 @@ from sdtrain.errors import UserError
 _COLUMNS = {"url": ("url",), "host": ("host", "domain"), "uid": ("uid",), "sha256": ("sha256",), "phash": ("phash",)}
 
 _SEEN = {"url": "VARCHAR", "sha256": "VARCHAR", "phash": "BIGINT"}
+_FILES_AT_ONCE = 8192
+"""Files in one query, which keeps 3 kB for each until its end."""
 # One file may serve all shards.
 _SHARD = "coalesce(TRY_CAST(parse_filename(filename, true) AS INTEGER), 0)"
 
@@ -173,10 +175,12 @@ class _Search:
 
     def __init__(self, connection: duckdb.DuckDBPyConnection, dataset: DatasetDir) -> None:
         self._connection, self._duplicates = connection, dataset.duplicates
-        rows, values = _rows_sql(dataset)
         connection.execute("SET preserve_insertion_order = false")
         # Materialised, because each query would read all of it again.
-        connection.execute(f"CREATE TABLE seen AS {rows}", values)
+        columns = ", ".join(f"{name} {kind}" for name, kind in _SEEN.items())
+        connection.execute(f"CREATE TABLE seen (uid VARCHAR, {columns}, stage VARCHAR, shard INTEGER)")
+        for rows, files in _rows_sql(dataset):
+            connection.execute(f"INSERT INTO seen SELECT * FROM ({rows}) WHERE uid IS NOT NULL", {"files": files})  # noqa: S608
 
     def blocked(self, ledger: pa.Table) -> set[str]:
         """Returns the uids that a ledger blocks."""
@@ -225,31 +229,29 @@ class _Search:
         return {uid for (uid,) in self._connection.execute(query, values).fetchall()}
 
 
-def _rows_sql(dataset: DatasetDir) -> tuple[str, dict[str, list[str]]]:
-    """Returns SQL for all tables' rows with their stage and shard, and the values to bind.
+def _rows_sql(dataset: DatasetDir) -> Iterator[tuple[str, list[str]]]:
+    """Yields SQL for all tables' rows with their stage and shard, and the files to bind, some tables at a time.
 
     A column that a table lacks is NULL.
     """
-    tables, values = TableColumns(dataset), dict[str, list[str]]()
-    parts = [f"SELECT NULL::VARCHAR AS uid, {', '.join(map(_null, _SEEN))}, NULL::VARCHAR, NULL::INTEGER"]
+    tables = TableColumns(dataset)
     for stage in pipeline.STAGES:
         paths = list(stage.table.files(dataset).values()) if stage.table else []
-        if paths:
-            scan = tables.scan(paths, stage.name)
-            values |= scan.values
-            had = {name for files in scan.values.values() for name in pq.read_schema(files[0]).names}
+        for group in tables.groups(paths):
+            had = pq.read_schema(group[0]).names
             selected = ", ".join(name if name in had else _null(name) for name in _SEEN)
-            parts.append(f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM ({scan.sql})")  # noqa: S608
+            scan = "read_parquet($files, filename = true)"
+            parts = [f"SELECT uid, {selected}, '{stage.name}', {_SHARD} FROM {scan}"]  # noqa: S608
             # A table is touched too where another sample has a text of a removed one.
             absent = ", ".join(map(_null, _SEEN))
             for each in _origins(stage, had):
-                origins = f"SELECT uid, {each} AS origin, filename FROM ({scan.sql})"  # noqa: S608
+                origins = f"SELECT uid, {each} AS origin, filename FROM {scan}"  # noqa: S608
                 parts.append(
                     f"SELECT origin, {absent}, '{stage.name}', {_SHARD} FROM ({origins}) WHERE origin <> uid"  # noqa: S608
                 )
+            for first in range(0, len(group), _FILES_AT_ONCE):
+                yield " UNION ALL ".join(parts), list(map(str, group[first : first + _FILES_AT_ONCE]))
     tables.save()
-    names, everything = ", ".join(_SEEN), " UNION ALL ".join(parts)
-    return f"SELECT * FROM ({everything}) rows (uid, {names}, stage, shard) WHERE uid IS NOT NULL", values  # noqa: S608
 
 
 def _origins(stage: Stage[Recipe], columns: Collection[str]) -> list[str]:

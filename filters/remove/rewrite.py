@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from filters.recipe import Recipe
 from sdtrain.dataset.layout import DatasetDir
-from sdtrain.dataset.manifest import bulk_reads, entries, read_entry
+from sdtrain.dataset.manifest import bulk_reads, entries, read_entry, write_entries
 from sdtrain.dataset.removal_ledger import digest_sql, read_ledger
 from sdtrain.dataset.rewriting import Removed
 from sdtrain.dataset.shard_report import ShardReport
@@ -70,13 +70,17 @@ class StageRewrite:
         if stage.inputs.keys() <= {stage.name}:
             return  # no other stage is in its fingerprint, and its inputs may be out of reach by now
         with bulk_reads():
-            for shard in self.finished.get(stage.name, []):
-                entry = read_entry(self.dataset, stage.name, shard)
-                if entry is None:
-                    continue
-                digest = stage.fingerprint(self.dataset, self.recipe, shard)
-                if digest != entry.fingerprint:
-                    record(stage, self.dataset, entry.model_copy(update={"fingerprint": digest}))
+            write_entries(self.dataset, self._restamped(stage))
+
+    def _restamped(self, stage: Stage[Any]) -> Iterator[tuple[ShardReport, Iterable[Path]]]:
+        """Yields the entries whose fingerprint changed, with the files beside them."""
+        for shard in self.finished.get(stage.name, []):
+            entry = read_entry(self.dataset, stage.name, shard)
+            if entry is None:
+                continue
+            digest = stage.fingerprint(self.dataset, self.recipe, shard)
+            if digest != entry.fingerprint:
+                yield entry.model_copy(update={"fingerprint": digest}), stage.beside(self.dataset, shard)
 
     def _rewrite_shard(self, name: str, shard: int, table: Table[Any]) -> None:
         dataset, path = self.dataset, table.path(self.dataset, shard)

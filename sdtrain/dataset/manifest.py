@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +20,9 @@ from sdtrain.dataset.manifest_table import StageEntries, stage_entries
 from sdtrain.dataset.shard_report import Output, ShardReport, parse_entry
 from sdtrain.dataset.storage import storage_of
 from sdtrain.errors import UserError
+
+_WRITTEN_AT_ONCE = 4096
+"""Entries that await one sync of the disk together."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,32 @@ def write_entry(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path] 
 
     Files `beside` are those that its outputs need and the entry does not list.
     """
+    with _stored(dataset, entry, beside):
+        pass
+
+
+def write_entries(dataset: DatasetDir, reports: Iterable[tuple[ShardReport, Iterable[Path]]]) -> None:
+    """Records many shards, each with its files beside, as `write_entry` does one.
+
+    They reach the disk together: waiting for each of 132,000 takes ten minutes.
+    """
+    waiting = iter(reports)
+    while batch := list(islice(waiting, _WRITTEN_AT_ONCE)):
+        with ExitStack() as names:
+            for entry, beside in batch:
+                names.enter_context(_stored(dataset, entry, beside, is_durable=False))
+            os.sync()
+    os.sync()
+
+
+@contextmanager
+def _stored(dataset: DatasetDir, entry: ShardReport, beside: Iterable[Path], is_durable: bool = True) -> Iterator[None]:
+    """An entry that is stored remotely and written here, but has its final name only after the block."""
     path, content = dataset.manifest_entry(entry.stage, entry.shard), entry.model_dump_json(indent=1) + "\n"
     storage_of(dataset).push(path, content.encode(), entry.outputs, beside)
-    with publish(path) as temporary:
+    with publish(path, is_durable) as temporary:
         temporary.write_text(content)
+        yield
 
 
 def forget_entry(dataset: DatasetDir, stage: str, shard: int) -> None:

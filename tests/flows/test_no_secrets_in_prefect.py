@@ -22,6 +22,7 @@ FLOWS = [build_dataset, evaluate_checkpoint, reproduce_sd_v1, train_unet]
 LOCATIONS = {"metadata", "output", "engine_address", "model", "prompts", "reference", "data", "init_from"}
 LOCATIONS |= {"laion2b_en", "high_resolution", "aesthetics", "questions", "training_data"}
 WORDS = {"recipe", "work_dir", "credentials", "config", "configs", "hostfile", "slurm_options", "slurm_script"}
+WORDS |= {"x", "y"}  # columns of an evaluation
 
 SCRIPT = """
 import sys

@@ -1,4 +1,4 @@
-"""The table of a stage's entries says what their files say, whatever happened to it."""
+"""The table of a stage's entries says what their files say, whatever happened to it; entries are written whole."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sdtrain.dataset import manifest_table
+from sdtrain.dataset import manifest, manifest_table
 from sdtrain.dataset.files import sweep
 from sdtrain.dataset.layout import DatasetDir
 from sdtrain.dataset.manifest import (
@@ -20,6 +20,7 @@ from sdtrain.dataset.manifest import (
     read_entry,
     require_entries,
     selected_shards,
+    write_entries,
     write_entry,
 )
 from sdtrain.dataset.shard_report import Output, ShardReport
@@ -319,3 +320,38 @@ def test_entries_of_a_clock_that_was_set_back_since_are_read_once(dataset, monke
     write(dataset, 2, num_out=9)
     assert entries(dataset, STAGE).total("num_out") == 4 * 7 + 9
     assert [path.name for path in read] == ["00002.json"]
+
+
+def test_many_entries_wait_for_the_disk_together(tmp_path, monkeypatch):
+    one_by_one, together = DatasetDir(tmp_path / "a"), DatasetDir(tmp_path / "b")
+    for shard in range(5):
+        write_entry(one_by_one, report(shard))
+    synced = list[str]()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append("file"))
+    monkeypatch.setattr(os, "sync", lambda: synced.append(f"{len(visible(together))} entries"))
+    monkeypatch.setattr(manifest, "_WRITTEN_AT_ONCE", 3)
+    write_entries(together, ((report(shard), ()) for shard in range(5)))
+    assert visible(together) == visible(one_by_one)
+    # No entry has its name before its content is on the disk, and at the end the names are there as well.
+    assert synced == ["0 entries", "3 entries", "5 entries"]
+
+
+def test_entries_before_a_failure_are_whole_and_nothing_else_is_left(tmp_path, monkeypatch):
+    dataset = DatasetDir(tmp_path)
+    monkeypatch.setattr(manifest, "_WRITTEN_AT_ONCE", 3)
+
+    def reports():
+        for shard in range(5):
+            if shard == 4:
+                raise UserError("a file is damaged")
+            yield report(shard), ()
+
+    with pytest.raises(UserError, match="a file is damaged"):
+        write_entries(dataset, reports())
+    assert list(visible(dataset)) == ["00000.json", "00001.json", "00002.json"]
+    assert len(list(dataset.manifest_entry(STAGE, 0).parent.iterdir())) == 3
+
+
+def visible(dataset: DatasetDir) -> dict[str, str]:
+    """The entries by name, with their contents."""
+    return {path.name: path.read_text() for path in sorted(dataset.manifest_entry(STAGE, 0).parent.glob("[0-9]*.json"))}

@@ -1,6 +1,8 @@
-"""Real gloo ranks in forked processes: a fresh interpreter would import torch and DeepSpeed for seconds."""
+"""Real gloo ranks, forked from a server that has imported torch and DeepSpeed, for which each would take seconds.
 
-import importlib
+Not from the tests' own process: whatever its other threads have locked at that moment stays locked in a fork.
+"""
+
 import multiprocessing
 import os
 import traceback
@@ -9,24 +11,22 @@ import torch
 
 from tests.sdtrain.launching import free_port
 
-# What DeepSpeed imports at its first step, for seconds, in each process anew.
-_LATE_IMPORTS = (
+_IMPORTED = [
+    "deepspeed",
+    "sdtrain.training.deepspeed_internals",
     "sdtrain.training.zero_partition",
     "sdtrain.training.engine",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-)
-_FORK = multiprocessing.get_context("fork")
+    "tests.sdtrain.training.forked_ranks",
+]
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_IMPORTED)
 
 
 def on_ranks(num_ranks, jobs):
     """What each of `jobs` ({name: (work, arguments)}) returned for `work(ranks, *arguments)` on each rank, by name."""
-    from sdtrain.training.deepspeed_internals import import_deepspeed
-
-    import_deepspeed()
-    for name in _LATE_IMPORTS:
-        importlib.import_module(name)
-    queue, port = _FORK.Queue(), free_port()
-    processes = [_FORK.Process(target=_work, args=(rank, num_ranks, port, queue, jobs)) for rank in range(num_ranks)]
+    queue, port = _CONTEXT.Queue(), free_port()
+    processes = [_CONTEXT.Process(target=_work, args=(rank, num_ranks, port, queue, jobs)) for rank in range(num_ranks)]
     for process in processes:
         process.start()
     try:
