@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -51,6 +52,17 @@ class Placement(NamedTuple):
         farthest: Values = (np.abs(self.scale) + np.abs(self.shift)).max(axis=1)
         return farthest
 
+    def is_found(self) -> Mask:
+        """Returns (P,): whether no move is the largest that is tried."""
+        largest: Values = np.maximum(np.abs(self.scale), np.abs(self.shift)).max(axis=1)
+        return largest < _MAX_CHANGE
+
+    def beyond(self) -> Values:
+        """Returns (P,): how far the inner image reaches beyond the outer one, in half sides; below 0 if nowhere."""
+        reach = np.abs(self.shift)[None] + self.scale * np.array([1, -1])[:, None, None]
+        farthest: Values = reach.max(axis=2).min(axis=0)
+        return farthest
+
 
 def unmoved(num: int) -> Placement:
     """Returns the placement of planes that lie on the others as they are."""
@@ -58,14 +70,14 @@ def unmoved(num: int) -> Placement:
     return Placement(still, still, np.ones(num, np.float32), np.zeros(num, np.float32))
 
 
-def move(planes: Values, placement: Placement, smooth: bool) -> tuple[Values, Mask]:
+def move(planes: Values, placement: Placement, cubic: bool) -> tuple[Values, Mask]:
     """Returns planes (P, S, S) as the others show them, and which pixels these are; beyond the edge there are none.
 
-    Interpolation is cubic (Keys 1981, a = -1/2) if `smooth`, else linear.
+    Interpolation is cubic (Keys 1981, a = -1/2) if `cubic`, else linear.
     """
     side = planes.shape[1]
-    across, known_across = _samples(side, placement.scale[:, 0], placement.shift[:, 0], smooth)
-    down, known_down = _samples(side, placement.scale[:, 1], placement.shift[:, 1], smooth)
+    across, known_across = _samples(side, placement.scale[:, 0], placement.shift[:, 0], cubic)
+    down, known_down = _samples(side, placement.scale[:, 1], placement.shift[:, 1], cubic)
     moved = down @ planes @ across.transpose(0, 2, 1)
     return np.asarray(moved, np.float32), known_down[:, :, None] & known_across[:, None, :]
 
@@ -75,6 +87,8 @@ def align(planes: Values, others: Values) -> tuple[Placement, NDArray[np.intp]]:
 
     Gauss-Newton steps for scale, shift, gain and offset (Lucas and Kanade 1981) with Geman and McClure's weights, first
     at half the resolution. Planes that do not fit even there are left out: the second result says which are not.
+
+    The fine steps see smoothed planes: interpolation blurs, most at half a pixel, and would draw fine details there.
     """
     placement = unmoved(len(planes))
     halves = _halved(planes), _halved(others)
@@ -82,14 +96,21 @@ def align(planes: Values, others: Values) -> tuple[Placement, NDArray[np.intp]]:
         placement = _step(*halves, placement)
     fits = np.flatnonzero(_misfit(*halves, placement) <= _MAX_MISFIT)
     placement = placement.chosen(fits)
+    smoothed = smooth(planes[fits]), smooth(others[fits])
     for _ in range(_FINE_STEPS):
-        placement = _step(planes[fits], others[fits], placement)
+        placement = _step(*smoothed, placement, cubic=True)
     return placement, fits
+
+
+def smooth(planes: Values) -> Values:
+    """Returns means weighted by 1, 2, 1 across and down."""
+    kernel = band(planes.shape[1], (0.25, 0.5, 0.25))
+    return np.asarray(kernel @ planes @ kernel.T, np.float32)
 
 
 def _misfit(planes: Values, others: Values, placement: Placement) -> Values:
     """Returns (P,): the mean difference in levels, none counted above `_OUTLIER_CAP`."""
-    moved, known = move(planes, placement, smooth=False)
+    moved, known = move(planes, placement, cubic=False)
     differences = np.minimum(np.abs(others - placement.lit(moved)), _OUTLIER_CAP) * known
     means: Values = differences.sum(axis=(1, 2)) / np.maximum(known.sum(axis=(1, 2)), 1).astype(np.float32)
     return means
@@ -103,9 +124,9 @@ def gradients(planes: Values) -> tuple[Values, Values]:
     return across, down
 
 
-def _step(planes: Values, others: Values, placement: Placement) -> Placement:
+def _step(planes: Values, others: Values, placement: Placement, cubic: bool = False) -> Placement:
     num, side, _ = planes.shape
-    moved, known = move(planes, placement, smooth=False)
+    moved, known = move(planes, placement, cubic)
     across, down = (slope * (side / 2) for slope in gradients(moved))
     places = _places(side)
     residuals = (others - placement.lit(moved)).reshape(num, side * side, 1)
@@ -128,12 +149,12 @@ def _step(planes: Values, others: Values, placement: Placement) -> Placement:
     )
 
 
-def _samples(side: int, scale: Values, shift: Values, smooth: bool) -> tuple[Values, Mask]:
+def _samples(side: int, scale: Values, shift: Values, cubic: bool) -> tuple[Values, Mask]:
     """Returns (P, S, S), which samples lines of S pixels at S other points, and (P, S), which of these are on them."""
     points = np.asarray((_places(side) * (1 + scale[:, None]) + shift[:, None] + 1) / 2 * side - 0.5, np.float32)
     known = (points >= -0.5) & (points <= side - 0.5)
     away = np.abs(points.clip(0, side - 1)[:, :, None] - np.arange(side, dtype=np.float32))
-    if not smooth:
+    if not cubic:
         return np.maximum(0, 1 - away), known
     near = (1.5 * away - 2.5) * away**2 + 1
     far = ((-0.5 * away + 2.5) * away - 4) * away + 2
@@ -149,3 +170,14 @@ def _halved(planes: Values) -> Values:
     num, side, _ = planes.shape
     halved: Values = planes.reshape(num, side // 2, 2, side // 2, 2).mean(axis=(2, 4))
     return halved
+
+
+@lru_cache
+def band(side: int, kernel: tuple[float, ...]) -> Values:
+    """Returns the matrix that convolves a line of `side` pixels, reflected at its ends."""
+    matrix, reach = np.zeros((side, side), np.float32), len(kernel) // 2
+    for row in range(side):
+        for step, weight in enumerate(kernel):
+            at = abs(row + step - reach)
+            matrix[row, min(at, 2 * (side - 1) - at)] += weight
+    return matrix

@@ -55,7 +55,10 @@ def are_confirmed(ones: Planes, others: Planes, limits: Limits) -> NDArray[np.bo
     """
     one, other = _floats(ones), _floats(others)
     confirmed = are_still(one.luma, other.luma)
-    for test in (partial(are_overlaid, agreement=limits.overlaid_agreement), may_be_moved):
+    for test in (
+        partial(are_overlaid, agreement=limits.overlaid_agreement),
+        partial(may_be_moved, agreement=limits.agreement),
+    ):
         left = np.flatnonzero(~confirmed)
         confirmed[left] = test(one.chosen(left), other.chosen(left))
     return confirmed

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from filters.dedup.alignment import Mask, Placement, Values, gradients, move
+from filters.dedup.alignment import Mask, Placement, Values, band, gradients, move
 from sdtrain.images.miniature import CHROMA_SIDE
 
 # Added to variances, so that the noise of compression is no detail (levels squared).
@@ -52,19 +51,18 @@ def equal_detail(ones: Values, others: Values, among: Mask) -> Values:
     return correlation(detail(ones, _DETAIL_PX), detail(others, _DETAIL_PX), among, _DETAIL_NOISE)
 
 
-def worst(differences: Values, tolerance: Values) -> Values:
-    """Returns (P,): the largest mean square difference of 3 x 3 neighbours, in those of their tolerances."""
-    kernel = _band(differences.shape[1], (1 / 3,) * 3)
+def local_differences(differences: Values, tolerance: Values) -> Values:
+    """Returns (P, S, S): the mean square differences of 3 x 3 neighbours, in those of their tolerances."""
+    kernel = band(differences.shape[1], (1 / 3,) * 3)
     means = (kernel @ values**2 @ kernel.T for values in (differences, tolerance))
-    largest: Values = (next(means) / next(means)).max(axis=(1, 2))
-    return largest
+    return np.asarray(next(means) / next(means), np.float32)
 
 
 def chroma_difference(one: Values, other: Values, placement: Placement, among: float) -> Values:
     """Returns (P,): the largest difference of the colours (P, 2, S, S) at a share of the cells."""
     largest = np.zeros((len(one), *one.shape[2:]), np.float32)
     for channel in range(one.shape[1]):
-        moved, known = move(np.ascontiguousarray(one[:, channel]), placement, smooth=False)
+        moved, known = move(np.ascontiguousarray(one[:, channel]), placement, cubic=False)
         largest = np.maximum(largest, np.abs(other[:, channel] - moved) * known)
     in_order = np.sort(largest.reshape(-1, CHROMA_SIDE**2), axis=1)
     at: Values = in_order[:, int(among * in_order.shape[1])]
@@ -77,24 +75,7 @@ def slopes(planes: Values) -> Values:
     return lengths
 
 
-def smooth(planes: Values) -> Values:
-    """Returns means weighted by 1, 2, 1 across and down."""
-    kernel = _band(planes.shape[1], (0.25, 0.5, 0.25))
-    return np.asarray(kernel @ planes @ kernel.T, np.float32)
-
-
 def detail(planes: Values, width: int) -> Values:
     """Takes the mean of the surrounding `width` x `width` pixels off each pixel."""
-    kernel = _band(planes.shape[1], (1 / width,) * width)
+    kernel = band(planes.shape[1], (1 / width,) * width)
     return np.asarray(planes - kernel @ planes @ kernel.T, np.float32)
-
-
-@lru_cache
-def _band(side: int, kernel: tuple[float, ...]) -> Values:
-    """Returns the matrix that convolves a line of `side` pixels, reflected at its ends."""
-    matrix, reach = np.zeros((side, side), np.float32), len(kernel) // 2
-    for row in range(side):
-        for step, weight in enumerate(kernel):
-            at = abs(row + step - reach)
-            matrix[row, min(at, 2 * (side - 1) - at)] += weight
-    return matrix

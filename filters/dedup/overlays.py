@@ -1,7 +1,7 @@
 """Recognizes an image with a mark laid over it: what differs is brighter only, or darker only, and little is covered.
 
 Other content in the same frame, such as another title on a template, differs both ways: each image has pixels of its
-own where the other's are paper.
+own where the other's are paper. In a corner it may, as a logo of two colours does, where all else is equal.
 """
 
 from __future__ import annotations
@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filters.dedup.alignment import Values, unmoved
-from filters.dedup.measures import FloatPlanes, chroma_difference, correlation, detail, equal_detail, share, slopes
+from filters.dedup.measures import (
+    FloatPlanes,
+    chroma_difference,
+    correlation,
+    detail,
+    equal_detail,
+    local_differences,
+    share,
+    slopes,
+)
 
 # What is touched, in levels of brightness and per level of slope.
 _TOUCHED_LEVELS, _TOUCHED_SLOPE_SHARE = 3.0, 0.1
@@ -23,6 +32,10 @@ _CHROMA_LEVELS, _CHROMA_AGREEMENT = 7.0, 0.9
 # Darkest and brightest pixels also change with a resizing, by a share of the cell's contrast.
 _EXTREME_LEVELS, _EXTREME_SLOPE_SHARE, _EXTREME_CONTRAST_SHARE = 14.0, 0.2, 0.3
 _EXTREME_NOISE, _EXTREME_DETAIL_PX = 10.0, 5  # levels squared
+# A mark in a corner, of any brightness, is within so many pixels. All else is equal, in tolerances squared, and has
+# edges.
+_CORNER_PX, _CORNER_LEVELS, _MAX_ELSEWHERE, _LEAST_EDGES = 9, 2.0, 1.0, 0.1
+_ENDS = slice(_CORNER_PX), slice(-_CORNER_PX, None)
 
 
 def are_overlaid(one: FloatPlanes, other: FloatPlanes, agreement: float) -> NDArray[np.bool_]:
@@ -32,9 +45,23 @@ def are_overlaid(one: FloatPlanes, other: FloatPlanes, agreement: float) -> NDAr
     """
     overlaid = _differ_one_way(one.luma, other.luma)
     rows = np.flatnonzero(overlaid)
-    one, other = one.chosen(rows), other.chosen(rows)
-    overlaid[rows] = _are_equal_elsewhere(one, other) & _have_equal_extremes(one, other, agreement)
+    one_way = one.chosen(rows), other.chosen(rows)
+    overlaid[rows] = _are_equal_elsewhere(*one_way) & _have_equal_extremes(*one_way, agreement)
+    rows = np.flatnonzero(~overlaid)
+    overlaid[rows] = _are_marked_in_a_corner(one.chosen(rows), other.chosen(rows))
     return overlaid
+
+
+def _are_marked_in_a_corner(one: FloatPlanes, other: FloatPlanes) -> NDArray[np.bool_]:
+    slope = np.maximum(slopes(one.luma), slopes(other.luma))
+    tolerance = np.asarray(_CORNER_LEVELS + _TOUCHED_SLOPE_SHARE * slope, np.float32)
+    equal = local_differences(other.luma - one.luma, tolerance) <= _MAX_ELSEWHERE
+    among = ~np.stack([equal[:, rows, columns] for rows in _ENDS for columns in _ENDS])
+    num_different = np.count_nonzero(~equal, axis=(1, 2)) - np.count_nonzero(among, axis=(2, 3)).max(axis=0)
+    colors = chroma_difference(one.chroma, other.chroma, unmoved(len(slope)), _CHROMA_AGREEMENT)
+    has_edges = (slope > _EDGE_SLOPE).mean(axis=(1, 2)) >= _LEAST_EDGES
+    marked: NDArray[np.bool_] = (num_different == 0) & has_edges & (colors <= _CHROMA_LEVELS)
+    return marked
 
 
 def _tolerance(one: Values, other: Values) -> Values:

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from filters.decide.stage import DECIDE
 from filters.dedup import DEDUP, altered, proposals
@@ -95,6 +95,28 @@ def test_images_that_only_look_alike_are_no_copies(draw):
     table = table_of([draw(rng) for _ in range(30)])
     kinds = [kind for _, kind in groups_of(table, level="altered").values()]
     assert "altered" not in kinds
+
+
+def zoomed(image: Image.Image) -> Image.Image:
+    return image.crop((2, 2, image.width - 2, image.height - 2))
+
+
+def logo(image: Image.Image) -> Image.Image:
+    """Two colours in a corner, of which one is brighter than the image and the other darker."""
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle((208, 208, 247, 247), fill="white")
+    ImageDraw.Draw(image).rectangle((216, 216, 239, 239), fill="black")
+    return image
+
+
+@pytest.mark.parametrize("change", [zoomed, lambda image: image.filter(ImageFilter.UnsharpMask(2, 100, 2)), logo])
+def test_pixels_accept_mild_copies(change):
+    photos = [photo_like(i) for i in range(20)]
+    ones, others = (
+        planes_of(np.stack([np.frombuffer(miniature(squashed(image)), np.uint8) for image in images]))
+        for images in (photos, [change(photo) for photo in photos])
+    )
+    assert are_copies(ones, others, np.zeros(20, bool), Limits(0.88, 0.9)).sum() >= 19
 
 
 @pytest.mark.parametrize("kind", ["illustrated slides", "memes of one picture", "bottles", "frames of one scene"])
