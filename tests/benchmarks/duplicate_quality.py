@@ -49,7 +49,7 @@ def count_negatives(kinds: dict[str, list[Image.Image]], config: DuplicatesConfi
     """By kind of look-alikes, the share of different images that are grouped."""
     shares = dict[str, float]()
     for kind, images in kinds.items():
-        shares[kind] = len(_groups(_described(images, 0), config)) / len(images)
+        shares[kind] = len(_groups(described_images(images, 0), config)) / len(images)
         print(f"{config.level:12} {kind:24} wrongly grouped {shares[kind]:6.3f} of {len(images)}", flush=True)
     return shares
 
@@ -64,7 +64,7 @@ def find_among_look_alikes(
     recall, precision = dict[str, float](), dict[str, float]()
     for kind, images in kinds.items():
         copies = [CHANGES[ALTERED[i % len(ALTERED)]](image) for i, image in enumerate(images)]
-        groups, num = _groups(_described([*images, *copies], 0), config), len(images)
+        groups, num = _groups(described_images([*images, *copies], 0), config), len(images)
         found = sum(i in groups and groups[i] == groups.get(num + i) for i in range(num))
         num_pairs = sum(size * (size - 1) // 2 for size in Counter(groups.values()).values())
         recall[kind], precision[kind] = found / num, found / num_pairs if num_pairs else 1.0
@@ -75,7 +75,7 @@ def find_among_look_alikes(
     return recall, precision
 
 
-def _described(images: Sequence[Image.Image], first: int) -> pa.Table:
+def described_images(images: Sequence[Image.Image], first: int) -> pa.Table:
     """What SCORE would know of images."""
     return pa.table({
         "uid": [f"{first + i:032x}" for i in range(len(images))],
@@ -103,8 +103,10 @@ def _groups(table: pa.Table, config: DuplicatesConfig) -> dict[int, int]:
 def measure_quality(num_scenes: int) -> dict[str, float]:
     """Prints what each level finds of planted copies and groups of hard negatives; returns the means of the levels."""
     images = base_images(num_scenes)
-    described = _described(images, 0)
-    copies = {change: _described([make(image) for image in images], len(images)) for change, make in CHANGES.items()}
+    described = described_images(images, 0)
+    copies = {
+        change: described_images([make(image) for image in images], len(images)) for change, make in CHANGES.items()
+    }
     kinds = hard_negatives(120 if num_scenes >= 400 else 24)
     figures = dict[str, float]()
     for config, suffix in ((CONFIG, ""), (ALTERED_CONFIG, "_altered")):

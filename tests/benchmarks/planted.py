@@ -30,32 +30,32 @@ def base_images(num_scenes: int) -> list[Image.Image]:
     return images
 
 
-def _stored(image: Image.Image, quality: int = 90) -> Image.Image:
+def stored(image: Image.Image, quality: int = 90) -> Image.Image:
     buffer = io.BytesIO()
     image.save(buffer, "jpeg", quality=quality)
     return Image.open(buffer).convert("RGB")
 
 
 def _resized(image: Image.Image) -> Image.Image:
-    return _stored(image.resize((image.width * 3 // 5, image.height * 3 // 5), Image.Resampling.LANCZOS))
+    return stored(image.resize((image.width * 3 // 5, image.height * 3 // 5), Image.Resampling.LANCZOS))
 
 
 def _cropped(image: Image.Image) -> Image.Image:
     across, down = round(image.width * 0.025), round(image.height * 0.025)
-    return _stored(image.crop((across, down, image.width - across, image.height - down)))
+    return stored(image.crop((across, down, image.width - across, image.height - down)))
 
 
 def _recoloured(image: Image.Image) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     turned = hue.point([(i + 43) % 256 for i in range(256)])  # by 60 degrees
-    return _stored(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
+    return stored(Image.merge("HSV", (turned, saturation, value)).convert("RGB"))
 
 
 CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     "resized x 0.6": _resized,
-    "recompressed JPEG 50": lambda image: _stored(image, 50),
+    "recompressed JPEG 50": lambda image: stored(image, 50),
     "cropped 5 %": _cropped,
-    "watermarked": lambda image: _stored(watermark(image)),
-    "mirrored": lambda image: _stored(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    "watermarked": lambda image: stored(watermark(image)),
+    "mirrored": lambda image: stored(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
     "recoloured 60 degrees": _recoloured,
 }
