@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +24,6 @@ from sdtrain.errors import UserError
 from sdtrain.images.miniature import MINIATURE_BYTES
 from sdtrain.images.miniature import VERSION as MINIATURE_VERSION
 from sdtrain.models.weights import clip_digest
-
-if TYPE_CHECKING:
-    from filters.score.models import Models
 
 _TABLE = pa.schema(
     [
@@ -52,7 +49,8 @@ def score_shards(dataset: DatasetDir, config: ScoreConfig, shards: Sequence[int]
     weight_digests(config)  # first, to fail on weights other than the recipe pins before loading them
     models = load_models(config)
     on_gpu = require_decoder(models.device, config.decode)
-    schema = _schema(config, models).with_metadata(_described(config, models.device.type, on_gpu))
+    sscd_width = models.sscd.width if models.sscd else None
+    schema = _schema(config, sscd_width).with_metadata(_described(config, models.device.type, on_gpu))
     for shard, rows in score_rows(dataset, shards, models, config.batch_size, on_gpu):
         yield _write(dataset, shard, rows, schema)
 
@@ -71,13 +69,13 @@ def _write(dataset: DatasetDir, shard: int, rows: list[dict[str, Any]], schema: 
     )
 
 
-def _schema(config: ScoreConfig, models: Models) -> pa.Schema:
+def _schema(config: ScoreConfig, sscd_width: int | None = None) -> pa.Schema:
     """Returns the table's columns; miniatures and embeddings, many times the size of the others, only if requested."""
     table = _TABLE
     if config.store_miniatures:
         table = table.append(pa.field("miniature", pa.binary(MINIATURE_BYTES)))
-    if models.sscd is not None:
-        table = table.append(pa.field("sscd_embedding", pa.list_(pa.float16(), models.sscd.width)))
+    if sscd_width is not None:
+        table = table.append(pa.field("sscd_embedding", pa.list_(pa.float16(), sscd_width)))
     if not config.store_embeddings or config.clip_weights is None:
         return table
     from sdtrain.models.clip import embedding_size
