@@ -30,6 +30,8 @@ class Ranks:
     """A gloo group of all ranks: agreements between hosts that do not wait for the GPUs."""
     checkpoint_group: Any
     """Another one, for the threads that write checkpoints while the main threads talk over theirs."""
+    own_environment: tuple[str, ...] = ()
+    """Variables that no launcher had set, but this process: its children would take its port for theirs."""
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +71,8 @@ class Ranks:
         if dist.is_initialized():
             # Through DeepSpeed, or it would go on with groups that are gone if this process joined again.
             import_deepspeed().comm.destroy_process_group()
+        for name in self.own_environment:
+            os.environ.pop(name, None)
 
 
 def rank_from_environment() -> int:
@@ -89,7 +93,7 @@ def join(local_rank: int | None) -> Ranks:
     require_tested_version()
     rank, world_size = rank_from_environment(), world_size_from_environment()
     local = int(os.environ.get("LOCAL_RANK", local_rank or 0))
-    _fill_environment(rank, world_size, local)
+    own = _fill_environment(rank, world_size, local)
     device = _device(local)
     deepspeed = import_deepspeed()
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -99,7 +103,7 @@ def join(local_rank: int | None) -> Ranks:
         raise _unreachable(error) from error
     group = dist.new_group(backend="gloo", timeout=_TIMEOUT) if backend == "nccl" else None
     checkpoint_group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-    return Ranks(rank, world_size, device, group, checkpoint_group)
+    return Ranks(rank, world_size, device, group, checkpoint_group, own)
 
 
 def _unreachable(error: dist.DistNetworkError) -> UserError:
@@ -135,12 +139,14 @@ def make_cublas_deterministic() -> None:
         )
 
 
-def _fill_environment(rank: int, world_size: int, local_rank: int) -> None:
+def _fill_environment(rank: int, world_size: int, local_rank: int) -> tuple[str, ...]:
+    """Sets what a launcher would have set; returns the names of what was not there."""
     defaults = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, str(value))
+    missing = {name: str(value) for name, value in defaults.items() if name not in os.environ}
     if "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(_free_port())
+        missing["MASTER_PORT"] = str(_free_port())
+    os.environ.update(missing)
+    return tuple(missing)
 
 
 def _device(local_rank: int) -> torch.device:
