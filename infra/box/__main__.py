@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from flows.support.command_line import exit_code_of
 from flows.support.process_tree import end_processes
 from infra.box.layout import ROOT, Box, box_of_environment, supervisor_pid
 from infra.box.programs import run_bootstrap
 from infra.box.services import FAMILY_GRACE_S, marked
 from infra.box.supervisor import Supervisor
-from sdtrain.errors import UserError, user_error_of
+from sdtrain.errors import UserError
 
 _UP_S, _DOWN_S = 300.0, 180.0
 
@@ -108,15 +109,8 @@ def main() -> int:
     """Runs a command; a user error is one sentence and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m infra.box", description="Runs everything on this machine.")
     parser.add_argument("command", choices=COMMANDS)
-    try:
-        COMMANDS[parser.parse_args().command](box_of_environment())
-    except Exception as error:
-        problem = user_error_of(error)
-        if problem is None:
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0
+    command = COMMANDS[parser.parse_args().command]
+    return exit_code_of(lambda: command(box_of_environment()))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def _slide(rng: np.random.Generator, number: int) -> Image.Image:
 def _illustrated_slide(rng: np.random.Generator, number: int) -> Image.Image:
     """A template with a picture beside the lines."""
     image = Image.new("RGB", (400, 300), (250, 250, 248))
-    image.paste(_texture(900 + number % _NUM_TEMPLATES).resize((150, 300)), (250, 0))
+    image.paste(texture(900 + number % _NUM_TEMPLATES).resize((150, 300)), (250, 0))
     pen = ImageDraw.Draw(image)
     pen.text((16, 14), _text(rng, 2).title(), (30, 60, 120), _font(22))
     for line in range(int(rng.integers(3, 8))):
@@ -228,7 +228,7 @@ def _frame(rng: np.random.Generator, number: int) -> Image.Image:
     """What a fixed camera saw: something moved before one scene, and the light and the noise are others."""
     scene = number % _NUM_TEMPLATES
     image = _picture(scene).resize((320, 256))
-    moving = _texture(700 + scene).resize((70, 110))
+    moving = texture(700 + scene).resize((70, 110))
     mask = Image.new("L", moving.size)
     ImageDraw.Draw(mask).ellipse((0, 0, 70, 110), fill=255)
     image.paste(moving, (int(rng.integers(0, 250)), int(rng.integers(90, 140))), mask)
@@ -290,11 +290,11 @@ def _font(size_px: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _picture(number: int) -> Image.Image:
     """A photograph where ../shared/data is, else shades like those of one."""
     photos = sorted(PHOTOS.glob("kodak_*.png"))
-    return Image.open(photos[number]).convert("RGB") if photos else _texture(number)
+    return Image.open(photos[number]).convert("RGB") if photos else texture(number)
 
 
 @lru_cache
-def _texture(seed: int) -> Image.Image:
+def texture(seed: int) -> Image.Image:
     """Soft shades with detail at every size, as photographs have."""
     rng = np.random.default_rng(seed)
     pixels = np.full((256, 256, 3), 120.0)

@@ -16,7 +16,7 @@ from sdtrain.dataset.manifest import require_entry
 from sdtrain.dataset.stage import pending, run_batch
 from sdtrain.errors import UserError
 from sdtrain.images.miniature import Planes, miniature, planes_of
-from tests.benchmarks.look_alikes import KINDS
+from tests.benchmarks.look_alikes import KINDS, texture
 from tests.benchmarks.planted import CHANGES
 from tests.filters.dedup.duplicate_fixtures import groups_of, search, squashed, table_of, uid_of
 from tests.image_fixtures import Fetched, encoded, scene_image, write_downloads
@@ -25,21 +25,9 @@ NUM = 40
 ALTERED = ("cropped 5 %", "watermarked", "mirrored")
 
 
-def photo_like(seed: int) -> Image.Image:
-    """Soft shades with detail at every size, as photographs have."""
-    rng = np.random.default_rng(seed)
-    pixels = np.full((256, 256, 3), 120.0)
-    for octave in (2, 4, 8, 16, 32, 64):
-        for channel in range(3):
-            waves = rng.normal(0, (45 if channel == 0 else 20) / octave**0.75, (octave, octave)).astype(np.float32)
-            wide = np.asarray(Image.fromarray(waves).resize((256, 256), Image.Resampling.BICUBIC))
-            pixels[..., [channel] if channel else [0, 1, 2]] += wide[..., None]
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    return [photo_like(i) if i % 2 else scene_image(i, 280, 256) for i in range(NUM)]
+    return [texture(i) if i % 2 else scene_image(i, 280, 256) for i in range(NUM)]
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +99,7 @@ def logo(image: Image.Image) -> Image.Image:
 
 @pytest.mark.parametrize("change", [zoomed, lambda image: image.filter(ImageFilter.UnsharpMask(2, 100, 2)), logo])
 def test_pixels_accept_mild_copies(change):
-    photos = [photo_like(i) for i in range(20)]
+    photos = [texture(i) for i in range(20)]
     ones, others = (
         planes_of(np.stack([np.frombuffer(miniature(squashed(image)), np.uint8) for image in images]))
         for images in (photos, [change(photo) for photo in photos])
@@ -152,7 +140,7 @@ def test_pixels_part_those_of_one_template_whose_hashes_are_near_at_a_bounded_co
 
 
 def test_neighbouring_views_of_one_scene_are_no_copies():
-    wide = Image.fromarray(np.concatenate([np.asarray(photo_like(i)) for i in (1, 2)], axis=1))
+    wide = Image.fromarray(np.concatenate([np.asarray(texture(i)) for i in (1, 2)], axis=1))
     views = [wide.crop((left, 0, left + 256, 256)) for left in range(0, 257, 64)]
     assert groups_of(table_of(views), level="altered") == {}
 

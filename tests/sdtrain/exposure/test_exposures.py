@@ -139,7 +139,7 @@ def train(run, config, first_step, end, world_size):
     gc.collect()  # which ends its lock
 
 
-def test_substitutes_that_were_not_recorded_are_said(tmp_path, models, monkeypatch):
+def test_a_remark_names_substitutes_that_were_not_recorded(tmp_path, models, monkeypatch):
     write_latents(tmp_path / "data", models, num_samples=5)
     run = RunDir(record_run(tmp_path / "run", config_of(tmp_path, models, {"on_corrupt": "skip"}, steps=4)))
     log = SubstituteLog(run.substitutes, 0, 1, 2, is_kept=True)

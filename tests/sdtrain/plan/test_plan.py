@@ -88,7 +88,7 @@ decide:
 """
 
 
-def test_requests_about_images_are_counted_and_unknown_speeds_are_said(plan, tmp_path):
+def test_requests_about_images_are_counted_and_unknown_rates_are_named(plan, tmp_path):
     recipe = tmp_path / "captioned.yaml"
     recipe.write_text(CAPTIONED)
     rows = "--recipe", recipe, "--rows", 1_000_000, "--assume", "link_rot=0.5"

@@ -112,7 +112,7 @@ def test_the_store_is_asked_in_proportion_to_the_shards(store, tmp_path):
         few, more, most = (reads(requests[stage.name, num]) for num in (2, 4, 6))
         assert most - more <= more - few + 1, requests
         assert more - few <= 2 * 7, requests
-        # The lock is renewed as time goes by.
+        # The lock is renewed at intervals.
         assert requests[stage.name, 6]["PutObject"] <= 4 * 6 + 10, requests
 
 
